@@ -1,0 +1,1 @@
+"""Reference models: plain functions of parameters and batch, with Flax NNX modules behind them."""

@@ -1,0 +1,1 @@
+"""Training, data, checkpoints, profiling, hosts and the command line."""

@@ -1,0 +1,38 @@
+"""Topologies, meshes, rules, plans and the transformations that carry them out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .errors import UserError as UserError
+    from .mesh import make_mesh as make_mesh
+    from .planner.plan import Plan as Plan
+    from .rules import Rules as Rules
+    from .topology import Chip as Chip
+    from .topology import Topology as Topology
+
+# Name → module that defines it. Loaded on first use, so that `import meshwright.sharding` costs nothing.
+_HOMES = {
+    "Chip": "topology",
+    "Plan": "planner.plan",
+    "Rules": "rules",
+    "Topology": "topology",
+    "UserError": "errors",
+    "make_mesh": "mesh",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)
