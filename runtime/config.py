@@ -1,0 +1,247 @@
+"""One typed tree holds every setting of a run; a YAML file and ``section.key=value`` words fill it.
+
+Unknown keys are refused with the nearest known one, and nothing in a file can run code: YAML is
+safe-loaded, and the only names that are imported are an explicit ``module:function`` in `model.build`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from ..sharding.errors import UserError, nearest
+from .checkpoint.config import CheckpointConfig
+from .data.config import DataConfig
+from .hosts_config import HostsConfig
+from .optimizer_config import OptimizerConfig
+from .profiling.config import ProfileConfig
+from .section import Section
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(Section):
+    """Which model is trained: a preset, changed where `overrides` says so, or a function of your own."""
+
+    preset: str | None = Field("tiny", description="Name of a decoder preset; `meshwright config --presets` lists them.")
+    overrides: dict[str, Any] = Field(
+        {}, description="Fields of the preset to change, e.g. {layers: 4, compute_dtype: bfloat16}."
+    )
+    build: str | None = Field(
+        None,
+        description="`module:function` that returns a meshwright.models.Model; takes the place of `preset`. "
+        "The module is imported, so its code runs.",
+    )
+    arguments: dict[str, Any] = Field({}, description="Keyword arguments for `build`.")
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if self.build is not None and ("preset" in self.model_fields_set and self.preset is not None):
+            raise ValueError(f"give preset={self.preset!r} or build={self.build!r}, not both")
+        if self.build is None and self.preset is None:
+            raise ValueError("give a preset or a build function")
+        if self.build is not None and self.build.count(":") != 1:
+            raise ValueError(f"build={self.build!r} is not of the form module:function")
+        return self
+
+
+class TrainConfig(Section):
+    """How long, on how much at once, and how often the run is looked at."""
+
+    steps: Count = Field(200, description="Optimiser steps in the whole run.")
+    global_batch: Count = Field(
+        32, description="Rows in a step over all devices; the mesh's batch axes times `microbatches` must divide it."
+    )
+    evaluate_every: int = Field(100, ge=0, description="Steps between evaluations on held-out text; 0 for none.")
+    evaluate_batches: Count = Field(4, description="Held-out global batches in one evaluation.")
+    sample: str | None = Field(None, description="Prompt that the model continues when training ends; null for none.")
+    sample_tokens: Count = Field(200, description="Tokens in that sample.")
+    sample_temperature: float = Field(0.7, ge=0, description="Temperature of that sample; 0 takes the likeliest token.")
+    stop_on_nan: bool = Field(True, description="Stop with an error, state unsaved, when the loss is not finite.")
+    step_timeout_seconds: float = Field(
+        600.0, gt=0, description="A step that takes longer counts as hung: stacks are printed and the process ends."
+    )
+
+
+class MetricsConfig(Section):
+    """Where the numbers of each step go, besides metrics.jsonl, which is always written."""
+
+    console: Literal["auto", "bar", "lines", "none"] = Field(
+        "auto", description="A progress bar, plain lines, or nothing; `auto` takes the bar in a terminal."
+    )
+    console_every: Count = Field(10, description="Steps between plain lines.")
+    tensorboard: bool = Field(False, description="Write TensorBoard events too (extra `tensorboard`).")
+
+
+Axes = str | list[str | list[str] | None] | None
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="Names the run; letters, digits, `.`, `_`, `-`.")
+    run: str = Field("runs/{name}", description="Run folder; `{name}` stands for the name above.")
+    seed: int = Field(0, ge=0, description="Decides the parameters' first values and the order of the data.")
+    topology: str | None = Field(
+        None,
+        description="Devices to train on, e.g. `cpu:8` (simulated), `v5p:4x4x8`, `h100:2x8`; null takes what is attached.",
+    )
+    mesh: dict[str, int] = Field(
+        {"fsdp": -1},
+        description="Mesh axes (data, fsdp, tensor, context, expert, stage) and sizes; one may be -1 to take the rest.",
+    )
+    rules: dict[str, Axes] = Field(
+        {},
+        description="Named dimension or parameter path pattern → mesh axes, on top of the defaults, "
+        'e.g. {embed: fsdp, "embedding/*": [tensor, fsdp]}.',
+    )
+    remat: Literal["none", "dots", "full"] = Field(
+        "none",
+        description="What a layer's forward pass keeps for its backward pass: everything, "
+        "the results of its matrix products, or nothing but its input.",
+    )
+    microbatches: Count = Field(1, description="Parts a step's batch is worked through in (gradient accumulation).")
+    compilation_cache: str | None = Field(
+        "auto", description="Folder of compiled programs kept between runs; `auto` is the user's cache folder, null is none."
+    )
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    hosts: HostsConfig = HostsConfig()
+
+    @property
+    def run_folder(self) -> pathlib.Path:
+        """Folder of the run, `{name}` filled in."""
+        return pathlib.Path(self.run.replace("{name}", self.name)).expanduser()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that takes `1e-3` for a number, as YAML 1.2 does and 1.1 does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file at `path`, lay ``section.key=value`` words over it, and check the whole.
+
+    Raises UserError, one sentence, for a missing or malformed file, an unknown key or a wrong value.
+    """
+    return parse(_read(pathlib.Path(path)), overrides, where=str(path))
+
+
+def parse(tree: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "config") -> Config:
+    """Check a tree of plain values, as `load` does for a file."""
+    merged: dict[str, Any] = _copy(tree)
+    for word in overrides:
+        _override(merged, word)
+    _refuse_unknown(merged, Config, "", where)
+    try:
+        return Config.model_validate(merged)
+    except pydantic.ValidationError as error:
+        raise UserError(_sentence(error, where)) from None
+
+
+def dump(config: Config) -> str:
+    """Return the resolved config as YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def fields(section: type[pydantic.BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Yield (dotted key, type, default, description) for every setting, sections opened up."""
+    for name, field in section.model_fields.items():
+        nested = _nested(field.annotation)
+        if nested is not None:
+            yield from fields(nested, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.annotation, field.get_default(call_default_factory=True), field.description or ""
+
+
+def _nested(annotation: Any) -> type[pydantic.BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel) else None
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"no config file {path}; {nearest(path.name, near)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}") from None
+    try:
+        tree = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds {type(tree).__name__}, not a mapping of settings")
+    return tree
+
+
+def _override(tree: dict[str, Any], word: str) -> None:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise UserError(f"{word!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value in {word!r} is not YAML: {' '.join(str(error).split())}") from None
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"{word!r}: {parent} is a value, not a section")
+        tree = child
+    tree[leaf] = value
+
+
+def _refuse_unknown(tree: Mapping[str, Any], section: type[pydantic.BaseModel], prefix: str, where: str) -> None:
+    for key, value in tree.items():
+        if key not in section.model_fields:
+            raise UserError(f"{where}: there is no setting {prefix}{key}; {_nearest_key(str(key), section, prefix)}")
+        nested = _nested(section.model_fields[key].annotation)
+        if nested is None:
+            continue
+        if value is None:
+            raise UserError(f"{where}: section {prefix}{key} is empty; leave it out for its defaults")
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: {prefix}{key} is a section with keys {', '.join(nested.model_fields)}; got {value!r}")
+        _refuse_unknown(value, nested, f"{prefix}{key}.", where)
+
+
+def _nearest_key(key: str, section: type[pydantic.BaseModel], prefix: str) -> str:
+    here = nearest(key, section.model_fields)
+    if here.startswith("did you mean"):
+        return here.replace("'", f"'{prefix}", 1)
+    everywhere = [dotted for dotted, *_ in fields() if dotted.rpartition(".")[2] == key]
+    if everywhere:
+        return f"did you mean {' or '.join(repr(dotted) for dotted in everywhere)}?"
+    return here if prefix else nearest(key, [dotted for dotted, *_ in fields()])
+
+
+def _sentence(error: pydantic.ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-")))
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = "" if isinstance(given, (dict, pydantic.BaseModel)) else f" (got {given!r})"
+    more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    return f"{where}: {key or 'config'}: {message[:1].lower()}{message[1:]}{shown}{more}"

@@ -1,0 +1,1 @@
+"""The Plan, and how one comes about."""
