@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -82,7 +82,8 @@ class _Devices:
     def _simulate(self, item: pytest.Item, count: int) -> None:
         import jax
 
-        before = jax.config.read("jax_num_cpu_devices"), jax.config.read("jax_platforms")
+        settings: Any = jax.config  # Its attributes are made at run time.
+        before = settings.jax_num_cpu_devices, settings.jax_platforms
         _configure_devices(count, "cpu")
         self._before = self._before or before
         if jax.device_count() != count:
