@@ -1,1 +1,42 @@
 """Reference models: plain functions of parameters and batch, with Flax NNX modules behind them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .transformer.build import decoder as decoder
+    from .transformer.config import DecoderConfig as DecoderConfig
+    from .transformer.preset import preset as preset
+    from .transformer.preset import preset_facts as preset_facts
+    from .transformer.preset import presets as presets
+    from .sampling import generate as generate
+    from .perceptron import mlp as mlp
+    from .model import Model as Model
+
+# Name → module that defines it. Loaded on first use: Flax is imported only when a model is built.
+_HOMES = {
+    "DecoderConfig": "transformer.config",
+    "Model": "model",
+    "decoder": "transformer.build",
+    "generate": "sampling",
+    "mlp": "perceptron",
+    "preset": "transformer.preset",
+    "preset_facts": "transformer.preset",
+    "presets": "transformer.preset",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

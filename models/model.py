@@ -1,0 +1,56 @@
+"""What a model is to everything else: four functions and the names of its parameters' dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import jax
+
+Params: TypeAlias = Mapping[str, Any]
+Batch: TypeAlias = "Mapping[str, jax.Array]"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A language model written once, without a word about devices.
+
+    Every function is pure and can be traced with abstract arrays, so `jax.eval_shape(model.init, key)`
+    costs no memory and `jax.jit(model.init, out_shardings=...)` creates each parameter in shards.
+
+    A batch is a dictionary of int32 arrays ``[batch, sequence]``: `tokens`, `targets` (-1 is not counted)
+    and, where rows hold several documents, `segment_ids` (0 is padding) and `positions` (from 0 in each
+    document). Without `segment_ids` a row is one document.
+    """
+
+    config: Any
+    """What the model was built from."""
+
+    init: Callable[[jax.Array], Params]
+    """``init(key) -> params``: a nested dictionary of arrays; the values depend on the key alone."""
+
+    loss: Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+    """``loss(params, batch)``: mean float32 loss over counted targets, in nats, and an auxiliary dictionary
+    whose ``"weight"`` is the number of counted targets (float32)."""
+
+    logits: Callable[..., jax.Array]
+    """``logits(params, tokens, segment_ids=None, positions=None)`` → float32 ``[batch, sequence, vocab]``."""
+
+    names: Mapping[str, Any]
+    """Parallel to the parameters: a tuple of named dimensions for each array."""
+
+    num_parameters: int
+    """Scalars in all parameters."""
+
+    flops_per_token: Callable[[int], float]
+    """``flops_per_token(sequence)``: floating-point operations of one training step per token, forward and
+    backward, without recomputation, and with only the visible half of causal attention counted."""
+
+    empty_cache: Callable[[int, int], Any] | None = None
+    """``empty_cache(batch, length)``: keys and values of no token yet; None if the model cannot decode."""
+
+    decode: Callable[..., tuple[jax.Array, Any]] | None = None
+    """``decode(params, cache, tokens, index)``: feed tokens ``[batch]`` at place `index`; returns logits of
+    the token after it, float32 ``[batch, vocab]``, and the cache with this token in it."""

@@ -1,0 +1,127 @@
+"""The whole decoder: embedding, a scan over stacked layers, the last norm, and the projection to logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ...sharding.errors import UserError
+from .attend import View, soft_cap
+from .block import Block, Cache, Turn
+from .config import DecoderConfig
+from .norm import Norm
+from .param import normal
+from .rope import inverse_frequencies, rotation
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer whose layers are one `Block` with a leading layers dimension.
+
+    A stacked block is traced, compiled and read by the planner once, whatever the number of layers.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        embed, vocab = config.embed, config.vocab
+        self.table = normal(rngs.params(), (vocab, embed), ("vocab", "embed"), config, fan_in=embed)
+        if config.position_embedding == "learned":
+            shape = (config.max_sequence, embed)
+            self.positions = normal(
+                rngs.params(), shape, ("sequence", "embed"), config, fan_in=embed, gain=0.5
+            )
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
+        self.final_norm = Norm(config)
+        if not config.tied_embeddings:
+            self.unembed = normal(rngs.params(), (embed, vocab), ("embed", "vocab"), config, fan_in=embed)
+
+    def __call__(
+        self, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the normalised stream ``[batch, sequence, embed]`` that `project` turns into logits."""
+        sequence = tokens.shape[1]
+        if self.config.position_embedding == "learned" and sequence > self.config.max_sequence:
+            raise UserError(f"sequence={sequence} is longer than max_sequence={self.config.max_sequence}")
+        index = jnp.arange(sequence, dtype=jnp.int32)
+        view = View(index, index, segment_ids, segment_ids)
+
+        def layer(x: jax.Array, xs: tuple[Any, Any]) -> tuple[jax.Array, None]:
+            parameters, is_global = xs
+            turn, window = self._layer_view(turns, is_global, sequence)
+            return nnx.merge(graph, parameters)(x, turn, view._replace(window=window)), None
+
+        positions = index if positions is None else positions
+        turns = self._turns(positions)
+        graph, stacked = nnx.split(self.layers)
+        x, _ = jax.lax.scan(layer, self._embed(tokens, positions), (stacked, self._globals()))
+        return self.final_norm(x)
+
+    def step(self, tokens: jax.Array, index: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Feed one token of each row ``[batch]`` at place `index`; return the stream ``[batch, 1, embed]``."""
+        length = cache.key.shape[2]
+        place = jnp.reshape(index, (1,)).astype(jnp.int32)
+        view = View(place, jnp.arange(length, dtype=jnp.int32))
+
+        def layer(x: jax.Array, xs: tuple[Any, Any, Cache]) -> tuple[jax.Array, Cache]:
+            parameters, is_global, old = xs
+            turn, window = self._layer_view(turns, is_global, length)
+            return nnx.merge(graph, parameters).step(x, turn, view._replace(window=window), old)
+
+        turns = self._turns(place)
+        graph, stacked = nnx.split(self.layers)
+        x, cache = jax.lax.scan(layer, self._embed(tokens[:, None], place), (stacked, self._globals(), cache))
+        return self.final_norm(x), cache
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """Return float32 logits ``[..., vocab]`` of the stream ``[..., embed]``."""
+        if self.config.tied_embeddings:
+            table = self.table[...].astype(x.dtype)
+            logits = jnp.einsum("...e,ve->...v", x, table, preferred_element_type=jnp.float32)
+        else:
+            table = self.unembed[...].astype(x.dtype)
+            logits = jnp.einsum("...e,ev->...v", x, table, preferred_element_type=jnp.float32)
+        return soft_cap(logits, self.config.final_soft_cap)
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        config = self.config
+        # A token that is not in the vocabulary reads NaN, so that the loss says so; clamping would hide it.
+        look_up = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
+        x = self.table[...].at[tokens].get(**look_up).astype(config.compute_dtype)
+        if config.scale_embeddings:
+            x = x * jnp.asarray(config.embed**0.5, x.dtype)
+        if config.position_embedding == "learned":
+            x = x + self.positions[...].at[positions].get(**look_up).astype(x.dtype)
+        return x
+
+    def _turns(self, positions: jax.Array) -> tuple[Turn, ...]:
+        """Return the rotations of global and, where they differ, of local layers."""
+        config = self.config
+        if config.position_embedding == "learned":
+            return ()
+        turns = (rotation(positions, inverse_frequencies(config)),)
+        if config.rope_local_theta is not None:
+            turns += (rotation(positions, inverse_frequencies(config, local=True)),)
+        return turns
+
+    def _globals(self) -> np.ndarray | None:
+        """Return which layers ignore the window, bool ``[layers]``; None when all layers are alike."""
+        if self.config.global_every is None:
+            return None
+        return np.arange(1, self.config.layers + 1) % self.config.global_every == 0
+
+    def _layer_view(
+        self, turns: tuple[Turn, ...], is_global: jax.Array | None, keys: int
+    ) -> tuple[Turn | None, jax.Array | int | None]:
+        """Return a layer's rotation and window; None is no limit."""
+        window = self.config.window
+        turn = turns[0] if turns else None
+        if is_global is not None:
+            if len(turns) == 2:
+                cos, sin = (jnp.where(is_global, far, near) for far, near in zip(*turns, strict=True))
+                turn = (cos, sin)
+            return turn, jnp.where(is_global, keys, window)
+        return turn, window if window is not None and window < keys else None
