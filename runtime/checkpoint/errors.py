@@ -1,0 +1,14 @@
+"""What can be wrong with a checkpoint."""
+
+from __future__ import annotations
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none that is whole is left; the message says where and why."""
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was saved; the message names the leaf or the file.
+
+    Raised inside this package and answered there by setting the checkpoint aside.
+    """

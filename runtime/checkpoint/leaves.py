@@ -1,0 +1,82 @@
+"""A state as a list of named leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ...sharding.errors import UserError
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """Return a name for each leaf, in the order of `jax.tree.leaves`: ``params/embed/table``."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") or "(state)" for path in paths]
+
+
+def nest(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """Arrange one value for each name in nested dicts: ``params/embed`` goes to ``["params"]["embed"]``.
+
+    What Orbax stores is then independent of the classes in the state (optax's named tuples, empty states).
+    """
+    nested: dict[str, Any] = {}
+    for name, value in zip(names, values, strict=True):
+        *outer, last = name.split("/")
+        inner = nested
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return nested
+
+
+def pick(nested: Any, names: Sequence[str]) -> list[Any]:
+    """Return the values that `nest` arranged, in the order of `names`."""
+    found = []
+    for name in names:
+        inner = nested
+        for key in name.split("/"):
+            inner = inner[key]
+        found.append(inner)
+    return found
+
+
+def check_arrays(state: Any) -> None:
+    """Refuse what cannot be saved before anything is written: all leaves must be live `jax.Array`s.
+
+    Raises `UserError` naming the leaf.
+    """
+    leaves = jax.tree.leaves(state)
+    if not leaves:
+        raise UserError("the state to save has no arrays in it")
+    names = leaf_names(state)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"two leaves of the state are named {twice}; give their keys different names")
+    for name, leaf in zip(names, leaves, strict=True):
+        if not isinstance(leaf, jax.Array):
+            kind = f"{type(leaf).__module__}.{type(leaf).__name__}".removeprefix("builtins.")
+            raise UserError(
+                f"state leaf {name} is a {kind}, not a jax.Array; place it on the mesh with jax.device_put"
+            )
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise UserError(f"state leaf {name} is a typed random key; keep jax.random.key_data(key) instead")
+        if leaf.size == 0:
+            raise UserError(f"state leaf {name} of shape {list(leaf.shape)} holds nothing; leave it out")
+        if leaf.is_deleted():
+            raise UserError(f"state leaf {name} was donated to an earlier step; save what that step returned")
+
+
+def nbytes(leaves: Sequence[Any]) -> int:
+    """Return the bytes of all leaves, each counted once however often it is replicated."""
+    return sum(int(np.prod(leaf.shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def by_devices(leaves: Sequence[Any]) -> list[list[int]]:
+    """Return the indices of `leaves` in groups that live on the same devices: one jitted call serves each."""
+    groups: dict[frozenset[Any], list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        groups.setdefault(frozenset(leaf.sharding.device_set), []).append(index)
+    return list(groups.values())
