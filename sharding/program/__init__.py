@@ -1,0 +1,59 @@
+"""A function as the planner sees it: its equations, and the dimensions that must be sharded alike."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .flops import Work as Work
+    from .flops import total_flops as total_flops
+    from .flops import work as work
+    from .mixing import Mixing as Mixing
+    from .mixing import batch_mixing as batch_mixing
+    from .op_rules import register_op_rule as register_op_rule
+    from .op_rules.rule import Op as Op
+    from .op_rules.rule import OpRule as OpRule
+    from .op_rules.rule import einsum_rule as einsum_rule
+    from .record import Conflict as Conflict
+    from .record import Dim as Dim
+    from .record import Equation as Equation
+    from .record import Factor as Factor
+    from .record import Program as Program
+    from .record import Scope as Scope
+    from .tracing import trace as trace
+
+# Name → module that defines it. No module has the name of what it defines, so that importing one cannot
+# shadow the other.
+_HOMES = {
+    "Conflict": "record",
+    "Dim": "record",
+    "Equation": "record",
+    "Factor": "record",
+    "Mixing": "mixing",
+    "Op": "op_rules.rule",
+    "OpRule": "op_rules.rule",
+    "Program": "record",
+    "Scope": "record",
+    "Work": "flops",
+    "batch_mixing": "mixing",
+    "einsum_rule": "op_rules.rule",
+    "register_op_rule": "op_rules",
+    "total_flops": "flops",
+    "trace": "tracing",
+    "work": "flops",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

@@ -1,0 +1,103 @@
+"""The named dimensions of a program, from how its factors are used and where they stand."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from .labels import AxisNames, label_votes, unique
+from .record import Argument, Dim, Place
+from .resolve import Resolver, Use
+
+
+def families(count: int, kin: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[int]:
+    """Return the family of each dim: those that are kin, through their major factors, share one."""
+    parent = list(range(count))
+
+    def find(dim: int) -> int:
+        while parent[dim] != dim:
+            parent[dim] = parent[parent[dim]]
+            dim = parent[dim]
+        return dim
+
+    for left, right in kin:
+        if left and right:
+            a, b = sorted((find(left[0]), find(right[0])))
+            parent[b] = a
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(find(dim), len(numbers)) for dim in range(count)]
+
+
+def leading_batch(arguments: Sequence[Argument]) -> tuple[int, ...]:
+    """Return the dims that most arrays of the data lead with; ties go to the larger arrays.
+
+    Dims that parameters have do not count: a table that comes with the data is no batch.
+    """
+    in_parameters = {d for a in arguments if a.is_parameter for dim in a.dims for d in dim}
+    votes: Counter[tuple[int, ...]] = Counter()
+    for argument in arguments:
+        if not argument.is_parameter and argument.dims and argument.dims[0]:
+            if not in_parameters.intersection(argument.dims[0]):
+                votes[argument.dims[0]] += 1
+    return max(votes, key=lambda dims: votes[dims], default=())
+
+
+def build(
+    resolver: Resolver,
+    arguments: Sequence[Argument],
+    family: Sequence[int],
+    batch: tuple[int, ...],
+    given: Mapping[tuple[int, str], AxisNames],
+) -> tuple[Dim, ...]:
+    """Put together what is known of every dim."""
+    places: dict[int, list[Place]] = defaultdict(list)
+    in_parameters: set[int] = set()
+    in_data: set[int] = set()
+    for argument in arguments:
+        for dimension, composition in enumerate(argument.dims):
+            (in_parameters if argument.is_parameter else in_data).update(composition)
+            for part, dim in enumerate(composition):
+                place = Place(argument=argument.index, path=argument.path, dimension=dimension, part=part)
+                places[dim].append(place)
+    conflicts: dict[int, list] = defaultdict(list)
+    for conflict in resolver.conflicts:
+        conflicts[conflict.dim].append(conflict)
+    alone, part = label_votes(arguments, given)
+    wanted: list[tuple[str, int]] = []
+    labels: list[tuple[str, ...]] = []
+    for dim, (size, use) in enumerate(zip(resolver.sizes, resolver.uses, strict=True)):
+        found = [name for votes in (alone, part) for name, _ in votes.get(dim, Counter()).most_common()]
+        labels.append(tuple(dict.fromkeys(found)))
+        made_up = "batch" if dim in batch else "layers" if use.scanned and dim in in_parameters else ""
+        wanted.append((found[0] if found else made_up, size))
+    names = unique(wanted)
+    return tuple(
+        Dim(
+            id=dim,
+            name=names[dim],
+            size=size,
+            labels=labels[dim],
+            family=family[dim],
+            places=tuple(places[dim]),
+            contracted=use.contracted,
+            scanned=use.scanned,
+            stacked=use.scanned and dim in in_parameters,
+            batch_like=dim in in_data and dim not in in_parameters,
+            whole=_why_whole(use, size),
+            whole_at=tuple(index for index, _ in use.whole_at),
+            conflicts=tuple(conflicts[dim]),
+        )
+        for dim, (size, use) in enumerate(zip(resolver.sizes, resolver.uses, strict=True))
+    )
+
+
+def _why_whole(use: Use, size: int) -> str | None:
+    if size == 0:
+        return "it is empty"
+    if use.useful:
+        return None
+    if use.windowed_at:
+        return f"it is the window of {use.windowed_at[0][1]}"
+    if use.whole_at:
+        return f"{use.whole_at[0][1]} needs it whole, and nothing else uses it"
+    return None

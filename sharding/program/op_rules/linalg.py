@@ -1,0 +1,58 @@
+"""Factorisations, solves and Fourier transforms: leading dimensions are independent, the last are whole."""
+
+from __future__ import annotations
+
+from .rule import Builder, Op, OpRule, Rule
+
+
+def batched(op: Op) -> OpRule:
+    """Unite the leading dimensions that all arrays share; matrices stay whole."""
+    rank = min((len(shape) for shape in (*op.ins, *op.outs)), default=0)
+    lead = max(len(op.ins[0]) - 2, 0)
+    return _leading(op, min(lead, rank))
+
+
+def fft(op: Op) -> OpRule:
+    """Transform the last dimensions, each whole; a real transform changes the size of the last."""
+    lead = len(op.ins[0]) - len(op.params["fft_lengths"])
+    builder = Builder(op)
+    for dim, size in enumerate(op.ins[0]):
+        if dim < lead:
+            builder.factor("map", size, [(0, dim)], [(0, dim)])
+        else:
+            builder.resized(0, dim, 0, dim, kind="whole")
+    return builder.done()
+
+
+def triangular_solve(op: Op) -> OpRule:
+    """Solve [.., n, n] for [.., n, m] (or [.., m, n]): right-hand sides are independent."""
+    rank = len(op.ins[1])
+    free = rank - 1 if op.params["left_side"] else rank - 2
+    builder = Builder(op)
+    for dim in range(rank - 2):
+        builder.factor("map", op.ins[1][dim], [(0, dim), (1, dim)], [(0, dim)])
+    for dim in (rank - 2, rank - 1):
+        builder.factor("map" if dim == free else "whole", op.ins[1][dim], [(1, dim)], [(0, dim)])
+    return builder.done()
+
+
+def _leading(op: Op, lead: int) -> OpRule:
+    builder = Builder(op)
+    for dim in range(lead):
+        size = op.ins[0][dim]
+        builder.factor(
+            "map",
+            size,
+            [(n, dim) for n, shape in enumerate(op.ins) if len(shape) > dim and shape[dim] == size],
+            [(n, dim) for n, shape in enumerate(op.outs) if len(shape) > dim and shape[dim] == size],
+        )
+    return builder.done()
+
+
+_BATCHED = ["cholesky", "cholesky_update", "eig", "eigh", "geqrf", "hessenberg", "householder_product", "lu", "lu_pivots_to_permutation", "ormqr", "qr", "schur", "svd", "symmetric_product", "tridiagonal", "tridiagonal_solve"]
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_BATCHED, batched),
+    "fft": fft,
+    "triangular_solve": triangular_solve,
+}

@@ -1,0 +1,227 @@
+"""What `trace` returns: a program's equations over named dimensions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jax.extend import core, source_info_util
+
+from .op_rules.rule import Kind
+
+# The named dimensions of an array: for each array dimension the ids of the dims it consists of, major to
+# minor; empty where the size is 1.
+Dims = tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Conflict:
+    """A dim that meets itself in one array, so that only one of its places can be sharded by it.
+
+    `equation` is the index of the equation whose result the array is, None for an argument; `places` are
+    the array dimensions.
+    """
+
+    dim: int
+    equation: int | None
+    array: str
+    shape: tuple[int, ...]
+    places: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a dim stands among the arguments: factor number `part` of array dimension `dimension`."""
+
+    argument: int
+    path: str
+    dimension: int
+    part: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dim:
+    """A set of array dimensions, or factors of them, that are sharded alike.
+
+    `labels` are what the user's names say of it, best first; `name` is one of them or made up, and unique.
+    Dims of one `family` have different sizes but come from each other by slicing, padding, joining or
+    windows, so one would rather shard them alike.
+
+    contracted: somewhere it is summed over, so that sharding it leaves partial results to reduce.
+    scanned:    a loop walks it one step after another.
+    stacked:    it is scanned and parameters have it: a model's layers.
+    batch_like: the data have it and no parameter does.
+    whole:      why it must not be sharded, or None.
+    whole_at:   indices of the equations that need it whole on each device; it can be sharded elsewhere.
+    """
+
+    id: int
+    name: str
+    size: int
+    labels: tuple[str, ...]
+    family: int
+    places: tuple[Place, ...]
+    contracted: bool
+    scanned: bool
+    stacked: bool
+    batch_like: bool
+    whole: str | None
+    whole_at: tuple[int, ...]
+    conflicts: tuple[Conflict, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Factor:
+    """A dimension of one equation's iteration space, as in an einsum.
+
+    `ins` and `outs` are the (operand, array dimension) and (result, array dimension) places it stands in;
+    `dims` the named dimensions it consists of, major to minor. Two factors of one equation may be the same
+    dim: a conflict (the queries' and the keys' sequence).
+    """
+
+    kind: Kind
+    size: int
+    dims: tuple[int, ...]
+    ins: tuple[tuple[int, int], ...]
+    outs: tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Equation:
+    """One equation: its factors, the dims of its operands and results, and the scopes it runs.
+
+    index:        its place in the order of the whole program, scopes included.
+    trips:        how often each run of it runs its scopes: 1 unless it is a loop, None when not known.
+    multiplicity: how often the program runs it, the product of the trips around it; a loop of unknown
+                  length counts once and `counted` is False.
+    """
+
+    index: int
+    primitive: str
+    eqn: core.JaxprEqn
+    factors: tuple[Factor, ...]
+    ins: tuple[Dims, ...]
+    outs: tuple[Dims, ...]
+    scopes: tuple[Scope, ...]
+    trips: int | None
+    multiplicity: int
+    counted: bool
+
+    @property
+    def where(self) -> str:
+        """The user's source line that wrote it: ``file.py:12:4 (function)``."""
+        return source_info_util.summarize(self.eqn.source_info)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scope:
+    """A jaxpr at one place it is called from, with the dims that each variable has there.
+
+    Nested as the equations are (`Equation.scopes`), so that a transformation can re-evaluate the jaxpr
+    beside it. One jaxpr called twice has two scopes.
+    """
+
+    jaxpr: core.Jaxpr
+    dims: Mapping[core.Var, Dims]
+    equations: tuple[Equation, ...]
+
+    def dims_of(self, atom: Any) -> Dims:
+        """Return the dims of a variable of this scope, or of a literal, which has none."""
+        if isinstance(atom, core.Literal):
+            return ((),) * len(getattr(atom.aval, "shape", ()))
+        return self.dims[atom]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Argument:
+    """A leaf of the function's arguments: `position` is which argument, `path` where in it."""
+
+    index: int
+    position: int
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    dims: Dims
+    is_parameter: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """A leaf of what the function returns."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    dims: Dims
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Unknown:
+    """A primitive without a rule: its arrays stay whole around it. `where` is the first place."""
+
+    primitive: str
+    count: int
+    where: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A traced function over named dimensions.
+
+    `arguments` and `results` are in the order of `jaxpr.in_avals` and `out_avals`. `families` are the ids
+    of the dims of each family. `batch_dims` are the dims that lead the arrays of the data, major to minor.
+    """
+
+    jaxpr: core.ClosedJaxpr
+    scope: Scope
+    dims: tuple[Dim, ...]
+    families: tuple[tuple[int, ...], ...]
+    arguments: tuple[Argument, ...]
+    results: tuple[Result, ...]
+    batch_dims: tuple[int, ...]
+    conflicts: tuple[Conflict, ...]
+    unknown: tuple[Unknown, ...]
+
+    def equations(self) -> Iterator[Equation]:
+        """Walk every equation in program order, a call before what it runs."""
+        return walk_equations(self.scope)
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Dim]:
+        """The dims by name."""
+        return {dim.name: dim for dim in self.dims}
+
+    @functools.cached_property
+    def parameters(self) -> tuple[Argument, ...]:
+        """The arguments that are parameters."""
+        return tuple(argument for argument in self.arguments if argument.is_parameter)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the structure, shapes and types: the same in every process, for the same JAX."""
+        from .identity import fingerprint
+
+        return fingerprint(self.jaxpr)
+
+    def labelled(self, label: str) -> tuple[tuple[int, ...], ...]:
+        """Return the distinct compositions of array dimensions that the user's names call `label`."""
+        found = {
+            argument.dims[place.dimension]: None
+            for dim in self.dims
+            if label in dim.labels
+            for place in dim.places
+            for argument in (self.arguments[place.argument],)
+        }
+        return tuple(
+            composition for composition in found if all(label in self.dims[d].labels for d in composition)
+        )
+
+
+def walk_equations(scope: Scope) -> Iterator[Equation]:
+    """Walk the equations of `scope` and of the scopes within, in order."""
+    for equation in scope.equations:
+        yield equation
+        for inner in equation.scopes:
+            yield from walk_equations(inner)

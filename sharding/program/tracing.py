@@ -1,0 +1,101 @@
+"""Trace a function and name its dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from ..errors import UserError
+from ..paths import path_of
+from . import dims as named
+from .labels import axis_names
+from .record import Argument, Program, Result, Unknown
+from .resolve import Resolver
+from .walk import Walk, shape_of
+
+
+def trace(fn: Callable[..., Any], *args: Any, names: Any = None, parameters: Sequence[int] = (0,)) -> Program:
+    """Trace `fn` on abstract `args` and find its named dimensions.
+
+    Args:
+        fn: any function that JAX can trace; usually ``loss(params, batch)``.
+        args: pytrees of arrays, or of anything with a shape and dtype. Nothing is computed.
+        names: the user's names of array dimensions, as a tree parallel to the first argument with a tuple
+            of names (or None) for each array; or a dictionary from argument positions to such trees.
+            Names only label what is found.
+        parameters: which arguments are parameters; the others are data.
+
+    Raises:
+        UserError: when names do not fit the arguments.
+    """
+    for position in parameters:
+        if position not in range(len(args)):
+            raise UserError(f"parameters={tuple(parameters)}, but there are {len(args)} arguments")
+    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    return read(closed, args, out_shape, names=names, parameters=parameters)
+
+
+def read(
+    closed: Any, args: Sequence[Any], out_shape: Any, *, names: Any = None, parameters: Sequence[int] = (0,)
+) -> Program:
+    """Name the dimensions of a jaxpr that `jax.make_jaxpr` made of `args`; see `trace`."""
+    given = axis_names(args, names)
+    walk = Walk()
+    raw_args = [walk.fresh(shape_of(var)) for var in closed.jaxpr.invars]
+    raw = walk.scope(closed.jaxpr, raw_args)
+
+    resolver = Resolver(walk)
+    leaves = [
+        (position, path_of(keys))
+        for position, arg in enumerate(args)
+        for keys, _ in jax.tree_util.tree_leaves_with_path(arg)
+    ]
+    arguments = tuple(
+        Argument(
+            index=index,
+            position=position,
+            path=path,
+            shape=shape_of(var),
+            dtype=var.aval.dtype,
+            dims=resolver.array(dims),
+            is_parameter=position in parameters,
+        )
+        for index, ((position, path), var, dims) in enumerate(
+            zip(leaves, closed.jaxpr.invars, raw_args, strict=True)
+        )
+    )
+    for argument in arguments:
+        resolver.note_conflicts(argument.dims, argument.shape, None, argument.path)
+    scope = resolver.scope(raw)
+    results = tuple(
+        Result(path=path_of(keys), shape=leaf.shape, dtype=leaf.dtype, dims=resolver.array(dims))
+        for (keys, leaf), dims in zip(jax.tree_util.tree_leaves_with_path(out_shape), raw.outs, strict=True)
+    )
+    kin = [(resolver.seq(a), resolver.seq(b)) for a, b in walk.kin]
+    family = named.families(len(resolver.sizes), kin)
+    batch = named.leading_batch(arguments)
+    members: dict[int, list[int]] = {}
+    for dim, number in enumerate(family):
+        members.setdefault(number, []).append(dim)
+    return Program(
+        jaxpr=closed,
+        scope=scope,
+        dims=named.build(resolver, arguments, family, batch, given),
+        families=tuple(tuple(ids) for ids in members.values()),
+        arguments=arguments,
+        results=results,
+        batch_dims=batch,
+        conflicts=tuple(resolver.conflicts),
+        unknown=tuple(
+            Unknown(primitive=name, count=len(eqns), where=_where(eqns[0]))
+            for name, eqns in walk.unknown.items()
+        ),
+    )
+
+
+def _where(eqn: Any) -> str:
+    from jax.extend import source_info_util
+
+    return source_info_util.summarize(eqn.source_info)
