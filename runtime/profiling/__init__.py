@@ -1,0 +1,47 @@
+"""Where a step's time went: capture a window of steps, read the trace, say what took how long.
+
+The loop drives a `ProfileWindow`, and `save_program` writes the compiled step beside the trace; `profile_run`
+reads both back and `report` shows them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .capture import ProfileWindow as ProfileWindow
+    from .capture import capture as capture
+    from .config import ProfileConfig as ProfileConfig
+    from .profile import Profile as Profile
+    from .program import save_program as save_program
+    from .read import profile_run as profile_run
+    from .read import read_profile as read_profile
+    from .report import print_report as print_report
+    from .report import report as report
+
+_HOMES = {
+    "Profile": "profile",
+    "ProfileConfig": "config",
+    "ProfileWindow": "capture",
+    "capture": "capture",
+    "print_report": "report",
+    "profile_run": "read",
+    "read_profile": "read",
+    "report": "report",
+    "save_program": "program",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

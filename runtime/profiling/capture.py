@@ -1,0 +1,217 @@
+"""Capture a window of steps as an XLA trace.
+
+Every process writes two files into one folder, ``<directory>/plugins/profile/<session>/``:
+
+- ``<host>_<process>.xplane.pb``, which `read_profile` reads and XProf opens when pointed at `<directory>`
+- ``<host>_<process>.trace.json.gz``, which ui.perfetto.dev opens
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ...sharding.errors import UserError
+from .config import MAX_STEPS
+
+#: The name under which a step's wait for data stands in a trace.
+DATA_WAIT = "data_wait"
+#: The name under which a step of training stands in a trace, with `step_num`.
+STEP = "train_step"
+#: Where below a profile folder the sessions stand: the place that XProf looks in.
+SESSIONS = Path("plugins", "profile")
+
+
+class ProfileWindow:
+    """Captures `num_steps` steps from `start_step` on; outside of the window each call is one comparison.
+
+    The loop calls `on_step_start`, `data_wait` and `on_step_end` for every step and `close` (or leaves the
+    context) when it ends. Devices run behind the host, so the window waits for the devices twice: before it
+    begins, that earlier steps are not in it, and before it ends, that its last step is. Writing the trace
+    happens in a thread, beside the steps that follow. A run that resumes inside the window captures its rest.
+    """
+
+    def __init__(self, *, start_step: int | None, num_steps: int = 3, directory: str | Path) -> None:
+        """Plan a window; `start_step=None` captures nothing.
+
+        Raises:
+            UserError: `num_steps` is not between 1 and 20, or `start_step` is negative.
+        """
+        if not 1 <= num_steps <= MAX_STEPS:
+            nearest = min(max(num_steps, 1), MAX_STEPS)
+            raise UserError(
+                f"profile.num_steps={num_steps} must lie between 1 and {MAX_STEPS}; nearest: {nearest}"
+            )
+        if start_step is not None and start_step < 0:
+            raise UserError(f"profile.start_step={start_step} is before the first step; nearest: 0")
+        self._first = start_step if start_step is not None else -1
+        self._end = self._first + num_steps if start_step is not None else -1
+        self._directory = Path(directory)
+        self._recorder: _Recorder | None = None
+        self._step: contextlib.AbstractContextManager[object] | None = None
+        self._writer: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a trace is being captured now."""
+        return self._recorder is not None
+
+    def on_step_start(self, step: int) -> None:
+        """Begin step number `step`; the first one of the window begins the trace.
+
+        Raises:
+            UserError: Another trace is being captured in this process.
+        """
+        if not self._first <= step < self._end:
+            return
+        import jax.profiler
+
+        if self._recorder is None and self._writer is None:
+            self._recorder = _Recorder(self._directory, session=f"step_{self._first:08d}")
+            self._recorder.start()
+        if self._recorder is not None:
+            self._step = jax.profiler.StepTraceAnnotation(STEP, step_num=step)
+            self._step.__enter__()
+
+    def data_wait(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context in which the loop waits for its next batch."""
+        if self._recorder is None:
+            return contextlib.nullcontext()
+        import jax.profiler
+
+        return jax.profiler.TraceAnnotation(DATA_WAIT)
+
+    def on_step_end(self, step: int, outputs: Any = None) -> None:
+        """End step number `step`, which gave `outputs`; the last one of the window ends the trace.
+
+        Args:
+            step: The step's number.
+            outputs: Any arrays the step computes that later steps do not donate, such as its metrics:
+                waited for at the window's two edges.
+        """
+        if step == self._first - 1:
+            _wait_for(outputs)
+        if self._recorder is None:
+            return
+        self._leave_step()
+        if step >= self._end - 1:
+            _wait_for(outputs)
+            self._stop()
+
+    def close(self) -> None:
+        """End a window that the loop left early, and wait until the trace is written.
+
+        Warns:
+            UserWarning: The trace could not be written; training goes on without it.
+        """
+        self._leave_step()
+        self._stop()
+        if self._writer is not None:
+            self._writer.join()
+        if self._failure is not None:
+            warnings.warn(f"the profile could not be written: {self._failure}", stacklevel=2)
+            self._failure = None
+
+    def __enter__(self) -> ProfileWindow:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _leave_step(self) -> None:
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            self._step = None
+
+    def _stop(self) -> None:
+        if self._recorder is None:
+            return
+        recorder, self._recorder = self._recorder, None
+
+        def write() -> None:
+            try:
+                recorder.stop()
+            except Exception as error:
+                self._failure = error
+
+        self._writer = threading.Thread(target=write, name="profile-writer")
+        self._writer.start()
+
+
+@contextlib.contextmanager
+def capture(directory: str | Path) -> Iterator[None]:
+    """Trace what runs inside the context into `directory`, and write it before leaving.
+
+    Devices run behind the host: wait for the last result (``jax.block_until_ready``) inside the context.
+
+    Raises:
+        UserError: Another trace is being captured in this process.
+    """
+    recorder = _Recorder(Path(directory), session=time.strftime("capture_%Y%m%d_%H%M%S"))
+    recorder.start()
+    try:
+        yield
+    finally:
+        recorder.stop()
+
+
+class _Recorder:
+    """One trace of this process. JAX names its files after the host alone, so two processes of one host would
+    overwrite each other: each writes into a folder of its own, whose files are then moved to the session's.
+    """
+
+    def __init__(self, directory: Path, *, session: str) -> None:
+        import jax
+
+        self._process = jax.process_index()
+        self._session = directory / SESSIONS / session
+        self._scratch = directory / f".writing_{self._process}_{os.getpid()}"
+
+    def start(self) -> None:
+        import jax.profiler
+
+        options = jax.profiler.ProfileOptions()
+        # Following every Python call costs more than the steps themselves.
+        options.python_tracer_level = 0
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        try:
+            jax.profiler.start_trace(self._scratch, profiler_options=options)
+        except RuntimeError as error:
+            shutil.rmtree(self._scratch)
+            raise UserError(f"cannot start a profile: {error}") from error
+
+    def stop(self) -> None:
+        import jax.profiler
+
+        try:
+            jax.profiler.stop_trace()
+            self._session.mkdir(parents=True, exist_ok=True)
+            name = f"{socket.gethostname()}_{self._process}"
+            sizes = {}
+            for suffix in (".trace.json.gz", ".xplane.pb"):
+                for written in self._scratch.glob(f"{SESSIONS}/*/*{suffix}"):
+                    sizes[suffix] = written.stat().st_size
+                    os.replace(written, self._session / f"{name}{suffix}")
+            # A trace cut at the border of a message still parses: its size says whether it is whole.
+            (self._session / f"{name}.sizes.json").write_text(json.dumps(sizes) + "\n")
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _wait_for(outputs: Any) -> None:
+    import jax
+
+    jax.block_until_ready(outputs)

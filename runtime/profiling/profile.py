@@ -1,0 +1,133 @@
+"""The record of where steps' time went."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectiveTime:
+    """One kind of communication over the same mesh axes, in one step on one device.
+
+    `exposed_seconds` lengthened the step; `overlapped_seconds` passed beside computation.
+    """
+
+    kind: str
+    axes: str
+    count: float
+    exposed_seconds: float
+    overlapped_seconds: float
+
+    @property
+    def label(self) -> str:
+        """Kind and axes as one phrase: ``all_gather(fsdp)``."""
+        return f"{self.kind}({self.axes})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """One step on one device: compute, exposed collectives, data wait and idle add up to `wall_seconds`."""
+
+    step: int
+    device: str
+    wall_seconds: float
+    compute_seconds: float
+    collectives: tuple[CollectiveTime, ...]
+    data_wait_seconds: float
+    idle_seconds: float
+
+    @property
+    def collective_seconds(self) -> float:
+        """Communication that nothing hid."""
+        return sum(collective.exposed_seconds for collective in self.collectives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostStep:
+    """One turn of a process's loop; `data_wait_seconds` may have passed while the devices still worked."""
+
+    process: int
+    step: int
+    wall_seconds: float
+    data_wait_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One operation of the program, averaged over steps and devices.
+
+    `seconds` is what it took of a step, without what ran inside of it; `share` is that part of the step.
+    `kind` is ``compute`` or a collective with its axes. `source` is ``file:line``, None where XLA made it up.
+    """
+
+    name: str
+    kind: str
+    opcode: str
+    source: str | None
+    op_name: str
+    count: float
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A captured window of steps: per step and device, per turn of each host's loop, per operation."""
+
+    platform: str
+    module: str
+    mesh: dict[str, int]
+    files: tuple[str, ...]
+    steps: tuple[StepTime, ...]
+    host_steps: tuple[HostStep, ...]
+    operations: tuple[Operation, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices in the profile."""
+        return tuple(dict.fromkeys(step.device for step in self.steps))
+
+    def mean(self) -> StepTime:
+        """Return the mean step over all steps and devices, its `device` being ``all`` and its `step` -1."""
+        return _mean(self.steps, step=-1)
+
+    def by_step(self) -> tuple[StepTime, ...]:
+        """Return each step as the mean over its devices."""
+        steps: dict[int, list[StepTime]] = defaultdict(list)
+        for time in self.steps:
+            steps[time.step].append(time)
+        return tuple(_mean(tuple(times), step=step) for step, times in sorted(steps.items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole record as plain values for JSON, seconds throughout, with the means worked out."""
+        record = asdict(self)
+        record["devices"] = list(self.devices)
+        record["mean"] = asdict(self.mean())
+        record["by_step"] = [asdict(step) for step in self.by_step()]
+        return record
+
+
+def _mean(times: tuple[StepTime, ...], *, step: int) -> StepTime:
+    count = len(times)
+    parts: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for collective in (c for time in times for c in time.collectives):
+        sums = parts[collective.kind, collective.axes]
+        sums[0] += collective.count / count
+        sums[1] += collective.exposed_seconds / count
+        sums[2] += collective.overlapped_seconds / count
+    collectives = [
+        CollectiveTime(kind=kind, axes=axes, count=n, exposed_seconds=exposed, overlapped_seconds=hidden)
+        for (kind, axes), (n, exposed, hidden) in parts.items()
+    ]
+    return StepTime(
+        step=step,
+        device="all",
+        wall_seconds=sum(time.wall_seconds for time in times) / count,
+        compute_seconds=sum(time.compute_seconds for time in times) / count,
+        collectives=tuple(sorted(collectives, key=lambda c: -c.exposed_seconds)),
+        data_wait_seconds=sum(time.data_wait_seconds for time in times) / count,
+        idle_seconds=sum(time.idle_seconds for time in times) / count,
+    )

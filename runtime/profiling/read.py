@@ -1,0 +1,54 @@
+"""Read a captured profile from a run's folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ...sharding.errors import UserError
+from .analyse import analyse
+from .capture import SESSIONS
+from .profile import Profile
+from .program import load_program
+from .xplane import read_xplane
+
+#: The folder inside of a run's that profiles are captured in.
+PROFILE_FOLDER = "profile"
+
+_HOW = "train with profile.start_step=10 profile.num_steps=3 to capture one"
+
+
+def profile_run(run: str | Path) -> Profile:
+    """Read the newest profile of a run's folder.
+
+    Raises:
+        UserError: The folder does not exist, holds no profile, or holds a damaged one.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise UserError(f"there is no run folder at {run}")
+    if not (run / PROFILE_FOLDER).is_dir():
+        raise UserError(f"the run {run} has captured no profile: {_HOW}")
+    return read_profile(run / PROFILE_FOLDER)
+
+
+def read_profile(directory: str | Path) -> Profile:
+    """Read the newest session in a profile folder: every process's trace, and the program saved beside them.
+
+    Raises:
+        UserError: Nothing was captured in `directory`, or what was is truncated or damaged.
+    """
+    directory = Path(directory)
+    sessions: dict[Path, list[Path]] = {}
+    for trace in sorted((directory / SESSIONS).glob("*/*.xplane.pb")):
+        sessions.setdefault(trace.parent, []).append(trace)
+    if not sessions:
+        raise UserError(f"no profile was captured in {directory}: {_HOW}")
+    newest = max(sessions.values(), key=lambda files: max(file.stat().st_mtime_ns for file in files))
+    traces = {_process(file, place): read_xplane(file) for place, file in enumerate(newest)}
+    return analyse(traces, load_program(directory), [str(file) for file in newest])
+
+
+def _process(file: Path, place: int) -> int:
+    match = re.search(r"_(\d+)\.xplane\.pb$", file.name)
+    return int(match[1]) if match else place

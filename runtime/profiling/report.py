@@ -1,0 +1,122 @@
+"""A profile as tables for a terminal or a notebook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .profile import Profile, StepTime
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+
+def report(profile: Profile, *, top: int = 12) -> Group:
+    """Return tables of the steps, the collectives and the `top` operations, for rich to print."""
+    from rich.console import Group
+    from rich.text import Text
+
+    mesh = " × ".join(f"{name}={size}" for name, size in profile.mesh.items() if size > 1)
+    head = f"{profile.module} on {len(profile.devices)} {profile.platform} devices" + (
+        f", {mesh}" if mesh else ""
+    )
+    parts = [Text(head, style="bold"), _steps_table(profile)]
+    if profile.mean().collectives:
+        parts.append(_collectives_table(profile))
+    parts.append(_operations_table(profile, top))
+    parts += [Text(f"note: {note}", style="dim") for note in profile.notes]
+    viewer = Path(profile.files[0]).parent if profile.files else None
+    if viewer is not None:
+        parts.append(
+            Text(f"open in XProf: {viewer.parents[2]}; in Perfetto: {viewer}/*.trace.json.gz", style="dim")
+        )
+    return Group(*parts)
+
+
+def print_report(profile: Profile, *, top: int = 12) -> None:
+    """Print `report(profile)` to the terminal."""
+    from rich.console import Console
+
+    Console().print(report(profile, top=top))
+
+
+def _steps_table(profile: Profile) -> Table:
+    from rich.table import Table
+
+    table = Table(title="Milliseconds a step, mean over devices", title_justify="left")
+    for column in ("step", "wall", "compute", "collectives", "data wait", "idle"):
+        table.add_column(column, justify="right")
+    for step in profile.by_step():
+        table.add_row(str(step.step), *(_ms(value) for value in _parts(step)))
+    mean = profile.mean()
+    table.add_section()
+    table.add_row("mean", *(_ms(value) for value in _parts(mean)))
+    table.add_row("share", *(_share(value, mean.wall_seconds) for value in _parts(mean)))
+    return table
+
+
+def _collectives_table(profile: Profile) -> Table:
+    from rich.table import Table
+
+    mean = profile.mean()
+    table = Table(title="Collectives a step", title_justify="left")
+    table.add_column("kind")
+    table.add_column("mesh axes")
+    for column in ("count", "exposed ms", "overlapped ms", "share"):
+        table.add_column(column, justify="right")
+    for collective in mean.collectives:
+        table.add_row(
+            collective.kind,
+            collective.axes,
+            f"{collective.count:g}",
+            _ms(collective.exposed_seconds),
+            _ms(collective.overlapped_seconds),
+            _share(collective.exposed_seconds, mean.wall_seconds),
+        )
+    return table
+
+
+def _operations_table(profile: Profile, top: int) -> Table:
+    from rich.table import Table
+
+    shown = profile.operations[:top]
+    table = Table(title=f"Top {len(shown)} of {len(profile.operations)} operations", title_justify="left")
+    table.add_column("operation", overflow="fold")
+    table.add_column("kind")
+    for column in ("count", "ms", "share"):
+        table.add_column(column, justify="right")
+    table.add_column("source", overflow="fold")
+    for operation in shown:
+        table.add_row(
+            operation.name,
+            operation.kind,
+            f"{operation.count:g}",
+            _ms(operation.seconds),
+            f"{operation.share:.1%}",
+            _short(operation.source),
+        )
+    return table
+
+
+def _parts(step: StepTime) -> tuple[float, ...]:
+    return (
+        step.wall_seconds,
+        step.compute_seconds,
+        step.collective_seconds,
+        step.data_wait_seconds,
+        step.idle_seconds,
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"
+
+
+def _share(seconds: float, of: float) -> str:
+    return f"{seconds / of:.1%}" if of else "-"
+
+
+def _short(source: str | None) -> str:
+    """The last two parts of a path say which file it is; a made-up operation has none."""
+    return "/".join(source.rsplit("/", 2)[-2:]) if source is not None else "made by XLA"

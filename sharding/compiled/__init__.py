@@ -1,0 +1,1 @@
+"""What the compiler made of a program: its instructions, its collectives, the lines they came from."""

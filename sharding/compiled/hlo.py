@@ -1,0 +1,214 @@
+"""Read the text of an optimised XLA program: instructions, the lines they came from, collectives.
+
+The text is what ``compiled.as_text()`` gives. Only what it says is read; nothing here runs JAX.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .groups import Groups, parse_pairs, parse_replica_groups
+
+#: XLA's opcodes for communication between devices → the names used in reports.
+COLLECTIVES = {
+    "all-reduce": "all_reduce",
+    "all-gather": "all_gather",
+    "reduce-scatter": "reduce_scatter",
+    "all-to-all": "all_to_all",
+    "ragged-all-to-all": "ragged_all_to_all",
+    "collective-permute": "collective_permute",
+    "collective-broadcast": "collective_broadcast",
+}
+
+_HEADER = re.compile(r"^HloModule\s+([^\s,]+)")
+_COMPUTATION = re.compile(r"^(ENTRY\s+)?%?([^\s(]+)\s*\(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT\s+)?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
+_OP_NAME = re.compile(r'\bop_name="((?:[^"\\]|\\.)*)"')
+_FRAME = re.compile(r"\bstack_frame_id=(\d+)")
+_SOURCE = re.compile(r'\bsource_file="((?:[^"\\]|\\.)*)"(?:\s+source_line=(\d+))?')
+_TABLE_ROW = re.compile(r"^(\d+)\s+(.*)$")
+_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceLine:
+    """The line of the user's program that an instruction came from; `function` may be empty."""
+
+    file: str
+    line: int
+    function: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """Communication between devices: `groups` of devices, or for a permute the (source, target) pairs."""
+
+    kind: str
+    groups: Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One instruction of a program.
+
+    `collective` is set on the operation itself, on the start and done of an asynchronous one, and on a
+    fusion or asynchronous wrapper whose body is one.
+    """
+
+    name: str
+    opcode: str
+    computation: str
+    operand: str | None
+    calls: str | None
+    op_name: str
+    source: SourceLine | None
+    collective: Collective | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """An optimised program: its module's name, its instructions by name, the entry computation's name."""
+
+    name: str
+    entry: str
+    num_devices: int
+    instructions: Mapping[str, Instruction]
+
+
+def parse_program(text: str) -> Program:
+    """Read the text of an optimised HLO module.
+
+    Raises:
+        ValueError: `text` is not the text of an HLO module.
+    """
+    header = _HEADER.match(text)
+    if header is None:
+        raise ValueError(f"not the text of an HLO module: it begins with {text[:40]!r}")
+    first_line = text.partition("\n")[0]
+    num_devices = _header_int(first_line, "replica_count") * _header_int(first_line, "num_partitions")
+    frames = _read_frames(text)
+    computation = entry = ""
+    instructions: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if (match := _INSTRUCTION.match(line)) is not None:
+            instruction = _read_instruction(match[1], match[2], computation, frames, num_devices)
+            if instruction is not None:
+                instructions[instruction.name] = instruction
+        elif (match := _COMPUTATION.match(line)) is not None:
+            computation = match[2]
+            entry = computation if match[1] else entry
+    _spread_collectives(instructions)
+    return Program(name=header[1], entry=entry, num_devices=num_devices, instructions=instructions)
+
+
+def collective_kind(opcode: str) -> str | None:
+    """Return the report's name of a communication opcode, ``-start`` and ``-done`` too, or None."""
+    return COLLECTIVES.get(opcode.removesuffix("-start").removesuffix("-done"))
+
+
+def _header_int(line: str, key: str) -> int:
+    match = re.search(rf"\b{key}=(\d+)", line)
+    return int(match[1]) if match else 1
+
+
+def _read_instruction(
+    name: str, rest: str, computation: str, frames: Mapping[int, SourceLine], num_devices: int
+) -> Instruction | None:
+    opcode = _OPCODE.match(rest, _shape_end(rest))
+    if opcode is None:
+        return None
+    arguments = rest[opcode.end() :]
+    operand, calls, op_name = _OPERAND.search(arguments), _CALLS.search(arguments), _OP_NAME.search(arguments)
+    return Instruction(
+        name=name,
+        opcode=opcode[1],
+        computation=computation,
+        operand=operand[1] if operand else None,
+        calls=calls[1] if calls else None,
+        op_name=op_name[1] if op_name else "",
+        source=_source(arguments, frames),
+        collective=_collective(opcode[1], arguments, num_devices),
+    )
+
+
+def _shape_end(text: str) -> int:
+    """Return where the result's shape ends: a tuple's shape holds spaces, comments and nested parentheses."""
+    if not text.startswith("("):
+        return max(text.find(" "), 0)
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return place + 1
+    return len(text)
+
+
+def _collective(opcode: str, arguments: str, num_devices: int) -> Collective | None:
+    kind = collective_kind(opcode)
+    if kind is None:
+        return None
+    if (pairs := arguments.find("source_target_pairs=")) >= 0:
+        return Collective(kind=kind, groups=parse_pairs(arguments[pairs + len("source_target_pairs=") :]))
+    if (groups := arguments.find("replica_groups=")) >= 0:
+        written = arguments[groups + len("replica_groups=") :]
+        return Collective(kind=kind, groups=parse_replica_groups(written, num_devices=num_devices))
+    return None
+
+
+def _spread_collectives(instructions: dict[str, Instruction]) -> None:
+    """Give wrappers the collective inside them, then each done the collective of its start."""
+    inside = {i.computation: i.collective for i in instructions.values() if i.collective is not None}
+    for name, instruction in list(instructions.items()):
+        wraps = instruction.opcode == "fusion" or instruction.opcode.startswith("async-")
+        if wraps and instruction.collective is None and instruction.calls in inside:
+            instructions[name] = replace(instruction, collective=inside[instruction.calls])
+    for name, instruction in list(instructions.items()):
+        start = instruction
+        while start.collective is None and start.opcode.endswith(("-done", "-update")) and start.operand:
+            following = instructions.get(start.operand)
+            if following is None:
+                break
+            start = following
+        if start.collective is not None and start is not instruction:
+            instructions[name] = replace(instruction, collective=start.collective)
+
+
+def _source(arguments: str, frames: Mapping[int, SourceLine]) -> SourceLine | None:
+    if (frame := _FRAME.search(arguments)) is not None:
+        return frames.get(int(frame[1]))
+    if (written := _SOURCE.search(arguments)) is not None:
+        return SourceLine(file=written[1], line=int(written[2] or 0))
+    return None
+
+
+def _read_frames(text: str) -> dict[int, SourceLine]:
+    """Read the tables at the top: frame → location → (file, function, line), its innermost."""
+    tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
+    current: str | None = None
+    for line in text.splitlines():
+        if line in tables:
+            current = line
+        elif current is not None and (row := _TABLE_ROW.match(line)) is not None:
+            tables[current][int(row[1])] = row[2]
+        elif line.endswith("{"):
+            break  # the first computation: the tables stand before it
+
+    frames: dict[int, SourceLine] = {}
+    for number, row in tables["StackFrames"].items():
+        location = _fields(tables["FileLocations"].get(_fields(row).get("file_location_id", 0), ""))
+        file = tables["FileNames"].get(location.get("file_name_id", 0))
+        if file is not None:
+            function = tables["FunctionNames"].get(location.get("function_name_id", 0), "")
+            frames[number] = SourceLine(
+                file=file.strip('"'), line=location.get("line", 0), function=function.strip('"')
+            )
+    return frames
+
+
+def _fields(row: str) -> dict[str, int]:
+    return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", row)}
