@@ -1,0 +1,106 @@
+"""Which device stands where in a mesh, as pure arithmetic on a topology."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .axes import AXES_BY_WEIGHT, resolve_axes
+from .topology import Topology
+
+
+def arrange(axes: Mapping[str, int], topology: Topology) -> np.ndarray:
+    """Return which device stands where in the mesh: positions (`devices.by_position`) [*axis sizes].
+
+    Slices are split over the lightest axes. Inside one, a torus gives each axis, from the heaviest on, whole
+    torus axes where it can; logical neighbours are then one hop apart. Elsewhere the heaviest axis runs over
+    consecutive devices: inside a host, then inside the NVLink domain.
+
+    Raises:
+      UserError: the axes do not fit the topology.
+    """
+    return _arrange(tuple(resolve_axes(axes, topology.num_devices).items()), topology)
+
+
+@functools.lru_cache(maxsize=256)
+def _arrange(axes: tuple[tuple[str, int], ...], topology: Topology) -> np.ndarray:
+    names = [axis for axis, _ in axes]
+    light_first = sorted(axes, key=lambda item: AXES_BY_WEIGHT.index(item[0]))
+    sizes = [size for _, size in light_first]
+    outer = split_over_slices(sizes, topology.num_slices)
+    inner = [size // factor for size, factor in zip(sizes, outer, strict=True)]
+    one_slice = _torus_positions(inner, topology) if topology.is_torus else _consecutive(inner)
+    slices = np.arange(topology.num_slices).reshape(outer)
+    whole = np.kron(slices, np.ones(inner, int)) * topology.devices_per_slice + np.tile(one_slice, outer)
+    order = [axis for axis, _ in light_first]
+    result = whole.transpose([order.index(name) for name in names])
+    result.setflags(write=False)
+    return result
+
+
+def split_over_slices(sizes: Sequence[int], num_slices: int) -> list[int]:
+    """Return the factor of each size that goes over the slices, taking from the first (lightest) on.
+
+    >>> split_over_slices([2, 16, 4], 4)
+    [2, 2, 1]
+    """
+    left, factors = num_slices, []
+    for size in sizes:
+        factors.append(math.gcd(size, left))
+        left //= factors[-1]
+    return factors
+
+
+def _consecutive(sizes: Sequence[int]) -> np.ndarray:
+    return np.arange(math.prod(sizes)).reshape(sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A chip as `mesh_utils` looks at it; without a kind, so that every torus goes the general way."""
+
+    id: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = ""
+
+
+def _torus_positions(sizes: Sequence[int], topology: Topology) -> np.ndarray:
+    """Return the positions of one slice's devices [*sizes], sizes from the lightest axis to the heaviest."""
+    from jax.experimental import mesh_utils
+
+    cores = topology.chip.devices_per_chip
+    # The link between the cores of a chip is the fastest: it goes inside the heaviest axis that it divides.
+    inside = max((i for i, size in enumerate(sizes) if size % cores == 0), default=len(sizes) - 1)
+    chip_sizes = [size // cores if i == inside else size for i, size in enumerate(sizes)]
+    shape = topology.shape + (1,) * (3 - len(topology.shape))
+    places = [
+        _Place(id=i, coords=(x, y, z))
+        for i, (x, y, z) in enumerate((int(x), int(y), int(z)) for x, y, z in np.ndindex(*shape))
+    ]
+    laid = mesh_utils.create_device_mesh(chip_sizes, places, allow_split_physical_axes=True)
+    chips = np.vectorize(lambda place: place.id, otypes=[int])(laid)
+    for axis in range(chips.ndim):
+        chips = np.take(chips, _snake(chips, axis, shape), axis=axis)
+    by_core = chips[..., None] * cores + np.arange(cores)
+    return np.moveaxis(by_core, -1, inside + 1).reshape(sizes)
+
+
+def _snake(chips: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the order along `axis` in which the walk turns at the torus' edges rather than jumping back.
+
+    mesh_utils counts through the torus axes that a mesh axis covers like digits; neighbours along the mesh
+    axis, which exchange blocks in a ring or a pipeline, would be far apart at each carry.
+    """
+    line = np.moveaxis(chips, axis, 0).reshape(chips.shape[axis], -1)[:, 0]
+    digits = [np.unique(coordinate, return_inverse=True)[1] for coordinate in np.unravel_index(line, shape)]
+    walked, carried = [], np.zeros(len(line), int)
+    for digit in digits:
+        walked.append(np.where(carried % 2, digit.max() - digit, digit))
+        carried = carried + walked[-1] if len(walked) == 1 else carried + digit
+    return np.lexsort(walked[::-1])

@@ -1,0 +1,156 @@
+"""What a chip can do: the facts of `chips.toml` as records."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .errors import UserError, nearest
+
+_FACTS = Path(__file__).with_name("chips.toml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One kind of accelerator: rates, memory, links and the slices it comes in.
+
+    Figures are those of one JAX device unless the name says ``per_chip`` or ``link``; rates are dense and
+    one way. None means not known. `chips.toml` says where each comes from.
+    """
+
+    name: str
+    vendor: str
+    platform: str
+    device_kinds: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    devices_per_chip: int = 1
+    nominal: bool = False
+    """True where the figures are of no real part, so that utilisation means nothing."""
+
+    peak_bf16_flops: float | None = None
+    peak_fp8_flops: float | None = None
+    peak_int8_flops: float | None = None
+    peak_f32_flops: float | None = None
+    """An f32 matmul at JAX's default precision: one bf16 pass on TPU, TF32 on GPU."""
+    vector_f32_flops: float | None = None
+    measured_matmul_bf16_flops: float | None = None
+    measured_matmul_fp8_flops: float | None = None
+    hbm_bytes: int | None = None
+    hbm_bytes_per_second: float | None = None
+    vmem_bytes: int | None = None
+
+    fabric: str = "host"
+    """``torus``, ``switch``, ``full_mesh``, ``shared_memory``, or ``host`` when not known."""
+    link_bytes_per_second: float | None = None
+    links_per_chip: int | None = None
+    core_link_bytes_per_second: float | None = None
+    """Between the devices of one chip, where a chip has several."""
+    domain_chips: int | None = None
+    """Chips that reach each other over the fast fabric; None on a torus, where it is the slice."""
+    chips_per_host: int | None = None
+    dcn_bytes_per_second_per_chip: float | None = None
+    host_link_bytes_per_second_per_chip: float | None = None
+
+    torus_dims: int = 0
+    small_slices: tuple[tuple[int, ...], ...] = ()
+    cube: int | None = None
+    wrap_if_all_multiples_of: int | None = None
+    wrap_axis_of: int | None = None
+    max_axis: int | None = None
+    max_slice_chips: int | None = None
+    max_job_chips: int | None = None
+    host_bounds: tuple[int, ...] = ()
+    single_host_slices: tuple[tuple[int, ...], ...] = ()
+
+    compiler_name: str | None = None
+    compiler_chip_config: str | None = None
+    usd_per_chip_hour: float | None = None
+    sources: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.platform not in ("tpu", "gpu", "cpu"):
+            raise ValueError(f"{self.name}: platform {self.platform!r} is none of tpu, gpu, cpu")
+        if bool(self.torus_dims) != (self.fabric == "torus"):
+            raise ValueError(f"{self.name}: fabric {self.fabric!r} with torus_dims={self.torus_dims}")
+
+    @property
+    def fabric_bytes_per_second_per_chip(self) -> float | None:
+        """One way, all of a chip's fast links together."""
+        if self.link_bytes_per_second is None or self.links_per_chip is None:
+            return None
+        return self.link_bytes_per_second * self.links_per_chip
+
+    def peak_flops(self, dtype: str) -> float | None:
+        """Return the matmul peak of one JAX device in operands of `dtype` (a NumPy or JAX dtype name).
+
+        None where the chip has no figure for it; a dtype this library has no column for is a `KeyError`.
+        """
+        return getattr(self, f"peak_{_PEAK_COLUMN[str(dtype)]}_flops")
+
+
+_PEAK_COLUMN = {
+    "bfloat16": "bf16",
+    "bf16": "bf16",
+    "float16": "bf16",
+    "f16": "bf16",
+    "float32": "f32",
+    "f32": "f32",
+    "int8": "int8",
+    "float8_e4m3fn": "fp8",
+    "float8_e5m2": "fp8",
+    "fp8": "fp8",
+}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+@functools.cache
+def chips() -> Mapping[str, Chip]:
+    """Return every chip of `chips.toml`, by name."""
+    with _FACTS.open("rb") as file:
+        facts = tomllib.load(file)
+    known = {field.name for field in fields(Chip)}
+    found = {}
+    for name, row in facts["chips"].items():
+        if unknown := set(row) - known:
+            raise ValueError(f"{_FACTS.name}: {name} has unknown keys {sorted(unknown)}")
+        if missing := set(row["sources"]) - set(facts["sources"]):
+            raise ValueError(f"{_FACTS.name}: {name} names sources {sorted(missing)} that are not listed")
+        found[name] = Chip(name=name, **{key: _frozen(value) for key, value in row.items()})
+    return MappingProxyType(found)
+
+
+def chip_named(name: str) -> Chip:
+    """Return the chip called `name` (or an alias of it).
+
+    Raises:
+      UserError: there is none; names the nearest.
+    """
+    known = chips()
+    if name in known:
+        return known[name]
+    for chip in known.values():
+        if name in chip.aliases:
+            return chip
+    raise UserError(f"{name!r} is not a chip known here; {nearest(name, known)}")
+
+
+def chip_of_device_kind(device_kind: str, platform: str) -> Chip:
+    """Return the chip whose devices JAX calls `device_kind`.
+
+    A device that `chips.toml` does not list still runs: it gets a record without figures, named for its kind.
+    """
+    for chip in chips().values():
+        if device_kind.casefold() in (kind.casefold() for kind in chip.device_kinds):
+            return chip
+    name = re.sub(r"[^a-z0-9]+", "-", device_kind.casefold()).strip("-") or "unknown"
+    known_platform = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)
+    return Chip(name=name, vendor="unknown", platform=known_platform, device_kinds=(device_kind,))

@@ -1,0 +1,109 @@
+"""What device objects say of where they are: attached, simulated, or described by the compiler."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .chips import Chip, chip_of_device_kind
+from .errors import UserError
+from .topology import Topology
+
+
+def topology_of(devices: Sequence[Any]) -> Topology:
+    """Return the topology that `devices` form; see `Topology.of`."""
+    if not devices:
+        raise UserError("there are no devices to form a topology; attach one, or set JAX_NUM_CPU_DEVICES")
+    kinds = sorted({device.device_kind for device in devices})
+    if len(kinds) > 1:
+        raise UserError(
+            f"devices of several kinds ({', '.join(kinds)}) do not form one topology; choose one kind"
+        )
+    chip = chip_of_device_kind(kinds[0], devices[0].platform)
+    if chip.torus_dims:
+        return _torus_of(chip, devices)
+    per_host = Counter(_host_of(device, chip) for device in devices)
+    if len(set(per_host.values())) > 1:
+        sizes = ", ".join(str(count) for _, count in sorted(per_host.items()))
+        raise UserError(
+            f"hosts with unequal numbers of {chip.name} devices ({sizes}) do not form one topology; "
+            f"use {min(per_host.values())} on each"
+        )
+    return Topology(chip=chip, shape=(len(per_host), next(iter(per_host.values()))))
+
+
+def by_position(devices: Sequence[Any], topology: Topology) -> np.ndarray:
+    """Return `devices` in the order of the topology's positions: an object array [devices].
+
+    Positions count through slices, then torus coordinates (the last axis fastest), then a chip's cores; or
+    through hosts (those of one fast domain together), then a host's devices.
+    """
+    chip = topology.chip
+    if not topology.is_torus:
+        ordered = sorted(
+            devices, key=lambda device: (*_host_of(device, chip), device.process_index, device.id)
+        )
+    else:
+        ordered = sorted(
+            devices,
+            key=lambda device: (_slice_of(device), *device.coords, getattr(device, "core_on_chip", 0)),
+        )
+    result = np.empty(len(ordered), dtype=object)
+    result[:] = ordered
+    return result
+
+
+def _host_of(device: Any, chip: Chip) -> tuple[int, int]:
+    """Return what tells a device's host from others, ordered so that hosts of one fast domain are neighbours.
+
+    Several processes may share a host of GPUs (one each, under Slurm or MPI); XLA then gives their devices
+    the `slice_index` of the machine, or of the NVLink rack, whose hosts the process index tells apart.
+    """
+    machine = getattr(device, "slice_index", None)
+    if chip.platform != "gpu" or machine is None:
+        return (0, device.process_index)
+    return (machine, 0 if chip.domain_chips == chip.chips_per_host else device.process_index)
+
+
+def _slice_of(device: Any) -> int:
+    # Devices of a single slice may not say which it is.
+    return getattr(device, "slice_index", None) or 0
+
+
+def _torus_of(chip: Chip, devices: Sequence[Any]) -> Topology:
+    slices: dict[int, list[Any]] = defaultdict(list)
+    for device in devices:
+        slices[_slice_of(device)].append(device)
+    shapes = {_extent(chip, members) for members in slices.values()}
+    if len(shapes) > 1:
+        shown = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes))
+        raise UserError(f"{chip.name} slices of shapes {shown} do not form one topology; use equal ones")
+    shape = shapes.pop()
+    hosts = len({(_slice_of(device), device.process_index) for device in devices})
+    derived = Topology(chip=chip, shape=shape, num_slices=len(slices))
+    if derived.num_hosts == hosts:
+        return derived
+    hosts_per_slice = max(1, hosts // len(slices))
+    return Topology(chip=chip, shape=shape, num_slices=len(slices), hosts_per_slice=hosts_per_slice)
+
+
+def _extent(chip: Chip, members: Sequence[Any]) -> tuple[int, ...]:
+    coords = [tuple(device.coords) for device in members]
+    extent = tuple(max(axis) - min(axis) + 1 for axis in zip(*coords, strict=True))
+    shape = extent[: chip.torus_dims]
+    places = len(set(coords))
+    if places != math.prod(extent) or places != math.prod(shape):
+        box = "x".join(map(str, extent))
+        raise UserError(
+            f"{places} {chip.name} chips do not fill the {box} box they span; choose chips that do"
+        )
+    if len(members) != places * chip.devices_per_chip:
+        config = chip.compiler_chip_config
+        hint = f"; describe them with chip_config_name={config!r}" if config else ""
+        each = f"{places} {chip.name} chips, which have {chip.devices_per_chip} each"
+        raise UserError(f"{len(members)} devices on {each}{hint}")
+    return shape

@@ -1,0 +1,207 @@
+"""Which devices there are and how they are wired: attached, simulated, or only described by a string."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .chips import Chip as Chip
+from .errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Devices and their wiring.
+
+    A torus (TPU) has `shape` in chips along each axis of one slice, and `num_slices` slices joined by the
+    data-centre network. Anything else has `shape` = (hosts, JAX devices of a host).
+
+    >>> topology = Topology.parse("2*v5e:16x16")
+    >>> topology.num_devices, topology.wrap, str(topology)
+    (512, (True, True), '2*v5e:16x16')
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+    num_slices: int = 1
+    hosts_per_slice: int | None = None
+    """Hosts of one slice where attached devices show another number than the chip's slices have."""
+
+    def __post_init__(self) -> None:
+        dims = self.chip.torus_dims or 2
+        if len(self.shape) != dims or min(self.shape, default=0) < 1 or self.num_slices < 1:
+            raise UserError(
+                f"{self.chip.name} takes {dims} sizes of at least 1 and at least one slice, "
+                f"not shape {self.shape} with {self.num_slices} slices"
+            )
+
+    @staticmethod
+    def parse(text: str) -> Topology:
+        """Read ``[slices*]chip:AxB[xC]``: chips along each torus axis, or hosts x devices of a host.
+
+        One size alone, as in ``cpu:8`` or ``h100:8``, is the devices of a single host.
+
+        Raises:
+          UserError: the text is malformed, the chip unknown, or there is no such slice; names the nearest.
+        """
+        from .topology_text import read
+
+        return read(text)
+
+    @staticmethod
+    def local() -> Topology:
+        """Return the topology of JAX's attached devices, simulated ones and other processes' included.
+
+        Raises:
+          UserError: the devices do not form a whole (hosts of unequal size, a slice with holes).
+        """
+        import jax
+
+        return Topology.of(jax.devices())
+
+    @staticmethod
+    def of(devices: Sequence[Any]) -> Topology:
+        """Return the topology that `devices` form: attached ones, or those the compiler describes.
+
+        Raises:
+          UserError: they are of several kinds or do not form a whole.
+        """
+        from .devices import topology_of
+
+        return topology_of(devices)
+
+    def __str__(self) -> str:
+        shape = self.shape[1:] if not self.is_torus and self.shape[0] == 1 else self.shape
+        slices = f"{self.num_slices}*" if self.num_slices > 1 else ""
+        return f"{slices}{self.chip.name}:{'x'.join(map(str, shape))}"
+
+    @property
+    def is_torus(self) -> bool:
+        """Whether the chips are wired as a grid with neighbours (TPU) rather than through a switch."""
+        return self.chip.fabric == "torus"
+
+    @property
+    def num_devices(self) -> int:
+        """JAX devices, over all slices."""
+        per_chip = self.chip.devices_per_chip if self.is_torus else 1
+        return self.num_slices * math.prod(self.shape) * per_chip
+
+    @property
+    def num_chips(self) -> int:
+        """Chips, over all slices."""
+        return self.num_devices // self.chip.devices_per_chip
+
+    @property
+    def devices_per_slice(self) -> int:
+        """JAX devices of one slice."""
+        return self.num_devices // self.num_slices
+
+    @property
+    def num_hosts(self) -> int:
+        """Hosts (on TPU: virtual machines, one JAX process each), over all slices."""
+        return self.num_slices * math.prod(self.shape) // math.prod(self.host_shape)
+
+    @property
+    def devices_per_host(self) -> int:
+        """JAX devices of one host."""
+        return self.num_devices // self.num_hosts
+
+    @property
+    def host_shape(self) -> tuple[int, ...]:
+        """The block of `shape` that one host holds: chips along each torus axis, or (1, devices)."""
+        if not self.is_torus:
+            return (1, self.shape[1])
+        if self.hosts_per_slice is not None:
+            return _block(self.shape, math.prod(self.shape) // self.hosts_per_slice, self.chip.host_bounds)
+        if tuple(sorted(self.shape)) in self.chip.single_host_slices:
+            return self.shape
+        return tuple(math.gcd(n, bound) for n, bound in zip(self.shape, self.chip.host_bounds, strict=True))
+
+    @property
+    def wrap(self) -> tuple[bool, ...]:
+        """For each torus axis, whether a link joins its ends; empty where there is no torus."""
+        if not self.is_torus:
+            return ()
+        if self.chip.wrap_axis_of is not None:
+            return tuple(n == self.chip.wrap_axis_of for n in self.shape)
+        multiple = self.chip.wrap_if_all_multiples_of
+        closed = multiple is not None and all(n % multiple == 0 for n in self.shape)
+        return (closed,) * len(self.shape)
+
+    @property
+    def devices_per_domain(self) -> int:
+        """JAX devices that reach each other over the fast fabric: a slice, an NVLink domain, or a host."""
+        if self.is_torus:
+            return self.devices_per_slice
+        if self.chip.domain_chips is None or self.chip.chips_per_host is None:
+            return self.devices_per_host
+        hosts = max(1, self.chip.domain_chips // self.chip.chips_per_host)
+        return self.devices_per_host * min(hosts, self.num_hosts)
+
+    @property
+    def num_domains(self) -> int:
+        """Fast-fabric domains; the last may be partly filled."""
+        return math.ceil(self.num_devices / self.devices_per_domain)
+
+    def devices(self) -> list[Any]:
+        """Return the real devices of this topology, attached or simulated.
+
+        On one host, part of its devices will do: the first ones are taken.
+
+        Raises:
+          UserError: other devices are attached; says which.
+        """
+        import jax
+
+        attached = jax.devices()
+        local = Topology.of(attached)
+        same = local.chip.name == self.chip.name
+        if same and (local.shape, local.num_slices) == (self.shape, self.num_slices):
+            return attached
+        part_of_host = self.num_hosts == 1 and local.num_hosts == 1 and self.num_devices < len(attached)
+        if same and not self.is_torus and part_of_host:
+            return attached[: self.num_devices]
+        hint = ""
+        if self.chip.platform == "cpu" and local.chip.platform == "cpu" and self.num_hosts == 1:
+            hint = f"; set JAX_NUM_CPU_DEVICES={self.num_devices} before JAX starts to simulate them"
+        raise UserError(
+            f"{self} is {self.num_devices} {self.chip.name} devices on {self.num_hosts} "
+            f"host{'s' * (self.num_hosts > 1)}, but {local} is attached{hint}"
+        )
+
+    def compiler_arguments(self) -> dict[str, Any]:
+        """Return what `jax.experimental.topologies.get_topology_desc` takes to describe these TPU slices.
+
+        Raises:
+          UserError: the topology is not a TPU's.
+        """
+        if not self.is_torus:
+            raise UserError(f"{self} has no TPU compiler; a TPU topology looks like v5p:4x4x8")
+        arguments: dict[str, Any] = {
+            "topology_name": f"{self.chip.compiler_name}:{'x'.join(map(str, self.shape))}",
+            "platform": "tpu",
+            "wrap": self.wrap + (False,) * (3 - len(self.wrap)),
+            "chips_per_host_bounds": self.host_shape + (1,) * (3 - len(self.shape)),
+        }
+        if self.num_slices > 1:
+            arguments["num_slices"] = self.num_slices
+        if self.chip.compiler_chip_config is not None:
+            arguments["chip_config_name"] = self.chip.compiler_chip_config
+        return arguments
+
+
+def _block(shape: tuple[int, ...], size: int, preferred: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a block of `size` that tiles `shape`: the preferred block, grown along the first axes it can."""
+    block, left = [], size
+    for n, bound in zip(shape, preferred, strict=True):
+        block.append(math.gcd(math.gcd(n, bound), left))
+        left //= block[-1]
+    for axis, n in enumerate(shape):
+        grow = math.gcd(n // block[axis], left)
+        block[axis] *= grow
+        left //= grow
+    if left != 1:
+        raise UserError(f"hosts of {size} chips do not tile a slice of {'x'.join(map(str, shape))}")
+    return tuple(block)
