@@ -1,0 +1,244 @@
+"""The global batch of a step, in whole or as far as this process's devices hold it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ...sharding.errors import UserError
+from .config import DataConfig
+from .corpus import Corpus, Report, open_corpus, to_stderr
+from .packing import Rows, empty
+from .prefetch import Prefetch
+from .split import by_tail, spans
+from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import jax
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Data:
+    """A split of a corpus as numbered global batches.
+
+    A batch is ``tokens``, ``targets``, ``segment_ids`` and ``positions``, each int32
+    `[global_batch, sequence]`; see `packing.Rows`. Training batches go on for ever, every row once an epoch,
+    in an order drawn anew for each epoch; batch *n* depends on the corpus, the config, the seed and *n*,
+    never on the hosts or on what was read before. Evaluation batches are `num_batches` fixed ones that the
+    seed does not change, the last filled up with padding.
+    """
+
+    corpus: Corpus
+    config: DataConfig
+    split: Literal["train", "eval"]
+    global_batch: int
+    num_tokens: int
+    num_rows: int
+    _rows: Rows = dataclasses.field(repr=False)
+    # step * global_batch + place in the batch → row, shuffled and repeated by grain in O(1).
+    _order: Any = dataclasses.field(repr=False)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, or None for token arrays that came without one."""
+        return self.corpus.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the corpus's tokens and documents: all hosts, and a resumed run, must agree on it."""
+        return self.corpus.fingerprint
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch; the last is shared with the next epoch (training) or padded (evaluation)."""
+        return -(-self.num_rows // self.global_batch)
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raise UserError unless every id of the corpus is below `vocab_size`."""
+        self.corpus.check_vocab(vocab_size)
+
+    def batch(self, step: int) -> Batch:
+        """Return the whole global batch of `step` in host memory, int32 `[global_batch, sequence]` each."""
+        return self.rows(step, range(self.global_batch))
+
+    def rows(self, step: int, row_indices: Sequence[int]) -> Batch:
+        """Return those rows of the batch of `step`, int32 `[len(row_indices), sequence]` each.
+
+        Raises IndexError for a row outside the batch, or an evaluation step from `num_batches` on.
+        """
+        if step < 0 or (self.split == "eval" and step >= self.num_batches):
+            raise IndexError(f"step {step} of {self.num_batches} {self.split} batches")
+        batch = empty(len(row_indices), self.config.sequence, _pad_id(self.corpus))
+        for place, index in enumerate(row_indices):
+            if not 0 <= index < self.global_batch:
+                raise IndexError(f"row {index} of global_batch={self.global_batch}")
+            at = step * self.global_batch + index
+            if self.split == "train" or at < self.num_rows:
+                self._rows.fill(int(self._order[at]), batch, place)
+        return batch
+
+    def iterate(
+        self,
+        start_step: int,
+        sharding: jax.sharding.Sharding,
+        prefetch: int | None = None,
+        stop_step: int | None = None,
+    ) -> Prefetch[dict[str, jax.Array]]:
+        """Return an iterator of global batches on the devices, from `start_step` up to `stop_step`.
+
+        Each is `jax.Array`s of `sharding`, of which this process makes only the rows that its devices hold.
+        Up to `prefetch` batches (the config's where None) are ready ahead of the one in use. Training does
+        not end unless `stop_step` is given; evaluation ends after `num_batches`. Close the iterator, or use
+        it in a ``with`` block.
+        Raises UserError when `sharding` does not divide the batch.
+        """
+        shape = (self.global_batch, self.config.sequence)
+        rows = local_rows(sharding, shape)
+        stop = stop_step if stop_step is not None else sys.maxsize
+        if self.split == "eval":
+            stop = min(stop, self.num_batches)
+
+        def start() -> Iterator[dict[str, jax.Array]]:
+            for batch in self._host_batches(start_step, stop, rows):
+                yield to_global(batch, rows, sharding, shape)
+
+        return Prefetch(start, depth=self.config.prefetch if prefetch is None else prefetch)
+
+    def _host_batches(self, start: int, stop: int, rows: Sequence[int]) -> Iterator[Batch]:
+        import grain
+
+        steps = grain.MapDataset.range(start, max(start, stop)).map(lambda step: self.rows(int(step), rows))
+        threads = self.config.read_threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        batches = iter(steps.to_iter_dataset(options))
+        try:
+            yield from batches
+        finally:
+            batches.close()
+
+
+def open_data(
+    config: DataConfig,
+    seed: int,
+    global_batch: int,
+    split: Literal["train", "eval"] = "train",
+    *,
+    corpus: Corpus | None = None,
+    report: Report = to_stderr,
+) -> Data:
+    """Return the batches of a split of `corpus`, which is opened when it is not given.
+
+    `report` gets a line at a time about tokenising and what was skipped. Raises UserError for whatever is
+    wrong with the sources, and when the split has too few tokens for a row or too few rows for a batch.
+    """
+    import grain
+
+    corpus = open_corpus(config, report) if corpus is None else corpus
+    evaluation = split == "eval"
+    if evaluation and not config.holdout:
+        raise UserError(
+            "data.holdout=0 leaves nothing to evaluate on; set it above 0, e.g. 0.02, or evaluate_every=0"
+        )
+    begins, lengths = spans(corpus.ends, corpus.keys, holdout=config.holdout, evaluation=evaluation)
+    if config.shuffle:
+        shuffled = _permutation(len(begins), 0 if evaluation else seed)
+        begins, lengths = begins[shuffled], lengths[shuffled]
+    _check_tokens(config, corpus, split, int(lengths.sum()))
+    rows = Rows(
+        tokens=corpus.tokens,
+        begins=begins,
+        lengths=lengths,
+        sequence=config.sequence,
+        packing=config.packing,
+    )
+    if not evaluation and len(rows) < global_batch:
+        raise UserError(
+            f"train.global_batch={global_batch} needs as many rows of sequence={config.sequence}, and the "
+            f"training split of {config.source!r} makes {len(rows)}; the nearest that fits is "
+            f"global_batch={len(rows)}"
+        )
+    order = grain.MapDataset.range(len(rows))
+    if config.shuffle:
+        order = order.shuffle(seed=_seed32(0 if evaluation else seed))
+    return Data(
+        corpus=corpus,
+        config=config,
+        split=split,
+        global_batch=global_batch,
+        num_tokens=int(lengths.sum()),
+        num_rows=len(rows),
+        _rows=rows,
+        _order=order.repeat(),
+    )
+
+
+def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:
+    """Return, in order, the rows of a batch of `shape` that this process's devices hold some of.
+
+    Raises UserError when `sharding` does not divide `shape`.
+    """
+    try:
+        indices = sharding.addressable_devices_indices_map(shape)
+    except ValueError as error:
+        raise UserError(
+            f"a batch of train.global_batch={shape[0]} rows of data.sequence={shape[1]} does not divide over "
+            f"{sharding}: {' '.join(str(error).split())}"
+        ) from None
+    return sorted({row for index in indices.values() if index for row in range(*index[0].indices(shape[0]))})
+
+
+def to_global(
+    batch: Batch, rows: Sequence[int], sharding: jax.sharding.Sharding, shape: tuple[int, int]
+) -> dict[str, jax.Array]:
+    """Return `batch`, the rows `rows` of a global one of `shape`, as arrays of `shape` and `sharding`."""
+    import jax
+
+    place = {row: at for at, row in enumerate(rows)}
+
+    def put(values: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            low, high, _ = index[0].indices(shape[0]) if index else (0, shape[0], 1)
+            begin = place[low]
+            return values[begin : begin + high - low, index[1] if index else slice(None)]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {key: put(values) for key, values in batch.items()}
+
+
+def _pad_id(corpus: Corpus) -> int:
+    return 0 if corpus.tokenizer is None else corpus.tokenizer.pad_id
+
+
+def _permutation(count: int, seed: int) -> np.ndarray:
+    # NumPy promises that RandomState's streams never change, so a run resumes in the same order years later.
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed))).permutation(count)
+
+
+def _seed32(seed: int) -> int:
+    """Spread a seed over grain's 32 bits: it adds the epoch, and seeds 0 and 1 would share epochs."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
+def _check_tokens(config: DataConfig, corpus: Corpus, split: str, num_tokens: int) -> None:
+    name = {"train": "training", "eval": "held-out"}[split]
+    if num_tokens < 2:
+        how = (
+            "the end of every document" if by_tail(len(corpus.ends), config.holdout) else "documents by hash"
+        )
+        raise UserError(
+            f"holdout={config.holdout} ({how}) leaves the {name} split of {config.source!r} "
+            f"({len(corpus.tokens):,} tokens in {len(corpus.ends):,} documents) without text; "
+            "give more text or another data.holdout"
+        )
+    if config.packing and split == "train" and num_tokens <= config.sequence:
+        raise UserError(
+            f"data.sequence={config.sequence} is longer than the {num_tokens:,} tokens of the training split "
+            f"of {config.source!r}; the longest that fits is {num_tokens - 1}"
+        )

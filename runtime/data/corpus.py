@@ -1,0 +1,262 @@
+"""A corpus as one memory-mapped array of tokens, made once and kept in a cache."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+import numpy as np
+
+from ...sharding.errors import UserError
+from . import cache
+from .chunk import Chunk, text_chunks
+from .config import DataConfig
+from .documents import pieces
+from .sources import Found, find
+from .token_files import token_chunks
+from .tokenizer import Tokenizer, load_tokenizer
+
+_VERSION = 1
+# Sources up to this size are recognised by their contents, larger ones by size, time and both ends.
+_HASHED_BYTES = 1 << 28
+_ENDS_BYTES = 1 << 16
+_REPORT_SECONDS = 5.0
+
+Report = Callable[[str], None]
+
+
+def to_stderr(message: str) -> None:
+    """Print one line of progress where it does not mix with results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Corpus:
+    """The documents of a source, tokenised, one after the other.
+
+    `tokens` `[tokens]` is memory-mapped, uint16 or uint32; `ends` `[documents]` is one past each document's
+    last token and `keys` `[documents]` are their 64-bit keys. `fingerprint` depends on tokens and documents
+    alone, so that it tells two hosts, or a run and its resumption, whether they read the same corpus.
+    `skipped` counts what was left out, by reason. `tokenizer` is None for token arrays that came without one.
+    """
+
+    source: str
+    tokens: np.ndarray
+    ends: np.ndarray
+    keys: np.ndarray
+    tokenizer: Tokenizer | None
+    max_token: int
+    skipped: dict[str, int]
+    fingerprint: str
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """Raise UserError unless a model with `vocab_size` embeddings has one for every id that occurs."""
+        if self.max_token >= vocab_size:
+            wanted = self.max_token + 1
+            if self.tokenizer is not None:
+                wanted = max(wanted, self.tokenizer.vocab_size)
+            raise UserError(
+                f"data.source={self.source!r} holds token ids up to {self.max_token} and the model's vocab "
+                f"is {vocab_size}; the nearest that fits is {wanted}"
+            )
+
+
+def open_corpus(config: DataConfig, report: Report = to_stderr) -> Corpus:
+    """Return the corpus of `config`, tokenised now unless the cache has it.
+
+    Many processes may do this at once: one on each machine tokenises, and an entry of the cache is complete
+    or not there. One that was damaged is made again. Raises UserError for whatever is wrong with the sources.
+    """
+    found = find(config.source, format=config.format, include=config.include)
+    tokenizer = _tokenizer(config, found)
+    root = cache.cache_folder(config.cache)
+    name = _entry_name(config, found, tokenizer)
+    final = root / name
+    with cache.blaming(root):
+        root.mkdir(parents=True, exist_ok=True)
+    if not final.exists() or cache.unsound(final) is not None:
+        with cache.locked(root, name):
+            _make(config, found, tokenizer, final, report)
+    meta = cache.read_meta(final)
+    return Corpus(
+        source=config.source,
+        tokens=_mapped(final / "tokens.bin", meta["dtype"]),
+        ends=_mapped(final / "ends.bin", "<i8"),
+        keys=_mapped(final / "keys.bin", "<u8"),
+        tokenizer=tokenizer,
+        max_token=meta["max_token"],
+        skipped=meta["skipped"],
+        fingerprint=meta["fingerprint"],
+    )
+
+
+def _mapped(path: pathlib.Path, dtype: str) -> np.ndarray:
+    # As a plain array: slices of a memmap cost several times as much.
+    return np.asarray(np.memmap(path, dtype, "r"))
+
+
+def _tokenizer(config: DataConfig, found: Found) -> Tokenizer | None:
+    if found.kind != "tokens":
+        if config.tokenizer is None:
+            raise UserError(
+                f"data.tokenizer=null leaves the {found.kind} of {config.source!r} unread; "
+                "try tokenizer=bytes"
+            )
+        for field in ("eos_id", "token_dtype"):
+            if getattr(config, field) != DataConfig.model_fields[field].default:
+                raise UserError(
+                    f"data.{field} is for token arrays and {config.source!r} is {found.kind}; leave it out"
+                )
+    if (
+        found.kind in ("text", "tokens")
+        and config.text_field != DataConfig.model_fields["text_field"].default
+    ):
+        raise UserError(
+            f"data.text_field is for JSONL and Parquet and {config.source!r} is {found.kind}; leave it out"
+        )
+    if config.tokenizer is None:
+        return None
+    return load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
+
+
+def _entry_name(config: DataConfig, found: Found, tokenizer: Tokenizer | None) -> str:
+    """Return a name that is another whenever the tokens could be."""
+    how = [_VERSION, found.kind, config.text_field, tokenizer.fingerprint if tokenizer else None]
+    how += [config.eos_id, config.token_dtype]
+    sizes = [file.path.stat().st_size for file in found.files]
+    digest = hashlib.blake2b(json.dumps(how).encode(), digest_size=16)
+    whole = sum(sizes) <= _HASHED_BYTES
+    for file, size in zip(found.files, sizes, strict=True):
+        digest.update(json.dumps([file.name, size]).encode())
+        with open(file.path, "rb") as stream:
+            if whole:
+                digest.update(stream.read())
+                continue
+            digest.update(b"%d" % file.path.stat().st_mtime_ns)
+            digest.update(stream.read(_ENDS_BYTES))
+            stream.seek(max(0, size - _ENDS_BYTES))
+            digest.update(stream.read(_ENDS_BYTES))
+    return digest.hexdigest()
+
+
+def _make(
+    config: DataConfig, found: Found, tokenizer: Tokenizer | None, final: pathlib.Path, report: Report
+) -> None:
+    if final.exists():
+        wrong = cache.unsound(final)
+        if wrong is None:  # another process made it while this one waited for the lock
+            return
+        report(f"warning: the cached corpus {final} is damaged ({wrong}); tokenising again")
+    with cache.blaming(final.parent):
+        folder = cache.new_folder(final.parent, final.name)
+    try:
+        _build(config, found, tokenizer, folder, report)
+        with cache.blaming(final.parent):
+            cache.publish(folder, final)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _build(
+    config: DataConfig, found: Found, tokenizer: Tokenizer | None, folder: pathlib.Path, report: Report
+) -> None:
+    began = time.monotonic()
+    skipped: Counter[str] = Counter()
+
+    def skip(reason: str) -> None:
+        skipped[reason] += 1
+
+    if found.kind == "tokens":
+        eos_id = config.eos_id if config.eos_id is not None or tokenizer is None else tokenizer.eos_id
+        vocab_size = tokenizer.vocab_size if tokenizer else None
+        chunks = token_chunks(found, eos_id=eos_id, bin_dtype=config.token_dtype, vocab_size=vocab_size)
+    else:
+        assert tokenizer is not None
+        vocab_size = tokenizer.vocab_size
+        chunks = text_chunks(pieces(found, config.text_field, skip), tokenizer)
+    dtype = "<u2" if vocab_size is not None and vocab_size <= 1 << 16 else "<u4"
+    writer = _Writer(folder, dtype)
+    with writer:
+        for chunk in _reporting(chunks, writer, config.source, report):
+            writer.write(chunk)
+    left_out = "".join(f"; {count} skipped: {reason}" for reason, count in sorted(skipped.items()))
+    if not writer.documents:
+        raise UserError(f"data.source={config.source!r} holds no text in {len(found.files)} files{left_out}")
+    seconds = time.monotonic() - began
+    report(
+        f"tokenised {config.source}: {writer.documents:,} documents, {writer.tokens:,} tokens "
+        f"in {seconds:.1f} s{left_out}"
+    )
+    with cache.blaming(folder.parent):
+        cache.seal(folder, {**writer.summary(), "skipped": dict(skipped), "source": config.source})
+
+
+def _reporting(chunks: Iterator[Chunk], writer: _Writer, source: str, report: Report) -> Iterator[Chunk]:
+    began = told = time.monotonic()
+    for chunk in chunks:
+        yield chunk
+        now = time.monotonic()
+        if now - told > _REPORT_SECONDS:
+            rate = writer.tokens / (now - began)
+            report(f"tokenising {source}: {writer.tokens:,} tokens so far, {rate / 1e6:.1f} M/s")
+            told = now
+
+
+class _Writer:
+    """Appends chunks to the three files of an entry, keeping a digest and the greatest id."""
+
+    def __init__(self, folder: pathlib.Path, dtype: str) -> None:
+        self._folder = folder
+        self._dtype = np.dtype(dtype)
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._files: list[BinaryIO] = []
+        self._opened = contextlib.ExitStack()
+        self.tokens = 0
+        self.documents = 0
+        self.max_token = 0
+
+    def __enter__(self) -> _Writer:
+        with cache.blaming(self._folder.parent), contextlib.ExitStack() as opened:
+            names = ("tokens.bin", "ends.bin", "keys.bin")
+            self._files = [opened.enter_context(open(self._folder / name, "wb")) for name in names]
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with cache.blaming(self._folder.parent):
+            self._opened.close()
+
+    def write(self, chunk: Chunk) -> None:
+        """Append `chunk`."""
+        arrays = (
+            chunk.tokens.astype(self._dtype, copy=False),
+            (chunk.ends + self.tokens).astype("<i8", copy=False),
+            chunk.keys.astype("<u8", copy=False),
+        )
+        with cache.blaming(self._folder.parent):
+            for file, array in zip(self._files, arrays, strict=True):
+                file.write(array.tobytes())
+        self._digest.update(arrays[0].astype("<u4", copy=False).tobytes())
+        self._digest.update(arrays[1].tobytes())
+        self.tokens += len(chunk.tokens)
+        self.documents += len(chunk.ends)
+        self.max_token = max(self.max_token, int(chunk.tokens.max()))
+
+    def summary(self) -> dict[str, object]:
+        """Return what the cache keeps beside the files."""
+        return {
+            "dtype": self._dtype.str,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "max_token": self.max_token,
+            "fingerprint": self._digest.hexdigest(),
+        }
