@@ -29,16 +29,16 @@ def families(count: int, kin: Iterable[tuple[tuple[int, ...], tuple[int, ...]]])
 
 
 def leading_batch(arguments: Sequence[Argument]) -> tuple[int, ...]:
-    """Return the dims that most arrays of the data lead with; ties go to the larger arrays.
+    """Return the dims that most arrays of the data lead with; ties go to the first.
 
     Dims that parameters have do not count: a table that comes with the data is no batch.
     """
     in_parameters = {d for a in arguments if a.is_parameter for dim in a.dims for d in dim}
     votes: Counter[tuple[int, ...]] = Counter()
     for argument in arguments:
-        if not argument.is_parameter and argument.dims and argument.dims[0]:
-            if not in_parameters.intersection(argument.dims[0]):
-                votes[argument.dims[0]] += 1
+        lead = argument.dims[0] if argument.dims else ()
+        if lead and not argument.is_parameter and not in_parameters.intersection(lead):
+            votes[lead] += 1
     return max(votes, key=lambda dims: votes[dims], default=())
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from .op_rules.rule import words
 from .record import Equation, Factor, Program, Scope
 
 # matmul runs on the matrix unit, vector on the vector unit; move computes nothing.
@@ -13,7 +14,14 @@ Unit = Literal["matmul", "vector", "move"]
 
 _MATMULS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated", "scaled_dot"})
 _MOVES = frozenset(
-    ["reshape", "transpose", "broadcast_in_dim", "broadcast_to", "squeeze", "expand_dims", "rev", "concatenate", "split", "stack", "unstack", "tile", "slice", "pad", "gather", "scatter", "dynamic_slice", "dynamic_update_slice", "copy", "copy_p", "iota", "stop_gradient", "name", "optimization_barrier", "sharding_constraint", "device_put", "convert_element_type", "bitcast_convert_type", "empty", "empty2", "random_wrap", "random_unwrap", "random_clone", "create_token"]
+    words(
+        """
+    reshape transpose broadcast_in_dim broadcast_to squeeze expand_dims rev concatenate split stack
+    unstack tile slice pad gather scatter dynamic_slice dynamic_update_slice copy copy_p iota
+    stop_gradient name optimization_barrier sharding_constraint device_put convert_element_type
+    bitcast_convert_type empty empty2 random_wrap random_unwrap random_clone create_token
+    """
+    )
 )
 
 

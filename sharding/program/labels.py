@@ -43,7 +43,8 @@ def axis_names(args: Sequence[Any], names: Any) -> dict[tuple[int, str], AxisNam
                 raise UserError(f"the names at {path!r} are {given!r}, not a tuple of dimension names")
             if path not in known:
                 raise UserError(
-                    f"names are given at {path!r}, where argument {position} has no array; {nearest(path, known)}"
+                    f"names are given at {path!r}, where argument {position} has no array; "
+                    f"{nearest(path, known)}"
                 )
             found[position, path] = tuple(given)
     return found
@@ -92,7 +93,7 @@ def check(argument: Argument, given: AxisNames) -> None:
 def label_votes(
     arguments: Sequence[Argument], given: Mapping[tuple[int, str], AxisNames]
 ) -> tuple[dict[int, Counter[str]], dict[int, Counter[str]]]:
-    """Count what the user calls each dim: where it is an array dimension by itself, and where a part of one."""
+    """Count what the user calls each dim, where it is an array dimension by itself and where a part."""
     alone: dict[int, Counter[str]] = {}
     part: dict[int, Counter[str]] = {}
     for argument in arguments:

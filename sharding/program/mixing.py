@@ -17,7 +17,8 @@ from jax.extend import core
 
 from ..errors import UserError, nearest
 from .generations import scan_parts
-from .record import Dims, Equation, Factor, Program, Scope, walk_equations
+from .op_rules.rule import words
+from .record import Dims, Equation, Factor, Program, Scope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,20 +39,33 @@ class _State(enum.IntEnum):
 
 
 _LINEAR = frozenset(
-    ["add", "sub", "add_any", "neg", "convert_element_type", "reshape", "broadcast_in_dim", "broadcast_to", "squeeze", "expand_dims", "transpose", "reduce_sum", "concatenate", "split", "stack", "unstack", "slice", "pad", "copy", "copy_p", "stop_gradient", "real", "imag", "reduce_precision", "rev", "name", "sharding_constraint", "optimization_barrier", "psum", "dynamic_slice", "select_n", "cumsum", "tile", "gather"]
+    words(
+        """
+    add sub add_any neg convert_element_type reshape broadcast_in_dim broadcast_to squeeze expand_dims
+    transpose reduce_sum concatenate split stack unstack slice pad copy copy_p stop_gradient real imag
+    reduce_precision rev name sharding_constraint optimization_barrier psum dynamic_slice select_n
+    cumsum tile gather
+    """
+    )
 )
 # Guards against an empty count (``maximum(count, 1)``) and questions about one (``count > 0``).
 _GUARDS = frozenset({"max", "clamp"})
-_QUESTIONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "is_finite"})
+_QUESTIONS = frozenset(
+    words(
+        """
+    eq ne lt le gt ge and or not is_finite
+    """
+    )
+)
 _PRODUCTS = frozenset({"mul", "dot_general"})
 
 
 def batch_mixing(program: Program, dim: int | str | None = None) -> tuple[Mixing, ...]:
     """List the equations through which one example's loss comes to depend on another's.
 
-    `dim` is a dim's id or name, by default those that lead the data (`Program.batch_dims`). The loss is the
-    program's first result; what does not reach it (metrics, running averages) does not count. The answer
-    errs on the side of caution: an operation that is not understood mixes.
+    `dim` is a dim's id or name; by default every dim that leads an array of the data (`Program.data_dims`).
+    The loss is the program's first result; what does not reach it (metrics, running averages) does not
+    count. The answer errs on the side of caution: an operation that is not understood mixes.
     """
     ids = _ids(program, dim)
     found: dict[int, Mixing] = {}
@@ -63,7 +77,7 @@ def batch_mixing(program: Program, dim: int | str | None = None) -> tuple[Mixing
 
 def _ids(program: Program, dim: int | str | None) -> tuple[int, ...]:
     if dim is None:
-        return program.batch_dims
+        return program.data_dims
     if isinstance(dim, str):
         if dim not in program.by_name:
             raise UserError(f"the program has no dimension {dim!r}; {nearest(dim, program.by_name)}")
@@ -90,13 +104,12 @@ class _Follow:
             for argument in self._program.arguments
         ]
         self._scope(self._program.scope, arguments)
-        equations = {e.index: e for e in walk_equations(self._program.scope)}
+        if not self._found:
+            return []
+        located = {e.index: (e, where) for e, where in self._program.located()}
         return [
             Mixing(
-                equation=index,
-                primitive=equations[index].primitive,
-                where=equations[index].where,
-                reason=reason,
+                equation=index, primitive=located[index][0].primitive, where=located[index][1], reason=reason
             )
             for index, reason in self._found.items()
         ]

@@ -171,7 +171,8 @@ class Program:
     """A traced function over named dimensions.
 
     `arguments` and `results` are in the order of `jaxpr.in_avals` and `out_avals`. `families` are the ids
-    of the dims of each family. `batch_dims` are the dims that lead the arrays of the data, major to minor.
+    of the dims of each family. `batch_dims` are the dims that most arrays of the data lead with, major to
+    minor.
     """
 
     jaxpr: core.ClosedJaxpr
@@ -187,6 +188,17 @@ class Program:
     def equations(self) -> Iterator[Equation]:
         """Walk every equation in program order, a call before what it runs."""
         return walk_equations(self.scope)
+
+    def located(self) -> Iterator[tuple[Equation, str]]:
+        """Walk every equation with the user's source line, that of the call around it where it has none."""
+        return _located(self.scope, "")
+
+    @functools.cached_property
+    def data_dims(self) -> tuple[int, ...]:
+        """The dims that lead any array of the data and are in no parameter."""
+        taken = {d for a in self.parameters for composition in a.dims for d in composition}
+        leading = (a.dims[0] for a in self.arguments if not a.is_parameter and a.dims)
+        return tuple(dict.fromkeys(d for composition in leading for d in composition if d not in taken))
 
     @functools.cached_property
     def by_name(self) -> dict[str, Dim]:
@@ -225,3 +237,11 @@ def walk_equations(scope: Scope) -> Iterator[Equation]:
         yield equation
         for inner in equation.scopes:
             yield from walk_equations(inner)
+
+
+def _located(scope: Scope, outer: str) -> Iterator[tuple[Equation, str]]:
+    for equation in scope.equations:
+        where = equation.where or outer
+        yield equation, where
+        for inner in equation.scopes:
+            yield from _located(inner, where)

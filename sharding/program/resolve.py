@@ -6,7 +6,7 @@ import dataclasses
 
 from .op_rules.rule import Kind, places
 from .record import Conflict, Dims, Equation, Factor, Scope
-from .walk import Raw, RawEquation, RawScope, Walk
+from .walk import Raw, RawEquation, RawScope, Walk, shape_of
 
 
 @dataclasses.dataclass(slots=True)
@@ -80,7 +80,7 @@ class Resolver:
         outs = tuple([self.array(dims) for dims in raw.outs])
         if not raw.scopes:
             for var, dims in zip(raw.eqn.outvars, outs, strict=True):
-                self.note_conflicts(dims, var.aval.shape if dims else (), index, f"result of {primitive}")
+                self.note_conflicts(dims, shape_of(var), index, f"result of {primitive}")
         inner = multiplicity * (raw.trips if raw.trips is not None else 1)
         known = counted and raw.trips is not None
         return Equation(

@@ -11,7 +11,7 @@ from jax.extend import core
 from . import control, generations
 from .factors import Factors, Seq
 from .op_rules import builtin_rules, users_rule, whole_rule
-from .op_rules.rule import Kind, Op, OpRule, Shape
+from .op_rules.rule import Kind, Op, OpRule, Shape, words
 
 # The factors of one array, dimension by dimension, before they are resolved.
 Raw = tuple[Seq, ...]
@@ -100,9 +100,6 @@ class Walk:
             eqn.params,
         )
         if rule is None:
-            body = control.call_body(eqn)
-            if body is not None and len(body.jaxpr.invars) == len(ins):
-                return self._call(eqn, ins)
             self.unknown.setdefault(name, []).append(eqn)
             rule = whole_rule
         return self._apply(eqn, op, rule(op), ins)
@@ -211,5 +208,13 @@ _CONTROL: dict[str, Callable[[Walk, core.JaxprEqn, list[Raw]], RawEquation]] = {
     "scan": Walk._scan,
     "while": Walk._while,
     "cond": Walk._cond,
-    **dict.fromkeys(["jit", "pjit", "closed_call", "call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "eval_jaxpr"], Walk._call),
+    **dict.fromkeys(
+        words(
+            """
+    jit pjit closed_call call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call
+    custom_vjp_call_jaxpr composite eval_jaxpr
+    """
+        ),
+        Walk._call,
+    ),
 }

@@ -48,7 +48,8 @@ def _scatter(combine: Kind) -> Rule:
     def rule(op: Op) -> OpRule:
         """Write or add updates at computed places of the operand.
 
-        ``segment_sum`` is [nodes, …], [edges, 1], [edges, …] → [nodes, …]: nodes are `index`, edges are summed.
+        ``segment_sum`` is [nodes, …], [edges, 1], [edges, …] → [nodes, …]: nodes are `index`,
+        edges are summed.
         """
         numbers: Any = op.params["dimension_numbers"]
         operand, indices, updates = op.ins[:3]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rule import Builder, Op, OpRule, Rule
+from .rule import Builder, Op, OpRule, Rule, words
 
 
 def batched(op: Op) -> OpRule:
@@ -49,7 +49,12 @@ def _leading(op: Op, lead: int) -> OpRule:
     return builder.done()
 
 
-_BATCHED = ["cholesky", "cholesky_update", "eig", "eigh", "geqrf", "hessenberg", "householder_product", "lu", "lu_pivots_to_permutation", "ormqr", "qr", "schur", "svd", "symmetric_product", "tridiagonal", "tridiagonal_solve"]
+_BATCHED = words(
+    """
+    cholesky cholesky_update eig eigh geqrf hessenberg householder_product lu lu_pivots_to_permutation
+    ormqr qr schur svd symmetric_product tridiagonal tridiagonal_solve
+    """
+)
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_BATCHED, batched),

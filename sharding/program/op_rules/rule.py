@@ -76,6 +76,13 @@ class OpRule:
 
 
 Rule = Callable[[Op], OpRule]
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the words of `text`: how long lists of primitives are written."""
+    return tuple(text.split())
+
+
 Place = tuple[int, int]
 
 
@@ -173,8 +180,8 @@ def einsum_rule(op: Op, pattern: str, **kinds: str) -> OpRule:
     """Write a rule as an einsum whose letters are factors.
 
     Letters of one kind are given by that kind's name; a letter that is missing from the results is
-    ``contract``, any other is ``map``. ``"bqhd, bkhd, bkhd -> bqhd", whole="kd"`` describes an attention kernel that
-    needs keys and head dimension whole.
+    ``contract``, any other is ``map``. ``"bqhd, bkhd, bkhd -> bqhd", whole="kd"`` describes an attention
+    kernel that needs keys and head dimension whole.
 
     Raises:
         UserError: when the pattern does not fit the shapes of `op`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .rule import Builder, Op, OpRule, Rule
+from .rule import Builder, Op, OpRule, Rule, words
 
 
 def conv_general_dilated(op: Op) -> OpRule:
@@ -63,7 +63,12 @@ def pooling(op: Op) -> OpRule:
     return builder.done()
 
 
-_POOLING = ["reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum", "select_and_gather_add", "select_and_scatter", "select_and_scatter_add"]
+_POOLING = words(
+    """
+    reduce_window reduce_window_max reduce_window_min reduce_window_sum select_and_gather_add
+    select_and_scatter select_and_scatter_add
+    """
+)
 
 RULES: dict[str, Rule] = {
     "conv_general_dilated": conv_general_dilated,
