@@ -10,25 +10,25 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .capture import ProfileWindow as ProfileWindow
-    from .capture import capture as capture
     from .config import ProfileConfig as ProfileConfig
     from .profile import Profile as Profile
     from .program import save_program as save_program
     from .read import profile_run as profile_run
     from .read import read_profile as read_profile
-    from .report import print_report as print_report
-    from .report import report as report
+    from .tables import print_report as print_report
+    from .tables import report as report
+    from .window import ProfileWindow as ProfileWindow
+    from .window import capture as capture
 
 _HOMES = {
     "Profile": "profile",
     "ProfileConfig": "config",
-    "ProfileWindow": "capture",
-    "capture": "capture",
-    "print_report": "report",
+    "ProfileWindow": "window",
+    "capture": "window",
+    "print_report": "tables",
     "profile_run": "read",
     "read_profile": "read",
-    "report": "report",
+    "report": "tables",
     "save_program": "program",
 }
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ...sharding.errors import UserError
 from .analyse import analyse
-from .capture import SESSIONS
 from .profile import Profile
 from .program import load_program
+from .window import SESSIONS
 from .xplane import read_xplane
 
 #: The folder inside of a run's that profiles are captured in.

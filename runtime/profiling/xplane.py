@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ...sharding.errors import UserError
-from .capture import DATA_WAIT
 from .events import HostSpan, OpEvent, Trace
+from .window import DATA_WAIT, WINDOW
 
 # Bookkeeping of XLA's thread pools: most of a CPU trace's events, and never an operation.
 _NOISE = ("ThreadpoolListener::", "Wait", "Rendezvous", "InvokeRendezvous")
@@ -48,6 +48,7 @@ def trace_of_planes(planes: Iterable[Any]) -> Trace:
     events: list[OpEvent] = []
     steps: list[HostSpan] = []
     waits: list[HostSpan] = []
+    closed: list[float] = []
     for plane in planes:
         device = _DEVICE.match(plane.name)
         if device is not None and device[1] == "TPU":
@@ -55,10 +56,12 @@ def trace_of_planes(planes: Iterable[Any]) -> Trace:
         elif device is not None:
             events += _gpu_events(plane, f"gpu:{device[2]}")
         elif plane.name.startswith("/host:CPU"):
-            _read_host(plane, events, steps, waits)
+            _read_host(plane, events, steps, waits, closed)
     steps.sort(key=lambda span: span.start_ns)
     waits.sort(key=lambda span: span.start_ns)
-    events.sort(key=lambda event: event.start_ns)
+    # The trace runs on a little while its writer begins: what the devices start then is not the window's.
+    end_ns = max(closed, default=float("inf"))
+    events = sorted((event for event in events if event.start_ns < end_ns), key=lambda event: event.start_ns)
     return Trace(events=tuple(events), steps=tuple(steps), waits=tuple(waits))
 
 
@@ -85,7 +88,13 @@ def _stats(event: Any) -> dict[str, Any]:
     return dict(event.stats)
 
 
-def _read_host(plane: Any, events: list[OpEvent], steps: list[HostSpan], waits: list[HostSpan]) -> None:
+def _read_host(
+    plane: Any,
+    events: list[OpEvent],
+    steps: list[HostSpan],
+    waits: list[HostSpan],
+    closed: list[float],
+) -> None:
     found: list[tuple[OpEvent, int | None]] = []
     finished: dict[int, float] = {}
     for number, line in enumerate(plane.lines):
@@ -112,6 +121,8 @@ def _read_host(plane: Any, events: list[OpEvent], steps: list[HostSpan], waits: 
                 steps.append(HostSpan(start_ns=event.start_ns, end_ns=end_ns, step=int(stats["step_num"])))
             elif event.name == DATA_WAIT:
                 waits.append(HostSpan(start_ns=event.start_ns, end_ns=end_ns))
+            elif event.name == WINDOW:
+                closed.append(end_ns)
     events += _finish(found, finished)
 
 

@@ -28,6 +28,8 @@ from .config import MAX_STEPS
 DATA_WAIT = "data_wait"
 #: The name under which a step of training stands in a trace, with `step_num`.
 STEP = "train_step"
+#: The name under which the whole window stands in a trace.
+WINDOW = "profile_window"
 #: Where below a profile folder the sessions stand: the place that XProf looks in.
 SESSIONS = Path("plugins", "profile")
 
@@ -140,10 +142,11 @@ class ProfileWindow:
         if self._recorder is None:
             return
         recorder, self._recorder = self._recorder, None
+        recorder.finish()
 
         def write() -> None:
             try:
-                recorder.stop()
+                recorder.write()
             except Exception as error:
                 self._failure = error
 
@@ -165,7 +168,8 @@ def capture(directory: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        recorder.stop()
+        recorder.finish()
+        recorder.write()
 
 
 class _Recorder:
@@ -179,6 +183,7 @@ class _Recorder:
         self._process = jax.process_index()
         self._session = directory / SESSIONS / session
         self._scratch = directory / f".writing_{self._process}_{os.getpid()}"
+        self._window: contextlib.AbstractContextManager[object] | None = None
 
     def start(self) -> None:
         import jax.profiler
@@ -192,8 +197,16 @@ class _Recorder:
         except RuntimeError as error:
             shutil.rmtree(self._scratch)
             raise UserError(f"cannot start a profile: {error}") from error
+        self._window = jax.profiler.TraceAnnotation(WINDOW)
+        self._window.__enter__()
 
-    def stop(self) -> None:
+    def finish(self) -> None:
+        """Mark the window's end: `write` may stop the trace later, in another thread."""
+        if self._window is not None:
+            self._window.__exit__(None, None, None)
+
+    def write(self) -> None:
+        """Stop the trace and put its files into the session's folder."""
         import jax.profiler
 
         try:
