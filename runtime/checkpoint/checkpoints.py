@@ -15,14 +15,12 @@ from typing import Any, Literal
 import jax
 
 from ...sharding.errors import UserError, nearest
-from . import folder, manifest, store
+from . import fingerprint, folder, manifest, spread, store
 from .agreement import first_fault, from_first
 from .errors import CheckpointError, Damaged
-from .fingerprint import fingerprints
-from .leaves import check_arrays, leaf_names, nest
+from .leaves import abstract, check_arrays, leaf_names, nest
 from .reading import check_leaves, read_parts
 from .retention import Retention, expendable
-from .spread import snapshot
 from .writing import finish
 
 _log = logging.getLogger(__name__)
@@ -88,6 +86,15 @@ class Checkpoints:
                 _log.warning("checkpoint at step %d is passed over: %s", step, damage)
         return None
 
+    def prepare(self, abstract_state: Any) -> None:
+        """Import Orbax and compile what a save runs, so that the first save takes no longer than the rest.
+
+        `abstract_state` is as for `restore`. Best called while the devices are busy with the first step.
+        """
+        leaves = [abstract(leaf) for leaf in jax.tree.leaves(abstract_state)]
+        fingerprint.prepare(spread.prepare(leaves))
+        store.prepare()
+
     def save(
         self,
         step: int,
@@ -100,8 +107,8 @@ class Checkpoints:
 
         Returns when the state is in host memory, and writes it in the background: the next step may donate
         the state's buffers. While another save is being written, waits for it and says so. A step that this
-        object has saved already is not saved again. Raises `UserError` for leaves that are not `jax.Array`s
-        and `CheckpointError` when the save before this one could not be written.
+        object has saved or restored already is not saved again. Raises `UserError` for leaves that are not
+        `jax.Array`s and `CheckpointError` when the save before this one could not be written.
         """
         begun = time.monotonic()
         check_arrays(state)
@@ -118,11 +125,12 @@ class Checkpoints:
             return time.monotonic() - begun
         self._make_room(step)
         names = leaf_names(state)
-        copies = snapshot(tuple(jax.tree.leaves(state)))
-        started = fingerprints(copies)
+        copies = spread.snapshot(jax.tree.leaves(state))
         try:
             response = store.write(folder.writing_path(self.directory, step), nest(names, copies))
-        except OSError as error:
+            # Not before: they would take turns with the copying that the caller waits for.
+            started = fingerprint.fingerprints(copies)
+        except Exception as error:
             raise _failed(self.directory, step, error) from error
         described = [
             (name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in zip(names, copies, strict=True)
@@ -208,6 +216,7 @@ class Checkpoints:
                 fault = first_fault(check_leaves(record, leaf_names(abstract_state), parts))
                 if fault is None:
                     leaves = store.gather(parts, jax.tree.leaves(abstract_state))
+                    self._written.add(chosen)
                     state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
                     return Restored(
                         step=chosen, state=state, metadata=record.metadata, metrics=record.metrics

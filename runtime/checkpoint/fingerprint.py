@@ -8,6 +8,7 @@ that elements which swap places or change together cancel only by chance (1 in 2
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from .leaves import by_devices
 
@@ -52,37 +53,52 @@ def fingerprints(leaves: Sequence[jax.Array]) -> Fingerprints:
     several processes, all must call this.
     """
     groups = tuple(tuple(group) for group in by_devices(leaves))
-    words = tuple(_of_group(tuple(_automatic(leaves[i]) for i in group)) for group in groups)
-    return Fingerprints(groups=groups, words=words)
+    words = []
+    for group in groups:
+        relabelled = tuple(_automatic(leaves[i]) for i in group)
+        words.append(_program(_common_mesh(relabelled))(relabelled))
+    return Fingerprints(groups=groups, words=tuple(words))
+
+
+def prepare(leaves: Sequence[jax.ShapeDtypeStruct]) -> None:
+    """Compile what `fingerprints` runs on arrays such as `leaves`, so that its first call finds it done."""
+    for group in by_devices(leaves):
+        relabelled = tuple(
+            jax.ShapeDtypeStruct(
+                leaves[i].shape,
+                leaves[i].dtype,
+                sharding=_automatic_sharding(leaves[i].sharding),
+                weak_type=leaves[i].weak_type,
+            )
+            for i in group
+        )
+        # JAX keeps what it compiled, so that a later call on such arrays only runs it.
+        _program(_common_mesh(relabelled)).lower(relabelled).compile()
 
 
 def _automatic(leaf: jax.Array) -> jax.Array:
     """Relabel an array on an explicit mesh, without moving it: integer reductions there have no type rule."""
-    sharding = leaf.sharding
+    sharding = _automatic_sharding(leaf.sharding)
+    return leaf if sharding is leaf.sharding else jax.device_put(leaf, sharding)
+
+
+def _automatic_sharding(sharding: Sharding) -> Sharding:
     if not isinstance(sharding, NamedSharding):
-        return leaf
+        return sharding
     mesh = sharding.mesh
-    if all(kind == AxisType.Auto for kind in mesh.axis_types):
-        return leaf
-    automatic = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
-    return jax.device_put(leaf, NamedSharding(automatic, sharding.spec, memory_kind=sharding.memory_kind))
+    if not isinstance(mesh, Mesh) or all(kind == AxisType.Auto for kind in mesh.axis_types):
+        return sharding
+    automatic = Mesh(mesh.devices, mesh.axis_names)
+    return NamedSharding(automatic, sharding.spec, memory_kind=sharding.memory_kind)
 
 
-def _of_group(leaves: tuple[jax.Array, ...]) -> jax.Array:
-    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
-    if not meshes:
-        return jax.jit(_words)(leaves)
-    return _jitted(NamedSharding(meshes[0], PartitionSpec()))(leaves)
+def _common_mesh(leaves: Sequence[Any]) -> Any:
+    return next((leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)), None)
 
 
-_compiled: dict[NamedSharding, Any] = {}
-
-
-def _jitted(replicated: NamedSharding) -> Any:
-    # A new jit object would compile again at each save.
-    if replicated not in _compiled:
-        _compiled[replicated] = jax.jit(_words, out_shardings=replicated)
-    return _compiled[replicated]
+@functools.cache
+def _program(mesh: Mesh | None) -> Any:
+    return jax.jit(_words, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def _words(leaves: tuple[jax.Array, ...]) -> jax.Array:

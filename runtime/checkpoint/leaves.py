@@ -61,7 +61,7 @@ def check_arrays(state: Any) -> None:
             raise UserError(
                 f"state leaf {name} is a {kind}, not a jax.Array; place it on the mesh with jax.device_put"
             )
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise UserError(f"state leaf {name} is a typed random key; keep jax.random.key_data(key) instead")
         if leaf.size == 0:
             raise UserError(f"state leaf {name} of shape {list(leaf.shape)} holds nothing; leave it out")
@@ -80,3 +80,10 @@ def by_devices(leaves: Sequence[Any]) -> list[list[int]]:
     for index, leaf in enumerate(leaves):
         groups.setdefault(frozenset(leaf.sharding.device_set), []).append(index)
     return list(groups.values())
+
+
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Return what a program compiled for `leaf` needs to know of it."""
+    return jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=leaf.sharding, weak_type=getattr(leaf, "weak_type", False)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -40,22 +41,51 @@ def _axes(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def snapshot(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def snapshot(leaves: Sequence[jax.Array]) -> list[jax.Array]:
     """Return what a save may keep reading while the training step is given the buffers of `leaves`.
 
     On CPU the devices' memory is the host's: Orbax would hold views of it, and the next step, refused its
     donated buffers, would allocate the state anew. So each byte is copied once, by all devices together.
     Elsewhere the copy to host memory that Orbax makes does this, and `leaves` come back as they are.
     """
-    if any(device.platform != "cpu" for leaf in leaves for device in leaf.sharding.device_set):
-        return leaves
-    targets = tuple(spread(leaf.sharding, leaf.shape) for leaf in leaves)
     copied = list(leaves)
-    for group in by_devices(leaves):
-        copies = _copier(tuple(targets[i] for i in group))(tuple(leaves[i] for i in group))
+    for group in _on_cpu(leaves):
+        held = tuple(leaves[i] for i in group)
+        copies = _copier(_targets(held))(held)
         for index, copy in zip(group, copies, strict=True):
             copied[index] = copy
-    return tuple(copied)
+    return copied
+
+
+def prepare(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
+    """Compile what `snapshot` runs on arrays such as `leaves`; returns what it will make of them."""
+    made = list(leaves)
+    for group in _on_cpu(leaves):
+        held = tuple(leaves[i] for i in group)
+        _copier(_targets(held)).lower(held).compile()
+        for index in group:
+            made[index] = _spread_out(leaves[index])
+    return made
+
+
+def _on_cpu(leaves: Sequence[Any]) -> list[list[int]]:
+    groups = by_devices(leaves)
+    return [g for g in groups if all(d.platform == "cpu" for d in leaves[g[0]].sharding.device_set)]
+
+
+def _spread_out(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=spread(leaf.sharding, leaf.shape), weak_type=leaf.weak_type
+    )
+
+
+def _targets(leaves: Sequence[Any]) -> tuple[Sharding, ...]:
+    return tuple(spread(leaf.sharding, leaf.shape) for leaf in leaves)
+
+
+@functools.cache
+def _copier(targets: tuple[Sharding, ...]) -> Any:
+    return jax.jit(lambda leaves: tuple(jnp.copy(leaf) for leaf in leaves), out_shardings=targets)
 
 
 def resharded(leaves: list[jax.Array], targets: Sequence[Sharding]) -> list[jax.Array]:
@@ -70,19 +100,6 @@ def resharded(leaves: list[jax.Array], targets: Sequence[Sharding]) -> list[jax.
     return result
 
 
-_copiers: dict[tuple[Sharding, ...], Any] = {}
-_movers: dict[Sharding, Any] = {}
-
-
-def _copier(targets: tuple[Sharding, ...]) -> Any:
-    if targets not in _copiers:
-        _copiers[targets] = jax.jit(
-            lambda leaves: tuple(jnp.copy(leaf) for leaf in leaves), out_shardings=targets
-        )
-    return _copiers[targets]
-
-
+@functools.cache
 def _mover(target: Sharding) -> Any:
-    if target not in _movers:
-        _movers[target] = jax.jit(lambda leaf: leaf, out_shardings=target)
-    return _movers[target]
+    return jax.jit(lambda leaf: leaf, out_shardings=target)

@@ -1,4 +1,7 @@
-"""Arrays to and from a directory, by Orbax."""
+"""Arrays to and from a directory, by Orbax.
+
+Orbax is imported on first use: it takes half a second, and a run that starts anew has nothing to read.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from .spread import resharded, spread
 
@@ -17,19 +19,26 @@ _DATA_FILE_BYTES = 2**28
 _CHUNK_BYTES = 2**26
 
 
+def prepare() -> None:
+    """Import Orbax now."""
+    from orbax.checkpoint import v1  # noqa: F401
+
+
 def write(path: Path, tree: Any) -> Any:
     """Start writing a tree of `jax.Array`s and return Orbax's response; `.result()` waits for the disk.
 
     Returns when the arrays are in host memory. Every process of the job must call this. Not compressed:
     weights shrink by less than a tenth, and compressing them takes several times as long as the disk does.
     """
+    from orbax.checkpoint import v1 as ocp
+
     context = ocp.Context()
     saving = context.array_options.saving
     saving.use_compression = False
     saving.ocdbt_target_data_file_size = _DATA_FILE_BYTES
     saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     with context:
-        return ocp.save_async(path, tree)
+        return ocp.save_async(str(path), tree)
 
 
 def read(path: Path, abstract: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
@@ -40,6 +49,8 @@ def read(path: Path, abstract: dict[str, Any], *, partial: bool = False) -> dict
     the caller compares notes before the gathering, which needs all of them: see `gather`. With `partial`,
     `abstract` need not name all that is there.
     """
+    from orbax.checkpoint import v1 as ocp
+
     context = ocp.Context()
     context.pytree_options.loading.partial_load = partial
     if jax.process_count() > 1:
@@ -51,7 +62,7 @@ def read(path: Path, abstract: dict[str, Any], *, partial: bool = False) -> dict
         abstract,
     )
     with context:
-        return ocp.load(path, parts)
+        return ocp.load(str(path), parts)
 
 
 def gather(parts: list[jax.Array], targets: Sequence[Any]) -> list[jax.Array]:
