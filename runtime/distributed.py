@@ -130,7 +130,7 @@ def _simulate_share(config: HostsConfig, simulated_devices: int | None, num_proc
         if simulated_devices % num_processes:
             below = simulated_devices // num_processes * num_processes
             raise UserError(
-                f"{simulated_devices} simulated devices do not divide evenly among {num_processes} processes; "
+                f"{simulated_devices} simulated devices do not divide among {num_processes} processes; "
                 f"nearest: {f'{below} or ' if below else ''}{below + num_processes}"
             )
         share = simulated_devices // num_processes
