@@ -1,0 +1,240 @@
+"""All processes of a run on this machine, over loopback: started, listened to and ended together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, TextIO
+
+from ...sharding.errors import UserError
+from .. import clusters
+from ..loopback import LOOPBACK, end_all, reserved_port
+
+# Runs in front of each command: has the kernel end it when the launcher ends, then becomes the command.
+_TIED_TO_PARENT = """
+import os, sys
+sys.path.append(sys.argv[1])
+from loopback import die_with_parent
+die_with_parent(int(sys.argv[2]))
+try:
+    os.execvp(sys.argv[3], sys.argv[3:])
+except OSError as error:
+    sys.exit(f"error: cannot start {sys.argv[3]}: {error.strerror}")
+"""
+_LAST_LINES = 12
+_COLOURS = ("36", "33", "35", "32", "34", "31")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+def train_command(config: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Return the command that trains `config` in one process, for `launch`."""
+    return [sys.executable, "-m", "meshwright.runtime.cli", "train", config, *overrides]
+
+
+def launch(
+    command: Sequence[str],
+    num_processes: int,
+    *,
+    devices_per_process: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    output: TextIO | None = None,
+    failure_grace_seconds: float = 5.0,
+    stop_grace_seconds: float = 120.0,
+) -> int:
+    """Run `command` in `num_processes` processes that `distributed.initialize` joins; return the exit code.
+
+    Every line that a process prints comes out with its number in front. SIGINT and SIGTERM are passed on
+    once, and the processes have `stop_grace_seconds` to save and leave. When one fails the others are ended, after
+    `failure_grace_seconds` by force, and what became of the first is printed: its exit code (128 + the signal
+    that ended it) is the result. No process outlives this one, whatever ends it (on Linux).
+
+    `devices_per_process` simulated CPU devices are given to each; None leaves that to the command.
+    """
+    if num_processes < 1:
+        raise UserError(f"--processes {num_processes} is below 1; nearest: 1")
+    if devices_per_process is not None and devices_per_process < 1:
+        raise UserError(f"{devices_per_process} devices per process is below 1; nearest: 1")
+    printer = _Printer(output or sys.stdout, num_processes)
+    processes: list[subprocess.Popen[bytes]] = []
+    with reserved_port() as port:
+        try:
+            for number in range(num_processes):
+                words = _environment(number, num_processes, port, devices_per_process, environment or {})
+                processes.append(_start(command, words))
+            return _Job(processes, printer, failure_grace_seconds, stop_grace_seconds).run()
+        finally:
+            end_all(processes, grace_seconds=0)
+
+
+def _environment(
+    number: int, count: int, port: int, devices: int | None, more: Mapping[str, str]
+) -> dict[str, str]:
+    words = dict(os.environ) | {
+        clusters.COORDINATOR: f"{LOOPBACK}:{port}",
+        clusters.NUM_PROCESSES: str(count),
+        clusters.PROCESS_ID: str(number),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if devices is not None:
+        words |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return words | dict(more)
+
+
+def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, folder, str(os.getpid()), *command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+class _Printer:
+    """Puts whole lines of several processes on one stream, each with its number in front."""
+
+    def __init__(self, output: TextIO, count: int) -> None:
+        self._output = output
+        self._lock = threading.Lock()
+        self._width = len(str(count - 1))
+        self._colour = output.isatty() and "NO_COLOR" not in os.environ
+        self.last: list[deque[str]] = [deque(maxlen=_LAST_LINES) for _ in range(count)]
+
+    def line(self, number: int, text: str) -> None:
+        """Print a line of process `number`, and remember it among its last ones."""
+        self.last[number].append(text)
+        mark = f"[{number:{self._width}}]"
+        if self._colour:
+            mark = f"\x1b[{_COLOURS[number % len(_COLOURS)]}m{mark}\x1b[0m"
+        self.say(f"{mark} {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line of the launcher's own."""
+        with self._lock, contextlib.suppress(BrokenPipeError):
+            self._output.write(text + "\n")
+            self._output.flush()
+
+    def copy(self, number: int, stream: IO[bytes]) -> None:
+        """Print what process `number` writes until it ends; a bar's carriage return ends a line too."""
+        rest = b""
+        while chunk := os.read(stream.fileno(), 65536):
+            *lines, rest = _LINE_END.split(rest + chunk)
+            for line in lines:
+                if line:
+                    self.line(number, line.decode(errors="replace"))
+        if rest:
+            self.line(number, rest.decode(errors="replace"))
+
+
+class _Job:
+    """Processes that run together; ends as the first that fails does."""
+
+    def __init__(
+        self,
+        processes: Sequence[subprocess.Popen[bytes]],
+        printer: _Printer,
+        failure_grace_seconds: float,
+        stop_grace_seconds: float,
+    ) -> None:
+        self._processes = processes
+        self._printer = printer
+        self._failure_grace_seconds = failure_grace_seconds
+        self._stop_grace_seconds = stop_grace_seconds
+        self._ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        self._requests: list[int] = []
+
+    def run(self) -> int:
+        """Wait for all, or for the first failure; return the exit code of the whole."""
+        readers = [self._follow(number, process) for number, process in enumerate(self._processes)]
+        with self._signals_noted():
+            failed = self._wait()
+        if failed is not None:
+            self._end_others(failed[0])
+        for reader in readers:
+            reader.join(timeout=2)
+        if failed is None:
+            return 0
+        return self._explain(*failed)
+
+    def _follow(self, number: int, process: subprocess.Popen[bytes]) -> threading.Thread:
+        assert process.stdout is not None
+        reader = threading.Thread(target=self._printer.copy, args=(number, process.stdout), daemon=True)
+        waiter = threading.Thread(target=lambda: self._ended.put((number, process.wait())), daemon=True)
+        reader.start()
+        waiter.start()
+        return reader
+
+    def _wait(self) -> tuple[int, int] | None:
+        """Return (number, return code) of the first process that fails, None when all end well."""
+        running, passed_on, deadline = len(self._processes), 0, float("inf")
+        while running:
+            with contextlib.suppress(queue.Empty):
+                number, code = self._ended.get(timeout=0.1)
+                running -= 1
+                if code != 0:
+                    return number, code
+            if len(self._requests) > passed_on:
+                if passed_on and self._requests[-1] == signal.SIGINT:
+                    return self._give_up("stopped at once")
+                if not passed_on:
+                    self._pass_on(self._requests[0])
+                    deadline = time.monotonic() + self._stop_grace_seconds
+                passed_on = len(self._requests)
+            if time.monotonic() > deadline:
+                return self._give_up(f"still there {self._stop_grace_seconds:g} s after the request to stop")
+        return None
+
+    def _pass_on(self, number: int) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def _give_up(self, reason: str) -> tuple[int, int]:
+        late = [number for number, process in enumerate(self._processes) if process.poll() is None]
+        self._printer.say(
+            f"meshwright launch: {reason}; ending process {', '.join(map(str, late)) or 'none'}"
+        )
+        end_all(self._processes, grace_seconds=0)
+        return (late[0] if late else 0), -self._requests[-1]
+
+    def _end_others(self, failed: int) -> None:
+        others = [process for number, process in enumerate(self._processes) if number != failed]
+        end_all(others, grace_seconds=self._failure_grace_seconds)
+
+    def _explain(self, number: int, code: int) -> int:
+        fate = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        count = len(self._processes)
+        others = "" if count == 1 else "; the others were ended"
+        self._printer.say(f"meshwright launch: process {number} of {count} {fate}{others}")
+        if self._printer.last[number]:
+            self._printer.say(f"meshwright launch: last lines of process {number}:")
+            for line in self._printer.last[number]:
+                self._printer.say(f"    {line}")
+        return 128 - code if code < 0 else code
+
+    @contextlib.contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        """Note SIGINT and SIGTERM instead of obeying them; only a main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, lambda number, _: self._requests.append(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

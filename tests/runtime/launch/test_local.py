@@ -1,0 +1,199 @@
+"""Launched processes: real ones, killed, stopped and orphaned for real."""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from meshwright.runtime.launch.local import launch, train_command
+from meshwright.sharding.errors import UserError
+
+# Joins the others, then sums over all devices again and again; stops when asked to.
+TRAIN = """
+import os, sys, time
+from meshwright.runtime.distributed import initialize
+from meshwright.runtime.faults import StopSignal, fail_fast
+from meshwright.runtime.hosts_config import HostsConfig
+hosts = initialize(HostsConfig(heartbeat_seconds=10))
+import jax, jax.numpy as jnp
+mesh = jax.make_mesh((hosts.num_devices,), ("data",))
+ones = jax.jit(lambda: jnp.ones(hosts.num_devices), out_shardings=jax.NamedSharding(mesh, jax.P("data")))()
+total = jax.jit(jnp.sum)
+with fail_fast(), StopSignal() as stop:
+    for step in range(10_000):
+        assert float(total(ones)) == hosts.num_devices
+        if step == 3:
+            print("pid", os.getpid(), "of", hosts.num_devices, "devices", flush=True)
+        if "fail" in sys.argv and step == 10 and hosts.process_id == 1:
+            raise ValueError("the model is unhappy")
+        time.sleep(0.01)
+        if stop.at(step):
+            break
+print("saved at", step)
+"""
+
+LAUNCHER = """
+import sys
+from meshwright.runtime.launch.local import launch
+sys.exit(launch([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], 2, devices_per_process=2))
+"""
+
+
+def python(source: str) -> list[str]:
+    return [sys.executable, "-c", source]
+
+
+def run(source: str, count: int, **words: object) -> tuple[int, list[str]]:
+    output = io.StringIO()
+    code = launch(python(source), count, output=output, **words)  # pyright: ignore[reportArgumentType]
+    return code, output.getvalue().splitlines()
+
+
+class Launcher:
+    """A launcher in a process of its own, with what it printed and the processes it told of."""
+
+    def __init__(self, folder: pathlib.Path, *arguments: str) -> None:
+        self.log = folder / "log"
+        with open(self.log, "wb") as log:
+            command = [*python(LAUNCHER), TRAIN, *arguments]
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def pids(self) -> list[int]:
+        """Wait until both processes have taken steps; return their ids by number."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            told = sorted(line.split() for line in self.log.read_text().splitlines() if " pid " in line)
+            if len(told) == 2:
+                return [int(words[2]) for words in told]
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
+    def finish(self, seconds: float) -> tuple[int, str]:
+        code = self.process.wait(timeout=seconds)
+        return code, self.log.read_text()
+
+
+def alive(pid: int) -> bool:
+    try:
+        status = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+def test_one_of_two_killed_ends_both_and_says_so(tmp_path: pathlib.Path) -> None:
+    launcher = Launcher(tmp_path)
+    pids = launcher.pids()
+    os.kill(pids[1], signal.SIGKILL)
+    code, output = launcher.finish(15)
+    assert code == 128 + signal.SIGKILL
+    assert "meshwright launch: process 1 of 2 was ended by SIGKILL; the others were ended" in output
+    assert f"    pid {pids[1]} of 4 devices" in output
+    assert gone(pids, 1)
+
+
+def test_an_error_in_one_ends_both_without_the_exit_barrier(tmp_path: pathlib.Path) -> None:
+    launcher = Launcher(tmp_path, "fail")
+    code, output = launcher.finish(60)
+    assert code == 1
+    assert "[1] ValueError: the model is unhappy" in output
+    assert "meshwright launch: process 1 of 2 failed with exit code 1; the others were ended" in output
+
+
+def test_a_request_to_stop_reaches_all_once(tmp_path: pathlib.Path) -> None:
+    launcher = Launcher(tmp_path)
+    pids = launcher.pids()
+    launcher.process.send_signal(signal.SIGINT)
+    code, output = launcher.finish(60)
+    assert code == 0, output
+    saved = [line.partition("] ")[2] for line in output.splitlines() if "saved at" in line]
+    assert len(saved) == 2
+    assert len(set(saved)) == 1
+    assert gone(pids, 1)
+
+
+def test_a_killed_launcher_leaves_no_orphan(tmp_path: pathlib.Path) -> None:
+    launcher = Launcher(tmp_path)
+    pids = launcher.pids()
+    launcher.process.kill()
+    launcher.process.wait()
+    assert gone(pids, 5)
+
+
+def test_lines_are_numbered_and_whole() -> None:
+    source = """
+import os, sys
+number = os.environ["MESHWRIGHT_PROCESS_ID"]
+for part in ("one ", "line of ", number, "\\n", "bar 1\\rbar 2\\r", "no end"):
+    sys.stdout.write(part); sys.stdout.flush()
+"""
+    code, lines = run(source, 3)
+    assert code == 0
+    expected = [
+        f"[{n}] {text}" for n in range(3) for text in (f"one line of {n}", "bar 1", "bar 2", "no end")
+    ]
+    assert sorted(lines) == sorted(expected)
+
+
+def test_first_failure_is_the_exit_code() -> None:
+    source = """
+import os, sys, time
+if os.environ["MESHWRIGHT_PROCESS_ID"] == "0":
+    time.sleep(60)
+print("giving up"); sys.exit(7)
+"""
+    code, lines = run(source, 2)
+    assert code == 7
+    assert "meshwright launch: process 1 of 2 failed with exit code 7; the others were ended" in lines
+    assert lines[-1] == "    giving up"
+
+
+def test_one_that_ignores_sigterm_is_killed() -> None:
+    source = """
+import os, signal, sys, time
+if os.environ["MESHWRIGHT_PROCESS_ID"] == "1":
+    time.sleep(0.5); sys.exit(3)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(60)
+"""
+    assert run(source, 2, failure_grace_seconds=0.3)[0] == 3
+
+
+def test_devices_and_environment_reach_the_processes() -> None:
+    source = (
+        "import os; print(os.environ['JAX_NUM_CPU_DEVICES'], os.environ['JAX_PLATFORMS'], os.environ['MINE'])"
+    )
+    assert run(source, 1, devices_per_process=4, environment={"MINE": "x"}) == (0, ["[0] 4 cpu x"])
+
+
+def test_a_command_that_is_not_there() -> None:
+    output = io.StringIO()
+    assert launch(["no-such-command"], 1, output=output) == 1
+    assert "[0] error: cannot start no-such-command: No such file or directory" in output.getvalue()
+
+
+@pytest.mark.parametrize("words", [{"num_processes": 0}, {"num_processes": 1, "devices_per_process": 0}])
+def test_counts_below_one_are_refused(words: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="is below 1"):
+        launch(python("pass"), **words)  # pyright: ignore[reportArgumentType]
+
+
+def test_train_command_goes_through_the_command_line() -> None:
+    assert train_command("a.yaml", ["train.steps=3"])[1:] == [
+        "-m", "meshwright.runtime.cli", "train", "a.yaml", "train.steps=3",
+    ]  # fmt: skip
