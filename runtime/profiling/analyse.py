@@ -9,7 +9,7 @@ from ...sharding.compiled.hlo import COLLECTIVES, Instruction
 from ...sharding.errors import UserError
 from .account import CollectiveKey, Ledger, account
 from .events import OpEvent, Trace
-from .executions import busiest_module, step_windows
+from .executions import StepWindow, busiest_module, step_windows
 from .profile import CollectiveTime, HostStep, Operation, Profile, StepTime
 from .program import SavedProgram
 
@@ -51,8 +51,10 @@ def analyse(traces: Mapping[int, Trace], program: SavedProgram | None, files: Se
     reader = _Reader(program, module)
     times: list[StepTime] = []
     ledgers: list[Ledger] = []
-    for trace in traces.values():
+    for process, trace in traces.items():
         for device, own in _by_device(trace).items():
+            # Only a CPU's devices are numbered across processes.
+            name = device if device.startswith("cpu") or len(traces) == 1 else f"process {process} {device}"
             try:
                 windows = step_windows(own, module, trace.steps)
             except ValueError as error:
@@ -60,7 +62,7 @@ def analyse(traces: Mapping[int, Trace], program: SavedProgram | None, files: Se
             for window in windows:
                 ledger = account(own, window, trace.waits, reader.collective_of, reader.is_container)
                 ledgers.append(ledger)
-                times.append(_step_time(window.step, device, window.end_ns - window.start_ns, ledger))
+                times.append(_step_time(window, name, ledger))
     if not times:
         raise UserError(f"cannot tell the steps of {module!r} apart: none of its operations runs once a step")
     return Profile(
@@ -130,7 +132,7 @@ def _device_order(device: str) -> tuple[str, int]:
     return platform, int(number)
 
 
-def _step_time(step: int, device: str, wall_ns: float, ledger: Ledger) -> StepTime:
+def _step_time(window: StepWindow, device: str, ledger: Ledger) -> StepTime:
     keys = dict.fromkeys([*ledger.collective_counts, *ledger.exposed_ns, *ledger.overlapped_ns])
     collectives = [
         CollectiveTime(
@@ -143,9 +145,9 @@ def _step_time(step: int, device: str, wall_ns: float, ledger: Ledger) -> StepTi
         for key in keys
     ]
     return StepTime(
-        step=step,
+        step=window.step,
         device=device,
-        wall_seconds=wall_ns / 1e9,
+        wall_seconds=(window.end_ns - window.start_ns) / 1e9,
         compute_seconds=ledger.compute_ns / 1e9,
         collectives=tuple(collectives),
         data_wait_seconds=ledger.data_wait_ns / 1e9,

@@ -25,6 +25,8 @@ def report(profile: Profile, *, top: int = 12) -> Group:
     if profile.mean().collectives:
         parts.append(_collectives_table(profile))
     parts.append(_operations_table(profile, top))
+    if (waited := _host_wait(profile)) is not None:
+        parts.append(Text(waited))
     parts += [Text(f"note: {note}", style="dim") for note in profile.notes]
     viewer = Path(profile.files[0]).parent if profile.files else None
     if viewer is not None:
@@ -97,6 +99,14 @@ def _operations_table(profile: Profile, top: int) -> Table:
             _short(operation.source),
         )
     return table
+
+
+def _host_wait(profile: Profile) -> str | None:
+    if not profile.host_steps:
+        return None
+    waited = sum(step.data_wait_seconds for step in profile.host_steps) / len(profile.host_steps)
+    idle = profile.mean().data_wait_seconds
+    return f"the host waited {_ms(waited)} ms a step for data; devices stood idle for {_ms(idle)} ms of it"
 
 
 def _parts(step: StepTime) -> tuple[float, ...]:
