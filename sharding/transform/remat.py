@@ -10,11 +10,21 @@ from jax.extend import core
 
 from ..errors import UserError, nearest
 from ..program import generations
-from .evaluate import evaluate, reevaluated
+from .evaluate import evaluate, scan_again
 
-# Policy → what jax.checkpoint may save; None saves nothing but the layer's inputs.
-POLICIES: dict[str, Any] = {
-    "dots": "dots_with_no_batch_dims_saveable",
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keep everything except what a sharding constraint gave, which can be had again from what it was given.
+
+    Gathered parameters come out of such a constraint: kept, every layer's would be held whole at once.
+    """
+    return primitive.name != "sharding_constraint"
+
+
+# Policy → which results the backward pass keeps.
+POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": _all_but_gathered,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": None,
 }
 
@@ -22,29 +32,38 @@ POLICIES: dict[str, Any] = {
 def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """Return `function` with the body of every layer scan under `jax.checkpoint`.
 
-    `policy` is ``none`` (the function itself), ``dots`` (keep the results of products with parameters)
-    or ``full`` (keep only each layer's input). A layer scan is a `lax.scan` over stacked arrays that
-    holds a matrix product or a convolution. Raises UserError, when the function is traced, if there is none.
+    `policy` is ``none`` (keep everything but gathered parameters), ``dots`` (keep the results of products
+    with parameters) or ``full`` (keep only each layer's input). A layer scan is a `lax.scan` over stacked
+    arrays that holds a matrix product or a convolution; one whose body is under `jax.checkpoint` already is
+    left as it is. Raises UserError, when the function is traced, if ``dots`` or ``full`` find none.
     """
-    if policy == "none":
-        return function
     if policy not in POLICIES:
-        raise UserError(f"remat={policy!r} is not a policy; {nearest(policy, ['none', *POLICIES])}")
-    saved = None if POLICIES[policy] is None else getattr(jax.checkpoint_policies, POLICIES[policy])
+        raise UserError(f"remat={policy!r} is not a policy; {nearest(policy, POLICIES)}")
 
     def wrapped(*args: Any) -> Any:
         found = []
 
         def visit(equation: core.JaxprEqn, inputs: list[Any]) -> Sequence[Any] | None:
+            if equation.primitive.name == "jit":
+                return evaluate(generations.closed(equation.params["jaxpr"]), inputs, visit)
             if not _is_layer_scan(equation):
                 return None
             found.append(equation)
-            return _scan_again(equation, inputs, saved)
+            body = generations.scan_parts(equation).body
+            if _is_checkpointed(body):
+                return None
+            return scan_again(
+                equation,
+                inputs,
+                lambda args: evaluate(body, args, lambda *_: None),
+                wrap=lambda turn: jax.checkpoint(turn, policy=POLICIES[policy], prevent_cse=False),
+            )
 
-        result = reevaluated(function, visit)(*args)
-        if not found:
+        program, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        outputs = evaluate(program, jax.tree.leaves(args), visit)
+        if not found and policy != "none":
             raise UserError(f"remat={policy!r} works on scanned layers and this function has no scan over layers")
-        return result
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return wrapped
 
@@ -53,9 +72,11 @@ def _is_layer_scan(equation: core.JaxprEqn) -> bool:
     if equation.primitive.name != "scan" or equation.params["length"] < 2:
         return False
     scan = generations.scan_parts(equation)
-    bodies = [inner.primitive.name for inner in scan.body.jaxpr.eqns]
-    already = bool(bodies) and all(name in ("remat2", "checkpoint") for name in bodies)
-    return scan.num_xs > 0 and not already and _works(scan.body.jaxpr)
+    return scan.num_xs > 0 and _works(scan.body.jaxpr)
+
+
+def _is_checkpointed(body: core.ClosedJaxpr) -> bool:
+    return all(equation.primitive.name == "remat2" for equation in body.jaxpr.eqns)
 
 
 def _works(jaxpr: Any) -> bool:
@@ -64,24 +85,3 @@ def _works(jaxpr: Any) -> bool:
         equation.primitive.name in names or any(_works(inner) for inner in core.jaxprs_in_params(equation.params))
         for equation in jaxpr.eqns
     )
-
-
-def _scan_again(equation: core.JaxprEqn, inputs: list[Any], policy: Any) -> Sequence[Any]:
-    scan = generations.scan_parts(equation)
-    consts = inputs[: scan.num_consts]
-    carry = inputs[scan.num_consts : scan.num_consts + scan.num_carry]
-    stacked = inputs[scan.num_consts + scan.num_carry :]
-
-    def body(carry: Any, slices: Any) -> Any:
-        outputs = evaluate(scan.body, [*consts, *carry, *slices], lambda *_: None)
-        return outputs[: scan.num_carry], outputs[scan.num_carry :]
-
-    carry, rows = jax.lax.scan(
-        jax.checkpoint(body, policy=policy, prevent_cse=False),
-        carry,
-        stacked,
-        length=equation.params["length"],
-        reverse=equation.params["reverse"],
-        unroll=equation.params["unroll"],
-    )
-    return [*carry, *rows]

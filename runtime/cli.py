@@ -1,0 +1,133 @@
+"""The command line: each command is a few lines over a function that a notebook can call too."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ..sharding.errors import UserError
+
+app = typer.Typer(
+    name="meshwright",
+    help="Train a model written for one device on many.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[pathlib.Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings that take the place of the file's.")
+]
+RunFolderPath = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train a model; the same command again goes on where it stopped."""
+    from .config import load
+    from .train import train as run
+
+    raise typer.Exit(run(load(config, overrides or [])))
+
+
+@app.command()
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(help="Real processes on this machine.", min=1)] = 1,
+) -> None:
+    """Train in several real processes on this machine, joined over loopback."""
+    from .launch.local import launch_training
+
+    raise typer.Exit(launch_training(config, overrides or [], processes))
+
+
+@app.command()
+def profile(run: RunFolderPath, as_json: Json = False) -> None:
+    """Say where the steps' time went in the trace that a run captured."""
+    from .profiling import profile_run
+
+    found = profile_run(run)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+    else:
+        _show(found)
+
+
+@app.command()
+def checkpoint(
+    run: RunFolderPath,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every checkpoint and check its fingerprints.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the checkpoints of a run."""
+    from .checkpoint.listing import listing, table
+
+    rows = listing(run, verify=verify)
+    if as_json:
+        print(json.dumps([row.to_dict() for row in rows]))
+    else:
+        _show(table(rows))
+
+
+@app.command()
+def config(
+    file: Annotated[pathlib.Path | None, typer.Argument(metavar="[CONFIG]", help="Print this file resolved.")] = None,
+    overrides: Overrides = None,
+    presets: Annotated[bool, typer.Option("--presets", help="List the models' presets.")] = False,
+) -> None:
+    """Print every setting with its type, default and meaning, or a config file as resolved."""
+    from .config import dump, load
+
+    if presets:
+        from .describe import describe_presets
+
+        _show(describe_presets())
+    elif file is not None:
+        print(dump(load(file, overrides or [])), end="")
+    else:
+        from .describe import describe_settings
+
+        print(describe_settings())
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is here (versions, devices, hosts, compilers, cache) and what is wrong."""
+    from .doctor import examine, render
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([finding.to_dict() for finding in findings]))
+    else:
+        _show(render(findings))
+    raise typer.Exit(any(finding.status == "bad" for finding in findings))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _show(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console().print(renderable)
+
+
+if __name__ == "__main__":
+    main()

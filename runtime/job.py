@@ -1,0 +1,141 @@
+"""From a config to what a training loop needs: model, data, plan and jitted step."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..sharding.errors import UserError, nearest
+from .config import Config, ModelConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from ..models import Model
+    from ..sharding import Plan
+    from ..sharding.topology import Topology
+    from ..sharding.transform.step import Step
+    from .data import Data
+
+# Arrays of a batch, each int32 [global_batch, sequence].
+BATCH = ("tokens", "targets", "segment_ids", "positions")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A config made real on the devices that are here."""
+
+    model: Model
+    data: Data
+    held_out: Data | None
+    topology: Topology
+    plan: Plan
+    mesh: Mesh
+    step: Step
+    abstract_batch: Any
+    tokens_per_step: int
+    flops_per_step: float
+    peak_flops: float | None
+
+
+def build_job(config: Config) -> Job:
+    """Open the data, build the model, declare the plan and make the step; nothing runs on the devices yet.
+
+    Raises UserError for whatever cannot work together.
+    """
+    import jax
+
+    from ..sharding import Topology, declare
+    from ..sharding.transform.step import train_step
+    from . import optimizer
+    from .data import open_corpus, open_data
+
+    topology = Topology.parse(config.topology) if config.topology else Topology.local()
+    model = build_model(config.model)
+    rows, sequence = config.train.global_batch, config.data.sequence
+    batch = {key: jax.ShapeDtypeStruct((rows, sequence), "int32") for key in BATCH}
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    plan = declare(
+        model.loss,
+        params,
+        batch,
+        topology=topology,
+        mesh=config.mesh,
+        rules=config.rules,
+        names=model.names,
+        remat=config.remat,
+        microbatches=config.microbatches,
+    )
+    mesh = plan.make_mesh()
+    corpus = open_corpus(config.data)
+    corpus.check_vocab(_vocab(model))
+    data = open_data(config.data, config.seed, rows, corpus=corpus)
+    held_out = open_data(config.data, config.seed, rows, "eval", corpus=corpus) if config.train.evaluate_every else None
+    rate = optimizer.schedule(config.optimizer, config.train.steps)
+    step = train_step(
+        plan,
+        model.loss,
+        model.init,
+        batch,
+        optimizer.build(config.optimizer, rate, model.names),
+        mesh=mesh,
+        measure=lambda state: {"learning_rate": rate(state["step"])},
+    )
+    tokens = rows * sequence
+    return Job(
+        model=model,
+        data=data,
+        held_out=held_out,
+        topology=topology,
+        plan=plan,
+        mesh=mesh,
+        step=step,
+        abstract_batch=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch, step.batch
+        ),
+        tokens_per_step=tokens,
+        flops_per_step=model.flops_per_token(sequence) * tokens,
+        peak_flops=_peak_flops(topology),
+    )
+
+
+def build_model(config: ModelConfig) -> Model:
+    """Return the model that a config names. Raises UserError if there is none such."""
+    if config.build is not None:
+        return _users_model(config.build, config.arguments)
+    from ..models import decoder, preset
+
+    assert config.preset is not None
+    return decoder(preset(config.preset, **config.overrides))
+
+
+def _users_model(where: str, arguments: dict[str, Any]) -> Model:
+    from ..models import Model
+
+    module_name, _, function_name = where.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f"model.build={where!r}: {error}") from None
+    function: Callable[..., Any] | None = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"model.build: {module_name} has no function {function_name!r}; {nearest(function_name, dir(module))}")
+    try:
+        model = function(**arguments)
+    except TypeError as error:
+        raise UserError(f"model.build={where!r} with arguments {arguments}: {error}") from None
+    if not isinstance(model, Model):
+        raise UserError(f"model.build={where!r} returned {type(model).__name__}, not a meshwright.models.Model")
+    return model
+
+
+def _vocab(model: Model) -> int:
+    return getattr(model.config, "vocab", None) or 2**31
+
+
+def _peak_flops(topology: Topology) -> float | None:
+    """What all devices together can do in bfloat16, where they are of a part with a datasheet."""
+    each = topology.chip.peak_bf16_flops
+    return None if topology.chip.nominal or each is None else each * topology.num_devices

@@ -1,0 +1,102 @@
+"""The steps of a run, one after the other: nothing here waits for a device only to know a number."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .checkpoint import Checkpoints
+from .config import Config
+from .data.prefetch import Prefetch
+from .faults import StepWatchdog, StopSignal
+from .job import Job
+from .metrics import Collector
+from .profiling import ProfileWindow
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loop:
+    """What the steps of a run need; `update(state, batch)` is the compiled step."""
+
+    config: Config
+    job: Job
+    update: Callable[[Any, Any], tuple[Any, Any]]
+    checkpoints: Checkpoints
+    collector: Collector
+    window: ProfileWindow
+    stop: StopSignal
+    watchdog: StepWatchdog
+    _held_out: list[Any] = dataclasses.field(default_factory=list)
+
+    def run(self, state: Any, start: int) -> tuple[Any, int]:
+        """Train from `start` steps done to the last, or until asked to stop; return the state and the steps done.
+
+        The state is saved when it is due, and in the end, whichever way that comes.
+        """
+        steps = self.config.train.steps
+        step = start
+        sharding = self.job.step.batch["tokens"]
+        with self.job.data.iterate(start, sharding, stop_step=steps) as batches:
+            for step in range(start + 1, steps + 1):
+                self.watchdog.beat(step)
+                state = self._step(state, step, batches)
+                stopping = self.stop.at(step)
+                if stopping or step == steps or self._due(step, self.config.checkpoint.every):
+                    self._save(state, step)
+                if stopping:
+                    break
+        return state, step
+
+    def _step(self, state: Any, step: int, batches: Prefetch[Any]) -> Any:
+        self.collector.wait_for_slot()
+        asked_at = time.perf_counter()
+        self.window.on_step_start(step)
+        with self.window.data_wait():
+            batch = next(batches)
+        state, metrics = self.update(state, batch)
+        self.window.on_step_end(step, metrics)
+        train = self.config.train
+        evaluate = train.evaluate_every and (self._due(step, train.evaluate_every) or step == train.steps)
+        self.collector.submit(
+            step,
+            metrics,
+            asked_at=asked_at,
+            data_wait_seconds=batches.wait_seconds,
+            evaluation=self._evaluate(state["params"]) if evaluate else (),
+        )
+        return state
+
+    def _evaluate(self, params: Any) -> list[tuple[Any, Any]]:
+        """Return (mean loss, weight) of each held-out batch, still on the devices."""
+        if not self._held_out:
+            assert self.job.held_out is not None
+            sharding = self.job.step.batch["tokens"]
+            count = self.config.train.evaluate_batches
+            with self.job.held_out.iterate(0, sharding, stop_step=count) as batches:
+                self._held_out = list(batches)
+        results = [self.job.step.evaluate(params, batch) for batch in self._held_out]
+        return [(mean, aux.get("weight", 1.0)) for mean, aux in results]
+
+    def _save(self, state: Any, step: int) -> None:
+        """Save the state once the loss of every step so far is known to be finite."""
+        self.collector.drain()
+        last = self.collector.last
+        metrics = {key: last[key] for key in ("loss", "eval_loss") if key in last}
+        with self.watchdog.paused():
+            self.checkpoints.save(step, state, metadata=self._metadata(step), metrics=metrics)
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "mesh": dict(self.job.plan.mesh),
+            "topology": self.job.plan.topology,
+            "data": {"step": step, "seed": self.config.seed, "fingerprint": self.job.data.fingerprint},
+            "versions": {name: importlib.metadata.version(name) for name in ("meshwright", "jax", "orbax-checkpoint")},
+        }
+
+    @staticmethod
+    def _due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0

@@ -1,0 +1,208 @@
+"""What happened in each step: collected without holding the loop, written to every sink in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+# Steps that may be under way on the devices before the loop waits: enough to hide its own work, and few
+# enough that a stop or an error is seen soon.
+IN_FLIGHT = 2
+
+
+class Sink(Protocol):
+    """Takes the finished record of each step; `close` ends it."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one step's record: `step`, `loss` and the rest, plain numbers."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release."""
+        ...
+
+
+class NotFinite(RuntimeError):
+    """The loss of a step was infinite or not a number."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pending:
+    step: int
+    values: Mapping[str, Any]
+    evaluation: Sequence[tuple[Any, Any]]
+    asked_at: float
+    data_wait_seconds: float
+
+
+class Collector:
+    """Waits for the numbers of each step in a thread of its own, so that the loop need not.
+
+    A record has `step` (steps done, from 1), `loss`, `grad_norm`, `learning_rate`, `step_seconds` (from
+    when the step could start to when its result was there, data wait included), `tokens_per_second`,
+    `data_wait_seconds`, and `eval_loss` where the step was followed by an evaluation.
+    """
+
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        *,
+        tokens_per_step: int,
+        stop_on_nan: bool = True,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._sinks = sinks
+        self._tokens = tokens_per_step
+        self._stop_on_nan = stop_on_nan
+        self._on_step = on_step
+        self._last_done = 0.0
+        self._slots = threading.Semaphore(IN_FLIGHT)
+        self._queue: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self.last: dict[str, Any] = {}
+        self._thread = threading.Thread(target=self._collect, name="metrics", daemon=True)
+        self._thread.start()
+
+    def wait_for_slot(self) -> None:
+        """Return once fewer than IN_FLIGHT steps are under way; raise what went wrong in one that was."""
+        self._slots.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def submit(
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        *,
+        asked_at: float,
+        data_wait_seconds: float,
+        evaluation: Sequence[tuple[Any, Any]] = (),
+    ) -> None:
+        """Hand over a step's metrics as they come from the devices, unread.
+
+        `asked_at` is the `time.perf_counter` at which the loop asked for the step's data; `evaluation`
+        holds (mean, weight) pairs of held-out batches.
+        """
+        self._queue.put(
+            _Pending(
+                step=step,
+                values=values,
+                evaluation=evaluation,
+                asked_at=asked_at,
+                data_wait_seconds=data_wait_seconds,
+            )
+        )
+
+    def drain(self) -> None:
+        """Return when every submitted step is written; raise what went wrong in one of them."""
+        for _ in range(IN_FLIGHT):
+            self._slots.acquire()
+        for _ in range(IN_FLIGHT):
+            self._slots.release()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End the thread and the sinks; what was submitted is written first."""
+        self._queue.put(None)
+        self._thread.join()
+        for sink in self._sinks:
+            sink.close()
+
+    def _collect(self) -> None:
+        while (pending := self._queue.get()) is not None:
+            try:
+                if self._error is None:
+                    self._write(pending)
+            except BaseException as error:  # handed to the loop, which raises it
+                self._error = error
+            finally:
+                self._slots.release()
+
+    def _write(self, pending: _Pending) -> None:
+        import jax
+
+        values = {key: float(value) for key, value in jax.device_get(dict(pending.values)).items()}
+        done = time.perf_counter()
+        seconds = done - max(self._last_done, pending.asked_at)
+        self._last_done = done
+        values.pop("weight", None)
+        record = {
+            "step": pending.step,
+            **values,
+            "step_seconds": seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "data_wait_seconds": pending.data_wait_seconds,
+        }
+        if self._stop_on_nan and not math.isfinite(values["loss"]):
+            raise NotFinite(f"the loss of step {pending.step} is {values['loss']}; gradient norm {values['grad_norm']}")
+        if pending.evaluation:
+            record["eval_loss"] = _weighted_mean(jax.device_get(list(pending.evaluation)))
+            self._last_done = time.perf_counter()
+        self.last.update(record)
+        for sink in self._sinks:
+            sink.write(record)
+        self._on_step()
+
+
+def _weighted_mean(pairs: Sequence[tuple[Any, Any]]) -> float:
+    total = sum(float(weight) for _, weight in pairs)
+    return sum(float(mean) * float(weight) for mean, weight in pairs) / max(total, 1.0)
+
+
+class JsonLines:
+    """Appends records to `metrics.jsonl`, one object a line, after those up to `start_step`."""
+
+    def __init__(self, path: pathlib.Path, start_step: int) -> None:
+        kept = [line for line, record in read_lines(path) if record["step"] <= start_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line; numbers that JSON cannot hold are written as null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Writes every number of a record as a TensorBoard scalar under `folder`."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add the record's scalars at its step."""
+        for key, value in record.items():
+            if key != "step":
+                self._writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+def read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return (line, record) of every whole line of a metrics file; a last line cut short is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            found.append((line, json.loads(line)))
+        except json.JSONDecodeError:
+            break
+    return found

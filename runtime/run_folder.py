@@ -1,0 +1,93 @@
+"""The folder of a run: what is in it, whose it is, and whether a config may go on with it."""
+
+from __future__ import annotations
+
+import fcntl
+import pathlib
+from typing import IO, Any
+
+import yaml
+
+from ..sharding.errors import UserError
+from .config import Config, dump
+
+# Settings that do not change what a step computes, so that a run may go on with others: sections and keys.
+# The layout is among them, since a checkpoint restores onto any mesh.
+_FREE = (
+    "name run topology mesh rules remat microbatches compilation_cache checkpoint profile metrics hosts "
+    "data.prefetch data.cache train.steps train.evaluate_every train.evaluate_batches train.sample "
+    "train.sample_tokens train.sample_temperature train.stop_on_nan train.step_timeout_seconds"
+).split()
+
+
+class RunFolder:
+    """Paths in a run's folder, and the lock that keeps a second run out of it."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.plan = path / "plan.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.profile = path / "profile"
+        self.tensorboard = path / "tensorboard"
+        self._lock: IO[str] | None = None
+
+    def check(self, config: Config) -> None:
+        """Raise UserError, naming the settings that differ, if the folder belongs to another config.
+
+        A folder that holds no step yet belongs to nobody.
+        """
+        if not self.config.exists() or not self._has_steps():
+            return
+        try:
+            before = yaml.safe_load(self.config.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"{self.config} cannot be read: {' '.join(str(error).split())}") from None
+        differing = differing_settings(before, config.model_dump(mode="json"))
+        if differing:
+            listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items())
+            raise UserError(
+                f"{self.path} holds a run with another config ({listed}); go on with that config, "
+                "or give this run a folder of its own with run=FOLDER"
+            )
+
+    def open(self, config: Config, plan: Any) -> None:
+        """Create the folder, lock it against other runs, and write `config.yaml` and `plan.json`."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"the run folder {self.path} cannot be made: a file is in the way") from None
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be made: {error.strerror}") from None
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is training in {self.path}; stop it or give run=FOLDER") from None
+        self.config.write_text(dump(config))
+        plan.save(self.plan)
+
+    def close(self) -> None:
+        """Let other runs in."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def _has_steps(self) -> bool:
+        written = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return written or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+
+
+def differing_settings(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return dotted key → (before, now) for the settings that must not change within a run and did."""
+    differing: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*(before or {}), *now]):
+        dotted = f"{prefix}{key}"
+        old, new = (before or {}).get(key), now.get(key)
+        if dotted in _FREE or old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            differing |= differing_settings(old, new, f"{dotted}.")
+        else:
+            differing[dotted] = (old, new)
+    return differing

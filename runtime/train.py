@@ -1,0 +1,170 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ..sharding.errors import UserError
+from .config import Config
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .distributed import Hosts
+    from .job import Job
+    from .metrics import Sink
+
+
+def train(config: Config) -> int:
+    """Train as `config` says, going on from the newest whole checkpoint of its run folder.
+
+    Returns the exit code: 0 when the run ended, or was asked to stop and saved its state.
+    Raises UserError for what the user has to change; then nothing has been written.
+    """
+    from . import faults
+    from .distributed import initialize
+
+    folder = RunFolder(config.run_folder)
+    folder.check(config)
+    use_compilation_cache(config.compilation_cache)
+    hosts = initialize(config.hosts, simulated_devices=simulated_devices(config))
+    with faults.fail_fast():
+        from .job import build_job
+
+        job = build_job(config)
+        if hosts.is_main:
+            folder.open(config, job.plan)
+        try:
+            return _run(config, job, folder, hosts)
+        finally:
+            folder.close()
+
+
+def simulated_devices(config: Config) -> int | None:
+    """Number of simulated CPU devices that the config's topology asks for; None for real ones."""
+    if config.topology is None:
+        return None
+    from ..sharding import Topology
+
+    topology = Topology.parse(config.topology)
+    return topology.num_devices if topology.chip.platform == "cpu" else None
+
+
+def use_compilation_cache(folder: str | None) -> None:
+    """Keep compiled programs in `folder` between runs; ``auto`` is the user's cache folder, None is none."""
+    import jax
+
+    if folder is None:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if folder == "auto":
+        from .user_cache import user_cache
+
+        folder = str(user_cache() / "compiled")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _run(config: Config, job: Job, folder: RunFolder, hosts: Hosts) -> int:
+    import jax
+
+    from .checkpoint import Checkpoints
+    from .conclude import conclude
+    from .faults import StepWatchdog, StopSignal
+    from .loop import Loop
+    from .metrics import Collector
+    from .profiling import ProfileWindow, save_program
+
+    keep, profile = config.checkpoint, config.profile
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                folder.checkpoints,
+                keep_last=keep.keep_last,
+                keep_every=keep.keep_every,
+                keep_best=keep.keep_best,
+                best_mode=keep.best_mode,
+            )
+        )
+        restored = checkpoints.restore(job.step.abstract_state)
+        if restored is not None:
+            _check_same_data(restored.metadata, job)
+        start = 0 if restored is None else restored.step
+        if hosts.is_main:
+            _announce(config, job, hosts, start)
+        compiled = job.step.update.lower(job.step.abstract_state, job.abstract_batch).compile()
+        state = job.step.init(jax.random.key(config.seed)) if restored is None else restored.state
+        window = stack.enter_context(
+            ProfileWindow(
+                start_step=profile.start_step, num_steps=profile.num_steps, directory=folder.profile
+            )
+        )
+        if profile.start_step is not None:
+            save_program(folder.profile, compiled, job.mesh)
+        collector = Collector(
+            _sinks(config, job, folder, start) if hosts.is_main else [],
+            tokens_per_step=job.tokens_per_step,
+            stop_on_nan=config.train.stop_on_nan,
+        )
+        stack.callback(collector.close)
+        watchdog = stack.enter_context(StepWatchdog(config.train.step_timeout_seconds))
+        loop = Loop(
+            config=config,
+            job=job,
+            update=compiled,
+            checkpoints=checkpoints,
+            collector=collector,
+            window=window,
+            stop=stop,
+            watchdog=watchdog,
+        )
+        state, step = loop.run(state, start)
+        with watchdog.paused():
+            checkpoints.wait()
+    conclude(config, job, state["params"], step=step, last=collector.last, reason=stop.reason, say=hosts.is_main)
+    return 0
+
+
+def _check_same_data(metadata: Any, job: Job) -> None:
+    """Refuse to go on with other text: the batches to come would not be those of the run that was stopped."""
+    before = metadata.get("data", {}).get("fingerprint")
+    if before != job.data.fingerprint:
+        raise UserError(
+            f"the text of data.source={job.data.config.source!r} is not what this run was started on "
+            f"(fingerprint {before}, now {job.data.fingerprint}); restore it, or give this run a folder of its own"
+        )
+
+
+def _announce(config: Config, job: Job, hosts: Hosts, start: int) -> None:
+    mesh = " x ".join(f"{axis}={size}" for axis, size in job.plan.mesh.items())
+    rest = f"; going on from step {start}" if start else ""
+    print(
+        f"{config.name}: {job.model.num_parameters:,} parameters on {job.topology} as {mesh}, "
+        f"{job.plan.bytes_per_device() / 2**20:.1f} MiB of them on each device; "
+        f"{job.tokens_per_step:,} tokens a step; {hosts}{rest}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _sinks(config: Config, job: Job, folder: RunFolder, start: int) -> list[Sink]:
+    from .console import console
+    from .metrics import JsonLines, TensorBoard
+
+    sinks: list[Sink] = [
+        JsonLines(folder.metrics, start),
+        console(
+            config.metrics.console,
+            steps=config.train.steps,
+            start_step=start,
+            every=config.metrics.console_every,
+            peak_flops=job.peak_flops,
+            step_flops=job.flops_per_step,
+        ),
+    ]
+    if config.metrics.tensorboard:
+        sinks.append(TensorBoard(folder.tensorboard))
+    return sinks

@@ -1,0 +1,130 @@
+"""A Plan from what a user declares: a mesh, and rules from named dimensions and parameters to its axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..axes import resolve_axes
+from ..errors import UserError, nearest_divisors
+from ..program.record import Dim, Program
+from ..program.tracing import trace
+from ..rules import Rules
+from ..topology import Topology
+from ..tree_paths import flatten
+from .plan import ArrayPlan, DimPlan, Plan, axes_of
+
+# What the first two dimensions of an array of the data are called in rules.
+_DATA_NAMES = ("batch", "sequence")
+
+
+def declare(
+    loss: Callable[[Any, Any], Any],
+    params: Any,
+    batch: Any,
+    *,
+    topology: Topology | str,
+    mesh: Mapping[str, int],
+    rules: Mapping[str, Any] | None = None,
+    names: Any = None,
+    remat: str = "none",
+    microbatches: int = 1,
+) -> Plan:
+    """Return the Plan that the declared `mesh` and `rules` make of ``loss(params, batch)``.
+
+    Args:
+        loss: the unsharded function; it is traced, not run.
+        params: a tree of arrays or ShapeDtypeStructs.
+        batch: likewise, the global batch; its arrays are ``[batch, ...]`` or ``[batch, sequence, ...]``.
+        topology: the devices; `mesh` maps axis → size, one of which may be -1.
+        rules: named dimension or path pattern → axes, over the defaults of `Rules.with_defaults`.
+        names: a tree parallel to `params` of tuples of dimension names.
+
+    Raises:
+        UserError: the mesh does not fit the topology, a rule cannot hold, or the batch does not divide.
+    """
+    topology = Topology.parse(topology) if isinstance(topology, str) else topology
+    sizes = resolve_axes(mesh, topology.num_devices)
+    declared = Rules(rules or {}).with_defaults()
+    _check_batch(batch, declared, sizes, microbatches)
+    data_names = _names_of_data(batch)
+    of_batch = declared.specs(batch, sizes, data_names, partial=True)
+    # A rule for a dimension of the data holds for no parameter, and so would count as matching nothing.
+    of_params = Rules(
+        {key: rule for key, rule in (rules or {}).items() if key not in _DATA_NAMES}, defaults=declared.defaults
+    ).specs(params, sizes, names)
+    program = trace(loss, params, batch, names={1: data_names} if names is None else {0: names, 1: data_names})
+    return Plan(
+        topology=str(topology),
+        mesh=sizes,
+        dims=_dims(program, declared, sizes),
+        params=_arrays(params, of_params),
+        batch=_arrays(batch, of_batch),
+        remat=remat,
+        microbatches=microbatches,
+    )
+
+
+def _names_of_data(batch: Any) -> Any:
+    import jax
+
+    return jax.tree.map(lambda leaf: (_DATA_NAMES + (None,) * leaf.ndim)[: leaf.ndim], batch)
+
+
+def _arrays(tree: Any, specs: Any) -> dict[str, ArrayPlan]:
+    leaves, structure = flatten(tree)
+    return {
+        path: ArrayPlan(shape=tuple(leaf.shape), dtype=str(leaf.dtype), spec=tuple(spec))
+        for (path, leaf), spec in zip(leaves, structure.flatten_up_to(specs), strict=True)
+    }
+
+
+def _dims(program: Program, rules: Rules, sizes: Mapping[str, int]) -> dict[str, DimPlan]:
+    """Say how each dim is sharded while computing.
+
+    An axis that shards the batch holds different rows on each of its devices, so that no other dimension
+    can be spread over it while computing: parameters that are stored over it are gathered first.
+    """
+    of_batch = set(axes_of((*rules.spec(("batch",), (math.prod(sizes.values()),), sizes), None)[0]))
+    planned = {}
+    for dim in program.dims:
+        if not dim.places:
+            continue
+        place = dim.places[0]
+        label = _ruled_label(dim, rules)
+        entry = (*rules.spec((label,), (dim.size,), sizes), None)[0] if label and dim.whole is None else None
+        axes = tuple(axis for axis in axes_of(entry) if sizes[axis] > 1)
+        if label != "batch":
+            axes = tuple(axis for axis in axes if axis not in of_batch)
+        planned[dim.name] = DimPlan(
+            size=dim.size,
+            axes=axes,
+            argument=program.arguments[place.argument].position,
+            path=place.path,
+            dimension=place.dimension,
+            part=place.part,
+        )
+    return planned
+
+
+def _ruled_label(dim: Dim, rules: Rules) -> str | None:
+    """Return the first of the dim's labels that some rule speaks of."""
+    return next((label for label in dim.labels if label in rules.declared or label in rules.defaults), None)
+
+
+def _check_batch(batch: Any, rules: Rules, sizes: Mapping[str, int], microbatches: int) -> None:
+    leaves, _ = flatten(batch)
+    spread = rules.declared.get("batch", rules.defaults.get("batch", ()))
+    parts = {axis: sizes[axis] for axis in spread if axis in sizes}
+    needed = math.prod(parts.values()) * microbatches
+    for path, leaf in leaves:
+        rows = leaf.shape[0] if leaf.ndim else 0
+        if rows % needed or not rows:
+            written = " x ".join([*(f"{axis}={size}" for axis, size in parts.items()), f"microbatches={microbatches}"])
+            below = rows // needed * needed
+            near = f"{below} or {below + needed}" if below else str(needed)
+            hint = "" if microbatches == 1 else f", or microbatches={nearest_divisors(max(rows // (needed // microbatches), 1), microbatches)}"
+            raise UserError(
+                f"a batch of {rows} rows ({path}) does not divide by {written} = {needed}; nearest: {near} rows{hint}"
+            )

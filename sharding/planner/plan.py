@@ -1,0 +1,203 @@
+"""The Plan: how a program is spread over devices, as data that can be read, compared and committed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError, nearest
+from ..tree_paths import by_suffix, flatten, path_of
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh, NamedSharding
+
+    from ..program.record import Program
+
+# A version of the file format: a reader refuses one that it does not know.
+FORMAT = 1
+
+# One entry an array dimension: no axis, one, or several with the major one first.
+Spec = tuple[None | str | tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayPlan:
+    """An array's shape and dtype, which tell a plan's own program from another, and its sharding."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    spec: Spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DimPlan:
+    """A named dimension and the mesh axes that shard it wherever it is computed with.
+
+    `argument` (0 the parameters, 1 the batch), `path`, `dimension` and `part` say where it stands, so that
+    it is found again in a program that nobody has named.
+    """
+
+    size: int
+    axes: tuple[str, ...]
+    argument: int
+    path: str
+    dimension: int
+    part: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A mesh, where each array lies on it, and how the step is worked through.
+
+    `topology` is the devices' description (`v5p:4x4x8`), `mesh` maps axis → size, `dims` maps named
+    dimension → DimPlan, `params` and `batch` map path → ArrayPlan: how arrays are stored. `remat` and
+    `microbatches` are as in `meshwright.sharding.transform`.
+    """
+
+    topology: str
+    mesh: Mapping[str, int]
+    dims: Mapping[str, DimPlan]
+    params: Mapping[str, ArrayPlan]
+    batch: Mapping[str, ArrayPlan]
+    remat: str = "none"
+    microbatches: int = 1
+
+    def make_mesh(self, devices: Any = None) -> Mesh:
+        """Return the plan's mesh over the topology's devices, or over `devices`."""
+        from ..mesh import make_mesh
+        from ..topology import Topology
+
+        return make_mesh(self.mesh, Topology.parse(self.topology), devices=devices)
+
+    def specs(self, tree: Any) -> Any:
+        """Return the PartitionSpec of every array in a tree of parameters, batch or optimiser state.
+
+        An optimiser's array belongs to the parameter whose path its own path ends with; one that has lost
+        a dimension of it (factored moments) keeps the rest of its spec. Arrays that belong to nothing, such
+        as counters, are replicated. Raises UserError if a parameter or batch array has another shape.
+        """
+        import jax
+        from jax.sharding import PartitionSpec
+
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: PartitionSpec(*self._spec(path_of(keys), tuple(leaf.shape))), tree
+        )
+
+    def shardings(self, tree: Any, mesh: Mesh) -> Any:
+        """Return the NamedSharding of every array in `tree`, as `specs` does."""
+        import jax
+        from jax.sharding import NamedSharding
+
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(tree))
+
+    def apply(self, loss: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
+        """Return `loss(params, batch)` worked through as planned on `mesh`: same signature, same values."""
+        from ..transform.accumulate import accumulate
+        from ..transform.constrain import constrain
+        from ..transform.remat import remat
+
+        mesh = self.make_mesh() if mesh is None else mesh
+        sharded = constrain(loss, mesh, self.axes_of_dims, self.specs)
+        return accumulate(remat(sharded, self.remat), self.microbatches)
+
+    def axes_of_dims(self, program: Program) -> dict[int, tuple[str, ...]]:
+        """Return the mesh axes of the dims of a traced `program`, by their numbers."""
+        at = {(a.position, a.path): a.dims for a in program.arguments}
+        return {
+            at[row.argument, row.path][row.dimension][row.part]: row.axes for row in self.dims.values() if row.axes
+        }
+
+    def check(self, params: Any, batch: Any) -> None:
+        """Raise UserError, naming what differs, if the plan was made for other arrays."""
+        for kind, planned, given in (("parameter", self.params, params), ("batch array", self.batch, batch)):
+            have = {path: tuple(leaf.shape) for path, leaf in flatten(given)[0]}
+            for path in [*planned, *have]:
+                if path not in have:
+                    raise UserError(f"the plan has a {kind} {path!r} that the program lacks; {nearest(path, have)}")
+                if path not in planned:
+                    raise UserError(f"the program has a {kind} {path!r} that the plan lacks; {nearest(path, planned)}")
+                if planned[path].shape != have[path]:
+                    raise UserError(f"{kind} {path!r} has shape {have[path]}; the plan was made for {planned[path].shape}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Write the plan as JSON with one line an array, so that two plans compare line by line."""
+        record = self.to_dict()
+        arrays = {key: record.pop(key) for key in ("dims", "params", "batch")}
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
+        for key, table in arrays.items():
+            rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
+            lines.append(f"{json.dumps(key)}: {{\n{rows}\n  }}")
+        pathlib.Path(path).write_text("{\n  " + ",\n  ".join(lines) + "\n}\n")
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> Plan:
+        """Read a plan that `save` wrote. Raises UserError for a missing or malformed file."""
+        try:
+            return cls.from_dict(json.loads(pathlib.Path(path).read_text()))
+        except FileNotFoundError:
+            raise UserError(f"no plan file {path}") from None
+        except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Plan:
+        """Rebuild a plan from plain values."""
+        values = dict(record)
+        if (found := values.pop("format", None)) != FORMAT:
+            raise UserError(f"the plan has format {found}; this version reads format {FORMAT}")
+        values["dims"] = {name: _dim_plan(row) for name, row in values["dims"].items()}
+        for key in ("params", "batch"):
+            values[key] = {name: _array_plan(row) for name, row in values[key].items()}
+        return cls(**values)
+
+    def _spec(self, path: str, shape: tuple[int, ...]) -> Spec:
+        planned = self.params.get(path) or self.batch.get(path)
+        if planned is not None:
+            if planned.shape != shape:
+                raise UserError(f"{path!r} has shape {shape}; the plan was made for {planned.shape}")
+            return planned.spec
+        owner = by_suffix(path, self.params)
+        if owner is None:
+            return ()
+        return self._derived(self.params[owner], shape)
+
+    def _derived(self, owner: ArrayPlan, shape: tuple[int, ...]) -> Spec:
+        if shape == owner.shape:
+            return owner.spec
+        padded = owner.spec + (None,) * (len(owner.shape) - len(owner.spec))
+        for lost in range(len(owner.shape)):
+            if owner.shape[:lost] + owner.shape[lost + 1 :] == shape:
+                return padded[:lost] + padded[lost + 1 :]
+        return ()
+
+    def bytes_per_device(self, kind: str = "params") -> int:
+        """Bytes of the parameters (or ``batch``) that one device holds."""
+        import jax.numpy as jnp
+
+        total = 0
+        for row in getattr(self, kind).values():
+            parts = math.prod(math.prod(self.mesh[axis] for axis in axes_of(entry)) for entry in row.spec)
+            total += math.prod(row.shape) * jnp.dtype(row.dtype).itemsize // parts
+        return total
+
+
+def axes_of(entry: None | str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return the mesh axes that one entry of a spec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _dim_plan(row: Mapping[str, Any]) -> DimPlan:
+    return DimPlan(**{**row, "axes": tuple(row["axes"])})
+
+
+def _array_plan(row: Mapping[str, Any]) -> ArrayPlan:
+    spec = tuple(tuple(entry) if isinstance(entry, list) else entry for entry in row["spec"])
+    return ArrayPlan(shape=tuple(row["shape"]), dtype=row["dtype"], spec=spec)

@@ -1,0 +1,175 @@
+"""Sharding constraints as a transformation: parameters stored one way, used another, activations where planned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..program import generations
+from ..program.record import Dims, Equation, Scope
+from ..program.tracing import read
+from .evaluate import checkpoint_again, evaluate, run, scan_again
+
+# What gives an array whose sharding XLA would otherwise have to guess; the others follow their operands.
+_ANCHORS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "gather", "scatter-add"})
+
+# Find the mesh axes that shard each dim of a traced program, by the dim's number.
+AxesOf = Callable[[Any], Mapping[int, tuple[str, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A parameter, or a layer's slice of one, as it is stored; `spec` says how. Gathered when used."""
+
+    value: Any
+    spec: tuple[Any, ...]
+
+
+def constrain(
+    loss: Callable[[Any, Any], Any],
+    mesh: Mesh,
+    axes_of: AxesOf,
+    stored: Callable[[Any], Any],
+) -> Callable[[Any, Any], Any]:
+    """Return `loss(params, batch)` with sharding constraints wherever XLA would have to guess.
+
+    `axes_of(program)` gives the mesh axes of every dim while computing, `stored(params)` the tree of
+    PartitionSpecs in which the parameters are kept. Each parameter is gathered to its computing spec where
+    it is used, layer by layer inside scans, after a cast to a smaller type; its gradient is reduced to the
+    stored spec there. Results of products, convolutions and look-ups, and what a scan carries, are
+    constrained to the specs of their dims. Values are those of `loss`.
+    """
+
+    def constrained(params: Any, batch: Any) -> Any:
+        program, shape = jax.make_jaxpr(loss, return_shape=True)(params, batch)
+        named = read(program, (params, batch), shape)
+        walk = _Walk(mesh, axes_of(named))
+        specs = jax.tree.leaves(stored(params), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+        leaves = [_Stored(leaf, tuple(spec)) for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True)]
+        outputs = walk.scope(program.consts, named.scope, [*leaves, *jax.tree.leaves(batch)])
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+
+    return constrained
+
+
+class _Walk:
+    def __init__(self, mesh: Mesh, axes: Mapping[int, tuple[str, ...]]) -> None:
+        self._mesh = mesh
+        self._axes = axes
+
+    def scope(self, consts: Sequence[Any], scope: Scope, args: Sequence[Any]) -> list[Any]:
+        """Evaluate a scope's program with constraints; stored parameters that leave it are gathered."""
+        equations = {id(equation.eqn): equation for equation in scope.equations}
+        program = core.ClosedJaxpr(scope.jaxpr, consts)
+        outputs = evaluate(program, args, lambda eqn, inputs: self._visit(equations[id(eqn)], inputs))
+        return [
+            self._gather(output, scope.dims_of(atom)) for output, atom in zip(outputs, scope.jaxpr.outvars, strict=True)
+        ]
+
+    def _visit(self, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
+        eqn = equation.eqn
+        name = eqn.primitive.name
+        if name == "convert_element_type" and isinstance(inputs[0], _Stored):
+            return [_Stored(run(eqn, [inputs[0].value])[0], inputs[0].spec)]
+        if name == "jit":
+            consts = generations.closed(eqn.params["jaxpr"]).consts
+            return self.scope(consts, equation.scopes[0], inputs)
+        if name == "scan":
+            return self._scan(equation, inputs)
+        if name == "remat2":
+            return self._checkpoint(equation, inputs)
+        gathered = [self._gather(value, dims) for value, dims in zip(inputs, equation.ins, strict=True)]
+        outputs = run(eqn, gathered)
+        if name not in _ANCHORS:
+            return outputs
+        return [self._constrain(output, dims) for output, dims in zip(outputs, equation.outs, strict=True)]
+
+    def _scan(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+        """Keep stacked parameters stored; their slices are gathered inside, one layer at a time."""
+        eqn, scope = equation.eqn, equation.scopes[0]
+        parts = generations.scan_parts(eqn)
+        first_xs = parts.num_consts + parts.num_carry
+        specs: list[tuple[Any, ...] | None] = []
+        values = []
+        for index, (value, dims) in enumerate(zip(inputs, equation.ins, strict=True)):
+            in_carry = parts.num_consts <= index < first_xs
+            if isinstance(value, _Stored) and not in_carry:
+                specs.append(value.spec if index < first_xs else value.spec[1:])
+                values.append(value.value)
+            else:
+                specs.append(None)
+                values.append(self._gather(value, dims))
+
+        def body(args: list[Any]) -> list[Any]:
+            entering = [
+                _Stored(value, spec) if spec is not None else value for value, spec in zip(args, specs, strict=True)
+            ]
+            for index in range(parts.num_consts, first_xs):
+                entering[index] = self._constrain(args[index], scope.dims_of(scope.jaxpr.invars[index]))
+            return self.scope(parts.body.consts, scope, entering)
+
+        return scan_again(eqn, values, body)
+
+    def _checkpoint(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+        specs = [value.spec if isinstance(value, _Stored) else None for value in inputs]
+        values = [value.value if isinstance(value, _Stored) else value for value in inputs]
+
+        def body(args: list[Any]) -> list[Any]:
+            entering = [
+                _Stored(value, spec) if spec is not None else value for value, spec in zip(args, specs, strict=True)
+            ]
+            return self.scope((), equation.scopes[0], entering)
+
+        return checkpoint_again(equation.eqn, values, body)
+
+    def _gather(self, value: Any, dims: Dims) -> Any:
+        if not isinstance(value, _Stored):
+            return value
+        used, stored = self._spec(dims, value.value.shape), PartitionSpec(*value.spec)
+        if used == stored:
+            return value.value
+        return _gathered(value.value, NamedSharding(self._mesh, used), NamedSharding(self._mesh, stored))
+
+    def _constrain(self, value: Any, dims: Dims) -> Any:
+        if not getattr(value, "ndim", 0):
+            return value
+        spec = self._spec(dims, value.shape)
+        return jax.lax.with_sharding_constraint(value, NamedSharding(self._mesh, spec))
+
+    def _spec(self, dims: Dims, shape: tuple[int, ...]) -> PartitionSpec:
+        """Return the spec of an array while computing; an axis serves the first dimension that asks for it."""
+        taken: set[str] = set()
+        entries: list[Any] = []
+        for composition, size in zip(dims, shape, strict=True):
+            # Of a merged dimension only the major part can be sharded.
+            axes = self._axes.get(composition[0], ()) if composition else ()
+            parts = 1
+            for axis in axes:
+                parts *= self._mesh.shape[axis]
+            if not axes or taken.intersection(axes) or size % parts:
+                entries.append(None)
+                continue
+            taken.update(axes)
+            entries.append(axes[0] if len(axes) == 1 else tuple(axes))
+        while entries and entries[-1] is None:
+            entries.pop()
+        return PartitionSpec(*entries)
+
+
+def _gathered(value: Any, used: NamedSharding, stored: NamedSharding) -> Any:
+    """Bring a stored parameter to where it is used; its gradient goes back reduced to how it is stored."""
+
+    @jax.custom_vjp
+    def gather(value: Any) -> Any:
+        return jax.lax.with_sharding_constraint(value, used)
+
+    gather.defvjp(
+        lambda value: (gather(value), None),
+        lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, stored),),
+    )
+    return gather(value)
