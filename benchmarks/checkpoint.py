@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-
 from meshwright.runtime.checkpoint import Checkpoints
 
 _SIDE = 4096
@@ -42,7 +42,8 @@ def main() -> None:
     state = _make_state(options.gigabytes)
     size_bytes = sum(leaf.nbytes for leaf in state.values())
     scratch = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=options.directory))
-    print(f"{size_bytes / 2**30:.2f} GiB over {jax.device_count()} {jax.devices()[0].platform} devices, {scratch}")
+    platform = jax.devices()[0].platform
+    print(f"{size_bytes / 2**30:.2f} GiB over {jax.device_count()} {platform} devices, {scratch}")
     try:
         rounds = _measure(state, scratch, options.rounds)
     finally:
@@ -62,10 +63,11 @@ def _measure(state: dict[str, jax.Array], scratch: Path, count: int) -> list[dic
     train = jax.jit(lambda s: jax.tree.map(lambda x: x * 1.0001, s), donate_argnums=0)
     rounds = []
     with Checkpoints(scratch / "checkpoints", keep_last=1) as checkpoints:
+        checkpoints.prepare(state)
         for step in range(1, count + 2):
             record: dict[str, float] = {}
             state, usual = _timed_steps(train, state, 3)
-            record["copy"] = _time_of(lambda: _to_host(state))
+            record["copy"] = _time_of(_to_host, state)
             begun = time.perf_counter()
             record["call"] = checkpoints.save(step, state, metadata={})
             state, after = _timed_steps(train, state, _STEPS_AFTER)
@@ -73,8 +75,8 @@ def _measure(state: dict[str, jax.Array], scratch: Path, count: int) -> list[dic
             record["total"] = time.perf_counter() - begun
             record["steps"] = sum(after) - _STEPS_AFTER * min(usual)
             record["held"] = record["call"] + record["steps"]
-            record["dd"] = _time_of(lambda: _dd(scratch / "dd", sum(x.nbytes for x in state.values())))
-            if step > 1:  # the first compiles
+            record["dd"] = _time_of(_dd, scratch / "dd", sum(x.nbytes for x in state.values()))
+            if step > 1:  # in the first, memory and disk are cold
                 rounds.append(record)
                 print("  ".join(f"{name} {value:6.3f} s" for name, value in record.items()), flush=True)
     return rounds
@@ -89,9 +91,9 @@ def _timed_steps(train: Any, state: Any, count: int) -> tuple[Any, list[float]]:
     return state, seconds
 
 
-def _time_of(work: Any) -> float:
+def _time_of(work: Callable[..., Any], *arguments: Any) -> float:
     begun = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - begun
 
 
@@ -101,8 +103,10 @@ def _to_host(state: dict[str, jax.Array]) -> list[np.ndarray]:
 
 def _dd(path: Path, size_bytes: int) -> None:
     block = 2**24
-    command = ["dd", "if=/dev/zero", f"of={path}", f"bs={block}", f"count={size_bytes // block}", "conv=fsync"]
-    subprocess.run(command, check=True, capture_output=True)
+    amount = [f"bs={block}", f"count={size_bytes // block}"]
+    subprocess.run(
+        ["dd", "if=/dev/zero", f"of={path}", *amount, "conv=fsync"], check=True, capture_output=True
+    )
     path.unlink()
 
 
