@@ -35,9 +35,16 @@ _COLOURS = ("36", "33", "35", "32", "34", "31")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
-def train_command(config: str, overrides: Sequence[str] = ()) -> list[str]:
-    """Return the command that trains `config` in one process, for `launch`."""
-    return [sys.executable, "-m", "meshwright.runtime.cli", "train", config, *overrides]
+def launch_training(config: str | os.PathLike[str], overrides: Sequence[str], num_processes: int) -> int:
+    """Train `config` in `num_processes` processes on this machine; return the exit code.
+
+    Raises UserError, before any process starts, for what is wrong in the config itself.
+    """
+    from ..config import load
+
+    load(os.fspath(config), overrides)
+    train = [sys.executable, "-m", "meshwright.runtime.cli", "train", os.fspath(config), *overrides]
+    return launch(train, num_processes)
 
 
 def launch(
@@ -53,9 +60,9 @@ def launch(
     """Run `command` in `num_processes` processes that `distributed.initialize` joins; return the exit code.
 
     Every line that a process prints comes out with its number in front. SIGINT and SIGTERM are passed on
-    once, and the processes have `stop_grace_seconds` to save and leave. When one fails the others are ended, after
-    `failure_grace_seconds` by force, and what became of the first is printed: its exit code (128 + the signal
-    that ended it) is the result. No process outlives this one, whatever ends it (on Linux).
+    once, and the processes have `stop_grace_seconds` to save and leave. When one fails the others are ended,
+    after `failure_grace_seconds` by force, and what became of the first is printed: its exit code (128 + the
+    signal that ended it) is the result. No process outlives this one, whatever ends it (on Linux).
 
     `devices_per_process` simulated CPU devices are given to each; None leaves that to the command.
     """

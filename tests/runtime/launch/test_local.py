@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from meshwright.runtime.launch.local import launch, train_command
+from meshwright.runtime.launch.local import launch, launch_training
 from meshwright.sharding.errors import UserError
 
 # Joins the others, then sums over all devices again and again; stops when asked to.
@@ -193,7 +193,10 @@ def test_counts_below_one_are_refused(words: dict[str, int]) -> None:
         launch(python("pass"), **words)  # pyright: ignore[reportArgumentType]
 
 
-def test_train_command_goes_through_the_command_line() -> None:
-    assert train_command("a.yaml", ["train.steps=3"])[1:] == [
-        "-m", "meshwright.runtime.cli", "train", "a.yaml", "train.steps=3",
-    ]  # fmt: skip
+def test_a_wrong_config_starts_nothing(tmp_path: pathlib.Path) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text("train: {stepps: 3}\n")
+    with pytest.raises(UserError, match="stepps"):
+        launch_training(config, [], 2)
+    with pytest.raises(UserError, match="no config file"):
+        launch_training(tmp_path / "b.yaml", [], 2)
