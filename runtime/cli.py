@@ -53,13 +53,13 @@ def launch(
 @app.command()
 def profile(run: RunFolderPath, as_json: Json = False) -> None:
     """Say where the steps' time went in the trace that a run captured."""
-    from .profiling import profile_run
+    from .profiling import print_report, profile_run
 
     found = profile_run(run)
     if as_json:
         print(json.dumps(found.to_dict()))
     else:
-        _show(found)
+        print_report(found)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ..errors import UserError, nearest
-from ..paths import path_of, paths
+from ..tree_paths import flatten, path_of
 from .record import Argument
 
 AxisNames = tuple[str | None, ...]
@@ -36,7 +36,7 @@ def axis_names(args: Sequence[Any], names: Any) -> dict[tuple[int, str], AxisNam
     for position, tree in trees.items():
         if position not in range(len(args)):
             raise UserError(f"names are given for argument {position}, but there are {len(args)} arguments")
-        known = paths(args[position])
+        known = [leaf.path for leaf in flatten(args[position])[0]]
         for keys, given in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_axis_names):
             path = path_of(keys)
             if not _is_axis_names(given):
@@ -81,27 +81,28 @@ def _box_names(node: Any) -> AxisNames | None:
     return None
 
 
-def check(argument: Argument, given: AxisNames) -> None:
-    """Refuse names that are not one per dimension of the array."""
-    if len(given) != len(argument.shape):
+def names_of(
+    given: Mapping[tuple[int, str], AxisNames], position: int, path: str, shape: tuple[int, ...]
+) -> AxisNames:
+    """Return the names of an array's dimensions, one for each.
+
+    Raises:
+        UserError: when the user gave more or fewer.
+    """
+    names = given.get((position, path), (None,) * len(shape))
+    if len(names) != len(shape):
         raise UserError(
-            f"{argument.path!r} is shaped {list(argument.shape)} but has {len(given)} "
-            f"dimension names: {list(given)}"
+            f"{path!r} is shaped {list(shape)} but has {len(names)} dimension names: {list(names)}"
         )
+    return names
 
 
-def label_votes(
-    arguments: Sequence[Argument], given: Mapping[tuple[int, str], AxisNames]
-) -> tuple[dict[int, Counter[str]], dict[int, Counter[str]]]:
+def label_votes(arguments: Sequence[Argument]) -> tuple[dict[int, Counter[str]], dict[int, Counter[str]]]:
     """Count what the user calls each dim, where it is an array dimension by itself and where a part."""
     alone: dict[int, Counter[str]] = {}
     part: dict[int, Counter[str]] = {}
     for argument in arguments:
-        names = given.get((argument.position, argument.path))
-        if names is None:
-            continue
-        check(argument, names)
-        for name, composition in zip(names, argument.dims, strict=True):
+        for name, composition in zip(argument.names, argument.dims, strict=True):
             if name is not None:
                 votes = alone if len(composition) == 1 else part
                 for dim in composition:

@@ -1,0 +1,66 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshwright.sharding import UserError
+from meshwright.sharding.transform.remat import remat
+
+LAYERS, WIDTH = 6, 64
+
+
+def loss(params, x):
+    def layer(x, weight):
+        return x + jnp.tanh(jax.nn.gelu(x @ weight)), None
+
+    x, _ = jax.lax.scan(layer, x, params)
+    return jnp.square(x).mean()
+
+
+@pytest.fixture
+def arrays():
+    keys = jax.random.split(jax.random.key(0))
+    return 0.1 * jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH)), jax.random.normal(keys[1], (256, WIDTH))
+
+
+@pytest.mark.parametrize("policy", ["none", "dots", "full"])
+def test_values_and_gradients_are_those_of_the_function(arrays, policy):
+    expected = jax.jit(jax.value_and_grad(loss))(*arrays)
+    got = jax.jit(jax.value_and_grad(remat(loss, policy)))(*arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, expected)
+
+
+def saved_bytes(function, arrays):
+    return jax.jit(jax.grad(function)).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_each_policy_keeps_less_than_the_one_before(arrays):
+    kept = {policy: saved_bytes(remat(loss, policy), arrays) for policy in ("none", "dots", "full")}
+    assert kept["full"] < kept["dots"] < kept["none"]
+
+
+def test_layers_inside_a_jitted_function_are_found(arrays):
+    assert saved_bytes(remat(jax.jit(loss), "full"), arrays) < saved_bytes(remat(loss, "none"), arrays)
+
+
+def test_a_users_own_checkpoint_is_left_alone(arrays):
+    def own(params, x):
+        layer = jax.checkpoint(lambda x, weight: (x + jnp.tanh(x @ weight), None))
+        return jnp.square(jax.lax.scan(layer, x, params)[0]).mean()
+
+    program = str(jax.make_jaxpr(remat(own, "full"))(*arrays))
+    assert program.count("remat2") == 1
+
+
+def test_a_function_without_scanned_layers_is_refused(arrays):
+    with pytest.raises(UserError, match="remat='full' works on scanned layers"):
+        remat(lambda params, x: (x @ params[0]).sum(), "full")(*arrays)
+
+
+def test_an_unknown_policy_is_refused_with_the_nearest(arrays):
+    with pytest.raises(UserError, match="remat='ful' is not a policy; did you mean 'full'"):
+        remat(loss, "ful")
+
+
+def test_source_lines_survive(arrays):
+    text = jax.jit(remat(loss, "none")).lower(*arrays).as_text(debug_info=True)
+    assert "test_remat.py" in text
