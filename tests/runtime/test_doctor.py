@@ -1,0 +1,113 @@
+"""What the doctor finds on this machine, healthy and with something made wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+
+import pytest
+from meshwright.runtime.doctor import Finding, examine, render
+from rich.console import Console
+
+VARIABLES = ("SLURM_", "OMPI_", "PMI_", "KUBERNETES_", "JAX_", "XLA_", "MESHWRIGHT_")
+
+
+@pytest.fixture(autouse=True)
+def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    for name in [name for name in os.environ if name.startswith(VARIABLES)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
+def found(findings: list[Finding], name: str) -> Finding:
+    return next(finding for finding in findings if finding.name == name)
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Make every new Python, and so the child that asks JAX, hang at its start."""
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
+    monkeypatch.setenv("JAX_CHECK_TRACER_LEAKS", "0")
+    monkeypatch.setenv("JAX_DISABLE_JITT", "1")
+    monkeypatch.setenv("JAX_DEBUG_NANS", "True")
+    findings = examine()
+    assert [finding.name for finding in findings if finding.status == "bad"] == []
+    assert found(findings, "devices").value == "3 × cpu (cpu)"
+    assert found(findings, "simulated devices").value.startswith("3")
+    assert "compiled, 0 files" in found(findings, "compilation cache").value
+    misspelt = found(findings, "JAX_DISABLE_JITT")
+    assert (misspelt.status, misspelt.advice) == (
+        "warn",
+        "JAX has no such setting; did you mean 'JAX_DISABLE_JIT'?",
+    )
+    assert "every step is waited for" in found(findings, "JAX_DEBUG_NANS").advice
+    assert not any(finding.name == "JAX_CHECK_TRACER_LEAKS" for finding in findings)
+    assert json.loads(json.dumps([finding.to_dict() for finding in findings]))[0]["name"] == "python"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason", "advice"),
+    [
+        (
+            "XLA_FLAGS",
+            "--xla_no_such=1",
+            "Unknown flag in XLA_FLAGS: --xla_no_such=1",
+            "XLA_FLAGS names a flag",
+        ),
+        ("JAX_PLATFORMS", "warp", "'warp'", "JAX_PLATFORMS=warp asks for what is not here"),
+    ],
+)
+def test_what_keeps_jax_from_starting(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, reason: str, advice: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    devices = found(examine(), "devices")
+    assert devices.status == "bad"
+    assert reason in devices.value
+    assert advice in devices.advice
+
+
+@pytest.mark.usefixtures("stuck")
+def test_a_device_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "7")
+    findings = examine(timeout_seconds=0.3)
+    assert found(findings, "devices").value == "JAX did not list its devices within 0.3 s"
+    assert found(findings, "hosts").status == "bad"
+    assert "do not number a process" in found(findings, "hosts").advice
+
+
+@pytest.mark.usefixtures("stuck")
+def test_versions_are_held_against_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    real = importlib.metadata.version
+    pretended = {"jaxlib": "0.9.1", "jax-cuda13-plugin": "0.10.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: pretended.get(name) or real(name))
+    findings = examine(timeout_seconds=0.1)
+    assert found(findings, "jaxlib").advice.startswith("meshwright needs")
+    assert found(findings, "jax and jaxlib").status == "bad"
+    assert (
+        found(findings, "GPU compiler").advice
+        == 'it must match jaxlib 0.9.1: pip install "jax-cuda13-plugin==0.9.1"'
+    )
+
+
+def test_rendering_says_what_is_wrong() -> None:
+    output = io.StringIO()
+    findings = [
+        Finding(name="disk here", value="0.1 GiB free", status="bad", advice="checkpoints fill it"),
+        Finding(name="python", value="3.11"),
+    ]
+    Console(file=output, width=80).print(render(findings))
+    lines = [line.strip() for line in output.getvalue().splitlines()]
+    assert lines[1] == "→ checkpoints fill it"
+    assert lines[-1] == "wrong: disk here"
