@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...sharding.errors import UserError
+from ..user_cache import user_cache
 
 _META = "meta.json"
 _BLOCK_BYTES = 1 << 20
@@ -24,8 +25,7 @@ def cache_folder(folder: str | None) -> pathlib.Path:
     """Return the folder for tokenised corpora: `folder`, or the user's cache folder's part of meshwright."""
     if folder is not None:
         return pathlib.Path(folder).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return pathlib.Path(base).expanduser() / "meshwright" / "data"
+    return user_cache() / "data"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from ...sharding.errors import UserError
 from . import cache
 from .chunk import Chunk, text_chunks
 from .config import DataConfig
+from .dead_settings import refuse_dead_settings
 from .documents import pieces
 from .sources import Found, find
 from .token_files import token_chunks
@@ -77,7 +78,10 @@ def open_corpus(config: DataConfig, report: Report = to_stderr) -> Corpus:
     or not there. One that was damaged is made again. Raises UserError for whatever is wrong with the sources.
     """
     found = find(config.source, format=config.format, include=config.include)
-    tokenizer = _tokenizer(config, found)
+    refuse_dead_settings(config, found)
+    tokenizer = None
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
     root = cache.cache_folder(config.cache)
     name = _entry_name(config, found, tokenizer)
     final = root / name
@@ -104,30 +108,6 @@ def _mapped(path: pathlib.Path, dtype: str) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, "r"))
 
 
-def _tokenizer(config: DataConfig, found: Found) -> Tokenizer | None:
-    if found.kind != "tokens":
-        if config.tokenizer is None:
-            raise UserError(
-                f"data.tokenizer=null leaves the {found.kind} of {config.source!r} unread; "
-                "try tokenizer=bytes"
-            )
-        for field in ("eos_id", "token_dtype"):
-            if getattr(config, field) != DataConfig.model_fields[field].default:
-                raise UserError(
-                    f"data.{field} is for token arrays and {config.source!r} is {found.kind}; leave it out"
-                )
-    if (
-        found.kind in ("text", "tokens")
-        and config.text_field != DataConfig.model_fields["text_field"].default
-    ):
-        raise UserError(
-            f"data.text_field is for JSONL and Parquet and {config.source!r} is {found.kind}; leave it out"
-        )
-    if config.tokenizer is None:
-        return None
-    return load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
-
-
 def _entry_name(config: DataConfig, found: Found, tokenizer: Tokenizer | None) -> str:
     """Return a name that is another whenever the tokens could be."""
     how = [_VERSION, found.kind, config.text_field, tokenizer.fingerprint if tokenizer else None]
@@ -137,15 +117,23 @@ def _entry_name(config: DataConfig, found: Found, tokenizer: Tokenizer | None) -
     whole = sum(sizes) <= _HASHED_BYTES
     for file, size in zip(found.files, sizes, strict=True):
         digest.update(json.dumps([file.name, size]).encode())
-        with open(file.path, "rb") as stream:
-            if whole:
-                digest.update(stream.read())
-                continue
-            digest.update(b"%d" % file.path.stat().st_mtime_ns)
-            digest.update(stream.read(_ENDS_BYTES))
-            stream.seek(max(0, size - _ENDS_BYTES))
-            digest.update(stream.read(_ENDS_BYTES))
+        try:
+            for part in _recognised_by(file.path, size, whole):
+                digest.update(part)
+        except OSError as error:
+            raise UserError(f"{file.path} cannot be read: {error.strerror or error}") from None
     return digest.hexdigest()
+
+
+def _recognised_by(path: pathlib.Path, size: int, whole: bool) -> Iterator[bytes]:
+    with open(path, "rb") as stream:
+        if whole:
+            yield stream.read()
+            return
+        yield b"%d" % path.stat().st_mtime_ns
+        yield stream.read(_ENDS_BYTES)
+        stream.seek(max(0, size - _ENDS_BYTES))
+        yield stream.read(_ENDS_BYTES)
 
 
 def _make(
@@ -190,7 +178,9 @@ def _build(
             writer.write(chunk)
     left_out = "".join(f"; {count} skipped: {reason}" for reason, count in sorted(skipped.items()))
     if not writer.documents:
-        raise UserError(f"data.source={config.source!r} holds no text in {len(found.files)} files{left_out}")
+        held = "tokens" if found.kind == "tokens" else "text"
+        files = "its one file" if len(found.files) == 1 else f"its {len(found.files)} files"
+        raise UserError(f"data.source={config.source!r} holds no {held} in {files}{left_out}")
     seconds = time.monotonic() - began
     report(
         f"tokenised {config.source}: {writer.documents:,} documents, {writer.tokens:,} tokens "
@@ -237,6 +227,8 @@ class _Writer:
 
     def write(self, chunk: Chunk) -> None:
         """Append `chunk`."""
+        if not len(chunk.tokens):
+            return
         arrays = (
             chunk.tokens.astype(self._dtype, copy=False),
             (chunk.ends + self.tokens).astype("<i8", copy=False),

@@ -25,6 +25,8 @@ def token_chunks(
     """
     for file in found.files:
         array = read_array(file.path, bin_dtype)
+        if not array.size:
+            continue
         key, count = key_of(file.name), 0
         rows = max(1, _CHUNK_TOKENS // (array.shape[1] if array.ndim == 2 else 1))
         for begin in range(0, len(array), rows):
