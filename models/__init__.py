@@ -6,14 +6,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .model import Model as Model
+    from .perceptron import mlp as mlp
+    from .sampling import generate as generate
     from .transformer.build import decoder as decoder
     from .transformer.config import DecoderConfig as DecoderConfig
     from .transformer.preset import preset as preset
     from .transformer.preset import preset_facts as preset_facts
     from .transformer.preset import presets as presets
-    from .sampling import generate as generate
-    from .perceptron import mlp as mlp
-    from .model import Model as Model
 
 # Name → module that defines it. Loaded on first use: Flax is imported only when a model is built.
 _HOMES = {

@@ -80,9 +80,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, view: View, *, ca
 def query_chunk(sequence: int, chosen: int | None) -> int | None:
     """Return how many queries to score at a time; None means all.
 
-    The choice of the config if it made one. Otherwise all up to 4096 queries, and beyond that the largest divisor
-    of the sequence from 1024 down to 128, so that scores take at most 1024 × sequence numbers a head; a longer
-    sequence without such a divisor is scored whole. The values are the same either way.
+    The choice of the config if it made one. Otherwise all up to 4096 queries, and beyond that the largest
+    divisor of the sequence from 1024 down to 128, so that scores take at most 1024 × sequence numbers a head;
+    a longer sequence without such a divisor is scored whole. The values are the same either way.
 
     Raises `UserError` when the chosen number does not divide a longer sequence.
     """
@@ -103,8 +103,8 @@ def attend_in_chunks(
 ) -> jax.Array:
     """Return what `attend` does, holding scores for `chunk` queries at a time, also in the backward pass.
 
-    A chunk takes every n-th query, so that a sequence sharded in contiguous parts stays sharded inside each chunk
-    and every chunk costs the same.
+    A chunk takes every n-th query, so that a sequence sharded in contiguous parts stays sharded inside each
+    chunk and every chunk costs the same.
     """
     batch, sequence, heads, head_dim = query.shape
     chunks = sequence // chunk

@@ -48,7 +48,7 @@ class Block(nnx.Module):
         return self._finish(x, out)
 
     def step(self, x: jax.Array, turn: Turn | None, view: View, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Map one token of each row ``[batch, 1, embed]``, whose place is `view.query_index`, given those before."""
+        """Map one token of each row ``[batch, 1, embed]``, seeing those that the cache holds."""
         query, key, value = self.attention.project(self.attention_norm(x), turn)
         place = (0, view.query_index[0], 0, 0)
         cache = Cache(

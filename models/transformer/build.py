@@ -66,13 +66,14 @@ def _loss(module: Decoder, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array
         targets = jnp.where(segment_ids > 0, targets, -1)
     config = module.config
     hidden = module(tokens, segment_ids, batch.get("positions"))
-    chunk = logits_chunk(*tokens.shape, config.vocab, config.loss_chunk)
+    batch_size, sequence = tokens.shape
+    chunk = logits_chunk(batch_size, sequence, config.vocab, config.loss_chunk)
     return cross_entropy(hidden, module.project, targets, chunk=chunk, z_loss=config.z_loss)
 
 
 def _empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
     shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
-    return Cache(*(jnp.zeros(shape, config.compute_dtype) for _ in range(2)))
+    return Cache(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
 
 
 def _names(state: nnx.State) -> dict[str, Any]:

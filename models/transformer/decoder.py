@@ -61,7 +61,7 @@ class Decoder(nnx.Module):
         return self.final_norm(x)
 
     def step(self, tokens: jax.Array, index: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Feed one token of each row ``[batch]`` at place `index`; return the stream ``[batch, 1, embed]``."""
+        """Feed tokens ``[batch]`` at place `index`; return the stream ``[batch, 1, embed]`` and the cache."""
         length = cache.key.shape[2]
         place = jnp.reshape(index, (1,)).astype(jnp.int32)
         view = View(place, jnp.arange(length, dtype=jnp.int32))
@@ -119,7 +119,7 @@ class Decoder(nnx.Module):
         """Return a layer's rotation and window; None is no limit."""
         window = self.config.window
         turn = turns[0] if turns else None
-        if is_global is not None:
+        if is_global is not None and window is not None:
             if len(turns) == 2:
                 cos, sin = (jnp.where(is_global, far, near) for far, near in zip(*turns, strict=True))
                 turn = (cos, sin)

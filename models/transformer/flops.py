@@ -26,8 +26,8 @@ def visible_keys(config: DecoderConfig, sequence: int) -> float:
 def flops_per_token(config: DecoderConfig, sequence: int) -> float:
     """Return floating-point operations of forward and backward per token, a multiply-add being two.
 
-    Six for each matrix parameter (two forward, four backward; PaLM appendix B, arXiv:2204.02311) and 12 · heads ·
-    head_dim for each visible key. What remat computes again, norms and softmax are not counted.
+    Six for each matrix parameter (two forward, four backward; PaLM appendix B, arXiv:2204.02311) and
+    12 · heads · head_dim for each visible key. What remat computes again, norms and softmax are not counted.
     """
     attention = 12.0 * config.heads * config.head_dim * visible_keys(config, sequence)
     return 6.0 * matmul_parameters(config) + attention

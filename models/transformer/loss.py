@@ -18,17 +18,18 @@ _ROW_CHUNK = 1 << 26
 def logits_chunk(batch: int, sequence: int, vocab: int, chosen: int | None) -> int | None:
     """Return how many positions of each row to project at a time; None means all.
 
-    The choice of the config if it made one. Otherwise everything at once while the whole batch has at most 2^26
-    logits (256 MiB), and beyond that the largest divisor of the sequence at which one row has at most 2^26 (at
-    vocabulary 128,256 that is 512 positions), and never more than half the sequence. Fewer and larger chunks
-    matter because each chunk reads the whole output projection.
+    The choice of the config if it made one. Otherwise everything at once while the whole batch has at most
+    2^26 logits (256 MiB), and beyond that the largest divisor of the sequence at which one row has at most
+    2^26 (at vocabulary 128,256 that is 512 positions), never more than half the sequence. Fewer and larger
+    chunks matter because each chunk reads the whole output projection.
 
     Raises `UserError` when the chosen number does not divide a longer sequence.
     """
     if chosen is not None:
         if chosen < sequence and sequence % chosen:
             raise UserError(
-                f"loss_chunk={chosen} does not divide sequence={sequence}; nearest: {nearest_divisors(sequence, chosen)}"
+                f"loss_chunk={chosen} does not divide sequence={sequence}; "
+                f"nearest: {nearest_divisors(sequence, chosen)}"
             )
         return chosen if chosen < sequence else None
     if batch * sequence * vocab <= _WHOLE_BATCH:
@@ -51,8 +52,8 @@ def cross_entropy(
         hidden: ``[batch, sequence, embed]``.
         project: from ``[batch, positions, embed]`` to float32 logits ``[batch, positions, vocab]``.
         targets: int32 ``[batch, sequence]``; negative ones are not counted.
-        chunk: positions of each row to project at a time, a divisor of the sequence; None projects all. Logits are
-            computed again in the backward pass when there is more than one chunk.
+        chunk: positions of each row to project at a time, a divisor of the sequence; None projects all.
+            Logits are computed again in the backward pass when there is more than one chunk.
         z_loss: weight of the mean squared log-partition, which keeps logits from drifting (arXiv:2204.02311).
 
     Returns:
@@ -68,7 +69,7 @@ def cross_entropy(
         batch, sequence = targets.shape
         chunks = sequence // chunk
 
-        # A chunk takes every n-th position: a sequence sharded in contiguous parts stays sharded inside each chunk.
+        # Every n-th position: a sequence sharded in contiguous parts stays sharded inside each chunk.
         def split(x: jax.Array) -> jax.Array:
             return jnp.moveaxis(x.reshape(batch, chunk, chunks, *x.shape[2:]), 2, 0)
 

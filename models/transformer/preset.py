@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from ...sharding.errors import UserError, nearest
@@ -16,7 +16,7 @@ _FACTS = ("source", "parameters", "learning_rate")
 
 @functools.cache
 def _table() -> dict[str, dict[str, Any]]:
-    return tomllib.loads((files(__package__).parent / "presets.toml").read_text("utf-8"))  # pyright: ignore[reportAttributeAccessIssue]
+    return tomllib.loads((Path(__file__).parents[1] / "presets.toml").read_text("utf-8"))
 
 
 def presets() -> list[str]:
@@ -35,7 +35,7 @@ def preset_facts(name: str) -> dict[str, Any]:
 def preset(name: str, **overrides: Any) -> DecoderConfig:
     """Return the config of a published model, with any field replaced.
 
-    Raises `UserError` for an unknown name or field, naming the nearest, and for fields that do not fit together.
+    Raises `UserError` for an unknown name or field, naming the nearest, and for fields that do not fit.
 
     >>> preset("llama3-8b", layers=2).layers
     2

@@ -17,7 +17,7 @@ from .config import DecoderConfig
 def inverse_frequencies(config: DecoderConfig, *, local: bool = False) -> np.ndarray:
     """Return radians per position of each pair, float32 ``[head_dim / 2]``.
 
-    `local` gives those of sliding-window layers, which have their own theta and no scaling when the config says so.
+    `local` gives those of sliding-window layers, which may have their own theta, then unscaled.
     """
     theta = config.rope_theta
     scaled = True
@@ -50,7 +50,7 @@ def rotation(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, 
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs of `x` ``[batch, sequence, heads, head_dim]`` by the angles of `rotation`, in float32."""
+    """Turn pairs of `x` ``[batch, sequence, heads, head_dim]`` by the angles of `rotation`, in float32."""
     half = x.shape[-1] // 2
     first = x[..., :half].astype(jnp.float32)
     second = x[..., half:].astype(jnp.float32)
