@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from ..axes import resolve_axes
 from ..errors import UserError, nearest_divisors
 from ..program.record import Dim, Program
 from ..program.tracing import trace
 from ..rules import Rules
 from ..topology import Topology
-from ..tree_paths import flatten
+from ..tree_paths import by_path
 from .plan import ArrayPlan, DimPlan, Plan, axes_of
 
 # What the first two dimensions of an array of the data are called in rules.
@@ -67,16 +69,15 @@ def declare(
 
 
 def _names_of_data(batch: Any) -> Any:
-    import jax
-
     return jax.tree.map(lambda leaf: (_DATA_NAMES + (None,) * leaf.ndim)[: leaf.ndim], batch)
 
 
 def _arrays(tree: Any, specs: Any) -> dict[str, ArrayPlan]:
-    leaves, structure = flatten(tree)
+    leaves = by_path(tree)
+    flat = jax.tree.structure(tree).flatten_up_to(specs)
     return {
         path: ArrayPlan(shape=tuple(leaf.shape), dtype=str(leaf.dtype), spec=tuple(spec))
-        for (path, leaf), spec in zip(leaves, structure.flatten_up_to(specs), strict=True)
+        for (path, leaf), spec in zip(leaves.items(), flat, strict=True)
     }
 
 
@@ -114,11 +115,10 @@ def _ruled_label(dim: Dim, rules: Rules) -> str | None:
 
 
 def _check_batch(batch: Any, rules: Rules, sizes: Mapping[str, int], microbatches: int) -> None:
-    leaves, _ = flatten(batch)
     spread = rules.declared.get("batch", rules.defaults.get("batch", ()))
     parts = {axis: sizes[axis] for axis in spread if axis in sizes}
     needed = math.prod(parts.values()) * microbatches
-    for path, leaf in leaves:
+    for path, leaf in by_path(batch).items():
         rows = leaf.shape[0] if leaf.ndim else 0
         if rows % needed or not rows:
             written = " x ".join([*(f"{axis}={size}" for axis, size in parts.items()), f"microbatches={microbatches}"])

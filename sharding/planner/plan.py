@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
-from ..tree_paths import by_suffix, flatten, path_of
+from ..tree_paths import by_path, by_suffix, path_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh, NamedSharding
@@ -114,7 +114,7 @@ class Plan:
     def check(self, params: Any, batch: Any) -> None:
         """Raise UserError, naming what differs, if the plan was made for other arrays."""
         for kind, planned, given in (("parameter", self.params, params), ("batch array", self.batch, batch)):
-            have = {path: tuple(leaf.shape) for path, leaf in flatten(given)[0]}
+            have = {path: tuple(leaf.shape) for path, leaf in by_path(given).items()}
             for path in [*planned, *have]:
                 if path not in have:
                     raise UserError(f"the plan has a {kind} {path!r} that the program lacks; {nearest(path, have)}")

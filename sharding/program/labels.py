@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ..errors import UserError, nearest
-from ..tree_paths import flatten, path_of
+from ..tree_paths import by_path, path_of
 from .record import Argument
 
 AxisNames = tuple[str | None, ...]
@@ -36,7 +36,7 @@ def axis_names(args: Sequence[Any], names: Any) -> dict[tuple[int, str], AxisNam
     for position, tree in trees.items():
         if position not in range(len(args)):
             raise UserError(f"names are given for argument {position}, but there are {len(args)} arguments")
-        known = [leaf.path for leaf in flatten(args[position])[0]]
+        known = by_path(args[position])
         for keys, given in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_axis_names):
             path = path_of(keys)
             if not _is_axis_names(given):

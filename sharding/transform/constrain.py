@@ -168,8 +168,10 @@ def _gathered(value: Any, used: NamedSharding, stored: NamedSharding) -> Any:
     def gather(value: Any) -> Any:
         return jax.lax.with_sharding_constraint(value, used)
 
-    gather.defvjp(
-        lambda value: (gather(value), None),
-        lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, stored),),
-    )
+    def backward(_: None, gradient: Any) -> tuple[Any]:
+        # First where it was computed: asked for the stored sharding at once, XLA would move the activations.
+        gradient = jax.lax.with_sharding_constraint(gradient, used)
+        return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+    gather.defvjp(lambda value: (gather(value), None), backward)
     return gather(value)
