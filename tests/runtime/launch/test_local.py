@@ -18,15 +18,16 @@ from meshwright.sharding.errors import UserError
 TRAIN = """
 import os, sys, time
 from meshwright.runtime.distributed import initialize
-from meshwright.runtime.faults import StopSignal, fail_fast
+from meshwright.runtime.faults import StepWatchdog, StopSignal, fail_fast
 from meshwright.runtime.hosts_config import HostsConfig
 hosts = initialize(HostsConfig(heartbeat_seconds=10))
 import jax, jax.numpy as jnp
 mesh = jax.make_mesh((hosts.num_devices,), ("data",))
 ones = jax.jit(lambda: jnp.ones(hosts.num_devices), out_shardings=jax.NamedSharding(mesh, jax.P("data")))()
 total = jax.jit(jnp.sum)
-with fail_fast(), StopSignal() as stop:
+with fail_fast(), StopSignal() as stop, StepWatchdog(4) as watchdog:
     for step in range(10_000):
+        watchdog.beat(step)
         assert float(total(ones)) == hosts.num_devices
         if step == 3:
             print("pid", os.getpid(), "of", hosts.num_devices, "devices", flush=True)
@@ -113,6 +114,18 @@ def test_an_error_in_one_ends_both_without_the_exit_barrier(tmp_path: pathlib.Pa
     assert code == 1
     assert "[1] ValueError: the model is unhappy" in output
     assert "meshwright launch: process 1 of 2 failed with exit code 1; the others were ended" in output
+
+
+def test_a_hung_process_is_noticed_and_ended(tmp_path: pathlib.Path) -> None:
+    launcher = Launcher(tmp_path)
+    pids = launcher.pids()
+    os.kill(pids[1], signal.SIGSTOP)
+    code, output = launcher.finish(30)
+    assert code == 70
+    assert "takes longer than train.step_timeout_seconds=4; this process hangs, or another one" in output
+    assert "[0] Where each thread is:" in output
+    assert "meshwright launch: process 0 of 2 failed with exit code 70; the others were ended" in output
+    assert gone(pids, 1)
 
 
 def test_a_request_to_stop_reaches_all_once(tmp_path: pathlib.Path) -> None:
