@@ -32,6 +32,9 @@ EXIT_USER_ERROR = 2
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
+# Process 0 holds the coordination service: once it is gone JAX aborts the others amid what they have to say.
+_LAST_TO_LEAVE_SECONDS = 1.0
+
 # How an error reads that only says that another process is gone (gloo, NCCL, the coordination service).
 _PEER_GONE = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|peer|heartbeat|coordination ?service|UNAVAILABLE",
@@ -136,6 +139,8 @@ def fail_fast() -> Iterator[None]:
         if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
             raise
         _tell(error, jax.process_index())
+        if jax.process_index() == 0:
+            time.sleep(_LAST_TO_LEAVE_SECONDS)
         end_now(_exit_code(error))
 
 

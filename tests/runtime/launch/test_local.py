@@ -20,6 +20,7 @@ import os, sys, time
 from meshwright.runtime.distributed import initialize
 from meshwright.runtime.faults import StepWatchdog, StopSignal, fail_fast
 from meshwright.runtime.hosts_config import HostsConfig
+from meshwright.sharding.errors import UserError
 hosts = initialize(HostsConfig(heartbeat_seconds=10))
 import jax, jax.numpy as jnp
 mesh = jax.make_mesh((hosts.num_devices,), ("data",))
@@ -31,6 +32,8 @@ with fail_fast(), StopSignal() as stop, StepWatchdog(4) as watchdog:
         assert float(total(ones)) == hosts.num_devices
         if step == 3:
             print("pid", os.getpid(), "of", hosts.num_devices, "devices", flush=True)
+        if "refuse" in sys.argv and step == 10:
+            raise UserError("all of us were told nonsense")
         if "fail" in sys.argv and step == 10 and hosts.process_id == 1:
             raise ValueError("the model is unhappy")
         time.sleep(0.01)
@@ -114,6 +117,16 @@ def test_an_error_in_one_ends_both_without_the_exit_barrier(tmp_path: pathlib.Pa
     assert code == 1
     assert "[1] ValueError: the model is unhappy" in output
     assert "meshwright launch: process 1 of 2 failed with exit code 1; the others were ended" in output
+
+
+def test_a_mistake_that_all_see_is_one_sentence_of_each(tmp_path: pathlib.Path) -> None:
+    launcher = Launcher(tmp_path, "refuse")
+    code, output = launcher.finish(60)
+    assert code == 2
+    assert "[0] error: all of us were told nonsense" in output
+    assert "[1] error: all of us were told nonsense" in output
+    assert "Traceback" not in output
+    assert "Check failure" not in output
 
 
 def test_a_hung_process_is_noticed_and_ended(tmp_path: pathlib.Path) -> None:
