@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
-from .labels import AxisNames, label_votes, unique
+from .labels import label_votes, unique
 from .record import Argument, Dim, Place
 from .resolve import Resolver, Use
 
@@ -47,7 +47,6 @@ def build(
     arguments: Sequence[Argument],
     family: Sequence[int],
     batch: tuple[int, ...],
-    given: Mapping[tuple[int, str], AxisNames],
 ) -> tuple[Dim, ...]:
     """Put together what is known of every dim."""
     places: dict[int, list[Place]] = defaultdict(list)
@@ -62,7 +61,7 @@ def build(
     conflicts: dict[int, list] = defaultdict(list)
     for conflict in resolver.conflicts:
         conflicts[conflict.dim].append(conflict)
-    alone, part = label_votes(arguments, given)
+    alone, part = label_votes(arguments)
     wanted: list[tuple[str, int]] = []
     labels: list[tuple[str, ...]] = []
     for dim, (size, use) in enumerate(zip(resolver.sizes, resolver.uses, strict=True)):

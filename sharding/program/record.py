@@ -136,7 +136,10 @@ class Scope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Argument:
-    """A leaf of the function's arguments: `position` is which argument, `path` where in it."""
+    """A leaf of the function's arguments: `position` is which argument, `path` where in it.
+
+    `names` are the user's names of its dimensions, None where there is none.
+    """
 
     index: int
     position: int
@@ -144,6 +147,7 @@ class Argument:
     shape: tuple[int, ...]
     dtype: Any
     dims: Dims
+    names: tuple[str | None, ...]
     is_parameter: bool
 
 
@@ -218,16 +222,14 @@ class Program:
         return fingerprint(self.jaxpr)
 
     def labelled(self, label: str) -> tuple[tuple[int, ...], ...]:
-        """Return the distinct compositions of array dimensions that the user's names call `label`."""
-        found = {
-            argument.dims[place.dimension]: None
-            for dim in self.dims
-            if label in dim.labels
-            for place in dim.places
-            for argument in (self.arguments[place.argument],)
-        }
+        """Return the distinct compositions of the array dimensions that the user's names call `label`."""
         return tuple(
-            composition for composition in found if all(label in self.dims[d].labels for d in composition)
+            dict.fromkeys(
+                composition
+                for argument in self.arguments
+                for name, composition in zip(argument.names, argument.dims, strict=True)
+                if name == label and composition
+            )
         )
 
 

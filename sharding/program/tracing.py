@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from ..errors import UserError
-from ..paths import path_of
+from ..tree_paths import path_of
 from . import dims as named
-from .labels import axis_names
+from .labels import axis_names, names_of
 from .record import Argument, Program, Result, Unknown
 from .resolve import Resolver
 from .walk import Walk, shape_of
@@ -60,6 +60,7 @@ def read(
             shape=shape_of(var),
             dtype=var.aval.dtype,
             dims=resolver.array(dims),
+            names=names_of(given, position, path, shape_of(var)),
             is_parameter=position in parameters,
         )
         for index, ((position, path), var, dims) in enumerate(
@@ -82,7 +83,7 @@ def read(
     return Program(
         jaxpr=closed,
         scope=scope,
-        dims=named.build(resolver, arguments, family, batch, given),
+        dims=named.build(resolver, arguments, family, batch),
         families=tuple(tuple(ids) for ids in members.values()),
         arguments=arguments,
         results=results,

@@ -87,18 +87,20 @@ class Walk:
 
     def _equation(self, eqn: core.JaxprEqn, ins: list[Raw]) -> RawEquation:
         name = eqn.primitive.name
-        rule = users_rule(name, eqn.params)
-        if rule is None:
-            walker = _CONTROL.get(name)
-            if walker is not None:
-                return walker(self, eqn, ins)
-            rule = self._rules.get(name)
+        users = users_rule(name, eqn.params)
+        if users is None and (walker := _CONTROL.get(name)) is not None:
+            return walker(self, eqn, ins)
         op = Op(
             name,
             tuple([shape_of(atom) for atom in eqn.invars]),
             tuple([shape_of(var) for var in eqn.outvars]),
             eqn.params,
         )
+        if users is not None:
+            described = users(op)
+            described.check(op)
+            return self._apply(eqn, op, described, ins)
+        rule = self._rules.get(name)
         if rule is None:
             self.unknown.setdefault(name, []).append(eqn)
             rule = whole_rule

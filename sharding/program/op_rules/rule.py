@@ -200,7 +200,7 @@ def einsum_rule(op: Op, pattern: str, **kinds: str) -> OpRule:
             )
         for term, shape in zip(terms, shapes, strict=True):
             for letter, size in zip(term, shape, strict=True):
-                sizes[letter] = max(size, sizes.get(letter, 1))
+                sizes[letter] = size if sizes.get(letter, 1) == 1 else sizes[letter]
     builder = Builder(op)
     for letter, size in sizes.items():
         default = "map" if any(letter in term for term in out_terms) else "contract"
