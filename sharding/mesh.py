@@ -44,7 +44,7 @@ def make_mesh(
 
         devices = jax.devices() if wanted is None else wanted.devices()
     found = Topology.of(devices)
-    if wanted is not None and str(found) != str(wanted):
+    if wanted is not None and not wanted.is_met_by(found):
         raise UserError(f"the devices given are {found}, not {wanted}; give those of {wanted}")
     sizes = resolve_axes(axes, found.num_devices)
     laid = by_position(devices, found)[arrange(sizes, found)]

@@ -145,6 +145,12 @@ class Topology:
         """Fast-fabric domains; the last may be partly filled."""
         return math.ceil(self.num_devices / self.devices_per_domain)
 
+    def is_met_by(self, attached: Topology) -> bool:
+        """Whether `attached` devices are these; simulated ones may be shared out among any processes."""
+        if self.chip.platform == "cpu" and self.num_hosts == 1:
+            return attached.chip.platform == "cpu" and attached.num_devices == self.num_devices
+        return str(attached) == str(self)
+
     def devices(self) -> list[Any]:
         """Return the real devices of this topology, attached or simulated.
 
@@ -158,7 +164,7 @@ class Topology:
         attached = jax.devices()
         local = Topology.of(attached)
         same = local.chip.name == self.chip.name
-        if same and (local.shape, local.num_slices) == (self.shape, self.num_slices):
+        if self.is_met_by(local):
             return attached
         part_of_host = self.num_hosts == 1 and local.num_hosts == 1 and self.num_devices < len(attached)
         if same and not self.is_torus and part_of_host:

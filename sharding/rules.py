@@ -1,0 +1,158 @@
+"""From what a user declares, dimension or parameter → mesh axes, to the sharding of every array."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+from .rule_application import Application, Axes, axis_sizes, is_pattern, mentioned
+
+if TYPE_CHECKING:
+    from jax.sharding import PartitionSpec
+
+DIMENSIONS = (
+    "layers",
+    "embed",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
+    "vocab",
+    "batch",
+    "sequence",
+    "experts",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which mesh axes shard what.
+
+    A key of `declared` is a named dimension (``embed``), or a pattern over parameter paths if it holds ``/``
+    or ``*`` (``embed/table``, ``*/bias``). A dimension's value is an axis, a list of axes, or None for whole.
+    A pattern's value is a list with one such entry for each dimension, the rest whole, or None. A pattern
+    beats the dimensions; of two patterns the one without wildcards wins, then the longer. A pattern matches a
+    whole path or the end of one, so that optimizer states follow their parameters.
+
+    `defaults` are dimension rules that yield where they cannot hold: to an axis that the mesh lacks, to a
+    size that does not divide, to an axis that a declared rule uses. `notes` tells where they did.
+
+    >>> rules = Rules({"embed": "fsdp", "embed/table": ["tensor", "fsdp"]})
+    >>> rules.spec(("embed", "mlp"), (64, 256), {"fsdp": 4, "tensor": 2})
+    PartitionSpec('fsdp',)
+    """
+
+    declared: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "declared", _checked(self.declared))
+        object.__setattr__(self, "defaults", _checked(self.defaults))
+
+    def with_defaults(self) -> Rules:
+        """Return these rules over `DEFAULT_RULES`, for the dimensions that they do not mention."""
+        return dataclasses.replace(self, defaults={**DEFAULT_RULES.defaults, **self.defaults})
+
+    def specs(self, tree: Any, mesh: Any, names: Any = None, *, partial: bool = False) -> Any:
+        """Return a tree like `tree` of PartitionSpecs, without trailing Nones.
+
+        Args:
+          tree: any pytree of arrays or of what has their shapes: parameters, optimizer state, both.
+          mesh: a Mesh, or axis → size.
+          names: a tree like the parameters whose leaves are tuples of dimension names, one a dimension.
+          partial: the tree is only part of what the rules are for, so that some may match nothing.
+
+        Raises:
+          UserError: a rule names an axis that the mesh has not, shards an array twice over one axis, does not
+            divide, has more entries than an array dimensions, or matches nothing.
+        """
+        return Application(self.declared, self.defaults, mesh).tree(tree, names, partial)
+
+    def shardings(self, tree: Any, mesh: Any, names: Any = None, *, partial: bool = False) -> Any:
+        """Return a tree like `tree` of NamedShardings; arguments and errors are those of `specs`."""
+        import jax
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        return jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec),
+            self.specs(tree, mesh, names, partial=partial),
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
+
+    def spec(self, names: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+        """Return the PartitionSpec of one array of named dimensions, such as the batch's.
+
+        Raises:
+          UserError: as `specs`, except that any rule may match nothing.
+        """
+        return Application(self.declared, self.defaults, mesh).array(tuple(shape), tuple(names))
+
+    def notes(self, tree: Any, mesh: Any, names: Any = None, *, partial: bool = False) -> list[str]:
+        """Return a sentence for each rule that yielded, with the arrays that stay whole for it."""
+        applied = Application(self.declared, self.defaults, mesh)
+        applied.tree(tree, names, partial)
+        return applied.notes()
+
+    def idle_axes(self, mesh: Any) -> tuple[str, ...]:
+        """Return the mesh axes longer than 1 that no rule mentions: devices along them repeat work."""
+        used = {
+            axis for rule in (*self.declared.values(), *self.defaults.values()) for axis in mentioned(rule)
+        }
+        return tuple(axis for axis, size in axis_sizes(mesh).items() if size > 1 and axis not in used)
+
+
+def _checked(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return dimension → axes and pattern → entries, all as tuples; one that could never hold is an error."""
+    if not isinstance(mapping, Mapping):
+        raise UserError(f"rules are a mapping such as {{embed: fsdp}}, not {mapping!r}")
+    checked: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if not isinstance(key, str) or not key:
+            raise UserError(
+                f"rule {key!r}: a key is a named dimension such as embed, or a path such as embed/table"
+            )
+        if not is_pattern(key):
+            checked[key] = _axes(key, value)
+        elif value is None:
+            checked[key] = ()
+        elif isinstance(value, (list, tuple)):
+            checked[key] = tuple(_axes(key, entry) for entry in value)
+        else:
+            raise UserError(
+                f"rule {key}: {value!r} is no list with an entry for each dimension; write [{value}]"
+            )
+        flat = mentioned(checked[key])
+        if twice := [axis for axis in dict.fromkeys(flat) if flat.count(axis) > 1]:
+            raise UserError(
+                f"rule {key} uses {twice[0]} twice in one array; an axis shards one dimension at most"
+            )
+    return MappingProxyType(checked)
+
+
+def _axes(key: str, value: Any) -> Axes:
+    axes = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(axes, (list, tuple)) or not all(isinstance(axis, str) and axis for axis in axes):
+        raise UserError(
+            f"rule {key}: {value!r} is none of an axis, a list of axes and null; write for example fsdp"
+        )
+    return tuple(axes)
+
+
+DEFAULT_RULES = Rules(
+    defaults={
+        "batch": ("data", "fsdp"),
+        "sequence": "context",
+        "embed": "fsdp",
+        "heads": "tensor",
+        "kv_heads": "tensor",
+        "mlp": "tensor",
+        "vocab": "tensor",
+        "experts": "expert",
+        "head_dim": None,
+        "layers": None,
+    }
+)
