@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import socket
 import subprocess
 import sys
 import sysconfig
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from meshwright.sharding.errors import UserError
 
 
 def entry(config) -> pathlib.Path:
-    (found,) = [path for path in pathlib.Path(config.cache).iterdir() if path.is_dir()]
+    (found,) = [path for path in pathlib.Path(config.cache).glob("[!.]*") if path.is_dir()]
     return found
 
 
@@ -87,24 +89,53 @@ def test_a_damaged_entry_is_named_and_made_again(config, texts, told, name: str,
     assert len(told) == 3
 
 
-def test_processes_at_once_agree_and_leave_one_entry(config, texts) -> None:
-    settings = config(texts)
+def opening(settings) -> subprocess.Popen[str]:
     program = (
-        "import sys; from meshwright.runtime.data import DataConfig, open_corpus;"
+        "from meshwright.runtime.data import DataConfig, open_corpus;"
         f"print(open_corpus(DataConfig.model_validate_json({settings.model_dump_json()!r})).fingerprint)"
     )
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(3)
-    ]
+    return subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_processes_at_once_agree_and_leave_one_entry(config, texts) -> None:
+    settings = config(texts)
+    running = [opening(settings) for _ in range(3)]
     answers = [process.communicate(timeout=60) for process in running]
     assert [process.returncode for process in running] == [0, 0, 0]
     assert {out for out, _ in answers} == {open_corpus(settings).fingerprint + "\n"}
     assert sum("tokenised" in err for _, err in answers) == 1
     assert entry(settings)
     assert [path.name for path in pathlib.Path(settings.cache).iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_process_waits_for_the_one_that_tokenises(config, texts) -> None:
+    settings = config(texts)
+    started = []
+
+    def before_it_is_published(_: str) -> None:
+        started.append(opening(settings))
+        time.sleep(1.5)
+        assert started[0].poll() is None
+
+    corpus = open_corpus(settings, report=before_it_is_published)
+    out, err = started[0].communicate(timeout=60)
+    assert (out, err) == (corpus.fingerprint + "\n", "")
+
+
+def test_without_locks_the_second_to_finish_takes_the_entry_of_the_first(config, texts, monkeypatch) -> None:
+    settings = config(texts)
+    monkeypatch.setattr("meshwright.runtime.data.cache.locked", lambda *_: contextlib.nullcontext())
+    nested = []
+
+    def before_it_is_published(_: str) -> None:
+        nested.append(open_corpus(settings))
+        nested.append(entry(settings).stat().st_ino)
+
+    outer = open_corpus(settings, report=before_it_is_published)
+    assert outer.fingerprint == nested[0].fingerprint
+    assert entry(settings).stat().st_ino == nested[1]
 
 
 def test_what_a_killed_process_left_is_cleared(config, texts) -> None:

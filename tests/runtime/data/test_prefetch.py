@@ -122,3 +122,19 @@ print("last line")
     assert (done.returncode, done.stdout) == (0, "last line\n")
     assert "Traceback" not in done.stderr
     assert "Fatal" not in done.stderr
+
+
+def test_the_source_is_closed_at_interpreter_exit() -> None:
+    program = """
+import itertools
+from meshwright.runtime.data import Prefetch
+def source():
+    try:
+        yield from itertools.count()
+    finally:
+        print("closed")
+items = Prefetch(source, depth=2)
+next(items)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "closed\n", "")
