@@ -23,7 +23,8 @@ app = typer.Typer(
 
 ConfigFile = Annotated[pathlib.Path, typer.Argument(metavar="CONFIG", help="YAML file of settings.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Settings that take the place of the file's.")
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Settings that take the place of the file's."),
 ]
 RunFolderPath = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -65,22 +66,32 @@ def profile(run: RunFolderPath, as_json: Json = False) -> None:
 @app.command()
 def checkpoint(
     run: RunFolderPath,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every checkpoint and check its fingerprints.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every checkpoint and check its fingerprints.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List the checkpoints of a run."""
-    from .checkpoint.listing import listing, table
+    from .checkpoint import list_checkpoints
+    from .checkpoint.table import plain, table
 
-    rows = listing(run, verify=verify)
+    if not run.is_dir():
+        raise UserError(f"there is no run folder at {run}")
+    records = list_checkpoints(run, verify=verify)
     if as_json:
-        print(json.dumps([row.to_dict() for row in rows]))
+        print(json.dumps([plain(record) for record in records]))
+    elif not records:
+        print(f"{run} has no checkpoint")
     else:
-        _show(table(rows))
+        _show(table(records, verified=verify))
+    raise typer.Exit(int(any(record.fault for record in records)))
 
 
 @app.command()
 def config(
-    file: Annotated[pathlib.Path | None, typer.Argument(metavar="[CONFIG]", help="Print this file resolved.")] = None,
+    file: Annotated[
+        pathlib.Path | None, typer.Argument(metavar="[CONFIG]", help="Print this file resolved.")
+    ] = None,
     overrides: Overrides = None,
     presets: Annotated[bool, typer.Option("--presets", help="List the models' presets.")] = False,
 ) -> None:
@@ -109,7 +120,7 @@ def doctor(as_json: Json = False) -> None:
         print(json.dumps([finding.to_dict() for finding in findings]))
     else:
         _show(render(findings))
-    raise typer.Exit(any(finding.status == "bad" for finding in findings))
+    raise typer.Exit(int(any(finding.status == "bad" for finding in findings)))
 
 
 def main() -> None:

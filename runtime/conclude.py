@@ -11,7 +11,14 @@ from .job import Job
 
 
 def conclude(
-    config: Config, job: Job, params: Any, *, step: int, last: Mapping[str, Any], reason: str | None, say: bool
+    config: Config,
+    job: Job,
+    params: Any,
+    *,
+    step: int,
+    last: Mapping[str, Any],
+    reason: str | None,
+    say: bool,
 ) -> None:
     """Print the end of a run; every process calls it, since sampling runs on all devices, and one says it."""
     finished = step >= config.train.steps

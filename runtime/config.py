@@ -29,7 +29,9 @@ Count = Annotated[int, Field(ge=1)]
 class ModelConfig(Section):
     """Which model is trained: a preset, changed where `overrides` says so, or a function of your own."""
 
-    preset: str | None = Field("tiny", description="Name of a decoder preset; `meshwright config --presets` lists them.")
+    preset: str | None = Field(
+        "tiny", description="Name of a decoder preset; `meshwright config --presets` lists them."
+    )
     overrides: dict[str, Any] = Field(
         {}, description="Fields of the preset to change, e.g. {layers: 4, compute_dtype: bfloat16}."
     )
@@ -56,16 +58,27 @@ class TrainConfig(Section):
 
     steps: Count = Field(200, description="Optimiser steps in the whole run.")
     global_batch: Count = Field(
-        32, description="Rows in a step over all devices; the mesh's batch axes times `microbatches` must divide it."
+        32,
+        description="Rows in a step over all devices; the mesh's batch axes times `microbatches` must divide it.",
     )
-    evaluate_every: int = Field(100, ge=0, description="Steps between evaluations on held-out text; 0 for none.")
+    evaluate_every: int = Field(
+        100, ge=0, description="Steps between evaluations on held-out text; 0 for none."
+    )
     evaluate_batches: Count = Field(4, description="Held-out global batches in one evaluation.")
-    sample: str | None = Field(None, description="Prompt that the model continues when training ends; null for none.")
+    sample: str | None = Field(
+        None, description="Prompt that the model continues when training ends; null for none."
+    )
     sample_tokens: Count = Field(200, description="Tokens in that sample.")
-    sample_temperature: float = Field(0.7, ge=0, description="Temperature of that sample; 0 takes the likeliest token.")
-    stop_on_nan: bool = Field(True, description="Stop with an error, state unsaved, when the loss is not finite.")
+    sample_temperature: float = Field(
+        0.7, ge=0, description="Temperature of that sample; 0 takes the likeliest token."
+    )
+    stop_on_nan: bool = Field(
+        True, description="Stop with an error, state unsaved, when the loss is not finite."
+    )
     step_timeout_seconds: float = Field(
-        600.0, gt=0, description="A step that takes longer counts as hung: stacks are printed and the process ends."
+        600.0,
+        gt=0,
+        description="A step that takes longer counts as hung: stacks are printed and the process ends.",
     )
 
 
@@ -85,7 +98,9 @@ Axes = str | list[str | list[str] | None] | None
 class Config(Section):
     """A whole run."""
 
-    name: str = Field("run", pattern=r"^[\w.-]+$", description="Names the run; letters, digits, `.`, `_`, `-`.")
+    name: str = Field(
+        "run", pattern=r"^[\w.-]+$", description="Names the run; letters, digits, `.`, `_`, `-`."
+    )
     run: str = Field("runs/{name}", description="Run folder; `{name}` stands for the name above.")
     seed: int = Field(0, ge=0, description="Decides the parameters' first values and the order of the data.")
     topology: str | None = Field(
@@ -106,9 +121,12 @@ class Config(Section):
         description="What a layer's forward pass keeps for its backward pass: everything, "
         "the results of its matrix products, or nothing but its input.",
     )
-    microbatches: Count = Field(1, description="Parts a step's batch is worked through in (gradient accumulation).")
+    microbatches: Count = Field(
+        1, description="Parts a step's batch is worked through in (gradient accumulation)."
+    )
     compilation_cache: str | None = Field(
-        "auto", description="Folder of compiled programs kept between runs; `auto` is the user's cache folder, null is none."
+        "auto",
+        description="Folder of compiled programs kept between runs; `auto` is the user's cache folder, null is none.",
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -159,14 +177,21 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def fields(section: type[pydantic.BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+def fields(
+    section: type[pydantic.BaseModel] = Config, prefix: str = ""
+) -> Iterator[tuple[str, Any, Any, str]]:
     """Yield (dotted key, type, default, description) for every setting, sections opened up."""
     for name, field in section.model_fields.items():
         nested = _nested(field.annotation)
         if nested is not None:
             yield from fields(nested, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field.annotation, field.get_default(call_default_factory=True), field.description or ""
+            yield (
+                f"{prefix}{name}",
+                field.annotation,
+                field.get_default(call_default_factory=True),
+                field.description or "",
+            )
 
 
 def _nested(annotation: Any) -> type[pydantic.BaseModel] | None:
@@ -213,17 +238,23 @@ def _override(tree: dict[str, Any], word: str) -> None:
     tree[leaf] = value
 
 
-def _refuse_unknown(tree: Mapping[str, Any], section: type[pydantic.BaseModel], prefix: str, where: str) -> None:
+def _refuse_unknown(
+    tree: Mapping[str, Any], section: type[pydantic.BaseModel], prefix: str, where: str
+) -> None:
     for key, value in tree.items():
         if key not in section.model_fields:
-            raise UserError(f"{where}: there is no setting {prefix}{key}; {_nearest_key(str(key), section, prefix)}")
+            raise UserError(
+                f"{where}: there is no setting {prefix}{key}; {_nearest_key(str(key), section, prefix)}"
+            )
         nested = _nested(section.model_fields[key].annotation)
         if nested is None:
             continue
         if value is None:
             raise UserError(f"{where}: section {prefix}{key} is empty; leave it out for its defaults")
         if not isinstance(value, Mapping):
-            raise UserError(f"{where}: {prefix}{key} is a section with keys {', '.join(nested.model_fields)}; got {value!r}")
+            raise UserError(
+                f"{where}: {prefix}{key} is a section with keys {', '.join(nested.model_fields)}; got {value!r}"
+            )
         _refuse_unknown(value, nested, f"{prefix}{key}.", where)
 
 

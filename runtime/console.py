@@ -10,7 +10,9 @@ from typing import Any
 from .metrics import Sink
 
 
-def console(kind: str, *, steps: int, start_step: int, every: int, peak_flops: float | None, step_flops: float) -> Sink:
+def console(
+    kind: str, *, steps: int, start_step: int, every: int, peak_flops: float | None, step_flops: float
+) -> Sink:
     """Return the sink that `metrics.console` asks for.
 
     `peak_flops` is what all devices together can do a second, None where the chip is not known;
@@ -38,7 +40,9 @@ class _Describe:
     def words(self, record: Mapping[str, Any]) -> str:
         seconds = record["step_seconds"]
         if record["step"] > self.first:
-            self.mean_seconds = seconds if self.mean_seconds is None else 0.9 * self.mean_seconds + 0.1 * seconds
+            self.mean_seconds = (
+                seconds if self.mean_seconds is None else 0.9 * self.mean_seconds + 0.1 * seconds
+            )
         mean = self.mean_seconds or seconds
         rate = record["tokens_per_second"] * seconds / mean
         parts = [f"loss {record['loss']:.4f}", f"{rate:,.0f} tokens/s"]
@@ -58,7 +62,11 @@ class _Lines:
     def write(self, record: Mapping[str, Any]) -> None:
         words = self._describe.words(record)
         step = record["step"]
-        due = step % self._every == 0 or step in (self._first, self._steps) or "eval_loss" in record if self._every else False
+        due = (
+            step % self._every == 0 or step in (self._first, self._steps) or "eval_loss" in record
+            if self._every
+            else False
+        )
         if due:
             print(f"step {step}/{self._steps}  {words}", file=sys.stderr, flush=True)
 
@@ -86,7 +94,9 @@ class _Bar:
         words = self._describe.words(record)
         self._progress.update(self._task, completed=record["step"], words=words)
         if "eval_loss" in record:
-            self._progress.console.print(f"step {record['step']}  held-out loss {record['eval_loss']:.4f}", highlight=False)
+            self._progress.console.print(
+                f"step {record['step']}  held-out loss {record['eval_loss']:.4f}", highlight=False
+            )
 
     def close(self) -> None:
         self._progress.stop()

@@ -48,7 +48,11 @@ def _type_name(annotation: Any) -> str:
     if str(origin) == "typing.Literal" or origin.__class__.__name__ == "_LiteralForm":
         return " | ".join(str(value) for value in arguments)
     if origin in (dict, list, tuple):
-        return f"{origin.__name__} of {', '.join(_type_name(a) for a in arguments)}" if arguments else origin.__name__
+        return (
+            f"{origin.__name__} of {', '.join(_type_name(a) for a in arguments)}"
+            if arguments
+            else origin.__name__
+        )
     if getattr(origin, "__name__", "") == "Annotated":
         return _type_name(arguments[0])
     return " | ".join(_type_name(a) for a in arguments)

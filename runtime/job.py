@@ -72,7 +72,11 @@ def build_job(config: Config) -> Job:
     corpus = open_corpus(config.data)
     corpus.check_vocab(_vocab(model))
     data = open_data(config.data, config.seed, rows, corpus=corpus)
-    held_out = open_data(config.data, config.seed, rows, "eval", corpus=corpus) if config.train.evaluate_every else None
+    held_out = (
+        open_data(config.data, config.seed, rows, "eval", corpus=corpus)
+        if config.train.evaluate_every
+        else None
+    )
     rate = optimizer.schedule(config.optimizer, config.train.steps)
     step = train_step(
         plan,
@@ -93,7 +97,9 @@ def build_job(config: Config) -> Job:
         mesh=mesh,
         step=step,
         abstract_batch=jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch, step.batch
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            batch,
+            step.batch,
         ),
         tokens_per_step=tokens,
         flops_per_step=model.flops_per_token(sequence) * tokens,
@@ -121,13 +127,17 @@ def _users_model(where: str, arguments: dict[str, Any]) -> Model:
         raise UserError(f"model.build={where!r}: {error}") from None
     function: Callable[..., Any] | None = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"model.build: {module_name} has no function {function_name!r}; {nearest(function_name, dir(module))}")
+        raise UserError(
+            f"model.build: {module_name} has no function {function_name!r}; {nearest(function_name, dir(module))}"
+        )
     try:
         model = function(**arguments)
     except TypeError as error:
         raise UserError(f"model.build={where!r} with arguments {arguments}: {error}") from None
     if not isinstance(model, Model):
-        raise UserError(f"model.build={where!r} returned {type(model).__name__}, not a meshwright.models.Model")
+        raise UserError(
+            f"model.build={where!r} returned {type(model).__name__}, not a meshwright.models.Model"
+        )
     return model
 
 

@@ -94,7 +94,9 @@ class Loop:
             "mesh": dict(self.job.plan.mesh),
             "topology": self.job.plan.topology,
             "data": {"step": step, "seed": self.config.seed, "fingerprint": self.job.data.fingerprint},
-            "versions": {name: importlib.metadata.version(name) for name in ("meshwright", "jax", "orbax-checkpoint")},
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("meshwright", "jax", "orbax-checkpoint")
+            },
         }
 
     @staticmethod

@@ -142,7 +142,9 @@ class Collector:
             "data_wait_seconds": pending.data_wait_seconds,
         }
         if self._stop_on_nan and not math.isfinite(values["loss"]):
-            raise NotFinite(f"the loss of step {pending.step} is {values['loss']}; gradient norm {values['grad_norm']}")
+            raise NotFinite(
+                f"the loss of step {pending.step} is {values['loss']}; gradient norm {values['grad_norm']}"
+            )
         if pending.evaluation:
             record["eval_loss"] = _weighted_mean(jax.device_get(list(pending.evaluation)))
             self._last_done = time.perf_counter()

@@ -64,7 +64,9 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another process is training in {self.path}; stop it or give run=FOLDER") from None
+            raise UserError(
+                f"another process is training in {self.path}; stop it or give run=FOLDER"
+            ) from None
         self.config.write_text(dump(config))
         plan.save(self.plan)
 

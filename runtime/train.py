@@ -72,7 +72,7 @@ def _run(config: Config, job: Job, folder: RunFolder, hosts: Hosts) -> int:
 
     from .checkpoint import Checkpoints
     from .conclude import conclude
-    from .faults import StepWatchdog, StopSignal
+    from .faults import StepWatchdog, StopSignal, fail_fast
     from .loop import Loop
     from .metrics import Collector
     from .profiling import ProfileWindow, save_program
@@ -89,42 +89,46 @@ def _run(config: Config, job: Job, folder: RunFolder, hosts: Hosts) -> int:
                 best_mode=keep.best_mode,
             )
         )
-        restored = checkpoints.restore(job.step.abstract_state)
-        if restored is not None:
-            _check_same_data(restored.metadata, job)
-        start = 0 if restored is None else restored.step
-        if hosts.is_main:
-            _announce(config, job, hosts, start)
-        compiled = job.step.update.lower(job.step.abstract_state, job.abstract_batch).compile()
-        state = job.step.init(jax.random.key(config.seed)) if restored is None else restored.state
         window = stack.enter_context(
             ProfileWindow(
                 start_step=profile.start_step, num_steps=profile.num_steps, directory=folder.profile
             )
         )
-        if profile.start_step is not None:
-            save_program(folder.profile, compiled, job.mesh)
-        collector = Collector(
-            _sinks(config, job, folder, start) if hosts.is_main else [],
-            tokens_per_step=job.tokens_per_step,
-            stop_on_nan=config.train.stop_on_nan,
-        )
-        stack.callback(collector.close)
         watchdog = stack.enter_context(StepWatchdog(config.train.step_timeout_seconds))
-        loop = Loop(
-            config=config,
-            job=job,
-            update=compiled,
-            checkpoints=checkpoints,
-            collector=collector,
-            window=window,
-            stop=stop,
-            watchdog=watchdog,
-        )
-        state, step = loop.run(state, start)
-        with watchdog.paused():
-            checkpoints.wait()
-    conclude(config, job, state["params"], step=step, last=collector.last, reason=stop.reason, say=hosts.is_main)
+        # Innermost: what closes above would wait for processes that wait for this one.
+        with fail_fast():
+            restored = checkpoints.restore(job.step.abstract_state)
+            if restored is not None:
+                _check_same_data(restored.metadata, job)
+            start = 0 if restored is None else restored.step
+            if hosts.is_main:
+                _announce(config, job, hosts, start)
+            compiled = job.step.update.lower(job.step.abstract_state, job.abstract_batch).compile()
+            state = job.step.init(jax.random.key(config.seed)) if restored is None else restored.state
+            if profile.start_step is not None:
+                save_program(folder.profile, compiled, job.mesh)
+            collector = Collector(
+                _sinks(config, job, folder, start) if hosts.is_main else [],
+                tokens_per_step=job.tokens_per_step,
+                stop_on_nan=config.train.stop_on_nan,
+            )
+            stack.callback(collector.close)
+            loop = Loop(
+                config=config,
+                job=job,
+                update=compiled,
+                checkpoints=checkpoints,
+                collector=collector,
+                window=window,
+                stop=stop,
+                watchdog=watchdog,
+            )
+            state, step = loop.run(state, start)
+            with watchdog.paused():
+                checkpoints.wait()
+    conclude(
+        config, job, state["params"], step=step, last=collector.last, reason=stop.reason, say=hosts.is_main
+    )
     return 0
 
 

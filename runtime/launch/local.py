@@ -33,6 +33,8 @@ except OSError as error:
 _LAST_LINES = 12
 _COLOURS = ("36", "33", "35", "32", "34", "31")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+# Gloo prints a line for every device that meets another, with no way to turn it off.
+_CHATTER = b"[Gloo] Rank "
 
 
 def launch_training(config: str | os.PathLike[str], overrides: Sequence[str], num_processes: int) -> int:
@@ -138,7 +140,7 @@ class _Printer:
         while chunk := os.read(stream.fileno(), 65536):
             *lines, rest = _LINE_END.split(rest + chunk)
             for line in lines:
-                if line:
+                if line and not line.startswith(_CHATTER):
                     self.line(number, line.decode(errors="replace"))
         if rest:
             self.line(number, rest.decode(errors="replace"))

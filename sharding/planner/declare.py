@@ -54,9 +54,12 @@ def declare(
     of_batch = declared.specs(batch, sizes, data_names, partial=True)
     # A rule for a dimension of the data holds for no parameter, and so would count as matching nothing.
     of_params = Rules(
-        {key: rule for key, rule in (rules or {}).items() if key not in _DATA_NAMES}, defaults=declared.defaults
+        {key: rule for key, rule in (rules or {}).items() if key not in _DATA_NAMES},
+        defaults=declared.defaults,
     ).specs(params, sizes, names)
-    program = trace(loss, params, batch, names={1: data_names} if names is None else {0: names, 1: data_names})
+    program = trace(
+        loss, params, batch, names={1: data_names} if names is None else {0: names, 1: data_names}
+    )
     return Plan(
         topology=str(topology),
         mesh=sizes,
@@ -118,13 +121,19 @@ def _check_batch(batch: Any, rules: Rules, sizes: Mapping[str, int], microbatche
     spread = rules.declared.get("batch", rules.defaults.get("batch", ()))
     parts = {axis: sizes[axis] for axis in spread if axis in sizes}
     needed = math.prod(parts.values()) * microbatches
-    for path, leaf in by_path(batch).items():
+    for leaf in jax.tree.leaves(batch):
         rows = leaf.shape[0] if leaf.ndim else 0
         if rows % needed or not rows:
-            written = " x ".join([*(f"{axis}={size}" for axis, size in parts.items()), f"microbatches={microbatches}"])
+            written = " x ".join(
+                [*(f"{axis}={size}" for axis, size in parts.items()), f"microbatches={microbatches}"]
+            )
             below = rows // needed * needed
             near = f"{below} or {below + needed}" if below else str(needed)
-            hint = "" if microbatches == 1 else f", or microbatches={nearest_divisors(max(rows // (needed // microbatches), 1), microbatches)}"
+            hint = (
+                ""
+                if microbatches == 1
+                else f", or microbatches={nearest_divisors(max(rows // (needed // microbatches), 1), microbatches)}"
+            )
             raise UserError(
-                f"a batch of {rows} rows ({path}) does not divide by {written} = {needed}; nearest: {near} rows{hint}"
+                f"a batch of {rows} rows does not divide by {written} = {needed}; nearest: {near} rows{hint}"
             )

@@ -108,7 +108,9 @@ class Plan:
         """Return the mesh axes of the dims of a traced `program`, by their numbers."""
         at = {(a.position, a.path): a.dims for a in program.arguments}
         return {
-            at[row.argument, row.path][row.dimension][row.part]: row.axes for row in self.dims.values() if row.axes
+            at[row.argument, row.path][row.dimension][row.part]: row.axes
+            for row in self.dims.values()
+            if row.axes
         }
 
     def check(self, params: Any, batch: Any) -> None:
@@ -117,11 +119,17 @@ class Plan:
             have = {path: tuple(leaf.shape) for path, leaf in by_path(given).items()}
             for path in [*planned, *have]:
                 if path not in have:
-                    raise UserError(f"the plan has a {kind} {path!r} that the program lacks; {nearest(path, have)}")
+                    raise UserError(
+                        f"the plan has a {kind} {path!r} that the program lacks; {nearest(path, have)}"
+                    )
                 if path not in planned:
-                    raise UserError(f"the program has a {kind} {path!r} that the plan lacks; {nearest(path, planned)}")
+                    raise UserError(
+                        f"the program has a {kind} {path!r} that the plan lacks; {nearest(path, planned)}"
+                    )
                 if planned[path].shape != have[path]:
-                    raise UserError(f"{kind} {path!r} has shape {have[path]}; the plan was made for {planned[path].shape}")
+                    raise UserError(
+                        f"{kind} {path!r} has shape {have[path]}; the plan was made for {planned[path].shape}"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values."""

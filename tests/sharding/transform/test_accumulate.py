@@ -55,7 +55,9 @@ def test_a_scaled_loss_scales_its_gradients(params, batch):
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused(params, batch):
-    with pytest.raises(UserError, match="microbatches=3 does not divide the batch of 8 rows; nearest: 2 or 4"):
+    with pytest.raises(
+        UserError, match="microbatches=3 does not divide the batch of 8 rows; nearest: 2 or 4"
+    ):
         accumulate(loss, 3)(params, batch)
 
 
