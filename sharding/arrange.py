@@ -64,7 +64,7 @@ class _Place:
     """A chip as `mesh_utils` looks at it; without a kind, so that every torus goes the general way."""
 
     id: int
-    coords: tuple[int, int, int]
+    coords: tuple[int, ...]
     core_on_chip: int = 0
     platform: str = "tpu"
     device_kind: str = ""
@@ -79,10 +79,7 @@ def _torus_positions(sizes: Sequence[int], topology: Topology) -> np.ndarray:
     inside = max((i for i, size in enumerate(sizes) if size % cores == 0), default=len(sizes) - 1)
     chip_sizes = [size // cores if i == inside else size for i, size in enumerate(sizes)]
     shape = topology.shape + (1,) * (3 - len(topology.shape))
-    places = [
-        _Place(id=i, coords=(x, y, z))
-        for i, (x, y, z) in enumerate((int(x), int(y), int(z)) for x, y, z in np.ndindex(*shape))
-    ]
+    places = [_Place(id=i, coords=coords) for i, coords in enumerate(np.ndindex(*shape))]
     laid = mesh_utils.create_device_mesh(chip_sizes, places, allow_split_physical_axes=True)
     chips = np.vectorize(lambda place: place.id, otypes=[int])(laid)
     for axis in range(chips.ndim):
@@ -98,9 +95,9 @@ def _snake(chips: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
     axis, which exchange blocks in a ring or a pipeline, would be far apart at each carry.
     """
     line = np.moveaxis(chips, axis, 0).reshape(chips.shape[axis], -1)[:, 0]
-    digits = [np.unique(coordinate, return_inverse=True)[1] for coordinate in np.unravel_index(line, shape)]
-    walked, carried = [], np.zeros(len(line), int)
-    for digit in digits:
-        walked.append(np.where(carried % 2, digit.max() - digit, digit))
-        carried = carried + walked[-1] if len(walked) == 1 else carried + digit
-    return np.lexsort(walked[::-1])
+    rank = np.zeros(len(line), int)
+    for coordinate in np.unravel_index(line, shape):
+        steps, digit = np.unique(coordinate, return_inverse=True)
+        turned = np.where(rank % 2, len(steps) - 1 - digit, digit)
+        rank = rank * len(steps) + turned
+    return np.argsort(rank)

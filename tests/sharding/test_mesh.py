@@ -53,6 +53,7 @@ def hops(laid, axis, topology):
         ("tpu7x:4x4x4", {"fsdp": 16, "tensor": 8}),
         ("tpu7x:2x2x1", {"context": 8}),
         ("v4:4x8x8", {"stage": 64, "tensor": 4}),
+        ("v5p:12x12x12", {"stage": 1728}),
     ],
 )
 def test_neighbours_on_a_torus_are_one_hop_apart(text, axes):
@@ -166,3 +167,14 @@ def test_real_devices_are_found_by_what_they_say_of_themselves():
 def test_mistakes(axes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         resolve_axes(axes, 8)
+
+
+@pytest.mark.processes(2, devices=2)
+def test_processes_are_hosts():
+    assert str(Topology.local()) == "cpu:2x2"
+    mesh = make_mesh({"tensor": 2, "data": -1}, "cpu:2x2")
+    rows = [{device.process_index for device in mesh.devices[:, group]} for group in range(2)]
+    assert rows == [{0}, {1}]
+    assert make_mesh({"data": -1}, "cpu:4").size == 4
+    with pytest.raises(UserError, match="cpu:4x1 is 4 cpu devices on 4 hosts, but cpu:2x2 is attached"):
+        make_mesh({"data": -1}, "cpu:4x1")

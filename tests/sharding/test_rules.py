@@ -231,3 +231,17 @@ def test_part_of_a_tree():
     assert rules.specs(only, MESH, NAMES, partial=True)["embed"]["table"] == P(None, "fsdp")
     with pytest.raises(UserError):
         rules.specs(only, MESH, NAMES)
+
+
+def test_counters_and_stand_ins_stay_whole():
+    bias = {"bias": jax.ShapeDtypeStruct((32,), jnp.float32)}
+    state = jax.eval_shape(optax.adafactor(1e-3).init, bias)
+    specs = Rules({"embed": "fsdp", "*": ["fsdp"]}).specs(state, MESH, {"bias": ("embed",)})
+    by_shape = dict(
+        zip(
+            [leaf.shape for leaf in jax.tree.leaves(state)],
+            jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P)),
+            strict=True,
+        )
+    )
+    assert by_shape == {(): P(), (1,): P(), (32,): P("fsdp")}
