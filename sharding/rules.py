@@ -43,7 +43,7 @@ class Rules:
 
     >>> rules = Rules({"embed": "fsdp", "embed/table": ["tensor", "fsdp"]})
     >>> rules.spec(("embed", "mlp"), (64, 256), {"fsdp": 4, "tensor": 2})
-    PartitionSpec('fsdp',)
+    P('fsdp',)
     """
 
     declared: Mapping[str, Any] = field(default_factory=dict)
