@@ -30,17 +30,17 @@ class ModelConfig(Section):
     """Which model is trained: a preset, changed where `overrides` says so, or a function of your own."""
 
     preset: str | None = Field(
-        "tiny", description="Name of a decoder preset; `meshwright config --presets` lists them."
+        default="tiny", description="Name of a decoder preset; `meshwright config --presets` lists them."
     )
     overrides: dict[str, Any] = Field(
-        {}, description="Fields of the preset to change, e.g. {layers: 4, compute_dtype: bfloat16}."
+        default={}, description="Fields of the preset to change, e.g. {layers: 4, compute_dtype: bfloat16}."
     )
     build: str | None = Field(
-        None,
+        default=None,
         description="`module:function` that returns a meshwright.models.Model; takes the place of `preset`. "
         "The module is imported, so its code runs.",
     )
-    arguments: dict[str, Any] = Field({}, description="Keyword arguments for `build`.")
+    arguments: dict[str, Any] = Field(default={}, description="Keyword arguments for `build`.")
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -56,27 +56,27 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """How long, on how much at once, and how often the run is looked at."""
 
-    steps: Count = Field(200, description="Optimiser steps in the whole run.")
+    steps: Count = Field(default=200, description="Optimiser steps in the whole run.")
     global_batch: Count = Field(
-        32,
-        description="Rows in a step over all devices; the mesh's batch axes times `microbatches` must divide it.",
+        default=32,
+        description="Rows in a step over all devices: a multiple of batch axes times `microbatches`.",
     )
     evaluate_every: int = Field(
-        100, ge=0, description="Steps between evaluations on held-out text; 0 for none."
+        default=100, ge=0, description="Steps between evaluations on held-out text; 0 for none."
     )
-    evaluate_batches: Count = Field(4, description="Held-out global batches in one evaluation.")
+    evaluate_batches: Count = Field(default=4, description="Held-out global batches in one evaluation.")
     sample: str | None = Field(
-        None, description="Prompt that the model continues when training ends; null for none."
+        default=None, description="Prompt that the model continues when training ends; null for none."
     )
-    sample_tokens: Count = Field(200, description="Tokens in that sample.")
+    sample_tokens: Count = Field(default=200, description="Tokens in that sample.")
     sample_temperature: float = Field(
-        0.7, ge=0, description="Temperature of that sample; 0 takes the likeliest token."
+        default=0.7, ge=0, description="Temperature of that sample; 0 takes the likeliest token."
     )
     stop_on_nan: bool = Field(
-        True, description="Stop with an error, state unsaved, when the loss is not finite."
+        default=True, description="Stop with an error, state unsaved, when the loss is not finite."
     )
     step_timeout_seconds: float = Field(
-        600.0,
+        default=600.0,
         gt=0,
         description="A step that takes longer counts as hung: stacks are printed and the process ends.",
     )
@@ -86,10 +86,13 @@ class MetricsConfig(Section):
     """Where the numbers of each step go, besides metrics.jsonl, which is always written."""
 
     console: Literal["auto", "bar", "lines", "none"] = Field(
-        "auto", description="A progress bar, plain lines, or nothing; `auto` takes the bar in a terminal."
+        default="auto",
+        description="A progress bar, plain lines, or nothing; `auto` takes the bar in a terminal.",
     )
-    console_every: Count = Field(10, description="Steps between plain lines.")
-    tensorboard: bool = Field(False, description="Write TensorBoard events too (extra `tensorboard`).")
+    console_every: Count = Field(default=10, description="Steps between plain lines.")
+    tensorboard: bool = Field(
+        default=False, description="Write TensorBoard events too (extra `tensorboard`)."
+    )
 
 
 Axes = str | list[str | list[str] | None] | None
@@ -99,34 +102,39 @@ class Config(Section):
     """A whole run."""
 
     name: str = Field(
-        "run", pattern=r"^[\w.-]+$", description="Names the run; letters, digits, `.`, `_`, `-`."
+        default="run", pattern=r"^[\w.-]+$", description="Names the run; letters, digits, `.`, `_`, `-`."
     )
-    run: str = Field("runs/{name}", description="Run folder; `{name}` stands for the name above.")
-    seed: int = Field(0, ge=0, description="Decides the parameters' first values and the order of the data.")
+    run: str = Field(default="runs/{name}", description="Run folder; `{name}` stands for the name above.")
+    seed: int = Field(
+        default=0, ge=0, description="Decides the parameters' first values and the order of the data."
+    )
     topology: str | None = Field(
-        None,
-        description="Devices to train on, e.g. `cpu:8` (simulated), `v5p:4x4x8`, `h100:2x8`; null takes what is attached.",
+        default=None,
+        description="Devices to train on, e.g. `cpu:8` (simulated), `v5p:4x4x8`, `h100:2x8`; "
+        "null takes what is attached.",
     )
     mesh: dict[str, int] = Field(
-        {"fsdp": -1},
-        description="Mesh axes (data, fsdp, tensor, context, expert, stage) and sizes; one may be -1 to take the rest.",
+        default={"fsdp": -1},
+        description="Mesh axes (data, fsdp, tensor, context, expert, stage) and sizes; "
+        "one may be -1 to take the rest.",
     )
     rules: dict[str, Axes] = Field(
-        {},
+        default={},
         description="Named dimension or parameter path pattern → mesh axes, on top of the defaults, "
         'e.g. {embed: fsdp, "embedding/*": [tensor, fsdp]}.',
     )
     remat: Literal["none", "dots", "full"] = Field(
-        "none",
+        default="none",
         description="What a layer's forward pass keeps for its backward pass: everything, "
         "the results of its matrix products, or nothing but its input.",
     )
     microbatches: Count = Field(
-        1, description="Parts a step's batch is worked through in (gradient accumulation)."
+        default=1, description="Parts a step's batch is worked through in (gradient accumulation)."
     )
     compilation_cache: str | None = Field(
-        "auto",
-        description="Folder of compiled programs kept between runs; `auto` is the user's cache folder, null is none.",
+        default="auto",
+        description="Folder of compiled programs kept between runs; `auto` is the user's cache folder, "
+        "null is none.",
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -253,7 +261,7 @@ def _refuse_unknown(
             raise UserError(f"{where}: section {prefix}{key} is empty; leave it out for its defaults")
         if not isinstance(value, Mapping):
             raise UserError(
-                f"{where}: {prefix}{key} is a section with keys {', '.join(nested.model_fields)}; got {value!r}"
+                f"{where}: {prefix}{key} is a section ({', '.join(nested.model_fields)}); got {value!r}"
             )
         _refuse_unknown(value, nested, f"{prefix}{key}.", where)
 

@@ -127,9 +127,8 @@ def _users_model(where: str, arguments: dict[str, Any]) -> Model:
         raise UserError(f"model.build={where!r}: {error}") from None
     function: Callable[..., Any] | None = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(
-            f"model.build: {module_name} has no function {function_name!r}; {nearest(function_name, dir(module))}"
-        )
+        near = nearest(function_name, dir(module))
+        raise UserError(f"model.build: {module_name} has no function {function_name!r}; {near}")
     try:
         model = function(**arguments)
     except TypeError as error:

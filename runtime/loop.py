@@ -32,7 +32,7 @@ class Loop:
     _held_out: list[Any] = dataclasses.field(default_factory=list)
 
     def run(self, state: Any, start: int) -> tuple[Any, int]:
-        """Train from `start` steps done to the last, or until asked to stop; return the state and the steps done.
+        """Train from `start` steps done to the last, or until asked to stop; return state and steps done.
 
         The state is saved when it is due, and in the end, whichever way that comes.
         """

@@ -13,26 +13,40 @@ from .section import Section
 class OptimizerConfig(Section):
     """Which optimiser, how fast, and how its gradients are kept in bounds."""
 
-    name: Literal["adamw", "adafactor", "lion", "muon"] = Field("adamw", description="Optimiser.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    name: Literal["adamw", "adafactor", "lion", "muon"] = Field(default="adamw", description="Optimiser.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "cosine", "linear", "wsd"] = Field(
-        "cosine",
-        description="Course of the learning rate after warm-up; `wsd` stays at the peak and falls linearly at the end.",
+        default="cosine",
+        description="Course of the learning rate after warm-up; `wsd` stays at its peak and falls at the end.",
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0 to its peak.")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps over which the learning rate rises from 0 to its peak."
+    )
     decay_steps: int | None = Field(
-        None, ge=1, description="Steps of `wsd`'s final fall; null takes a fifth of the run.."
+        default=None, ge=1, description="Steps of `wsd`'s final fall; null takes a fifth of the run.."
     )
-    final_fraction: float = Field(0.1, ge=0, le=1, description="Last learning rate as a fraction of the peak.")
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled decay of matrices; vectors such as norms get none.")
-    clip_norm: float | None = Field(1.0, gt=0, description="Largest global norm of the gradients; null for no bound.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment (adamw, lion) or momentum (muon).")
-    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment (adamw) or second rate (lion).")
-    epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment (adamw).")
-    moment_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Type of the stored first moment.")
+    final_fraction: float = Field(
+        default=0.1, ge=0, le=1, description="Last learning rate as a fraction of the peak."
+    )
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="Decoupled decay of matrices; vectors such as norms get none."
+    )
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="Largest global norm of the gradients; null for no bound."
+    )
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="Decay of the first moment (adamw, lion) or momentum (muon)."
+    )
+    beta2: float = Field(
+        default=0.95, ge=0, lt=1, description="Decay of the second moment (adamw) or second rate (lion)."
+    )
+    epsilon: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment (adamw).")
+    moment_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Type of the stored first moment."
+    )
 
     @pydantic.model_validator(mode="after")
     def _only_what_counts(self) -> OptimizerConfig:
         if self.decay_steps is not None and self.schedule != "wsd":
-            raise ValueError(f"decay_steps={self.decay_steps} has no meaning for schedule {self.schedule!r}, only for 'wsd'")
+            raise ValueError(f"decay_steps={self.decay_steps} is for schedule='wsd', not {self.schedule!r}")
         return self

@@ -13,11 +13,32 @@ from .config import Config, dump
 
 # Settings that do not change what a step computes, so that a run may go on with others: sections and keys.
 # The layout is among them, since a checkpoint restores onto any mesh.
-_FREE = (
-    "name run topology mesh rules remat microbatches compilation_cache checkpoint profile metrics hosts "
-    "data.prefetch data.cache train.steps train.evaluate_every train.evaluate_batches train.sample "
-    "train.sample_tokens train.sample_temperature train.stop_on_nan train.step_timeout_seconds"
-).split()
+_FREE = frozenset(
+    {
+        "name",
+        "run",
+        "topology",
+        "mesh",
+        "rules",
+        "remat",
+        "microbatches",
+        "compilation_cache",
+        "checkpoint",
+        "profile",
+        "metrics",
+        "hosts",
+        "data.prefetch",
+        "data.cache",
+        "train.steps",
+        "train.evaluate_every",
+        "train.evaluate_batches",
+        "train.sample",
+        "train.sample_tokens",
+        "train.sample_temperature",
+        "train.stop_on_nan",
+        "train.step_timeout_seconds",
+    }
+)
 
 
 class RunFolder:

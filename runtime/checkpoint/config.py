@@ -13,17 +13,19 @@ from ..section import Section
 class CheckpointConfig(Section):
     """When the state is saved and which saves are kept; the last step is always saved."""
 
-    every: int = Field(100, ge=0, description="Steps between saves; 0 saves the last step only.")
-    keep_last: int | None = Field(3, ge=1, description="Newest checkpoints that are kept; null keeps all.")
+    every: int = Field(default=100, ge=0, description="Steps between saves; 0 saves the last step only.")
+    keep_last: int | None = Field(
+        default=3, ge=1, description="Newest checkpoints that are kept; null keeps all."
+    )
     keep_every: int | None = Field(
-        None, ge=1, description="Checkpoints whose step is a multiple are kept for good."
+        default=None, ge=1, description="Checkpoints whose step is a multiple are kept for good."
     )
     keep_best: str | None = Field(
-        None,
+        default=None,
         description="Metric (`loss` or `eval_loss`) whose best checkpoint is kept besides; null for none.",
     )
     best_mode: Literal["min", "max"] = Field(
-        "min", description="Whether the best value is the smallest or largest."
+        default="min", description="Whether the best value is the smallest or largest."
     )
 
     @pydantic.model_validator(mode="after")

@@ -9,7 +9,7 @@ from .inspection import CheckpointRecord
 
 
 def table(records: Sequence[CheckpointRecord], *, verified: bool) -> Any:
-    """Return a rich table of checkpoints: step, size, when it was saved, its metrics, and what is wrong with it."""
+    """Return a rich table: each checkpoint's step, size, time, metrics, and what is wrong with it."""
     from rich.table import Table
 
     grid = Table("step", "size", "saved at", "metrics", "fingerprints" if verified else "files", box=None)

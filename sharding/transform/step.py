@@ -25,13 +25,13 @@ class Step:
     `init(key)` creates the state ``{"step", "params", "optimizer"}``, every array on the devices that
     hold it and never whole on one. `update(state, batch)` gives the next state and the step's metrics
     (`loss`, `grad_norm` and the loss's own aux values, scalars); it donates `state`. `evaluate(params,
-    batch)` gives ``(loss, aux)`` of one batch. `abstract_state` holds the state's ShapeDtypeStructs with their
-    shardings, `batch` the NamedShardings of a batch.
+    batch)` gives ``(loss, aux)`` of one batch. `abstract_state` holds the state's ShapeDtypeStructs with
+    their shardings, `batch` the NamedShardings of a batch.
     """
 
-    init: Callable[[Any], State]
-    update: Callable[[State, Any], tuple[State, dict[str, Any]]]
-    evaluate: Callable[[Any, Any], tuple[Any, Any]]
+    init: jax.stages.Wrapped
+    update: jax.stages.Wrapped
+    evaluate: jax.stages.Wrapped
     abstract_state: State
     batch: Any
 
