@@ -17,7 +17,7 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
     schedule: Literal["constant", "cosine", "linear", "wsd"] = Field(
         default="cosine",
-        description="Course of the learning rate after warm-up; `wsd` stays at its peak and falls at the end.",
+        description="Course of the learning rate after warm-up; `wsd` stays, then falls at the end.",
     )
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps over which the learning rate rises from 0 to its peak."

@@ -138,7 +138,7 @@ def _check_same_data(metadata: Any, job: Job) -> None:
     if before != job.data.fingerprint:
         raise UserError(
             f"the text of data.source={job.data.config.source!r} is not what this run was started on "
-            f"(fingerprint {before}, now {job.data.fingerprint}); restore it, or give this run a folder of its own"
+            f"(fingerprint {before}, now {job.data.fingerprint}); restore it, or give this run its own folder"
         )
 
 
@@ -152,6 +152,8 @@ def _announce(config: Config, job: Job, hosts: Hosts, start: int) -> None:
         file=sys.stderr,
         flush=True,
     )
+    for note in job.plan.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _sinks(config: Config, job: Job, folder: RunFolder, start: int) -> list[Sink]:

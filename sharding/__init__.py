@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .errors import UserError as UserError
     from .mesh import make_mesh as make_mesh
+    from .planner.declare import declare as declare
     from .planner.plan import Plan as Plan
+    from .rules import DEFAULT_RULES as DEFAULT_RULES
     from .rules import Rules as Rules
     from .topology import Chip as Chip
     from .topology import Topology as Topology
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Chip": "topology",
     "Plan": "planner.plan",
+    "declare": "planner.declare",
+    "DEFAULT_RULES": "rules",
     "Rules": "rules",
     "Topology": "topology",
     "UserError": "errors",

@@ -39,9 +39,12 @@ def declare(
         loss: the unsharded function; it is traced, not run.
         params: a tree of arrays or ShapeDtypeStructs.
         batch: likewise, the global batch; its arrays are ``[batch, ...]`` or ``[batch, sequence, ...]``.
-        topology: the devices; `mesh` maps axis → size, one of which may be -1.
+        topology: the devices.
+        mesh: axis → size, one of which may be -1.
         rules: named dimension or path pattern → axes, over the defaults of `Rules.with_defaults`.
         names: a tree parallel to `params` of tuples of dimension names.
+        remat: what layers keep for their backward pass, as in `transform.remat`.
+        microbatches: parts that the batch is worked through in, as in `transform.accumulate`.
 
     Raises:
         UserError: the mesh does not fit the topology, a rule cannot hold, or the batch does not divide.
@@ -53,14 +56,15 @@ def declare(
     data_names = _names_of_data(batch)
     of_batch = declared.specs(batch, sizes, data_names, partial=True)
     # A rule for a dimension of the data holds for no parameter, and so would count as matching nothing.
-    of_params = Rules(
+    rules_of_params = Rules(
         {key: rule for key, rule in (rules or {}).items() if key not in _DATA_NAMES},
         defaults=declared.defaults,
-    ).specs(params, sizes, names)
+    )
+    of_params = rules_of_params.specs(params, sizes, names)
     program = trace(
         loss, params, batch, names={1: data_names} if names is None else {0: names, 1: data_names}
     )
-    return Plan(
+    plan = Plan(
         topology=str(topology),
         mesh=sizes,
         dims=_dims(program, declared, sizes),
@@ -68,7 +72,10 @@ def declare(
         batch=_arrays(batch, of_batch),
         remat=remat,
         microbatches=microbatches,
+        notes=tuple(rules_of_params.notes(params, sizes, names)),
     )
+    _check_axes_work(plan)
+    return plan
 
 
 def _names_of_data(batch: Any) -> Any:
@@ -112,6 +119,19 @@ def _dims(program: Program, rules: Rules, sizes: Mapping[str, int]) -> dict[str,
     return planned
 
 
+def _check_axes_work(plan: Plan) -> None:
+    """Refuse a mesh axis that shards nothing: the devices along it would repeat each other's work."""
+    arrays = [*plan.params.values(), *plan.batch.values()]
+    working = {axis for row in arrays for entry in row.spec for axis in axes_of(entry)}
+    working.update(axis for row in plan.dims.values() for axis in row.axes)
+    for axis, size in plan.mesh.items():
+        if size > 1 and axis not in working:
+            raise UserError(
+                f"mesh axis {axis}={size} shards nothing in this program; give it a rule, "
+                f"or its devices to another axis, e.g. {axis}=1, data=-1"
+            )
+
+
 def _ruled_label(dim: Dim, rules: Rules) -> str | None:
     """Return the first of the dim's labels that some rule speaks of."""
     return next((label for label in dim.labels if label in rules.declared or label in rules.defaults), None)
@@ -120,20 +140,16 @@ def _ruled_label(dim: Dim, rules: Rules) -> str | None:
 def _check_batch(batch: Any, rules: Rules, sizes: Mapping[str, int], microbatches: int) -> None:
     spread = rules.declared.get("batch", rules.defaults.get("batch", ()))
     parts = {axis: sizes[axis] for axis in spread if axis in sizes}
-    needed = math.prod(parts.values()) * microbatches
+    devices = math.prod(parts.values())
+    needed = devices * microbatches
     for leaf in jax.tree.leaves(batch):
         rows = leaf.shape[0] if leaf.ndim else 0
-        if rows % needed or not rows:
-            written = " x ".join(
-                [*(f"{axis}={size}" for axis, size in parts.items()), f"microbatches={microbatches}"]
-            )
-            below = rows // needed * needed
-            near = f"{below} or {below + needed}" if below else str(needed)
-            hint = (
-                ""
-                if microbatches == 1
-                else f", or microbatches={nearest_divisors(max(rows // (needed // microbatches), 1), microbatches)}"
-            )
-            raise UserError(
-                f"a batch of {rows} rows does not divide by {written} = {needed}; nearest: {near} rows{hint}"
-            )
+        if rows and rows % needed == 0:
+            continue
+        factors = {**parts, "microbatches": microbatches}
+        written = " x ".join(f"{name}={size}" for name, size in factors.items())
+        below = rows // needed * needed
+        near = f"{below} or {below + needed} rows" if below else f"{needed} rows"
+        if microbatches > 1 and rows and rows % devices == 0:
+            near += f", or microbatches={nearest_divisors(rows // devices, microbatches)}"
+        raise UserError(f"a batch of {rows} rows does not divide by {written} = {needed}; nearest: {near}")

@@ -13,7 +13,7 @@ from ..errors import UserError, nearest
 from ..tree_paths import by_path, by_suffix, path_of
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh, NamedSharding
+    from jax.sharding import Mesh
 
     from ..program.record import Program
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 # One entry an array dimension: no axis, one, or several with the major one first.
-Spec = tuple[None | str | tuple[str, ...], ...]
+Spec = tuple[str | tuple[str, ...] | None, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Plan:
 
     `topology` is the devices' description (`v5p:4x4x8`), `mesh` maps axis → size, `dims` maps named
     dimension → DimPlan, `params` and `batch` map path → ArrayPlan: how arrays are stored. `remat` and
-    `microbatches` are as in `meshwright.sharding.transform`.
+    `microbatches` are as in `meshwright.sharding.transform`; `notes` say what could not be had.
     """
 
     topology: str
@@ -65,6 +65,7 @@ class Plan:
     batch: Mapping[str, ArrayPlan]
     remat: str = "none"
     microbatches: int = 1
+    notes: tuple[str, ...] = ()
 
     def make_mesh(self, devices: Any = None) -> Mesh:
         """Return the plan's mesh over the topology's devices, or over `devices`."""
@@ -158,7 +159,7 @@ class Plan:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Plan:
         """Rebuild a plan from plain values."""
-        values = dict(record)
+        values = {**record, "notes": tuple(record.get("notes", ()))}
         if (found := values.pop("format", None)) != FORMAT:
             raise UserError(f"the plan has format {found}; this version reads format {FORMAT}")
         values["dims"] = {name: _dim_plan(row) for name, row in values["dims"].items()}
@@ -197,7 +198,7 @@ class Plan:
         return total
 
 
-def axes_of(entry: None | str | tuple[str, ...]) -> tuple[str, ...]:
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Return the mesh axes that one entry of a spec names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 

@@ -38,7 +38,9 @@ def accumulate(loss: Callable[[Any, Any], Any], microbatches: int) -> Callable[[
 
         parts = parts_of(batch)
         first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), parts)
-        zero = jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), jax.eval_shape(one_part, first))
+        zero = jax.tree.map(
+            lambda value: jnp.zeros(value.shape, value.dtype), jax.eval_shape(one_part, first)
+        )
         (weight, values), _ = jax.lax.scan(body, zero, parts)
         # All rows may be padding: then every value is 0, and stays 0.
         divisor = jnp.where(weight == 0, 1, weight)
@@ -56,7 +58,9 @@ def accumulate(loss: Callable[[Any, Any], Any], microbatches: int) -> Callable[[
     def forward(params: Any, batch: Any) -> Any:
         if any(leaf.perturbed for leaf in jax.tree.leaves(batch, is_leaf=_is_primal)):
             raise UserError("accumulate gives gradients with respect to the parameters, not to the batch")
-        params, batch = (jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=_is_primal) for tree in (params, batch))
+        params, batch = (
+            jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=_is_primal) for tree in (params, batch)
+        )
 
         def one_part(part: Any) -> Any:
             def with_result(params: Any) -> Any:
@@ -108,7 +112,6 @@ def _floats(gradients: Any) -> list[Any]:
 def _split(leaf: Any, parts: int) -> Any:
     rows = leaf.shape[0] if leaf.ndim else 0
     if rows == 0 or rows % parts:
-        raise UserError(
-            f"microbatches={parts} does not divide the batch of {rows} rows; nearest: {nearest_divisors(rows, parts)}"
-        )
+        near = nearest_divisors(rows, parts)
+        raise UserError(f"microbatches={parts} does not divide the batch of {rows} rows; nearest: {near}")
     return jnp.swapaxes(leaf.reshape(rows // parts, parts, *leaf.shape[1:]), 0, 1)

@@ -1,4 +1,4 @@
-"""Sharding constraints as a transformation: parameters stored one way, used another, activations where planned."""
+"""Sharding constraints as a transformation: parameters stored one way and used another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from ..program.tracing import read
 from .evaluate import checkpoint_again, evaluate, run, scan_again
 
 # What gives an array whose sharding XLA would otherwise have to guess; the others follow their operands.
-_ANCHORS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "gather", "scatter-add"})
+_ANCHORS = frozenset(
+    {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "gather", "scatter-add"}
+)
 
 # Find the mesh axes that shard each dim of a traced program, by the dim's number.
 AxesOf = Callable[[Any], Mapping[int, tuple[str, ...]]]
@@ -50,7 +52,9 @@ def constrain(
         named = read(program, (params, batch), shape)
         walk = _Walk(mesh, axes_of(named))
         specs = jax.tree.leaves(stored(params), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-        leaves = [_Stored(leaf, tuple(spec)) for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True)]
+        leaves = [
+            _Stored(leaf, tuple(spec)) for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True)
+        ]
         outputs = walk.scope(program.consts, named.scope, [*leaves, *jax.tree.leaves(batch)])
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
@@ -68,7 +72,8 @@ class _Walk:
         program = core.ClosedJaxpr(scope.jaxpr, consts)
         outputs = evaluate(program, args, lambda eqn, inputs: self._visit(equations[id(eqn)], inputs))
         return [
-            self._gather(output, scope.dims_of(atom)) for output, atom in zip(outputs, scope.jaxpr.outvars, strict=True)
+            self._gather(output, scope.dims_of(atom))
+            for output, atom in zip(outputs, scope.jaxpr.outvars, strict=True)
         ]
 
     def _visit(self, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
@@ -107,7 +112,8 @@ class _Walk:
 
         def body(args: list[Any]) -> list[Any]:
             entering = [
-                _Stored(value, spec) if spec is not None else value for value, spec in zip(args, specs, strict=True)
+                _Stored(value, spec) if spec is not None else value
+                for value, spec in zip(args, specs, strict=True)
             ]
             for index in range(parts.num_consts, first_xs):
                 entering[index] = self._constrain(args[index], scope.dims_of(scope.jaxpr.invars[index]))
@@ -121,7 +127,8 @@ class _Walk:
 
         def body(args: list[Any]) -> list[Any]:
             entering = [
-                _Stored(value, spec) if spec is not None else value for value, spec in zip(args, specs, strict=True)
+                _Stored(value, spec) if spec is not None else value
+                for value, spec in zip(args, specs, strict=True)
             ]
             return self.scope((), equation.scopes[0], entering)
 
@@ -142,7 +149,7 @@ class _Walk:
         return jax.lax.with_sharding_constraint(value, NamedSharding(self._mesh, spec))
 
     def _spec(self, dims: Dims, shape: tuple[int, ...]) -> PartitionSpec:
-        """Return the spec of an array while computing; an axis serves the first dimension that asks for it."""
+        """Return the spec of an array while computing; an axis serves the first dimension to ask."""
         taken: set[str] = set()
         entries: list[Any] = []
         for composition, size in zip(dims, shape, strict=True):

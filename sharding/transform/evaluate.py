@@ -82,4 +82,3 @@ def checkpoint_again(equation: core.JaxprEqn, inputs: Sequence[Any], body: Body)
         lambda *args: list(body(list(args))), policy=params["policy"], prevent_cse=params["prevent_cse"]
     )
     return again(*inputs)
-

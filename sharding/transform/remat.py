@@ -62,7 +62,9 @@ def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
         program, shape = jax.make_jaxpr(function, return_shape=True)(*args)
         outputs = evaluate(program, jax.tree.leaves(args), visit)
         if not found and policy != "none":
-            raise UserError(f"remat={policy!r} works on scanned layers and this function has no scan over layers")
+            raise UserError(
+                f"remat={policy!r} works on scanned layers and this function has no scan over layers"
+            )
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return wrapped
@@ -82,6 +84,7 @@ def _is_checkpointed(body: core.ClosedJaxpr) -> bool:
 def _works(jaxpr: Any) -> bool:
     names = ("dot_general", "conv_general_dilated")
     return any(
-        equation.primitive.name in names or any(_works(inner) for inner in core.jaxprs_in_params(equation.params))
+        equation.primitive.name in names
+        or any(_works(inner) for inner in core.jaxprs_in_params(equation.params))
         for equation in jaxpr.eqns
     )
