@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -65,6 +65,7 @@ class Checkpoints:
             keep_last=keep_last, keep_every=keep_every, keep_best=keep_best, best_mode=best_mode
         )
         self._saving: _Saving | None = None
+        self._snapshots = spread.Snapshots()
         self._written: set[int] = set()
         self._lock: folder.Lock | None = None
         if jax.process_index() == 0:
@@ -125,7 +126,7 @@ class Checkpoints:
             return time.monotonic() - begun
         self._make_room(step)
         names = leaf_names(state)
-        copies = spread.snapshot(jax.tree.leaves(state))
+        copies = self._snapshots.take(jax.tree.leaves(state))
         try:
             response = store.write(folder.writing_path(self.directory, step), nest(names, copies))
             # Not before: they would take turns with the copying that the caller waits for.
@@ -135,23 +136,17 @@ class Checkpoints:
         described = [
             (name, tuple(leaf.shape), str(leaf.dtype)) for name, leaf in zip(names, copies, strict=True)
         ]
-        self._saving = _Saving(
-            step, self.directory, lambda: self._finish(step, response, started, described, record, numbers)
-        )
+
+        def in_background() -> None:
+            finish(self.directory, step, response, started, described, record, numbers)
+            self._snapshots.give_back(copies)
+            self._written.add(step)
+            self._delete_expendable()
+
+        self._saving = _Saving(step, in_background)
         return time.monotonic() - begun
 
-    def _finish(
-        self,
-        step: int,
-        response: Any,
-        started: Any,
-        described: list[tuple[str, tuple[int, ...], str]],
-        metadata: Mapping[str, Any],
-        metrics: Mapping[str, float],
-    ) -> None:
-        """Commit one save and delete what need not be kept; runs in the background."""
-        finish(self.directory, step, response, started, described, metadata, metrics)
-        self._written.add(step)
+    def _delete_expendable(self) -> None:
         if jax.process_index() == 0:
             for old in expendable(self.retention, self._known_metrics()):
                 folder.delete(self.directory, old)
@@ -276,7 +271,7 @@ class Checkpoints:
 class _Saving:
     """A save on its way to the disk: its step, its thread and, at the end, its error."""
 
-    def __init__(self, step: int, directory: Path, work: Any) -> None:
+    def __init__(self, step: int, work: Callable[[], None]) -> None:
         self.step = step
         self.error: BaseException | None = None
         self._work = work

@@ -41,17 +41,22 @@ def _axes(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def snapshot(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+def snapshot(leaves: Sequence[jax.Array], spare: Sequence[jax.Array] | None = None) -> list[jax.Array]:
     """Return what a save may keep reading while the training step is given the buffers of `leaves`.
 
     On CPU the devices' memory is the host's: Orbax would hold views of it, and the next step, refused its
-    donated buffers, would allocate the state anew. So each byte is copied once, by all devices together.
-    Elsewhere the copy to host memory that Orbax makes does this, and `leaves` come back as they are.
+    donated buffers, would allocate the state anew. So each byte is copied once, by all devices together,
+    into the buffers of `spare`, an earlier snapshot of the same state that nobody reads any more: fresh
+    memory costs the system three times what the copying does. Elsewhere the copy to host memory that Orbax
+    makes does all this, and `leaves` come back as they are.
     """
     copied = list(leaves)
     for group in _on_cpu(leaves):
         held = tuple(leaves[i] for i in group)
-        copies = _copier(_targets(held))(held)
+        if spare is None:
+            copies = _copier(_targets(held))(held)
+        else:
+            copies = _recopier(_targets(held))(held, tuple(spare[i] for i in group))
         for index, copy in zip(group, copies, strict=True):
             copied[index] = copy
     return copied
@@ -62,10 +67,31 @@ def prepare(leaves: Sequence[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct
     made = list(leaves)
     for group in _on_cpu(leaves):
         held = tuple(leaves[i] for i in group)
+        copies = tuple(_spread_out(leaf) for leaf in held)
         _copier(_targets(held)).lower(held).compile()
-        for index in group:
-            made[index] = _spread_out(leaves[index])
+        _recopier(_targets(held)).lower(held, copies).compile()
+        for index, copy in zip(group, copies, strict=True):
+            made[index] = copy
     return made
+
+
+class Snapshots:
+    """Snapshots one after the other, each in the memory of the one before it where that is free again."""
+
+    def __init__(self) -> None:
+        self._spare: list[jax.Array] | None = None
+
+    def take(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return `snapshot` of `leaves`."""
+        spare, self._spare = self._spare, None
+        wanted = [(leaf.shape, leaf.dtype, spread(leaf.sharding, leaf.shape)) for leaf in leaves]
+        fits = spare is not None and [(s.shape, s.dtype, s.sharding) for s in spare] == wanted
+        return snapshot(leaves, spare if fits else None)
+
+    def give_back(self, copies: list[jax.Array]) -> None:
+        """Take a snapshot that nobody reads any more, unless it is the training state itself."""
+        if len(_on_cpu(copies)) == len(by_devices(copies)):
+            self._spare = copies
 
 
 def _on_cpu(leaves: Sequence[Any]) -> list[list[int]]:
@@ -86,6 +112,16 @@ def _targets(leaves: Sequence[Any]) -> tuple[Sharding, ...]:
 @functools.cache
 def _copier(targets: tuple[Sharding, ...]) -> Any:
     return jax.jit(lambda leaves: tuple(jnp.copy(leaf) for leaf in leaves), out_shardings=targets)
+
+
+@functools.cache
+def _recopier(targets: tuple[Sharding, ...]) -> Any:
+    return jax.jit(
+        lambda leaves, spare: tuple(jnp.copy(leaf) for leaf in leaves),
+        out_shardings=targets,
+        donate_argnums=1,
+        keep_unused=True,
+    )
 
 
 def resharded(leaves: list[jax.Array], targets: Sequence[Sharding]) -> list[jax.Array]:

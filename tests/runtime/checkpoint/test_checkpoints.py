@@ -122,6 +122,21 @@ def test_state_donated_to_the_next_step_is_saved_as_it_was(tmp_path) -> None:
     assert_same(restored.state, before)
 
 
+@pytest.mark.devices(4)
+def test_snapshots_that_share_memory_do_not_share_values(tmp_path) -> None:
+    state, before = make_state(make_mesh(2, 2)), {}
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x + x, s), donate_argnums=0)
+    with Checkpoints(tmp_path, keep_last=None) as checkpoints:
+        for step in range(4):
+            before[step] = jax.tree.map(lambda x: np.array(x), state)
+            checkpoints.save(step, state, metadata={})
+            state = advance(state)
+        for step, values in before.items():
+            restored = checkpoints.restore(abstract(state), step=step)
+            assert restored is not None
+            assert_same(restored.state, values)
+
+
 @pytest.mark.devices(1)
 def test_empty_folder_restores_nothing(tmp_path) -> None:
     with Checkpoints(tmp_path / "new") as checkpoints:
