@@ -68,13 +68,12 @@ def _measure(state: dict[str, jax.Array], scratch: Path, count: int) -> list[dic
             record: dict[str, float] = {}
             state, usual = _timed_steps(train, state, 3)
             record["copy"] = _time_of(_to_host, state)
-            begun = time.perf_counter()
-            record["call"] = checkpoints.save(step, state, metadata={})
+            record["call"] = checkpoints.save(2 * step, state, metadata={})
             state, after = _timed_steps(train, state, _STEPS_AFTER)
             checkpoints.wait()
-            record["total"] = time.perf_counter() - begun
             record["steps"] = sum(after) - _STEPS_AFTER * min(usual)
             record["held"] = record["call"] + record["steps"]
+            record["disk"] = _time_of(_save_and_wait, checkpoints, 2 * step + 1, state)
             record["dd"] = _time_of(_dd, scratch / "dd", sum(x.nbytes for x in state.values()))
             if step > 1:  # in the first, memory and disk are cold
                 rounds.append(record)
@@ -97,6 +96,11 @@ def _time_of(work: Callable[..., Any], *arguments: Any) -> float:
     return time.perf_counter() - begun
 
 
+def _save_and_wait(checkpoints: Checkpoints, step: int, state: dict[str, jax.Array]) -> None:
+    checkpoints.save(step, state, metadata={})
+    checkpoints.wait()
+
+
 def _to_host(state: dict[str, jax.Array]) -> list[np.ndarray]:
     return [np.array(shard.data) for leaf in state.values() for shard in leaf.addressable_shards]
 
@@ -112,13 +116,13 @@ def _dd(path: Path, size_bytes: int) -> None:
 
 def _report(rounds: list[dict[str, float]], size_bytes: int) -> None:
     held = statistics.median(record["held"] / record["copy"] for record in rounds)
-    speed = statistics.median(record["dd"] / record["total"] for record in rounds)
-    rate = {name: size_bytes / statistics.median(r[name] for r in rounds) / 1e9 for name in ("total", "dd")}
+    speed = statistics.median(record["dd"] / record["disk"] for record in rounds)
+    rate = {name: size_bytes / statistics.median(r[name] for r in rounds) / 1e9 for name in ("disk", "dd")}
     print(f"held by a save / copy to host memory: {held:.2f} (goal: at most 1.10)")
     print(f"steps after a save beyond usual: {statistics.median(r['steps'] for r in rounds):.3f} s")
     print(
         f"save to disk / dd with fsync: {speed:.2f} of its bytes a second "
-        f"({rate['total']:.2f} and {rate['dd']:.2f} GB/s; goal: at least 0.80)"
+        f"({rate['disk']:.2f} and {rate['dd']:.2f} GB/s; goal: at least 0.80)"
     )
 
 
