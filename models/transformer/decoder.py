@@ -34,7 +34,7 @@ class Decoder(nnx.Module):
                 rngs.params(), shape, ("sequence", "embed"), config, fan_in=embed, gain=0.5
             )
         keys = jax.random.split(rngs.params(), config.layers)
-        self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
+        self.layers = _stacked(config, keys)
         self.final_norm = Norm(config)
         if not config.tied_embeddings:
             self.unembed = normal(rngs.params(), (embed, vocab), ("embed", "vocab"), config, fan_in=embed)
@@ -125,3 +125,16 @@ class Decoder(nnx.Module):
                 turn = (cos, sin)
             return turn, jnp.where(is_global, keys, window)
         return turn, window if window is not None and window < keys else None
+
+
+def _stacked(config: DecoderConfig, keys: jax.Array) -> Block:
+    """Return one block whose parameters have a leading dimension, as many as there are keys.
+
+    Made in a loop, so that random bits exist for one layer at a time.
+    """
+
+    def block(key: jax.Array) -> Block:
+        return Block(config, rngs=nnx.Rngs(params=key))
+
+    graph = nnx.graphdef(nnx.eval_shape(block, keys[0]))
+    return nnx.merge(graph, jax.lax.map(lambda key: nnx.to_pure_dict(nnx.state(block(key))), keys))

@@ -20,8 +20,16 @@ def normal(
     fan_in: int,
     gain: float = 1.0,
 ) -> nnx.Param[jax.Array]:
-    """Return a parameter of standard deviation gain / sqrt(fan_in), its dimensions labelled `names`."""
-    value = jax.random.normal(key, shape, jnp.float32) * (gain * fan_in**-0.5)
+    """Return a parameter of standard deviation gain / sqrt(fan_in), its dimensions labelled `names`.
+
+    Drawn as a matrix, head_dim merged into the heads before it, which stay free to be sharded: the CPU
+    compiler takes 3 s over random bits of three dimensions and 0.3 s over those of two.
+    """
+    matrix = shape
+    if "head_dim" in names[1:]:
+        at = names.index("head_dim")
+        matrix = (*shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :])
+    value = jax.random.normal(key, matrix, jnp.float32).reshape(shape) * (gain * fan_in**-0.5)
     return nnx.Param(value.astype(config.param_dtype), dims=names)
 
 

@@ -72,7 +72,7 @@ def test_chunks_change_neither_values_nor_gradients(case: dict) -> None:
         return jnp.sum(jnp.sin(attend_in_chunks(*qkv, seen, cap=case.get("cap"), chunk=3)))
 
     one, two = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(query, key, value) for f in (whole, chunked))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, two)
 
 
 def test_long_rows_are_scored_in_chunks() -> None:

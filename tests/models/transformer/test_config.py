@@ -28,6 +28,6 @@ from meshwright.sharding import UserError
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, object], words: str) -> None:
-    with pytest.raises(UserError, match="^[^\n]+$") as caught:
+    with pytest.raises(UserError, match=r"^[^\n]+$") as caught:
         preset("tiny", **changes)
     assert words in str(caught.value)
