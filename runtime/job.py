@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..sharding.errors import UserError, nearest
 from .config import Config, ModelConfig
@@ -51,14 +54,17 @@ def build_job(config: Config) -> Job:
     from ..sharding.transform.step import train_step
     from . import optimizer
     from .data import open_corpus, open_data
+    from .data.corpus import to_stderr
 
     topology = Topology.parse(config.topology) if config.topology else Topology.local()
     model = build_model(config.model)
     rows, sequence = config.train.global_batch, config.data.sequence
     batch = {key: jax.ShapeDtypeStruct((rows, sequence), "int32") for key in BATCH}
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    # Jitted, so that each is traced once however often it is looked at.
+    init, loss = jax.jit(model.init), jax.jit(model.loss)
+    params = jax.eval_shape(init, jax.random.key(0))
     plan = declare(
-        model.loss,
+        loss,
         params,
         batch,
         topology=topology,
@@ -69,8 +75,10 @@ def build_job(config: Config) -> Job:
         microbatches=config.microbatches,
     )
     mesh = plan.make_mesh()
-    corpus = open_corpus(config.data)
+    # One process says what there is to say of text that all of them read.
+    corpus = open_corpus(config.data, to_stderr if jax.process_index() == 0 else lambda _: None)
     corpus.check_vocab(_vocab(model))
+    _check_same_text(corpus.fingerprint)
     data = open_data(config.data, config.seed, rows, corpus=corpus)
     held_out = (
         open_data(config.data, config.seed, rows, "eval", corpus=corpus)
@@ -80,8 +88,8 @@ def build_job(config: Config) -> Job:
     rate = optimizer.schedule(config.optimizer, config.train.steps)
     step = train_step(
         plan,
-        model.loss,
-        model.init,
+        loss,
+        init,
         batch,
         optimizer.build(config.optimizer, rate, model.names),
         mesh=mesh,
@@ -138,6 +146,24 @@ def _users_model(where: str, arguments: dict[str, Any]) -> Model:
             f"model.build={where!r} returned {type(model).__name__}, not a meshwright.models.Model"
         )
     return model
+
+
+def _check_same_text(fingerprint: str) -> None:
+    """Refuse hosts that read different text, such as the libraries of different Python versions."""
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    mine = int(hashlib.sha256(fingerprint.encode()).hexdigest()[:8], 16)
+    found = multihost_utils.process_allgather(np.uint32(mine))
+    differing = [index for index, other in enumerate(found) if other != found[0]]
+    if differing:
+        raise UserError(
+            f"data.source is not the same text on every host: process {differing[0]} reads other documents "
+            "than process 0; give all of them one copy"
+        )
 
 
 def _vocab(model: Model) -> int:

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from .mesh import make_mesh as make_mesh
     from .planner.declare import declare as declare
     from .planner.plan import Plan as Plan
+    from .report.picture import picture as picture
     from .rules import DEFAULT_RULES as DEFAULT_RULES
     from .rules import Rules as Rules
     from .topology import Chip as Chip
     from .topology import Topology as Topology
+    from .transform.step import train_step as train_step
 
 # Name → module that defines it. Loaded on first use, so that `import meshwright.sharding` costs nothing.
 _HOMES = {
@@ -25,6 +27,8 @@ _HOMES = {
     "Topology": "topology",
     "UserError": "errors",
     "make_mesh": "mesh",
+    "picture": "report.picture",
+    "train_step": "transform.step",
 }
 
 __all__ = list(_HOMES)
