@@ -134,6 +134,8 @@ def _meshwright() -> Any:
     class NoSaves(Checkpoints):
         """A round ends like a run, with a save, which is not what is measured here."""
 
+        def prepare(self, abstract_state: Any) -> None: ...
+
         def save(self, *_: Any, **__: Any) -> float:
             return 0.0
 

@@ -43,6 +43,10 @@ class Loop:
             for step in range(start + 1, steps + 1):
                 self.watchdog.beat(step)
                 state = self._step(state, step, batches)
+                if step == start + 1:
+                    # While the devices are busy with the first step.
+                    self.checkpoints.prepare(self.job.step.abstract_state)
+                self.checkpoints.check()
                 stopping = self.stop.at(step)
                 if stopping or step == steps or self._due(step, self.config.checkpoint.every):
                     self._save(state, step)

@@ -103,8 +103,8 @@ def _run(config: Config, job: Job, folder: RunFolder, hosts: Hosts) -> int:
             start = 0 if restored is None else restored.step
             if hosts.is_main:
                 _announce(config, job, hosts, start)
-            compiled = job.step.update.lower(job.step.abstract_state, job.abstract_batch).compile()
             state = job.step.init(jax.random.key(config.seed)) if restored is None else restored.state
+            compiled = job.step.update.lower(job.step.abstract_state, job.abstract_batch).compile()
             if profile.start_step is not None:
                 save_program(folder.profile, compiled, job.mesh)
             collector = Collector(
