@@ -92,6 +92,7 @@ def trainer():
 
     def train(steps):
         nonlocal state
+        value = jnp.nan
         for _ in range(steps):
             *state, value, _ = step(*state, batch)
         return float(value)
