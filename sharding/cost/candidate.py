@@ -1,0 +1,66 @@
+"""One way of running a program, as the search proposes it and the cost model prices it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from ..axes import AXES
+from ..errors import UserError, nearest
+
+# The mesh axes of each dimension of an array, major first.
+Storage = tuple[tuple[str, ...], ...]
+
+REMATS = ("none", "dots", "full")
+SCHEDULES = ("1f1b", "gpipe")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A mesh and how a program lies on it.
+
+    mesh:         axis → size; axes of size 1 may be left out.
+    dims:         dim id of the Program → the mesh axes that shard it while computing. A dim of the layers that
+                  maps to ``stage`` is cut into pipeline stages.
+    stored:       index of a parameter argument → per array dimension the mesh axes it is stored over. More
+                  axes than `dims` gives mean that it is gathered at use (FSDP, ZeRO-3). A parameter that is
+                  not listed is stored as it is computed with.
+    optimizer:    the same for the optimizer's moments; more axes than `stored` is ZeRO-1. Default: `stored`.
+    gradients:    the same for the accumulated gradients; more axes than `stored` is ZeRO-2. Default: `stored`.
+    remat:        ``none``, ``dots`` or ``full``, as in `meshwright.sharding.transform.remat`.
+    microbatches: how many the batch is worked through in, one after another.
+    schedule:     of pipeline stages: ``1f1b`` or ``gpipe`` (all forward, then all backward).
+    interleave:   model chunks a stage holds.
+    sequence_parallel: whether activations outside of products lie sharded over the ``tensor`` axis too, so that
+                  its all-reduces become a reduce-scatter and an all-gather.
+    """
+
+    mesh: Mapping[str, int]
+    dims: Mapping[int, tuple[str, ...]]
+    stored: Mapping[int, Storage] = dataclasses.field(default_factory=dict)
+    optimizer: Mapping[int, Storage] = dataclasses.field(default_factory=dict)
+    gradients: Mapping[int, Storage] = dataclasses.field(default_factory=dict)
+    remat: str = "none"
+    microbatches: int = 1
+    schedule: str = "1f1b"
+    interleave: int = 1
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        for axis in self.mesh:
+            if axis not in AXES:
+                raise UserError(f"{axis!r} is no mesh axis; {nearest(axis, AXES)}")
+        if self.remat not in REMATS:
+            raise UserError(f"remat={self.remat!r} is not a policy; {nearest(self.remat, REMATS)}")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"schedule={self.schedule!r} is unknown; {nearest(self.schedule, SCHEDULES)}")
+        if self.microbatches < 1 or self.interleave < 1:
+            raise UserError(
+                f"microbatches={self.microbatches} and interleave={self.interleave} must be at least 1"
+            )
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        return math.prod(self.mesh.values())
