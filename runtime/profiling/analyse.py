@@ -17,6 +17,8 @@ _CONTAINERS = ("while", "conditional", "call", "async-start")
 _CPU_NOTE = (
     "simulated devices share this machine's cores: much of a collective's time is waiting for other devices"
 )
+# The mesh axes of a collective that no saved program tells of.
+_UNKNOWN = "unknown"
 _NO_PROGRAM_NOTE = "no program was saved beside the trace, so mesh axes and source lines are unknown"
 
 
@@ -95,7 +97,9 @@ class _Reader:
 
     def collective_of(self, event: OpEvent) -> CollectiveKey | None:
         # Another program's instruction may bear the same name and be something else.
-        return self.key(event.op) if event.module in (self._module, "") else _key_by_name(event.op)
+        if event.module in (self._module, ""):
+            return self.key(event.op)
+        return _key_by_name(event.op, "other program" if self._program is not None else _UNKNOWN)
 
     def is_container(self, event: OpEvent) -> bool:
         instruction = self.instruction(event.op) if event.module == self._module else None
@@ -113,11 +117,11 @@ class _Reader:
             raise UserError(f"the saved mesh does not fit the saved program: {error}") from error
 
 
-def _key_by_name(op: str) -> CollectiveKey | None:
+def _key_by_name(op: str, axes: str = _UNKNOWN) -> CollectiveKey | None:
     # XLA's own names begin with the opcode; the longest one first, for `all-to-all` ends another.
     kinds = sorted(COLLECTIVES, key=len, reverse=True)
     kind = next((COLLECTIVES[opcode] for opcode in kinds if op.startswith(opcode)), None)
-    return (kind, "unknown") if kind is not None else None
+    return (kind, axes) if kind is not None else None
 
 
 def _by_device(trace: Trace) -> dict[str, list[OpEvent]]:

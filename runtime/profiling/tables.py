@@ -88,7 +88,7 @@ def _operations_table(profile: Profile, top: int) -> Table:
     table.add_column("kind")
     for column in ("count", "ms", "share"):
         table.add_column(column, justify="right")
-    table.add_column("source", overflow="fold")
+    table.add_column("source", overflow="fold", min_width=28)
     for operation in shown:
         table.add_row(
             operation.name,
