@@ -36,11 +36,18 @@ def report(profile: Profile, *, top: int = 12) -> Group:
     return Group(*parts)
 
 
+_PIPE_WIDTH = 120
+
+
 def print_report(profile: Profile, *, top: int = 12) -> None:
     """Print `report(profile)` to the terminal."""
     from rich.console import Console
 
-    Console().print(report(profile, top=top))
+    console = Console()
+    if not console.is_terminal:
+        # A pipe or a file has no width of its own; rich would fold at 80 columns.
+        console.width = max(console.width, _PIPE_WIDTH)
+    console.print(report(profile, top=top))
 
 
 def _steps_table(profile: Profile) -> Table:
@@ -88,7 +95,7 @@ def _operations_table(profile: Profile, top: int) -> Table:
     table.add_column("kind")
     for column in ("count", "ms", "share"):
         table.add_column(column, justify="right")
-    table.add_column("source", overflow="fold", min_width=28)
+    table.add_column("source", overflow="fold")
     for operation in shown:
         table.add_row(
             operation.name,
