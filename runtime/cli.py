@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..sharding.errors import UserError
+from .errors import RunError
 
 app = typer.Typer(
     name="meshwright",
@@ -130,6 +131,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

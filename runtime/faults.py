@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Self
 
 from ..sharding.errors import UserError
+from .errors import RunError
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -154,7 +155,7 @@ def end_now(code: int) -> None:
 
 
 def _tell(error: BaseException, process_id: int) -> None:
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, RunError)):
         print(f"error: {error}", file=sys.stderr)
         return
     if isinstance(error, SystemExit):

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from .errors import RunError
+
 # Steps that may be under way on the devices before the loop waits: enough to hide its own work, and few
 # enough that a stop or an error is seen soon.
 IN_FLIGHT = 2
@@ -29,7 +31,7 @@ class Sink(Protocol):
         ...
 
 
-class NotFinite(RuntimeError):
+class NotFinite(RunError):
     """The loss of a step was infinite or not a number."""
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ..errors import RunError
 
-class CheckpointError(RuntimeError):
+
+class CheckpointError(RunError):
     """A checkpoint could not be written, or none that is whole is left; the message says where and why."""
 
 
