@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .flops import work as work
     from .mixing import Mixing as Mixing
     from .mixing import batch_mixing as batch_mixing
+    from .mixing import batch_reduction as batch_reduction
     from .op_rules import register_op_rule as register_op_rule
     from .op_rules.rule import Op as Op
     from .op_rules.rule import OpRule as OpRule
@@ -37,6 +38,7 @@ _HOMES = {
     "Scope": "record",
     "Work": "flops",
     "batch_mixing": "mixing",
+    "batch_reduction": "mixing",
     "einsum_rule": "op_rules.rule",
     "register_op_rule": "op_rules",
     "total_flops": "flops",

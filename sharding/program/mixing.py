@@ -1,7 +1,8 @@
 """Whether a loss mixes examples, so that it cannot be computed a part of the batch at a time.
 
-Each array is followed from the data to the loss as one of: free of the data; rows, one per example; a sum
-over examples; a ratio of sums (a weighted mean). A mean at the end is fine, since means of parts combine.
+Each array is followed from the data to the loss as one of: free of the data; rows, one per example; a mean
+over examples (a sum divided by their number); a ratio of sums (a weighted mean); a sum over examples. A mean
+at the end is fine, since means of parts combine.
 A sum that comes back to the rows (batch normalisation), that goes through something that is not linear (a
 product of two means), or rows that meet otherwise (sorted, ranked, compared in pairs) is not.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jax.extend import core
 
@@ -31,12 +32,24 @@ class Mixing:
     reason: str
 
 
+Reduction = Literal["mean", "ratio", "sum", "none"]
+
+
 class _State(enum.IntEnum):
     FREE = 0
     ROWS = 1
-    SUM = 2
+    MEAN = 2
     RATIO = 3
+    SUM = 4
 
+
+_REDUCTIONS: dict[_State, Reduction] = {
+    _State.FREE: "none",
+    _State.ROWS: "sum",
+    _State.MEAN: "mean",
+    _State.RATIO: "ratio",
+    _State.SUM: "sum",
+}
 
 _LINEAR = frozenset(
     words(
@@ -75,6 +88,17 @@ def batch_mixing(program: Program, dim: int | str | None = None) -> tuple[Mixing
     return tuple(found[index] for index in sorted(found))
 
 
+def batch_reduction(program: Program) -> Reduction:
+    """Return how the loss comes from its examples: what the losses of equal parts have to be weighed by.
+
+    ``mean``: a sum divided by the number of examples, or of their elements; ``ratio``: by a sum over the
+    data, such as how many targets count; ``sum``: not divided by either, as far as can be seen; ``none``: the
+    loss does not depend on the data, or there is no batch.
+    """
+    states = [_Follow(program, dim).loss() for dim in program.data_dims]
+    return _REDUCTIONS[max(states, default=_State.FREE)]
+
+
 def _ids(program: Program, dim: int | str | None) -> tuple[int, ...]:
     if dim is None:
         return program.data_dims
@@ -98,12 +122,16 @@ class _Follow:
         self._found: dict[int, str] = {}
         self._live = _live_equations(program)
 
-    def run(self) -> list[Mixing]:
+    def loss(self) -> _State:
+        """Return the state of the program's first result."""
         arguments = [
             _State.ROWS if _has(argument.dims, self._dim) else _State.FREE
             for argument in self._program.arguments
         ]
-        self._scope(self._program.scope, arguments)
+        return next(iter(self._scope(self._program.scope, arguments)), _State.FREE)
+
+    def run(self) -> list[Mixing]:
+        self.loss()
         if not self._found:
             return []
         located = {e.index: (e, where) for e, where in self._program.located()}
@@ -162,7 +190,7 @@ class _Follow:
 
     def _leaf(self, equation: Equation, inputs: list[_State]) -> list[_State]:
         rows = {n for n, state in enumerate(inputs) if state is _State.ROWS}
-        sums = {n for n, state in enumerate(inputs) if state >= _State.SUM}
+        sums = {n for n, state in enumerate(inputs) if state >= _State.MEAN}
         if not rows and not sums:
             return [_State.FREE] * len(equation.outs)
         mine = [factor for factor in equation.factors if self._dim in factor.dims]
@@ -199,13 +227,22 @@ class _Follow:
         if name in _LINEAR or (name in _GUARDS and len(sums) == 1):
             return top
         if name in _PRODUCTS and len(sums) == 1:
-            return top
+            return self._scaled(equation, top, inverse=True)
         if name == "div" and sums == {0}:
-            return top
-        if name == "div" and inputs == [_State.SUM, _State.SUM]:
+            return self._scaled(equation, top, inverse=False)
+        if name == "div" and inputs in ([_State.SUM, _State.SUM], [_State.MEAN, _State.MEAN]):
             return _State.RATIO
         self._mix(equation, f"{name} of a sum over the examples is not the sum of its parts")
         return top
+
+    def _scaled(self, equation: Equation, state: _State, *, inverse: bool) -> _State:
+        """Return MEAN if a sum is divided by how many examples or elements there are."""
+        constants = [atom.val for atom in equation.eqn.invars if isinstance(atom, core.Literal)]
+        if state is not _State.SUM or len(constants) != 1 or not constants[0]:
+            return state
+        count = 1 / float(constants[0]) if inverse else float(constants[0])
+        each = count / self._program.dims[self._dim].size
+        return _State.MEAN if round(each) >= 1 and abs(each / round(each) - 1) < 1e-5 else state
 
     def _mix(self, equation: Equation, reason: str) -> None:
         if equation.index in self._live:

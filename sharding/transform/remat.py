@@ -10,6 +10,7 @@ from jax.extend import core
 
 from ..errors import UserError, nearest
 from ..program import generations
+from ..program.layers import is_checkpointed, is_layer_scan
 from .evaluate import evaluate, scan_again
 
 
@@ -46,11 +47,11 @@ def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
         def visit(equation: core.JaxprEqn, inputs: list[Any]) -> Sequence[Any] | None:
             if equation.primitive.name == "jit":
                 return evaluate(generations.closed(equation.params["jaxpr"]), inputs, visit)
-            if not _is_layer_scan(equation):
+            if not is_layer_scan(equation):
                 return None
             found.append(equation)
             body = generations.scan_parts(equation).body
-            if _is_checkpointed(body):
+            if is_checkpointed(body):
                 return None
             return scan_again(
                 equation,
@@ -68,23 +69,3 @@ def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return wrapped
-
-
-def _is_layer_scan(equation: core.JaxprEqn) -> bool:
-    if equation.primitive.name != "scan" or equation.params["length"] < 2:
-        return False
-    scan = generations.scan_parts(equation)
-    return scan.num_xs > 0 and _works(scan.body.jaxpr)
-
-
-def _is_checkpointed(body: core.ClosedJaxpr) -> bool:
-    return all(equation.primitive.name == "remat2" for equation in body.jaxpr.eqns)
-
-
-def _works(jaxpr: Any) -> bool:
-    names = ("dot_general", "conv_general_dilated")
-    return any(
-        equation.primitive.name in names
-        or any(_works(inner) for inner in core.jaxprs_in_params(equation.params))
-        for equation in jaxpr.eqns
-    )

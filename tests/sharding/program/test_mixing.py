@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 import zoo
 from meshwright.sharding.errors import UserError
-from meshwright.sharding.program import batch_mixing, trace
+from meshwright.sharding.program import batch_mixing, batch_reduction, trace
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
@@ -98,3 +98,20 @@ def test_sequence_positions_of_a_decoder_do_meet():
     assert batch_mixing(program, "sequence")
     with pytest.raises(UserError, match="did you mean 'batch'"):
         batch_mixing(program, "bacth")
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        (lambda p, b: jnp.mean((b["x"] @ p) ** 2), "mean"),
+        (lambda p, b: jnp.mean(jnp.sum((b["x"] @ p) ** 2, -1)) + 0.1 * jnp.sum(p), "mean"),
+        (lambda p, b: jnp.sum((b["x"] @ p) ** 2) * (1 / 8), "mean"),
+        (lambda p, b: jnp.sum((b["x"] @ p) ** 2), "sum"),
+        (lambda p, b: jnp.mean(b["x"] @ p) + jnp.sum((b["x"] @ p) ** 2), "sum"),
+        (lambda p, b: jnp.sum((b["x"] @ p).sum(-1) * b["w"]) / b["w"].sum(), "ratio"),
+        (lambda p, b: jnp.sum(p), "none"),
+    ],
+)
+def test_how_a_loss_comes_from_its_examples(loss, kind):
+    program = trace(loss, jnp.zeros((4, 4)), {"x": jnp.zeros((8, 4)), "w": jnp.zeros(8)})
+    assert batch_reduction(program) == kind

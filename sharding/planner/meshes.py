@@ -1,0 +1,73 @@
+"""Which meshes are worth considering: factorisations of the devices over the axes that can be carried out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from ..axes import AXES, resolve_axes
+from ..errors import UserError, nearest
+from ..topology import Topology
+
+# What the search may choose. The other axes are taken when declared: nothing spreads them by itself yet.
+OFFERED = ("data", "fsdp", "tensor")
+
+# Axes whose traffic is light enough for the network between slices.
+_TOLERATE_DCN = ("data", "stage")
+
+
+def meshes(topology: Topology, declared: Mapping[str, int]) -> list[dict[str, int]]:
+    """Return every mesh over the devices that keeps the `declared` sizes.
+
+    Sizes that are not declared are shared out among `OFFERED`; a declared -1 takes all that is left. Between
+    slices lies only what tolerates the data-centre network, unless the declared sizes leave no other way.
+
+    Raises:
+      UserError: an axis is unknown, or the declared sizes do not divide the devices.
+    """
+    devices = topology.num_devices
+    if -1 in declared.values() or math.prod(declared.values()) == devices:
+        found = [_ordered(resolve_axes(declared, devices))] if declared else [_ordered({})]
+    else:
+        found = [_ordered({**declared, **free}) for free in _shared_out(devices, declared)]
+    kept = [mesh for mesh in found if _crosses_lightly(mesh, topology)]
+    return kept or found
+
+
+def _shared_out(devices: int, declared: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    for axis in declared:
+        if axis not in AXES:
+            raise UserError(f"mesh axis {axis!r} is not known; {nearest(axis, AXES)}")
+    free = [axis for axis in OFFERED if axis not in declared]
+    product = math.prod(declared.values())
+    if not free or product < 1 or devices % product:
+        absorbing = {free[0]: -1} if free else {}
+        resolve_axes({**declared, **absorbing}, devices)
+    for sizes in _factorisations(devices // product, len(free)):
+        yield dict(zip(free, sizes, strict=True))
+
+
+def _factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Yield every way to write `number` as a product of `parts` factors in order."""
+    if parts == 1:
+        yield (number,)
+        return
+    for first in divisors(number):
+        for rest in _factorisations(number // first, parts - 1):
+            yield (first, *rest)
+
+
+def divisors(number: int) -> Sequence[int]:
+    """Return the divisors of `number`, smallest first."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def _ordered(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return the offered axes, of size 1 where not given, and the others that are given."""
+    return {axis: sizes.get(axis, 1) for axis in AXES if axis in OFFERED or axis in sizes}
+
+
+def _crosses_lightly(mesh: Mapping[str, int], topology: Topology) -> bool:
+    light = math.prod(mesh.get(axis, 1) for axis in _TOLERATE_DCN)
+    return light % topology.num_slices == 0

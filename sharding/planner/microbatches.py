@@ -1,0 +1,64 @@
+"""Into how many microbatches a batch may be cut, and when it may not be at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..errors import UserError, nearest_divisors
+from ..program import batch_mixing, batch_reduction
+from ..program.record import Program
+from .meshes import divisors
+
+
+def why_not(program: Program) -> str | None:
+    """Return why the losses of parts of the batch do not add up to the loss of the batch; None if they do."""
+    rows = {argument.shape[:1] for argument in program.arguments if not argument.is_parameter}
+    if len(rows) != 1 or () in rows:
+        return "the arrays of the batch do not all lead with the same number of rows"
+    for result in program.results[1:]:
+        if result.shape:
+            return f"the loss returns an array of shape {result.shape} at {result.path!r} beside its value"
+    if mixings := batch_mixing(program):
+        first = mixings[0]
+        return f"its loss mixes examples: {first.reason}, at {first.where}"
+    kind = batch_reduction(program)
+    if kind == "sum":
+        return "its loss is a sum over the batch; return the mean"
+    if kind == "ratio" and not any(result.path == "1/weight" for result in program.results):
+        return (
+            "its loss is a weighted mean and nothing says how much each part of the batch weighs; "
+            'return (loss, {"weight": the sum of weights})'
+        )
+    return None
+
+
+def check(program: Program, microbatches: int) -> None:
+    """Raise UserError if the program cannot be worked through in so many parts."""
+    if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
+        raise UserError(f"microbatches={microbatches!r} is no whole number from 1")
+    if microbatches > 1 and (reason := why_not(program)):
+        raise UserError(f"microbatches={microbatches} would change the result, since {reason}")
+
+
+def options(rows_of_device: int) -> Sequence[int]:
+    """Return the numbers of microbatches to consider for the rows of one device: powers of two, and all."""
+    return tuple(m for m in divisors(rows_of_device) if m == rows_of_device or m & (m - 1) == 0)
+
+
+def batch_rows(program: Program) -> int:
+    """Return the rows of the batch, 1 if no array of the data has any."""
+    leads = [a.shape[0] for a in program.arguments if not a.is_parameter and a.shape]
+    return max(leads, key=leads.count, default=1)
+
+
+def indivisible(rows: int, parts: Mapping[str, int], microbatches: int, needed: int) -> str:
+    """Return the sentence for a batch that does not divide, with the nearest that does."""
+    factors = {**parts, "microbatches": microbatches} if microbatches > 1 else dict(parts)
+    written = " x ".join(f"{name}={size}" for name, size in factors.items())
+    written += f" = {needed}" if len(factors) > 1 else ""
+    below = rows // needed * needed
+    near = f"{below} or {below + needed} rows" if below else f"{needed} rows"
+    devices = needed // microbatches
+    if microbatches > 1 and rows and rows % devices == 0:
+        near += f", or microbatches={nearest_divisors(rows // devices, microbatches)}"
+    return f"a batch of {rows} rows does not divide by {written}; nearest: {near}"

@@ -1,0 +1,182 @@
+"""The best of a space of candidates, the runners-up, and how far from fitting it is where nothing fits.
+
+Keeping less for the backward pass, or working the batch through in more parts, never makes a step faster:
+it only saves memory. So a layout that keeps everything and takes the batch whole is a bound on whatever can
+be had with it, and candidates taken from a queue in the order of their times are final once they fit: what
+comes out first is the best, what comes next the runner-up, and most of the space is never priced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+from typing import TYPE_CHECKING
+
+from ..cost.candidate import Candidate
+from .space import Space
+
+if TYPE_CHECKING:
+    from ..cost.estimate import Estimate
+
+# What a candidate costs; the smaller the better.
+Price = Callable[[Candidate], "Estimate"]
+# What a layout stores on a device in bytes, as far as it decides.
+Stored = Callable[[Candidate], float]
+
+_RUNNERS_UP = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Priced:
+    """A candidate with its Estimate; `fits` says whether a device's memory holds it."""
+
+    candidate: Candidate
+    estimate: Estimate
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found: `best` (None if nothing fits), runners-up of other layouts, best first.
+
+    `misfits` are layouts that no remat and no number of microbatches make fit, at their smallest, the one
+    nearest to fitting first. `priced` counts the candidates that were looked at.
+    """
+
+    best: Priced | None
+    others: tuple[Priced, ...]
+    misfits: tuple[Priced, ...]
+    priced: int
+
+
+def search(
+    space: Space,
+    price: Price,
+    capacity_bytes: float,
+    *,
+    stored: Stored | None = None,
+    runners_up: int = _RUNNERS_UP,
+    each_size: bool = True,
+) -> Found:
+    """Return the fastest candidate of `space` that fits into `capacity_bytes` a device.
+
+    Args:
+        space: what to choose from.
+        price: gives a candidate's Estimate.
+        capacity_bytes: memory of a device.
+        stored: where given, what is stored on a device decides before time does.
+        runners_up: how many other layouts to return in order.
+        each_size: also return the best for every size of every mesh axis that fits.
+    """
+    searching = _Search(space, price, capacity_bytes, stored or (lambda _: 0.0))
+    ranked = list(itertools.islice(searching.ranked(range(len(space.layouts))), 1 + runners_up))
+    if ranked and each_size:
+        ranked += searching.best_of_sizes(ranked)
+    return Found(
+        best=ranked[0] if ranked else None,
+        others=tuple(ranked[1:]),
+        misfits=searching.misfits(),
+        priced=searching.count,
+    )
+
+
+class _Search:
+    def __init__(self, space: Space, price: Price, capacity_bytes: float, stored: Stored) -> None:
+        self._space, self._price, self._capacity = space, price, capacity_bytes
+        self._stored = [stored(layout) for layout in space.layouts]
+        self._seen: dict[tuple[int, int, int], Priced] = {}
+        self._hopeless: dict[int, Priced] = {}
+
+    @property
+    def count(self) -> int:
+        """Candidates priced so far."""
+        return len(self._seen)
+
+    def misfits(self) -> tuple[Priced, ...]:
+        """Return what was found not to fit at all, the smallest first."""
+        return tuple(sorted(self._hopeless.values(), key=lambda one: one.estimate.peak_bytes))
+
+    def ranked(self, layouts: range | list[int]) -> Iterator[Priced]:
+        """Yield the best candidate of each layout that fits, best first."""
+        queue = [self._entry(layout, 0, 0) for layout in layouts]
+        heapq.heapify(queue)
+        done: set[int] = set()
+        while queue:
+            *_, layout, remat, parts = heapq.heappop(queue)
+            if layout in done:
+                continue
+            one = self._at(layout, remat, parts)
+            if one.fits:
+                done.add(layout)
+                yield one
+            elif self._can_fit(layout):
+                for entry in self._after(layout, remat, parts):
+                    heapq.heappush(queue, entry)
+            else:
+                done.add(layout)
+
+    def best_of_sizes(self, ranked: list[Priced]) -> list[Priced]:
+        """Return the best for each size of each axis that `ranked` lacks, best first."""
+        have = {(axis, size) for one in ranked for axis, size in one.candidate.mesh.items()}
+        members: dict[tuple[str, int], list[int]] = {}
+        for index, layout in enumerate(self._space.layouts):
+            for place in layout.mesh.items():
+                if place not in have:
+                    members.setdefault(place, []).append(index)
+        found = [next(self.ranked(layouts), None) for layouts in members.values()]
+        unique = {id(one): one for one in found if one is not None}.values()
+        return sorted(unique, key=lambda one: one.estimate.step_seconds)
+
+    def _entry(self, layout: int, remat: int, parts: int) -> tuple[float, float, float, int, int, int]:
+        estimate = self._at(layout, remat, parts).estimate
+        return (self._stored[layout], estimate.step_seconds, estimate.peak_bytes, layout, remat, parts)
+
+    def _after(self, layout: int, remat: int, parts: int) -> Iterator[tuple]:
+        if remat + 1 < len(self._space.remats):
+            yield self._entry(layout, remat + 1, parts)
+        if parts + 1 < len(self._space.parts(self._space.layouts[layout])):
+            yield self._entry(layout, remat, parts + 1)
+
+    def _can_fit(self, layout: int) -> bool:
+        """Whether the layout fits when it keeps least and takes the batch in the most parts."""
+        if layout in self._hopeless:
+            return False
+        last = len(self._space.parts(self._space.layouts[layout])) - 1
+        smallest = self._at(layout, len(self._space.remats) - 1, last)
+        if not smallest.fits:
+            self._hopeless[layout] = smallest
+        return smallest.fits
+
+    def _at(self, layout: int, remat: int, parts: int) -> Priced:
+        key = (layout, remat, parts)
+        if key not in self._seen:
+            base = self._space.layouts[layout]
+            candidate = dataclasses.replace(
+                base, remat=self._space.remats[remat], microbatches=self._space.parts(base)[parts]
+            )
+            estimate = self._price(candidate)
+            self._seen[key] = Priced(
+                candidate=candidate, estimate=estimate, fits=estimate.peak_bytes <= self._capacity
+            )
+        return self._seen[key]
+
+
+def stored_bytes(sizes: Mapping[int, int], slots: float) -> Stored:
+    """Return what says how much of parameters and moments a layout stores on a device.
+
+    `sizes` maps parameter argument index → bytes, `slots` is the moments' bytes over the parameters'.
+    """
+
+    def stored(layout: Candidate) -> float:
+        total = 0.0
+        for index, size in sizes.items():
+            for part, weight in ((layout.stored, 1.0), (layout.optimizer, slots)):
+                cut = math.prod(layout.mesh[axis] for axes in part[index] for axis in axes)
+                total += weight * size / cut
+        return total
+
+    return stored

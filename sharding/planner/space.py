@@ -1,0 +1,255 @@
+"""What is worth considering: layouts of a program on a mesh, and how a step may be worked through."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..cost.candidate import REMATS, Candidate
+from ..errors import UserError, nearest
+from ..program.generations import scan_parts
+from ..program.layers import is_checkpointed, layer_scans
+from ..program.record import Program
+from ..topology import Topology
+from . import microbatches as parts_of_batch
+from .declared import Declared, Kept, keep, parts
+from .groups import TensorGroups
+from .meshes import meshes
+from .storage import store
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Space:
+    """Candidates as layouts x remat x microbatches.
+
+    `layouts` are Candidates that keep everything and take the batch whole; `remats` go from what keeps most
+    to what keeps least; `refused` maps what was not considered (``tensor=16``) to the reason.
+    """
+
+    layouts: tuple[Candidate, ...]
+    remats: tuple[str, ...]
+    microbatches: Mapping[int, tuple[int, ...]]
+    refused: Mapping[str, str]
+
+    def parts(self, layout: Candidate) -> tuple[int, ...]:
+        """Return the numbers of microbatches that `layout` can be worked through in, smallest first."""
+        return self.microbatches[_batch_parts(layout)]
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield every candidate."""
+        for layout in self.layouts:
+            for remat in self.remats:
+                for count in self.parts(layout):
+                    yield dataclasses.replace(layout, remat=remat, microbatches=count)
+
+
+def space(
+    program: Program, topology: Topology, declared: Declared, *, params: Any = None, names: Any = None
+) -> Space:
+    """Return what is worth considering for `program` on `topology`, with the declared parts kept.
+
+    Args:
+        program: traced with the parameters first and the data second.
+        topology: the devices.
+        declared: what is not searched for.
+        params: the parameters' tree, needed for rules.
+        names: the user's names of their dimensions, as in `trace`.
+
+    Raises:
+        UserError: the declared parts contradict each other, the program or the topology.
+    """
+    remats = _remats(program, declared.remat)
+    if declared.microbatches is not None:
+        parts_of_batch.check(program, declared.microbatches)
+    builder = _Builder(program, topology, declared, params, names)
+    layouts = builder.layouts()
+    return Space(
+        layouts=layouts,
+        remats=remats,
+        microbatches={_batch_parts(layout): builder.microbatches(_batch_parts(layout)) for layout in layouts},
+        refused=builder.refused,
+    )
+
+
+def _remats(program: Program, declared: str | None) -> tuple[str, ...]:
+    if declared is not None and declared not in REMATS:
+        raise UserError(f"remat={declared!r} is not a policy; {nearest(declared, REMATS)}")
+    scans = list(layer_scans(program.jaxpr.jaxpr))
+    if not scans and declared not in (None, "none"):
+        raise UserError(
+            f"remat={declared!r} works on scanned layers and this program has no scan over layers; "
+            "scan them, or leave remat out"
+        )
+    if declared is not None:
+        return (declared,)
+    chosen = any(not is_checkpointed(scan_parts(scan).body) for scan in scans)
+    return REMATS if chosen else ("none",)
+
+
+def _batch_parts(layout: Candidate) -> int:
+    return max(
+        (parts(axes, layout.mesh) for axes in layout.dims.values() if "data" in axes or "fsdp" in axes),
+        default=1,
+    )
+
+
+class _Builder:
+    def __init__(
+        self, program: Program, topology: Topology, declared: Declared, params: Any, names: Any
+    ) -> None:
+        self._program, self._topology, self._declared = program, topology, declared
+        self._params, self._names = params, names
+        self._rows = parts_of_batch.batch_rows(program)
+        self._leads = _leading(program)
+        self.refused: dict[str, str] = {}
+
+    def layouts(self) -> tuple[Candidate, ...]:
+        """Return every layout; if the batch is too small for the devices, let some axes only store."""
+        options = meshes(self._topology, self._declared.mesh)
+        for storing in (False, True):
+            found = [layout for mesh in options for layout in self._on(mesh, storing)]
+            if found:
+                return tuple(found)
+        raise UserError(self._nothing())
+
+    def microbatches(self, batch_parts: int) -> tuple[int, ...]:
+        """Return the numbers of microbatches to consider."""
+        if self._declared.microbatches is not None:
+            return (self._declared.microbatches,)
+        if self._rows % batch_parts or self._splits is not None:
+            return (1,)
+        return tuple(parts_of_batch.options(self._rows // batch_parts))
+
+    @functools.cached_property
+    def _splits(self) -> str | None:
+        return parts_of_batch.why_not(self._program)
+
+    def _on(self, mesh: Mapping[str, int], storing: bool) -> Iterator[Candidate]:
+        try:
+            kept = keep(self._program, self._declared, mesh, self._params, self._names)
+        except UserError as error:
+            self._refuse(mesh, str(error))
+            return
+        batch = kept.batch
+        if batch is None:
+            batch = tuple(axis for axis in ("data", "fsdp") if mesh[axis] > 1)
+            if storing or not self._leads:
+                batch = tuple(axis for axis in batch if axis != "fsdp")
+        if reason := self._batch_does_not_divide(batch, mesh):
+            self._refuse({axis: mesh[axis] for axis in batch}, reason)
+            return
+        for dims in self._computing(mesh, batch, kept):
+            yield from self._stored(mesh, dims, kept)
+
+    def _batch_does_not_divide(self, batch: Sequence[str], mesh: Mapping[str, int]) -> str | None:
+        if not batch:
+            return None
+        if not self._leads:
+            return "no array of the data has a dimension that parameters lack"
+        count = self._declared.microbatches or 1
+        needed = math.prod(mesh[axis] for axis in batch)
+        main = self._program.dims[self._leads[0]]
+        if self._rows % (needed * count):
+            sizes = {axis: mesh[axis] for axis in batch}
+            return parts_of_batch.indivisible(self._rows, sizes, count, needed * count)
+        if main.size % needed:
+            return f"the batch is used in {main.size} parts, which {needed} does not divide"
+        return None
+
+    def _computing(
+        self, mesh: Mapping[str, int], batch: tuple[str, ...], kept: Kept
+    ) -> Iterator[dict[int, tuple[str, ...]]]:
+        """Yield how dims are sharded while computing."""
+        fixed = {dim: axes for dim, axes in kept.dims.items() if axes}
+        if bad := _indivisible_dim(self._program, fixed, mesh):
+            self._refuse(mesh, bad)
+            return
+        if batch:
+            together = math.prod(mesh[axis] for axis in batch)
+            divisible = [dim for dim in self._leads if self._program.dims[dim].size % together == 0]
+            over_batch = [dict.fromkeys(divisible, batch)]
+            if len(divisible) > 1:
+                over_batch.append({divisible[0]: batch})
+        else:
+            over_batch = [{}]
+        size = mesh["tensor"]
+        has_tensor = any("tensor" in axes for axes in kept.dims.values())
+        groups: Sequence[tuple[int, ...]] = ((),)
+        if size > 1 and not has_tensor:
+            groups = self._groups(frozenset(kept.dims)).of(size)
+            if not groups:
+                self._refuse({"tensor": size}, f"no dimension of the parameters is one that {size} divides")
+        for group in groups:
+            for lead in over_batch:
+                yield {**lead, **dict.fromkeys(group, ("tensor",)), **fixed}
+
+    @functools.cache  # noqa: B019  # lives as long as one planning
+    def _groups(self, kept: frozenset[int]) -> TensorGroups:
+        return TensorGroups(self._program, kept)
+
+    def _stored(
+        self, mesh: Mapping[str, int], dims: Mapping[int, tuple[str, ...]], kept: Kept
+    ) -> Iterator[Candidate]:
+        seen = []
+        for moments_over in ((), ("data",)):
+            stored = store(
+                self._program, mesh, dims, over=("fsdp",), moments_over=moments_over, declared=kept.arrays
+            )
+            if stored in seen:
+                continue
+            seen.append(stored)
+            layout = Candidate(
+                mesh=mesh,
+                dims=dims,
+                stored=stored.params,
+                optimizer=stored.optimizer,
+                gradients=stored.optimizer,
+            )
+            if idle := _idle(layout):
+                self._refuse({idle: mesh[idle]}, f"{idle}={mesh[idle]} would shard nothing in this program")
+                continue
+            yield layout
+
+    def _refuse(self, sizes: Mapping[str, int], reason: str) -> None:
+        written = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        self.refused.setdefault(written, reason)
+
+    def _nothing(self) -> str:
+        reasons = list(dict.fromkeys(self.refused.values()))
+        devices = self._topology.num_devices
+        if len(self.refused) == 1 or len(reasons) == 1:
+            return reasons[0]
+        wanted = [r for r in reasons if "batch of" in r] or reasons
+        return f"there is no layout of this program over {devices} devices: {wanted[0]}"
+
+
+def _leading(program: Program) -> tuple[int, ...]:
+    """Return the dims that arrays of the data lead with and parameters lack, the batch's first."""
+    of_data = dict.fromkeys(program.batch_dims[:1])
+    for argument in program.arguments:
+        lead = argument.dims[0][:1] if not argument.is_parameter and argument.dims else ()
+        of_data.update(dict.fromkeys(dim for dim in lead if dim in program.data_dims))
+    return tuple(dim for dim in of_data if program.dims[dim].whole is None)
+
+
+def _indivisible_dim(
+    program: Program, dims: Mapping[int, tuple[str, ...]], mesh: Mapping[str, int]
+) -> str | None:
+    for number, axes in dims.items():
+        dim = program.dims[number]
+        if dim.whole:
+            return f"{dim.name} cannot be sharded: {dim.whole}"
+        if dim.size % parts(axes, mesh):
+            written = " x ".join(f"{axis}={mesh[axis]}" for axis in axes)
+            return f"{written} does not divide {dim.name}={dim.size}"
+    return None
+
+
+def _idle(layout: Candidate) -> str | None:
+    """Return an axis that shards nothing: the devices along it would repeat each other's work."""
+    working = {axis for axes in layout.dims.values() for axis in axes}
+    working |= {axis for storage in layout.stored.values() for axes in storage for axis in axes}
+    return next((axis for axis, size in layout.mesh.items() if size > 1 and axis not in working), None)

@@ -1,0 +1,107 @@
+"""How parameters, gradients and moments are stored: as computed with, and cut further over the data axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from ..cost.candidate import Storage
+from ..program.record import Argument, Program
+
+# A vector is stored whole unless it is more than this part of all parameters: a gather of so few bytes
+# costs its latency in every layer and saves nothing.
+_LEAST_VECTOR = 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Parameter argument index → the mesh axes of each dimension of its array."""
+
+    params: Mapping[int, Storage]
+    optimizer: Mapping[int, Storage]
+
+
+def store(
+    program: Program,
+    mesh: Mapping[str, int],
+    dims: Mapping[int, tuple[str, ...]],
+    *,
+    over: Sequence[str],
+    moments_over: Sequence[str] = (),
+    declared: Mapping[int, Mapping[int, tuple[str, ...]]],
+) -> Stored:
+    """Return how each parameter lies on the mesh.
+
+    Args:
+        program: the traced program.
+        mesh: axis → size.
+        dims: dim → the axes that shard it while computing.
+        over: axes to store parameters over besides those they are computed with (FSDP).
+        moments_over: further axes for the optimizer's moments (ZeRO-1).
+        declared: argument index → array dimension → axes that are kept as they are.
+    """
+    total = sum(math.prod(argument.shape) for argument in program.parameters)
+    params, optimizer = {}, {}
+    for argument in program.parameters:
+        kept = declared.get(argument.index, {})
+        storage = [kept.get(n, axes) for n, axes in enumerate(computed(argument, dims, mesh))]
+        open_dimensions = [n for n in range(len(argument.shape)) if n not in kept]
+        choices = _worth_cutting(argument, program, total, open_dimensions)
+        for axis in over:
+            storage = _cut(storage, argument.shape, choices, axis, mesh)
+        params[argument.index] = tuple(storage)
+        for axis in moments_over:
+            storage = _cut(storage, argument.shape, choices, axis, mesh)
+        optimizer[argument.index] = tuple(storage)
+    return Stored(params=params, optimizer=optimizer)
+
+
+def computed(
+    argument: Argument, dims: Mapping[int, tuple[str, ...]], mesh: Mapping[str, int]
+) -> list[tuple[str, ...]]:
+    """Return the axes of each dimension of `argument` where it is computed with; each axis serves once."""
+    taken: set[str] = set()
+    found: list[tuple[str, ...]] = []
+    for size, composition in zip(argument.shape, argument.dims, strict=True):
+        axes = dims.get(composition[0], ()) if composition else ()
+        if taken.intersection(axes) or size % math.prod(mesh[axis] for axis in axes):
+            axes = ()
+        taken.update(axes)
+        found.append(axes)
+    return found
+
+
+def _worth_cutting(argument: Argument, program: Program, total: int, dimensions: Sequence[int]) -> list[int]:
+    """Return the dimensions that storage may cut: not those a scan walks, needed at its every step."""
+    walked = {
+        n
+        for n, composition in enumerate(argument.dims)
+        if any(program.dims[dim].scanned for dim in composition)
+    }
+    inner = [n for n, size in enumerate(argument.shape) if n not in walked and size > 1]
+    if len(inner) < 2 and math.prod(argument.shape) < _LEAST_VECTOR * total:
+        return []
+    return [n for n in inner if n in dimensions]
+
+
+def _cut(
+    storage: Sequence[tuple[str, ...]],
+    shape: Sequence[int],
+    choices: Sequence[int],
+    axis: str,
+    mesh: Mapping[str, int],
+) -> list[tuple[str, ...]]:
+    """Store over one more axis: on a dimension that no other axis cuts, else below the axes that do."""
+    cut = list(storage)
+    if mesh.get(axis, 1) == 1 or any(axis in axes for axes in storage):
+        return cut
+    whole = [n for n in choices if shape[n] % (_parts(storage[n], mesh) * mesh[axis]) == 0]
+    if whole:
+        best = max(whole, key=lambda n: (not storage[n] or axis == "data", shape[n], -n))
+        cut[best] = (*cut[best], axis)
+    return cut
+
+
+def _parts(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh[axis] for axis in axes)

@@ -1,0 +1,42 @@
+"""Which loops of a program are a model's layers, whose saved values one may choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import core
+
+from . import generations
+
+_PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+
+
+def layer_scans(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    """Yield the layer scans of a program and of the jitted calls in it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "jit":
+            yield from layer_scans(generations.closed(equation.params["jaxpr"]).jaxpr)
+        elif is_layer_scan(equation):
+            yield equation
+
+
+def is_layer_scan(equation: core.JaxprEqn) -> bool:
+    """Whether it is a `lax.scan` over stacked arrays that holds a matrix product or a convolution."""
+    if equation.primitive.name != "scan" or equation.params["length"] < 2:
+        return False
+    scan = generations.scan_parts(equation)
+    return scan.num_xs > 0 and _works(scan.body.jaxpr)
+
+
+def is_checkpointed(body: core.ClosedJaxpr) -> bool:
+    """Whether a layer scan's body is under `jax.checkpoint` already."""
+    return all(equation.primitive.name == "remat2" for equation in body.jaxpr.eqns)
+
+
+def _works(jaxpr: Any) -> bool:
+    return any(
+        equation.primitive.name in _PRODUCTS
+        or any(_works(inner) for inner in core.jaxprs_in_params(equation.params))
+        for equation in jaxpr.eqns
+    )
