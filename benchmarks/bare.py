@@ -4,10 +4,12 @@ Prints one JSON line per run of steps: `python benchmarks/bare.py STEPS [--cache
 """
 
 import json
+import os
 import sys
 import time
 
 began = time.perf_counter()
+os.environ.setdefault("NPROC", "64")  # Or XLA's collectives can run out of threads and hang.
 import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")

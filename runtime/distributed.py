@@ -20,6 +20,7 @@ from ..sharding.errors import UserError
 from . import clusters
 from .hosts_config import HostsConfig
 from .roll_call import Entry, is_loopback, roll_call, split_address
+from .simulated import enough_threads
 
 # After the roll call every process is known to be alive; this covers only JAX's own handshake.
 _CONNECT_SECONDS = 60
@@ -61,6 +62,7 @@ def simulate(num_devices: int) -> None:
 
     try:
         jax.config.update("jax_num_cpu_devices", num_devices)
+        enough_threads(num_devices)
     except RuntimeError:
         if jax.default_backend() == "cpu" and jax.local_device_count() == num_devices:
             return

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import pytest
 
 from .pytest_processes import FOLDER, RANK, Rank, run_in_processes
+from .simulated import enough_threads
 
 _DEVICES_USE = "devices(count): run with exactly `count` simulated CPU devices"
 _PROCESSES_USE = (
@@ -95,6 +96,8 @@ def _configure_devices(count: int, platforms: str | None) -> None:
     import jax
     import jax.extend.backend
 
+    if count > 0:
+        enough_threads(count)
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # The backends exist already.

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from .loopback import LOOPBACK, die_with_parent, end_all, reserved_port, signal_group, wait_all
+from .simulated import enough_threads
 
 RANK = "MESHWRIGHT_TEST_RANK"
 FOLDER = "MESHWRIGHT_TEST_FOLDER"
@@ -126,6 +127,7 @@ class Rank:
         import jax
 
         jax.config.update("jax_platforms", "cpu")
+        enough_threads(int(devices))
         jax.config.update("jax_num_cpu_devices", int(devices))
         if int(count) > 1:
             jax.distributed.initialize(
