@@ -21,19 +21,20 @@ class Candidate:
     """A mesh and how a program lies on it.
 
     mesh:         axis → size; axes of size 1 may be left out.
-    dims:         dim id of the Program → the mesh axes that shard it while computing. A dim of the layers that
-                  maps to ``stage`` is cut into pipeline stages.
+    dims:         dim id of the Program → the mesh axes that shard it while computing. Where two dims of one
+    array
+                  want the same axis, one that parameters have goes first: heads and sequence both over
+                  ``tensor`` is sequence parallelism. A dim of the layers that maps to ``stage`` is cut into
+                  pipeline stages.
     stored:       index of a parameter argument → per array dimension the mesh axes it is stored over. More
                   axes than `dims` gives mean that it is gathered at use (FSDP, ZeRO-3). A parameter that is
                   not listed is stored as it is computed with.
     optimizer:    the same for the optimizer's moments; more axes than `stored` is ZeRO-1. Default: `stored`.
-    gradients:    the same for the accumulated gradients; more axes than `stored` is ZeRO-2. Default: `stored`.
-    remat:        ``none``, ``dots`` or ``full``, as in `meshwright.sharding.transform.remat`.
+    gradients:    the same for the accumulated gradients; more axes than `stored` is ZeRO-2. Default:
+    `stored`. remat:        ``none``, ``dots`` or ``full``, as in `meshwright.sharding.transform.remat`.
     microbatches: how many the batch is worked through in, one after another.
     schedule:     of pipeline stages: ``1f1b`` or ``gpipe`` (all forward, then all backward).
     interleave:   model chunks a stage holds.
-    sequence_parallel: whether activations outside of products lie sharded over the ``tensor`` axis too, so that
-                  its all-reduces become a reduce-scatter and an all-gather.
     """
 
     mesh: Mapping[str, int]
@@ -45,7 +46,6 @@ class Candidate:
     microbatches: int = 1
     schedule: str = "1f1b"
     interleave: int = 1
-    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         for axis in self.mesh:

@@ -1,0 +1,148 @@
+"""How long a collective takes over the links that a mesh axis runs on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+
+from ..axes import AXES_BY_WEIGHT
+from ..reach import reaches
+from ..topology import Topology
+from .calibration import Calibration
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """What one mesh axis runs on.
+
+    size:                devices of a group.
+    bytes_per_second:    one device's share of what a ring (or all rings at once) carries, one way.
+    point_bytes_per_second: to the next device of the group alone.
+    seconds:             start of one collective, all hops together.
+    network:             whether it leaves the fast fabric.
+    """
+
+    size: int
+    bytes_per_second: float
+    point_bytes_per_second: float
+    seconds: float
+    network: bool
+
+    def collective(self, kind: str, bytes_: float, count: float = 1.0) -> float:
+        """Return the seconds of `count` collectives that move `bytes_` together.
+
+        `bytes_` is what a group holds together of the array gathered, scattered or reduced. An all-gather or
+        reduce-scatter passes (n - 1) / n of it through each device, an all-reduce twice that, an all-to-all
+        1 / n of it as each device holds 1 / n.
+        """
+        if self.size == 1:
+            return 0.0
+        share = (self.size - 1) / self.size
+        passes = {"all_gather": 1.0, "reduce_scatter": 1.0, "all_reduce": 2.0, "all_to_all": 1.0 / self.size}
+        starts = 2.0 if kind == "all_reduce" else 1.0
+        return passes[kind] * share * bytes_ / self.bytes_per_second + starts * count * self.seconds
+
+    def point_to_point(self, bytes_: float, count: float = 1.0) -> float:
+        """Return the seconds of `count` sends of `bytes_` together to the next device of the group."""
+        if self.size == 1:
+            return 0.0
+        return bytes_ / self.point_bytes_per_second + count * self.seconds / max(self.size - 1, 1)
+
+
+def links(mesh: Mapping[str, int], topology: Topology, calibration: Calibration) -> Mapping[str, Link]:
+    """Return the link of every mesh axis longer than 1, laid over `topology` as `arrange` does."""
+    return _links(tuple((axis, size) for axis, size in mesh.items() if size > 1), topology, calibration)
+
+
+@functools.lru_cache(maxsize=4096)
+def _links(
+    mesh: tuple[tuple[str, int], ...], topology: Topology, calibration: Calibration
+) -> Mapping[str, Link]:
+    sizes = dict(mesh)
+    if topology.is_torus:
+        return _torus_links(sizes, topology, calibration)
+    found, stride = {}, 1
+    for axis in sorted(sizes, key=AXES_BY_WEIGHT.index, reverse=True):
+        size = sizes[axis]
+        inside = max(1, min(size, topology.devices_per_domain // stride))
+        found[axis] = _switched(size, inside, topology, calibration)
+        stride *= size
+    return found
+
+
+def _fabric_rate(topology: Topology, calibration: Calibration) -> float:
+    chip = topology.chip
+    rate = chip.fabric_bytes_per_second_per_chip or chip.link_bytes_per_second or math.inf
+    return rate / chip.devices_per_chip * calibration.fabric_efficiency
+
+
+def _network_rate(topology: Topology, calibration: Calibration) -> float:
+    chip = topology.chip
+    rate = chip.dcn_bytes_per_second_per_chip
+    if rate is None:
+        return _fabric_rate(topology, calibration)
+    return rate / chip.devices_per_chip * calibration.network_efficiency
+
+
+def _switched(size: int, inside: int, topology: Topology, calibration: Calibration) -> Link:
+    """Return the link of a group with `inside` members on each fast domain.
+
+    A ring that leaves a domain enters and leaves through the adapters of all its members there.
+    """
+    fabric = _fabric_rate(topology, calibration)
+    if inside == size:
+        hops = math.log2(size)
+        seconds = calibration.fabric_seconds * (1.0 + hops) / 2.0
+        return Link(
+            size=size,
+            bytes_per_second=fabric,
+            point_bytes_per_second=fabric,
+            seconds=seconds,
+            network=False,
+        )
+    network = _network_rate(topology, calibration)
+    domains = math.ceil(size / inside)
+    seconds = calibration.fabric_seconds + calibration.network_seconds * (domains - 1)
+    return Link(
+        size=size,
+        bytes_per_second=min(fabric, inside * network),
+        point_bytes_per_second=network,
+        seconds=seconds,
+        network=True,
+    )
+
+
+def _torus_links(sizes: Mapping[str, int], topology: Topology, calibration: Calibration) -> dict[str, Link]:
+    chip = topology.chip
+    one = (chip.link_bytes_per_second or math.inf) * calibration.fabric_efficiency
+    found = {}
+    complete = {axis: sizes.get(axis, 1) for axis in sizes}
+    for axis, reach in reaches(complete, topology).items():
+        if reach.size == 1:
+            continue
+        rate, hops = 0.0, 0
+        for extent, whole, wrap in zip(reach.extent, reach.whole, topology.wrap, strict=True):
+            if extent > 1:
+                closed = whole and wrap
+                rate += one * (2 if closed else 1)
+                hops += extent // 2 if closed else extent - 1
+        if rate == 0.0:
+            rate = (chip.core_link_bytes_per_second or one) * calibration.fabric_efficiency
+        seconds = calibration.fabric_seconds * max(hops, 1)
+        point = min(rate, one)
+        if reach.domains:
+            inside = max(1, reach.size // topology.num_slices)
+            network = inside * _network_rate(topology, calibration)
+            rate = min(rate, network) if inside > 1 else network
+            point = _network_rate(topology, calibration)
+            seconds += calibration.network_seconds * (topology.num_slices - 1)
+        found[axis] = Link(
+            size=reach.size,
+            bytes_per_second=rate,
+            point_bytes_per_second=point,
+            seconds=seconds,
+            network=reach.domains,
+        )
+    return found

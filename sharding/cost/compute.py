@@ -1,0 +1,141 @@
+"""Seconds of arithmetic and of memory traffic on one device: a roofline for each product and each kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ..chips import Chip
+from ..errors import UserError
+from .calibration import Calibration
+from .placement import Placement
+from .profile import LAYERS, Profile
+
+# Kinds of work, and passes over it; the axes of `Busy.seconds`.
+KINDS = ("matmul", "attention", "elementwise")
+PASSES = ("forward", "backward", "recompute")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Busy:
+    """What one device computes for one microbatch, were it to hold all layers.
+
+    seconds [pass, kind, section]; kernels [pass, section]: how many are started.
+    """
+
+    seconds: np.ndarray
+    kernels: np.ndarray
+
+
+def peak_flops(chip: Chip, dtype: str) -> float:
+    """Return the matmul peak of one device. Raises UserError where `chips.toml` has none."""
+    peak = chip.peak_flops(dtype)
+    if peak is None:
+        raise UserError(f"{chip.name} has no figure for products of {dtype}; give one in chips.toml")
+    return peak
+
+
+def busy(
+    profile: Profile,
+    placement: Placement,
+    remat: str,
+    chip: Chip,
+    dtype: str,
+    calibration: Calibration,
+) -> Busy:
+    """Return the seconds of one microbatch by pass, kind and section."""
+    if chip.hbm_bytes_per_second is None:
+        raise UserError(f"{chip.name} has no memory rate; give hbm_bytes_per_second in chips.toml")
+    seconds = np.zeros((3, 3, 3))
+    kernels = np.zeros((3, 3))
+    _products(profile, placement, remat, chip, dtype, calibration, seconds, kernels)
+    _kernels(profile, placement, remat, chip.hbm_bytes_per_second, calibration, seconds, kernels)
+    return Busy(seconds=seconds, kernels=kernels)
+
+
+def _by_section(section: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return np.bincount(section, weights=weights, minlength=3)
+
+
+def product_seconds(
+    profile: Profile, placement: Placement, chip: Chip, dtype: str, calibration: Calibration
+) -> np.ndarray:
+    """Return the seconds of one run of each product [M].
+
+    An efficiency of e / prod(1 + h / size) over its rows, columns and contraction: each role is cut into
+    tiles and has a ramp. The gradients of a product swap its roles, so they are as efficient.
+    """
+    products = profile.products
+    sizes = np.maximum(products.role_sizes * placement.role_fraction, 1.0)
+    flops = products.flops * np.prod(placement.role_fraction, axis=1)
+    ramp = np.prod(1.0 + calibration.matmul_half_size / sizes[:, 1:], axis=1)
+    peak = peak_flops(chip, dtype) * calibration.matmul_efficiency
+    moved = (profile.values.bytes * placement.value_fraction)[products.values].sum(axis=1)
+    rate = (chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency
+    computed = np.maximum(flops * ramp / peak, moved / rate)
+    if not calibration.fused_attention:
+        return computed
+    core = profile.steps.core[products.equation]
+    # Only the contraction over heads is short in a fused kernel: it runs along the sequence.
+    fused = flops * calibration.attention_share
+    fused = fused / (peak_flops(chip, dtype) * calibration.attention_efficiency)
+    return np.where(core, fused, computed)
+
+
+def _products(
+    profile: Profile,
+    placement: Placement,
+    remat: str,
+    chip: Chip,
+    dtype: str,
+    calibration: Calibration,
+    seconds: np.ndarray,
+    kernels: np.ndarray,
+) -> None:
+    products, steps = profile.products, profile.steps
+    equation = products.equation
+    section, runs, core = steps.section[equation], steps.runs[equation], steps.core[equation]
+    once = product_seconds(profile, placement, chip, dtype, calibration) * runs
+    backward = products.gradients.copy()
+    if calibration.fused_attention:
+        backward[core] *= calibration.attention_gradient / 2.0
+    again = steps.rematted[equation] & (products.gradients > 0)
+    if remat != "none":
+        saved = (remat == "dots") & (products.role_sizes[:, 0] <= 1)
+        again = again | ((section == LAYERS) & (products.gradients > 0) & ~saved)
+    for kind, chosen in ((0, ~core), (1, core)):
+        for n, times in enumerate((1.0, backward, again)):
+            seconds[n, kind] += _by_section(section, once * times * chosen)
+    launched = np.where(core & calibration.fused_attention, 0.5, 1.0) * runs
+    for n, times in enumerate((1.0, products.gradients, again)):
+        kernels[n] += _by_section(section, launched * times)
+
+
+def _kernels(
+    profile: Profile,
+    placement: Placement,
+    remat: str,
+    bytes_per_second: float,
+    calibration: Calibration,
+    seconds: np.ndarray,
+    kernels: np.ndarray,
+) -> None:
+    groups = profile.groups
+    if not len(groups.section):
+        return
+    size = profile.values.bytes * placement.value_fraction
+    moved = size[groups.edge_value] / (bytes_per_second * calibration.memory_efficiency)
+    # What fused attention does not write to memory costs nothing beyond its kernel.
+    here = ~groups.core if calibration.fused_attention else np.ones(len(groups.core), bool)
+    runs = groups.runs * here
+    count = len(groups.section)
+    forward = np.bincount(groups.edge_group, weights=moved * groups.edge_forward, minlength=count) * runs
+    backward = np.bincount(groups.edge_group, weights=moved * groups.edge_backward, minlength=count) * runs
+    again = groups.rematted.copy()
+    if remat != "none":
+        again |= groups.section == LAYERS
+    for n, amount in enumerate((forward, backward, forward * again)):
+        seconds[n, 2] += _by_section(groups.section, amount)
+    for n, times in enumerate((1.0, backward > 0, again)):
+        kernels[n] += _by_section(groups.section, runs * times)

@@ -1,0 +1,236 @@
+"""Seconds and bytes of a candidate, itemised."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..program.record import Program
+from ..topology import Topology
+from .calibration import Calibration, calibration_for
+from .candidate import Candidate
+from .collectives import Link, links
+from .compute import KINDS, Busy, busy, peak_flops
+from .exchange import Exchange, exchange, stored
+from .memory import peak_memory
+from .overlap import exposed
+from .pipeline import Stages, bubble_seconds, layers_per_stage
+from .placement import BACKWARD, FORWARD, Placement, place
+from .profile import AFTER, BEFORE, LAYERS, Profile, profile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a candidate is predicted to cost.
+
+    mfu is the share of the chip's peak that the program's own flops, forward and backward without
+    recomputation, come to. The items of `time` (seconds) and `memory` (bytes) add up to `step_seconds` and
+    `peak_bytes`.
+    """
+
+    step_seconds: float
+    mfu: float
+    peak_bytes: float
+    time: Mapping[str, float]
+    memory: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the estimate as plain values."""
+        return {
+            "step_seconds": self.step_seconds,
+            "mfu": self.mfu,
+            "peak_bytes": self.peak_bytes,
+            "time": dict(self.time),
+            "memory": dict(self.memory),
+        }
+
+
+class Pricer:
+    """Prices candidates of one program on one topology.
+
+    Args:
+      program: the traced loss; its gradient is derived, not traced.
+      topology: what it runs on.
+      optimizer_slots: bytes of optimizer state for each parameter element, or the sizes of its arrays' items.
+      calibration: efficiencies; the shipped ones of the chip if not given.
+      gradient_bytes: of one accumulated gradient; as the parameter's if not given.
+      dtype: of matrix products, for their peak; ``bfloat16`` if not given.
+    """
+
+    def __init__(
+        self,
+        program: Program | Profile,
+        topology: Topology,
+        *,
+        optimizer_slots: float | Sequence[float] = 8.0,
+        calibration: Calibration | None = None,
+        gradient_bytes: float | None = None,
+        dtype: str = "bfloat16",
+    ) -> None:
+        self.profile = program if isinstance(program, Profile) else profile(program)
+        self.topology = topology
+        self.slot_bytes = (
+            float(sum(optimizer_slots)) if isinstance(optimizer_slots, Sequence) else float(optimizer_slots)
+        )
+        self.calibration = calibration_for(topology.chip.name) if calibration is None else calibration
+        self.gradient_bytes = gradient_bytes
+        self.dtype = dtype
+        products = self.profile.products
+        runs = self.profile.steps.runs[products.equation]
+        self.flops = float((products.flops * runs * (1.0 + products.gradients)).sum())
+
+    def price(self, candidate: Candidate) -> Estimate:
+        """Return the estimate of `candidate`."""
+        return self.price_placed(candidate, place(self.profile, candidate), self.calibration)
+
+    def price_placed(self, candidate: Candidate, placement: Placement, calibration: Calibration) -> Estimate:
+        """Return the estimate of a candidate that `place` has laid, under any calibration."""
+        table, chip = self.profile, self.topology.chip
+        wires = links(candidate.mesh, self.topology, calibration)
+        work = busy(table, placement, candidate.remat, chip, self.dtype, calibration)
+        lying = stored(table, candidate)
+        moved = exchange(table, placement, candidate, lying, wires, self.gradient_bytes)
+        memory = peak_memory(
+            table, placement, candidate, lying, self.slot_bytes, self.gradient_bytes, calibration
+        )
+        time = _step(table, placement, candidate, calibration, wires, work, moved)
+        rate = (chip.hbm_bytes_per_second or 1.0) * calibration.optimizer_efficiency
+        time["optimizer"] = _optimizer_bytes(memory, table, self.slot_bytes, self.gradient_bytes) / rate
+        time["host"] = time.get("host", 0.0) + calibration.step_seconds
+        total = sum(time.values())
+        devices = candidate.num_devices
+        time["stragglers"] = total * calibration.imbalance_per_doubling * float(np.log2(max(devices, 1)))
+        total = sum(time.values())
+        mfu = self.flops / (total * devices * peak_flops(chip, self.dtype))
+        return Estimate(
+            step_seconds=total,
+            mfu=mfu,
+            peak_bytes=sum(memory.values()),
+            time={name: seconds for name, seconds in time.items() if seconds},
+            memory=memory,
+        )
+
+
+def _optimizer_bytes(
+    memory: Mapping[str, float], table: Profile, slot_bytes: float, gradient_bytes: float | None
+) -> float:
+    """Return what one optimizer step reads and writes: moments both ways, gradients, parameters twice."""
+    item = float((table.parameters.item_bytes * table.parameters.elements).sum())
+    item /= max(float(table.parameters.elements.sum()), 1.0)
+    gradient = item if gradient_bytes is None else gradient_bytes
+    if not slot_bytes:
+        return 2.0 * memory["params"] + memory["gradients"]
+    return memory["optimizer"] / slot_bytes * (2.0 * slot_bytes + gradient + 2.0 * item)
+
+
+def _step(
+    table: Profile,
+    placement: Placement,
+    candidate: Candidate,
+    calibration: Calibration,
+    wires: Mapping[str, Link],
+    work: Busy,
+    moved: Exchange,
+) -> dict[str, float]:
+    """Return the step's items: each by microbatch and section, then over stages and microbatches."""
+    stages = candidate.mesh.get("stage", 1)
+    share = layers_per_stage(table.layers, stages) / table.layers
+    items = _microbatch(candidate, calibration, wires, work, moved, placement)
+    per_section = np.zeros(3)
+    for row in items.values():
+        per_section += row
+    first = np.array([1.0, share, 1.0 if stages == 1 else 0.0])
+    last = np.array([1.0 if stages == 1 else 0.0, share, 1.0])
+    busiest = first if per_section @ first >= per_section @ last else last
+    send = _send(table, placement, wires, candidate, calibration, float(per_section @ busiest))
+    time: dict[str, float] = defaultdict(float)
+    for name, row in items.items():
+        time[name] += float(row @ busiest) * candidate.microbatches
+    slowest = float(per_section @ busiest)
+    together = float(per_section[BEFORE] + per_section[AFTER] + per_section[LAYERS])
+    if stages > 1:
+        time["send/stage"] = send * candidate.microbatches * candidate.interleave
+        count = Stages(count=stages, slowest=slowest + send, together=max(together, slowest) + stages * send)
+        time["bubble"] = bubble_seconds(count, candidate.interleave)
+    time["host"] += calibration.microbatch_seconds * candidate.microbatches
+    _reductions(time, moved, work, busiest, calibration)
+    return time
+
+
+def _microbatch(
+    candidate: Candidate,
+    calibration: Calibration,
+    wires: Mapping[str, Link],
+    work: Busy,
+    moved: Exchange,
+    placement: Placement,
+) -> dict[str, np.ndarray]:
+    """Return item → seconds of one microbatch by section, were a device to hold all layers."""
+    items: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
+    for kind, row in zip(KINDS, work.seconds.sum(axis=0), strict=True):
+        items[f"compute/{kind}"] += row
+    computing = work.seconds.sum(axis=(0, 1))
+    recomputed = np.array([0.0, float(candidate.remat == "full"), 0.0])
+    talking = np.zeros(3)
+    for traffic in placement.traffic:
+        times = 1.0 + recomputed if traffic.phase == FORWARD else np.ones(3)
+        size = np.bincount(traffic.section, weights=traffic.bytes * traffic.runs, minlength=3)
+        count = np.bincount(traffic.section, weights=traffic.runs, minlength=3)
+        link = wires[traffic.axis]
+        visible = 1.0 - calibration.overlap_activations
+        row = np.array(
+            [link.collective(traffic.kind, size[s], count[s]) if count[s] else 0.0 for s in range(3)]
+        )
+        items[f"{traffic.kind}/{traffic.axis}"] += row * times * visible
+        talking += row * times * visible
+    fetching = {key: 2.0 * np.array(row) for key, row in moved.gathers.items()}
+    for key, row in moved.scatters.items():
+        fetching[key] = fetching.get(key, 0.0) + np.array(row)
+    total = sum((row.sum() for row in fetching.values()), 0.0)
+    if total:
+        seen = exposed(total, float(computing.sum()), calibration.overlap_parameters) / total
+        for (kind, axis), row in fetching.items():
+            items[f"{kind}/{axis}"] += row * seen
+    issued = work.kernels.sum(axis=0) * calibration.kernel_seconds
+    items["host"] += np.maximum(issued - computing - talking, 0.0)
+    return items
+
+
+def _send(
+    table: Profile,
+    placement: Placement,
+    wires: Mapping[str, Link],
+    candidate: Candidate,
+    calibration: Calibration,
+    window: float,
+) -> float:
+    """Return the visible seconds of passing one microbatch's stream on and its gradient back."""
+    if candidate.mesh.get("stage", 1) == 1:
+        return 0.0
+    size = float(
+        (table.values.bytes * placement.value_fraction)[list(table.carries)].sum() if table.carries else 0.0
+    )
+    seconds = wires["stage"].point_to_point(2.0 * size, 2.0)
+    return exposed(seconds, window, calibration.overlap_stages)
+
+
+def _reductions(
+    time: dict[str, float],
+    moved: Exchange,
+    work: Busy,
+    busiest: np.ndarray,
+    calibration: Calibration,
+) -> None:
+    """Add what is reduced once a step; it runs beside the last microbatch's backward pass."""
+    rows = {key: float(np.array(row) @ busiest) for key, row in moved.step.items()}
+    total = sum(rows.values())
+    if not total:
+        return
+    window = float(work.seconds[BACKWARD:].sum(axis=(0, 1)) @ busiest)
+    seen = exposed(total, window, calibration.overlap_gradients) / total
+    for (kind, axis), seconds in rows.items():
+        time[f"{kind}/{axis}"] += seconds * seen

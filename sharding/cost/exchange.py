@@ -1,0 +1,152 @@
+"""How parameters and gradients travel: gathers at use, reductions, the optimizer's shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+from ..axes import AXES_BY_WEIGHT
+from .candidate import Candidate, Storage
+from .collectives import Link
+from .placement import Placement
+from .profile import Profile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Over how many devices each parameter [P] lies, by what is stored; `stage` does not count."""
+
+    parameters: list[frozenset[str]]
+    gradients: list[frozenset[str]]
+    optimizer: list[frozenset[str]]
+    computed: list[frozenset[str]]
+
+
+def stored(profile: Profile, candidate: Candidate) -> Stored:
+    """Return the mesh axes that parameters, gradients and moments lie over."""
+    computed, parameters, gradients, optimizer = [], [], [], []
+    mesh = candidate.mesh
+    dims_of = candidate.dims
+    for n, argument in enumerate(profile.parameters.argument.tolist()):
+        here = frozenset(
+            axis
+            for dim in profile.parameter_dims[n]
+            for axis in dims_of.get(dim, ())
+            if axis != "stage" and mesh.get(axis, 1) > 1
+        )
+        kept = _axes(candidate.stored.get(argument), here, mesh)
+        computed.append(here)
+        parameters.append(kept)
+        gradients.append(_axes(candidate.gradients.get(argument), kept, mesh))
+        optimizer.append(_axes(candidate.optimizer.get(argument), kept, mesh))
+    return Stored(parameters=parameters, gradients=gradients, optimizer=optimizer, computed=computed)
+
+
+def _axes(spec: Storage | None, default: frozenset[str], mesh: Mapping[str, int]) -> frozenset[str]:
+    if spec is None:
+        return default
+    return frozenset(axis for entry in spec for axis in entry if axis != "stage" and mesh.get(axis, 1) > 1)
+
+
+def parts(axes: frozenset[str], mesh: Mapping[str, int]) -> int:
+    """Return over how many devices something lies."""
+    return math.prod(mesh[axis] for axis in axes)
+
+
+# Parameters that travel alike: section, axes to gather over, axes to reduce over, of gradients, of moments.
+_Alike = tuple[int, tuple[str, ...], tuple[str, ...], frozenset[str], frozenset[str]]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Exchange:
+    """Seconds by (collective, axis), per section: each microbatch's gathers and reductions, and each step's."""
+
+    gathers: dict[tuple[str, str], list[float]]
+    scatters: dict[tuple[str, str], list[float]]
+    step: dict[tuple[str, str], list[float]]
+
+
+def exchange(
+    profile: Profile,
+    placement: Placement,
+    candidate: Candidate,
+    lying: Stored,
+    links: Mapping[str, Link],
+    gradient_bytes: float | None,
+) -> Exchange:
+    """Return how long parameters and gradients travel, were one device's stage to hold all layers.
+
+    A parameter stored over more axes than it is computed with is gathered for the forward and again for the
+    backward pass. A gradient that is a partial sum over an axis is scattered over it each microbatch where
+    gradients are stored so, and reduced once a step where they are not; an optimizer that shares the work
+    out (ZeRO-1) scatters instead and gathers the new parameters.
+    """
+    found = Exchange(gathers=_table(), scatters=_table(), step=_table())
+    table = profile.parameters
+    elements = (table.elements * placement.parameter_fraction).tolist()
+    item_bytes, sections, runs = table.item_bytes.tolist(), table.section.tolist(), table.runs.tolist()
+    plans: dict[_Alike, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    partial = {axis: mask.tolist() for axis, mask in placement.parameter_partial.items()}
+    for n, count in enumerate(elements):
+        gather = tuple(sorted(lying.parameters[n] - lying.computed[n], key=AXES_BY_WEIGHT.index))
+        reduce = tuple(sorted((axis for axis, mask in partial.items() if mask[n]), key=AXES_BY_WEIGHT.index))
+        key = (sections[n], gather, reduce, lying.gradients[n], lying.optimizer[n])
+        row = plans[key]
+        row[0] += count * item_bytes[n]
+        row[1] += count * (item_bytes[n] if gradient_bytes is None else gradient_bytes)
+        # Parameters of a layer are gathered and reduced together.
+        row[2] = max(row[2], runs[n])
+    for (section, gather, reduce, grads, moments), (size, gradient, times) in plans.items():
+        _gather(found.gathers, links, candidate.mesh, section, gather, size, times)
+        _reduce(found, links, candidate.mesh, section, reduce, grads, moments, size, gradient, times)
+    return found
+
+
+def _table() -> dict[tuple[str, str], list[float]]:
+    return defaultdict(lambda: [0.0, 0.0, 0.0])
+
+
+def _gather(
+    into: dict[tuple[str, str], list[float]],
+    links: Mapping[str, Link],
+    mesh: Mapping[str, int],
+    section: int,
+    axes: tuple[str, ...],
+    size: float,
+    times: float,
+) -> None:
+    left = math.prod(mesh[axis] for axis in axes)
+    for axis in axes:
+        left //= mesh[axis]
+        into["all_gather", axis][section] += links[axis].collective("all_gather", size / left, times)
+
+
+def _reduce(
+    found: Exchange,
+    links: Mapping[str, Link],
+    mesh: Mapping[str, int],
+    section: int,
+    axes: tuple[str, ...],
+    grads: frozenset[str],
+    moments: frozenset[str],
+    size: float,
+    gradient: float,
+    times: float,
+) -> None:
+    share = 1.0
+    for axis in reversed([axis for axis in axes if axis in grads]):
+        seconds = links[axis].collective("reduce_scatter", gradient * share, times)
+        found.scatters["reduce_scatter", axis][section] += seconds
+        share /= mesh[axis]
+    for axis in reversed([axis for axis in axes if axis not in grads]):
+        link = links[axis]
+        if axis in moments:
+            scatter = link.collective("reduce_scatter", gradient * share)
+            gather = link.collective("all_gather", size * share)
+            found.step["reduce_scatter", axis][section] += scatter
+            found.step["all_gather", axis][section] += gather
+            share /= mesh[axis]
+        else:
+            found.step["all_reduce", axis][section] += link.collective("all_reduce", gradient * share)

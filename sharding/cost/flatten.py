@@ -1,0 +1,274 @@
+"""A program without its scopes: calls and loops opened up, arrays numbered, views of parameters known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from jax.extend import core
+
+from ..program.control import while_parts
+from ..program.flops import work
+from ..program.generations import scan_parts
+from ..program.record import Dims, Equation, Program, Scope
+
+# Where an equation stands towards the scan over layers, for pipeline stages.
+BEFORE, LAYERS, AFTER = 0, 1, 2
+
+_ALIASES = frozenset(
+    [
+        "convert_element_type",
+        "reshape",
+        "transpose",
+        "squeeze",
+        "expand_dims",
+        "broadcast_in_dim",
+        "copy",
+        "slice",
+        "rev",
+        "pjit",
+    ]
+)
+
+
+@dataclasses.dataclass(slots=True)
+class Value:
+    """An array of the program: bytes for one run, dims, and what it comes from.
+
+    `parameter` is the index of the argument that it is a view of (a cast, a layer's slice), or -1.
+    """
+
+    bytes: float
+    item_bytes: int
+    elements: float
+    dims: tuple[int, ...]
+    grad: bool
+    parameter: int = -1
+    trips: int = 1
+    section: int = BEFORE
+    producer: int = -1
+    core: bool = False
+
+
+@dataclasses.dataclass(slots=True)
+class Leaf:
+    """An equation that runs no scope, with the values it reads and writes."""
+
+    equation: Equation
+    ins: list[int]
+    outs: list[int]
+    section: int
+    runs: int
+    rematted: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Flat:
+    """A program without scopes. `carries` are the values that the scan over layers hands on."""
+
+    values: list[Value]
+    leaves: list[Leaf]
+    carries: tuple[int, ...]
+    layers: int
+    layer_dim: int
+
+
+class _Reader:
+    """Flattens the scopes of a program into leaves over numbered values."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.values: list[Value] = []
+        self.leaves: list[Leaf] = []
+        self.carries: list[int] = []
+        self.layers = 1
+        self.layer_dim = -1
+        self._main = _main_scan(program)
+        self._section = BEFORE
+
+    def read(self) -> None:
+        env: dict[Any, int] = {}
+        for argument, var in zip(self.program.arguments, self.program.jaxpr.jaxpr.invars, strict=True):
+            grad = argument.is_parameter and np.issubdtype(np.dtype(_kind(argument.dtype)), np.floating)
+            env[var] = self.value(var, argument.dims, grad)
+            if argument.is_parameter:
+                self.values[env[var]].parameter = argument.index
+        self.scope(self.program.scope, env, 1, False)
+
+    def value(self, var: Any, dims: Dims, grad: bool, runs: int = 1) -> int:
+        shape = getattr(var.aval, "shape", ())
+        elements = float(math.prod(shape))
+        size = _item_bytes(getattr(var.aval, "dtype", None))
+        flat = tuple(dict.fromkeys(d for composition in dims for d in composition))
+        self.values.append(
+            Value(
+                bytes=elements * size,
+                item_bytes=size,
+                elements=elements,
+                dims=flat,
+                grad=grad,
+                trips=runs,
+                section=self._section,
+                core=len(flat) != sum(len(composition) for composition in dims),
+            )
+        )
+        return len(self.values) - 1
+
+    def scope(self, scope: Scope, env: dict[Any, int], runs: int, rematted: bool) -> list[int]:
+        for var in scope.jaxpr.constvars:
+            env[var] = self.value(var, scope.dims_of(var), False, runs)
+        for equation in scope.equations:
+            ins = [self._atom(atom, env, runs) for atom in equation.eqn.invars]
+            outs = self._equation(equation, ins, runs, rematted)
+            env.update(zip(equation.eqn.outvars, outs, strict=True))
+        return [self._atom(atom, env, runs) for atom in scope.jaxpr.outvars]
+
+    def _atom(self, atom: Any, env: dict[Any, int], runs: int) -> int:
+        if isinstance(atom, core.Literal):
+            return self.value(atom, (), False, runs)
+        return env[atom]
+
+    def _equation(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
+        name = equation.primitive
+        if not equation.scopes:
+            return self._leaf(equation, ins, runs, rematted)
+        if name == "scan":
+            return self._scan(equation, ins, runs, rematted)
+        if name == "while":
+            return self._while(equation, ins, runs, rematted)
+        if name == "cond":
+            arms = [
+                self.scope(
+                    scope,
+                    dict(zip(scope.jaxpr.invars, ins[1:], strict=True)),
+                    runs if n == 0 else 0,
+                    rematted,
+                )
+                for n, scope in enumerate(_heaviest_first(equation))
+            ]
+            return arms[0]
+        inner = equation.scopes[0]
+        checkpointed = rematted or name in ("remat2", "checkpoint", "remat")
+        return self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, checkpointed)
+
+    def _scan(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
+        scan, inner = scan_parts(equation.eqn), equation.scopes[0]
+        length = int(equation.eqn.params["length"])
+        outer_section = self._section
+        is_main = equation.index == self._main
+        if is_main:
+            self._section, self.layers = LAYERS, length
+            self.layer_dim = (
+                equation.factors[0].dims[0] if equation.factors and equation.factors[0].dims else -1
+            )
+        first_xs = scan.num_consts + scan.num_carry
+        env: dict[Any, int] = {}
+        for n, var in enumerate(inner.jaxpr.invars):
+            if n < scan.num_consts:
+                env[var] = ins[n]
+                continue
+            old = self.values[ins[n]]
+            env[var] = self.value(var, inner.dims_of(var), old.grad, runs * length)
+            if n >= first_xs:
+                self.values[env[var]].parameter = old.parameter
+            else:
+                # A carry that starts as a constant may still depend on parameters after a turn.
+                self.values[env[var]].grad |= _floats(var) and any(self.values[i].grad for i in ins)
+                if is_main:
+                    self.carries.append(env[var])
+        outs = self.scope(inner, env, runs * length, rematted)
+        results = []
+        for n, var in enumerate(equation.eqn.outvars):
+            result = self.value(var, equation.outs[n], self.values[outs[n]].grad, runs)
+            results.append(result)
+        if is_main:
+            self._section = AFTER
+        else:
+            self._section = outer_section
+        return results
+
+    def _while(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
+        parts, body = while_parts(equation.eqn), equation.scopes[1]
+        given = ins[parts.num_cond_consts :]
+        times = runs * (equation.trips or 1)
+        env = {
+            var: self.value(var, body.dims_of(var), self.values[i].grad, times)
+            for var, i in zip(body.jaxpr.invars, given, strict=True)
+        }
+        return self.scope(body, env, times, rematted)
+
+    def _leaf(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
+        grad = equation.primitive != "stop_gradient" and any(self.values[i].grad for i in ins)
+        outs = [
+            self.value(var, equation.outs[n], grad and _floats(var), runs)
+            for n, var in enumerate(equation.eqn.outvars)
+        ]
+        if equation.primitive in _ALIASES or len(ins) == 1:
+            sources = {self.values[i].parameter for i in ins if self.values[i].elements > 1}
+            if len(sources) == 1:
+                for out in outs:
+                    self.values[out].parameter = next(iter(sources))
+        elif all(self.values[i].parameter >= 0 or self.values[i].elements <= 1 for i in ins):
+            largest = max(ins, key=lambda i: self.values[i].elements, default=-1)
+            for out in outs:
+                self.values[out].parameter = self.values[largest].parameter if largest >= 0 else -1
+        for out in outs:
+            self.values[out].producer = len(self.leaves)
+        self.leaves.append(
+            Leaf(equation=equation, ins=ins, outs=outs, section=self._section, runs=runs, rematted=rematted)
+        )
+        return outs
+
+
+def _heaviest_first(equation: Equation) -> list[Scope]:
+    return sorted(equation.scopes, key=lambda scope: -len(list(scope.equations)))
+
+
+def _main_scan(program: Program) -> int:
+    """Return the index of the scan over stacked parameters that does most work, or -1."""
+    stacked = {dim.id for dim in program.dims if dim.stacked}
+    best, most = -1, 0.0
+    for equation in program.equations():
+        if equation.primitive != "scan" or not equation.factors:
+            continue
+        if stacked.isdisjoint(equation.factors[0].dims):
+            continue
+        amount = sum(work(e).flops * e.multiplicity for scope in equation.scopes for e in _all(scope))
+        if amount > most:
+            best, most = equation.index, amount
+    return best
+
+
+def _all(scope: Scope) -> list[Equation]:
+    return [
+        e for equation in scope.equations for e in (equation, *(i for s in equation.scopes for i in _all(s)))
+    ]
+
+
+def _floats(var: Any) -> bool:
+    return np.issubdtype(np.dtype(_kind(getattr(var.aval, "dtype", np.int32))), np.floating)
+
+
+def _kind(dtype: Any) -> str:
+    """Return a NumPy kind that stands for `dtype`: NumPy has no bfloat16 and no float8."""
+    name = str(dtype)
+    return "float32" if "float" in name else "int32"
+
+
+def _item_bytes(dtype: Any) -> int:
+    return int(getattr(dtype, "itemsize", 4))
+
+
+def flatten(program: Program) -> Flat:
+    """Return the leaves of `program` over numbered values."""
+    reader = _Reader(program)
+    reader.read()
+    return Flat(
+        values=reader.values,
+        leaves=reader.leaves,
+        carries=tuple(reader.carries),
+        layers=reader.layers,
+        layer_dim=reader.layer_dim,
+    )

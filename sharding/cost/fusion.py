@@ -1,0 +1,164 @@
+"""Which memory-bound equations run as one kernel, and what such a kernel reads and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+
+import numpy as np
+
+from ..program.flops import matmul_roles
+from .flatten import Flat, Leaf
+
+_NEVER_FUSED = frozenset({"index", "window", "group", "whole"})
+# Their gradients need none of their operands.
+_LINEAR = frozenset(
+    [
+        "convert_element_type",
+        "reshape",
+        "transpose",
+        "squeeze",
+        "expand_dims",
+        "broadcast_in_dim",
+        "copy",
+        "slice",
+        "rev",
+        "add",
+        "sub",
+        "neg",
+        "reduce_sum",
+        "concatenate",
+        "pad",
+        "stop_gradient",
+        "add_any",
+        "iota",
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Groups:
+    """Kernels of memory-bound work, G: section, runs, recomputed anyway, touching attention scores.
+
+    Edges say which value crosses the border of a group, with the times it is moved forward and backward.
+    """
+
+    section: np.ndarray
+    runs: np.ndarray
+    rematted: np.ndarray
+    core: np.ndarray
+    edge_group: np.ndarray
+    edge_value: np.ndarray
+    edge_forward: np.ndarray
+    edge_backward: np.ndarray
+
+
+def is_linear(flat: Flat, leaf: Leaf) -> bool:
+    """Whether the gradient of `leaf` needs none of the operands that gradients flow into."""
+    name = leaf.equation.primitive
+    if name in _LINEAR:
+        return True
+    grads = [flat.values[i].grad for i in leaf.ins]
+    if name == "mul":
+        return sum(grads) <= 1
+    if name == "div":
+        return len(grads) == 2 and not grads[1]
+    return name == "select_n" or not any(grads)
+
+
+def is_fusible(leaf: Leaf) -> bool:
+    """Whether a compiler runs `leaf` in one kernel with its neighbours: elementwise work, reductions."""
+    if matmul_roles(leaf.equation) is not None:
+        return False
+    return _NEVER_FUSED.isdisjoint(factor.kind for factor in leaf.equation.factors)
+
+
+def _reduces(leaf: Leaf) -> bool:
+    return any(factor.kind in ("contract", "reduce") for factor in leaf.equation.factors)
+
+
+def _roots(flat: Flat) -> list[int]:
+    """Return for each leaf the leaf that stands for its kernel; products stand for themselves."""
+    parent = list(range(len(flat.leaves)))
+
+    def find(n: int) -> int:
+        while parent[n] != n:
+            parent[n] = parent[parent[n]]
+            n = parent[n]
+        return n
+
+    for number, leaf in enumerate(flat.leaves):
+        if not is_fusible(leaf):
+            continue
+        for index in leaf.ins:
+            producer = flat.values[index].producer
+            if producer < 0:
+                continue
+            other = flat.leaves[producer]
+            # What a reduction gives is known only when its kernel ends, unless a row fits on the chip: then
+            # the numbers that it read are still there, which is how norms and softmax are run.
+            if is_fusible(other) and other.runs == leaf.runs and other.section == leaf.section:
+                parent[find(number)] = find(producer)
+    return [find(n) for n in range(len(flat.leaves))]
+
+
+def fuse(flat: Flat) -> Groups:
+    """Return the kernels of `flat` that are no matrix products."""
+    roots = _roots(flat)
+    consumers: dict[int, set[int]] = defaultdict(set)
+    for number, leaf in enumerate(flat.leaves):
+        for index in leaf.ins:
+            consumers[index].add(roots[number])
+    members: dict[int, list[int]] = defaultdict(list)
+    for number, leaf in enumerate(flat.leaves):
+        if matmul_roles(leaf.equation) is None and leaf.runs:
+            members[roots[number]].append(number)
+    section, runs, rematted, core, edges = [], [], [], [], []
+    for root, group in members.items():
+        found = _edges(flat, root, group, consumers)
+        if not found:
+            continue
+        first = flat.leaves[group[0]]
+        edges += [(len(section), *edge) for edge in found]
+        section.append(first.section)
+        runs.append(first.runs)
+        rematted.append(first.rematted)
+        touched = [i for n in group for i in (*flat.leaves[n].ins, *flat.leaves[n].outs)]
+        core.append(any(flat.values[i].core for i in touched))
+    table = np.array(edges, float).reshape(-1, 4)
+    return Groups(
+        section=np.array(section, int),
+        runs=np.array(runs, float),
+        rematted=np.array(rematted, bool),
+        core=np.array(core, bool),
+        edge_group=table[:, 0].astype(int),
+        edge_value=table[:, 1].astype(int),
+        edge_forward=table[:, 2],
+        edge_backward=table[:, 3],
+    )
+
+
+def _edges(
+    flat: Flat, root: int, group: list[int], consumers: dict[int, set[int]]
+) -> list[tuple[int, float, float]]:
+    """Return (value, times moved forward, times moved backward) of one kernel."""
+    made = {i for n in group for i in flat.leaves[n].outs}
+    linear = all(is_linear(flat, flat.leaves[n]) for n in group)
+    looks_up = any(factor.kind == "index" for n in group for factor in flat.leaves[n].equation.factors)
+    edges: dict[int, tuple[float, float]] = {}
+    for number in group:
+        leaf = flat.leaves[number]
+        for place, index in enumerate(leaf.ins):
+            value = flat.values[index]
+            if index in made or value.elements <= 1 or (looks_up and place == 0):
+                continue
+            edges[index] = (
+                1.0,
+                float(value.grad) + float(not linear and any(flat.values[i].grad for i in made)),
+            )
+        for index in leaf.outs:
+            value = flat.values[index]
+            outside = consumers[index] - {root}
+            if value.elements > 1 and (outside or not consumers[index]):
+                edges[index] = (1.0, float(value.grad))
+    return [(index, *times) for index, times in edges.items()]

@@ -1,0 +1,101 @@
+"""Bytes of one device at the fullest moment of a step, itemised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from .calibration import Calibration
+from .candidate import Candidate
+from .exchange import Stored, parts
+from .pipeline import in_flight, layers_per_stage
+from .placement import Placement
+from .profile import AFTER, BEFORE, LAYERS, Profile
+
+
+def peak_memory(
+    profile: Profile,
+    placement: Placement,
+    candidate: Candidate,
+    lying: Stored,
+    slot_bytes: float,
+    gradient_bytes: float | None,
+    calibration: Calibration,
+) -> dict[str, float]:
+    """Return item → bytes on the fullest pipeline stage."""
+    stages = candidate.mesh.get("stage", 1)
+    share = layers_per_stage(profile.layers, stages) / profile.layers
+    kept = _state(profile, placement, candidate, lying, slot_bytes, gradient_bytes)
+    saved, scratch = _activations(profile, placement, candidate.remat, calibration)
+    gathered = _gathered(profile, placement, candidate.mesh, lying)
+    best: dict[str, float] = {}
+    for stage in dict.fromkeys((0, stages - 1)):
+        weights = np.array([stage == 0, share, stage == stages - 1], float)
+        items = {name: float(row @ weights) for name, row in kept.items()}
+        held = in_flight(stage, stages, candidate.microbatches, candidate.schedule, candidate.interleave)
+        outside = saved[AFTER] * weights[AFTER] + saved[BEFORE] * weights[BEFORE]
+        items["saved_activations"] = held * share * saved[LAYERS] + outside
+        items["temporaries"] = float(max(scratch[LAYERS], scratch[AFTER] * weights[AFTER]))
+        items["communication"] = float((gathered * (weights > 0)).max())
+        counted = sum(items.values())
+        items["framework"] = calibration.reserved_bytes + calibration.memory_overhead * counted
+        if sum(items.values()) > sum(best.values()):
+            best = items
+    return best
+
+
+def _state(
+    profile: Profile,
+    placement: Placement,
+    candidate: Candidate,
+    lying: Stored,
+    slot_bytes: float,
+    gradient_bytes: float | None,
+) -> Mapping[str, np.ndarray]:
+    """Return parameters', gradients' and moments' bytes by section."""
+    table, mesh = profile.parameters, candidate.mesh
+    gradient = table.item_bytes if gradient_bytes is None else gradient_bytes
+    rows = {
+        "params": (lying.parameters, table.item_bytes),
+        "gradients": (lying.gradients, gradient),
+        "optimizer": (lying.optimizer, slot_bytes),
+    }
+    found = {}
+    for name, (axes, size) in rows.items():
+        divided = np.array([parts(a, mesh) for a in axes], float)
+        found[name] = np.bincount(table.section, weights=table.elements * size / divided, minlength=3)
+    return found
+
+
+def _activations(
+    profile: Profile, placement: Placement, remat: str, calibration: Calibration
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a microbatch saves by section, for all layers, and one layer's working set."""
+    values, masks = profile.values, profile.saved.by_policy
+    everything = "none/fused" if calibration.fused_residuals else "none"
+    size = values.bytes * placement.value_fraction
+    if calibration.fused_attention:
+        size = size * ~profile.saved.on_chip
+    mask = masks[everything if remat == "none" else remat].astype(float)
+    outside = values.section != LAYERS
+    mask = np.where(outside, masks[everything], mask)
+    runs = values.runs
+    saved = np.bincount(values.section, weights=size * mask * runs, minlength=3)
+    # A layer worked through again holds what it would have saved, and the gradients that meet it.
+    live = np.bincount(values.section, weights=size * masks[everything], minlength=3)
+    largest = np.array([size[values.section == s].max(initial=0.0) for s in range(3)])
+    scratch = largest * 2.0
+    if remat != "none":
+        scratch[LAYERS] += live[LAYERS]
+    return saved, scratch
+
+
+def _gathered(profile: Profile, placement: Placement, mesh: Mapping[str, int], lying: Stored) -> np.ndarray:
+    """Return the bytes of two layers' gathered parameters (one in use, one on its way) by section."""
+    table = profile.parameters
+    extra = np.array([bool(s - c) for s, c in zip(lying.parameters, lying.computed, strict=True)], float)
+    size = table.elements * table.item_bytes * placement.parameter_fraction * extra / table.runs
+    both = np.bincount(table.section, weights=size, minlength=3)
+    both[LAYERS] *= 2.0
+    return both

@@ -1,0 +1,200 @@
+"""Where a candidate puts every array and every equation, and what has to move between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from .candidate import Candidate
+from .profile import Profile
+
+FORWARD, BACKWARD = 0, 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """What moves over one mesh axis in one pass: the whole group's bytes per collective, and how often.
+
+    kind is ``all_gather``, ``reduce_scatter`` or ``all_reduce``. One entry an array: `bytes` of one
+    microbatch in one run, `runs` in a microbatch, `section` where.
+    """
+
+    axis: str
+    kind: str
+    phase: int
+    bytes: np.ndarray
+    runs: np.ndarray
+    section: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Placement:
+    """A candidate laid over a profile.
+
+    value_fraction [V], step_fraction [E], role_fraction [M, 4]: the part that one device has in a microbatch.
+    parameter_fraction [P]: the part computed with; parameter_partial: axis → which parameters' gradients
+    are partial sums over it.
+    """
+
+    value_fraction: np.ndarray
+    step_fraction: np.ndarray
+    role_fraction: np.ndarray
+    parameter_fraction: np.ndarray
+    parameter_partial: dict[str, np.ndarray]
+    traffic: list[Traffic]
+
+
+def place(profile: Profile, candidate: Candidate) -> Placement:
+    """Lay `candidate` over `profile`.
+
+    Of the dims of one array that want the same mesh axis the first by `Profile.priority` gets it; an equation
+    is divided the same way. Where the two differ the array moves.
+    """
+    claims = _claims(profile, candidate)
+    values, steps, products = profile.values, profile.steps, profile.products
+    padding = _padding(profile, candidate)
+    value_log = _padded(values.dims, padding)
+    step_log = _padded(steps.space, padding)
+    role_log = np.zeros((len(products.flops), 4))
+    parameter_log = _padded(profile.parameters.dims, padding)
+    partial: dict[str, np.ndarray] = {}
+    moves: list[tuple[str, str, int, np.ndarray]] = []
+    for axis, dims in claims.items():
+        shrink = np.log(candidate.mesh[axis])
+        value_won = _winners(values.dims, dims)
+        step_won = _winners(steps.space, dims)
+        value_log[value_won >= 0] -= shrink
+        step_log[step_won >= 0] -= shrink
+        won = step_won[products.equation]
+        for role in range(4):
+            has = (won >= 0) & products.role_dims[np.arange(len(won)), role, won]
+            role_log[has, role] -= shrink
+        parameter_won = _winners(profile.parameters.dims, dims)
+        parameter_log[parameter_won >= 0] -= shrink
+        partial[axis] = np.zeros(len(parameter_log), bool)
+        _moves(profile, axis, value_won, step_won, partial[axis], moves)
+    share = 1.0 / candidate.microbatches
+    batch = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else None
+    value_fraction = np.exp(value_log)
+    step_fraction = np.exp(step_log)
+    role_fraction = np.exp(role_log)
+    if batch is not None and candidate.microbatches > 1:
+        columns = list(profile.batch_dims)
+        value_fraction[batch] *= share
+        step_fraction[steps.space[:, columns].any(axis=1)] *= share
+        role_fraction[products.role_dims[:, :, columns].any(axis=2)] *= share
+    return Placement(
+        value_fraction=value_fraction,
+        step_fraction=step_fraction,
+        role_fraction=role_fraction,
+        parameter_fraction=np.exp(parameter_log),
+        parameter_partial=partial,
+        traffic=[_traffic(profile, value_fraction, candidate.mesh, *move) for move in moves],
+    )
+
+
+def _traffic(
+    profile: Profile,
+    fraction: np.ndarray,
+    mesh: Mapping[str, int],
+    axis: str,
+    kind: str,
+    phase: int,
+    chosen: np.ndarray,
+) -> Traffic:
+    """Say how much moving the values `chosen` over `axis` is, counting what the group holds together."""
+    table = profile.values
+    times = 1 if kind == "all_reduce" else mesh[axis]
+    return Traffic(
+        axis=axis,
+        kind=kind,
+        phase=phase,
+        bytes=table.bytes[chosen] * fraction[chosen] * times,
+        runs=table.runs[chosen],
+        section=table.section[chosen],
+    )
+
+
+def _claims(profile: Profile, candidate: Candidate) -> dict[str, list[int]]:
+    """Return axis → the dims that want it, the last one to be served first."""
+    claims: dict[str, list[int]] = {}
+    for dim, axes in candidate.dims.items():
+        for axis in axes:
+            if axis != "stage" and candidate.mesh.get(axis, 1) > 1:
+                claims.setdefault(axis, []).append(dim)
+    return {axis: sorted(dims, key=lambda d: -profile.priority[d]) for axis, dims in claims.items()}
+
+
+def _padding(profile: Profile, candidate: Candidate) -> Mapping[int, float]:
+    """Return dim → log of how much larger it gets where its axes do not divide it."""
+    found = {}
+    for dim, axes in candidate.dims.items():
+        parts = 1
+        for axis in axes:
+            if axis != "stage":
+                parts *= candidate.mesh.get(axis, 1)
+        size = profile.dim_sizes[dim]
+        if parts > 1 and size % parts:
+            found[dim] = float(np.log(np.ceil(size / parts) * parts / size))
+    return found
+
+
+def _padded(dims: np.ndarray, padding: Mapping[int, float]) -> np.ndarray:
+    log = np.zeros(len(dims))
+    for dim, extra in padding.items():
+        log[dims[:, dim]] += extra
+    return log
+
+
+def _winners(table: np.ndarray, claimants: list[int]) -> np.ndarray:
+    """Return for each row of dims [N, D] the dim that gets the axis, or -1."""
+    won = np.full(len(table), -1)
+    for dim in claimants:
+        won[table[:, dim]] = dim
+    return won
+
+
+def _moves(
+    profile: Profile,
+    axis: str,
+    value_won: np.ndarray,
+    step_won: np.ndarray,
+    partial: np.ndarray,
+    moves: list[tuple[str, str, int, np.ndarray]],
+) -> None:
+    """Find what crosses `axis`; each array moves once for all equations that want it the same way."""
+    values, reads, writes = profile.values, profile.reads, profile.writes
+    # Operands: an equation divided by a dim that the operand lacks needs all of the operand, and gives
+    # partial sums of its gradient.
+    step = step_won[reads.equation]
+    own = value_won[reads.value]
+    divided = step >= 0
+    inside = divided & reads.dims[np.arange(len(step)), step]
+    whole = (own >= 0) & ~inside & divided
+    needs_whole = (own >= 0) & ~divided
+    parameter = values.parameter[reads.value]
+    is_weight = parameter >= 0
+    summed = divided & ~inside & values.grad[reads.value]
+    if is_weight.any():
+        mine = summed & is_weight
+        indices = np.searchsorted(profile.parameters.argument, parameter[mine])
+        partial[indices] = True
+    gathered = (whole | needs_whole) & ~is_weight
+
+    def move(kind: str, phase: int, chosen: np.ndarray) -> None:
+        if len(chosen):
+            moves.append((axis, kind, phase, np.unique(chosen)))
+
+    move("all_gather", FORWARD, reads.value[gathered])
+    move("reduce_scatter", BACKWARD, reads.value[gathered & values.grad[reads.value]])
+    move("all_reduce", BACKWARD, reads.value[summed & ~is_weight & (own < 0)])
+    # Results: divided by a dim that the result lacks, they are partial sums.
+    step = step_won[writes.equation]
+    own = value_won[writes.value]
+    sums = (step >= 0) & ~writes.dims[np.arange(len(step)), step]
+    move("all_reduce", FORWARD, writes.value[sums & (own < 0)])
+    scattered = writes.value[sums & (own >= 0)]
+    move("reduce_scatter", FORWARD, scattered)
+    move("all_gather", BACKWARD, scattered[values.grad[scattered]])

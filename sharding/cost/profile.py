@@ -1,0 +1,254 @@
+"""A program as tables of numbers, read once, from which any candidate is priced by a few array operations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from ..program.flops import matmul_roles, work
+from ..program.record import Program
+from .flatten import AFTER, BEFORE, LAYERS, Flat, Leaf, flatten
+from .fusion import Groups, fuse
+from .residuals import Saved, residuals
+
+# Kinds of factor that a device can have a part of.
+_DIVISIBLE = ("map", "contract", "reduce", "index", "group", "resize")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Values:
+    """The arrays, V of them: bytes of one run, dims [V, D], whether gradients flow, parameter index or -1."""
+
+    bytes: np.ndarray
+    dims: np.ndarray
+    grad: np.ndarray
+    parameter: np.ndarray
+    core: np.ndarray
+    section: np.ndarray
+    runs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Steps:
+    """The equations, E of them: the dims that can divide them [E, D], section, runs, recomputed anyway."""
+
+    space: np.ndarray
+    section: np.ndarray
+    runs: np.ndarray
+    rematted: np.ndarray
+    core: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Uses:
+    """Where an equation reads or writes a value: equation [U], value [U], dims to divide it by [U, D]."""
+
+    equation: np.ndarray
+    value: np.ndarray
+    dims: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Products:
+    """Matrix products, M: equation, flops, gradients each has (0 to 2), values [M, 3] (operands, result).
+
+    role_sizes [M, 4] and role_dims [M, 4, D] are of batch, left, right and contracted.
+    """
+
+    equation: np.ndarray
+    flops: np.ndarray
+    gradients: np.ndarray
+    values: np.ndarray
+    role_sizes: np.ndarray
+    role_dims: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Parameters:
+    """The parameters, P: argument index, elements, bytes of one, dims [P, D], section, runs of their use."""
+
+    argument: np.ndarray
+    elements: np.ndarray
+    item_bytes: np.ndarray
+    dims: np.ndarray
+    section: np.ndarray
+    runs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Profile:
+    """The tables of one program; sizes are unsharded.
+
+    priority [D] orders dims that want the same mesh axis: those of parameters come first.
+    """
+
+    dim_sizes: np.ndarray
+    priority: np.ndarray
+    batch_dims: tuple[int, ...]
+    values: Values
+    steps: Steps
+    reads: Uses
+    writes: Uses
+    products: Products
+    groups: Groups
+    parameters: Parameters
+    parameter_dims: tuple[tuple[int, ...], ...]
+    saved: Saved
+    carries: tuple[int, ...]
+    layers: int
+    layer_dim: int
+
+
+def profile(program: Program) -> Profile:
+    """Read `program` into tables."""
+    flat = flatten(program)
+    count = len(program.dims)
+    in_parameters = {d for a in program.parameters for composition in a.dims for d in composition}
+    priority = np.array([d + (0 if d in in_parameters else count) for d in range(count)], int)
+    owners = [_owners(leaf) for leaf in flat.leaves]
+    return Profile(
+        dim_sizes=np.array([dim.size for dim in program.dims], float),
+        priority=priority,
+        batch_dims=tuple(program.data_dims),
+        values=_values(flat, count),
+        steps=_steps(flat, owners, count),
+        reads=_uses(flat, owners, count, "ins"),
+        writes=_uses(flat, owners, count, "outs"),
+        products=_products(flat, owners, count),
+        groups=fuse(flat),
+        parameters=_parameters(program, flat, count),
+        parameter_dims=tuple(
+            tuple(d for composition in a.dims for d in composition) for a in program.parameters
+        ),
+        saved=residuals(flat),
+        carries=flat.carries,
+        layers=flat.layers,
+        layer_dim=flat.layer_dim,
+    )
+
+
+def _owners(leaf: Leaf) -> dict[int, int]:
+    """Return for each dim of an equation the factor that is divided by it.
+
+    A dim that stands twice (the queries' and the keys' sequence) can be divided in one place: in the
+    result's.
+    """
+    owners: dict[int, int] = {}
+    factors = leaf.equation.factors
+    for number, factor in enumerate(factors):
+        if factor.kind not in _DIVISIBLE:
+            continue
+        for dim in factor.dims:
+            known = owners.get(dim)
+            if known is None or (not factors[known].outs and factor.outs):
+                owners[dim] = number
+    return owners
+
+
+def _mask(dims: object, count: int) -> np.ndarray:
+    row = np.zeros(count, bool)
+    row[list(dims)] = True  # type: ignore[call-overload]
+    return row
+
+
+def _stack(rows: list[np.ndarray], *shape: int) -> np.ndarray:
+    return np.array(rows, bool).reshape(len(rows), *shape)
+
+
+def _values(flat: Flat, count: int) -> Values:
+    values = flat.values
+    return Values(
+        bytes=np.array([v.bytes for v in values]),
+        dims=_stack([_mask(v.dims, count) for v in values], count),
+        grad=np.array([v.grad for v in values], bool),
+        parameter=np.array([v.parameter for v in values], int),
+        core=np.array([v.core for v in values], bool),
+        section=np.array([v.section for v in values], int),
+        runs=np.array([v.trips for v in values], float),
+    )
+
+
+def _steps(flat: Flat, owners: list[dict[int, int]], count: int) -> Steps:
+    return Steps(
+        space=_stack([_mask(owned, count) for owned in owners], count),
+        section=np.array([leaf.section for leaf in flat.leaves], int),
+        runs=np.array([leaf.runs for leaf in flat.leaves], float),
+        rematted=np.array([leaf.rematted for leaf in flat.leaves], bool),
+        core=np.array(
+            [any(flat.values[i].core for i in (*leaf.ins, *leaf.outs)) for leaf in flat.leaves], bool
+        ),
+    )
+
+
+def _uses(flat: Flat, owners: list[dict[int, int]], count: int, side: str) -> Uses:
+    equation, value, dims = [], [], []
+    for number, leaf in enumerate(flat.leaves):
+        for place, index in enumerate(getattr(leaf, side)):
+            if flat.values[index].elements <= 1:
+                continue
+            here = {
+                dim
+                for dim, factor in owners[number].items()
+                if any(operand == place for operand, _ in getattr(leaf.equation.factors[factor], side))
+            }
+            equation.append(number)
+            value.append(index)
+            dims.append(_mask(here, count))
+    return Uses(equation=np.array(equation, int), value=np.array(value, int), dims=_stack(dims, count))
+
+
+def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
+    equation, flops, gradients, values, sizes, dims = [], [], [], [], [], []
+    for number, leaf in enumerate(flat.leaves):
+        roles = matmul_roles(leaf.equation)
+        if roles is None or not leaf.runs:
+            continue
+        places = {id(factor): n for n, factor in enumerate(leaf.equation.factors)}
+        row_sizes, row_dims = [], []
+        for factors in (roles.batch, roles.lhs, roles.rhs, roles.contracting):
+            row_sizes.append(math.prod(f.size for f in factors))
+            mine = {d for f in factors for d in f.dims if owners[number].get(d) == places[id(f)]}
+            row_dims.append(_mask(mine, count))
+        equation.append(number)
+        flops.append(work(leaf.equation).flops)
+        gradients.append(sum(flat.values[i].grad for i in leaf.ins[:2]))
+        values.append([leaf.ins[0], leaf.ins[1], leaf.outs[0]])
+        sizes.append(row_sizes)
+        dims.append(row_dims)
+    return Products(
+        equation=np.array(equation, int),
+        flops=np.array(flops, float),
+        gradients=np.array(gradients, float),
+        values=np.array(values, int).reshape(-1, 3),
+        role_sizes=np.array(sizes, float).reshape(-1, 4),
+        role_dims=np.array(dims, bool).reshape(-1, 4, count),
+    )
+
+
+def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
+    used: dict[int, tuple[int, int]] = {}
+    for leaf in flat.leaves:
+        for index in leaf.ins:
+            parameter = flat.values[index].parameter
+            if parameter >= 0 and parameter not in used:
+                used[parameter] = (leaf.section, leaf.runs)
+    rows = []
+    for argument in program.parameters:
+        dims = {d for composition in argument.dims for d in composition}
+        section, runs = used.get(argument.index, (BEFORE, 1))
+        if flat.layer_dim in dims:
+            section, runs = LAYERS, flat.layers
+        rows.append((argument, _mask(dims, count), section, runs))
+    return Parameters(
+        argument=np.array([a.index for a, *_ in rows], int),
+        elements=np.array([math.prod(a.shape) for a, *_ in rows], float),
+        item_bytes=np.array([a.dtype.itemsize for a, *_ in rows], float),
+        dims=_stack([mask for _, mask, *_ in rows], count),
+        section=np.array([section for *_, section, _ in rows], int),
+        runs=np.array([runs for *_, runs in rows], float),
+    )
+
+
+__all__ = ["AFTER", "BEFORE", "LAYERS", "Profile", "profile"]
