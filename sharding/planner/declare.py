@@ -15,7 +15,8 @@ from ..program.tracing import trace
 from ..rules import Rules
 from ..topology import Topology
 from ..tree_paths import by_path
-from .plan import ArrayPlan, DimPlan, Plan, axes_of
+from .plan import ArrayPlan, DimPlan, Plan
+from .wellformed import axes_of
 
 # What the first two dimensions of an array of the data are called in rules.
 _DATA_NAMES = ("batch", "sequence")
@@ -141,6 +142,8 @@ def _check_batch(batch: Any, rules: Rules, sizes: Mapping[str, int], microbatche
     spread = rules.declared.get("batch", rules.defaults.get("batch", ()))
     parts = {axis: sizes[axis] for axis in spread if axis in sizes}
     devices = math.prod(parts.values())
+    if microbatches < 1:
+        raise UserError(f"microbatches={microbatches} must be a whole number of at least 1")
     needed = devices * microbatches
     for leaf in jax.tree.leaves(batch):
         rows = leaf.shape[0] if leaf.ndim else 0

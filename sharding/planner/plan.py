@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
 from ..tree_paths import by_path, by_suffix, path_of
+from .wellformed import axes_of, check_plan
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -67,6 +68,10 @@ class Plan:
     microbatches: int = 1
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be carried out: unknown axes, sizes that do not divide."""
+        check_plan(self)
+
     def make_mesh(self, devices: Any = None) -> Mesh:
         """Return the plan's mesh over the topology's devices, or over `devices`."""
         from ..mesh import make_mesh
@@ -74,8 +79,8 @@ class Plan:
 
         return make_mesh(self.mesh, Topology.parse(self.topology), devices=devices)
 
-    def specs(self, tree: Any) -> Any:
-        """Return the PartitionSpec of every array in a tree of parameters, batch or optimiser state.
+    def specs(self, tree: Any, kind: str = "params") -> Any:
+        """Return the PartitionSpec of every array in a tree of parameters or optimiser state, or a ``batch``.
 
         An optimiser's array belongs to the parameter whose path its own path ends with; one that has lost
         a dimension of it (factored moments) keeps the rest of its spec. Arrays that belong to nothing, such
@@ -85,15 +90,15 @@ class Plan:
         from jax.sharding import PartitionSpec
 
         return jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: PartitionSpec(*self._spec(path_of(keys), tuple(leaf.shape))), tree
+            lambda keys, leaf: PartitionSpec(*self._spec(path_of(keys), tuple(leaf.shape), kind)), tree
         )
 
-    def shardings(self, tree: Any, mesh: Mesh) -> Any:
+    def shardings(self, tree: Any, mesh: Mesh, kind: str = "params") -> Any:
         """Return the NamedSharding of every array in `tree`, as `specs` does."""
         import jax
         from jax.sharding import NamedSharding
 
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(tree))
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(tree, kind))
 
     def apply(self, loss: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
         """Return `loss(params, batch)` worked through as planned on `mesh`: same signature, same values."""
@@ -150,10 +155,12 @@ class Plan:
     def load(cls, path: str | pathlib.Path) -> Plan:
         """Read a plan that `save` wrote. Raises UserError for a missing or malformed file."""
         try:
-            return cls.from_dict(json.loads(pathlib.Path(path).read_text()))
+            return cls.from_dict(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise UserError(f"no plan file {path}") from None
-        except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
 
     @classmethod
@@ -167,13 +174,13 @@ class Plan:
             values[key] = {name: _array_plan(row) for name, row in values[key].items()}
         return cls(**values)
 
-    def _spec(self, path: str, shape: tuple[int, ...]) -> Spec:
-        planned = self.params.get(path) or self.batch.get(path)
+    def _spec(self, path: str, shape: tuple[int, ...], kind: str) -> Spec:
+        planned = getattr(self, kind).get(path)
         if planned is not None:
             if planned.shape != shape:
                 raise UserError(f"{path!r} has shape {shape}; the plan was made for {planned.shape}")
             return planned.spec
-        owner = by_suffix(path, self.params)
+        owner = by_suffix(path, self.params) if kind == "params" else None
         if owner is None:
             return ()
         return self._derived(self.params[owner], shape)
@@ -196,11 +203,6 @@ class Plan:
             parts = math.prod(math.prod(self.mesh[axis] for axis in axes_of(entry)) for entry in row.spec)
             total += math.prod(row.shape) * jnp.dtype(row.dtype).itemsize // parts
         return total
-
-
-def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Return the mesh axes that one entry of a spec names."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _dim_plan(row: Mapping[str, Any]) -> DimPlan:

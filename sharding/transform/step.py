@@ -52,7 +52,7 @@ def train_step(
     batch, and `measure(state)` may add scalars to the metrics (the learning rate, say). Raises UserError
     when the parameters or the batch are not those that the plan was made for.
     """
-    planned = with_aux(plan.apply(loss))
+    planned = with_aux(plan.apply(loss, mesh))
     plain = with_aux(loss)
 
     def first(key: Any) -> State:
@@ -62,7 +62,7 @@ def train_step(
     shapes = jax.eval_shape(first, jax.random.key(0))
     plan.check(shapes["params"], batch)
     state_shardings = plan.shardings(shapes, mesh)
-    batch_shardings = plan.shardings(batch, mesh)
+    batch_shardings = plan.shardings(batch, mesh, "batch")
 
     def update(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         (value, aux), gradients = jax.value_and_grad(planned, has_aux=True)(state["params"], batch)

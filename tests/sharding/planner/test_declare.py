@@ -1,0 +1,197 @@
+"""What a declared mesh and rules come to, and one sentence for each declaration that cannot hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from meshwright.models import DecoderConfig, decoder
+from meshwright.sharding import Plan, UserError, declare
+
+ROWS, SEQUENCE = 16, 8
+DECODER = decoder(
+    DecoderConfig(
+        layers=2,
+        embed=16,
+        heads=4,
+        kv_heads=2,
+        head_dim=4,
+        mlp=32,
+        vocab=64,
+        max_sequence=SEQUENCE,
+        compute_dtype="float32",
+    )
+)
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def mlp_loss(params: Any, batch: Any) -> Any:
+    hidden = jnp.tanh(batch["x"] @ params["up"] + params["bias"])
+    return jnp.square(hidden @ params["down"] - batch["y"]).mean()
+
+
+MLP_NAMES = {"up": ("embed", "mlp"), "bias": ("mlp",), "down": ("mlp", "embed")}
+
+
+def shapes(**found: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in found.items()}
+
+
+def declare_mlp(**changes: Any) -> Plan:
+    given: dict[str, Any] = {
+        "params": shapes(up=(8, 32), bias=(32,), down=(32, 8)),
+        "batch": shapes(x=(ROWS, 8), y=(ROWS, 8)),
+        "topology": "cpu:8",
+        "mesh": MESH,
+        "names": MLP_NAMES,
+    } | changes
+    return declare(mlp_loss, given.pop("params"), given.pop("batch"), **given)
+
+
+def declare_decoder(**changes: Any) -> Plan:
+    given: dict[str, Any] = {"topology": "cpu:8", "mesh": MESH, "names": DECODER.names} | changes
+    batch = {key: jax.ShapeDtypeStruct((ROWS, SEQUENCE), jnp.int32) for key in ("tokens", "targets")}
+    return declare(DECODER.loss, jax.eval_shape(DECODER.init, jax.random.key(0)), batch, **given)
+
+
+def test_a_plain_function_of_dictionaries() -> None:
+    plan = declare_mlp()
+    assert {path: row.spec for path, row in plan.params.items()} == {
+        "bias": ("tensor",),
+        "down": ("tensor", "fsdp"),
+        "up": ("fsdp", "tensor"),
+    }
+    assert {path: row.spec for path, row in plan.batch.items()} == {
+        "x": (("data", "fsdp"),),
+        "y": (("data", "fsdp"),),
+    }
+    assert plan.params["up"].shape == (8, 32)
+    assert plan.mesh == MESH
+    # Stored over fsdp, the embedding is whole while computing: that axis holds different rows of the batch.
+    axes = {(row.path, row.dimension): row.axes for row in plan.dims.values()}
+    assert ("tensor",) in axes.values()
+    assert ("data", "fsdp") in axes.values()
+    assert all("fsdp" not in found for found in axes.values() if found != ("data", "fsdp"))
+
+
+def test_a_decoder_by_default_rules() -> None:
+    plan = declare_decoder()
+    by_end = {path.split("layers/")[-1]: row for path, row in plan.params.items()}
+    names = {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): dims
+        for keys, dims in jax.tree_util.tree_leaves_with_path(
+            DECODER.names, is_leaf=lambda node: isinstance(node, tuple)
+        )
+    }
+    assert set(names) == set(plan.params)
+    axis_of = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+    for path, row in plan.params.items():
+        wanted = [axis_of.get(name) for name in names[path]]
+        while wanted and wanted[-1] is None:
+            wanted.pop()
+        assert row.spec == tuple(wanted), (path, names[path])
+    assert len(by_end) == len(plan.params)
+    assert all(row.spec == (("data", "fsdp"),) for row in plan.batch.values())
+    sizes = {(row.size, row.axes) for row in plan.dims.values()}
+    assert {(ROWS, ("data", "fsdp")), (32, ("tensor",)), (16, ())} <= sizes
+    assert plan.notes == ()
+
+
+def test_what_a_device_holds() -> None:
+    plan = declare_mlp()
+    assert plan.bytes_per_device() == 4 * (8 * 32 // 4 + 32 // 2 + 32 * 8 // 4)
+    assert plan.bytes_per_device("batch") == 4 * 2 * ROWS * 8 // 4
+
+
+def test_an_axis_absorbs_the_rest_and_declared_rules_come_first() -> None:
+    plan = declare_mlp(mesh={"fsdp": -1}, rules={"embed": None, "mlp": "fsdp"})
+    assert plan.mesh == {"fsdp": 8}
+    assert plan.params["up"].spec == (None, "fsdp")
+
+
+def test_a_pattern_says_where_one_parameter_lies() -> None:
+    plan = declare_mlp(rules={"*down": [["tensor", "fsdp"]]})
+    assert plan.params["down"].spec == (("tensor", "fsdp"),)
+    assert plan.params["up"].spec == ("fsdp", "tensor")
+
+
+def test_without_names_only_the_batch_is_spread() -> None:
+    plan = declare_mlp(mesh={"data": 8}, names=None)
+    assert all(row.spec == () for row in plan.params.values())
+    assert plan.batch["x"].spec == ("data",)
+
+
+def test_single_arrays_for_parameters_and_batch() -> None:
+    plan = declare(
+        lambda w, x: jnp.square(x @ w).mean(),
+        jax.ShapeDtypeStruct((8, 8), jnp.float32),
+        jax.ShapeDtypeStruct((8, 8), jnp.float32),
+        topology="cpu:4",
+        mesh={"data": 2, "tensor": 2},
+        names=("embed", "mlp"),
+    )
+    assert [row.spec for row in plan.params.values()] == [(None, "tensor")]
+    assert [row.spec for row in plan.batch.values()] == [("data",)]
+
+
+def test_defaults_that_yield_are_noted() -> None:
+    plan = declare_mlp(
+        params=shapes(up=(9, 32), bias=(32,), down=(32, 9)), batch=shapes(x=(ROWS, 9), y=(ROWS, 9))
+    )
+    assert plan.params["up"].spec == (None, "tensor")
+    (note,) = plan.notes
+    assert "embed" in note
+    assert "9" in note
+    assert "up" in note
+    assert "down" in note
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mesh": {"data": 3, "tensor": 2}}, r"data=3 x tensor=2"),
+        ({"mesh": {"data": 2, "tensor": 2}}, "data=2 x tensor=2 is 4, but there are 8 devices"),
+        ({"mesh": {"data": -1, "fsdp": -1}}, "only one axis can absorb the rest"),
+        ({"mesh": {"data": 4, "tenser": 2}}, "'tenser' is not known; did you mean 'tensor'"),
+        ({"mesh": {"data": 8, "tensor": 0}}, "tensor=0 is no axis size"),
+        ({"rules": {"mlp": "tenser"}}, "rule mlp: the mesh has no axis 'tenser'; did you mean 'tensor'"),
+        ({"rules": {"mpl": "tensor"}}, "rule mpl matches no dimension; did you mean 'mlp'"),
+        ({"rules": {"*/upp": ["fsdp"]}}, "rule \\*/upp matches no array; known: bias, down, up"),
+        ({"rules": {"embed": "tensor", "mlp": "tensor"}}, "tensor"),
+        ({"rules": {"embed": ["fsdp", "fsdp"]}}, "rule embed uses fsdp twice in one array"),
+        (
+            {
+                "params": shapes(up=(9, 32), bias=(32,), down=(32, 9)),
+                "batch": shapes(x=(ROWS, 9), y=(ROWS, 9)),
+                "rules": {"embed": "fsdp"},
+            },
+            "fsdp=2 does not divide embed=9; nearest: ",
+        ),
+        (
+            {"batch": shapes(x=(18, 8), y=(18, 8))},
+            "a batch of 18 rows does not divide by data=2 x fsdp=2 x microbatches=1 = 4; "
+            "nearest: 16 or 20 rows",
+        ),
+        (
+            {"microbatches": 3},
+            "a batch of 16 rows does not divide by data=2 x fsdp=2 x microbatches=3 = 12; "
+            "nearest: 12 or 24 rows, or microbatches=2 or 4",
+        ),
+        ({"microbatches": 0}, "microbatches=0 .* at least 1"),
+        ({"remat": "dot"}, "remat='dot' is not a policy; did you mean 'dots'"),
+        (
+            {"mesh": {"data": 4, "expert": 2}},
+            "mesh axis expert=2 shards nothing in this program; give it a rule",
+        ),
+        ({"topology": "cpu"}, "cpu"),
+        ({"topology": "v9p:4"}, "v9p"),
+        ({"names": {"up": ("embed", "mlp", "heads")}}, "up"),
+        ({"names": {"upp": ("embed", "mlp")}}, "names has 'upp', which no array has; did you mean 'up'"),
+    ],
+)
+def test_declarations_that_cannot_hold_are_one_sentence(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        declare_mlp(**changes)
+    assert "\n" not in str(caught.value)
