@@ -57,18 +57,14 @@ class _Describe:
 
 class _Lines:
     def __init__(self, describe: _Describe, steps: int, start_step: int, every: int) -> None:
-        self._describe, self._steps, self._first, self._every = describe, steps, start_step + 1, every
+        self._describe, self._every = describe, every
+        self._always = (start_step + 1, steps)
 
     def write(self, record: Mapping[str, Any]) -> None:
         words = self._describe.words(record)
         step = record["step"]
-        due = (
-            step % self._every == 0 or step in (self._first, self._steps) or "eval_loss" in record
-            if self._every
-            else False
-        )
-        if due:
-            print(f"step {step}/{self._steps}  {words}", file=sys.stderr, flush=True)
+        if self._every and (step % self._every == 0 or step in self._always or "eval_loss" in record):
+            print(f"step {step}/{self._describe.steps}  {words}", file=sys.stderr, flush=True)
 
     def close(self) -> None: ...
 
