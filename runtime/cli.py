@@ -44,7 +44,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 def launch(
     config: ConfigFile,
     overrides: Overrides = None,
-    processes: Annotated[int, typer.Option(help="Real processes on this machine.", min=1)] = 1,
+    processes: Annotated[int, typer.Option(help="Real processes on this machine.")] = 1,
 ) -> None:
     """Train in several real processes on this machine, joined over loopback."""
     from .launch.local import launch_training

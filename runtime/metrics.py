@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import pathlib
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from ..sharding.errors import UserError
 from .errors import RunError
 
 # Steps that may be under way on the devices before the loop waits: enough to hide its own work, and few
@@ -183,6 +185,15 @@ class JsonLines:
 
 class TensorBoard:
     """Writes every number of a record as a TensorBoard scalar under `folder`."""
+
+    @staticmethod
+    def check() -> None:
+        """Raise UserError if the package that writes the events is not installed."""
+        if importlib.util.find_spec("tensorboardX") is None:
+            raise UserError(
+                "metrics.tensorboard=true needs the package tensorboardX; "
+                'pip install "meshwright[tensorboard]"'
+            )
 
     def __init__(self, folder: pathlib.Path) -> None:
         from tensorboardX import SummaryWriter

@@ -27,6 +27,10 @@ def train(config: Config) -> int:
 
     folder = RunFolder(config.run_folder)
     folder.check(config)
+    if config.metrics.tensorboard:
+        from .metrics import TensorBoard
+
+        TensorBoard.check()
     use_compilation_cache(config.compilation_cache)
     hosts = initialize(config.hosts, simulated_devices=simulated_devices(config))
     with faults.fail_fast():
