@@ -1,0 +1,233 @@
+"""Score the planner's estimates by runs that others measured.
+
+`python benchmarks/accuracy.py [--runs CSV] [--sweeps CSV] [--layouts CSV] [--calibration TOML] [--json]`
+
+Each row's architecture is built as a decoder and traced once; its layout is priced as it stands. Prints, for each
+source, the median and mean absolute relative error of the step time and the median error of the peak memory; the rank
+correlation and the regret within each cell of five or more completed layouts; the ten worst rows; and what cannot be
+expressed, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+from measured.programs import traced
+from measured.rows import Run, candidate, load
+
+from meshwright.sharding.cost import Estimate, Pricer
+from meshwright.sharding.cost.calibration import calibration_for
+
+_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+
+def pricer(run: Run, calibration: str | None = None) -> Pricer:
+    """Return what prices the layouts of `run`'s program on its topology."""
+    facts = run.framework
+    return Pricer(
+        traced(run.architecture)[1],
+        run.topology,
+        optimizer_slots=facts["optimizer_bytes"],
+        gradient_bytes=facts["gradient_bytes"],
+        dtype=run.dtype,
+        calibration=calibration_for(run.topology.chip.name, facts["calibration"], calibration),
+    )
+
+
+def estimate(run: Run, calibration: str | None = None) -> Estimate:
+    """Return the estimate of a measured row."""
+    return pricer(run, calibration).price(candidate(run, traced(run.architecture)[0]))
+
+
+def score(runs: list[Run], estimates: list[Estimate]) -> dict[str, Any]:
+    """Return the scores by source, by cell, and the worst rows."""
+    by_source: dict[str, list[tuple[Run, Estimate]]] = collections.defaultdict(list)
+    by_cell: dict[tuple[str, ...], list[tuple[Run, Estimate]]] = collections.defaultdict(list)
+    for pair in zip(runs, estimates, strict=True):
+        by_source[pair[0].source].append(pair)
+        by_cell[(pair[0].source, *pair[0].cell)].append(pair)
+    sources = {source: _errors(pairs) for source, pairs in by_source.items()}
+    cells = {" ".join(cell[1:]): found for cell, pairs in by_cell.items() if (found := _cell(pairs))}
+    worst = sorted(zip(runs, estimates, strict=True), key=lambda pair: -(_error(*pair) or 0.0))[:10]
+    return {
+        "sources": {source: found for source, found in sources.items() if found},
+        "cells": cells,
+        "summary": _summary(sources, cells),
+        "worst": [
+            {
+                "run": run.label,
+                "source": run.source,
+                "measured_seconds": run.seconds,
+                "predicted_seconds": guess.step_seconds,
+                "time": dict(guess.time),
+            }
+            for run, guess in worst
+        ],
+    }
+
+
+def _error(run: Run, guess: Estimate) -> float | None:
+    return None if run.seconds is None else abs(guess.step_seconds / run.seconds - 1.0)
+
+
+def _errors(pairs: list[tuple[Run, Estimate]]) -> dict[str, float]:
+    found = [error for pair in pairs if (error := _error(*pair)) is not None]
+    if not found:
+        return {}
+    memory = [abs(g.peak_bytes / r.peak_bytes - 1.0) for r, g in pairs if r.peak_bytes]
+    signed = [np.log(g.step_seconds / r.seconds) for r, g in pairs if r.seconds]
+    row = {
+        "rows": len(found),
+        "median": float(np.median(found)),
+        "mean": float(np.mean(found)),
+        "bias": float(np.exp(np.median(signed)) - 1.0),
+    }
+    if memory:
+        row |= {"memory_rows": len(memory), "memory_median": float(np.median(memory))}
+    return row
+
+
+def _cell(pairs: list[tuple[Run, Estimate]]) -> dict[str, float] | None:
+    done = [(r.seconds, g.step_seconds) for r, g in pairs if r.seconds is not None]
+    if len(done) < 5:
+        return None
+    measured, predicted = np.array(done).T
+    capacity = pairs[0][0].topology.chip.hbm_bytes or np.inf
+    fits = [pair for pair in pairs if pair[1].peak_bytes <= capacity]
+    chosen = min(fits or pairs, key=lambda pair: (pair[1].step_seconds if fits else pair[1].peak_bytes))[0]
+    regret = chosen.seconds / measured.min() - 1.0 if chosen.seconds else float("inf")
+    return {
+        "layouts": len(pairs),
+        "completed": len(done),
+        "spearman": float(np.corrcoef(_ranks(measured), _ranks(predicted))[0, 1]),
+        "regret": float(regret),
+    }
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    unique, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2.0)[inverse]
+
+
+def _summary(
+    sources: dict[str, dict[str, float]], cells: dict[str, dict[str, float]]
+) -> dict[str, float | int]:
+    rows = [row for row in sources.values() if row]
+    ranks = [cell["spearman"] for cell in cells.values()]
+    regrets = [cell["regret"] for cell in cells.values()]
+    memory = [row["memory_median"] for row in rows if "memory_median" in row]
+    found: dict[str, float | int] = {"sources": len(rows)}
+    if rows:
+        found["median_over_sources"] = float(np.median([row["median"] for row in rows]))
+        found["mean_over_sources"] = float(np.mean([row["mean"] for row in rows]))
+    if memory:
+        found["memory_median_over_sources"] = float(np.median(memory))
+    if ranks:
+        found |= {
+            "cells": len(ranks),
+            "spearman_median": float(np.median(ranks)),
+            "spearman_least": float(np.min(ranks)),
+            "regret_median": float(np.median(regrets)),
+            "regret_worst": float(np.max(regrets)),
+            "misses": sum(not np.isfinite(regret) for regret in regrets),
+        }
+    return found
+
+
+def show(name: str, scores: dict[str, Any], left: list[tuple[str, str, str]]) -> None:
+    """Print the tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=150)
+    table = Table("source", "rows", "median %", "mean %", "bias %", "memory %", title=f"{name}: step time")
+    for source, row in sorted(scores["sources"].items(), key=lambda item: -item[1]["rows"]):
+        memory = f"{100 * row['memory_median']:.0f}" if "memory_median" in row else ""
+        figures = (f"{100 * row[key]:.1f}" for key in ("median", "mean", "bias"))
+        table.add_row(source[:90], str(row["rows"]), *figures, memory)
+    console.print(table)
+    if scores["cells"]:
+        table = Table("cell", "layouts", "ran", "Spearman", "regret %", title=f"{name}: choice within cells")
+        for cell, row in scores["cells"].items():
+            regret = "did not run" if not np.isfinite(row["regret"]) else f"{100 * row['regret']:.1f}"
+            table.add_row(
+                cell[:90], str(row["layouts"]), str(row["completed"]), f"{row['spearman']:.2f}", regret
+            )
+        console.print(table)
+    table = Table("worst rows", "measured s", "predicted s", "largest items", title=name)
+    for row in scores["worst"]:
+        items = sorted(row["time"].items(), key=lambda item: -item[1])[:3]
+        text = ", ".join(f"{key} {value:.3g}" for key, value in items)
+        measured = f"{row['measured_seconds']:.3f}" if row["measured_seconds"] else "-"
+        table.add_row(row["run"], measured, f"{row['predicted_seconds']:.3f}", text)
+    console.print(table)
+    console.print({key: round(value, 4) for key, value in scores["summary"].items()})
+    reasons = collections.Counter(reason for *_, reason in left)
+    for reason, count in reasons.most_common():
+        console.print(f"not expressible: {count} rows: {reason}")
+
+
+def layouts(path: Path) -> list[dict[str, str]]:
+    """Return what the hand-tuned layouts say of themselves."""
+    import csv
+
+    with path.open(newline="") as file:
+        return [
+            {key: row[key] for key in ("name", "model", "topology", "parallelism", "remat_policy")}
+            for row in csv.DictReader(file)
+        ]
+
+
+def main(arguments: list[str]) -> int:
+    """Score the files that the arguments name."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--sweeps", type=Path)
+    parser.add_argument("--layouts", type=Path)
+    parser.add_argument("--calibration", help="a calibration file instead of the shipped one")
+    parser.add_argument("--only", help="score sources that contain this text")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(arguments)
+    files = {"runs": given.runs, "sweeps": given.sweeps, "layouts": given.layouts}
+    if not any(files.values()):
+        files = {
+            "runs": _DATA / "measured_runs.csv",
+            "sweeps": _DATA / "measured_sweeps.csv",
+            "layouts": _DATA / "tuned_layouts.csv",
+        }
+    for path in files.values():
+        if path is not None and not path.exists():
+            print(f"error: no file {path}; give --runs, --sweeps or --layouts a CSV", file=sys.stderr)
+            return 2
+    report: dict[str, Any] = {}
+    for name in ("runs", "sweeps"):
+        path = files[name]
+        if path is None:
+            continue
+        runs, left = load(path)
+        runs = [run for run in runs if not given.only or given.only in run.source]
+        scores = score(runs, [estimate(run, given.calibration) for run in runs])
+        report[name] = scores | {"not_expressible": [list(row) for row in left]}
+        if not given.json:
+            show(name, scores, left)
+    if files["layouts"] is not None:
+        report["layouts"] = layouts(files["layouts"])
+        if not given.json:
+            print(f"{len(report['layouts'])} hand-tuned layouts are listed with --json")
+    if given.json:
+        print(json.dumps(report, default=str))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""Fit the calibration file to measured runs: `python benchmarks/calibrate.py [--only CHIP.FRAMEWORK] [--rounds N]`.
+
+Starts from the shipped file, fits one record for each (chip, framework) and writes the file again. A group of few
+rows fits few fields. Of a large source a fixed sample of rows is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import math
+import random
+import sys
+from pathlib import Path
+
+from accuracy import _DATA, pricer
+from measured.programs import traced
+from measured.rows import Run, candidate, load
+
+from meshwright.sharding.cost.calibration import Calibration, calibration_for, read, write
+from meshwright.sharding.cost.fit import Measured, calibrate, error
+
+_FILE = Path(__file__).resolve().parents[1] / "sharding" / "cost" / "calibration.toml"
+_SAMPLE = 150
+_NOTE = """Efficiencies that datasheets do not give, for each chip under each framework; see calibration.py for what they mean.
+Fitted by benchmarks/calibrate.py to measured_runs.csv and measured_sweeps.csv; which attention kernel a framework runs
+and what it saves are facts of the framework, set by hand."""
+
+# Fields in the order in which more rows can tell them apart.
+_FIELDS = (
+    "matmul_efficiency",
+    "memory_efficiency",
+    "overlap_parameters",
+    "network_efficiency",
+    "attention_efficiency",
+    "matmul_half_size",
+    "kernel_seconds",
+    "fabric_efficiency",
+    "overlap_gradients",
+    "overlap_stages",
+    "fabric_seconds",
+    "network_seconds",
+    "imbalance_per_doubling",
+    "microbatch_seconds",
+    "step_seconds",
+    "optimizer_efficiency",
+    "overlap_activations",
+)
+
+
+def groups(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
+    """Return the completed runs of each (chip, framework)."""
+    found: dict[tuple[str, str], list[Run]] = collections.defaultdict(list)
+    for run in runs:
+        if run.seconds is not None:
+            found[run.topology.chip.name, run.framework["calibration"]].append(run)
+    return found
+
+
+def measured(runs: list[Run]) -> list[Measured]:
+    """Return what a fit needs; sources of one group count by the root of their rows."""
+    by_source: dict[str, list[Run]] = collections.defaultdict(list)
+    for run in runs:
+        by_source[run.source].append(run)
+    found = []
+    for rows in by_source.values():
+        chosen = random.Random(0).sample(rows, min(len(rows), _SAMPLE))
+        weight = math.sqrt(len(rows)) / len(chosen)
+        for run in chosen:
+            found.append(
+                Measured(
+                    pricer=pricer(run),
+                    candidate=candidate(run, traced(run.architecture)[0]),
+                    seconds=run.seconds or 1.0,
+                    weight=weight,
+                )
+            )
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Fit and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--runs", type=Path, default=_DATA / "measured_runs.csv")
+    parser.add_argument("--sweeps", type=Path, default=_DATA / "measured_sweeps.csv")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--rounds", type=int, default=6)
+    given = parser.parse_args(arguments)
+    runs = [run for path in (given.runs, given.sweeps) for run in load(path)[0]]
+    tables: dict[str, dict[str, Calibration]] = read(_FILE)
+    for (chip, framework), rows in sorted(groups(runs).items()):
+        if given.only not in f"{chip}.{framework}":
+            continue
+        samples = measured(rows)
+        start = calibration_for(chip, framework)
+        names = _FIELDS[: max(1, len(samples) // 3)]
+        if not start.fused_attention:
+            names = tuple(name for name in names if name != "attention_efficiency")
+        before = error(samples, start)
+        fitted = calibrate(samples, start, names, given.rounds)
+        after = error(samples, fitted)
+        print(f"{chip}.{framework}: {len(samples)} rows, error {before:.3f} -> {after:.3f}", flush=True)
+        tables.setdefault(chip, {"default": calibration_for(chip)})[framework] = fitted
+        write(_FILE, tables, _NOTE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""Fit the few efficiencies of a chip under a framework to runs that were measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+
+from .calibration import Calibration
+from .candidate import Candidate
+from .estimate import Pricer
+from .placement import Placement, place
+
+# What may be fitted, with the least and the most that it can be.
+RANGES: dict[str, tuple[float, float]] = {
+    "matmul_efficiency": (0.2, 1.0),
+    "matmul_half_size": (1.0, 1024.0),
+    "attention_efficiency": (0.03, 1.0),
+    "memory_efficiency": (0.05, 1.0),
+    "optimizer_efficiency": (0.02, 1.0),
+    "kernel_seconds": (1e-7, 1e-4),
+    "microbatch_seconds": (1e-5, 1e-1),
+    "step_seconds": (1e-4, 1.0),
+    "fabric_efficiency": (0.05, 1.1),
+    "fabric_seconds": (1e-7, 1e-3),
+    "network_efficiency": (0.02, 1.1),
+    "network_seconds": (1e-7, 1e-3),
+    "overlap_parameters": (0.02, 1.0),
+    "overlap_gradients": (0.02, 1.0),
+    "overlap_activations": (0.01, 0.95),
+    "overlap_stages": (0.01, 1.0),
+    "imbalance_per_doubling": (1e-4, 0.1),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """A candidate and the seconds that its step took; `weight` is how much it counts."""
+
+    pricer: Pricer
+    candidate: Candidate
+    seconds: float
+    weight: float = 1.0
+
+    @functools.cached_property
+    def placement(self) -> Placement:
+        """The candidate laid over its program, which no calibration changes."""
+        return place(self.pricer.profile, self.candidate)
+
+    def predicted(self, calibration: Calibration) -> float:
+        """Return the step's seconds under `calibration`."""
+        return self.pricer.price_placed(self.candidate, self.placement, calibration).step_seconds
+
+
+def error(runs: Sequence[Measured], calibration: Calibration) -> float:
+    """Return the weighted mean of |log(predicted / measured)|."""
+    total = sum(run.weight for run in runs)
+    return sum(run.weight * abs(math.log(run.predicted(calibration) / run.seconds)) for run in runs) / total
+
+
+def calibrate(
+    runs: Sequence[Measured], start: Calibration, names: Iterable[str] | None = None, rounds: int = 8
+) -> Calibration:
+    """Return `start` with the fields `names` fitted to `runs` by a search along one field at a time.
+
+    Few runs cannot tell many fields apart: give as many names as the runs vary in. The error is of the
+    logarithm and absolute, so that a run that went wrong pulls no more than any other.
+    """
+    chosen = list(RANGES if names is None else names)
+    best, lowest = start, error(runs, start)
+    steps = dict.fromkeys(chosen, 0.5)
+    for _ in range(rounds):
+        for name in chosen:
+            least, most = RANGES[name]
+            before = lowest
+            for direction in (1.0, -1.0):
+                value = max(getattr(best, name), least) * math.exp(direction * steps[name])
+                tried = dataclasses.replace(best, **{name: min(max(value, least), most)})
+                found = error(runs, tried)
+                if found < lowest - 1e-6:
+                    best, lowest = tried, found
+                    break
+            steps[name] = min(1.0, steps[name] * 1.3) if lowest < before else steps[name] * 0.5
+    return best
