@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .errors import UserError as UserError
     from .mesh import make_mesh as make_mesh
     from .planner.declare import declare as declare
+    from .planner.door import plan as plan
     from .planner.plan import Plan as Plan
     from .report.picture import picture as picture
     from .rules import DEFAULT_RULES as DEFAULT_RULES
@@ -22,6 +23,7 @@ _HOMES = {
     "Chip": "topology",
     "Plan": "planner.plan",
     "declare": "planner.declare",
+    "plan": "planner.door",
     "DEFAULT_RULES": "rules",
     "Rules": "rules",
     "Topology": "topology",

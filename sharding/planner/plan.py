@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -11,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
 from ..tree_paths import by_path, by_suffix, path_of
+from . import plan_file
 from .wellformed import axes_of, check_plan
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from ..cost.estimate import Estimate
     from ..program.record import Program
-
-# A version of the file format: a reader refuses one that it does not know.
-FORMAT = 1
+    from .alternative import Alternative, Origin
 
 # One entry an array dimension: no axis, one, or several with the major one first.
 Spec = tuple[str | tuple[str, ...] | None, ...]
@@ -56,7 +55,12 @@ class Plan:
 
     `topology` is the devices' description (`v5p:4x4x8`), `mesh` maps axis → size, `dims` maps named
     dimension → DimPlan, `params` and `batch` map path → ArrayPlan: how arrays are stored. `remat` and
-    `microbatches` are as in `meshwright.sharding.transform`; `notes` say what could not be had.
+    `microbatches` are as in `meshwright.sharding.transform`; `notes` say what could not be had. `moments`
+    maps the path of a parameter to the spec of its gradient and its optimizer's arrays where that is another.
+
+    A plan that was searched for also has its `estimate`, the `alternatives` it was preferred to, what was
+    `refused` outright (``tensor=3`` → reason) and its `origin`, the program it is for. `optimizer` is that of
+    the planning, for `init`; it is no part of the record.
     """
 
     topology: str
@@ -67,6 +71,12 @@ class Plan:
     remat: str = "none"
     microbatches: int = 1
     notes: tuple[str, ...] = ()
+    moments: Mapping[str, Spec] = dataclasses.field(default_factory=dict)
+    origin: Origin | None = None
+    estimate: Estimate | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    optimizer: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be carried out: unknown axes, sizes that do not divide."""
@@ -107,8 +117,51 @@ class Plan:
         from ..transform.remat import remat
 
         mesh = self.make_mesh() if mesh is None else mesh
-        sharded = constrain(loss, mesh, self.axes_of_dims, self.specs)
+        sharded = constrain(loss, mesh, self.axes_of_dims, self.specs, self.specs_of_moments)
         return accumulate(remat(sharded, self.remat), self.microbatches)
+
+    def train_step(self, loss: Callable[..., Any], optimizer: Any, mesh: Mesh | None = None) -> Callable:
+        """Return the jitted ``(state, batch) -> (state, metrics)``, which donates the state."""
+        from ..transform.step import jitted_update
+
+        return jitted_update(self, loss, optimizer, mesh=self.make_mesh() if mesh is None else mesh)
+
+    def init(
+        self, init: Callable[[Any], Any], key: Any, optimizer: Any = None, mesh: Mesh | None = None
+    ) -> dict[str, Any]:
+        """Return the first state of a run, ``{"step", "params", "optimizer"}``, every array where it belongs.
+
+        `init(key)` gives the parameters; `optimizer` is that of the planning if not given. Raises UserError
+        if there is neither, or if the parameters are not those that the plan was made for.
+        """
+        from ..transform.step import first_state
+
+        optimizer = self.optimizer if optimizer is None else optimizer
+        if optimizer is None:
+            raise UserError("this plan knows no optimizer; write plan.init(init, key, optimizer)")
+        return first_state(self, init, key, optimizer, mesh=self.make_mesh() if mesh is None else mesh)
+
+    def explain(self, subject: str | None = None) -> str:
+        """Return why the plan is as it is: all of it, or an axis (``tensor``, ``tensor=8``), a dimension or a
+        parameter.
+
+        Raises UserError if `subject` is none of these.
+        """
+        from .explain import explain
+
+        return explain(self, subject)
+
+    def specs_of_moments(self, params: Any) -> Any:
+        """Return the PartitionSpec of every parameter's gradient and moments, in a tree of parameters."""
+        import jax
+        from jax.sharding import PartitionSpec
+
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: PartitionSpec(
+                *self.moments.get(path_of(keys), self._spec(path_of(keys), tuple(leaf.shape), "params"))
+            ),
+            params,
+        )
 
     def axes_of_dims(self, program: Program) -> dict[int, tuple[str, ...]]:
         """Return the mesh axes of the dims of a traced `program`, by their numbers."""
@@ -119,60 +172,50 @@ class Plan:
             if row.axes
         }
 
-    def check(self, params: Any, batch: Any) -> None:
-        """Raise UserError, naming what differs, if the plan was made for other arrays."""
-        for kind, planned, given in (("parameter", self.params, params), ("batch array", self.batch, batch)):
-            have = {path: tuple(leaf.shape) for path, leaf in by_path(given).items()}
-            for path in [*planned, *have]:
-                if path not in have:
-                    raise UserError(
-                        f"the plan has a {kind} {path!r} that the program lacks; {nearest(path, have)}"
-                    )
-                if path not in planned:
-                    raise UserError(
-                        f"the program has a {kind} {path!r} that the plan lacks; {nearest(path, planned)}"
-                    )
-                if planned[path].shape != have[path]:
-                    raise UserError(
-                        f"{kind} {path!r} has shape {have[path]}; the plan was made for {planned[path].shape}"
-                    )
+    def check(self, params: Any, batch: Any, loss: Callable[..., Any] | None = None) -> None:
+        """Raise UserError, naming what differs, if the plan was made for other arrays or another `loss`."""
+        self.check_arrays("parameter", params)
+        self.check_arrays("batch array", batch)
+        if loss is not None and self.origin is not None:
+            from ..program import trace
+
+            self.origin.check(trace(loss, params, batch))
+
+    def check_arrays(self, kind: str, tree: Any) -> None:
+        """Raise UserError if `tree` is not what the plan has of a ``parameter`` or ``batch array``."""
+        planned = self.params if kind == "parameter" else self.batch
+        have = {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()}
+        for path in [*planned, *have]:
+            if path not in have:
+                raise UserError(
+                    f"the plan has a {kind} {path!r} that the program lacks; {nearest(path, have)}"
+                )
+            if path not in planned:
+                raise UserError(
+                    f"the program has a {kind} {path!r} that the plan lacks; {nearest(path, planned)}"
+                )
+            if planned[path].shape != have[path]:
+                raise UserError(
+                    f"{kind} {path!r} has shape {have[path]}; the plan was made for {planned[path].shape}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        return plan_file.to_dict(self)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Write the plan as JSON with one line an array, so that two plans compare line by line."""
-        record = self.to_dict()
-        arrays = {key: record.pop(key) for key in ("dims", "params", "batch")}
-        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
-        for key, table in arrays.items():
-            rows = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
-            lines.append(f"{json.dumps(key)}: {{\n{rows}\n  }}")
-        pathlib.Path(path).write_text("{\n  " + ",\n  ".join(lines) + "\n}\n")
+        plan_file.write(self, path)
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Plan:
         """Read a plan that `save` wrote. Raises UserError for a missing or malformed file."""
-        try:
-            return cls.from_dict(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UserError(f"no plan file {path}") from None
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
+        return plan_file.read(path)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Plan:
         """Rebuild a plan from plain values."""
-        values = {**record, "notes": tuple(record.get("notes", ()))}
-        if (found := values.pop("format", None)) != FORMAT:
-            raise UserError(f"the plan has format {found}; this version reads format {FORMAT}")
-        values["dims"] = {name: _dim_plan(row) for name, row in values["dims"].items()}
-        for key in ("params", "batch"):
-            values[key] = {name: _array_plan(row) for name, row in values[key].items()}
-        return cls(**values)
+        return plan_file.from_dict(record)
 
     def _spec(self, path: str, shape: tuple[int, ...], kind: str) -> Spec:
         planned = getattr(self, kind).get(path)
@@ -183,7 +226,11 @@ class Plan:
         owner = by_suffix(path, self.params) if kind == "params" else None
         if owner is None:
             return ()
-        return self._derived(self.params[owner], shape)
+        row = self.params[owner]
+        # In a whole training state the parameters themselves stand below ``params``.
+        if owner in self.moments and path != f"params/{owner}":
+            row = dataclasses.replace(row, spec=self.moments[owner])
+        return self._derived(row, shape)
 
     def _derived(self, owner: ArrayPlan, shape: tuple[int, ...]) -> Spec:
         if shape == owner.shape:
@@ -203,12 +250,3 @@ class Plan:
             parts = math.prod(math.prod(self.mesh[axis] for axis in axes_of(entry)) for entry in row.spec)
             total += math.prod(row.shape) * jnp.dtype(row.dtype).itemsize // parts
         return total
-
-
-def _dim_plan(row: Mapping[str, Any]) -> DimPlan:
-    return DimPlan(**{**row, "axes": tuple(row["axes"])})
-
-
-def _array_plan(row: Mapping[str, Any]) -> ArrayPlan:
-    spec = tuple(tuple(entry) if isinstance(entry, list) else entry for entry in row["spec"])
-    return ArrayPlan(shape=tuple(row["shape"]), dtype=row["dtype"], spec=spec)

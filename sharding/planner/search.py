@@ -13,7 +13,6 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-
 from typing import TYPE_CHECKING
 
 from ..cost.candidate import Candidate
@@ -27,16 +26,22 @@ Price = Callable[[Candidate], "Estimate"]
 # What a layout stores on a device in bytes, as far as it decides.
 Stored = Callable[[Candidate], float]
 
-_RUNNERS_UP = 8
+_RUNNERS_UP = 6
+# A mesh size whose bound is that many times the best is not worked out further.
+_WORTH_SOLVING = 1.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Priced:
-    """A candidate with its Estimate; `fits` says whether a device's memory holds it."""
+    """A candidate with its Estimate; `fits` says whether a device's memory holds it.
+
+    `bound` says that it stands for others, which keep less or take the batch in parts and are no faster.
+    """
 
     candidate: Candidate
     estimate: Estimate
     fits: bool
+    bound: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,8 @@ def search(
         capacity_bytes: memory of a device.
         stored: where given, what is stored on a device decides before time does.
         runners_up: how many other layouts to return in order.
-        each_size: also return the best for every size of every mesh axis that fits.
+        each_size: also return the best for every size of every mesh axis, or a bound on it where that is far
+            from the best of all.
     """
     searching = _Search(space, price, capacity_bytes, stored or (lambda _: 0.0))
     ranked = list(itertools.islice(searching.ranked(range(len(space.layouts))), 1 + runners_up))
@@ -127,9 +133,18 @@ class _Search:
             for place in layout.mesh.items():
                 if place not in have:
                     members.setdefault(place, []).append(index)
-        found = [next(self.ranked(layouts), None) for layouts in members.values()]
-        unique = {id(one): one for one in found if one is not None}.values()
+        best = ranked[0].estimate.step_seconds
+        found = [self._best_or_bound(layouts, _WORTH_SOLVING * best) for layouts in members.values()]
+        unique = {id(one.candidate): one for one in found if one is not None}.values()
         return sorted(unique, key=lambda one: one.estimate.step_seconds)
+
+    def _best_or_bound(self, layouts: list[int], worth_seconds: float) -> Priced | None:
+        fastest = min(
+            (self._at(layout, 0, 0) for layout in layouts), key=lambda one: one.estimate.step_seconds
+        )
+        if fastest.fits or fastest.estimate.step_seconds <= worth_seconds:
+            return next(self.ranked(layouts), None)
+        return dataclasses.replace(fastest, bound=True)
 
     def _entry(self, layout: int, remat: int, parts: int) -> tuple[float, float, float, int, int, int]:
         estimate = self._at(layout, remat, parts).estimate

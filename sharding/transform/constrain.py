@@ -26,10 +26,18 @@ AxesOf = Callable[[Any], Mapping[int, tuple[str, ...]]]
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """A parameter, or a layer's slice of one, as it is stored; `spec` says how. Gathered when used."""
+    """A parameter, or a layer's slice of one, as it is stored; `spec` says how. Gathered when used.
+
+    `reduced` is the spec that its gradient is brought to.
+    """
 
     value: Any
     spec: tuple[Any, ...]
+    reduced: tuple[Any, ...]
+
+    def row(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Return the specs of a slice along the first dimension."""
+        return self.spec[1:], self.reduced[1:]
 
 
 def constrain(
@@ -37,23 +45,27 @@ def constrain(
     mesh: Mesh,
     axes_of: AxesOf,
     stored: Callable[[Any], Any],
+    reduced: Callable[[Any], Any] | None = None,
 ) -> Callable[[Any, Any], Any]:
     """Return `loss(params, batch)` with sharding constraints wherever XLA would have to guess.
 
     `axes_of(program)` gives the mesh axes of every dim while computing, `stored(params)` the tree of
     PartitionSpecs in which the parameters are kept. Each parameter is gathered to its computing spec where
-    it is used, layer by layer inside scans, after a cast to a smaller type; its gradient is reduced to the
-    stored spec there. Results of products, convolutions and look-ups, and what a scan carries, are
-    constrained to the specs of their dims. Values are those of `loss`.
+    it is used, layer by layer inside scans, after a cast to a smaller type; its gradient is reduced there to
+    the stored spec, or to that of `reduced(params)` where optimizer states are stored otherwise. Results of
+    products, convolutions and look-ups, and what a scan carries, are constrained to the specs of their dims.
+    Values are those of `loss`.
     """
 
     def constrained(params: Any, batch: Any) -> Any:
         program, shape = jax.make_jaxpr(loss, return_shape=True)(params, batch)
         named = read(program, (params, batch), shape)
         walk = _Walk(mesh, axes_of(named))
-        specs = jax.tree.leaves(stored(params), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+        specs = _flat(stored(params))
+        goals = specs if reduced is None else _flat(reduced(params))
         leaves = [
-            _Stored(leaf, tuple(spec)) for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True)
+            _Stored(leaf, tuple(spec), tuple(goal))
+            for leaf, spec, goal in zip(jax.tree.leaves(params), specs, goals, strict=True)
         ]
         outputs = walk.scope(program.consts, named.scope, [*leaves, *jax.tree.leaves(batch)])
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
@@ -80,7 +92,7 @@ class _Walk:
         eqn = equation.eqn
         name = eqn.primitive.name
         if name == "convert_element_type" and isinstance(inputs[0], _Stored):
-            return [_Stored(run(eqn, [inputs[0].value])[0], inputs[0].spec)]
+            return [dataclasses.replace(inputs[0], value=run(eqn, [inputs[0].value])[0])]
         if name == "jit":
             consts = generations.closed(eqn.params["jaxpr"]).consts
             return self.scope(consts, equation.scopes[0], inputs)
@@ -104,7 +116,7 @@ class _Walk:
         for index, (value, dims) in enumerate(zip(inputs, equation.ins, strict=True)):
             in_carry = parts.num_consts <= index < first_xs
             if isinstance(value, _Stored) and not in_carry:
-                specs.append(value.spec if index < first_xs else value.spec[1:])
+                specs.append((value.spec, value.reduced) if index < first_xs else value.row())
                 values.append(value.value)
             else:
                 specs.append(None)
@@ -112,7 +124,7 @@ class _Walk:
 
         def body(args: list[Any]) -> list[Any]:
             entering = [
-                _Stored(value, spec) if spec is not None else value
+                _Stored(value, *spec) if spec is not None else value
                 for value, spec in zip(args, specs, strict=True)
             ]
             for index in range(parts.num_consts, first_xs):
@@ -122,12 +134,12 @@ class _Walk:
         return scan_again(eqn, values, body)
 
     def _checkpoint(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-        specs = [value.spec if isinstance(value, _Stored) else None for value in inputs]
+        specs = [(value.spec, value.reduced) if isinstance(value, _Stored) else None for value in inputs]
         values = [value.value if isinstance(value, _Stored) else value for value in inputs]
 
         def body(args: list[Any]) -> list[Any]:
             entering = [
-                _Stored(value, spec) if spec is not None else value
+                _Stored(value, *spec) if spec is not None else value
                 for value, spec in zip(args, specs, strict=True)
             ]
             return self.scope((), equation.scopes[0], entering)
@@ -138,9 +150,10 @@ class _Walk:
         if not isinstance(value, _Stored):
             return value
         used, stored = self._spec(dims, value.value.shape), PartitionSpec(*value.spec)
-        if used == stored:
+        reduced = PartitionSpec(*value.reduced)
+        if used == stored == reduced:
             return value.value
-        return _gathered(value.value, NamedSharding(self._mesh, used), NamedSharding(self._mesh, stored))
+        return _gathered(value.value, NamedSharding(self._mesh, used), NamedSharding(self._mesh, reduced))
 
     def _constrain(self, value: Any, dims: Dims) -> Any:
         if not getattr(value, "ndim", 0):
@@ -168,8 +181,12 @@ class _Walk:
         return PartitionSpec(*entries)
 
 
-def _gathered(value: Any, used: NamedSharding, stored: NamedSharding) -> Any:
-    """Bring a stored parameter to where it is used; its gradient goes back reduced to how it is stored."""
+def _flat(specs: Any) -> list[Any]:
+    return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def _gathered(value: Any, used: NamedSharding, reduced: NamedSharding) -> Any:
+    """Bring a stored parameter to where it is used; its gradient goes back reduced to how that is stored."""
 
     @jax.custom_vjp
     def gather(value: Any) -> Any:
@@ -178,7 +195,7 @@ def _gathered(value: Any, used: NamedSharding, stored: NamedSharding) -> Any:
     def backward(_: None, gradient: Any) -> tuple[Any]:
         # First where it was computed: asked for the stored sharding at once, XLA would move the activations.
         gradient = jax.lax.with_sharding_constraint(gradient, used)
-        return (jax.lax.with_sharding_constraint(gradient, stored),)
+        return (jax.lax.with_sharding_constraint(gradient, reduced),)
 
     gather.defvjp(lambda value: (gather(value), None), backward)
     return gather(value)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..planner.plan import Plan
 
 State = dict[str, Any]
+Measure = Callable[[State], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh,
-    measure: Callable[[State], dict[str, Any]] | None = None,
+    measure: Measure | None = None,
 ) -> Step:
     """Jit the step of `loss(params, batch)` under `plan`.
 
@@ -52,31 +53,16 @@ def train_step(
     batch, and `measure(state)` may add scalars to the metrics (the learning rate, say). Raises UserError
     when the parameters or the batch are not those that the plan was made for.
     """
-    planned = with_aux(plan.apply(loss, mesh))
     plain = with_aux(loss)
-
-    def first(key: Any) -> State:
-        params = init(key)
-        return {"step": jnp.int32(0), "params": params, "optimizer": optimizer.init(params)}
-
+    first = _first(init, optimizer)
     shapes = jax.eval_shape(first, jax.random.key(0))
     plan.check(shapes["params"], batch)
     state_shardings = plan.shardings(shapes, mesh)
     batch_shardings = plan.shardings(batch, mesh, "batch")
-
-    def update(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
-        (value, aux), gradients = jax.value_and_grad(planned, has_aux=True)(state["params"], batch)
-        updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
-        params = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), state["params"], updates)
-        metrics = {"loss": value, "grad_norm": _norm(gradients), **(aux if isinstance(aux, dict) else {})}
-        if measure is not None:
-            metrics |= measure(state)
-        return {"step": state["step"] + 1, "params": params, "optimizer": moments}, metrics
-
     return Step(
         init=jax.jit(first, out_shardings=state_shardings),
         update=jax.jit(
-            update,
+            _update(plan, loss, optimizer, mesh, measure),
             in_shardings=(state_shardings, batch_shardings),
             out_shardings=(state_shardings, None),
             donate_argnums=0,
@@ -89,6 +75,68 @@ def train_step(
         ),
         batch=batch_shardings,
     )
+
+
+def jitted_update(
+    plan: Plan, loss: Callable[[Any, Any], Any], optimizer: optax.GradientTransformation, *, mesh: Mesh
+) -> Callable[[State, Any], tuple[State, dict[str, Any]]]:
+    """Return the jitted ``(state, batch) -> (state, metrics)``; it learns the state's structure when called.
+
+    `state` is donated and stays where `plan` puts it; `batch` may lie anywhere, on the host too.
+    """
+    update = _update(plan, loss, optimizer, mesh, None)
+
+    def constrained(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        plan.check(state["params"], batch, loss)
+        batch = jax.lax.with_sharding_constraint(batch, plan.shardings(batch, mesh, "batch"))
+        state, metrics = update(state, batch)
+        return jax.lax.with_sharding_constraint(state, plan.shardings(state, mesh)), metrics
+
+    return jax.jit(constrained, donate_argnums=0)
+
+
+def first_state(
+    plan: Plan,
+    init: Callable[[Any], Any],
+    key: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+) -> State:
+    """Create the state ``{"step", "params", "optimizer"}``, every array on the devices that hold it."""
+    first = _first(init, optimizer)
+    shapes = jax.eval_shape(first, key)
+    plan.check_arrays("parameter", shapes["params"])
+    return jax.jit(first, out_shardings=plan.shardings(shapes, mesh))(key)
+
+
+def _first(init: Callable[[Any], Any], optimizer: optax.GradientTransformation) -> Callable[[Any], State]:
+    def first(key: Any) -> State:
+        params = init(key)
+        return {"step": jnp.int32(0), "params": params, "optimizer": optimizer.init(params)}
+
+    return first
+
+
+def _update(
+    plan: Plan,
+    loss: Callable[[Any, Any], Any],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    measure: Measure | None,
+) -> Callable[[State, Any], tuple[State, dict[str, Any]]]:
+    planned = with_aux(plan.apply(loss, mesh))
+
+    def update(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        (value, aux), gradients = jax.value_and_grad(planned, has_aux=True)(state["params"], batch)
+        updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
+        params = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), state["params"], updates)
+        metrics = {"loss": value, "grad_norm": _norm(gradients), **(aux if isinstance(aux, dict) else {})}
+        if measure is not None:
+            metrics |= measure(state)
+        return {"step": state["step"] + 1, "params": params, "optimizer": moments}, metrics
+
+    return update
 
 
 def with_aux(loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any], tuple[Any, Any]]:

@@ -1,0 +1,136 @@
+"""What to do when nothing fits: by how much, and which larger slice, smaller batch or precision would."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..topology import Topology
+from .declared import Declared
+from .reasons import gib, layout_in_words
+from .search import Priced
+
+if TYPE_CHECKING:
+    from .door import Answer, Problem
+
+# How many times as many devices, and how small a part of the batch, are looked at.
+_MOST_DEVICES = 64
+_LEAST_BATCH = 64
+
+
+def nothing_fits(problem: Problem, topology: Topology, declared: Declared, answer: Answer) -> str:
+    """Return the sentence for a problem whose every layout is too large for a device's memory."""
+    nearest = answer.found.misfits[0]
+    over = nearest.estimate.peak_bytes - answer.capacity_bytes
+    one = nearest.candidate
+    item, size = max(nearest.estimate.memory.items(), key=lambda row: row[1])
+    fixes = [
+        fix
+        for fix in (
+            _larger_slice(problem, topology, declared),
+            _smaller_batch(problem, topology, declared),
+            _lower_precision(problem, topology, declared),
+        )
+        if fix
+    ]
+    layout = layout_in_words(one.mesh, one.remat, one.microbatches)
+    needs = f"{gib(nearest.estimate.peak_bytes)} of a device's {gib(answer.capacity_bytes)}"
+    advice = (
+        f"what fits: {', or '.join(fixes)}" if fixes else "no larger slice, smaller batch or bfloat16 does"
+    )
+    return (
+        f"nothing fits {topology}: the smallest layout ({layout}) needs {needs}, {gib(over)} too much, "
+        f"{gib(size)} of it {item}; {advice}"
+    )
+
+
+def _fits(problem: Problem, topology: Topology, declared: Declared) -> Priced | None:
+    """Return what fits, None if nothing does or the problem cannot be laid out so."""
+    try:
+        return problem.solve(topology, declared).found.best
+    except UserError:
+        return None
+
+
+def _larger_slice(problem: Problem, topology: Topology, declared: Declared) -> str | None:
+    open_mesh = dataclasses.replace(
+        declared, mesh={axis: size for axis, size in declared.mesh.items() if size == -1}
+    )
+    for larger in larger_slices(topology):
+        if _fits(problem, larger, declared) or _fits(problem, larger, open_mesh):
+            return str(larger)
+    return None
+
+
+def _smaller_batch(problem: Problem, topology: Topology, declared: Declared) -> str | None:
+    import jax
+
+    rows = max((leaf.shape[0] for leaf in jax.tree.leaves(problem.batch) if leaf.shape), default=1)
+    part = 2
+    while part <= _LEAST_BATCH and rows % part == 0:
+        smaller = dataclasses.replace(problem, batch=_with_rows(problem.batch, rows, rows // part))
+        try:
+            found = _fits(smaller, topology, declared)
+        except (TypeError, ValueError):
+            # The loss has the size of the batch written into it.
+            return None
+        if found:
+            return f"a batch of {rows // part} rows instead of {rows}"
+        part *= 2
+    return None
+
+
+def _with_rows(batch: Any, old: int, new: int) -> Any:
+    import jax
+
+    def resized(leaf: Any) -> Any:
+        shape = (new, *leaf.shape[1:]) if leaf.shape and leaf.shape[0] == old else leaf.shape
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return jax.tree.map(resized, batch)
+
+
+def _lower_precision(problem: Problem, topology: Topology, declared: Declared) -> str | None:
+    import jax
+    import jax.numpy as jnp
+
+    if not any(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(problem.params)):
+        return None
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, jnp.bfloat16 if leaf.dtype == jnp.float32 else leaf.dtype
+        ),
+        problem.params,
+    )
+    try:
+        found = _fits(dataclasses.replace(problem, params=params), topology, declared)
+    except (TypeError, ValueError):
+        # The loss has the type of its parameters written into it.
+        return None
+    return "parameters and moments in bfloat16 instead of float32" if found else None
+
+
+def larger_slices(topology: Topology) -> Iterator[Topology]:
+    """Yield larger slices of the same chip, the smallest first."""
+    chip = topology.chip
+    most = _MOST_DEVICES * topology.num_devices
+    if not topology.is_torus:
+        hosts = topology.shape[0]
+        while (hosts := 2 * hosts) * topology.shape[1] <= most:
+            yield dataclasses.replace(topology, shape=(hosts, topology.shape[1]))
+        return
+    shapes = {tuple(sorted(shape)) for shape in chip.small_slices}
+    if chip.cube is not None:
+        counts = [chip.cube * 2**power for power in range(5)]
+        shapes |= {(a, b, c) for a in counts for b in counts for c in counts if a <= b <= c <= 2 * b <= 4 * a}
+    limit = min(most, (chip.max_slice_chips or most) * chip.devices_per_chip)
+    sized = sorted(
+        (math.prod(shape) * chip.devices_per_chip, shape)
+        for shape in shapes
+        if topology.num_devices < math.prod(shape) * chip.devices_per_chip <= limit
+    )
+    for _, shape in sized:
+        yield dataclasses.replace(topology, shape=shape, num_slices=1, hosts_per_slice=None)

@@ -1,0 +1,77 @@
+"""What a Plan remembers of its making: the program it is for, and the layouts that it was preferred to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..cost.estimate import Estimate
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..program.record import Program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """Another way of running the program, at its best, and one sentence why it lost.
+
+    `sharded` maps dimension → mesh axes while computing, `storage` says how parameters and moments are
+    stored (``replicated``, ``zero-1``, ``fsdp``, ``fsdp + zero-1``), `fits` whether memory holds it.
+    """
+
+    mesh: Mapping[str, int]
+    sharded: Mapping[str, tuple[str, ...]]
+    storage: str
+    remat: str
+    microbatches: int
+    estimate: Estimate
+    fits: bool
+    lost: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The program that a plan was made for: its fingerprint under a version of JAX, and what it consists of.
+
+    `primitives` counts its equations by primitive, loops' bodies once.
+    """
+
+    fingerprint: str
+    jax: str
+    primitives: Mapping[str, int]
+
+    @classmethod
+    def of(cls, program: Program) -> Origin:
+        """Return the origin that `program` is."""
+        import jax
+
+        counts = Counter(equation.primitive for equation in program.equations())
+        return cls(
+            fingerprint=program.fingerprint, jax=jax.__version__, primitives=dict(sorted(counts.items()))
+        )
+
+    def check(self, program: Program) -> None:
+        """Raise UserError, naming what differs, if `program` is another one.
+
+        Versions of JAX trace a function differently, so that programs are compared under the same one only.
+        """
+        here = Origin.of(program)
+        if here.jax != self.jax or here.fingerprint == self.fingerprint:
+            return
+        names = sorted({*self.primitives, *here.primitives})
+        differing = [
+            f"{name} {here.primitives.get(name, 0)} times, then {self.primitives.get(name, 0)}"
+            for name in names
+            if here.primitives.get(name, 0) != self.primitives.get(name, 0)
+        ]
+        what = "; ".join(differing[:3]) or "the same operations on other constants, shapes or orders"
+        raise UserError(f"the plan was made for another program on the same arrays: this one has {what}")
+
+
+def alternative_from(row: Mapping[str, Any]) -> Alternative:
+    """Rebuild an Alternative from plain values."""
+    sharded = {name: tuple(axes) for name, axes in row["sharded"].items()}
+    return Alternative(**{**row, "sharded": sharded, "estimate": Estimate(**row["estimate"])})
