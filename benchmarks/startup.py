@@ -21,6 +21,7 @@ from collections.abc import Callable
 import yaml
 from step_time import CONFIG
 
+_IMPORTS_A_ROUND = 5
 HERE = pathlib.Path(__file__).parent
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         seconds = _measure(pathlib.Path(scratch), rounds)
     for name, found in seconds.items():
-        print(f"{name:34} {statistics.median(found):7.2f} s   ({', '.join(f'{one:.2f}' for one in found)})")
+        print(f"{name:34} {statistics.median(found):7.2f} s   ({min(found):.2f} to {max(found):.2f})")
 
     def ratio(one: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
@@ -68,8 +69,9 @@ def _measure(scratch: pathlib.Path, rounds: int) -> dict[str, list[float]]:
             seconds[f"bare JAX, {temperature}"].append(_whole(bare))
             shutil.rmtree(scratch / "run", ignore_errors=True)
             seconds[f"train, {temperature}"].append(_first_step(train))
-        for name, command in imports.items():
-            seconds[name].append(statistics.median(_whole(command) for _ in range(3)))
+        for _ in range(_IMPORTS_A_ROUND):
+            for name, command in imports.items():
+                seconds[name].append(_whole(command))
     return seconds
 
 
