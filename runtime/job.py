@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +131,9 @@ def _users_model(where: str, arguments: dict[str, Any]) -> Model:
     from ..models import Model
 
     module_name, _, function_name = where.partition(":")
+    # Where `python -m` looks too; an installed command looks only beside itself and in the libraries.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

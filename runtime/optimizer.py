@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..sharding.errors import UserError
 from .optimizer_config import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -14,12 +15,20 @@ _STACKING = ("layers", "experts", "groups")
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate as a function of the step, for a run of `steps` steps."""
+    """Return the learning rate as a function of the step, for a run of `steps` steps.
+
+    Raises UserError if the final fall of `wsd` is longer than what warm-up leaves of the run.
+    """
     import optax
 
     peak, last = config.learning_rate, config.learning_rate * config.final_fraction
-    warmup = min(config.warmup_steps, steps)
+    warmup = config.warmup_steps
     rest = max(steps - warmup, 1)
+    if (config.decay_steps or 0) > rest:
+        raise UserError(
+            f"optimizer.decay_steps={config.decay_steps} does not fit in train.steps={steps} after "
+            f"warmup_steps={warmup}; nearest: {rest}"
+        )
     if config.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif config.schedule == "cosine":
@@ -103,6 +112,7 @@ def _muon(config: OptimizerConfig, rate: Any, names: Any, decay: Any) -> optax.G
     update = optax.contrib.muon(
         1.0,
         beta=config.beta1,
+        eps=config.epsilon,
         mu_dtype=config.moment_dtype,
         adam_b1=config.beta1,
         adam_b2=config.beta2,
