@@ -152,7 +152,19 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that takes `1e-3` for a number, as YAML 1.2 does and 1.1 does not."""
+    """YAML's safe loader that takes `1e-3` for a number and a key only once, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -267,18 +279,20 @@ def _refuse_unknown(
 
 
 def _nearest_key(key: str, section: type[pydantic.BaseModel], prefix: str) -> str:
-    here = nearest(key, section.model_fields)
-    if here.startswith("did you mean"):
-        return here.replace("'", f"'{prefix}", 1)
     everywhere = [dotted for dotted, *_ in fields() if dotted.rpartition(".")[2] == key]
     if everywhere:
         return f"did you mean {' or '.join(repr(dotted) for dotted in everywhere)}?"
+    here = nearest(key, section.model_fields)
+    if here.startswith("did you mean"):
+        return here.replace("'", f"'{prefix}", 1)
     return here if prefix else nearest(key, [dotted for dotted, *_ in fields()])
 
 
 def _sentence(error: pydantic.ValidationError, where: str) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "function-")))
+    # Where a value may be of several types, the last part of a place names the type that it is not.
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(part for part in place if part != "str" and not part.startswith(("list[", "function-")))
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = "" if isinstance(given, (dict, pydantic.BaseModel)) else f" (got {given!r})"

@@ -28,6 +28,7 @@ _FREE = frozenset(
         "metrics",
         "hosts",
         "data.prefetch",
+        "data.read_threads",
         "data.cache",
         "train.steps",
         "train.evaluate_every",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from ..section import Section
 
 #: A trace grows by thousands of events a step on every device: more steps make files that no viewer opens.
 MAX_STEPS = 20
 
 
-class ProfileConfig(BaseModel):
+class ProfileConfig(Section):
     """Which steps of training to capture as an XLA trace in the run's ``profile/`` folder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     start_step: int | None = Field(
         default=None,
