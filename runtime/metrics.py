@@ -213,7 +213,8 @@ class TensorBoard:
 
 def read_lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     """Return (line, record) of every whole line of a metrics file; a last line cut short is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    # A crash can leave bytes that are no text, which are then no record either.
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     found = []
     for line in lines:
         try:

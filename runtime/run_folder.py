@@ -63,9 +63,14 @@ class RunFolder:
         if not self.config.exists() or not self._has_steps():
             return
         try:
-            before = yaml.safe_load(self.config.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"{self.config} cannot be read: {' '.join(str(error).split())}") from None
+        if not isinstance(before, dict):
+            raise UserError(
+                f"{self.config} holds no settings, so whose run this is cannot be told; put the run's config "
+                "back, or give this run a folder of its own with run=FOLDER"
+            )
         differing = differing_settings(before, config.model_dump(mode="json"))
         if differing:
             listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items())

@@ -1,0 +1,220 @@
+"""Records of steps: in order, complete, without holding the loop, in every sink."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from meshwright.runtime.metrics import IN_FLIGHT, Collector, JsonLines, NotFinite, TensorBoard, read_lines
+
+
+class Kept:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.closed = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.records.append(dict(record))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def submit(collector: Collector, step: int, loss: Any = 1.0, **more: Any) -> None:
+    collector.wait_for_slot()
+    values = {
+        "loss": jnp.float32(loss),
+        "grad_norm": jnp.float32(2.0),
+        "learning_rate": jnp.float32(0.5),
+        "weight": jnp.float32(64),
+    }
+    collector.submit(step, values, asked_at=time.perf_counter(), data_wait_seconds=0.25, **more)
+
+
+def test_records_come_in_order_and_complete() -> None:
+    sinks, told = [Kept(), Kept()], []
+    collector = Collector(sinks, tokens_per_step=100, on_step=lambda: told.append(1))
+    for step in range(1, 21):
+        submit(collector, step, loss=step / 2)
+    collector.drain()
+    assert sinks[0].records == sinks[1].records
+    assert [record["step"] for record in sinks[0].records] == list(range(1, 21))
+    assert [record["loss"] for record in sinks[0].records] == [step / 2 for step in range(1, 21)]
+    assert len(told) == 20
+    for record in sinks[0].records:
+        assert set(record) == {
+            "step",
+            "loss",
+            "grad_norm",
+            "learning_rate",
+            "step_seconds",
+            "tokens_per_second",
+            "data_wait_seconds",
+        }
+        assert all(isinstance(value, int | float) for value in record.values())
+        assert record["step_seconds"] > 0
+        assert record["tokens_per_second"] == pytest.approx(100 / record["step_seconds"])
+        assert record["data_wait_seconds"] == 0.25
+    collector.close()
+    assert all(sink.closed for sink in sinks)
+    assert collector.last == sinks[0].records[-1]
+
+
+def test_close_writes_what_was_submitted() -> None:
+    sink = Kept()
+    collector = Collector([sink], tokens_per_step=1)
+    submit(collector, 1)
+    submit(collector, 2)
+    collector.close()
+    assert [record["step"] for record in sink.records] == [1, 2]
+
+
+def test_evaluations_are_weighted_means() -> None:
+    sink = Kept()
+    collector = Collector([sink], tokens_per_step=1)
+    pairs = [(jnp.float32(1.0), jnp.float32(30)), (jnp.float32(4.0), jnp.float32(10))]
+    submit(collector, 1, evaluation=pairs)
+    submit(collector, 2)
+    collector.close()
+    assert sink.records[0]["eval_loss"] == pytest.approx(1.75)
+    assert "eval_loss" not in sink.records[1]
+    assert collector.last["eval_loss"] == pytest.approx(1.75)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_loop(loss: float) -> None:
+    sink = Kept()
+    collector = Collector([sink], tokens_per_step=1)
+    submit(collector, 1)
+    submit(collector, 2, loss=loss)
+
+    def go_on() -> None:
+        for step in range(3, 20):
+            submit(collector, step)
+
+    with pytest.raises(NotFinite, match=f"the loss of step 2 is {loss}; gradient norm 2.0"):
+        go_on()
+    collector.close()
+    assert [record["step"] for record in sink.records] == [1]
+
+
+def test_it_stops_at_the_end_of_the_run_too() -> None:
+    collector = Collector([Kept()], tokens_per_step=1)
+    submit(collector, 1, loss=float("nan"))
+    with pytest.raises(NotFinite):
+        collector.drain()
+    collector.close()
+
+
+def test_a_loss_that_is_not_finite_may_be_let_pass(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    collector = Collector([JsonLines(path, 0)], tokens_per_step=1, stop_on_nan=False)
+    submit(collector, 1, loss=float("nan"))
+    submit(collector, 2)
+    collector.close()
+    assert [record["loss"] for _, record in read_lines(path)] == [None, 1.0]
+    assert "NaN" not in path.read_text()
+
+
+def test_a_sink_that_fails_fails_the_loop() -> None:
+    class Full(Kept):
+        def write(self, record: Mapping[str, Any]) -> None:
+            raise OSError(28, "No space left on device")
+
+    collector = Collector([Full()], tokens_per_step=1)
+    submit(collector, 1)
+    with pytest.raises(OSError, match="No space left"):
+        collector.drain()
+    collector.close()
+
+
+def test_the_loop_may_be_ahead_by_a_few_steps_and_no_more() -> None:
+    allowed = threading.Event()
+
+    class Slow(Kept):
+        def write(self, record: Mapping[str, Any]) -> None:
+            assert allowed.wait(30)
+            super().write(record)
+
+    sink = Slow()
+    collector = Collector([sink], tokens_per_step=1)
+    for step in range(1, IN_FLIGHT + 1):
+        submit(collector, step)  # returns although no step has been written
+    assert sink.records == []
+    ahead = threading.Thread(target=submit, args=(collector, IN_FLIGHT + 1))
+    ahead.start()
+    ahead.join(0.2)
+    assert ahead.is_alive()
+    allowed.set()
+    ahead.join(30)
+    collector.close()
+    assert len(sink.records) == IN_FLIGHT + 1
+
+
+def lines_of(path: pathlib.Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_json_lines_go_on_after_the_step_that_was_restored(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path, 0)
+    for step in range(1, 8):
+        first.write({"step": step, "loss": 1.0})
+    first.close()
+    kept = path.read_text().splitlines()[:4]
+    second = JsonLines(path, 4)
+    assert path.read_text().splitlines() == kept
+    second.write({"step": 5, "loss": 0.5})
+    assert lines_of(path) == [1, 2, 3, 4, 5]  # each line is there as soon as it is written
+    second.close()
+
+
+def test_a_line_cut_short_is_left_out(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 1.0}\n'
+    path.write_text(whole + '{"step": 3, "lo')
+    assert [record["step"] for _, record in read_lines(path)] == [1, 2]
+    resumed = JsonLines(path, 9)
+    resumed.write({"step": 3, "loss": 2.0})
+    resumed.close()
+    assert lines_of(path) == [1, 2, 3]
+
+
+def test_bytes_that_a_crash_left_behind_are_left_out(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n\x00\x00\xff\xfe')
+    JsonLines(path, 9).close()
+    assert lines_of(path) == [1]
+
+
+def test_a_run_that_starts_anew_starts_an_empty_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n')
+    JsonLines(path, 0).close()
+    assert path.read_text() == ""
+    assert [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_events_hold_every_number(tmp_path: pathlib.Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    sink = TensorBoard(tmp_path / "tensorboard")
+    sink.write({"step": 3, "loss": 1.5, "eval_loss": 2.5})
+    sink.write({"step": 4, "loss": 1.25})
+    sink.close()
+    (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    content, at, found = file.read_bytes(), 0, []
+    while at < len(content):  # length, its checksum, the event, its checksum
+        length = int.from_bytes(content[at : at + 8], "little")
+        event = Event.FromString(content[at + 12 : at + 12 + length])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        at += length + 16
+    assert found == [(3, "loss", 1.5), (3, "eval_loss", 2.5), (4, "loss", 1.25)]
