@@ -70,6 +70,7 @@ def kill_during_a_save(process: subprocess.Popen[str], run: pathlib.Path) -> Non
         with contextlib.suppress(FileNotFoundError):
             if any(not path.name.isdigit() for path in (run / "checkpoints").iterdir() if path.is_dir()):
                 break
+        time.sleep(0.001)
     assert process.poll() is None, "the run ended before it was killed"
     process.kill()
     assert process.wait(timeout=30) == -signal.SIGKILL
@@ -111,10 +112,9 @@ def test_a_run_killed_at_any_moment_goes_on(
     small_config: pathlib.Path, reference: pathlib.Path, tmp_path: pathlib.Path, moment: int
 ) -> None:
     run, draw = tmp_path / "run", random.Random(moment)
-    for _ in range(2):
-        with running("train", small_config, f"run={run}", "checkpoint.every=1") as process:
-            time.sleep(draw.uniform(0.5, 9.0))
-            process.kill()
+    # With a save after every step one is under way at most moments.
+    with running("train", small_config, f"run={run}", "checkpoint.every=1") as process:
+        kill_after(process, draw.randrange(1, STEPS), draw.uniform(0, 0.4))
     finish(small_config, run)
     assert_same_course(run, reference)
 
