@@ -103,7 +103,7 @@ def _cell(pairs: list[tuple[Run, Estimate]]) -> dict[str, float] | None:
     measured, predicted = np.array(done).T
     capacity = pairs[0][0].topology.chip.hbm_bytes or np.inf
     fits = [pair for pair in pairs if pair[1].peak_bytes <= capacity]
-    chosen = min(fits or pairs, key=lambda pair: (pair[1].step_seconds if fits else pair[1].peak_bytes))[0]
+    chosen = min(fits or pairs, key=lambda pair: pair[1].step_seconds if fits else pair[1].peak_bytes)[0]
     regret = chosen.seconds / measured.min() - 1.0 if chosen.seconds else float("inf")
     return {
         "layouts": len(pairs),

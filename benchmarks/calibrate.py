@@ -40,6 +40,7 @@ _FIELDS = (
     "overlap_stages",
     "fabric_seconds",
     "network_seconds",
+    "pipelined_starts",
     "imbalance_per_doubling",
     "microbatch_seconds",
     "step_seconds",

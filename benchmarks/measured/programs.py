@@ -1,43 +1,54 @@
-"""The decoder of a measured row, traced once for each architecture and batch."""
+"""The decoder of a measured row, traced once for each architecture and scaled to the row's batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
+import numpy as np
 from meshwright.sharding.cost.profile import Profile, profile
 from meshwright.sharding.program import Program
 
 from .rows import Architecture
 
+# Any batch will do: all of a decoder's arrays and products grow with it in proportion.
+_BATCH = 8
+
 
 @functools.cache
 def traced(arch: Architecture) -> tuple[Program, Profile]:
-    """Return the program of the decoder's loss, and its tables."""
-    import jax
-    import jax.numpy as jnp
-
-    from meshwright.sharding.program import trace
-
-    model, params = _model(arch)
-    shape = jax.ShapeDtypeStruct((arch.batch, arch.sequence), jnp.int32)
-    program = trace(model.loss, params, {"targets": shape, "tokens": shape}, names=model.names)
-    return program, profile(program)
+    """Return the program of the decoder's loss (at some batch), and its tables at the batch of `arch`."""
+    program, tables = _traced(dataclasses.replace(arch, batch=_BATCH))
+    return program, _scaled(tables, program.batch_dims[0], arch.batch / _BATCH)
 
 
-def _model(arch: Architecture) -> tuple:
-    from dataclasses import replace
-
-    return _built(replace(arch, batch=1))
+def _scaled(tables: Profile, dim: int, times: float) -> Profile:
+    """Return `tables` with the dim made `times` as large."""
+    sizes = tables.dim_sizes.copy()
+    sizes[dim] *= times
+    values, products = tables.values, tables.products
+    has = products.role_dims[:, :, dim]
+    return dataclasses.replace(
+        tables,
+        dim_sizes=sizes,
+        values=dataclasses.replace(values, bytes=values.bytes * np.where(values.dims[:, dim], times, 1.0)),
+        products=dataclasses.replace(
+            products,
+            flops=products.flops * np.where(has.any(axis=1), times, 1.0),
+            role_sizes=products.role_sizes * np.where(has, times, 1.0),
+        ),
+    )
 
 
 @functools.cache
-def _built(arch: Architecture) -> tuple:
+def _traced(arch: Architecture) -> tuple[Program, Profile]:
     import jax
-
+    import jax.numpy as jnp
     from meshwright.models.transformer.build import decoder
     from meshwright.models.transformer.config import DecoderConfig
+    from meshwright.sharding.program import trace
 
-    old = not arch.gated
+    plain = not arch.gated
     config = DecoderConfig(
         layers=arch.layers,
         embed=arch.embed,
@@ -47,14 +58,17 @@ def _built(arch: Architecture) -> tuple:
         mlp=arch.mlp,
         vocab=arch.vocab,
         max_sequence=arch.sequence,
-        activation="swiglu" if arch.gated else "gelu",
-        bias="all" if old else "none",
-        norm="layer" if old else "rms",
+        activation="gelu" if plain else "swiglu",
+        bias="all" if plain else "none",
+        norm="layer" if plain else "rms",
         tied_embeddings=arch.tied,
-        position_embedding="learned" if old else "rope",
+        position_embedding="learned" if plain else "rope",
         param_dtype="bfloat16",
         attention_chunk=arch.sequence,
         loss_chunk=arch.sequence,
     )
     model = decoder(config)
-    return model, jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    shape = jax.ShapeDtypeStruct((arch.batch, arch.sequence), jnp.int32)
+    program = trace(model.loss, params, {"targets": shape, "tokens": shape}, names=model.names)
+    return program, profile(program)

@@ -21,7 +21,7 @@ from meshwright.sharding.topology_text import read as read_topology
 _HERE = Path(__file__).parent
 
 
-class NotExpressible(Exception):
+class NotExpressible(Exception):  # noqa: N818
     """A row that this library's programs or candidates cannot say; its text is the reason."""
 
 
@@ -70,7 +70,9 @@ def load(path: Path) -> tuple[list[Run], list[tuple[str, str, str]]]:
 
 
 def _label(row: Mapping[str, str]) -> str:
-    degrees = " ".join(f"{k}{row[k]}" for k in ("dp", "tp", "sp", "cp", "pp", "ep") if row[k] not in ("", "1", "0"))
+    degrees = " ".join(
+        f"{k}{row[k]}" for k in ("dp", "tp", "sp", "cp", "pp", "ep") if row[k] not in ("", "1", "0")
+    )
     return f"{row['model']} {row['n_devices']}x{row['hardware'][:12]} {degrees} mb{row['microbatch'] or '?'}"
 
 
@@ -95,7 +97,7 @@ def parse(row: Mapping[str, str]) -> Run:
         raise NotExpressible("LoRA: most parameters are frozen")
     topology = _topology(row)
     return Run(
-        source=row["source"],
+        source=re.sub(r" (line|L)\s?\d.*", "", row["source"]),
         cell=tuple(row[k] for k in ("model", "hardware", "n_devices", "global_batch_seqs", "seq_len")),
         label=_label(row),
         architecture=architecture,
@@ -117,7 +119,9 @@ def _whole(row: Mapping[str, str], key: str) -> int:
 
 def _architecture(row: Mapping[str, str]) -> Architecture:
     name = row["model"].lower()
-    if row["ep"] not in ("", "1") or re.search(r"moe|mixtral|a3b|a22b|deepseek|nemotron_3|gpt.oss|qwen3-235", name):
+    if row["ep"] not in ("", "1") or re.search(
+        r"moe|mixtral|a3b|a22b|deepseek|nemotron_3|gpt.oss|qwen3-235", name
+    ):
         raise NotExpressible("mixture of experts: the decoder has no experts yet")
     if "t5" in name:
         raise NotExpressible("encoder-decoder")
@@ -285,7 +289,9 @@ def candidate(run: Run, program: Any) -> Candidate:
                 axes[dims[0]] = ("tensor",)
             elif name == "layers":
                 axes[dims[0]] = ("stage",)
-    along = (("context",) if mesh["context"] > 1 else ()) + (("tensor",) if layout["sequence_parallel"] else ())
+    along = (("context",) if mesh["context"] > 1 else ()) + (
+        ("tensor",) if layout["sequence_parallel"] else ()
+    )
     tokens = next(a for a in program.arguments if not a.is_parameter)
     for dim in tokens.dims[1]:
         axes[dim] = along

@@ -30,7 +30,8 @@ class Calibration:
     microbatch_seconds:    host's time for a microbatch.
     step_seconds:          host's time for a step.
     fabric_efficiency, network_efficiency: of the links' rate, for collectives.
-    fabric_seconds, network_seconds: start of a collective; per domain that it visits.
+    fabric_seconds, network_seconds: start of a collective for each device that it visits; each domain besides.
+    pipelined_starts:      how much longer exchanging activations takes to start while stages talk as well.
     overlap_parameters, overlap_gradients, overlap_activations, overlap_stages: the share of gathering
     parameters,
                            of reducing gradients, of exchanging activations, of passing them to the next
@@ -56,6 +57,7 @@ class Calibration:
     fabric_seconds: float = 0.0
     network_efficiency: float = 1.0
     network_seconds: float = 0.0
+    pipelined_starts: float = 1.0
     overlap_parameters: float = 0.0
     overlap_gradients: float = 0.0
     overlap_activations: float = 0.0

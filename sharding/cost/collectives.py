@@ -13,6 +13,10 @@ from ..topology import Topology
 from .calibration import Calibration
 
 
+# Axes over which activations are exchanged in every layer.
+_ACTIVATIONS = ("tensor", "context", "expert")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
     """What one mesh axis runs on.
@@ -37,18 +41,29 @@ class Link:
         reduce-scatter passes (n - 1) / n of it through each device, an all-reduce twice that, an all-to-all
         1 / n of it as each device holds 1 / n.
         """
+        return self.transfer(kind, bytes_) + self.starts(kind, count)
+
+    def transfer(self, kind: str, bytes_: float) -> float:
+        """Return the seconds that the links are busy; see `collective`."""
         if self.size == 1:
             return 0.0
         share = (self.size - 1) / self.size
-        passes = {"all_gather": 1.0, "reduce_scatter": 1.0, "all_reduce": 2.0, "all_to_all": 1.0 / self.size}
-        starts = 2.0 if kind == "all_reduce" else 1.0
-        return passes[kind] * share * bytes_ / self.bytes_per_second + starts * count * self.seconds
+        return _passes(kind, self.size) * share * bytes_ / self.bytes_per_second
+
+    def starts(self, kind: str, count: float) -> float:
+        """Return the seconds before the first and after the last byte of `count` collectives."""
+        return 0.0 if self.size == 1 else count * self.seconds * (2.0 if kind == "all_reduce" else 1.0)
 
     def point_to_point(self, bytes_: float, count: float = 1.0) -> float:
         """Return the seconds of `count` sends of `bytes_` together to the next device of the group."""
         if self.size == 1:
             return 0.0
         return bytes_ / self.point_bytes_per_second + count * self.seconds / max(self.size - 1, 1)
+
+
+def _passes(kind: str, size: int) -> float:
+    """Return how often the whole of what a group holds goes through each device's link."""
+    return {"all_gather": 1.0, "reduce_scatter": 1.0, "all_reduce": 2.0, "all_to_all": 1.0 / size}[kind]
 
 
 def links(mesh: Mapping[str, int], topology: Topology, calibration: Calibration) -> Mapping[str, Link]:
@@ -67,7 +82,9 @@ def _links(
     for axis in sorted(sizes, key=AXES_BY_WEIGHT.index, reverse=True):
         size = sizes[axis]
         inside = max(1, min(size, topology.devices_per_domain // stride))
-        found[axis] = _switched(size, inside, topology, calibration)
+        busy = sizes.get("stage", 1) > 1 and axis in _ACTIVATIONS
+        starts = calibration.pipelined_starts if busy else 1.0
+        found[axis] = _switched(size, inside, topology, calibration, starts)
         stride *= size
     return found
 
@@ -86,15 +103,14 @@ def _network_rate(topology: Topology, calibration: Calibration) -> float:
     return rate / chip.devices_per_chip * calibration.network_efficiency
 
 
-def _switched(size: int, inside: int, topology: Topology, calibration: Calibration) -> Link:
+def _switched(size: int, inside: int, topology: Topology, calibration: Calibration, starts: float) -> Link:
     """Return the link of a group with `inside` members on each fast domain.
 
     A ring that leaves a domain enters and leaves through the adapters of all its members there.
     """
     fabric = _fabric_rate(topology, calibration)
     if inside == size:
-        hops = math.log2(size)
-        seconds = calibration.fabric_seconds * (1.0 + hops) / 2.0
+        seconds = starts * calibration.fabric_seconds * (size - 1)
         return Link(
             size=size,
             bytes_per_second=fabric,
@@ -104,7 +120,8 @@ def _switched(size: int, inside: int, topology: Topology, calibration: Calibrati
         )
     network = _network_rate(topology, calibration)
     domains = math.ceil(size / inside)
-    seconds = calibration.fabric_seconds + calibration.network_seconds * (domains - 1)
+    visits = calibration.fabric_seconds * (size - 1) + calibration.network_seconds * (domains - 1)
+    seconds = starts * visits
     return Link(
         size=size,
         bytes_per_second=min(fabric, inside * network),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,12 +16,16 @@ from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link, links
 from .compute import KINDS, Busy, busy, peak_flops
-from .exchange import Exchange, exchange, stored
+from .exchange import Exchange, Stored, exchange, stored
 from .memory import peak_memory
 from .overlap import exposed
 from .pipeline import Stages, bubble_seconds, layers_per_stage
 from .placement import BACKWARD, FORWARD, Placement, place
 from .profile import AFTER, BEFORE, LAYERS, Profile, profile
+
+
+# Placements kept: a search prices several storages and policies of each.
+_PLACEMENTS = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,40 +84,73 @@ class Pricer:
         self.calibration = calibration_for(topology.chip.name) if calibration is None else calibration
         self.gradient_bytes = gradient_bytes
         self.dtype = dtype
+        self._placements: dict[object, Placement] = {}
         products = self.profile.products
         runs = self.profile.steps.runs[products.equation]
         self.flops = float((products.flops * runs * (1.0 + products.gradients)).sum())
 
     def price(self, candidate: Candidate) -> Estimate:
         """Return the estimate of `candidate`."""
-        return self.price_placed(candidate, place(self.profile, candidate), self.calibration)
+        placement = self.place(candidate)
+        lying = stored(self.profile, candidate)
+        memory = self.memory(candidate, placement, lying)
+        time = self.time(candidate, placement, lying, memory, self.calibration)
+        total = sum(time.values())
+        peak = candidate.num_devices * peak_flops(self.topology.chip, self.dtype)
+        return Estimate(
+            step_seconds=total,
+            mfu=self.flops / (total * peak),
+            peak_bytes=sum(memory.values()),
+            time=time,
+            memory=memory,
+        )
 
-    def price_placed(self, candidate: Candidate, placement: Placement, calibration: Calibration) -> Estimate:
-        """Return the estimate of a candidate that `place` has laid, under any calibration."""
+    def place(self, candidate: Candidate) -> Placement:
+        """Return `candidate` laid over the program; one that differs in storage or remat alone is known."""
+        key = (
+            tuple(candidate.mesh.items()),
+            tuple((dim, axes) for dim, axes in candidate.dims.items() if axes),
+            candidate.microbatches,
+        )
+        known = self._placements.get(key)
+        if known is None:
+            if len(self._placements) >= _PLACEMENTS:
+                self._placements.clear()
+            known = self._placements[key] = place(self.profile, candidate)
+        return known
+
+    def memory(self, candidate: Candidate, placement: Placement, lying: Stored) -> dict[str, float]:
+        """Return item → bytes of a placed candidate on its fullest device."""
+        return peak_memory(
+            self.profile,
+            placement,
+            candidate,
+            lying,
+            self.slot_bytes,
+            self.gradient_bytes,
+            self.calibration,
+        )
+
+    def time(
+        self,
+        candidate: Candidate,
+        placement: Placement,
+        lying: Stored,
+        memory: Mapping[str, float],
+        calibration: Calibration,
+    ) -> dict[str, float]:
+        """Return item → seconds of a placed candidate under any calibration."""
         table, chip = self.profile, self.topology.chip
         wires = links(candidate.mesh, self.topology, calibration)
         work = busy(table, placement, candidate.remat, chip, self.dtype, calibration)
-        lying = stored(table, candidate)
         moved = exchange(table, placement, candidate, lying, wires, self.gradient_bytes)
-        memory = peak_memory(
-            table, placement, candidate, lying, self.slot_bytes, self.gradient_bytes, calibration
-        )
         time = _step(table, placement, candidate, calibration, wires, work, moved)
         rate = (chip.hbm_bytes_per_second or 1.0) * calibration.optimizer_efficiency
         time["optimizer"] = _optimizer_bytes(memory, table, self.slot_bytes, self.gradient_bytes) / rate
-        time["host"] = time.get("host", 0.0) + calibration.step_seconds
-        total = sum(time.values())
-        devices = candidate.num_devices
-        time["stragglers"] = total * calibration.imbalance_per_doubling * float(np.log2(max(devices, 1)))
-        total = sum(time.values())
-        mfu = self.flops / (total * devices * peak_flops(chip, self.dtype))
-        return Estimate(
-            step_seconds=total,
-            mfu=mfu,
-            peak_bytes=sum(memory.values()),
-            time={name: seconds for name, seconds in time.items() if seconds},
-            memory=memory,
-        )
+        time["host"] += calibration.step_seconds
+        doublings = math.log2(max(candidate.num_devices, 1))
+        time["stragglers"] = sum(time.values()) * calibration.imbalance_per_doubling * doublings
+        return {name: seconds for name, seconds in time.items() if seconds}
 
 
 def _optimizer_bytes(
@@ -175,18 +213,16 @@ def _microbatch(
         items[f"compute/{kind}"] += row
     computing = work.seconds.sum(axis=(0, 1))
     recomputed = np.array([0.0, float(candidate.remat == "full"), 0.0])
-    talking = np.zeros(3)
+    talking, starting = np.zeros(3), np.zeros(3)
     for traffic in placement.traffic:
         times = 1.0 + recomputed if traffic.phase == FORWARD else np.ones(3)
         size = np.bincount(traffic.section, weights=traffic.bytes * traffic.runs, minlength=3)
         count = np.bincount(traffic.section, weights=traffic.runs, minlength=3)
         link = wires[traffic.axis]
-        visible = 1.0 - calibration.overlap_activations
-        row = np.array(
-            [link.collective(traffic.kind, size[s], count[s]) if count[s] else 0.0 for s in range(3)]
-        )
-        items[f"{traffic.kind}/{traffic.axis}"] += row * times * visible
-        talking += row * times * visible
+        row = link.transfer(traffic.kind, 1.0) * size * times * (1.0 - calibration.overlap_activations)
+        items[f"{traffic.kind}/{traffic.axis}"] += row
+        talking += row
+        starting += link.starts(traffic.kind, 1.0) * count * times
     fetching = {key: 2.0 * np.array(row) for key, row in moved.gathers.items()}
     for key, row in moved.scatters.items():
         fetching[key] = fetching.get(key, 0.0) + np.array(row)
@@ -195,7 +231,8 @@ def _microbatch(
         seen = exposed(total, float(computing.sum()), calibration.overlap_parameters) / total
         for (kind, axis), row in fetching.items():
             items[f"{kind}/{axis}"] += row * seen
-    issued = work.kernels.sum(axis=0) * calibration.kernel_seconds
+    # Kernels and collectives are issued ahead of the device: only where that takes longer does it show.
+    issued = work.kernels.sum(axis=0) * calibration.kernel_seconds + starting
     items["host"] += np.maximum(issued - computing - talking, 0.0)
     return items
 

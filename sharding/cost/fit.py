@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from .calibration import Calibration
 from .candidate import Candidate
 from .estimate import Pricer
-from .placement import Placement, place
+from .exchange import Stored, stored
+from .placement import Placement
 
 # What may be fitted, with the least and the most that it can be.
 RANGES: dict[str, tuple[float, float]] = {
@@ -26,6 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "fabric_seconds": (1e-7, 1e-3),
     "network_efficiency": (0.02, 1.1),
     "network_seconds": (1e-7, 1e-3),
+    "pipelined_starts": (1.0, 30.0),
     "overlap_parameters": (0.02, 1.0),
     "overlap_gradients": (0.02, 1.0),
     "overlap_activations": (0.01, 0.95),
@@ -44,13 +46,15 @@ class Measured:
     weight: float = 1.0
 
     @functools.cached_property
-    def placement(self) -> Placement:
-        """The candidate laid over its program, which no calibration changes."""
-        return place(self.pricer.profile, self.candidate)
+    def _placed(self) -> tuple[Placement, Stored, dict[str, float]]:
+        """What no calibration of times changes."""
+        placement = self.pricer.place(self.candidate)
+        lying = stored(self.pricer.profile, self.candidate)
+        return placement, lying, self.pricer.memory(self.candidate, placement, lying)
 
     def predicted(self, calibration: Calibration) -> float:
         """Return the step's seconds under `calibration`."""
-        return self.pricer.price_placed(self.candidate, self.placement, calibration).step_seconds
+        return sum(self.pricer.time(self.candidate, *self._placed, calibration).values())
 
 
 def error(runs: Sequence[Measured], calibration: Calibration) -> float:
