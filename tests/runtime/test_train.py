@@ -1,25 +1,11 @@
 """The command line trains for real: small models, real text, simulated devices, real processes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
+from training import meshwright, metrics, saved_steps
 
-CONFIG = {
-    "name": "small",
-    "topology": "cpu:4",
-    "mesh": {"data": 2, "fsdp": 2},
-    "model": {
-        "preset": "tiny",
-        "overrides": {"layers": 2, "embed": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "mlp": 64},
-    },
-    "data": {"sequence": 32},
-    "train": {"steps": 6, "global_batch": 8, "evaluate_every": 3, "evaluate_batches": 1},
-    "checkpoint": {"every": 3},
-    "metrics": {"console": "lines", "console_every": 1},
-}
 KEYS = [
     "step",
     "loss",
@@ -29,35 +15,17 @@ KEYS = [
     "tokens_per_second",
     "data_wait_seconds",
 ]
+SETTINGS = ["train.steps=6", "train.evaluate_every=3", "train.evaluate_batches=1", "checkpoint.every=3"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with text, a config and the cache that all runs of this module share."""
-    home = tmp_path_factory.mktemp("home")
-    text = home / "text"
-    text.mkdir()
-    for number in range(24):
-        lines = [f"line {line} of file {number} says {line * number % 97}" for line in range(40)]
-        (text / f"{number}.txt").write_text("\n".join(lines))
-    config = {**CONFIG, "data": {**CONFIG["data"], "source": str(text), "cache": str(home / "tokens")}}
-    (home / "config.yaml").write_text(yaml.safe_dump({**config, "compilation_cache": str(home / "compiled")}))
-    return home
+def words(config, run, *overrides):
+    return (config, *SETTINGS, f"run={run}", *overrides)
 
 
-def meshwright(*words):
-    command = [sys.executable, "-m", "meshwright.runtime.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-
-
-def train(home, run, *overrides):
-    result = meshwright("train", home / "config.yaml", f"run={run}", *overrides)
+def train(config, run, *overrides):
+    result = meshwright("train", *words(config, run, *overrides))
     assert result.returncode == 0, result.stderr
     return result
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run):
@@ -65,9 +33,9 @@ def losses(run):
 
 
 @pytest.fixture(scope="module")
-def reference(home):
-    run = home / "reference"
-    train(home, run)
+def reference(small_config, tmp_path_factory):
+    run = tmp_path_factory.mktemp("reference") / "run"
+    train(small_config, run)
     return run
 
 
@@ -85,45 +53,49 @@ def test_a_run_folder_holds_all_there_is_to_know(reference):
     ]
 
 
-def test_the_layout_does_not_change_what_is_learnt(home, reference, tmp_path):
+def test_the_layout_does_not_change_what_is_learnt(small_config, reference, tmp_path):
     run = tmp_path / "run"
-    train(home, run, "topology=cpu:8", "mesh={data: 1, fsdp: 4, tensor: 2}", "remat=full", "microbatches=2")
+    train(
+        small_config,
+        run,
+        "topology=cpu:8",
+        "mesh={data: 1, fsdp: 4, tensor: 2}",
+        "remat=full",
+        "microbatches=2",
+    )
     assert losses(run) == pytest.approx(losses(reference), rel=1e-4)
 
 
-def test_two_processes_learn_what_one_does(home, reference, tmp_path):
+def test_two_processes_learn_what_one_does(small_config, reference, tmp_path):
     run = tmp_path / "run"
-    result = meshwright("launch", home / "config.yaml", f"run={run}", "--processes", 2)
+    result = meshwright("launch", *words(small_config, run), "--processes", 2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(run) == pytest.approx(losses(reference), rel=1e-4)
 
 
-def test_the_same_command_goes_on_and_then_has_nothing_to_do(home, tmp_path):
+def test_the_same_command_goes_on_and_then_has_nothing_to_do(small_config, reference, tmp_path):
     run = tmp_path / "run"
-    train(home, run, "optimizer.schedule=constant", "train.steps=3")
-    onward = train(home, run, "optimizer.schedule=constant", "mesh={data: 4}")
+    train(small_config, run, "train.steps=3")
+    onward = train(small_config, run, "mesh={data: 4}")
     assert "going on from step 3" in onward.stderr
-    whole = tmp_path / "whole"
-    train(home, whole, "optimizer.schedule=constant")
-    assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
-    again = train(home, run, "optimizer.schedule=constant")
+    assert losses(run) == pytest.approx(losses(reference), rel=1e-4)
+    again = train(small_config, run)
     assert "nothing left to do" in again.stderr
     assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_another_config_is_refused_with_what_differs(home, reference):
-    result = meshwright(
-        "train", home / "config.yaml", f"run={reference}", "optimizer.learning_rate=0.5", "seed=3"
-    )
+def test_another_config_is_refused_with_what_differs(small_config, reference):
+    changed = ("optimizer.learning_rate=0.5", "seed=3")
+    result = meshwright("train", *words(small_config, reference, *changed))
     assert result.returncode == 2
     assert "seed: 0 there, 3 now; optimizer.learning_rate: 0.001 there, 0.5 now" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(home, reference, tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(small_config, reference, tmp_path, damage):
     run = tmp_path / "run"
-    train(home, run)
+    train(small_config, run)
     newest = run / "checkpoints" / "6"
     file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
@@ -132,26 +104,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(home, referenc
     else:
         del content[len(content) // 2 :]
     file.write_bytes(content)
-    result = train(home, run)
+    result = train(small_config, run)
     assert "checkpoint at step 6 is damaged" in result.stderr
     assert "going on from step 3" in result.stderr
     assert losses(run) == pytest.approx(losses(reference), rel=1e-6)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_unsaved(home, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(small_config, tmp_path):
     run = tmp_path / "run"
-    words = ("optimizer.learning_rate=1e30", "optimizer.clip_norm=null", "checkpoint.every=1")
-    result = meshwright("train", home / "config.yaml", f"run={run}", *words)
+    wild = ("optimizer.learning_rate=1e30", "optimizer.clip_norm=null", "checkpoint.every=1")
+    result = meshwright("train", *words(small_config, run, *wild))
     assert result.returncode == 1
     assert "error: the loss of step" in result.stderr
     assert "Traceback" not in result.stderr
-    saved = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
-    assert max(saved, default=0) <= len(metrics(run))
+    assert max(saved_steps(run), default=0) <= len(metrics(run))
 
 
-def test_a_profile_is_captured_and_read(home, tmp_path):
+def test_a_profile_is_captured_and_read(small_config, tmp_path):
     run = tmp_path / "run"
-    train(home, run, "profile.start_step=4", "profile.num_steps=2", "metrics.tensorboard=true")
+    train(small_config, run, "profile.start_step=4", "profile.num_steps=2", "metrics.tensorboard=true")
     found = meshwright("profile", run, "--json")
     assert found.returncode == 0, found.stderr
     record = json.loads(found.stdout)
