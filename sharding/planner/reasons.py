@@ -43,7 +43,7 @@ def why_lost(best: Priced, other: Priced, capacity_bytes: float, stored: tuple[f
     """
     if not other.fits and not other.bound:
         return misfit(other, capacity_bytes)
-    if stored is not None and stored[1] > stored[0] * 1.001:
+    if stored is not None and stored[1] > 1.1 * stored[0]:
         return f"stores {gib(stored[1])} of parameters and moments on a device instead of {gib(stored[0])}"
     ours, theirs = best.estimate, other.estimate
     slower = theirs.step_seconds / ours.step_seconds - 1

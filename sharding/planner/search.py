@@ -1,9 +1,10 @@
 """The best of a space of candidates, the runners-up, and how far from fitting it is where nothing fits.
 
-Keeping less for the backward pass, or working the batch through in more parts, never makes a step faster:
-it only saves memory. So a layout that keeps everything and takes the batch whole is a bound on whatever can
-be had with it, and candidates taken from a queue in the order of their times are final once they fit: what
-comes out first is the best, what comes next the runner-up, and most of the space is never priced.
+Keeping less for the backward pass, or working the batch through in more parts, saves memory and never makes a
+step faster by more than what it lets hide (`_SLACK`). So the time of a layout that keeps everything and takes
+the batch whole bounds whatever can be had with it, and candidates taken from a queue in the order of their
+bounds are final once they fit: what comes out first is the best, what comes next the runner-up, and most of
+the space is never priced.
 """
 
 from __future__ import annotations
@@ -26,9 +27,18 @@ Price = Callable[[Candidate], "Estimate"]
 # What a layout stores on a device in bytes, as far as it decides.
 Stored = Callable[[Candidate], float]
 
+# Layout, remat and microbatches by their places in a Space, after what they are ordered by: what is stored
+# where that counts, seconds, bytes.
+_Entry = tuple[float, float, float, int, int, int]
+
+# By which share recomputing or more microbatches may make a step faster at most: they give collectives more
+# to hide behind.
+_SLACK = 0.005
 _RUNNERS_UP = 6
+# What stores so many times the least that any layout does counts as storing as little.
+_ABOUT_EQUAL = 1.1
 # A mesh size whose bound is that many times the best is not worked out further.
-_WORTH_SOLVING = 1.5
+_WORTH_SOLVING = 1.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +103,9 @@ def search(
 class _Search:
     def __init__(self, space: Space, price: Price, capacity_bytes: float, stored: Stored) -> None:
         self._space, self._price, self._capacity = space, price, capacity_bytes
-        self._stored = [stored(layout) for layout in space.layouts]
+        sizes = [stored(layout) for layout in space.layouts]
+        enough = _ABOUT_EQUAL * min(sizes, default=0.0)
+        self._stored = [0.0 if size <= enough else size for size in sizes]
         self._seen: dict[tuple[int, int, int], Priced] = {}
         self._hopeless: dict[int, Priced] = {}
 
@@ -108,22 +120,31 @@ class _Search:
 
     def ranked(self, layouts: range | list[int]) -> Iterator[Priced]:
         """Yield the best candidate of each layout that fits, best first."""
-        queue = [self._entry(layout, 0, 0) for layout in layouts]
-        heapq.heapify(queue)
+        # Candidates that may still lead to better ones, by what those could be at best; and those that fit.
+        open_ = [self._entry(layout, 0, 0, _SLACK) for layout in layouts]
+        heapq.heapify(open_)
+        fitting: list[_Entry] = []
+        seen: set[tuple[int, int, int]] = set()
         done: set[int] = set()
-        while queue:
-            *_, layout, remat, parts = heapq.heappop(queue)
-            if layout in done:
+        while open_ or fitting:
+            if fitting and (not open_ or fitting[0][:2] <= open_[0][:2]):
+                place = heapq.heappop(fitting)[-3:]
+                if place[0] not in done:
+                    done.add(place[0])
+                    yield self._at(*place)
                 continue
-            one = self._at(layout, remat, parts)
-            if one.fits:
-                done.add(layout)
-                yield one
-            elif self._can_fit(layout):
-                for entry in self._after(layout, remat, parts):
-                    heapq.heappush(queue, entry)
-            else:
-                done.add(layout)
+            place = heapq.heappop(open_)[-3:]
+            if place in seen or place[0] in done:
+                continue
+            seen.add(place)
+            if self._at(*place).fits:
+                heapq.heappush(fitting, self._entry(*place, 0.0))
+            elif not self._can_fit(place[0]):
+                done.add(place[0])
+                continue
+            least, seconds, size = self._entry(*place, _SLACK)[:3]
+            for following in self._after(*place):
+                heapq.heappush(open_, (least, seconds, size, *following))
 
     def best_of_sizes(self, ranked: list[Priced]) -> list[Priced]:
         """Return the best for each size of each axis that `ranked` lacks, best first."""
@@ -146,15 +167,16 @@ class _Search:
             return next(self.ranked(layouts), None)
         return dataclasses.replace(fastest, bound=True)
 
-    def _entry(self, layout: int, remat: int, parts: int) -> tuple[float, float, float, int, int, int]:
+    def _entry(self, layout: int, remat: int, parts: int, slack: float) -> _Entry:
         estimate = self._at(layout, remat, parts).estimate
-        return (self._stored[layout], estimate.step_seconds, estimate.peak_bytes, layout, remat, parts)
+        seconds = estimate.step_seconds * (1 - slack)
+        return (self._stored[layout], seconds, estimate.peak_bytes, layout, remat, parts)
 
-    def _after(self, layout: int, remat: int, parts: int) -> Iterator[tuple]:
+    def _after(self, layout: int, remat: int, parts: int) -> Iterator[tuple[int, int, int]]:
         if remat + 1 < len(self._space.remats):
-            yield self._entry(layout, remat + 1, parts)
+            yield (layout, remat + 1, parts)
         if parts + 1 < len(self._space.parts(self._space.layouts[layout])):
-            yield self._entry(layout, remat, parts + 1)
+            yield (layout, remat, parts + 1)
 
     def _can_fit(self, layout: int) -> bool:
         """Whether the layout fits when it keeps least and takes the batch in the most parts."""

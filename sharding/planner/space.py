@@ -145,11 +145,11 @@ class _Builder:
             yield from self._stored(mesh, dims, kept)
 
     def _batch_does_not_divide(self, batch: Sequence[str], mesh: Mapping[str, int]) -> str | None:
-        if not batch:
-            return None
-        if not self._leads:
-            return "no array of the data has a dimension that parameters lack"
         count = self._declared.microbatches or 1
+        if not batch and self._rows % count == 0:
+            return None
+        if batch and not self._leads:
+            return "no array of the data has a dimension that parameters lack"
         needed = math.prod(mesh[axis] for axis in batch)
         main = self._program.dims[self._leads[0]]
         if self._rows % (needed * count):

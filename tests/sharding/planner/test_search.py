@@ -1,0 +1,102 @@
+"""The search against brute force, and what it says of what lost."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import zoo
+from meshwright.sharding import Topology
+from meshwright.sharding.cost import Estimate, Pricer
+from meshwright.sharding.cost.candidate import Candidate
+from meshwright.sharding.planner.declared import Declared
+from meshwright.sharding.planner.search import search
+from meshwright.sharding.planner.space import Space, space
+from meshwright.sharding.program import trace
+
+
+def problem(name: str, topology: str) -> tuple[Space, Pricer]:
+    case = zoo.MODELS[name]()
+    program = trace(case.loss, *case.shapes())
+    where = Topology.parse(topology)
+    return space(program, where, Declared()), Pricer(program, where)
+
+
+def layout_of(candidate: Candidate) -> Any:
+    return (dict(candidate.mesh), dict(candidate.dims), dict(candidate.stored), dict(candidate.optimizer))
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [("state_space", "v5e:2x2"), ("lstm", "h100:4"), ("mlp", "cpu:8"), ("state_space", "2*v5e:1x1")],
+)
+def test_it_finds_what_brute_force_finds(name: str, topology: str) -> None:
+    offered, pricer = problem(name, topology)
+    priced = [(candidate, pricer.price(candidate)) for candidate in offered.candidates()]
+    sizes = sorted(estimate.peak_bytes for _, estimate in priced)
+    for share in (0.0, 0.05, 0.3, 0.7, 1.0):
+        capacity = sizes[int(share * (len(sizes) - 1))]
+        fitting = [
+            (estimate.step_seconds, candidate)
+            for candidate, estimate in priced
+            if estimate.peak_bytes <= capacity
+        ]
+        found = search(offered, pricer.price, capacity, runners_up=3, each_size=False)
+        assert found.best is not None
+        assert found.best.estimate.step_seconds == min(seconds for seconds, _ in fitting)
+        # Runners-up are the best of other layouts, in order.
+        best_of: list[tuple[Any, float]] = []
+        for seconds, candidate in sorted(fitting, key=lambda row: row[0]):
+            if layout_of(candidate) not in [layout for layout, _ in best_of]:
+                best_of.append((layout_of(candidate), seconds))
+        got = [found.best, *found.others]
+        assert [one.estimate.step_seconds for one in got] == [seconds for _, seconds in best_of[: len(got)]]
+        assert len(got) == min(4, len(best_of))
+        assert found.priced <= len(priced)
+
+
+def test_it_says_what_does_not_fit_and_by_how_much() -> None:
+    offered, pricer = problem("state_space", "v5e:2x2")
+    smallest = min(pricer.price(candidate).peak_bytes for candidate in offered.candidates())
+    found = search(offered, pricer.price, smallest - 1)
+    assert found.best is None
+    assert found.others == ()
+    assert found.misfits[0].estimate.peak_bytes == smallest
+
+
+def test_every_size_of_every_axis_is_accounted_for() -> None:
+    offered, pricer = problem("encoder_decoder", "v5e:2x4")
+    found = search(offered, pricer.price, 16e9, runners_up=2)
+    assert found.best is not None
+    sizes = {place for one in (found.best, *found.others) for place in one.candidate.mesh.items()}
+    assert sizes == {place for layout in offered.layouts for place in layout.mesh.items()}
+    for one in found.others:
+        assert one.estimate.step_seconds >= found.best.estimate.step_seconds
+
+
+def test_what_is_stored_may_decide_before_time() -> None:
+    offered, pricer = problem("mlp", "cpu:8")
+
+    def stored(layout: Candidate) -> float:
+        return float(layout.mesh["data"])
+
+    found = search(offered, pricer.price, 16e9, stored=stored)
+    assert found.best is not None
+    assert found.best.candidate.mesh["data"] == 1
+    alone = [pricer.price(c).step_seconds for c in offered.candidates() if c.mesh["data"] == 1]
+    assert found.best.estimate.step_seconds == min(alone)
+
+
+def test_only_a_part_of_the_space_is_priced() -> None:
+    offered, _ = problem("state_space", "v5e:2x4")
+    asked = itertools.count()
+
+    def price(candidate: Candidate) -> Estimate:
+        next(asked)
+        seconds = 1.0 + candidate.mesh["tensor"] + candidate.microbatches + len(candidate.remat)
+        return Estimate(step_seconds=seconds, mfu=0.5, peak_bytes=1.0, time={}, memory={})
+
+    found = search(offered, price, 2.0, each_size=False)
+    assert found.best is not None
+    assert next(asked) < 0.4 * sum(1 for _ in offered.candidates())
