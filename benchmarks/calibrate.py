@@ -1,7 +1,7 @@
-"""Fit the calibration file to measured runs: `python benchmarks/calibrate.py [--only CHIP.FRAMEWORK] [--rounds N]`.
+"""Fit the calibration file: `python benchmarks/calibrate.py [--only CHIP.FRAMEWORK] [--rounds N]`.
 
-Starts from the shipped file, fits one record for each (chip, framework) and writes the file again. A group of few
-rows fits few fields. Of a large source a fixed sample of rows is used.
+Starts from the shipped file, fits one record for each (chip, framework) to measured runs and writes the file
+again. A group of few rows fits few fields. Of a large source a fixed sample of rows is used.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from pathlib import Path
 from accuracy import _DATA, pricer
 from measured.programs import traced
 from measured.rows import Run, candidate, load
-
 from meshwright.sharding.cost.calibration import Calibration, calibration_for, read, write
 from meshwright.sharding.cost.fit import Measured, calibrate, error
 
 _FILE = Path(__file__).resolve().parents[1] / "sharding" / "cost" / "calibration.toml"
-_SAMPLE = 150
-_NOTE = """Efficiencies that datasheets do not give, for each chip under each framework; see calibration.py for what they mean.
-Fitted by benchmarks/calibrate.py to measured_runs.csv and measured_sweeps.csv; which attention kernel a framework runs
-and what it saves are facts of the framework, set by hand."""
+_SAMPLE = 100
+_NOTE = """Efficiencies that datasheets do not give, for each chip under each framework; see calibration.py.
+Fitted by benchmarks/calibrate.py to measured_runs.csv and measured_sweeps.csv; which attention kernel a
+framework runs and what it saves are facts of the framework, set by hand."""
 
 # Fields in the order in which more rows can tell them apart.
 _FIELDS = (
@@ -39,6 +38,7 @@ _FIELDS = (
     "overlap_gradients",
     "overlap_stages",
     "fabric_seconds",
+    "fabric_group_exponent",
     "network_seconds",
     "pipelined_starts",
     "imbalance_per_doubling",
@@ -66,7 +66,7 @@ def measured(runs: list[Run]) -> list[Measured]:
     found = []
     for rows in by_source.values():
         chosen = random.Random(0).sample(rows, min(len(rows), _SAMPLE))
-        weight = math.sqrt(len(rows)) / len(chosen)
+        weight = math.sqrt(min(len(rows), 100)) / len(chosen)
         for run in chosen:
             found.append(
                 Measured(

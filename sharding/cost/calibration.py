@@ -30,7 +30,8 @@ class Calibration:
     microbatch_seconds:    host's time for a microbatch.
     step_seconds:          host's time for a step.
     fabric_efficiency, network_efficiency: of the links' rate, for collectives.
-    fabric_seconds, network_seconds: start of a collective for each device that it visits; each domain besides.
+    fabric_group_exponent: of the group's share of its domain, in the efficiency: small groups use few links.
+    fabric_seconds, network_seconds: start of a collective for each device it visits; each domain besides.
     pipelined_starts:      how much longer exchanging activations takes to start while stages talk as well.
     overlap_parameters, overlap_gradients, overlap_activations, overlap_stages: the share of gathering
     parameters,
@@ -54,6 +55,7 @@ class Calibration:
     microbatch_seconds: float = 0.0
     step_seconds: float = 0.0
     fabric_efficiency: float = 1.0
+    fabric_group_exponent: float = 0.0
     fabric_seconds: float = 0.0
     network_efficiency: float = 1.0
     network_seconds: float = 0.0

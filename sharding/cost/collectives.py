@@ -12,7 +12,6 @@ from ..reach import reaches
 from ..topology import Topology
 from .calibration import Calibration
 
-
 # Axes over which activations are exchanged in every layer.
 _ACTIVATIONS = ("tensor", "context", "expert")
 
@@ -109,6 +108,7 @@ def _switched(size: int, inside: int, topology: Topology, calibration: Calibrati
     A ring that leaves a domain enters and leaves through the adapters of all its members there.
     """
     fabric = _fabric_rate(topology, calibration)
+    fabric *= (inside / topology.devices_per_domain) ** calibration.fabric_group_exponent
     if inside == size:
         seconds = starts * calibration.fabric_seconds * (size - 1)
         return Link(

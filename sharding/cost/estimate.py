@@ -23,7 +23,6 @@ from .pipeline import Stages, bubble_seconds, layers_per_stage
 from .placement import BACKWARD, FORWARD, Placement, place
 from .profile import AFTER, BEFORE, LAYERS, Profile, profile
 
-
 # Placements kept: a search prices several storages and policies of each.
 _PLACEMENTS = 4096
 

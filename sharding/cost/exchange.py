@@ -61,7 +61,7 @@ _Alike = tuple[int, tuple[str, ...], tuple[str, ...], frozenset[str], frozenset[
 
 @dataclasses.dataclass(kw_only=True)
 class Exchange:
-    """Seconds by (collective, axis), per section: each microbatch's gathers and reductions, and each step's."""
+    """Seconds by (collective, axis), per section: each microbatch's gathers and reductions, each step's."""
 
     gathers: dict[tuple[str, str], list[float]]
     scatters: dict[tuple[str, str], list[float]]

@@ -24,6 +24,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "microbatch_seconds": (1e-5, 1e-1),
     "step_seconds": (1e-4, 1.0),
     "fabric_efficiency": (0.05, 1.1),
+    "fabric_group_exponent": (0.01, 1.0),
     "fabric_seconds": (1e-7, 1e-3),
     "network_efficiency": (0.02, 1.1),
     "network_seconds": (1e-7, 1e-3),
