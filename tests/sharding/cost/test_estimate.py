@@ -1,0 +1,137 @@
+"""Whole estimates of a small layered network, whose products and bytes can be written down."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from meshwright.sharding import Topology
+from meshwright.sharding.cost import Calibration, Candidate, Pricer
+from meshwright.sharding.program import trace
+
+LAYERS, BATCH, WIDTH, HIDDEN = 4, 64, 256, 1024
+WEIGHTS = LAYERS * 2 * WIDTH * HIDDEN
+TOPOLOGY = Topology.parse("h100:8")
+CHIP = TOPOLOGY.chip
+PERFECT = Calibration()
+
+
+def loss(params, batch):
+    def layer(x, weights):
+        return x + jnp.dot(jnp.dot(x, weights["up"]), weights["down"]), None
+
+    x, _ = jax.lax.scan(layer, batch, params)
+    return jnp.sum(x.astype(jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def program():
+    shape = jax.ShapeDtypeStruct
+    params = {
+        "down": shape((LAYERS, HIDDEN, WIDTH), jnp.bfloat16),
+        "up": shape((LAYERS, WIDTH, HIDDEN), jnp.bfloat16),
+    }
+    names = {"down": ("layers", "mlp", "embed"), "up": ("layers", "embed", "mlp")}
+    return trace(loss, params, shape((BATCH, WIDTH), jnp.bfloat16), names=names)
+
+
+@pytest.fixture(scope="module")
+def pricer(program):
+    return Pricer(program, TOPOLOGY, optimizer_slots=8.0, calibration=PERFECT)
+
+
+def at(program, **named):
+    """Return dims by name → axes; the batch is the program's."""
+    by_name = {dim.name: dim.id for dim in program.dims} | {"batch": program.batch_dims[0]}
+    return {by_name[name]: axes for name, axes in named.items()}
+
+
+def test_products_take_their_flops_at_the_peak_or_their_bytes(program, pricer):
+    found = pricer.price(Candidate(mesh={}, dims={}))
+    assert pricer.flops == pytest.approx(6 * BATCH * WEIGHTS)
+    moved = 2 * (BATCH * WIDTH + WIDTH * HIDDEN + BATCH * HIDDEN)
+    once = max(2 * BATCH * WIDTH * HIDDEN / CHIP.peak_bf16_flops, moved / CHIP.hbm_bytes_per_second)
+    assert found.time["compute/matmul"] == pytest.approx(3 * 2 * LAYERS * once)
+    assert found.step_seconds == pytest.approx(sum(found.time.values()))
+    assert found.peak_bytes == pytest.approx(sum(found.memory.values()))
+    assert found.mfu == pytest.approx(pricer.flops / found.step_seconds / CHIP.peak_bf16_flops)
+
+
+def test_full_remat_computes_layers_again_and_saves_their_inputs_only(program, pricer):
+    plain = pricer.price(Candidate(mesh={}, dims={}))
+    again = pricer.price(Candidate(mesh={}, dims={}, remat="full"))
+    assert again.time["compute/matmul"] == pytest.approx(4 / 3 * plain.time["compute/matmul"])
+    assert again.memory["saved_activations"] < plain.memory["saved_activations"]
+    assert again.memory["saved_activations"] >= LAYERS * BATCH * WIDTH * 2
+
+
+def test_data_parallelism_reduces_all_gradients_once_a_step(program, pricer):
+    found = pricer.price(Candidate(mesh={"data": 8}, dims=at(program, batch=("data",)), microbatches=4))
+    assert found.time["all_reduce/data"] == pytest.approx(2 * 7 / 8 * 2 * WEIGHTS / 450e9)
+    assert not any(name.startswith("all_gather") for name in found.time)
+
+
+def stored_over(axis):
+    return dict.fromkeys(range(2), ((), (axis,), ()))
+
+
+def test_fsdp_gathers_twice_and_scatters_once_a_microbatch(program, pricer):
+    candidate = Candidate(
+        mesh={"fsdp": 8}, dims=at(program, batch=("fsdp",)), stored=stored_over("fsdp"), microbatches=2
+    )
+    found = pricer.price(candidate)
+    once = 7 / 8 * 2 * WEIGHTS / 450e9
+    assert found.time["all_gather/fsdp"] == pytest.approx(2 * 2 * once)
+    assert found.time["reduce_scatter/fsdp"] == pytest.approx(2 * once)
+    for item, size in (("params", 2), ("gradients", 2), ("optimizer", 8)):
+        assert found.memory[item] == pytest.approx(size * WEIGHTS / 8)
+
+
+def test_zero_stages_share_out_one_item_after_the_other(program, pricer):
+    whole = Candidate(mesh={"data": 8}, dims=at(program, batch=("data",)))
+    one = dataclasses.replace(whole, optimizer=stored_over("data"))
+    two = dataclasses.replace(one, gradients=stored_over("data"))
+    items = [pricer.price(candidate).memory for candidate in (whole, one, two)]
+    assert [m["optimizer"] for m in items] == pytest.approx([8 * WEIGHTS, WEIGHTS, WEIGHTS])
+    assert [m["gradients"] for m in items] == pytest.approx([2 * WEIGHTS, 2 * WEIGHTS, WEIGHTS / 4])
+    assert {m["params"] for m in items} == {2.0 * WEIGHTS}
+
+
+def test_a_sharded_contraction_is_reduced_forward_and_its_operand_backward(program, pricer):
+    found = pricer.price(Candidate(mesh={"tensor": 8}, dims=at(program, mlp=("tensor",))))
+    each = 2 * 7 / 8 * BATCH * WIDTH * 2 / 450e9
+    assert found.time["all_reduce/tensor"] == pytest.approx(LAYERS * 2 * each)
+    assert found.memory["params"] == pytest.approx(2 * WEIGHTS / 8)
+
+
+def test_activations_sharded_over_the_same_axis_turn_all_reduces_into_halves(program, pricer):
+    candidate = Candidate(mesh={"tensor": 8}, dims=at(program, mlp=("tensor",), batch=("tensor",)))
+    found = pricer.price(candidate)
+    assert "all_reduce/tensor" not in found.time
+    assert found.time["all_gather/tensor"] == pytest.approx(found.time["reduce_scatter/tensor"])
+
+
+def test_stages_share_the_layers_and_wait_in_a_bubble(program, pricer):
+    deep = Candidate(mesh={"stage": 4}, dims=at(program, layers=("stage",)), microbatches=8)
+    found = pricer.price(deep)
+    assert found.memory["params"] == pytest.approx(2 * WEIGHTS / 4)
+    busy = sum(found.time[name] for name in ("compute/matmul", "compute/elementwise", "send/stage"))
+    assert found.time["bubble"] == pytest.approx(3 / 8 * busy, rel=0.1)
+
+
+def test_more_microbatches_save_less_and_overlap_hides_gathers(program):
+    hidden = Pricer(program, TOPOLOGY, calibration=Calibration(overlap_parameters=1e6))
+    candidate = Candidate(mesh={"fsdp": 8}, dims=at(program, batch=("fsdp",)), stored=stored_over("fsdp"))
+    found = hidden.price(candidate)
+    assert found.time.get("all_gather/fsdp", 0.0) == 0.0
+    less = hidden.price(dataclasses.replace(candidate, microbatches=4))
+    assert less.memory["saved_activations"] < found.memory["saved_activations"]
+
+
+def test_an_indivisible_dim_is_padded(program, pricer):
+    thirds = Pricer(program, Topology.parse("h100:3"), calibration=PERFECT)
+    found = thirds.price(Candidate(mesh={"data": 3}, dims=at(program, batch=("data",))))
+    whole = thirds.price(Candidate(mesh={}, dims={}))
+    assert found.time["compute/elementwise"] == pytest.approx(
+        22 / 64 * whole.time["compute/elementwise"], rel=0.05
+    )
