@@ -2,10 +2,10 @@
 
 `python benchmarks/accuracy.py [--runs CSV] [--sweeps CSV] [--layouts CSV] [--calibration TOML] [--json]`
 
-Each row's architecture is built as a decoder and traced once; its layout is priced as it stands. Prints, for each
-source, the median and mean absolute relative error of the step time and the median error of the peak memory; the rank
-correlation and the regret within each cell of five or more completed layouts; the ten worst rows; and what cannot be
-expressed, with the reason.
+Each row's architecture is built as a decoder and traced once; its layout is priced as it stands. Prints,
+for each source, the median and mean absolute relative error of the step time and the median error of the
+peak memory; the rank correlation and the regret within each cell of five or more completed layouts; the ten
+worst rows; and what cannot be expressed, with the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 from measured.programs import traced
 from measured.rows import Run, candidate, load
-
 from meshwright.sharding.cost import Estimate, Pricer
 from meshwright.sharding.cost.calibration import calibration_for
 
@@ -114,7 +113,7 @@ def _cell(pairs: list[tuple[Run, Estimate]]) -> dict[str, float] | None:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    unique, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2.0)[inverse]
 

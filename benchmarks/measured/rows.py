@@ -21,7 +21,7 @@ from meshwright.sharding.topology_text import read as read_topology
 _HERE = Path(__file__).parent
 
 
-class NotExpressible(Exception):  # noqa: N818
+class NotExpressible(Exception):
     """A row that this library's programs or candidates cannot say; its text is the reason."""
 
 
