@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import math
 import random
 import sys
@@ -17,7 +18,7 @@ from accuracy import _DATA, pricer
 from measured.programs import traced
 from measured.rows import Run, candidate, load
 from meshwright.sharding.cost.calibration import Calibration, calibration_for, read, write
-from meshwright.sharding.cost.fit import Measured, calibrate, error
+from meshwright.sharding.cost.fit import Measured, calibrate, calibrate_memory, error
 
 _FILE = Path(__file__).resolve().parents[1] / "sharding" / "cost" / "calibration.toml"
 _SAMPLE = 100
@@ -79,6 +80,21 @@ def measured(runs: list[Run]) -> list[Measured]:
     return found
 
 
+def with_memory(rows: list[Run], fitted: Calibration) -> Calibration:
+    """Return `fitted` with memory that is not counted, where five rows or more state theirs."""
+    stated = [run for run in rows if run.peak_bytes]
+    if len(stated) < 5:
+        return fitted
+    plain = dataclasses.replace(fitted, memory_overhead=0.0, reserved_bytes=0.0)
+    pairs = []
+    for run in random.Random(0).sample(stated, min(len(stated), 3 * _SAMPLE)):
+        prices = pricer(run)
+        prices.calibration = plain
+        guess = prices.price(candidate(run, traced(run.architecture)[0]))
+        pairs.append((guess.peak_bytes, run.peak_bytes or 0.0))
+    return calibrate_memory(pairs, fitted)
+
+
 def main(arguments: list[str]) -> int:
     """Fit and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -100,6 +116,7 @@ def main(arguments: list[str]) -> int:
         before = error(samples, start)
         fitted = calibrate(samples, start, names, given.rounds)
         after = error(samples, fitted)
+        fitted = with_memory(rows, fitted)
         print(f"{chip}.{framework}: {len(samples)} rows, error {before:.3f} -> {after:.3f}", flush=True)
         tables.setdefault(chip, {"default": calibration_for(chip)})[framework] = fitted
         write(_FILE, tables, _NOTE)

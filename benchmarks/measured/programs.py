@@ -54,7 +54,7 @@ def _traced(arch: Architecture) -> tuple[Program, Profile]:
         embed=arch.embed,
         heads=arch.heads,
         kv_heads=arch.kv_heads,
-        head_dim=arch.embed // arch.heads // 2 * 2,
+        head_dim=arch.head_dim,
         mlp=arch.mlp,
         vocab=arch.vocab,
         max_sequence=arch.sequence,

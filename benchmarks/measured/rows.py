@@ -37,8 +37,22 @@ class Architecture:
     vocab: int
     sequence: int
     batch: int
+    head_dim: int
     gated: bool
     tied: bool
+
+    @property
+    def weights(self) -> float:
+        """Numbers that every token is multiplied with: projections, MLP and the output."""
+        attention = 2 * self.embed * self.head_dim * (self.heads + self.kv_heads)
+        mlp = (3 if self.gated else 2) * self.embed * self.mlp
+        return self.layers * (attention + mlp) + self.embed * self.vocab
+
+    @property
+    def step_flops(self) -> float:
+        """Operations of one step, forward and backward, counting all of attention and nothing twice."""
+        scores = 2 * self.layers * self.heads * self.head_dim * self.sequence
+        return 6.0 * (self.weights + scores) * self.batch * self.sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +119,7 @@ def parse(row: Mapping[str, str]) -> Run:
         layout=_layout(row, architecture, topology, framework),
         framework=framework,
         dtype="float8_e4m3fn" if low else "bfloat16",
-        seconds=_seconds(row, architecture),
+        seconds=_seconds(row, architecture, framework),
         peak_bytes=float(row["peak_mem_GB_per_device"]) * 2**30 if row["peak_mem_GB_per_device"] else None,
     )
 
@@ -136,7 +150,8 @@ def _architecture(row: Mapping[str, str]) -> Architecture:
     vocab = _whole(row, "vocab") if row["vocab"] else 51_200 if "gpt" in name else None
     if vocab is None:
         raise NotExpressible("no vocabulary size")
-    return Architecture(
+    found = Architecture(
+        head_dim=embed // heads // 2 * 2,
         layers=_whole(row, "n_layers"),
         embed=embed,
         heads=heads,
@@ -148,6 +163,18 @@ def _architecture(row: Mapping[str, str]) -> Architecture:
         gated=gated,
         tied=not gated,
     )
+    return _by_size(found, row) if "maxtext" in name else found
+
+
+def _by_size(arch: Architecture, row: Mapping[str, str]) -> Architecture:
+    """Return the variant whose size is nearest to what the row states, where it does not state all."""
+    stated = float(row["params_B"]) * 1e9
+    variants = [
+        dataclasses.replace(arch, gated=gated, tied=False, head_dim=head_dim)
+        for gated in (True, False)
+        for head_dim in (arch.head_dim, 128, 256)
+    ]
+    return min(variants, key=lambda variant: abs(math.log(variant.weights / stated)))
 
 
 def _topology(row: Mapping[str, str]) -> Topology:
@@ -195,7 +222,9 @@ def _shapes(chips: int, dims: int) -> list[tuple[int, ...]]:
     return sorted(found, key=lambda shape: max(shape) - min(shape))
 
 
-def _seconds(row: Mapping[str, str], architecture: Architecture) -> float | None:
+def _seconds(
+    row: Mapping[str, str], architecture: Architecture, framework: Mapping[str, Any]
+) -> float | None:
     if row["kind"] in ("oom", "failed_or_oom"):
         return None
     if row["measured_step_time_s"]:
@@ -203,7 +232,12 @@ def _seconds(row: Mapping[str, str], architecture: Architecture) -> float | None
     if row["tokens_per_s_per_device"]:
         tokens = architecture.batch * architecture.sequence
         return tokens / float(row["tokens_per_s_per_device"]) / _whole(row, "n_devices")
-    raise NotExpressible("no step time and no tokens per second")
+    counts = framework["tflops"]
+    if row["measured_tflops_per_device"] and counts:
+        again = 4.0 / 3.0 if counts == "with recompute" else 1.0
+        rate = float(row["measured_tflops_per_device"]) * 1e12 * _whole(row, "n_devices")
+        return again * architecture.step_flops / rate
+    raise NotExpressible("no step time, no tokens per second, and flops of unknown counting")
 
 
 def _degree(row: Mapping[str, str], key: str) -> int:
@@ -242,10 +276,10 @@ def _layout(
     remat = framework["remat"]
     if recompute.startswith("full"):
         remat = "full"
-    elif recompute.startswith("minimal"):
+    elif recompute.startswith("minimal") or "offload" in recompute:
         remat = "dots"
     elif recompute:
-        remat = "none"
+        remat = framework["remat"] if recompute.startswith("selective") else "none"
     return {
         "mesh": {
             "data": replicas // fsdp,
@@ -298,7 +332,7 @@ def candidate(run: Run, program: Any) -> Candidate:
     shards = {
         a.index: (("data", "fsdp", "context"), *((),) * (len(a.shape) - 1))
         if layout["zero"] < 3
-        else (("fsdp",), *((),) * (len(a.shape) - 1))
+        else (("fsdp", "context"), *((),) * (len(a.shape) - 1))
         for a in program.parameters
     }
     # On top of what they are computed with.

@@ -88,3 +88,27 @@ def calibrate(
                     break
             steps[name] = min(1.0, steps[name] * 1.3) if lowest < before else steps[name] * 0.5
     return best
+
+
+def calibrate_memory(pairs: Sequence[tuple[float, float]], start: Calibration) -> Calibration:
+    """Return `start` with the bytes that it does not count fitted to (counted, measured) pairs.
+
+    measured = reserved + (1 + overhead) counted, by the median: least squares of relative errors whose
+    weights take the outliers out.
+    """
+    import numpy as np
+
+    counted, measured = np.array(pairs, float).T
+    unit = float(measured.mean())
+    table = np.stack([counted, np.full(len(counted), unit)], axis=1) / measured[:, None]
+    weights = np.ones(len(counted))
+    scale, offset = 1.0, 0.0
+    for _ in range(30):
+        scale, offset = np.linalg.lstsq(table * weights[:, None], weights, rcond=None)[0]
+        if offset < 0.0:
+            scale, offset = float(np.average(1.0 / table[:, 0], weights=weights**2)), 0.0
+        weights = 1.0 / np.sqrt(np.maximum(np.abs(table @ (scale, offset) - 1.0), 0.02))
+    if scale < 1.0:
+        scale, offset = 1.0, max(0.0, float(np.median(measured - counted)) / unit)
+    overhead, reserved = float(scale) - 1.0, float(offset) * unit
+    return dataclasses.replace(start, memory_overhead=overhead, reserved_bytes=reserved)

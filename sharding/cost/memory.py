@@ -10,7 +10,7 @@ from .calibration import Calibration
 from .candidate import Candidate
 from .exchange import Stored, parts
 from .pipeline import in_flight, layers_per_stage
-from .placement import Placement
+from .placement import FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, Profile
 
 
@@ -27,7 +27,7 @@ def peak_memory(
     stages = candidate.mesh.get("stage", 1)
     share = layers_per_stage(profile.layers, stages) / profile.layers
     kept = _state(profile, placement, candidate, lying, slot_bytes, gradient_bytes)
-    saved, scratch = _activations(profile, placement, candidate.remat, calibration)
+    saved, scratch = _activations(profile, placement, candidate, calibration)
     gathered = _gathered(profile, placement, candidate.mesh, lying)
     best: dict[str, float] = {}
     for stage in dict.fromkeys((0, stages - 1)):
@@ -69,12 +69,17 @@ def _state(
 
 
 def _activations(
-    profile: Profile, placement: Placement, remat: str, calibration: Calibration
+    profile: Profile, placement: Placement, candidate: Candidate, calibration: Calibration
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what a microbatch saves by section, for all layers, and one layer's working set."""
     values, masks = profile.values, profile.saved.by_policy
     everything = "none/fused" if calibration.fused_residuals else "none"
+    remat = candidate.remat
     size = values.bytes * placement.value_fraction
+    if calibration.gathered_residuals:
+        for traffic in placement.traffic:
+            if traffic.kind == "all_gather" and traffic.phase == FORWARD:
+                size[traffic.values] *= candidate.mesh[traffic.axis]
     if calibration.fused_attention:
         size = size * ~profile.saved.on_chip
     mask = masks[everything if remat == "none" else remat].astype(float)

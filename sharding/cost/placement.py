@@ -17,13 +17,14 @@ FORWARD, BACKWARD = 0, 1
 class Traffic:
     """What moves over one mesh axis in one pass: the whole group's bytes per collective, and how often.
 
-    kind is ``all_gather``, ``reduce_scatter`` or ``all_reduce``. One entry an array: `bytes` of one
-    microbatch in one run, `runs` in a microbatch, `section` where.
+    kind is ``all_gather``, ``reduce_scatter`` or ``all_reduce``. One entry for each of `values`: `bytes` of
+    one microbatch in one run, `runs` in a microbatch, `section` where.
     """
 
     axis: str
     kind: str
     phase: int
+    values: np.ndarray
     bytes: np.ndarray
     runs: np.ndarray
     section: np.ndarray
@@ -111,6 +112,7 @@ def _traffic(
         axis=axis,
         kind=kind,
         phase=phase,
+        values=chosen,
         bytes=table.bytes[chosen] * fraction[chosen] * times,
         runs=table.runs[chosen],
         section=table.section[chosen],

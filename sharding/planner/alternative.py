@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..cost.estimate import Estimate
@@ -53,6 +53,16 @@ class Origin:
             fingerprint=program.fingerprint, jax=jax.__version__, primitives=dict(sorted(counts.items()))
         )
 
+    def check_loss(self, loss: Callable[..., Any], params: Any, batch: Any) -> None:
+        """Raise UserError, naming what differs, if ``loss(params, batch)`` is another program."""
+        import jax
+
+        from ..program.tracing import trace
+
+        # Where the arrays lie is no part of the program, so that it is traced on shapes alone.
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, batch))
+        self.check(trace(loss, *shapes))
+
     def check(self, program: Program) -> None:
         """Raise UserError, naming what differs, if `program` is another one.
 
@@ -63,7 +73,7 @@ class Origin:
             return
         names = sorted({*self.primitives, *here.primitives})
         differing = [
-            f"{name} {here.primitives.get(name, 0)} times, then {self.primitives.get(name, 0)}"
+            f"{name} {here.primitives.get(name, 0)} times instead of {self.primitives.get(name, 0)}"
             for name in names
             if here.primitives.get(name, 0) != self.primitives.get(name, 0)
         ]

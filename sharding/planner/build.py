@@ -8,14 +8,31 @@ from typing import Any
 
 from ..cost.candidate import Candidate, Storage
 from ..program.record import Argument, Program
-from .alternative import Alternative
-from .plan import ArrayPlan, DimPlan, Spec
+from ..topology import Topology
+from .alternative import Alternative, Origin
+from .plan import ArrayPlan, DimPlan, Plan, Spec
 from .reasons import storage_of, why_lost
 from .search import Priced, Stored
 from .storage import computed
 
 # A parameter that is more than this part of all is worth a note if it lies whole on every device.
 _MATTERS = 0.01
+
+
+def plan_of(program: Program, topology: Topology, candidate: Candidate, **remembered: Any) -> Plan:
+    """Return the Plan that runs `program` as `candidate` says; `remembered` are further fields of it."""
+    return Plan(
+        topology=str(topology),
+        mesh=dict(candidate.mesh),
+        dims=dims_of(program, candidate),
+        params=params_of(program, candidate),
+        batch=batch_of(program, candidate),
+        remat=candidate.remat,
+        microbatches=candidate.microbatches,
+        moments=moments_of(program, candidate),
+        origin=Origin.of(program),
+        **remembered,
+    )
 
 
 def dims_of(program: Program, layout: Candidate) -> dict[str, DimPlan]:

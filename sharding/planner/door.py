@@ -18,7 +18,6 @@ from ..program.tracing import trace
 from ..topology import Topology
 from . import build
 from .advice import nothing_fits
-from .alternative import Origin
 from .declared import Declared, names_of_data
 from .plan import Plan
 from .search import Found, Stored, search, stored_bytes
@@ -77,17 +76,11 @@ def plan(
     notes = build.notes_of(program, layout)
     if optimizer is None:
         notes += ("no optimizer was given: 8 bytes of moments for each parameter are assumed",)
-    return Plan(
-        topology=str(topology),
-        mesh=dict(layout.mesh),
-        dims=build.dims_of(program, layout),
-        params=build.params_of(program, layout),
-        batch=build.batch_of(program, layout),
-        remat=layout.remat,
-        microbatches=layout.microbatches,
+    return build.plan_of(
+        program,
+        topology,
+        layout,
         notes=notes,
-        moments=build.moments_of(program, layout),
-        origin=Origin.of(program),
         estimate=best.estimate,
         alternatives=build.alternatives_of(program, best, others, answer.capacity_bytes, answer.stored),
         refused=answer.space.refused,

@@ -177,9 +177,7 @@ class Plan:
         self.check_arrays("parameter", params)
         self.check_arrays("batch array", batch)
         if loss is not None and self.origin is not None:
-            from ..program import trace
-
-            self.origin.check(trace(loss, params, batch))
+            self.origin.check_loss(loss, params, batch)
 
     def check_arrays(self, kind: str, tree: Any) -> None:
         """Raise UserError if `tree` is not what the plan has of a ``parameter`` or ``batch array``."""

@@ -197,7 +197,7 @@ class _Search:
             )
             estimate = self._price(candidate)
             self._seen[key] = Priced(
-                candidate=candidate, estimate=estimate, fits=estimate.peak_bytes <= self._capacity
+                candidate=candidate, estimate=estimate, fits=bool(estimate.peak_bytes <= self._capacity)
             )
         return self._seen[key]
 

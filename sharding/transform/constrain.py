@@ -151,8 +151,10 @@ class _Walk:
             return value
         used, stored = self._spec(dims, value.value.shape), PartitionSpec(*value.spec)
         reduced = PartitionSpec(*value.reduced)
-        if used == stored == reduced:
+        if not any((used, stored, reduced)):
             return value.value
+        if not jax.numpy.issubdtype(value.value.dtype, jax.numpy.inexact):
+            return jax.lax.with_sharding_constraint(value.value, NamedSharding(self._mesh, used))
         return _gathered(value.value, NamedSharding(self._mesh, used), NamedSharding(self._mesh, reduced))
 
     def _constrain(self, value: Any, dims: Dims) -> Any:
