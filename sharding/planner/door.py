@@ -19,6 +19,7 @@ from ..topology import Topology
 from . import build
 from .advice import nothing_fits
 from .declared import Declared, names_of_data
+from .microbatches import batch_rows, why_not, why_untraceable
 from .plan import Plan
 from .search import Found, Stored, search, stored_bytes
 from .space import Space, space
@@ -115,9 +116,23 @@ class Problem:
         names = {1: names_of_data(self.batch)} | ({} if self.names is None else {0: self.names})
         return trace(self.loss, self.params, self.batch, names=names)
 
+    @functools.cached_property
+    def whole_batch(self) -> str | None:
+        """Why the batch cannot be worked through in parts; None if it can."""
+        if reason := why_not(self.program):
+            return reason
+        return why_untraceable(self.loss, self.params, self.batch, batch_rows(self.program))
+
     def space(self, topology: Topology, declared: Declared) -> Space:
         """Return what is worth considering."""
-        return space(self.program, topology, declared, params=self.params, names=self.names)
+        return space(
+            self.program,
+            topology,
+            declared,
+            params=self.params,
+            names=self.names,
+            whole_batch=self.whole_batch,
+        )
 
     def pricer(self, topology: Topology) -> Pricer:
         """Return what prices candidates."""

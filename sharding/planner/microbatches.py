@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ..errors import UserError, nearest_divisors
 from ..program import batch_mixing, batch_reduction
@@ -32,11 +33,28 @@ def why_not(program: Program) -> str | None:
     return None
 
 
-def check(program: Program, microbatches: int) -> None:
-    """Raise UserError if the program cannot be worked through in so many parts."""
+def why_untraceable(loss: Callable[[Any, Any], Any], params: Any, batch: Any, rows: int) -> str | None:
+    """Return why the loss of a part of the batch's `rows` cannot even be traced; None if it can."""
+    import jax
+
+    part = rows // next((d for d in divisors(rows) if d > 1), 1)
+
+    def first(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct((part, *leaf.shape[1:]), leaf.dtype)
+
+    try:
+        jax.eval_shape(loss, params, jax.tree.map(first, batch))
+    except Exception as error:  # The user's own function may raise anything where its sizes do not agree.
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"the loss has its {rows} rows written into it and fails on {part} of them: {said}"
+    return None
+
+
+def check(microbatches: int, reason: str | None) -> None:
+    """Raise UserError for a number that is none, or if there is a `reason` against more than one part."""
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise UserError(f"microbatches={microbatches!r} is no whole number from 1")
-    if microbatches > 1 and (reason := why_not(program)):
+    if microbatches > 1 and reason:
         raise UserError(f"microbatches={microbatches} would change the result, since {reason}")
 
 

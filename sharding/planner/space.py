@@ -47,7 +47,13 @@ class Space:
 
 
 def space(
-    program: Program, topology: Topology, declared: Declared, *, params: Any = None, names: Any = None
+    program: Program,
+    topology: Topology,
+    declared: Declared,
+    *,
+    params: Any = None,
+    names: Any = None,
+    whole_batch: str | None = None,
 ) -> Space:
     """Return what is worth considering for `program` on `topology`, with the declared parts kept.
 
@@ -57,14 +63,17 @@ def space(
         declared: what is not searched for.
         params: the parameters' tree, needed for rules.
         names: the user's names of their dimensions, as in `trace`.
+        whole_batch: why the batch cannot be worked through in parts, where that is not to be read off the
+            program.
 
     Raises:
         UserError: the declared parts contradict each other, the program or the topology.
     """
     remats = _remats(program, declared.remat)
+    whole_batch = parts_of_batch.why_not(program) or whole_batch
     if declared.microbatches is not None:
-        parts_of_batch.check(program, declared.microbatches)
-    builder = _Builder(program, topology, declared, params, names)
+        parts_of_batch.check(declared.microbatches, whole_batch)
+    builder = _Builder(program, topology, declared, params, names, whole_batch)
     layouts = builder.layouts()
     return Space(
         layouts=layouts,
@@ -98,10 +107,16 @@ def _batch_parts(layout: Candidate) -> int:
 
 class _Builder:
     def __init__(
-        self, program: Program, topology: Topology, declared: Declared, params: Any, names: Any
+        self,
+        program: Program,
+        topology: Topology,
+        declared: Declared,
+        params: Any,
+        names: Any,
+        whole_batch: str | None,
     ) -> None:
         self._program, self._topology, self._declared = program, topology, declared
-        self._params, self._names = params, names
+        self._params, self._names, self._whole_batch = params, names, whole_batch
         self._rows = parts_of_batch.batch_rows(program)
         self._leads = _leading(program)
         self.refused: dict[str, str] = {}
@@ -119,13 +134,9 @@ class _Builder:
         """Return the numbers of microbatches to consider."""
         if self._declared.microbatches is not None:
             return (self._declared.microbatches,)
-        if self._rows % batch_parts or self._splits is not None:
+        if self._rows % batch_parts or self._whole_batch is not None:
             return (1,)
         return tuple(parts_of_batch.options(self._rows // batch_parts))
-
-    @functools.cached_property
-    def _splits(self) -> str | None:
-        return parts_of_batch.why_not(self._program)
 
     def _on(self, mesh: Mapping[str, int], storing: bool) -> Iterator[Candidate]:
         try:

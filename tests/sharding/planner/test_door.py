@@ -1,0 +1,202 @@
+"""Planned functions against unsharded ones, and plans as records of how they came about."""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from meshwright.sharding import Plan, Topology, UserError, plan
+from meshwright.sharding.planner.build import plan_of
+from meshwright.sharding.planner.declared import Declared
+from meshwright.sharding.planner.door import Problem
+
+ADAM = optax.adamw(1e-2)
+
+
+def agrees(loss: Any, planned: Plan, params: Any, batch: Any) -> None:
+    """Check loss to 1e-6 and gradients to 1e-5 of their largest, in float32."""
+    mesh = planned.make_mesh()
+    placed = jax.device_put(
+        (params, batch), (planned.shardings(params, mesh), planned.shardings(batch, mesh, "batch"))
+    )
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params, batch)
+    got, sharded = jax.jit(jax.value_and_grad(planned.apply(loss)))(*placed)
+    np.testing.assert_allclose(got, value, rtol=1e-6)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(sharded), strict=True):
+        assert np.abs(np.asarray(other) - np.asarray(one)).max() <= 1e-5 * max(np.abs(one).max(), 1e-3)
+    moments = jax.tree.leaves(planned.specs_of_moments(params))
+    for gradient, spec in zip(jax.tree.leaves(sharded), moments, strict=True):
+        wanted = jax.sharding.NamedSharding(mesh, spec)
+        assert gradient.sharding.is_equivalent_to(wanted, gradient.ndim)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_models_that_nobody_annotated_run_planned_as_unsharded(name: str) -> None:
+    case = zoo.MODELS[name]()
+    params, batch = case.arrays()
+    planned = plan(case.loss, params, batch, topology="cpu:8", optimizer=ADAM)
+    total = sum(math.prod(row.shape) for row in planned.params.values())
+    for path, row in planned.params.items():
+        assert row.spec or math.prod(row.shape) < 0.03 * total, path
+    assert planned.bytes_per_device() < 4 * total / 8 * 1.3
+    assert math.prod(planned.mesh.values()) == 8
+    assert planned.estimate is not None
+    assert planned.estimate.step_seconds > 0
+    agrees(case.loss, planned, params, batch)
+
+
+@functools.cache
+def small(name: str) -> Any:
+    """Return a small case, its arrays, and its spaces without and with microbatches."""
+    case = zoo.MODELS[name]()
+    params, batch = case.arrays()
+    problem = Problem(loss=case.loss, params=params, batch=batch, optimizer=ADAM, names=None)
+    found = problem.space(Topology.parse("cpu:8"), Declared())
+    return case, params, batch, problem.program, list(found.candidates())
+
+
+@pytest.mark.devices(8)
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(["mlp", "lstm", "mixture_of_experts", "graph_net"]), data=st.data())
+def test_any_candidate_of_the_space_keeps_values(name: str, data: Any) -> None:
+    case, params, batch, program, candidates = small(name)
+    candidate = candidates[data.draw(st.integers(0, len(candidates) - 1))]
+    agrees(case.loss, plan_of(program, Topology.parse("cpu:8"), candidate), params, batch)
+
+
+@pytest.mark.devices(8)
+def test_it_trains_as_one_device_does() -> None:
+    case = zoo.state_space()
+    params, batch = case.arrays()
+    planned = plan(case.loss, params, batch, topology="cpu:8", optimizer=ADAM, mesh={"data": 2, "fsdp": 2})
+    assert planned.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
+    step = planned.train_step(case.loss, ADAM)
+    state = planned.init(case.init, jax.random.key(3))
+    alone = {"params": case.init(jax.random.key(3))}
+    alone["optimizer"] = ADAM.init(alone["params"])
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        loss, gradients = jax.value_and_grad(case.loss)(alone["params"], batch)
+        updates, alone["optimizer"] = ADAM.update(gradients, alone["optimizer"], alone["params"])
+        alone["params"] = optax.apply_updates(alone["params"], updates)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+    assert int(state["step"]) == 3
+    moments = [leaf for leaf in jax.tree.leaves(state["optimizer"]) if leaf.shape == (2, 32, 128)]
+    assert {leaf.addressable_shards[0].data.size for leaf in moments} <= {1024, 2048}
+
+
+@pytest.fixture(scope="module")
+def planned() -> Plan:
+    case = zoo.encoder_decoder()
+    return plan(case.loss, *case.shapes(), topology="v5e:2x4", optimizer=ADAM)
+
+
+def test_saved_and_loaded_it_is_the_same(planned: Plan, tmp_path: pathlib.Path) -> None:
+    planned.save(tmp_path / "x.plan.json")
+    loaded = Plan.load(tmp_path / "x.plan.json")
+    assert loaded == planned
+    assert loaded.explain() == planned.explain()
+    assert loaded.estimate == planned.estimate
+    with pytest.raises(UserError, match="knows no optimizer"):
+        loaded.init(zoo.encoder_decoder().init, jax.random.key(0))
+
+
+def test_it_refuses_another_program_with_what_differs(planned: Plan) -> None:
+    case = zoo.encoder_decoder()
+    params, batch = case.shapes()
+    planned.check(params, batch, case.loss)
+    with pytest.raises(UserError, match=r"another program on the same arrays: .*tanh 5 times instead of 4"):
+        planned.check(params, batch, lambda p, b: jnp.tanh(case.loss(p, b)))
+
+
+def test_alternatives_have_reasons_with_numbers(planned: Plan) -> None:
+    assert planned.alternatives
+    assert planned.estimate is not None
+    for row in planned.alternatives:
+        assert any(character.isdigit() for character in row.lost) or "as long" in row.lost
+        assert math.prod(row.mesh.values()) == 8
+        if row.fits:
+            assert row.estimate.step_seconds >= planned.estimate.step_seconds
+
+
+def test_declared_parts_are_kept() -> None:
+    case = zoo.state_space()
+    made = plan(
+        case.loss,
+        *case.shapes(),
+        topology="v5e:2x4",
+        mesh={"tensor": 2},
+        rules={"*/out": [None, "tensor", "fsdp"], "batch": ["data"]},
+        remat="full",
+        microbatches=2,
+    )
+    assert made.mesh["tensor"] == 2
+    assert (made.remat, made.microbatches) == ("full", 2)
+    assert made.params["layers/out"].spec[1] == "tensor"
+    assert made.batch["tokens"].spec in ((), ("data",))
+    assert any("no optimizer" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "declared", "message"),
+    [
+        ("resnet", {"microbatches": 2}, "its loss mixes examples: .*comes back.*vision.py"),
+        ("graph_net", {"microbatches": 2}, "do not all lead with the same number of rows"),
+        ("decoder", {"microbatches": 2}, "weighted mean and nothing says"),
+        ("lstm", {"microbatches": 2}, "has its 8 rows written into it and fails on 4 of them: "),
+        ("mlp", {"remat": "full"}, "no scan over layers"),
+        ("mlp", {"mesh": {"data": 5}}, "data=5 does not divide 8 devices"),
+        ("mlp", {"mesh": {"data": 16}}, "data=16"),
+        ("mlp", {"mesh": {"tensor": 3}}, "tensor=3"),
+        ("mlp", {"rules": {"heads": "tensor"}}, "heads"),
+        ("mlp", {"topology": "v5q:2x2"}, "v5q"),
+        ("mlp", {"mesh": {"expert": 2}}, "expert"),
+    ],
+)
+def test_contradictions_are_one_sentence(name: str, declared: dict[str, Any], message: str) -> None:
+    case = zoo.MODELS[name]()
+    with pytest.raises(UserError, match=message) as error:
+        plan(case.loss, *case.shapes(), **{"topology": "cpu:8", **declared})
+    assert "\n" not in str(error.value)
+
+
+def test_a_sum_over_the_batch_is_never_cut() -> None:
+    case = zoo.mlp()
+
+    def loss(params: Any, batch: Any) -> Any:
+        return jnp.sum((batch["x"] @ params["layers"][0]["linear"]["weight"].T) ** 2)
+
+    with pytest.raises(UserError, match="microbatches=2 would change the result, since its loss is a sum"):
+        plan(loss, *case.shapes(), topology="cpu:8", microbatches=2)
+    assert plan(loss, *case.shapes(), topology="cpu:8").microbatches == 1
+
+
+def large() -> Any:
+    def loss(params: Any, batch: Any) -> Any:
+        def layer(x: Any, w: Any) -> Any:
+            return jnp.tanh(x @ w), None
+
+        return jnp.mean(jax.lax.scan(layer, batch["x"], params["w"])[0] ** 2)
+
+    params = {"w": jax.ShapeDtypeStruct((16, 16384, 16384), jnp.float32)}
+    return loss, params, {"x": jax.ShapeDtypeStruct((64, 16384), jnp.float32)}
+
+
+def test_what_does_not_fit_is_said_with_what_would() -> None:
+    with pytest.raises(UserError) as error:
+        plan(*large(), topology="v5e:2x2", optimizer=ADAM)
+    message = str(error.value)
+    assert "GiB too much" in message
+    assert "v5e:2x4" in message or "v5e:4x4" in message
+    assert plan(*large(), topology="v5e:4x8", optimizer=ADAM).estimate is not None
