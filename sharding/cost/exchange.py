@@ -79,15 +79,16 @@ def exchange(
     """Return how long parameters and gradients travel, were one device's stage to hold all layers.
 
     A parameter stored over more axes than it is computed with is gathered for the forward and again for the
-    backward pass. A gradient that is a partial sum over an axis is scattered over it each microbatch where
+    backward pass, in the type that it is used in. A gradient that is a partial sum over an axis is scattered over it each microbatch where
     gradients are stored so, and reduced once a step where they are not; an optimizer that shares the work
     out (ZeRO-1) scatters instead and gathers the new parameters.
     """
     found = Exchange(gathers=_table(), scatters=_table(), step=_table())
     table = profile.parameters
     elements = (table.elements * placement.parameter_fraction).tolist()
-    item_bytes, sections, runs = table.item_bytes.tolist(), table.section.tolist(), table.runs.tolist()
-    plans: dict[_Alike, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    item_bytes, used_bytes = table.item_bytes.tolist(), table.used_bytes.tolist()
+    sections, runs = table.section.tolist(), table.runs.tolist()
+    plans: dict[_Alike, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     partial = {axis: mask.tolist() for axis, mask in placement.parameter_partial.items()}
     for n, count in enumerate(elements):
         gather = tuple(sorted(lying.parameters[n] - lying.computed[n], key=AXES_BY_WEIGHT.index))
@@ -95,11 +96,12 @@ def exchange(
         key = (sections[n], gather, reduce, lying.gradients[n], lying.optimizer[n])
         row = plans[key]
         row[0] += count * item_bytes[n]
-        row[1] += count * (item_bytes[n] if gradient_bytes is None else gradient_bytes)
+        row[1] += count * (used_bytes[n] if gradient_bytes is None else gradient_bytes)
         # Parameters of a layer are gathered and reduced together.
         row[2] = max(row[2], runs[n])
-    for (section, gather, reduce, grads, moments), (size, gradient, times) in plans.items():
-        _gather(found.gathers, links, candidate.mesh, section, gather, size, times)
+        row[3] += count * used_bytes[n]
+    for (section, gather, reduce, grads, moments), (size, gradient, times, used) in plans.items():
+        _gather(found.gathers, links, candidate.mesh, section, gather, used, times)
         _reduce(found, links, candidate.mesh, section, reduce, grads, moments, size, gradient, times)
     return found
 

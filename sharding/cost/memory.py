@@ -100,7 +100,7 @@ def _gathered(profile: Profile, placement: Placement, mesh: Mapping[str, int], l
     """Return the bytes of two layers' gathered parameters (one in use, one on its way) by section."""
     table = profile.parameters
     extra = np.array([bool(s - c) for s, c in zip(lying.parameters, lying.computed, strict=True)], float)
-    size = table.elements * table.item_bytes * placement.parameter_fraction * extra / table.runs
+    size = table.elements * table.used_bytes * placement.parameter_fraction * extra / table.runs
     both = np.bincount(table.section, weights=size, minlength=3)
     both[LAYERS] *= 2.0
     return both

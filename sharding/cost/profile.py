@@ -67,11 +67,15 @@ class Products:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Parameters:
-    """The parameters, P: argument index, elements, bytes of one, dims [P, D], section, runs of their use."""
+    """The parameters, P: argument index, elements, bytes of one, dims [P, D], section, runs of their use.
+
+    used_bytes: of one as it is used: a cast comes before the gather.
+    """
 
     argument: np.ndarray
     elements: np.ndarray
     item_bytes: np.ndarray
+    used_bytes: np.ndarray
     dims: np.ndarray
     section: np.ndarray
     runs: np.ndarray
@@ -228,23 +232,26 @@ def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
 
 
 def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
-    used: dict[int, tuple[int, int]] = {}
+    used: dict[int, tuple[int, int, int]] = {}
     for leaf in flat.leaves:
+        if leaf.equation.primitive == "convert_element_type":
+            continue
         for index in leaf.ins:
             parameter = flat.values[index].parameter
             if parameter >= 0 and parameter not in used:
-                used[parameter] = (leaf.section, leaf.runs)
+                used[parameter] = (leaf.section, leaf.runs, flat.values[index].item_bytes)
     rows = []
     for argument in program.parameters:
         dims = {d for composition in argument.dims for d in composition}
-        section, runs = used.get(argument.index, (BEFORE, 1))
+        section, runs, size = used.get(argument.index, (BEFORE, 1, argument.dtype.itemsize))
         if flat.layer_dim in dims:
             section, runs = LAYERS, flat.layers
-        rows.append((argument, _mask(dims, count), section, runs))
+        rows.append((argument, _mask(dims, count), size, section, runs))
     return Parameters(
         argument=np.array([a.index for a, *_ in rows], int),
         elements=np.array([math.prod(a.shape) for a, *_ in rows], float),
         item_bytes=np.array([a.dtype.itemsize for a, *_ in rows], float),
+        used_bytes=np.array([size for _, _, size, *_ in rows], float),
         dims=_stack([mask for _, mask, *_ in rows], count),
         section=np.array([section for *_, section, _ in rows], int),
         runs=np.array([runs for *_, runs in rows], float),

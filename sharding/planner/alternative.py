@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..cost.estimate import Estimate
@@ -79,6 +79,15 @@ class Origin:
         ]
         what = "; ".join(differing[:3]) or "the same operations on other constants, shapes or orders"
         raise UserError(f"the plan was made for another program on the same arrays: this one has {what}")
+
+
+def distinct(alternatives: Iterable[Alternative]) -> tuple[Alternative, ...]:
+    """Return the first of those that share out the batch's axes differently and are alike in all else."""
+    first: dict[tuple[Any, ...], Alternative] = {}
+    for row in alternatives:
+        others = tuple(item for item in row.mesh.items() if item[0] not in ("data", "fsdp"))
+        first.setdefault((others, row.storage, row.remat, row.fits), row)
+    return tuple(first.values())
 
 
 def alternative_from(row: Mapping[str, Any]) -> Alternative:

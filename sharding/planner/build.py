@@ -29,6 +29,8 @@ def plan_of(program: Program, topology: Topology, candidate: Candidate, **rememb
         batch=batch_of(program, candidate),
         remat=candidate.remat,
         microbatches=candidate.microbatches,
+        schedule=candidate.schedule if candidate.mesh.get("stage", 1) > 1 else None,
+        interleave=candidate.interleave,
         moments=moments_of(program, candidate),
         origin=Origin.of(program),
         **remembered,

@@ -28,6 +28,7 @@ class Declared:
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     remat: str | None = None
     microbatches: int | None = None
+    schedule: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

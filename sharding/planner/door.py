@@ -43,6 +43,7 @@ def plan(
     rules: Mapping[str, Any] | None = None,
     remat: str | None = None,
     microbatches: int | None = None,
+    schedule: str | None = None,
     names: Any = None,
 ) -> Plan:
     """Return the fastest Plan for training ``loss(params, batch)`` on `topology` that fits its memory.
@@ -60,13 +61,16 @@ def plan(
         rules: named dimension or path pattern → axes, as in `Rules`.
         remat: ``none``, ``dots`` or ``full``.
         microbatches: parts that the batch is worked through in.
+        schedule: of declared pipeline stages: ``1f1b`` or ``gpipe``.
         names: a tree parallel to `params` of tuples of dimension names, for rules and for what is printed.
 
     Raises:
         UserError: the declared parts contradict each other, the program or the topology, or nothing fits.
     """
     topology = Topology.parse(topology) if isinstance(topology, str) else topology
-    declared = Declared(mesh=mesh or {}, rules=rules or {}, remat=remat, microbatches=microbatches)
+    declared = Declared(
+        mesh=mesh or {}, rules=rules or {}, remat=remat, microbatches=microbatches, schedule=schedule
+    )
     problem = Problem(loss=loss, params=params, batch=batch, optimizer=optimizer, names=names)
     answer = problem.solve(topology, declared)
     best = answer.found.best

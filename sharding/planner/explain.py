@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
 from ..tree_paths import by_suffix
+from .alternative import distinct
 from .reasons import gib, layout_in_words, seconds
 from .wellformed import axes_of
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Items of time or memory below this part of the whole are summed up.
 _WORTH_A_LINE = 0.02
+# Runners-up named where nobody asked for a certain one.
+_SHOWN = 5
 
 
 def explain(plan: Plan, subject: str | None = None) -> str:
@@ -47,7 +50,7 @@ def _whole(plan: Plan) -> str:
             + _items(estimate.time, seconds)
         )
         lines.append(f"a device holds {gib(estimate.peak_bytes)} at most: {_items(estimate.memory, gib)}")
-    lines += [f"not {_name(other)}: {other.lost}" for other in plan.alternatives[:5]]
+    lines += [f"not {_name(other)}: {other.lost}" for other in distinct(plan.alternatives)[:_SHOWN]]
     return "\n".join([*lines, *plan.notes])
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError, nearest
 from ..tree_paths import by_path, by_suffix, path_of
 from . import plan_file
-from .wellformed import axes_of, check_plan
+from .wellformed import axes_of, check_plan, check_runs
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -55,7 +55,9 @@ class Plan:
 
     `topology` is the devices' description (`v5p:4x4x8`), `mesh` maps axis → size, `dims` maps named
     dimension → DimPlan, `params` and `batch` map path → ArrayPlan: how arrays are stored. `remat` and
-    `microbatches` are as in `meshwright.sharding.transform`; `notes` say what could not be had. `moments`
+    `microbatches` are as in `meshwright.sharding.transform`; `schedule` (``1f1b`` or ``gpipe``) and
+    `interleave`, the model chunks of a stage, are those of pipeline stages, which can be priced and not yet
+    run; `notes` say what could not be had. `moments`
     maps the path of a parameter to the spec of its gradient and its optimizer's arrays where that is another.
 
     A plan that was searched for also has its `estimate`, the `alternatives` it was preferred to, what was
@@ -70,6 +72,8 @@ class Plan:
     batch: Mapping[str, ArrayPlan]
     remat: str = "none"
     microbatches: int = 1
+    schedule: str | None = None
+    interleave: int = 1
     notes: tuple[str, ...] = ()
     moments: Mapping[str, Spec] = dataclasses.field(default_factory=dict)
     origin: Origin | None = None
@@ -116,6 +120,7 @@ class Plan:
         from ..transform.constrain import constrain
         from ..transform.remat import remat
 
+        check_runs(self)
         mesh = self.make_mesh() if mesh is None else mesh
         sharded = constrain(loss, mesh, self.axes_of_dims, self.specs, self.specs_of_moments)
         return accumulate(remat(sharded, self.remat), self.microbatches)

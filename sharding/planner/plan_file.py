@@ -18,6 +18,8 @@ FORMAT = 1
 
 # What plans that were searched for have besides; left out of a file where there is none.
 _SEARCHED = ("moments", "origin", "estimate", "alternatives", "refused")
+# What plans of pipeline stages have besides.
+_STAGED = ("schedule", "interleave")
 # One line for each of their entries.
 _TABLES = ("dims", "params", "batch", "moments", "refused")
 
@@ -26,7 +28,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
     """Return the plan as plain values."""
     record = dataclasses.asdict(dataclasses.replace(plan, optimizer=None))
     del record["optimizer"]
-    kept = {key: value for key, value in record.items() if key not in _SEARCHED or value}
+    spared = (*_SEARCHED, *(() if plan.schedule else _STAGED))
+    kept = {key: value for key, value in record.items() if key not in spared or (key in _SEARCHED and value)}
     return {"format": FORMAT, **kept}
 
 

@@ -1,7 +1,8 @@
 """The best of a space of candidates, the runners-up, and how far from fitting it is where nothing fits.
 
 Keeping less for the backward pass, or working the batch through in more parts, saves memory and never makes a
-step faster by more than what it lets hide (`_SLACK`). So the time of a layout that keeps everything and takes
+step faster by more than what it lets hide (`_SLACK`), but for pipelines, whose every number of microbatches
+starts a row of its own. So the time of a layout that keeps everything and takes
 the batch whole bounds whatever can be had with it, and candidates taken from a queue in the order of their
 bounds are final once they fit: what comes out first is the best, what comes next the runner-up, and most of
 the space is never priced.
@@ -121,7 +122,7 @@ class _Search:
     def ranked(self, layouts: range | list[int]) -> Iterator[Priced]:
         """Yield the best candidate of each layout that fits, best first."""
         # Candidates that may still lead to better ones, by what those could be at best; and those that fit.
-        open_ = [self._entry(layout, 0, 0, _SLACK) for layout in layouts]
+        open_ = [self._entry(*place, _SLACK) for layout in layouts for place in self._starts(layout)]
         heapq.heapify(open_)
         fitting: list[_Entry] = []
         seen: set[tuple[int, int, int]] = set()
@@ -161,7 +162,8 @@ class _Search:
 
     def _best_or_bound(self, layouts: list[int], worth_seconds: float) -> Priced | None:
         fastest = min(
-            (self._at(layout, 0, 0) for layout in layouts), key=lambda one: one.estimate.step_seconds
+            (self._at(*place) for layout in layouts for place in self._starts(layout)),
+            key=lambda one: one.estimate.step_seconds,
         )
         if fastest.fits or fastest.estimate.step_seconds <= worth_seconds:
             return next(self.ranked(layouts), None)
@@ -172,10 +174,19 @@ class _Search:
         seconds = estimate.step_seconds * (1 - slack)
         return (self._stored[layout], seconds, estimate.peak_bytes, layout, remat, parts)
 
+    def _starts(self, layout: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the candidates of a layout that bound all others of it."""
+        candidate = self._space.layouts[layout]
+        # A pipeline's bubble shrinks with more microbatches, so that no number of them bounds another.
+        counts = len(self._space.parts(candidate)) if _is_pipeline(candidate) else 1
+        for parts in range(counts):
+            yield (layout, 0, parts)
+
     def _after(self, layout: int, remat: int, parts: int) -> Iterator[tuple[int, int, int]]:
+        candidate = self._space.layouts[layout]
         if remat + 1 < len(self._space.remats):
             yield (layout, remat + 1, parts)
-        if parts + 1 < len(self._space.parts(self._space.layouts[layout])):
+        if not _is_pipeline(candidate) and parts + 1 < len(self._space.parts(candidate)):
             yield (layout, remat, parts + 1)
 
     def _can_fit(self, layout: int) -> bool:
@@ -200,6 +211,10 @@ class _Search:
                 candidate=candidate, estimate=estimate, fits=bool(estimate.peak_bytes <= self._capacity)
             )
         return self._seen[key]
+
+
+def _is_pipeline(layout: Candidate) -> bool:
+    return layout.mesh.get("stage", 1) > 1
 
 
 def stored_bytes(sizes: Mapping[int, int], slots: float) -> Stored:

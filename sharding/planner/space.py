@@ -15,6 +15,7 @@ from ..program.layers import is_checkpointed, layer_scans
 from ..program.record import Program
 from ..topology import Topology
 from . import microbatches as parts_of_batch
+from . import stages
 from .declared import Declared, Kept, keep, parts
 from .groups import TensorGroups
 from .meshes import meshes
@@ -73,6 +74,7 @@ def space(
     whole_batch = parts_of_batch.why_not(program) or whole_batch
     if declared.microbatches is not None:
         parts_of_batch.check(declared.microbatches, whole_batch)
+    stages.check_schedule(declared.schedule, declared.mesh.get("stage"))
     builder = _Builder(program, topology, declared, params, names, whole_batch)
     layouts = builder.layouts()
     return Space(
@@ -119,6 +121,7 @@ class _Builder:
         self._params, self._names, self._whole_batch = params, names, whole_batch
         self._rows = parts_of_batch.batch_rows(program)
         self._leads = _leading(program)
+        self._layers = stages.layers(program)
         self.refused: dict[str, str] = {}
 
     def layouts(self) -> tuple[Candidate, ...]:
@@ -152,8 +155,16 @@ class _Builder:
         if reason := self._batch_does_not_divide(batch, mesh):
             self._refuse({axis: mesh[axis] for axis in batch}, reason)
             return
+        cut: dict[int, tuple[str, ...]] = {}
+        if mesh.get("stage", 1) > 1:
+            if reason := stages.why_not(self._layers, mesh["stage"]):
+                self._refuse({"stage": mesh["stage"]}, reason)
+                return
+            assert self._layers is not None
+            cut = {self._layers.dim: ("stage",)}
         for dims in self._computing(mesh, batch, kept):
-            yield from self._stored(mesh, dims, kept)
+            for layout in self._stored(mesh, {**dims, **cut}, kept):
+                yield from stages.worked_through(layout, self._layers, self._declared.schedule)
 
     def _batch_does_not_divide(self, batch: Sequence[str], mesh: Mapping[str, int]) -> str | None:
         count = self._declared.microbatches or 1

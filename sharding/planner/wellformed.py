@@ -14,13 +14,20 @@ if TYPE_CHECKING:
 
 def check_plan(plan: Plan) -> None:
     """Raise UserError, one sentence, for the first thing in `plan` that cannot be carried out."""
+    from ..cost.candidate import SCHEDULES
     from ..transform.remat import POLICIES
 
     if plan.remat not in POLICIES:
         raise UserError(f"remat={plan.remat!r} is not a policy; {nearest(plan.remat, POLICIES)}")
-    for name, size in (*plan.mesh.items(), ("microbatches", plan.microbatches)):
+    for name, size in (
+        *plan.mesh.items(),
+        ("microbatches", plan.microbatches),
+        ("interleave", plan.interleave),
+    ):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise UserError(f"{name}={size!r} must be a whole number of at least 1")
+    if plan.schedule is not None and plan.schedule not in SCHEDULES:
+        raise UserError(f"schedule={plan.schedule!r} is unknown; {nearest(plan.schedule, SCHEDULES)}")
     for axis in plan.mesh:
         if axis not in AXES:
             raise UserError(f"mesh axis {axis!r} is not known; {nearest(axis, AXES)}")
@@ -29,6 +36,15 @@ def check_plan(plan: Plan) -> None:
             _check_array(plan, f"{kind} {path!r}", row)
     for name, dim in plan.dims.items():
         _check_axes(plan, f"dimension {name!r}", dim.axes)
+
+
+def check_runs(plan: Plan) -> None:
+    """Raise UserError for a plan that can be priced and cannot be run yet."""
+    if plan.mesh.get("stage", 1) > 1:
+        raise UserError(
+            f"stage={plan.mesh['stage']}: pipeline stages are priced by the planner and cannot be run yet; "
+            "plan without the stage axis"
+        )
 
 
 def _check_array(plan: Plan, what: str, row: ArrayPlan) -> None:

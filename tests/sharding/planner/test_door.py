@@ -200,3 +200,17 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
     assert "GiB too much" in message
     assert "v5e:2x4" in message or "v5e:4x4" in message
     assert plan(*large(), topology="v5e:4x8", optimizer=ADAM).estimate is not None
+
+
+def test_stages_are_priced_kept_and_not_yet_run(tmp_path: pathlib.Path) -> None:
+    case = zoo.state_space()
+    made = plan(case.loss, *case.shapes(), topology="cpu:8", optimizer=ADAM, mesh={"stage": 2})
+    assert made.schedule == "1f1b"
+    assert made.estimate is not None
+    assert made.estimate.time["bubble"] > 0
+    made.save(tmp_path / "x.plan.json")
+    assert Plan.load(tmp_path / "x.plan.json") == made
+    with pytest.raises(
+        UserError, match="stage=2: pipeline stages are priced by the planner and cannot be run"
+    ):
+        made.apply(case.loss)

@@ -16,11 +16,11 @@ from meshwright.sharding.planner.space import Space, space
 from meshwright.sharding.program import trace
 
 
-def problem(name: str, topology: str) -> tuple[Space, Pricer]:
+def problem(name: str, topology: str, **declared: Any) -> tuple[Space, Pricer]:
     case = zoo.MODELS[name]()
     program = trace(case.loss, *case.shapes())
     where = Topology.parse(topology)
-    return space(program, where, Declared()), Pricer(program, where)
+    return space(program, where, Declared(**declared)), Pricer(program, where)
 
 
 def layout_of(candidate: Candidate) -> Any:
@@ -28,11 +28,17 @@ def layout_of(candidate: Candidate) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "topology"),
-    [("state_space", "v5e:2x2"), ("lstm", "h100:4"), ("mlp", "cpu:8"), ("state_space", "2*v5e:1x1")],
+    ("name", "topology", "mesh"),
+    [
+        ("state_space", "v5e:2x2", {}),
+        ("lstm", "h100:4", {}),
+        ("mlp", "cpu:8", {}),
+        ("state_space", "2*v5e:1x1", {}),
+        ("state_space", "h100:4", {"stage": 2}),
+    ],
 )
-def test_it_finds_what_brute_force_finds(name: str, topology: str) -> None:
-    offered, pricer = problem(name, topology)
+def test_it_finds_what_brute_force_finds(name: str, topology: str, mesh: dict[str, int]) -> None:
+    offered, pricer = problem(name, topology, mesh=mesh)
     priced = [(candidate, pricer.price(candidate)) for candidate in offered.candidates()]
     sizes = sorted(estimate.peak_bytes for _, estimate in priced)
     for share in (0.0, 0.05, 0.3, 0.7, 1.0):

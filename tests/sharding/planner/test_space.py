@@ -133,7 +133,9 @@ def test_a_declared_context_axis_shards_the_sequence(program: Program) -> None:
         ({"microbatches": 0}, "microbatches=0 is no whole number"),
         ({"microbatches": 3}, "a batch of 16 rows does not divide"),
         ({"mesh": {"data": 8}, "microbatches": 4}, "data=8 x microbatches=4 = 32; nearest: 32 rows"),
-        ({"mesh": {"stage": 2}}, "stage=2 would shard nothing"),
+        ({"mesh": {"stage": 4}}, "stage=4 does not divide layers=2; nearest: 2"),
+        ({"schedule": "gpipe"}, "schedule='gpipe' orders pipeline stages and the mesh declares none"),
+        ({"mesh": {"stage": 2}, "schedule": "1f1"}, "did you mean '1f1b'"),
         ({"mesh": {"expert": 2}}, "rule experts"),
         (
             {"mesh": {"tensor": 2}, "rules": {"heads": "tensor", "kv_heads": None}},
@@ -156,3 +158,14 @@ def test_a_batch_smaller_than_the_devices_still_runs_when_parameters_can_be_stor
     few = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((3, *leaf.shape[1:]), leaf.dtype), batch)
     found = space(trace(case.loss, params, few), Topology.parse("cpu:8"), Declared())
     assert {layout.mesh["data"] for layout in found.layouts} == {1}
+
+
+def test_declared_stages_cut_the_layers(program: Program) -> None:
+    layers = next(argument.dims[0][0] for argument in program.parameters if argument.path == "layers/mlp/up")
+    found = offered(program, mesh={"stage": 2})
+    assert {layout.dims[layers] for layout in found.layouts} == {("stage",)}
+    assert {layout.schedule for layout in found.layouts} == {"1f1b"}
+    up = next(argument.index for argument in program.parameters if argument.path == "layers/mlp/up")
+    assert all(layout.stored[up][0] == ("stage",) for layout in found.layouts)
+    gpipe = offered(program, mesh={"stage": 2}, schedule="gpipe")
+    assert {layout.schedule for layout in gpipe.layouts} == {"gpipe"}
