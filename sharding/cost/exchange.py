@@ -79,9 +79,9 @@ def exchange(
     """Return how long parameters and gradients travel, were one device's stage to hold all layers.
 
     A parameter stored over more axes than it is computed with is gathered for the forward and again for the
-    backward pass, in the type that it is used in. A gradient that is a partial sum over an axis is scattered over it each microbatch where
-    gradients are stored so, and reduced once a step where they are not; an optimizer that shares the work
-    out (ZeRO-1) scatters instead and gathers the new parameters.
+    backward pass, in the type that it is used in. A gradient that is a partial sum over an axis is scattered
+    over it each microbatch where gradients are stored so, and reduced once a step where they are not; an
+    optimizer that shares the work out (ZeRO-1) scatters instead and gathers the new parameters.
     """
     found = Exchange(gathers=_table(), scatters=_table(), step=_table())
     table = profile.parameters

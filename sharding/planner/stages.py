@@ -1,4 +1,4 @@
-"""Pipeline stages as the planner prices them: which dimension they cut, and how a stage may be worked through."""
+"""Pipeline stages as the planner prices them: what they cut, and how a stage may be worked through."""
 
 from __future__ import annotations
 

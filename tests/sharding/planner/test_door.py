@@ -210,7 +210,5 @@ def test_stages_are_priced_kept_and_not_yet_run(tmp_path: pathlib.Path) -> None:
     assert made.estimate.time["bubble"] > 0
     made.save(tmp_path / "x.plan.json")
     assert Plan.load(tmp_path / "x.plan.json") == made
-    with pytest.raises(
-        UserError, match="stage=2: pipeline stages are priced by the planner and cannot be run"
-    ):
+    with pytest.raises(UserError, match=r"stage=2: pipeline stages are priced .* and cannot be run"):
         made.apply(case.loss)
