@@ -20,6 +20,7 @@ from .declared import Declared, Kept, keep, parts
 from .groups import TensorGroups
 from .meshes import meshes
 from .storage import store
+from .stream import stream_dim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,7 +207,28 @@ class _Builder:
                 self._refuse({"tensor": size}, f"no dimension of the parameters is one that {size} divides")
         for group in groups:
             for lead in over_batch:
-                yield {**lead, **dict.fromkeys(group, ("tensor",)), **fixed}
+                computing = {**lead, **dict.fromkeys(group, ("tensor",)), **fixed}
+                yield computing
+                if group and (stream := self._stream(computing, size, mesh)):
+                    yield {**computing, **stream}
+
+    def _stream(
+        self, computing: Mapping[int, tuple[str, ...]], size: int, mesh: Mapping[str, int]
+    ) -> dict[int, tuple[str, ...]]:
+        """Return how the stream between layers is cut over ``tensor`` too, nothing where it cannot be."""
+        dim = self._stream_dim
+        if dim is None:
+            return {}
+        before = computing.get(dim, ())
+        if before not in ((), ("context",)) or self._program.dims[dim].size % (parts(before, mesh) * size):
+            return {}
+        return {dim: (*before, "tensor")}
+
+    @functools.cached_property
+    def _stream_dim(self) -> int | None:
+        if self._layers is None:
+            return None
+        return stream_dim(self._program, self._layers.dim, {*self._leads, *self._program.batch_dims})
 
     @functools.cache  # noqa: B019  # lives as long as one planning
     def _groups(self, kept: frozenset[int]) -> TensorGroups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,8 @@ def constrain(
     def constrained(params: Any, batch: Any) -> Any:
         program, shape = jax.make_jaxpr(loss, return_shape=True)(params, batch)
         named = read(program, (params, batch), shape)
-        walk = _Walk(mesh, axes_of(named))
+        of_parameters = frozenset(dim for a in named.parameters for c in a.dims for dim in c)
+        walk = _Walk(mesh, axes_of(named), of_parameters)
         specs = _flat(stored(params))
         goals = specs if reduced is None else _flat(reduced(params))
         leaves = [
@@ -74,9 +76,12 @@ def constrain(
 
 
 class _Walk:
-    def __init__(self, mesh: Mesh, axes: Mapping[int, tuple[str, ...]]) -> None:
+    def __init__(
+        self, mesh: Mesh, axes: Mapping[int, tuple[str, ...]], of_parameters: frozenset[int]
+    ) -> None:
         self._mesh = mesh
         self._axes = axes
+        self._of_parameters = of_parameters
 
     def scope(self, consts: Sequence[Any], scope: Scope, args: Sequence[Any]) -> list[Any]:
         """Evaluate a scope's program with constraints; stored parameters that leave it are gathered."""
@@ -164,20 +169,16 @@ class _Walk:
         return jax.lax.with_sharding_constraint(value, NamedSharding(self._mesh, spec))
 
     def _spec(self, dims: Dims, shape: tuple[int, ...]) -> PartitionSpec:
-        """Return the spec of an array while computing; an axis serves the first dimension to ask."""
+        """Return the spec of an array while computing; an axis serves one dim, those of parameters first."""
+        entries: list[Any] = [None] * len(shape)
         taken: set[str] = set()
-        entries: list[Any] = []
-        for composition, size in zip(dims, shape, strict=True):
-            # Of a merged dimension only the major part can be sharded.
-            axes = self._axes.get(composition[0], ()) if composition else ()
-            parts = 1
-            for axis in axes:
-                parts *= self._mesh.shape[axis]
-            if not axes or taken.intersection(axes) or size % parts:
-                entries.append(None)
-                continue
-            taken.update(axes)
-            entries.append(axes[0] if len(axes) == 1 else tuple(axes))
+        # Of a merged dimension only the major part can be sharded.
+        majors = [(composition[0], n) for n, composition in enumerate(dims) if composition]
+        for dim, n in sorted(majors, key=lambda place: place[0] not in self._of_parameters):
+            axes = tuple(axis for axis in self._axes.get(dim, ()) if axis not in taken)
+            if axes and shape[n] % math.prod(self._mesh.shape[axis] for axis in axes) == 0:
+                taken.update(axes)
+                entries[n] = axes[0] if len(axes) == 1 else axes
         while entries and entries[-1] is None:
             entries.pop()
         return PartitionSpec(*entries)

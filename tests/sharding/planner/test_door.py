@@ -212,3 +212,21 @@ def test_stages_are_priced_kept_and_not_yet_run(tmp_path: pathlib.Path) -> None:
     assert Plan.load(tmp_path / "x.plan.json") == made
     with pytest.raises(UserError, match=r"stage=2: pipeline stages are priced .* and cannot be run"):
         made.apply(case.loss)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("name", ["decoder", "state_space"])
+def test_a_stream_cut_over_the_tensor_axis_keeps_values(name: str) -> None:
+    case = zoo.MODELS[name]()
+    params, batch = case.arrays()
+    problem = Problem(loss=case.loss, params=params, batch=batch, optimizer=ADAM, names=None)
+    where = Topology.parse("cpu:8")
+    layouts = problem.space(where, Declared(mesh={"data": 2, "fsdp": 1, "tensor": 4})).layouts
+    of_parameters = {d for a in problem.program.parameters for c in a.dims for d in c}
+    cut = [
+        layout
+        for layout in layouts
+        if any("tensor" in axes and dim not in of_parameters for dim, axes in layout.dims.items())
+    ]
+    assert cut
+    agrees(case.loss, plan_of(problem.program, where, cut[0]), params, batch)

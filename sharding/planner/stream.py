@@ -1,0 +1,52 @@
+"""Which dimension of what layers hand on may share an axis with the parameters: sequence parallelism.
+
+Between the products that a tensor axis divides, a layer's stream is the same on all its devices. Sharded over
+that axis too, on a dimension that no parameter has, it costs no more traffic (the all-reduce after a product
+becomes a reduce-scatter, and an all-gather before the next) and every device keeps and normalises a part
+(Korthikanti et al. 2022, arXiv:2205.05198).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from ..program import generations
+from ..program.record import Dims, Equation, Program
+
+
+def stream_dim(program: Program, layer_dim: int, taken: Collection[int]) -> int | None:
+    """Return the largest dim, not one of `taken`, that the stream of the scan over `layer_dim` can be cut at.
+
+    None if the stream has none but those of parameters and of the batch.
+    """
+    of_parameters = {dim for a in program.parameters for c in a.dims for dim in c}
+    spared = of_parameters.union(taken)
+    found = [
+        composition[0]
+        for dims in _carried(program, layer_dim)
+        for composition in dims
+        if composition and not spared.intersection(composition)
+    ]
+    open_ = [dim for dim in found if program.dims[dim].whole is None and not program.dims[dim].scanned]
+    return max(open_, key=lambda dim: (program.dims[dim].size, -dim), default=None)
+
+
+def _carried(program: Program, layer_dim: int) -> list[Dims]:
+    """Return the dims of the arrays that the scan over the layers carries, the largest first."""
+    for equation in program.equations():
+        if _walks(equation, layer_dim):
+            parts = generations.scan_parts(equation.eqn)
+            scope = equation.scopes[0]
+            variables = scope.jaxpr.invars[parts.num_consts : parts.num_consts + parts.num_carry]
+            by_size = sorted(variables, key=lambda var: -math.prod(var.aval.shape))
+            return [scope.dims_of(variable) for variable in by_size]
+    return []
+
+
+def _walks(equation: Equation, layer_dim: int) -> bool:
+    return (
+        equation.primitive == "scan"
+        and bool(equation.factors)
+        and any(layer_dim in factor.dims for factor in equation.factors)
+    )
