@@ -39,7 +39,7 @@ def _carried(program: Program, layer_dim: int) -> list[Dims]:
             parts = generations.scan_parts(equation.eqn)
             scope = equation.scopes[0]
             variables = scope.jaxpr.invars[parts.num_consts : parts.num_consts + parts.num_carry]
-            by_size = sorted(variables, key=lambda var: -math.prod(var.aval.shape))
+            by_size = sorted(variables, key=lambda var: -math.prod(getattr(var.aval, "shape", ())))
             return [scope.dims_of(variable) for variable in by_size]
     return []
 
