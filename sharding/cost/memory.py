@@ -87,8 +87,8 @@ def _activations(
     mask = np.where(outside, masks[everything], mask)
     runs = values.runs
     saved = np.bincount(values.section, weights=size * mask * runs, minlength=3)
-    # A layer worked through again holds what it would have saved, and the gradients that meet it.
-    live = np.bincount(values.section, weights=size * masks[everything], minlength=3)
+    # A layer worked through again holds what fused kernels would have saved, and the gradients that meet it.
+    live = np.bincount(values.section, weights=size * masks["none/fused"], minlength=3)
     largest = np.array([size[values.section == s].max(initial=0.0) for s in range(3)])
     scratch = largest * 2.0
     if remat != "none":

@@ -21,6 +21,9 @@ _ANCHORS = frozenset(
     {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "gather", "scatter-add"}
 )
 
+# What a stored parameter goes through before it is gathered.
+_PASSING = frozenset({"convert_element_type", "transpose"})
+
 # Find the mesh axes that shard each dim of a traced program, by the dim's number.
 AxesOf = Callable[[Any], Mapping[int, tuple[str, ...]]]
 
@@ -39,6 +42,14 @@ class _Stored:
     def row(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the specs of a slice along the first dimension."""
         return self.spec[1:], self.reduced[1:]
+
+    def passed(self, eqn: core.JaxprEqn) -> _Stored:
+        """Return what a cast or a transposition of it gives, stored still."""
+        value = run(eqn, [self.value])[0]
+        if eqn.primitive.name != "transpose":
+            return dataclasses.replace(self, value=value)
+        order = eqn.params["permutation"]
+        return _Stored(value, _permuted(self.spec, order), _permuted(self.reduced, order))
 
 
 def constrain(
@@ -82,6 +93,7 @@ class _Walk:
         self._mesh = mesh
         self._axes = axes
         self._of_parameters = of_parameters
+        self._in_loop = False
 
     def scope(self, consts: Sequence[Any], scope: Scope, args: Sequence[Any]) -> list[Any]:
         """Evaluate a scope's program with constraints; stored parameters that leave it are gathered."""
@@ -96,8 +108,8 @@ class _Walk:
     def _visit(self, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
         eqn = equation.eqn
         name = eqn.primitive.name
-        if name == "convert_element_type" and isinstance(inputs[0], _Stored):
-            return [dataclasses.replace(inputs[0], value=run(eqn, [inputs[0].value])[0])]
+        if name in _PASSING and isinstance(inputs[0], _Stored):
+            return [inputs[0].passed(eqn)]
         if name == "jit":
             consts = generations.closed(eqn.params["jaxpr"]).consts
             return self.scope(consts, equation.scopes[0], inputs)
@@ -105,11 +117,31 @@ class _Walk:
             return self._scan(equation, inputs)
         if name == "remat2":
             return self._checkpoint(equation, inputs)
-        gathered = [self._gather(value, dims) for value, dims in zip(inputs, equation.ins, strict=True)]
-        outputs = run(eqn, gathered)
+        outputs = self._run(equation, inputs)
         if name not in _ANCHORS:
             return outputs
         return [self._constrain(output, dims) for output, dims in zip(outputs, equation.outs, strict=True)]
+
+    def _run(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+        """Run an equation on stored parameters, which its gradient gathers again rather than keeps whole."""
+
+        def use(values: list[Any]) -> list[Any]:
+            entering = [
+                dataclasses.replace(like, value=value) if isinstance(like, _Stored) else value
+                for like, value in zip(inputs, values, strict=True)
+            ]
+            rows = zip(entering, equation.ins, strict=True)
+            return list(run(equation.eqn, [self._gather(value, dims) for value, dims in rows]))
+
+        values = [value.value if isinstance(value, _Stored) else value for value in inputs]
+        moves = any(
+            isinstance(value, _Stored) and self._spec(dims, value.value.shape) != PartitionSpec(*value.spec)
+            for value, dims in zip(inputs, equation.ins, strict=True)
+        )
+        if not moves:
+            return use(values)
+        # In a loop the barriers that keep XLA from undoing this are not needed.
+        return jax.checkpoint(use, prevent_cse=not self._in_loop)(values)
 
     def _scan(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
         """Keep stacked parameters stored; their slices are gathered inside, one layer at a time."""
@@ -134,7 +166,11 @@ class _Walk:
             ]
             for index in range(parts.num_consts, first_xs):
                 entering[index] = self._constrain(args[index], scope.dims_of(scope.jaxpr.invars[index]))
-            return self.scope(parts.body.consts, scope, entering)
+            outside, self._in_loop = self._in_loop, True
+            try:
+                return self.scope(parts.body.consts, scope, entering)
+            finally:
+                self._in_loop = outside
 
         return scan_again(eqn, values, body)
 
@@ -182,6 +218,10 @@ class _Walk:
         while entries and entries[-1] is None:
             entries.pop()
         return PartitionSpec(*entries)
+
+
+def _permuted(spec: tuple[Any, ...], order: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(spec[n] if n < len(spec) else None for n in order)
 
 
 def _flat(specs: Any) -> list[Any]:

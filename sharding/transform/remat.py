@@ -13,18 +13,9 @@ from ..program import generations
 from ..program.layers import is_checkpointed, is_layer_scan
 from .evaluate import evaluate, scan_again
 
-
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keep everything except what a sharding constraint gave, which can be had again from what it was given.
-
-    Gathered parameters come out of such a constraint: kept, every layer's would be held whole at once.
-    """
-    return primitive.name != "sharding_constraint"
-
-
-# Policy → which results the backward pass keeps.
+# Policy → which results the backward pass keeps, as `jax.checkpoint` understands it; ``none`` is without one.
 POLICIES: dict[str, Callable[..., bool] | None] = {
-    "none": _all_but_gathered,
+    "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": None,
 }
@@ -33,13 +24,15 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
 def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """Return `function` with the body of every layer scan under `jax.checkpoint`.
 
-    `policy` is ``none`` (keep everything but gathered parameters), ``dots`` (keep the results of products
+    `policy` is ``none`` (keep what JAX keeps), ``dots`` (keep the results of products
     with parameters) or ``full`` (keep only each layer's input). A layer scan is a `lax.scan` over stacked
     arrays that holds a matrix product or a convolution; one whose body is under `jax.checkpoint` already is
     left as it is. Raises UserError, when the function is traced, if ``dots`` or ``full`` find none.
     """
     if policy not in POLICIES:
         raise UserError(f"remat={policy!r} is not a policy; {nearest(policy, POLICIES)}")
+    if policy == "none":
+        return function
 
     def wrapped(*args: Any) -> Any:
         found = []
@@ -62,7 +55,7 @@ def remat(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
 
         program, shape = jax.make_jaxpr(function, return_shape=True)(*args)
         outputs = evaluate(program, jax.tree.leaves(args), visit)
-        if not found and policy != "none":
+        if not found:
             raise UserError(
                 f"remat={policy!r} works on scanned layers and this function has no scan over layers"
             )

@@ -64,3 +64,18 @@ def test_an_unknown_policy_is_refused_with_the_nearest(arrays):
 def test_source_lines_survive(arrays):
     text = jax.jit(remat(loss, "none")).lower(*arrays).as_text(debug_info=True)
     assert "test_remat.py" in text
+
+
+def test_what_a_layer_checkpoints_itself_is_not_kept(arrays):
+    def scored(params, x):
+        def layer(x, weight):
+            @jax.checkpoint
+            def scores(y):
+                return jax.nn.softmax(y @ y.T) @ y
+
+            return x + scores(x @ weight), None
+
+        return jnp.square(jax.lax.scan(layer, x, params)[0]).mean()
+
+    plain, kept = saved_bytes(scored, arrays), saved_bytes(remat(scored, "none"), arrays)
+    assert kept <= plain
