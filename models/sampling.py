@@ -38,7 +38,7 @@ def generate(
     Raises `UserError` for a prompt or a setting that cannot work.
     """
     prompt = np.atleast_2d(np.asarray(prompt_tokens))
-    _check(model, prompt, max_new_tokens, temperature, top_k)
+    check_prompt(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     total = prompt.shape[1] + max_new_tokens
     buffer = np.zeros((prompt.shape[0], total), np.int32)
     buffer[:, : prompt.shape[1]] = prompt
@@ -84,12 +84,18 @@ def _draw(
     return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
 
 
-def _check(
-    model: Model, prompt: np.ndarray, max_new_tokens: int, temperature: float, top_k: int | None
+def check_prompt(
+    model: Model,
+    prompt: np.ndarray,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
 ) -> None:
-    vocab = model.config.vocab
+    """Raise what `generate` would for a prompt ``[batch, prompt]``, without the parameters."""
     if model.decode is None:
         raise UserError("this model has no decode function, so it cannot generate")
+    vocab = model.config.vocab
     if prompt.ndim != 2 or prompt.shape[1] == 0 or not np.issubdtype(prompt.dtype, np.integer):
         raise UserError(
             "a prompt is whole numbers [prompt] or [batch, prompt], at least one; "

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from ..sharding.errors import UserError
 from .config import Config
 from .job import Job
 
@@ -40,23 +41,47 @@ def conclude(
     print(f"{config.name}: {', '.join(words)}; run folder {config.run_folder}", file=sys.stderr, flush=True)
 
 
-def _sample(config: Config, job: Job, params: Any) -> str | None:
+def check_sample(config: Config, job: Job) -> None:
+    """Raise UserError before the training for a sample that could not be drawn after it."""
+    if config.train.sample is None:
+        return
+    from ..models.sampling import check_prompt
+
+    if job.data.tokenizer is None:
+        raise UserError("train.sample needs a tokenizer, and data.tokenizer is null; set train.sample=null")
+    if not config.train.sample:
+        raise UserError("train.sample is empty; give the model a character to continue, or null for none")
+    try:
+        check_prompt(job.model, _prompt(config, job), max_new_tokens=config.train.sample_tokens)
+    except UserError as error:
+        raise UserError(f"train.sample={config.train.sample!r}: {error}; null for no sample") from None
+
+
+def _prompt(config: Config, job: Job) -> Any:
+    """Return the tokens that a sample goes on from, int32 ``[1, prompt]``."""
+    import numpy as np
+
+    assert job.data.tokenizer is not None
+    return np.asarray([job.data.tokenizer.encode(config.train.sample or "")], np.int32)
+
+
+def _sample(config: Config, job: Job, params: Any) -> str:
     import jax
     import numpy as np
 
     from ..models import generate
 
-    tokenizer = job.data.tokenizer
-    if tokenizer is None or job.model.decode is None:
-        return None
-    assert config.train.sample is not None
-    prompt = np.asarray([tokenizer.encode(config.train.sample)], np.int32)
+    assert job.data.tokenizer is not None
     tokens = generate(
         job.model,
         params,
-        prompt,
+        _prompt(config, job),
         max_new_tokens=config.train.sample_tokens,
         temperature=config.train.sample_temperature,
         key=jax.random.key(config.seed),
     )
-    return tokenizer.decode([int(token) for token in np.asarray(tokens)[0]])
+    text = job.data.tokenizer.decode([int(token) for token in np.asarray(tokens)[0]])
+    # A model may write what a terminal would take for commands.
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text
+    )

@@ -145,6 +145,12 @@ class Config(Section):
     metrics: MetricsConfig = MetricsConfig()
     hosts: HostsConfig = HostsConfig()
 
+    @pydantic.model_validator(mode="after")
+    def _best_is_measured(self) -> Config:
+        if self.checkpoint.keep_best == "eval_loss" and not self.train.evaluate_every:
+            raise ValueError("checkpoint.keep_best='eval_loss' is never measured with train.evaluate_every=0")
+        return self
+
     @property
     def run_folder(self) -> pathlib.Path:
         """Folder of the run, `{name}` filled in."""

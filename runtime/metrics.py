@@ -152,7 +152,7 @@ class Collector:
         if pending.evaluation:
             record["eval_loss"] = _weighted_mean(jax.device_get(list(pending.evaluation)))
             self._last_done = time.perf_counter()
-        self.last.update(record)
+        self.last = record
         for sink in self._sinks:
             sink.write(record)
         self._on_step()

@@ -11,6 +11,8 @@ from .config import Config
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from jax.stages import Lowered
+
     from .distributed import Hosts
     from .job import Job
     from .metrics import Sink
@@ -34,13 +36,17 @@ def train(config: Config) -> int:
     use_compilation_cache(config.compilation_cache)
     hosts = initialize(config.hosts, simulated_devices=simulated_devices(config))
     with faults.fail_fast():
+        from .conclude import check_sample
         from .job import build_job
 
         job = build_job(config)
+        check_sample(config, job)
+        # Traced before anything is written: it may turn out that the plan cannot be carried out.
+        update = job.step.update.lower(job.step.abstract_state, job.abstract_batch)
         if hosts.is_main:
             folder.open(config, job.plan)
         try:
-            return _run(config, job, folder, hosts)
+            return _run(config, job, update, folder, hosts)
         finally:
             folder.close()
 
@@ -71,7 +77,7 @@ def use_compilation_cache(folder: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def _run(config: Config, job: Job, folder: RunFolder, hosts: Hosts) -> int:
+def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Hosts) -> int:
     import jax
 
     from .checkpoint import Checkpoints
@@ -108,7 +114,7 @@ def _run(config: Config, job: Job, folder: RunFolder, hosts: Hosts) -> int:
             if hosts.is_main:
                 _announce(config, job, hosts, start)
             state = job.step.init(jax.random.key(config.seed)) if restored is None else restored.state
-            compiled = job.step.update.lower(job.step.abstract_state, job.abstract_batch).compile()
+            compiled = update.compile()
             if profile.start_step is not None:
                 save_program(folder.profile, compiled, job.mesh)
             collector = Collector(

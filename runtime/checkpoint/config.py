@@ -34,4 +34,6 @@ class CheckpointConfig(Section):
             raise ValueError(
                 f"keep_best={self.keep_best!r} is not a metric of a checkpoint; known: loss, eval_loss"
             )
+        if self.best_mode != "min" and self.keep_best is None:
+            raise ValueError(f"best_mode={self.best_mode!r} has no effect without keep_best; leave it out")
         return self
