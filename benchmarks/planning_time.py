@@ -2,8 +2,8 @@
 
     python benchmarks/planning_time.py [--json]
 
-Each case is planned twice in this process and the second time counts, so that what Python and JAX load once is not
-part of it.
+Each case is planned twice in this process and the second time counts, so that what Python and JAX load once
+is not part of it.
 """
 
 from __future__ import annotations

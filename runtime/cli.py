@@ -41,6 +41,37 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    topology: Annotated[
+        str | None, typer.Option(help="Devices to plan for, e.g. v5p:4x4x8; they need not be here.")
+    ] = None,
+    why: Annotated[
+        str | None, typer.Option(help="Explain an axis (tensor, tensor=8), a dimension or a parameter.")
+    ] = None,
+    save: Annotated[pathlib.Path | None, typer.Option(help="Write the plan here.")] = None,
+    html: Annotated[pathlib.Path | None, typer.Option(help="Write the plan as a page here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest layout of a config's model on a topology, and say why."""
+    from .config import load
+    from .planning import facts, plan_config, write_files
+
+    found, seconds = plan_config(load(config, overrides or []), topology)
+    answer = None if why is None else found.explain(why)
+    write_files(found, plan_file=save, page=html)
+    if as_json:
+        print(json.dumps(facts(found, seconds)))
+    elif answer is not None:
+        print(answer)
+    else:
+        from ..sharding.report.plan_table import plan_table
+
+        _show(plan_table(found))
+
+
+@app.command()
 def launch(
     config: ConfigFile,
     overrides: Overrides = None,

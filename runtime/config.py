@@ -113,23 +113,32 @@ class Config(Section):
         description="Devices to train on, e.g. `cpu:8` (simulated), `v5p:4x4x8`, `h100:2x8`; "
         "null takes what is attached.",
     )
-    mesh: dict[str, int] = Field(
-        default={"fsdp": -1},
-        description="Mesh axes (data, fsdp, tensor, context, expert, stage) and sizes; "
-        "one may be -1 to take the rest.",
+    plan: str = Field(
+        default="declared",
+        min_length=1,
+        description="`declared` lays the model out as `mesh` and `rules` say; `auto` searches for the "
+        "fastest layout that fits and keeps what is declared; anything else is the file of a saved plan.",
+    )
+    mesh: dict[str, int] | None = Field(
+        default=None,
+        description="Mesh axes (data, fsdp, tensor, context, expert, stage) and sizes; one may be -1 to take "
+        "the rest. Null leaves them to the plan; where that is `declared`, {fsdp: -1}.",
     )
     rules: dict[str, Axes] = Field(
         default={},
         description="Named dimension or parameter path pattern → mesh axes, on top of the defaults, "
         'e.g. {embed: fsdp, "embedding/*": [tensor, fsdp]}.',
     )
-    remat: Literal["none", "dots", "full"] = Field(
-        default="none",
-        description="What a layer's forward pass keeps for its backward pass: everything, "
-        "the results of its matrix products, or nothing but its input.",
+    remat: Literal["none", "dots", "full"] | None = Field(
+        default=None,
+        description="What a layer's forward pass keeps for its backward pass: everything, the results of "
+        "its products with parameters, or nothing but its input. Null leaves it to the plan; where that is "
+        "`declared`, none.",
     )
-    microbatches: Count = Field(
-        default=1, description="Parts a step's batch is worked through in (gradient accumulation)."
+    microbatches: Count | None = Field(
+        default=None,
+        description="Parts a step's batch is worked through in (gradient accumulation). Null leaves it to "
+        "the plan; where that is `declared`, 1.",
     )
     compilation_cache: str | None = Field(
         default="auto",

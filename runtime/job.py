@@ -14,6 +14,7 @@ import numpy as np
 
 from ..sharding.errors import UserError, nearest
 from .config import Config, ModelConfig
+from .planning import Shapes, described_topology, plan_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from ..sharding.topology import Topology
     from ..sharding.transform.step import Step
     from .data import Data
-
-# Arrays of a batch, each int32 [global_batch, sequence].
-BATCH = ("tokens", "targets", "segment_ids", "positions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,36 +44,25 @@ class Job:
 
 
 def build_job(config: Config) -> Job:
-    """Open the data, build the model, declare the plan and make the step; nothing runs on the devices yet.
+    """Open the data, build the model, make the plan and the step; nothing runs on the devices yet.
 
     Raises UserError for whatever cannot work together.
     """
     import jax
 
-    from ..sharding import Topology, declare
+    from ..sharding import Topology
     from ..sharding.transform.step import train_step
     from . import optimizer
     from .data import open_corpus, open_data
     from .data.corpus import to_stderr
 
-    topology = Topology.parse(config.topology) if config.topology else Topology.local()
+    topology = described_topology(config) or Topology.local()
     model = build_model(config.model)
     rows, sequence = config.train.global_batch, config.data.sequence
-    batch = {key: jax.ShapeDtypeStruct((rows, sequence), "int32") for key in BATCH}
-    # Jitted, so that each is traced once however often it is looked at.
-    init, loss = jax.jit(model.init), jax.jit(model.loss)
-    params = jax.eval_shape(init, jax.random.key(0))
-    plan = declare(
-        loss,
-        params,
-        batch,
-        topology=topology,
-        mesh=config.mesh,
-        rules=config.rules,
-        names=model.names,
-        remat=config.remat,
-        microbatches=config.microbatches,
-    )
+    shapes = Shapes.of(config, model)
+    rate = optimizer.schedule(config.optimizer, config.train.steps)
+    transformation = optimizer.build(config.optimizer, rate, model.names)
+    plan = plan_of(config, shapes, topology, transformation)
     mesh = plan.make_mesh()
     # One process says what there is to say of text that all of them read.
     corpus = open_corpus(config.data, to_stderr if jax.process_index() == 0 else lambda _: None)
@@ -87,13 +74,12 @@ def build_job(config: Config) -> Job:
         if config.train.evaluate_every
         else None
     )
-    rate = optimizer.schedule(config.optimizer, config.train.steps)
     step = train_step(
         plan,
-        loss,
-        init,
-        batch,
-        optimizer.build(config.optimizer, rate, model.names),
+        shapes.loss,
+        shapes.init,
+        shapes.batch,
+        transformation,
         mesh=mesh,
         measure=lambda state: {"learning_rate": rate(state["step"])},
     )
@@ -108,7 +94,7 @@ def build_job(config: Config) -> Job:
         step=step,
         abstract_batch=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            batch,
+            shapes.batch,
             step.batch,
         ),
         tokens_per_step=tokens,

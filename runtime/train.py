@@ -52,13 +52,11 @@ def train(config: Config) -> int:
 
 
 def simulated_devices(config: Config) -> int | None:
-    """Number of simulated CPU devices that the config's topology asks for; None for real ones."""
-    if config.topology is None:
-        return None
-    from ..sharding import Topology
+    """Number of simulated CPU devices that the config or its plan file asks for; None for real ones."""
+    from .planning import described_topology
 
-    topology = Topology.parse(config.topology)
-    return topology.num_devices if topology.chip.platform == "cpu" else None
+    topology = described_topology(config)
+    return topology.num_devices if topology is not None and topology.chip.platform == "cpu" else None
 
 
 def use_compilation_cache(folder: str | None) -> None:

@@ -42,7 +42,12 @@ def _shared_out(devices: int, declared: Mapping[str, int]) -> Iterator[dict[str,
     product = math.prod(declared.values())
     if not free or product < 1 or devices % product:
         absorbing = {free[0]: -1} if free else {}
-        resolve_axes({**declared, **absorbing}, devices)
+        try:
+            resolve_axes({**declared, **absorbing}, devices)
+        except UserError as error:
+            # Nobody wrote the axis that stands for the rest.
+            said = f"{free[0]}=-1 cannot absorb the rest: " if free else ""
+            raise UserError(str(error).removeprefix(said)) from None
     for sizes in _factorisations(devices // product, len(free)):
         yield dict(zip(free, sizes, strict=True))
 

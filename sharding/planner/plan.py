@@ -156,6 +156,12 @@ class Plan:
 
         return explain(self, subject)
 
+    def _repr_html_(self) -> str:
+        """Show the plan in a notebook: mesh, time, memory, parameters, what else there was."""
+        from ..report.page import fragment
+
+        return fragment(self)
+
     def specs_of_moments(self, params: Any) -> Any:
         """Return the PartitionSpec of every parameter's gradient and moments, in a tree of parameters."""
         import jax

@@ -13,8 +13,11 @@ _GIB = 2**30
 
 
 def gib(size: float) -> str:
-    """Write bytes in GiB, or in MiB below a tenth of one."""
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB / 10 else f"{size / 2**20:.1f} MiB"
+    """Write bytes in GiB, in MiB below a tenth of one, in KiB below a tenth of that."""
+    for unit, one in (("GiB", _GIB), ("MiB", 2**20)):
+        if size >= one / 10:
+            return f"{size / one:.1f} {unit}"
+    return f"{size / 2**10:.1f} KiB"
 
 
 def seconds(time: float) -> str:
@@ -53,7 +56,7 @@ def why_lost(best: Priced, other: Priced, capacity_bytes: float, stored: tuple[f
     share = f"{slower:.1%}" if slower < 0.1 else f"{slower:.0%}" if slower < 2 else f"{1 + slower:.1f} times"
     least = "at least " if other.bound else ""
     sentence = f"{least}{share} {'as long' if slower >= 2 else 'slower'}: {item} takes {seconds(more)} more"
-    return sentence + _for_memory(best.candidate, other.candidate)
+    return sentence if other.bound else sentence + _for_memory(best.candidate, other.candidate)
 
 
 def misfit(one: Priced, capacity_bytes: float) -> str:

@@ -1,0 +1,188 @@
+"""From a config to its Plan: searched for, declared, or read from a file; no data is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..sharding.errors import UserError
+from .config import Config
+
+if TYPE_CHECKING:
+    from ..models import Model
+    from ..sharding import Plan
+    from ..sharding.topology import Topology
+
+# Arrays of a batch, each int32 [global_batch, sequence].
+BATCH = ("tokens", "targets", "segment_ids", "positions")
+# What a config without a mesh runs on under `plan: declared`.
+DEFAULT_MESH = {"fsdp": -1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What a config trains, as abstract arrays: `init` and `loss` are jitted, so that each is traced once."""
+
+    init: Callable[[Any], Any]
+    loss: Callable[[Any, Any], Any]
+    params: Any
+    batch: Any
+    names: Any
+
+    @classmethod
+    def of(cls, config: Config, model: Model) -> Shapes:
+        """Return the shapes of `model` under `config`."""
+        import jax
+
+        shape = jax.ShapeDtypeStruct((config.train.global_batch, config.data.sequence), "int32")
+        init = jax.jit(model.init)
+        return cls(
+            init=init,
+            loss=jax.jit(model.loss),
+            params=jax.eval_shape(init, jax.random.key(0)),
+            batch=dict.fromkeys(BATCH, shape),
+            names=model.names,
+        )
+
+
+def described_topology(config: Config) -> Topology | None:
+    """Return the topology that a config or its plan file names; None where it takes what is attached."""
+    from ..sharding import Plan, Topology
+
+    if config.topology is not None:
+        return Topology.parse(config.topology)
+    if config.plan in ("declared", "auto"):
+        return None
+    return Topology.parse(Plan.load(config.plan).topology)
+
+
+def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -> Plan:
+    """Return the plan that `config` trains by: `plan: declared`, `auto`, or a file.
+
+    Raises UserError where the declared parts, the program, the topology and a plan file do not agree.
+    """
+    if config.plan == "declared":
+        from ..sharding import declare
+
+        return declare(
+            shapes.loss,
+            shapes.params,
+            shapes.batch,
+            topology=topology,
+            mesh=DEFAULT_MESH if config.mesh is None else config.mesh,
+            rules=config.rules,
+            names=shapes.names,
+            remat=config.remat or "none",
+            microbatches=config.microbatches or 1,
+        )
+    if config.plan == "auto":
+        return search(config, shapes, topology, optimizer)
+    return _from_file(config, shapes, topology)
+
+
+def search(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -> Plan:
+    """Return the best plan on `topology` that keeps whatever `config` declares."""
+    from ..sharding import plan
+
+    return plan(
+        shapes.loss,
+        shapes.params,
+        shapes.batch,
+        topology=topology,
+        optimizer=optimizer,
+        mesh=config.mesh,
+        rules=config.rules,
+        remat=config.remat,
+        microbatches=config.microbatches,
+        names=shapes.names,
+    )
+
+
+def plan_config(config: Config, topology: str | None = None) -> tuple[Plan, float]:
+    """Return the plan of a config for described or attached devices, and the seconds that planning took.
+
+    `topology` takes the place of the config's. A config that names a plan file gives the plan of that file;
+    any other is planned, with what it declares kept. The seconds are those of tracing and searching, without
+    imports. Raises UserError for whatever cannot work together, and if nothing fits.
+    """
+    from ..sharding import Topology
+    from ..sharding.planner import door as _  # noqa: F401  # imported before the clock starts
+    from . import optimizer
+    from .job import build_model
+
+    where = Topology.parse(topology) if topology else described_topology(config) or Topology.local()
+    model = build_model(config.model)
+    shapes = Shapes.of(config, model)
+    rate = optimizer.schedule(config.optimizer, config.train.steps)
+    made = optimizer.build(config.optimizer, rate, model.names)
+    start = time.perf_counter()
+    if config.plan in ("declared", "auto"):
+        found = search(config, shapes, where, made)
+    else:
+        found = _from_file(config, shapes, where)
+    return found, time.perf_counter() - start
+
+
+def facts(plan: Plan, planning_seconds: float) -> dict[str, Any]:
+    """Return what `meshwright plan --json` prints."""
+    estimate = plan.estimate
+    return {
+        "topology": plan.topology,
+        "mesh": dict(plan.mesh),
+        "specs": {path: list(row.spec) for path, row in plan.params.items()},
+        "dims": {name: list(dim.axes) for name, dim in plan.dims.items()},
+        "remat": plan.remat,
+        "microbatches": plan.microbatches,
+        "estimate": None if estimate is None else estimate.to_dict(),
+        "alternatives": [dataclasses.asdict(row) for row in plan.alternatives],
+        "notes": list(plan.notes),
+        "planning_seconds": planning_seconds,
+    }
+
+
+def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Path | None) -> None:
+    """Write the plan as JSON and as a page, where asked for. Raises UserError where that cannot be done."""
+    from ..sharding.report.page import write_page
+
+    try:
+        if plan_file is not None:
+            plan.save(plan_file)
+        if page is not None:
+            write_page(plan, page)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
+
+
+def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
+    from ..sharding import Plan, Topology
+
+    found = Plan.load(config.plan)
+    if Topology.parse(found.topology) != topology:
+        raise UserError(
+            f"{config.plan} is a plan for {found.topology}, not for {topology}; plan again with "
+            f"--topology {topology} --save {config.plan}"
+        )
+    for axis, size in (config.mesh or {}).items():
+        if size not in (-1, found.mesh.get(axis, 1)):
+            raise UserError(
+                f"the config declares {axis}={size} and {config.plan} has {axis}={found.mesh.get(axis, 1)}; "
+                "leave one of them out"
+            )
+    for key in ("remat", "microbatches"):
+        declared, planned = getattr(config, key), getattr(found, key)
+        if declared not in (None, planned):
+            raise UserError(
+                f"the config declares {key}={declared} and {config.plan} has {key}={planned}; "
+                "leave one of them out"
+            )
+    if config.rules:
+        rules = ", ".join(config.rules)
+        raise UserError(f"the config declares rules ({rules}) beside {config.plan}; leave one of them out")
+    try:
+        found.check(shapes.params, shapes.batch, shapes.loss)
+    except UserError as error:
+        raise UserError(f"{config.plan}: {error}") from None
+    return found
