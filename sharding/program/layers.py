@@ -9,7 +9,7 @@ from jax.extend import core
 
 from . import generations
 
-_PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
 
 
 def layer_scans(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
@@ -26,7 +26,7 @@ def is_layer_scan(equation: core.JaxprEqn) -> bool:
     if equation.primitive.name != "scan" or equation.params["length"] < 2:
         return False
     scan = generations.scan_parts(equation)
-    return scan.num_xs > 0 and _works(scan.body.jaxpr)
+    return scan.num_xs > 0 and works(scan.body.jaxpr)
 
 
 def is_checkpointed(body: core.ClosedJaxpr) -> bool:
@@ -34,9 +34,10 @@ def is_checkpointed(body: core.ClosedJaxpr) -> bool:
     return all(equation.primitive.name == "remat2" for equation in body.jaxpr.eqns)
 
 
-def _works(jaxpr: Any) -> bool:
+def works(jaxpr: Any) -> bool:
+    """Whether a program holds a matrix product or a convolution."""
     return any(
-        equation.primitive.name in _PRODUCTS
-        or any(_works(inner) for inner in core.jaxprs_in_params(equation.params))
+        equation.primitive.name in PRODUCTS
+        or any(works(inner) for inner in core.jaxprs_in_params(equation.params))
         for equation in jaxpr.eqns
     )

@@ -3,9 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshwright.sharding import UserError
+from meshwright.sharding.program.saved import INPUT
+from meshwright.sharding.transform.name import name_values
 from meshwright.sharding.transform.remat import remat
 
-LAYERS, WIDTH = 6, 64
+LAYERS, WIDTH, ROWS = 6, 64, 128
 
 
 def loss(params, x):
@@ -79,3 +81,61 @@ def test_what_a_layer_checkpoints_itself_is_not_kept(arrays):
 
     plain, kept = saved_bytes(scored, arrays), saved_bytes(remat(scored, "none"), arrays)
     assert kept <= plain
+
+
+def wide(params, batch):
+    """Layers whose products differ in size: ``up`` is four times as wide as ``down``."""
+
+    def layer(x, weights):
+        return x + jnp.tanh(x @ weights["up"]) @ weights["down"], None
+
+    return jnp.square(jax.lax.scan(layer, batch, params["layers"])[0]).mean()
+
+
+@pytest.fixture
+def wide_arrays():
+    keys = jax.random.split(jax.random.key(1), 3)
+    up = 0.1 * jax.random.normal(keys[0], (LAYERS, WIDTH, 4 * WIDTH))
+    down = 0.1 * jax.random.normal(keys[1], (LAYERS, 4 * WIDTH, WIDTH))
+    return {"layers": {"up": up, "down": down}}, jax.random.normal(keys[2], (ROWS, WIDTH))
+
+
+def stacked(function, arrays):
+    """Return the shapes of what the scan over layers keeps for the backward pass, without the layers."""
+    program = jax.make_jaxpr(lambda *args: jax.vjp(function, *args)[1])(*arrays)
+    kept = [v.aval.shape for v in program.jaxpr.outvars]
+    return sorted(shape[2] for shape in kept if len(shape) == 3 and shape[:2] == (LAYERS, ROWS))
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [
+        ([], [WIDTH]),
+        (["up"], [WIDTH, 4 * WIDTH]),
+        # What is only added to the stream is needed by no gradient.
+        (["down"], [WIDTH]),
+    ],
+)
+def test_named_values_are_kept_and_no_others(wide_arrays, names, kept):
+    function = remat(name_values(wide, names), "names", dict.fromkeys(names, "device"))
+    assert stacked(function, wide_arrays) == kept
+    expected = jax.jit(jax.value_and_grad(wide))(*wide_arrays)
+    got = jax.jit(jax.value_and_grad(function))(*wide_arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, expected)
+
+
+def test_named_values_can_lie_on_the_host(wide_arrays):
+    saved = {"up": "host", INPUT: "host"}
+    function = remat(name_values(wide, saved), "names", saved)
+    text = str(jax.make_jaxpr(jax.grad(function))(*wide_arrays))
+    assert "host" in text
+    got = jax.jit(jax.value_and_grad(function))(*wide_arrays)
+    expected = jax.jit(jax.value_and_grad(wide))(*wide_arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, expected)
+
+
+def test_a_name_that_no_layer_has_is_refused(wide_arrays):
+    with pytest.raises(UserError, match="no layer has a value named 'upp'; did you mean 'up'"):
+        name_values(wide, ["upp"])(*wide_arrays)
+    with pytest.raises(UserError, match="up: 'hots' is no place to keep a value; did you mean 'host'"):
+        remat(wide, "names", {"up": "hots"})

@@ -1,0 +1,118 @@
+"""The values of a layer that a backward pass may be told to keep, by names that need no annotation.
+
+In a scan over layers the result of a product with a parameter is named after the parameter (``mlp/up``); what
+goes into such a product out of work that has no name of its own, as attention's result does, after it and
+``:in`` (``attention/output:in``); what the layers hand on is ``layer:in``. Names that the user gave with
+`jax.ad_checkpoint.checkpoint_name` are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jax.extend import core
+
+from .layers import PRODUCTS, is_layer_scan, works
+from .record import Equation, Program, Scope
+
+INPUT = "layer:in"
+
+# What a parameter goes through and is still itself.
+_VIEWS = frozenset({"convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim", "copy"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SavedValue:
+    """The first result of an equation, or one of its operands; `equation` is its index."""
+
+    equation: int
+    operand: int | None = None
+
+
+def saved_values(program: Program) -> Mapping[str, SavedValue]:
+    """Return name → value for the layers of `program`; `INPUT`, which any layer has, is not among them."""
+    paths = {
+        var: argument.path
+        for argument, var in zip(program.arguments, program.jaxpr.jaxpr.invars, strict=True)
+        if argument.is_parameter
+    }
+    found = list(_outside(program.scope, paths))
+    names = _shortened([name for name, _ in found])
+    return {name: value for name, (_, value) in zip(names, found, strict=True)}
+
+
+def _outside(scope: Scope, paths: dict[Any, str]) -> Iterator[tuple[str, SavedValue]]:
+    for equation in scope.equations:
+        if equation.primitive == "jit":
+            yield from _outside(equation.scopes[0], _passed(equation, paths))
+        elif is_layer_scan(equation.eqn):
+            yield from _layer(equation.scopes[0], _passed(equation, paths))
+
+
+def _passed(equation: Equation, paths: Mapping[Any, str]) -> dict[Any, str]:
+    """Return the paths of the parameters that go into an equation's scope."""
+    pairs = zip(equation.scopes[0].jaxpr.invars, equation.eqn.invars, strict=True)
+    return {inner: paths[outer] for inner, outer in pairs if _is_known(outer, paths)}
+
+
+def _is_known(atom: Any, paths: Mapping[Any, str]) -> bool:
+    return not isinstance(atom, core.Literal) and atom in paths
+
+
+def _layer(scope: Scope, paths: dict[Any, str]) -> Iterator[tuple[str, SavedValue]]:
+    makers: dict[Any, Equation] = {}
+    named: set[Any] = set()
+    for equation in scope.equations:
+        eqn = equation.eqn
+        ins = [atom for atom in eqn.invars if not isinstance(atom, core.Literal)]
+        makers.update(dict.fromkeys(eqn.outvars, equation))
+        if equation.primitive == "name":
+            named.update(eqn.outvars)
+            yield eqn.params["name"], SavedValue(equation=equation.index)
+        elif equation.primitive == "jit":
+            yield from _layer(equation.scopes[0], _passed(equation, paths))
+        elif equation.primitive in _VIEWS and ins and ins[0] in paths:
+            paths[eqn.outvars[0]] = paths[ins[0]]
+        elif equation.primitive in PRODUCTS:
+            weights = [atom for atom in ins if atom in paths]
+            if len(weights) != 1:
+                continue
+            name = paths[weights[0]]
+            named.update(eqn.outvars)
+            yield name, SavedValue(equation=equation.index)
+            place, operand = next((n, atom) for n, atom in enumerate(eqn.invars) if atom is not weights[0])
+            if not isinstance(operand, core.Literal) and _from_work(operand, makers, named):
+                yield f"{name}:in", SavedValue(equation=equation.index, operand=place)
+
+
+def _from_work(atom: Any, makers: Mapping[Any, Equation], named: set[Any]) -> bool:
+    """Whether a value comes, but for cheap work, out of products that have no name."""
+    seen: set[Any] = set()
+    left = [atom]
+    while left:
+        one = left.pop()
+        if isinstance(one, core.Literal) or one in seen or one in named or one not in makers:
+            continue
+        seen.add(one)
+        maker = makers[one]
+        inner = core.jaxprs_in_params(maker.eqn.params)
+        if maker.primitive in PRODUCTS or any(works(jaxpr) for jaxpr in inner):
+            return True
+        left += maker.eqn.invars
+    return False
+
+
+def _shortened(names: list[str]) -> list[str]:
+    """Return the names without the folders that all share; one that stands twice is numbered."""
+    folders = [os.path.dirname(name) for name in names if "/" in name]
+    shared = os.path.commonpath(folders) if len(folders) > 1 else ""
+    prefix = f"{shared}/" if shared else ""
+    found: list[str] = []
+    for name in names:
+        short = name.removeprefix(prefix)
+        count = sum(other.split("#")[0] == short for other in found)
+        found.append(f"{short}#{count + 1}" if count else short)
+    return found
