@@ -26,7 +26,9 @@ from meshwright.sharding.cost import Pricer
 from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.door import Problem, slot_bytes
+from meshwright.sharding.planner.reasons import remat_in_words
 from meshwright.sharding.planner.search import Priced, search
+from meshwright.sharding.program.saved import INPUT
 
 _DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tuned_layouts.csv"
 _OPTIMIZER = optax.adamw(3e-4)
@@ -45,13 +47,17 @@ def compare(row: Tuned) -> dict[str, Any]:
     problem = Problem(loss=model.loss, params=params, batch=batch, optimizer=_OPTIMIZER, names=model.names)
     chip = row.topology.chip
     pricer = Pricer(
-        problem.program,
+        problem.profile,
         row.topology,
         optimizer_slots=slot_bytes(_OPTIMIZER, params),
         calibration=calibration_for(_RELATIVES.get(chip.name, chip.name), "maxtext"),
     )
     capacity = float(chip.hbm_bytes or math.inf)
-    declared = Declared(mesh=row.mesh, remat=row.remat, microbatches=row.microbatches)
+    remat = row.remat
+    if not isinstance(remat, str):
+        known = {*problem.profile.saved.named, INPUT}
+        remat = {name: place for name, place in remat.items() if name in known}
+    declared = Declared(mesh=row.mesh, remat=remat, microbatches=row.microbatches)
     # What people ran did fit, whatever is predicted of it.
     by_hand = search(problem.space(row.topology, declared), pricer.price, math.inf, each_size=False).best
     planned = search(problem.space(row.topology, Declared()), pricer.price, capacity, each_size=False)
@@ -79,7 +85,7 @@ def _summary(priced: Priced, capacity: float) -> dict[str, Any]:
     one = priced.candidate
     return {
         "mesh": {axis: size for axis, size in one.mesh.items() if size > 1},
-        "remat": one.remat,
+        "remat": remat_in_words(one.remat, one.saved),
         "microbatches": one.microbatches,
         "step_seconds": priced.estimate.step_seconds,
         "peak_bytes": priced.estimate.peak_bytes,

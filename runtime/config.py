@@ -129,11 +129,11 @@ class Config(Section):
         description="Named dimension or parameter path pattern → mesh axes, on top of the defaults, "
         'e.g. {embed: fsdp, "embedding/*": [tensor, fsdp]}.',
     )
-    remat: Literal["none", "dots", "full"] | None = Field(
+    remat: Literal["none", "dots", "full"] | dict[str, Literal["device", "host"]] | None = Field(
         default=None,
         description="What a layer's forward pass keeps for its backward pass: everything, the results of "
-        "its products with parameters, or nothing but its input. Null leaves it to the plan; where that is "
-        "`declared`, none.",
+        "its products with parameters, nothing but its input, or the values named, e.g. {mlp/up: device}. "
+        "Null leaves it to the plan; where that is `declared`, none.",
     )
     microbatches: Count | None = Field(
         default=None,

@@ -134,7 +134,7 @@ def facts(plan: Plan, planning_seconds: float) -> dict[str, Any]:
         "mesh": dict(plan.mesh),
         "specs": {path: list(row.spec) for path, row in plan.params.items()},
         "dims": {name: list(dim.axes) for name, dim in plan.dims.items()},
-        "remat": plan.remat,
+        "remat": plan.saved or plan.remat,
         "microbatches": plan.microbatches,
         "estimate": None if estimate is None else estimate.to_dict(),
         "alternatives": [dataclasses.asdict(row) for row in plan.alternatives],
@@ -171,8 +171,8 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
                 f"the config declares {axis}={size} and {config.plan} has {axis}={found.mesh.get(axis, 1)}; "
                 "leave one of them out"
             )
-    for key in ("remat", "microbatches"):
-        declared, planned = getattr(config, key), getattr(found, key)
+    for key, planned in (("remat", found.saved or found.remat), ("microbatches", found.microbatches)):
+        declared = getattr(config, key)
         if declared not in (None, planned):
             raise UserError(
                 f"the config declares {key}={declared} and {config.plan} has {key}={planned}; "

@@ -34,6 +34,32 @@ _SHAPES = {
     "llama2-13b": (40, 5120, 40, 13_824, 32_000, True),
     "gpt3-175b": (96, 12_288, 96, 49_152, 50_304, False),
 }
+# MaxText's names of what a layer may keep, as `meshwright.sharding.program.saved` names it.
+_QKV = ("attention/query", "attention/key", "attention/value")
+_VALUES = {
+    "decoder_layer_input": ("layer:in",),
+    "query_proj": _QKV[:1],
+    "key_proj": _QKV[1:2],
+    "value_proj": _QKV[2:],
+    "qkv_proj": _QKV,
+    "context": ("attention/output:in",),
+    "out_proj": ("attention/output",),
+    "mlpwi": ("mlp/gate", "mlp/up"),
+    "mlpwi_0": ("mlp/gate",),
+    "mlpwi_1": ("mlp/up",),
+    "mlpwo": ("mlp/down",),
+}
+_DOTS = (*_QKV, "attention/output", "mlp/gate", "mlp/up", "mlp/down")
+_POLICIES = {
+    "save_qkv_proj": _QKV,
+    "qkv_proj_offloaded": _QKV,
+    "save_out_proj": ("attention/output",),
+    "save_dot_except_mlpwi": (*_QKV, "attention/output", "mlp/down"),
+    "save_dot_except_mlp": (*_QKV, "attention/output"),
+    "save_dot_with_context_except_mlp": (*_QKV, "attention/output", "attention/output:in"),
+    "minimal": _DOTS,
+    "minimal_with_context": (*_DOTS, "attention/output:in"),
+}
 # TPU names of v4 and v5p count cores, two a chip.
 _CORES = {"v4": 2, "v5p": 2}
 
@@ -48,7 +74,7 @@ class Tuned:
     sequence: int
     batch: int
     mesh: Mapping[str, int]
-    remat: str
+    remat: str | Mapping[str, str]
     microbatches: int
     low_precision: bool
 
@@ -215,10 +241,15 @@ def _mesh(degrees: Mapping[tuple[str, str], int], topology: Topology) -> dict[st
     return {axis: size for axis, size in sizes.items() if size > 1 or axis in ("data", "fsdp", "tensor")}
 
 
-def _remat(row: Mapping[str, str]) -> str:
+def _remat(row: Mapping[str, str]) -> str | dict[str, str]:
     policy = row["remat_policy"]
     if policy in ("full", ""):
         return "full"
-    if policy.startswith(("minimal", "save_dot_with_context")):
-        return "dots"
+    if policy in _POLICIES:
+        place = "host" if policy.endswith("offloaded") else "device"
+        return dict.fromkeys(_POLICIES[policy], place)
+    if policy == "custom":
+        places = {"offload": "host", "device": "device"}
+        chosen = {name: places[place] for name, place in json.loads(row["remat_custom"]).items()}
+        return {value: place for name, place in chosen.items() for value in _VALUES[name]}
     raise NotExpressible(f"remat_policy={policy}")

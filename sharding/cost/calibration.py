@@ -25,6 +25,7 @@ class Calibration:
     attention_gradient:    the work of the kernel's backward pass over that of its forward pass.
     fused_attention:       whether scores stay on the chip.
     fused_residuals:       whether what is saved is what fused kernels read rather than each operation.
+    reruns_layers:         whether all of a layer that is not kept is run again, needed or not.
     gathered_residuals:    whether what was gathered for a product is kept gathered for its gradient.
     memory_efficiency:     of the HBM's rate, for elementwise work.
     kernel_seconds:        host's time for one kernel; a step is never faster than its kernels are issued.
@@ -51,6 +52,7 @@ class Calibration:
     attention_gradient: float = 2.0
     fused_attention: bool = False
     fused_residuals: bool = False
+    reruns_layers: bool = False
     gathered_residuals: bool = False
     memory_efficiency: float = 1.0
     kernel_seconds: float = 0.0

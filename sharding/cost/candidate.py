@@ -31,7 +31,9 @@ class Candidate:
                   not listed is stored as it is computed with.
     optimizer:    the same for the optimizer's moments; more axes than `stored` is ZeRO-1. Default: `stored`.
     gradients:    the same for the accumulated gradients; more axes than `stored` is ZeRO-2. Default:
-    `stored`. remat:        ``none``, ``dots`` or ``full``, as in `meshwright.sharding.transform.remat`.
+    `stored`.
+    remat:        ``none``, ``dots``, ``full`` or ``names``, as in `meshwright.sharding.transform.remat`.
+    saved:        under ``names``, the values of layers that are kept → ``device`` or ``host``.
     microbatches: how many the batch is worked through in, one after another.
     schedule:     of pipeline stages: ``1f1b`` or ``gpipe`` (all forward, then all backward).
     interleave:   model chunks a stage holds.
@@ -43,6 +45,7 @@ class Candidate:
     optimizer: Mapping[int, Storage] = dataclasses.field(default_factory=dict)
     gradients: Mapping[int, Storage] = dataclasses.field(default_factory=dict)
     remat: str = "none"
+    saved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     microbatches: int = 1
     schedule: str = "1f1b"
     interleave: int = 1
@@ -51,7 +54,7 @@ class Candidate:
         for axis in self.mesh:
             if axis not in AXES:
                 raise UserError(f"{axis!r} is no mesh axis; {nearest(axis, AXES)}")
-        if self.remat not in REMATS:
+        if self.remat not in (*REMATS, "names"):
             raise UserError(f"remat={self.remat!r} is not a policy; {nearest(self.remat, REMATS)}")
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule={self.schedule!r} is unknown; {nearest(self.schedule, SCHEDULES)}")

@@ -9,8 +9,10 @@ import numpy as np
 from ..chips import Chip
 from ..errors import UserError
 from .calibration import Calibration
+from .candidate import Candidate
 from .placement import Placement
 from .profile import LAYERS, Profile
+from .recompute import Kept
 
 # Kinds of work, and passes over it; the axes of `Busy.seconds`.
 KINDS = ("matmul", "attention", "elementwise")
@@ -36,10 +38,24 @@ def peak_flops(chip: Chip, dtype: str) -> float:
     return peak
 
 
+def kept_by(profile: Profile, candidate: Candidate, calibration: Calibration) -> Kept:
+    """Return what a candidate keeps of the layers and runs again, as the calibration says it is run."""
+    kept = profile.saved.kept(
+        candidate, fused_attention=calibration.fused_attention, fused=calibration.fused_residuals
+    )
+    if not calibration.reruns_layers or candidate.remat == "none":
+        return kept
+    again = profile.steps.section == LAYERS
+    if candidate.remat == "dots":
+        products = profile.products
+        again[products.equation[products.role_sizes[:, 0] <= 1]] = False
+    return dataclasses.replace(kept, again=again)
+
+
 def busy(
     profile: Profile,
     placement: Placement,
-    remat: str,
+    kept: Kept,
     chip: Chip,
     dtype: str,
     calibration: Calibration,
@@ -49,8 +65,8 @@ def busy(
         raise UserError(f"{chip.name} has no memory rate; give hbm_bytes_per_second in chips.toml")
     seconds = np.zeros((3, 3, 3))
     kernels = np.zeros((3, 3))
-    _products(profile, placement, remat, chip, dtype, calibration, seconds, kernels)
-    _kernels(profile, placement, remat, chip.hbm_bytes_per_second, calibration, seconds, kernels)
+    _products(profile, placement, kept, chip, dtype, calibration, seconds, kernels)
+    _kernels(profile, placement, kept, chip.hbm_bytes_per_second, calibration, seconds, kernels)
     return Busy(seconds=seconds, kernels=kernels)
 
 
@@ -86,7 +102,7 @@ def product_seconds(
 def _products(
     profile: Profile,
     placement: Placement,
-    remat: str,
+    kept: Kept,
     chip: Chip,
     dtype: str,
     calibration: Calibration,
@@ -100,10 +116,11 @@ def _products(
     backward = products.gradients.copy()
     if calibration.fused_attention:
         backward[core] *= calibration.attention_gradient / 2.0
-    again = steps.rematted[equation] & (products.gradients > 0)
-    if remat != "none":
-        saved = (remat == "dots") & (products.role_sizes[:, 0] <= 1)
-        again = again | ((section == LAYERS) & (products.gradients > 0) & ~saved)
+    # What a layer runs again of itself is run again once more where all of the layer is.
+    times_again = steps.rematted[equation].astype(float) + kept.again[equation]
+    if calibration.reruns_layers:
+        times_again = np.minimum(times_again, 1.0)
+    again = times_again * (products.gradients > 0)
     for kind, chosen in ((0, ~core), (1, core)):
         for n, times in enumerate((1.0, backward, again)):
             seconds[n, kind] += _by_section(section, once * times * chosen)
@@ -115,7 +132,7 @@ def _products(
 def _kernels(
     profile: Profile,
     placement: Placement,
-    remat: str,
+    kept: Kept,
     bytes_per_second: float,
     calibration: Calibration,
     seconds: np.ndarray,
@@ -132,9 +149,11 @@ def _kernels(
     count = len(groups.section)
     forward = np.bincount(groups.edge_group, weights=moved * groups.edge_forward, minlength=count) * runs
     backward = np.bincount(groups.edge_group, weights=moved * groups.edge_backward, minlength=count) * runs
-    again = groups.rematted.copy()
-    if remat != "none":
-        again |= groups.section == LAYERS
+    redone = np.zeros(count, bool)
+    redone[groups.of_equation[kept.again & (groups.of_equation >= 0)]] = True
+    again = groups.rematted.astype(float) + redone
+    if calibration.reruns_layers:
+        again = np.minimum(again, 1.0)
     for n, amount in enumerate((forward, backward, forward * again)):
         seconds[n, 2] += _by_section(groups.section, amount)
     for n, times in enumerate((1.0, backward > 0, again)):

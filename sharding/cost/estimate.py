@@ -10,18 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from ..chips import Chip
+from ..errors import UserError
 from ..program.record import Program
 from ..topology import Topology
 from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link, links
-from .compute import KINDS, Busy, busy, peak_flops
+from .compute import KINDS, Busy, busy, kept_by, peak_flops
 from .exchange import Exchange, Stored, exchange, stored
 from .memory import peak_memory
 from .overlap import exposed
 from .pipeline import Stages, bubble_seconds, layers_per_stage
 from .placement import BACKWARD, FORWARD, Placement, place
 from .profile import AFTER, BEFORE, LAYERS, Profile, profile
+from .recompute import Kept
 
 # Placements kept: a search prices several storages and policies of each.
 _PLACEMENTS = 4096
@@ -120,7 +123,7 @@ class Pricer:
 
     def memory(self, candidate: Candidate, placement: Placement, lying: Stored) -> dict[str, float]:
         """Return item → bytes of a placed candidate on its fullest device."""
-        return peak_memory(
+        items = peak_memory(
             self.profile,
             placement,
             candidate,
@@ -129,6 +132,7 @@ class Pricer:
             self.gradient_bytes,
             self.calibration,
         )
+        return {name: float(size) for name, size in items.items()}
 
     def time(
         self,
@@ -141,15 +145,17 @@ class Pricer:
         """Return item → seconds of a placed candidate under any calibration."""
         table, chip = self.profile, self.topology.chip
         wires = links(candidate.mesh, self.topology, calibration)
-        work = busy(table, placement, candidate.remat, chip, self.dtype, calibration)
+        kept = kept_by(table, candidate, calibration)
+        work = busy(table, placement, kept, chip, self.dtype, calibration)
         moved = exchange(table, placement, candidate, lying, wires, self.gradient_bytes)
-        time = _step(table, placement, candidate, calibration, wires, work, moved)
+        host = _offload(table, placement, kept, chip, calibration)
+        time = _step(table, placement, candidate, calibration, wires, work, moved, kept, host)
         rate = (chip.hbm_bytes_per_second or 1.0) * calibration.optimizer_efficiency
         time["optimizer"] = _optimizer_bytes(memory, table, self.slot_bytes, self.gradient_bytes) / rate
         time["host"] += calibration.step_seconds
         doublings = math.log2(max(candidate.num_devices, 1))
         time["stragglers"] = sum(time.values()) * calibration.imbalance_per_doubling * doublings
-        return {name: seconds for name, seconds in time.items() if seconds}
+        return {name: float(seconds) for name, seconds in time.items() if seconds}
 
 
 def _optimizer_bytes(
@@ -172,11 +178,13 @@ def _step(
     wires: Mapping[str, Link],
     work: Busy,
     moved: Exchange,
+    kept: Kept,
+    host: _Offload,
 ) -> dict[str, float]:
     """Return the step's items: each by microbatch and section, then over stages and microbatches."""
     stages = candidate.mesh.get("stage", 1)
     share = layers_per_stage(table.layers, stages) / table.layers
-    items = _microbatch(candidate, calibration, wires, work, moved, placement)
+    items = _microbatch(table, candidate, calibration, wires, work, moved, placement, kept, host)
     per_section = np.zeros(3)
     for row in items.values():
         per_section += row
@@ -198,30 +206,56 @@ def _step(
     return time
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Offload:
+    """Seconds that sending values to the host and back takes: of the link, and of the device's own memory."""
+
+    link: float = 0.0
+    memory: float = 0.0
+
+
+def _offload(
+    table: Profile, placement: Placement, kept: Kept, chip: Chip, calibration: Calibration
+) -> _Offload:
+    """Return how long what is kept on the host takes to go there and come back in one microbatch."""
+    if not kept.host.any():
+        return _Offload()
+    rate = chip.host_link_bytes_per_second_per_chip
+    if rate is None:
+        raise UserError(f"{chip.name} has no figure for its link to the host; give one in chips.toml")
+    size = table.values.bytes * placement.value_fraction * table.values.runs
+    moved = 2.0 * float((size * kept.host).sum())
+    memory = (chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency
+    return _Offload(link=moved * chip.devices_per_chip / rate, memory=moved / memory)
+
+
 def _microbatch(
+    table: Profile,
     candidate: Candidate,
     calibration: Calibration,
     wires: Mapping[str, Link],
     work: Busy,
     moved: Exchange,
     placement: Placement,
+    kept: Kept,
+    host: _Offload,
 ) -> dict[str, np.ndarray]:
     """Return item → seconds of one microbatch by section, were a device to hold all layers."""
     items: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
     for kind, row in zip(KINDS, work.seconds.sum(axis=0), strict=True):
         items[f"compute/{kind}"] += row
     computing = work.seconds.sum(axis=(0, 1))
-    recomputed = np.array([0.0, float(candidate.remat == "full"), 0.0])
+    again = _moved_again(table, kept, candidate, calibration)
     talking, starting = np.zeros(3), np.zeros(3)
     for traffic in placement.traffic:
-        times = 1.0 + recomputed if traffic.phase == FORWARD else np.ones(3)
-        size = np.bincount(traffic.section, weights=traffic.bytes * traffic.runs, minlength=3)
-        count = np.bincount(traffic.section, weights=traffic.runs, minlength=3)
+        runs = traffic.runs * (1.0 + again[traffic.kind, traffic.phase][traffic.values])
+        size = np.bincount(traffic.section, weights=traffic.bytes * runs, minlength=3)
+        count = np.bincount(traffic.section, weights=runs, minlength=3)
         link = wires[traffic.axis]
-        row = link.transfer(traffic.kind, 1.0) * size * times * (1.0 - calibration.overlap_activations)
+        row = link.transfer(traffic.kind, 1.0) * size * (1.0 - calibration.overlap_activations)
         items[f"{traffic.kind}/{traffic.axis}"] += row
         talking += row
-        starting += link.starts(traffic.kind, 1.0) * count * times
+        starting += link.starts(traffic.kind, 1.0) * count
     fetching = {key: 2.0 * np.array(row) for key, row in moved.gathers.items()}
     for key, row in moved.scatters.items():
         fetching[key] = fetching.get(key, 0.0) + np.array(row)
@@ -230,10 +264,35 @@ def _microbatch(
         seen = exposed(total, float(computing.sum()), calibration.overlap_parameters) / total
         for (kind, axis), row in fetching.items():
             items[f"{kind}/{axis}"] += row * seen
+    if host.link:
+        seen = exposed(host.link, float(computing.sum()), calibration.overlap_parameters) + host.memory
+        items["offload/host"] += np.array([0.0, seen, 0.0])
     # Kernels and collectives are issued ahead of the device: only where that takes longer does it show.
     issued = work.kernels.sum(axis=0) * calibration.kernel_seconds + starting
     items["host"] += np.maximum(issued - computing - talking, 0.0)
     return items
+
+
+def _moved_again(
+    table: Profile, kept: Kept, candidate: Candidate, calibration: Calibration
+) -> Mapping[tuple[str, int], np.ndarray]:
+    """Return (collective, pass) → which values [V] it moves once more, for the backward pass."""
+    count = len(table.values.bytes)
+    never = np.zeros(count, bool)
+    made = np.zeros(count, bool)
+    writes = table.writes
+    made[writes.value[kept.again[writes.equation]]] = True
+    gathered = never
+    if calibration.reruns_layers:
+        gathered = made = (table.values.section == LAYERS) & (candidate.remat == "full")
+    elif not calibration.gathered_residuals:
+        gathered = table.values.grad & (table.values.section == LAYERS)
+    return {
+        ("all_gather", FORWARD): gathered,
+        ("all_reduce", FORWARD): made,
+        ("reduce_scatter", FORWARD): made,
+        **{(kind, BACKWARD): never for kind in ("all_gather", "all_reduce", "reduce_scatter")},
+    }
 
 
 def _send(

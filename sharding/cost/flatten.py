@@ -37,7 +37,8 @@ _ALIASES = frozenset(
 class Value:
     """An array of the program: bytes for one run, dims, and what it comes from.
 
-    `parameter` is the index of the argument that it is a view of (a cast, a layer's slice), or -1.
+    `parameter` is the index of the argument that it is a view of (a cast, a layer's slice), or -1; `source`
+    the value that it stands for inside or outside of a loop, or -1.
     """
 
     bytes: float
@@ -49,6 +50,7 @@ class Value:
     trips: int = 1
     section: int = BEFORE
     producer: int = -1
+    source: int = -1
     core: bool = False
 
 
@@ -171,6 +173,7 @@ class _Reader:
                 continue
             old = self.values[ins[n]]
             env[var] = self.value(var, inner.dims_of(var), old.grad, runs * length)
+            self.values[env[var]].source = ins[n]
             if n >= first_xs:
                 self.values[env[var]].parameter = old.parameter
             else:
@@ -182,6 +185,7 @@ class _Reader:
         results = []
         for n, var in enumerate(equation.eqn.outvars):
             result = self.value(var, equation.outs[n], self.values[outs[n]].grad, runs)
+            self.values[result].source = outs[n]
             results.append(result)
         if is_main:
             self._section = AFTER

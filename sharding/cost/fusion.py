@@ -40,6 +40,7 @@ _LINEAR = frozenset(
 class Groups:
     """Kernels of memory-bound work, G: section, runs, recomputed anyway, touching attention scores.
 
+    of_equation [E] is the kernel that an equation is part of, or -1.
     Edges say which value crosses the border of a group, with the times it is moved forward and backward.
     """
 
@@ -47,6 +48,7 @@ class Groups:
     runs: np.ndarray
     rematted: np.ndarray
     core: np.ndarray
+    of_equation: np.ndarray
     edge_group: np.ndarray
     edge_value: np.ndarray
     edge_forward: np.ndarray
@@ -114,12 +116,14 @@ def fuse(flat: Flat) -> Groups:
         if matmul_roles(leaf.equation) is None and leaf.runs:
             members[roots[number]].append(number)
     section, runs, rematted, core, edges = [], [], [], [], []
+    of_equation = np.full(len(flat.leaves), -1)
     for root, group in members.items():
         found = _edges(flat, root, group, consumers)
         if not found:
             continue
         first = flat.leaves[group[0]]
         edges += [(len(section), *edge) for edge in found]
+        of_equation[group] = len(section)
         section.append(first.section)
         runs.append(first.runs)
         rematted.append(first.rematted)
@@ -131,6 +135,7 @@ def fuse(flat: Flat) -> Groups:
         runs=np.array(runs, float),
         rematted=np.array(rematted, bool),
         core=np.array(core, bool),
+        of_equation=of_equation,
         edge_group=table[:, 0].astype(int),
         edge_value=table[:, 1].astype(int),
         edge_forward=table[:, 2],

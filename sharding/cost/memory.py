@@ -8,10 +8,12 @@ import numpy as np
 
 from .calibration import Calibration
 from .candidate import Candidate
+from .compute import kept_by
 from .exchange import Stored, parts
 from .pipeline import in_flight, layers_per_stage
 from .placement import FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, Profile
+from .recompute import Kept
 
 
 def peak_memory(
@@ -27,7 +29,9 @@ def peak_memory(
     stages = candidate.mesh.get("stage", 1)
     share = layers_per_stage(profile.layers, stages) / profile.layers
     kept = _state(profile, placement, candidate, lying, slot_bytes, gradient_bytes)
-    saved, scratch = _activations(profile, placement, candidate, calibration)
+    saved, scratch = _activations(
+        profile, placement, candidate, kept_by(profile, candidate, calibration), calibration
+    )
     gathered = _gathered(profile, placement, candidate.mesh, lying)
     best: dict[str, float] = {}
     for stage in dict.fromkeys((0, stages - 1)):
@@ -69,12 +73,10 @@ def _state(
 
 
 def _activations(
-    profile: Profile, placement: Placement, candidate: Candidate, calibration: Calibration
+    profile: Profile, placement: Placement, candidate: Candidate, kept: Kept, calibration: Calibration
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what a microbatch saves by section, for all layers, and one layer's working set."""
     values, masks = profile.values, profile.saved.by_policy
-    everything = "none/fused" if calibration.fused_residuals else "none"
-    remat = candidate.remat
     size = values.bytes * placement.value_fraction
     if calibration.gathered_residuals:
         for traffic in placement.traffic:
@@ -82,17 +84,16 @@ def _activations(
                 size[traffic.values] *= candidate.mesh[traffic.axis]
     if calibration.fused_attention:
         size = size * ~profile.saved.on_chip
-    mask = masks[everything if remat == "none" else remat].astype(float)
-    outside = values.section != LAYERS
-    mask = np.where(outside, masks[everything], mask)
     runs = values.runs
-    saved = np.bincount(values.section, weights=size * mask * runs, minlength=3)
+    saved = np.bincount(values.section, weights=size * kept.device * runs, minlength=3)
     # A layer worked through again holds what fused kernels would have saved, and the gradients that meet it.
     live = np.bincount(values.section, weights=size * masks["none/fused"], minlength=3)
     largest = np.array([size[values.section == s].max(initial=0.0) for s in range(3)])
-    scratch = largest * 2.0
-    if remat != "none":
+    scratch = largest
+    if candidate.remat != "none":
         scratch[LAYERS] += live[LAYERS]
+    # One layer's values on their way to the host and another's on their way back.
+    scratch[LAYERS] += 2.0 * float((size * kept.host).sum())
     return saved, scratch
 
 

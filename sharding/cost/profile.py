@@ -9,6 +9,7 @@ import numpy as np
 
 from ..program.flops import matmul_roles, work
 from ..program.record import Program
+from ..program.saved import saved_values
 from .flatten import AFTER, BEFORE, LAYERS, Flat, Leaf, flatten
 from .fusion import Groups, fuse
 from .residuals import Saved, residuals
@@ -126,7 +127,9 @@ def profile(program: Program) -> Profile:
         parameter_dims=tuple(
             tuple(d for composition in a.dims for d in composition) for a in program.parameters
         ),
-        saved=residuals(flat),
+        saved=residuals(
+            flat, {name: (value.equation, value.operand) for name, value in saved_values(program).items()}
+        ),
         carries=flat.carries,
         layers=flat.layers,
         layer_dim=flat.layer_dim,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Mapping
 
 import numpy as np
 
 from ..program.flops import matmul_roles
+from ..program.saved import INPUT
+from .candidate import Candidate
 from .flatten import LAYERS, Flat, Leaf
 from .fusion import _roots, is_fusible, is_linear
+from .recompute import Flow, Kept, named_values
 
 # Primitives whose gradient is read off their result.
 _BY_RESULT = frozenset(["exp", "tanh", "logistic", "rsqrt", "sqrt", "max", "exp2"])
@@ -19,15 +23,51 @@ _BY_RESULT = frozenset(["exp", "tanh", "logistic", "rsqrt", "sqrt", "max", "exp2
 class Saved:
     """Masks over values: what is kept in layers under each policy, and outside of them always.
 
-    on_chip: what never reaches memory when attention is one kernel.
+    named: the values of a layer by name, see `meshwright.sharding.program.saved`.
+    on_chip: what never reaches memory when attention is one kernel; core: the scores themselves.
     """
 
     by_policy: dict[str, np.ndarray]
+    named: dict[str, np.ndarray]
     on_chip: np.ndarray
+    core: np.ndarray
+    flow: Flow
+    layers: np.ndarray
+    cache: dict[object, Kept] = dataclasses.field(default_factory=dict)
+
+    def kept(self, candidate: Candidate, *, fused_attention: bool, fused: bool) -> Kept:
+        """Return what a candidate keeps and runs again.
+
+        `fused_attention` tells that attention's scores are never in memory, `fused` that what is kept is what
+        fused kernels read.
+        """
+        key = (candidate.remat, tuple(candidate.saved.items()), fused_attention, fused)
+        if key not in self.cache:
+            self.cache[key] = self._kept(candidate, fused_attention, fused)
+        return self.cache[key]
+
+    def _kept(self, candidate: Candidate, fused_attention: bool, fused: bool) -> Kept:
+        everything = self.by_policy["none/fused" if fused else "none"]
+        host = np.zeros(len(self.layers), bool)
+        if candidate.remat == "none":
+            inside = everything
+        elif candidate.remat != "names":
+            inside = self.by_policy[candidate.remat]
+        else:
+            inside = self.by_policy["full"].copy()
+            for name, place in candidate.saved.items():
+                mask = self.by_policy["full"] & self.layers if name == INPUT else self.named[name]
+                inside = inside | mask
+                host = host | mask if place == "host" else host
+        device = np.where(self.layers, inside, everything)
+        needed = self.by_policy["none"] & self.layers
+        if fused_attention:
+            needed = needed & ~self.core
+        return Kept(device=device & ~host, host=host, again=self.flow.again(device, needed))
 
 
-def residuals(flat: Flat) -> Saved:
-    """Return what each policy keeps.
+def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
+    """Return what each policy keeps; `names` are the values of layers that may be named.
 
     ``none`` keeps what JAX's gradients of single operations read; ``none/fused`` what fused kernels with
     their own gradients read; ``dots`` the results of products without batch dims, and the carry; ``full``
@@ -38,12 +78,15 @@ def residuals(flat: Flat) -> Saved:
     carry[list(flat.carries)] = True
     masks = {"none": carry.copy(), "none/fused": carry.copy(), "dots": carry.copy(), "full": carry.copy()}
     for leaf in flat.leaves:
-        if leaf.rematted:
-            continue
-        for index in _residuals_of(flat, leaf):
+        entering = _entering(flat, leaf) if leaf.rematted else []
+        for index in entering:
+            masks["none/fused"][index] = True
+        for index in entering or ([] if leaf.rematted else _residuals_of(flat, leaf)):
             masks["none"][index] = True
             if leaf.section != LAYERS:
                 masks["dots"][index] = masks["full"][index] = True
+        if leaf.rematted:
+            continue
         roles = matmul_roles(leaf.equation)
         if roles is not None and not roles.batch and leaf.section == LAYERS:
             masks["dots"][list(leaf.outs)] = True
@@ -52,6 +95,10 @@ def residuals(flat: Flat) -> Saved:
     kept = np.array([_is_kept(flat, n) for n in range(count)], bool)
     return Saved(
         by_policy={policy: mask & kept for policy, mask in masks.items()},
+        named=named_values(flat, names),
+        core=np.array([value.core for value in flat.values], bool),
+        flow=Flow.of(flat),
+        layers=np.array([value.section == LAYERS for value in flat.values], bool),
         on_chip=np.array([_is_on_chip(flat, n) for n in range(count)], bool),
     )
 
@@ -67,6 +114,16 @@ def _is_on_chip(flat: Flat, index: int) -> bool:
 def _is_kept(flat: Flat, index: int) -> bool:
     value = flat.values[index]
     return value.parameter < 0 and value.elements > 1
+
+
+def _entering(flat: Flat, leaf: Leaf) -> list[int]:
+    """Return what a checkpointed equation reads from outside of what is run again with it."""
+
+    def outside(index: int) -> bool:
+        maker = flat.values[index].producer
+        return maker < 0 or not flat.leaves[maker].rematted
+
+    return [index for index in leaf.ins if flat.values[index].grad and outside(index)]
 
 
 def _residuals_of(flat: Flat, leaf: Leaf) -> list[int]:

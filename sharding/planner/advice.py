@@ -36,7 +36,7 @@ def nothing_fits(problem: Problem, topology: Topology, declared: Declared, answe
         )
         if fix
     ]
-    layout = layout_in_words(one.mesh, one.remat, one.microbatches)
+    layout = layout_in_words(one.mesh, one.remat, one.microbatches, one.saved)
     needs = f"{gib(nearest.estimate.peak_bytes)} of a device's {gib(answer.capacity_bytes)}"
     advice = (
         f"what fits: {', or '.join(fixes)}" if fixes else "no larger slice, smaller batch or bfloat16 does"

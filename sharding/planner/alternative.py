@@ -26,6 +26,7 @@ class Alternative:
     sharded: Mapping[str, tuple[str, ...]]
     storage: str
     remat: str
+    saved: Mapping[str, str]
     microbatches: int
     estimate: Estimate
     fits: bool

@@ -16,6 +16,7 @@ from ..rules import Rules
 from ..topology import Topology
 from ..tree_paths import by_path
 from .plan import ArrayPlan, DimPlan, Plan
+from .remats import read
 from .wellformed import axes_of
 
 # What the first two dimensions of an array of the data are called in rules.
@@ -31,7 +32,7 @@ def declare(
     mesh: Mapping[str, int],
     rules: Mapping[str, Any] | None = None,
     names: Any = None,
-    remat: str = "none",
+    remat: str | Mapping[str, str] = "none",
     microbatches: int = 1,
 ) -> Plan:
     """Return the Plan that the declared `mesh` and `rules` make of ``loss(params, batch)``.
@@ -44,7 +45,7 @@ def declare(
         mesh: axis → size, one of which may be -1.
         rules: named dimension or path pattern → axes, over the defaults of `Rules.with_defaults`.
         names: a tree parallel to `params` of tuples of dimension names.
-        remat: what layers keep for their backward pass, as in `transform.remat`.
+        remat: what layers keep for their backward pass: a policy of `transform.remat`, or names → places.
         microbatches: parts that the batch is worked through in, as in `transform.accumulate`.
 
     Raises:
@@ -65,13 +66,15 @@ def declare(
     program = trace(
         loss, params, batch, names={1: data_names} if names is None else {0: names, 1: data_names}
     )
+    policy = read(remat)
     plan = Plan(
         topology=str(topology),
         mesh=sizes,
         dims=_dims(program, declared, sizes),
         params=_arrays(params, of_params),
         batch=_arrays(batch, of_batch),
-        remat=remat,
+        remat=policy.remat,
+        saved=policy.saved,
         microbatches=microbatches,
         notes=tuple(rules_of_params.notes(params, sizes, names)),
     )

@@ -26,7 +26,7 @@ class Declared:
 
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
     rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    remat: str | None = None
+    remat: str | Mapping[str, str] | None = None
     microbatches: int | None = None
     schedule: str | None = None
 

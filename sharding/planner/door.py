@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from ..cost.estimate import Pricer
+from ..cost.profile import Profile, profile
 from ..errors import UserError
 from ..program.flops import work
 from ..program.record import Program
@@ -21,6 +22,7 @@ from .advice import nothing_fits
 from .declared import Declared, names_of_data
 from .microbatches import batch_rows, why_not, why_untraceable
 from .plan import Plan
+from .remats import check_names, ladders, read
 from .search import Found, Stored, search, stored_bytes
 from .space import Space, space
 
@@ -41,7 +43,7 @@ def plan(
     optimizer: optax.GradientTransformation | None = None,
     mesh: Mapping[str, int] | None = None,
     rules: Mapping[str, Any] | None = None,
-    remat: str | None = None,
+    remat: str | Mapping[str, str] | None = None,
     microbatches: int | None = None,
     schedule: str | None = None,
     names: Any = None,
@@ -59,7 +61,8 @@ def plan(
         optimizer: whose moments must fit; Adam's in float32 are assumed without one.
         mesh: sizes of some axes; -1 takes all that the others leave.
         rules: named dimension or path pattern → axes, as in `Rules`.
-        remat: ``none``, ``dots`` or ``full``.
+        remat: ``none``, ``dots`` or ``full``, or the values of layers that are kept (see
+            `meshwright.sharding.program.saved`) → ``device`` or ``host``.
         microbatches: parts that the batch is worked through in.
         schedule: of declared pipeline stages: ``1f1b`` or ``gpipe``.
         names: a tree parallel to `params` of tuples of dimension names, for rules and for what is printed.
@@ -127,8 +130,15 @@ class Problem:
             return reason
         return why_untraceable(self.loss, self.params, self.batch, batch_rows(self.program))
 
+    @functools.cached_property
+    def profile(self) -> Profile:
+        """The program in tables."""
+        return profile(self.program)
+
     def space(self, topology: Topology, declared: Declared) -> Space:
         """Return what is worth considering."""
+        if declared.remat is not None:
+            check_names(read(declared.remat), self.profile)
         return space(
             self.program,
             topology,
@@ -136,12 +146,13 @@ class Problem:
             params=self.params,
             names=self.names,
             whole_batch=self.whole_batch,
+            ladders=ladders(self.profile, host=_has_host(topology)),
         )
 
     def pricer(self, topology: Topology) -> Pricer:
         """Return what prices candidates."""
         slots = _ADAM_BYTES if self.optimizer is None else slot_bytes(self.optimizer, self.params)
-        return Pricer(self.program, topology, optimizer_slots=slots, dtype=_product_dtype(self.program))
+        return Pricer(self.profile, topology, optimizer_slots=slots, dtype=_product_dtype(self.program))
 
     def solve(self, topology: Topology, declared: Declared) -> Answer:
         """Return the best that `topology` can do."""
@@ -155,6 +166,11 @@ class Problem:
         stored = stored_bytes(sizes, slots) if topology.chip.nominal else None
         found = search(offered, pricer.price, capacity, stored=stored)
         return Answer(program=program, space=offered, found=found, capacity_bytes=capacity, stored=stored)
+
+
+def _has_host(topology: Topology) -> bool:
+    """Whether what a device keeps can be sent to its host: simulated devices share one memory with it."""
+    return not topology.chip.nominal and topology.chip.host_link_bytes_per_second_per_chip is not None
 
 
 def slot_bytes(optimizer: optax.GradientTransformation, params: Any) -> float:

@@ -42,7 +42,7 @@ def explain(plan: Plan, subject: str | None = None) -> str:
 
 
 def _whole(plan: Plan) -> str:
-    lines = [f"{plan.topology}: {layout_in_words(plan.mesh, plan.remat, plan.microbatches)}"]
+    lines = [f"{plan.topology}: {layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)}"]
     if plan.estimate is not None:
         estimate = plan.estimate
         lines.append(
@@ -119,7 +119,7 @@ def _as_verb(lost: str) -> str:
 
 
 def _name(row: Alternative) -> str:
-    return f"{layout_in_words(row.mesh, row.remat, row.microbatches)}, {row.storage}"
+    return f"{layout_in_words(row.mesh, row.remat, row.microbatches, row.saved)}, {row.storage}"
 
 
 def _dimension(plan: Plan, name: str) -> str:

@@ -54,11 +54,11 @@ class Plan:
     """A mesh, where each array lies on it, and how the step is worked through.
 
     `topology` is the devices' description (`v5p:4x4x8`), `mesh` maps axis → size, `dims` maps named
-    dimension → DimPlan, `params` and `batch` map path → ArrayPlan: how arrays are stored. `remat` and
-    `microbatches` are as in `meshwright.sharding.transform`; `schedule` (``1f1b`` or ``gpipe``) and
+    dimension → DimPlan, `params` and `batch` map path → ArrayPlan: how arrays are stored. `remat`, `saved`
+    and `microbatches` are as in `meshwright.sharding.transform`; `schedule` (``1f1b`` or ``gpipe``) and
     `interleave`, the model chunks of a stage, are those of pipeline stages, which can be priced and not yet
-    run; `notes` say what could not be had. `moments`
-    maps the path of a parameter to the spec of its gradient and its optimizer's arrays where that is another.
+    run; `notes` say what could not be had. `moments` maps the path of a parameter to the spec of its gradient
+    and its optimizer's arrays where that is another.
 
     A plan that was searched for also has its `estimate`, the `alternatives` it was preferred to, what was
     `refused` outright (``tensor=3`` → reason) and its `origin`, the program it is for. `optimizer` is that of
@@ -71,6 +71,7 @@ class Plan:
     params: Mapping[str, ArrayPlan]
     batch: Mapping[str, ArrayPlan]
     remat: str = "none"
+    saved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     microbatches: int = 1
     schedule: str | None = None
     interleave: int = 1
@@ -118,12 +119,14 @@ class Plan:
         """Return `loss(params, batch)` worked through as planned on `mesh`: same signature, same values."""
         from ..transform.accumulate import accumulate
         from ..transform.constrain import constrain
+        from ..transform.name import name_values
         from ..transform.remat import remat
 
         check_runs(self)
         mesh = self.make_mesh() if mesh is None else mesh
-        sharded = constrain(loss, mesh, self.axes_of_dims, self.specs, self.specs_of_moments)
-        return accumulate(remat(sharded, self.remat), self.microbatches)
+        named = name_values(loss, self.saved) if self.saved else loss
+        sharded = constrain(named, mesh, self.axes_of_dims, self.specs, self.specs_of_moments)
+        return accumulate(remat(sharded, self.remat, self.saved), self.microbatches)
 
     def train_step(self, loss: Callable[..., Any], optimizer: Any, mesh: Mesh | None = None) -> Callable:
         """Return the jitted ``(state, batch) -> (state, metrics)``, which donates the state."""

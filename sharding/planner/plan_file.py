@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 # What plans that were searched for have besides; left out of a file where there is none.
-_SEARCHED = ("moments", "origin", "estimate", "alternatives", "refused")
+_SEARCHED = ("saved", "moments", "origin", "estimate", "alternatives", "refused")
 # What plans of pipeline stages have besides.
 _STAGED = ("schedule", "interleave")
 # One line for each of their entries.

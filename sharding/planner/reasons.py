@@ -64,14 +64,26 @@ def misfit(one: Priced, capacity_bytes: float) -> str:
     item, size = max(one.estimate.memory.items(), key=lambda row: row[1])
     return (
         f"does not fit: {gib(one.estimate.peak_bytes)} of {gib(capacity_bytes)} a device even with "
-        f"remat={one.candidate.remat} and microbatches={one.candidate.microbatches}; {item} takes {gib(size)}"
+        f"{remat_in_words(one.candidate.remat, one.candidate.saved)} and "
+        f"microbatches={one.candidate.microbatches}; {item} takes {gib(size)}"
     )
 
 
-def layout_in_words(mesh: Mapping[str, int], remat: str, microbatches: int) -> str:
-    """Write the choices of a layout as the user would declare them."""
+def remat_in_words(remat: str, saved: Mapping[str, str]) -> str:
+    """Write what layers keep: a policy, or the values."""
+    if not saved:
+        return f"remat={remat}"
+    kept = [name for name, place in saved.items() if place == "device"]
+    away = [name for name, place in saved.items() if place == "host"]
+    words = [f"keep {' '.join(kept)}"] if kept else []
+    words += [f"{' '.join(away)} on the host"] if away else []
+    return ", ".join(words)
+
+
+def layout_in_words(mesh: Mapping[str, int], remat: str, microbatches: int, saved: Mapping[str, str]) -> str:
+    """Write the choices of a layout: mesh, what layers keep, microbatches."""
     sizes = [f"{axis}={size}" for axis, size in mesh.items() if size > 1] or ["one device"]
-    return f"{' x '.join(sizes)}, remat={remat}, microbatches={microbatches}"
+    return f"{' x '.join(sizes)}, {remat_in_words(remat, saved)}, microbatches={microbatches}"
 
 
 def _largest_gain(ours: Mapping[str, float], theirs: Mapping[str, float]) -> tuple[str, float]:
@@ -81,8 +93,8 @@ def _largest_gain(ours: Mapping[str, float], theirs: Mapping[str, float]) -> tup
 
 def _for_memory(best: Candidate, other: Candidate) -> str:
     more = []
-    if other.remat != best.remat:
-        more.append(f"remat={other.remat}")
+    if (other.remat, other.saved) != (best.remat, best.saved):
+        more.append(remat_in_words(other.remat, other.saved))
     if other.microbatches > best.microbatches:
         more.append(f"microbatches={other.microbatches}")
     return f" (it fits with {' and '.join(more)})" if more else ""

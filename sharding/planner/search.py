@@ -184,8 +184,11 @@ class _Search:
 
     def _after(self, layout: int, remat: int, parts: int) -> Iterator[tuple[int, int, int]]:
         candidate = self._space.layouts[layout]
-        if remat + 1 < len(self._space.remats):
+        if remat + 1 < len(self._space.remats) and remat + 1 not in self._space.heads:
             yield (layout, remat + 1, parts)
+        # The other ladders keep less of the same and send it further: only where all of it is too much.
+        if remat == 0 and not self._at(layout, remat, parts).fits:
+            yield from ((layout, head, parts) for head in self._space.heads[1:])
         if not _is_pipeline(candidate) and parts + 1 < len(self._space.parts(candidate)):
             yield (layout, remat, parts + 1)
 
@@ -194,7 +197,8 @@ class _Search:
         if layout in self._hopeless:
             return False
         last = len(self._space.parts(self._space.layouts[layout])) - 1
-        smallest = self._at(layout, len(self._space.remats) - 1, last)
+        ends = [head - 1 for head in (*self._space.heads[1:], len(self._space.remats))]
+        smallest = min((self._at(layout, end, last) for end in ends), key=lambda one: one.estimate.peak_bytes)
         if not smallest.fits:
             self._hopeless[layout] = smallest
         return smallest.fits
@@ -203,9 +207,7 @@ class _Search:
         key = (layout, remat, parts)
         if key not in self._seen:
             base = self._space.layouts[layout]
-            candidate = dataclasses.replace(
-                base, remat=self._space.remats[remat], microbatches=self._space.parts(base)[parts]
-            )
+            candidate = self._space.remats[remat].on(base, self._space.parts(base)[parts])
             estimate = self._price(candidate)
             self._seen[key] = Priced(
                 candidate=candidate, estimate=estimate, fits=bool(estimate.peak_bytes <= self._capacity)

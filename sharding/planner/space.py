@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..cost.candidate import REMATS, Candidate
-from ..errors import UserError, nearest
+from ..cost.candidate import Candidate
+from ..errors import UserError
 from ..program.generations import scan_parts
 from ..program.layers import is_checkpointed, layer_scans
 from ..program.record import Program
@@ -19,6 +20,7 @@ from . import stages
 from .declared import Declared, Kept, keep, parts
 from .groups import TensorGroups
 from .meshes import meshes
+from .remats import PLAIN, DeclaredRemat, Policy, read
 from .storage import store
 from .stream import stream_dim
 
@@ -27,12 +29,13 @@ from .stream import stream_dim
 class Space:
     """Candidates as layouts x remat x microbatches.
 
-    `layouts` are Candidates that keep everything and take the batch whole; `remats` go from what keeps most
-    to what keeps least; `refused` maps what was not considered (``tensor=16``) to the reason.
+    `layouts` are Candidates that keep everything and take the batch whole; `remats` are ladders, one after
+    another, that go from what keeps most to what keeps least and start at `heads`. `refused` maps what was not considered (``tensor=16``) to the reason.
     """
 
     layouts: tuple[Candidate, ...]
-    remats: tuple[str, ...]
+    remats: tuple[Policy, ...]
+    heads: tuple[int, ...]
     microbatches: Mapping[int, tuple[int, ...]]
     refused: Mapping[str, str]
 
@@ -45,7 +48,7 @@ class Space:
         for layout in self.layouts:
             for remat in self.remats:
                 for count in self.parts(layout):
-                    yield dataclasses.replace(layout, remat=remat, microbatches=count)
+                    yield remat.on(layout, count)
 
 
 def space(
@@ -56,6 +59,7 @@ def space(
     params: Any = None,
     names: Any = None,
     whole_batch: str | None = None,
+    ladders: Sequence[Sequence[Policy]] = (PLAIN,),
 ) -> Space:
     """Return what is worth considering for `program` on `topology`, with the declared parts kept.
 
@@ -67,11 +71,12 @@ def space(
         names: the user's names of their dimensions, as in `trace`.
         whole_batch: why the batch cannot be worked through in parts, where that is not to be read off the
             program.
+        ladders: what layers may keep, see `remats.ladders`; for programs that have layers.
 
     Raises:
         UserError: the declared parts contradict each other, the program or the topology.
     """
-    remats = _remats(program, declared.remat)
+    offered = _offered(program, declared.remat, ladders)
     whole_batch = parts_of_batch.why_not(program) or whole_batch
     if declared.microbatches is not None:
         parts_of_batch.check(declared.microbatches, whole_batch)
@@ -80,25 +85,27 @@ def space(
     layouts = builder.layouts()
     return Space(
         layouts=layouts,
-        remats=remats,
+        remats=tuple(policy for ladder in offered for policy in ladder),
+        heads=tuple(itertools.accumulate((len(ladder) for ladder in offered[:-1]), initial=0)),
         microbatches={_batch_parts(layout): builder.microbatches(_batch_parts(layout)) for layout in layouts},
         refused=builder.refused,
     )
 
 
-def _remats(program: Program, declared: str | None) -> tuple[str, ...]:
-    if declared is not None and declared not in REMATS:
-        raise UserError(f"remat={declared!r} is not a policy; {nearest(declared, REMATS)}")
+def _offered(
+    program: Program, declared: DeclaredRemat | None, ladders: Sequence[Sequence[Policy]]
+) -> Sequence[Sequence[Policy]]:
     scans = list(layer_scans(program.jaxpr.jaxpr))
-    if not scans and declared not in (None, "none"):
-        raise UserError(
-            f"remat={declared!r} works on scanned layers and this program has no scan over layers; "
-            "scan them, or leave remat out"
-        )
     if declared is not None:
-        return (declared,)
+        policy = read(declared)
+        if not scans and policy.remat != "none":
+            raise UserError(
+                f"remat={declared!r} works on scanned layers and this program has no scan over layers; "
+                "scan them, or leave remat out"
+            )
+        return ((policy,),)
     chosen = any(not is_checkpointed(scan_parts(scan).body) for scan in scans)
-    return REMATS if chosen else ("none",)
+    return ladders if chosen else ((PLAIN[0],),)
 
 
 def _batch_parts(layout: Candidate) -> int:

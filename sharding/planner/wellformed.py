@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 def check_plan(plan: Plan) -> None:
     """Raise UserError, one sentence, for the first thing in `plan` that cannot be carried out."""
     from ..cost.candidate import SCHEDULES
-    from ..transform.remat import POLICIES
+    from ..transform.remat import NAMES, PLACES, POLICIES
 
-    if plan.remat not in POLICIES:
+    if plan.remat not in (*POLICIES, NAMES):
         raise UserError(f"remat={plan.remat!r} is not a policy; {nearest(plan.remat, POLICIES)}")
+    for name, place in plan.saved.items():
+        if place not in PLACES:
+            raise UserError(f"{name} is kept on {place!r}; {nearest(place, PLACES)}")
+    if plan.saved and plan.remat != NAMES:
+        raise UserError(f"remat={plan.remat!r} keeps no named values; remat='names' does")
     for name, size in (
         *plan.mesh.items(),
         ("microbatches", plan.microbatches),

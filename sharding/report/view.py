@@ -82,7 +82,7 @@ def view(plan: Plan) -> View:
 
     topology = Topology.parse(plan.topology)
     estimate = plan.estimate
-    layout = layout_in_words(plan.mesh, plan.remat, plan.microbatches)
+    layout = layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)
     if plan.schedule is not None:
         layout += f", {plan.schedule}"
         layout += f" of {plan.interleave} chunks a stage" if plan.interleave > 1 else ""
@@ -145,7 +145,7 @@ def _rivals(plan: Plan, layout: str, estimate: Estimate | None) -> tuple[Rival, 
     )
     others = (
         Rival(
-            layout=layout_in_words(row.mesh, row.remat, row.microbatches),
+            layout=layout_in_words(row.mesh, row.remat, row.microbatches, row.saved),
             storage=row.storage,
             step_seconds=row.estimate.step_seconds,
             peak_bytes=row.estimate.peak_bytes,

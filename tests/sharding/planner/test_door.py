@@ -230,3 +230,21 @@ def test_a_stream_cut_over_the_tensor_axis_keeps_values(name: str) -> None:
     ]
     assert cut
     agrees(case.loss, plan_of(problem.program, where, cut[0]), params, batch)
+
+
+@pytest.mark.devices(8)
+def test_named_values_are_kept_and_keep_values(tmp_path: pathlib.Path) -> None:
+    case = zoo.state_space()
+    params, batch = case.arrays()
+    mesh = {"data": 2, "fsdp": 4}
+    saved = {"in": "device", "layer:in": "host"}
+    made = plan(case.loss, params, batch, topology="cpu:8", optimizer=ADAM, mesh=mesh, remat={"in": "device"})
+    assert (made.remat, made.saved) == ("names", {"in": "device"})
+    made.save(tmp_path / "x.plan.json")
+    assert Plan.load(tmp_path / "x.plan.json") == made
+    agrees(case.loss, made, params, batch)
+    described = plan(case.loss, params, batch, topology="v5e:2x4", optimizer=ADAM, remat=saved)
+    assert described.saved == saved
+    assert "layer:in on the host" in described.explain()
+    with pytest.raises(UserError, match="no layer has a value named 'inn'; did you mean 'in'"):
+        plan(case.loss, params, batch, topology="cpu:8", remat={"inn": "device"})

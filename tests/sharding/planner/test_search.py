@@ -10,7 +10,9 @@ import zoo
 from meshwright.sharding import Topology
 from meshwright.sharding.cost import Estimate, Pricer
 from meshwright.sharding.cost.candidate import Candidate
+from meshwright.sharding.cost.profile import profile
 from meshwright.sharding.planner.declared import Declared
+from meshwright.sharding.planner.remats import ladders
 from meshwright.sharding.planner.search import search
 from meshwright.sharding.planner.space import Space, space
 from meshwright.sharding.program import trace
@@ -20,7 +22,10 @@ def problem(name: str, topology: str, **declared: Any) -> tuple[Space, Pricer]:
     case = zoo.MODELS[name]()
     program = trace(case.loss, *case.shapes())
     where = Topology.parse(topology)
-    return space(program, where, Declared(**declared)), Pricer(program, where)
+    tables = profile(program)
+    # Simulated devices have no link to a host.
+    offered = ladders(tables, host=not where.chip.nominal)
+    return space(program, where, Declared(**declared), ladders=offered), Pricer(tables, where)
 
 
 def layout_of(candidate: Candidate) -> Any:
