@@ -62,7 +62,7 @@ def plan(
     answer = None if why is None else found.explain(why)
     write_files(found, plan_file=save, page=html)
     if as_json:
-        print(json.dumps(facts(found, seconds)))
+        print(json.dumps(facts(found, seconds, answer)))
     elif answer is not None:
         print(answer)
     else:
@@ -167,6 +167,17 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        # Ctrl-C while a library starts can come out as that library's own error.
+        if _was_interrupted(error):
+            sys.exit(130)
+        raise
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _show(renderable: Any) -> None:

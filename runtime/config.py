@@ -117,7 +117,8 @@ class Config(Section):
         default="declared",
         min_length=1,
         description="`declared` lays the model out as `mesh` and `rules` say; `auto` searches for the "
-        "fastest layout that fits and keeps what is declared; anything else is the file of a saved plan.",
+        "fastest layout that fits and keeps what is declared; anything else is the file of a saved plan, "
+        "looked for from the working directory.",
     )
     mesh: dict[str, int] | None = Field(
         default=None,

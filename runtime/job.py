@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -63,6 +64,7 @@ def build_job(config: Config) -> Job:
     rate = optimizer.schedule(config.optimizer, config.train.steps)
     transformation = optimizer.build(config.optimizer, rate, model.names)
     plan = plan_of(config, shapes, topology, transformation)
+    _check_same_plan(plan)
     mesh = plan.make_mesh()
     # One process says what there is to say of text that all of them read.
     corpus = open_corpus(config.data, to_stderr if jax.process_index() == 0 else lambda _: None)
@@ -141,20 +143,38 @@ def _users_model(where: str, arguments: dict[str, Any]) -> Model:
 
 def _check_same_text(fingerprint: str) -> None:
     """Refuse hosts that read different text, such as the libraries of different Python versions."""
+    odd = _differing_process(fingerprint)
+    if odd is not None:
+        raise UserError(
+            f"data.source is not the same text on every host: process {odd} reads other documents "
+            "than process 0; give all of them one copy"
+        )
+
+
+def _check_same_plan(plan: Plan) -> None:
+    """Refuse hosts that would compile different programs, such as those with other files of one name."""
+    record = plan.to_dict()
+    # Estimates are sums of floats, which may differ in their last digits from one processor to the next.
+    decided = [record.get(key) for key in ("mesh", "dims", "params", "batch", "moments", "remat", "saved")]
+    odd = _differing_process(json.dumps([*decided, plan.microbatches], sort_keys=True))
+    if odd is not None:
+        raise UserError(
+            f"process {odd} has another plan than process 0; save one with meshwright plan --save FILE and "
+            "give every host that file with plan=FILE"
+        )
+
+
+def _differing_process(text: str) -> int | None:
+    """Return the first process whose `text` is not that of process 0; None if all have the same."""
     import jax
 
     if jax.process_count() == 1:
-        return
+        return None
     from jax.experimental import multihost_utils
 
-    mine = int(hashlib.sha256(fingerprint.encode()).hexdigest()[:8], 16)
+    mine = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
     found = multihost_utils.process_allgather(np.uint32(mine))
-    differing = [index for index, other in enumerate(found) if other != found[0]]
-    if differing:
-        raise UserError(
-            f"data.source is not the same text on every host: process {differing[0]} reads other documents "
-            "than process 0; give all of them one copy"
-        )
+    return next((index for index, other in enumerate(found) if other != found[0]), None)
 
 
 def _vocab(model: Model) -> int:

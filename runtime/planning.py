@@ -39,10 +39,12 @@ class Shapes:
 
         shape = jax.ShapeDtypeStruct((config.train.global_batch, config.data.sequence), "int32")
         init = jax.jit(model.init)
+        # A key made for real would start the devices, which planning has no need of.
+        key = jax.eval_shape(lambda: jax.random.key(0))
         return cls(
             init=init,
             loss=jax.jit(model.loss),
-            params=jax.eval_shape(init, jax.random.key(0)),
+            params=jax.eval_shape(init, key),
             batch=dict.fromkeys(BATCH, shape),
             names=model.names,
         )
@@ -126,13 +128,15 @@ def plan_config(config: Config, topology: str | None = None) -> tuple[Plan, floa
     return found, time.perf_counter() - start
 
 
-def facts(plan: Plan, planning_seconds: float) -> dict[str, Any]:
-    """Return what `meshwright plan --json` prints."""
+def facts(plan: Plan, planning_seconds: float, why: str | None = None) -> dict[str, Any]:
+    """Return what `meshwright plan --json` prints; `why` is what was answered, where something was asked."""
     estimate = plan.estimate
     return {
         "topology": plan.topology,
         "mesh": dict(plan.mesh),
-        "specs": {path: list(row.spec) for path, row in plan.params.items()},
+        "specs": {
+            path: [*row.spec, *[None] * (len(row.shape) - len(row.spec))] for path, row in plan.params.items()
+        },
         "dims": {name: list(dim.axes) for name, dim in plan.dims.items()},
         "remat": plan.saved or plan.remat,
         "microbatches": plan.microbatches,
@@ -140,7 +144,7 @@ def facts(plan: Plan, planning_seconds: float) -> dict[str, Any]:
         "alternatives": [dataclasses.asdict(row) for row in plan.alternatives],
         "notes": list(plan.notes),
         "planning_seconds": planning_seconds,
-    }
+    } | ({} if why is None else {"why": why})
 
 
 def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Path | None) -> None:
@@ -160,7 +164,7 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
     from ..sharding import Plan, Topology
 
     found = Plan.load(config.plan)
-    if Topology.parse(found.topology) != topology:
+    if not Topology.parse(found.topology).is_met_by(topology):
         raise UserError(
             f"{config.plan} is a plan for {found.topology}, not for {topology}; plan again with "
             f"--topology {topology} --save {config.plan}"

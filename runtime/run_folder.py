@@ -18,6 +18,7 @@ _FREE = frozenset(
         "name",
         "run",
         "topology",
+        "plan",
         "mesh",
         "rules",
         "remat",

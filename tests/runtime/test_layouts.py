@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import pytest
 from meshwright.runtime.config import load
 from meshwright.runtime.train import train
@@ -14,26 +12,9 @@ from meshwright.sharding import UserError
 from training import metrics, saved_steps
 
 PERCEPTRON = ("model={build: small_models:perceptron}", "optimizer.learning_rate=0.02")
+pytestmark = pytest.mark.usefixtures("compilation_cache_as_it_was")
 # Losses and gradient norms are sums in another order from one layout to the next.
 SAME = 2e-5
-
-
-@pytest.fixture(autouse=True)
-def compilation_cache_as_it_was() -> Iterator[None]:
-    """`train` sets up the cache of its own process, which here is that of all other tests."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    settings: Any = jax.config
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(settings, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def run(config: pathlib.Path, folder: pathlib.Path, *words: str) -> list[dict[str, Any]]:
