@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ...sharding.cost.estimate import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,10 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """A captured window of steps: per step and device, per turn of each host's loop, per operation."""
+    """A captured window of steps: per step and device, per turn of each host's loop, per operation.
+
+    `estimate` is what the plan of the run was predicted to cost; None where it was declared.
+    """
 
     platform: str
     module: str
@@ -84,6 +90,7 @@ class Profile:
     host_steps: tuple[HostStep, ...]
     operations: tuple[Operation, ...]
     notes: tuple[str, ...]
+    estimate: Estimate | None = None
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -103,10 +110,11 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole record as plain values for JSON, seconds throughout, with the means worked out."""
-        record = asdict(self)
+        record = asdict(replace(self, estimate=None))
         record["devices"] = list(self.devices)
         record["mean"] = asdict(self.mean())
         record["by_step"] = [asdict(step) for step in self.by_step()]
+        record["estimate"] = None if self.estimate is None else self.estimate.to_dict()
         return record
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ...sharding.errors import UserError
@@ -15,21 +17,25 @@ from .xplane import read_xplane
 #: The folder inside of a run's that profiles are captured in.
 PROFILE_FOLDER = "profile"
 
+#: The plan that the run goes by, beside it.
+PLAN = "plan.json"
+
 _HOW = "train with profile.start_step=10 profile.num_steps=3 to capture one"
 
 
 def profile_run(run: str | Path) -> Profile:
-    """Read the newest profile of a run's folder.
+    """Read the newest profile of a run's folder, and what the run's plan was predicted to cost.
 
     Raises:
-        UserError: The folder does not exist, holds no profile, or holds a damaged one.
+        UserError: The folder does not exist, holds no profile, or holds a damaged one or a damaged plan.
     """
     run = Path(run)
     if not run.is_dir():
         raise UserError(f"there is no run folder at {run}")
     if not (run / PROFILE_FOLDER).is_dir():
         raise UserError(f"the run {run} has captured no profile: {_HOW}")
-    return read_profile(run / PROFILE_FOLDER)
+    profile = read_profile(run / PROFILE_FOLDER)
+    return _with_estimate(profile, run / PLAN) if (run / PLAN).is_file() else profile
 
 
 def read_profile(directory: str | Path) -> Profile:
@@ -47,6 +53,27 @@ def read_profile(directory: str | Path) -> Profile:
     newest = max(sessions.values(), key=lambda files: max(file.stat().st_mtime_ns for file in files))
     traces = {_process(file, place): read_xplane(file) for place, file in enumerate(newest)}
     return analyse(traces, load_program(directory), [str(file) for file in newest])
+
+
+def _with_estimate(profile: Profile, path: Path) -> Profile:
+    from ...sharding import Plan, Topology
+
+    plan = Plan.load(path)
+    if plan.estimate is None:
+        return profile
+    if _sizes(plan.mesh) != _sizes(profile.mesh):
+        note = "the run has gone on by another plan since; what this one was to cost is not known"
+        return dataclasses.replace(profile, notes=(*profile.notes, note))
+    notes = profile.notes
+    if Topology.parse(plan.topology).chip.nominal:
+        notes += (
+            "the estimate is for devices of nominal speed, since simulated ones have none of their own",
+        )
+    return dataclasses.replace(profile, estimate=plan.estimate, notes=notes)
+
+
+def _sizes(mesh: Mapping[str, int]) -> dict[str, int]:
+    return {axis: size for axis, size in mesh.items() if size > 1}
 
 
 def _process(file: Path, place: int) -> int:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from ...sharding.cost.estimate import Estimate
+
 
 def report(profile: Profile, *, top: int = 12) -> Group:
     """Return tables of the steps, the collectives and the `top` operations, for rich to print."""
@@ -62,7 +64,23 @@ def _steps_table(profile: Profile) -> Table:
     table.add_section()
     table.add_row("mean", *(_ms(value) for value in _parts(mean)))
     table.add_row("share", *(_share(value, mean.wall_seconds) for value in _parts(mean)))
+    if profile.estimate is not None:
+        table.add_section()
+        table.add_row("estimate", *_estimated(profile.estimate))
     return table
+
+
+def _estimated(estimate: Estimate) -> tuple[str, ...]:
+    """Return the cells of `_parts` for an estimate, which knows nothing of data."""
+    compute = collectives = 0.0
+    for item, seconds in estimate.time.items():
+        kind, _, over = item.partition("/")
+        if kind in ("compute", "optimizer"):
+            compute += seconds
+        elif over and over != "host":
+            collectives += seconds
+    idle = estimate.step_seconds - compute - collectives
+    return _ms(estimate.step_seconds), _ms(compute), _ms(collectives), "-", _ms(max(idle, 0.0))
 
 
 def _collectives_table(profile: Profile) -> Table:

@@ -14,6 +14,7 @@ from meshwright.runtime.profiling import (
     report,
     save_program,
 )
+from meshwright.sharding import plan
 from meshwright.sharding.errors import UserError
 
 LAYERS = 3
@@ -120,6 +121,43 @@ def test_a_report_and_a_record_say_the_same(tmp_path):
     ):
         assert said in shown
     assert f"{profile.mean().wall_seconds * 1e3:.3f}" in shown
+
+
+def planned(mesh):
+    """Return a searched-for plan of a small product on 8 simulated devices with these axes."""
+    import jax
+
+    def loss(params, batch):
+        return ((batch["x"] @ params["up"]) ** 2).mean()
+
+    params = {"up": jax.ShapeDtypeStruct((16, 16), "float32")}
+    batch = {"x": jax.ShapeDtypeStruct((32, 16), "float32")}
+    return plan(loss, params, batch, topology="cpu:8", mesh=mesh)
+
+
+@pytest.mark.devices(8)
+def test_what_the_plan_was_to_cost_stands_beside_what_it_did(tmp_path):
+    from rich.console import Console
+
+    run = tmp_path / "run"
+    train(run / "profile", start_step=1, num_steps=1)
+    assert profile_run(run).to_dict()["estimate"] is None
+
+    made = planned({"data": 2, "fsdp": 2, "tensor": 2})
+    made.save(run / "plan.json")
+    profile = profile_run(run)
+    assert profile.to_dict()["estimate"] == made.estimate.to_dict()
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(report(profile))
+    (row,) = [line for line in console.export_text().splitlines() if "estimate │" in line]
+    wall, compute, collectives, waited, idle = (cell.strip() for cell in row.strip("│").split("│")[1:])
+    assert (wall, waited) == (f"{made.estimate.step_seconds * 1e3:.3f}", "-")
+    assert float(compute) + float(collectives) + float(idle) == pytest.approx(float(wall), abs=2e-3)
+
+    planned({"data": 8}).save(run / "plan.json")
+    after = profile_run(run)
+    assert after.estimate is None
+    assert any("another plan" in note for note in after.notes)
 
 
 @pytest.mark.devices(8)
