@@ -35,6 +35,7 @@ _FIELDS = (
     "attention_efficiency",
     "matmul_half_size",
     "kernel_seconds",
+    "layer_seconds",
     "fabric_efficiency",
     "overlap_gradients",
     "overlap_stages",

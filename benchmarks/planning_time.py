@@ -20,21 +20,21 @@ from meshwright.sharding import Topology
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.door import Problem, plan
 
-# Preset, topology, rows of the global batch, target in seconds.
+# Preset, topology, rows of the global batch, tokens of a row, target in seconds.
 CASES = (
-    ("llama3-8b", "v5p:4x4x8", 512, 1.0),
-    ("llama3-405b", "h100:2048x8", 2048, 3.0),
+    ("llama3-8b", "v5p:4x4x8", 512, 8192, 1.0),
+    ("llama3-405b", "h100:2048x8", 2048, 8192, 3.0),
+    ("deepseek-v3", "h100:256x8", 8192, 4096, 5.0),
 )
-SEQUENCE = 8192
 BATCH = ("tokens", "targets", "segment_ids", "positions")
 PRICED = 50
 
 
-def measure(name: str, topology: str, rows: int) -> dict[str, Any]:
+def measure(name: str, topology: str, rows: int, sequence: int) -> dict[str, Any]:
     """Return the seconds that planning and pricing take, and what was planned."""
     model = decoder(preset(name))
     params = jax.eval_shape(model.init, jax.random.key(0))
-    batch = {key: jax.ShapeDtypeStruct((rows, SEQUENCE), "int32") for key in BATCH}
+    batch = {key: jax.ShapeDtypeStruct((rows, sequence), "int32") for key in BATCH}
     optimizer = optax.adamw(3e-4)
     for _ in range(2):
         # A new function each time, so that nothing of the trace is remembered.
@@ -69,9 +69,7 @@ def main() -> None:
     """Print a line for each case, or all as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    rows = [
-        {**measure(name, topology, rows), "target_seconds": target} for name, topology, rows, target in CASES
-    ]
+    rows = [{**measure(*case), "target_seconds": target} for *case, target in CASES]
     if parser.parse_args().json:
         print(json.dumps(rows, indent=2))
         return

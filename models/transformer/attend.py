@@ -74,7 +74,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, view: View, *, ca
         weights.astype(value.dtype), value, dimensions, preferred_element_type=jnp.float32
     )
     out = jnp.swapaxes((out / total).astype(value.dtype), 1, 2)
-    return out.reshape(batch, queries, heads, head_dim) if heads != kv_heads else out
+    return out.reshape(batch, queries, heads, value.shape[-1]) if heads != kv_heads else out
 
 
 def query_chunk(sequence: int, chosen: int | None) -> int | None:
@@ -106,7 +106,7 @@ def attend_in_chunks(
     A chunk takes every n-th query, so that a sequence sharded in contiguous parts stays sharded inside each
     chunk and every chunk costs the same.
     """
-    batch, sequence, heads, head_dim = query.shape
+    batch, sequence, heads, _ = query.shape
     chunks = sequence // chunk
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -122,4 +122,4 @@ def attend_in_chunks(
     segments = None if view.query_segments is None else split(view.query_segments, 1)
     parts = (split(query, 1), split(view.query_index, 0), segments)
     _, out = jax.lax.scan(one, None, parts)
-    return jnp.moveaxis(out, 0, 2).reshape(batch, sequence, heads, head_dim)
+    return jnp.moveaxis(out, 0, 2).reshape(batch, sequence, heads, value.shape[-1])

@@ -10,6 +10,8 @@ from flax import nnx
 from .attend import View, attend, attend_in_chunks, query_chunk
 from .attention import Attention
 from .config import DecoderConfig
+from .experts import Experts
+from .latent import LatentAttention
 from .mlp import Mlp
 from .norm import Norm
 
@@ -24,14 +26,19 @@ class Cache(NamedTuple):
 
 
 class Block(nnx.Module):
-    """A decoder layer. `Decoder` holds all of them stacked in one."""
+    """A decoder layer. `Decoder` holds all of them stacked in one.
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    `dense` layers have an MLP where the others have experts.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dense: bool = False):
         self.config = config
         self.attention_norm = Norm(config)
-        self.attention = Attention(config, rngs=rngs)
+        latent = config.kv_rank is not None
+        self.attention = (LatentAttention if latent else Attention)(config, rngs=rngs)
         self.mlp_norm = Norm(config)
-        self.mlp = Mlp(config, rngs=rngs)
+        mixture = config.experts is not None and not dense
+        self.mlp = (Experts if mixture else Mlp)(config, rngs=rngs)
         if config.post_norms:
             self.attention_post_norm = Norm(config)
             self.mlp_post_norm = Norm(config)

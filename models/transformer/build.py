@@ -72,12 +72,15 @@ def _loss(module: Decoder, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array
 
 
 def _empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
-    shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+    shape = (config.layers, batch, length, config.kv_heads)
+    sizes = (config.head_dim + (config.rope_head_dim or 0), config.value_head_dim or config.head_dim)
+    return Cache(*(jnp.zeros((*shape, size), config.compute_dtype) for size in sizes))
 
 
 def _names(state: nnx.State) -> dict[str, Any]:
-    """Return the labels of each parameter, with the stacked dimension put before those inside `layers`."""
+    """Return the labels of each parameter, with the stacked dimension put before those inside stacks."""
     flat = {path: leaf.get_metadata("dims") for path, leaf in nnx.to_flat_state(state)}
-    labelled = {path: ("layers", *dims) if path[0] == "layers" else dims for path, dims in flat.items()}
+    labelled = {
+        path: ("layers", *dims) if path[0] in ("layers", "dense") else dims for path, dims in flat.items()
+    }
     return nnx.traversals.unflatten_mapping(labelled)

@@ -12,6 +12,7 @@ Bias = Literal["none", "qkv", "all"]
 Norm = Literal["rms", "layer"]
 Positions = Literal["rope", "learned"]
 RopeScaling = Literal["none", "linear", "llama3"]
+Router = Literal["softmax", "sigmoid"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 _CHOICES = {
@@ -20,13 +21,21 @@ _CHOICES = {
     "norm": get_args(Norm),
     "position_embedding": get_args(Positions),
     "rope_scaling": get_args(RopeScaling),
+    "router": get_args(Router),
     "compute_dtype": get_args(DType),
     "param_dtype": get_args(DType),
 }
 _COUNTS = ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "max_sequence")
-_OPTIONAL_COUNTS = ("window", "global_every", "attention_chunk", "loss_chunk")
-_POSITIVE = ("norm_epsilon", "rope_theta", "rope_factor")
-_OPTIONAL_POSITIVE = ("rope_local_theta", "attention_soft_cap", "final_soft_cap", "query_scale")
+_OPTIONAL_COUNTS = (
+    *("window", "global_every", "attention_chunk", "loss_chunk"),
+    *("experts", "experts_per_token", "expert_mlp", "shared_experts", "dense_layers"),
+    *("kv_rank", "query_rank", "rope_head_dim", "value_head_dim"),
+)
+_POSITIVE = ("norm_epsilon", "rope_theta", "rope_factor", "router_scale")
+_OPTIONAL_POSITIVE = (
+    *("rope_local_theta", "attention_soft_cap", "final_soft_cap", "query_scale"),
+    "expert_capacity",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +98,29 @@ class DecoderConfig:
     final_soft_cap: float | None = None
     """The same for logits."""
 
+    experts: int | None = None
+    """Experts in place of each layer's MLP; a token goes to `experts_per_token` of them. None: no mixture."""
+    experts_per_token: int | None = None
+    expert_mlp: int | None = None
+    """Hidden size of one expert."""
+    shared_experts: int | None = None
+    """Experts that every token goes to besides, as one MLP so many times as wide."""
+    dense_layers: int | None = None
+    """The first layers, of all `layers`, that have an MLP of size `mlp` all the same."""
+    router: Router = "softmax"
+    """How experts are scored; the weights of the chosen ones add up to `router_scale`."""
+    router_scale: float = 1.0
+    expert_capacity: float | None = 1.25
+    """Tokens of a row that an expert takes, over its even share; None is as many as there are."""
+
+    kv_rank: int | None = None
+    """Latent attention: size of what keys and values are made from; None is plain attention."""
+    query_rank: int | None = None
+    """Size of what queries are made from; None makes them from the stream."""
+    rope_head_dim: int | None = None
+    """Part of a latent head that rotary positions turn, besides `head_dim`."""
+    value_head_dim: int | None = None
+
     z_loss: float = 0.0
     """Weight of the squared log-partition added to the loss."""
     compute_dtype: DType = "bfloat16"
@@ -104,6 +136,8 @@ class DecoderConfig:
         _check_values(self)
         _check_heads(self)
         _check_options(self)
+        _check_experts(self)
+        _check_latent(self)
 
 
 def checked_fields(names: object) -> None:
@@ -167,4 +201,56 @@ def _check_options(config: DecoderConfig) -> None:
     if config.rope_scaling == "llama3" and not 0 < low < high:
         raise UserError(
             f"rope_low_frequency_factor={low} must be above 0 and below rope_high_frequency_factor={high}"
+        )
+
+
+def _check_experts(config: DecoderConfig) -> None:
+    given = {name: getattr(config, name) for name in ("experts_per_token", "expert_mlp")}
+    if config.experts is None:
+        more = {name: getattr(config, name) for name in ("shared_experts", "dense_layers")}
+        for name, value in (given | more).items():
+            if value is not None:
+                raise UserError(f"{name}={value} has no effect without experts; set experts")
+        return
+    for name, value in given.items():
+        if value is None:
+            raise UserError(f"experts={config.experts} needs {name} too")
+    if config.experts_per_token > config.experts:  # type: ignore[operator]
+        raise UserError(
+            f"experts_per_token={config.experts_per_token} is more than experts={config.experts}; "
+            f"nearest: {config.experts}"
+        )
+    if (config.dense_layers or 0) >= config.layers:
+        raise UserError(
+            f"dense_layers={config.dense_layers} leaves none of layers={config.layers} to the experts; "
+            f"nearest: {config.layers - 1}"
+        )
+    if config.bias == "all":
+        raise UserError("bias='all' is not there for experts; known: none, qkv")
+    if config.dense_layers and config.global_every is not None:
+        raise UserError(f"dense_layers={config.dense_layers} does not go with global_every")
+
+
+def _check_latent(config: DecoderConfig) -> None:
+    given = {name: getattr(config, name) for name in ("query_rank", "rope_head_dim", "value_head_dim")}
+    if config.kv_rank is None:
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(f"{name}={value} has no effect without kv_rank; set kv_rank")
+        return
+    for name in ("rope_head_dim", "value_head_dim"):
+        if given[name] is None:
+            raise UserError(f"kv_rank={config.kv_rank} needs {name} too")
+    if config.rope_head_dim % 2:  # type: ignore[operator]
+        raise UserError(
+            f"rope_head_dim={config.rope_head_dim} is odd, rotary positions turn pairs; "
+            f"nearest: {config.rope_head_dim + 1}"  # type: ignore[operator]
+        )
+    if config.kv_heads != config.heads:
+        raise UserError(
+            f"kv_heads={config.kv_heads} has no meaning in latent attention; write {config.heads}"
+        )
+    if config.position_embedding != "rope" or config.qk_norm or config.bias != "none":
+        raise UserError(
+            "latent attention goes with position_embedding='rope', qk_norm=false and bias='none' only"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ from .rope import inverse_frequencies, rotation
 class Decoder(nnx.Module):
     """A decoder-only transformer whose layers are one `Block` with a leading layers dimension.
 
-    A stacked block is traced, compiled and read by the planner once, whatever the number of layers.
+    A mixture of experts whose first layers have none has two such blocks. A stacked block is traced, compiled
+    and read by the planner once, whatever the number of layers.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -34,7 +36,10 @@ class Decoder(nnx.Module):
                 rngs.params(), shape, ("sequence", "embed"), config, fan_in=embed, gain=0.5
             )
         keys = jax.random.split(rngs.params(), config.layers)
-        self.layers = _stacked(config, keys)
+        dense = config.dense_layers or 0
+        if dense:
+            self.dense = _stacked(config, keys[:dense], dense=True)
+        self.layers = _stacked(config, keys[dense:])
         self.final_norm = Norm(config)
         if not config.tied_embeddings:
             self.unembed = normal(rngs.params(), (embed, vocab), ("embed", "vocab"), config, fan_in=embed)
@@ -49,15 +54,17 @@ class Decoder(nnx.Module):
         index = jnp.arange(sequence, dtype=jnp.int32)
         view = View(index, index, segment_ids, segment_ids)
 
-        def layer(x: jax.Array, xs: tuple[Any, Any]) -> tuple[jax.Array, None]:
+        def layer(graph: Any, x: jax.Array, xs: tuple[Any, Any]) -> tuple[jax.Array, None]:
             parameters, is_global = xs
             turn, window = self._layer_view(turns, is_global, sequence)
             return nnx.merge(graph, parameters)(x, turn, view._replace(window=window)), None
 
         positions = index if positions is None else positions
         turns = self._turns(positions)
-        graph, stacked = nnx.split(self.layers)
-        x, _ = jax.lax.scan(layer, self._embed(tokens, positions), (stacked, self._globals()))
+        x = self._embed(tokens, positions)
+        for stack in self._stacks():
+            graph, stacked = nnx.split(stack)
+            x, _ = jax.lax.scan(partial(layer, graph), x, (stacked, self._globals()))
         return self.final_norm(x)
 
     def step(self, tokens: jax.Array, index: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -66,14 +73,21 @@ class Decoder(nnx.Module):
         place = jnp.reshape(index, (1,)).astype(jnp.int32)
         view = View(place, jnp.arange(length, dtype=jnp.int32))
 
-        def layer(x: jax.Array, xs: tuple[Any, Any, Cache]) -> tuple[jax.Array, Cache]:
+        def layer(graph: Any, x: jax.Array, xs: tuple[Any, Any, Cache]) -> tuple[jax.Array, Cache]:
             parameters, is_global, old = xs
             turn, window = self._layer_view(turns, is_global, length)
             return nnx.merge(graph, parameters).step(x, turn, view._replace(window=window), old)
 
         turns = self._turns(place)
-        graph, stacked = nnx.split(self.layers)
-        x, cache = jax.lax.scan(layer, self._embed(tokens[:, None], place), (stacked, self._globals(), cache))
+        x, caches, first = self._embed(tokens[:, None], place), [], 0
+        for stack in self._stacks():
+            graph, stacked = nnx.split(stack)
+            after = first + jax.tree.leaves(stacked)[0].shape[0]
+            part = jax.tree.map(lambda rows, start=first, stop=after: rows[start:stop], cache)
+            x, part = jax.lax.scan(partial(layer, graph), x, (stacked, self._globals(), part))
+            caches.append(part)
+            first = after
+        cache = caches[0] if len(caches) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *caches)
         return self.final_norm(x), cache
 
     def project(self, x: jax.Array) -> jax.Array:
@@ -85,6 +99,10 @@ class Decoder(nnx.Module):
             table = self.unembed[...].astype(x.dtype)
             logits = jnp.einsum("...e,ev->...v", x, table, preferred_element_type=jnp.float32)
         return soft_cap(logits, self.config.final_soft_cap)
+
+    def _stacks(self) -> tuple[Block, ...]:
+        """Return the stacks of layers in order: those with an MLP before those with experts."""
+        return (self.dense, self.layers) if self.config.dense_layers else (self.layers,)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         config = self.config
@@ -127,14 +145,14 @@ class Decoder(nnx.Module):
         return turn, window if window is not None and window < keys else None
 
 
-def _stacked(config: DecoderConfig, keys: jax.Array) -> Block:
+def _stacked(config: DecoderConfig, keys: jax.Array, *, dense: bool = False) -> Block:
     """Return one block whose parameters have a leading dimension, as many as there are keys.
 
     Made in a loop, so that random bits exist for one layer at a time.
     """
 
     def block(key: jax.Array) -> Block:
-        return Block(config, rngs=nnx.Rngs(params=key))
+        return Block(config, rngs=nnx.Rngs(params=key), dense=dense)
 
     graph = nnx.graphdef(nnx.eval_shape(block, keys[0]))
     return nnx.merge(graph, jax.lax.map(lambda key: nnx.to_pure_dict(nnx.state(block(key))), keys))

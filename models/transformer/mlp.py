@@ -23,20 +23,21 @@ def gelu(x: jax.Array) -> jax.Array:
 class Mlp(nnx.Module):
     """down(act(gate(x)) · up(x)), or down(act(up(x))) without a gate."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, hidden: int | None = None):
+        mlp = config.mlp if hidden is None else hidden
         self.gated = config.activation != "gelu"
         self.activation = silu if config.activation == "swiglu" else gelu
         self.biased = config.bias == "all"
-        wide, narrow = (config.embed, config.mlp), (config.mlp, config.embed)
+        wide, narrow = (config.embed, mlp), (mlp, config.embed)
         gain = (2 * config.layers) ** -0.5
         if self.gated:
             self.gate = normal(rngs.params(), wide, ("embed", "mlp"), config, fan_in=config.embed)
         self.up = normal(rngs.params(), wide, ("embed", "mlp"), config, fan_in=config.embed)
-        self.down = normal(rngs.params(), narrow, ("mlp", "embed"), config, fan_in=config.mlp, gain=gain)
+        self.down = normal(rngs.params(), narrow, ("mlp", "embed"), config, fan_in=mlp, gain=gain)
         if self.biased:
             if self.gated:
-                self.gate_bias = constant(0.0, (config.mlp,), ("mlp",), config)
-            self.up_bias = constant(0.0, (config.mlp,), ("mlp",), config)
+                self.gate_bias = constant(0.0, (mlp,), ("mlp",), config)
+            self.up_bias = constant(0.0, (mlp,), ("mlp",), config)
             self.down_bias = constant(0.0, (config.embed,), ("embed",), config)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -26,7 +26,9 @@ def normal(
     compiler takes 3 s over random bits of three dimensions and 0.3 s over those of two.
     """
     matrix = shape
-    if "head_dim" in names[1:]:
+    if names[0] == "experts":
+        matrix = (shape[0] * shape[1], *shape[2:])
+    elif "head_dim" in names[1:] and len(shape) > 2:
         at = names.index("head_dim")
         matrix = (*shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :])
     value = jax.random.normal(key, matrix, jnp.float32).reshape(shape) * (gain * fan_in**-0.5)

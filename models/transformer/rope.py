@@ -15,7 +15,7 @@ from .config import DecoderConfig
 
 
 def inverse_frequencies(config: DecoderConfig, *, local: bool = False) -> np.ndarray:
-    """Return radians per position of each pair, float32 ``[head_dim / 2]``.
+    """Return radians per position of each pair, float32 ``[head_dim / 2]``; of latent heads' turned part.
 
     `local` gives those of sliding-window layers, which may have their own theta, then unscaled.
     """
@@ -23,8 +23,9 @@ def inverse_frequencies(config: DecoderConfig, *, local: bool = False) -> np.nda
     scaled = True
     if local and config.rope_local_theta is not None:
         theta, scaled = config.rope_local_theta, False
-    pairs = np.arange(config.head_dim // 2, dtype=np.float64)
-    frequencies = theta ** (-2.0 * pairs / config.head_dim)
+    size = config.rope_head_dim or config.head_dim
+    pairs = np.arange(size // 2, dtype=np.float64)
+    frequencies = theta ** (-2.0 * pairs / size)
     if scaled and config.rope_scaling == "linear":
         frequencies = frequencies / config.rope_factor
     if scaled and config.rope_scaling == "llama3":

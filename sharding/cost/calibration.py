@@ -29,6 +29,8 @@ class Calibration:
     gathered_residuals:    whether what was gathered for a product is kept gathered for its gradient.
     memory_efficiency:     of the HBM's rate, for elementwise work.
     kernel_seconds:        host's time for one kernel; a step is never faster than its kernels are issued.
+    layer_seconds:         host's time for a layer that no computing hides: where a framework waits for the
+                           device.
     microbatch_seconds:    host's time for a microbatch.
     step_seconds:          host's time for a step.
     fabric_efficiency, network_efficiency: of the links' rate, for collectives.
@@ -56,6 +58,7 @@ class Calibration:
     gathered_residuals: bool = False
     memory_efficiency: float = 1.0
     kernel_seconds: float = 0.0
+    layer_seconds: float = 0.0
     microbatch_seconds: float = 0.0
     step_seconds: float = 0.0
     fabric_efficiency: float = 1.0

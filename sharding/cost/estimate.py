@@ -87,6 +87,8 @@ class Pricer:
         self.gradient_bytes = gradient_bytes
         self.dtype = dtype
         self._placements: dict[object, Placement] = {}
+        self._stored: dict[object, tuple[Stored, object]] = {}
+        self._exchanges: dict[object, tuple[Exchange, object]] = {}
         products = self.profile.products
         runs = self.profile.steps.runs[products.equation]
         self.flops = float((products.flops * runs * (1.0 + products.gradients)).sum())
@@ -94,7 +96,7 @@ class Pricer:
     def price(self, candidate: Candidate) -> Estimate:
         """Return the estimate of `candidate`."""
         placement = self.place(candidate)
-        lying = stored(self.profile, candidate)
+        lying = self._lying(candidate)
         memory = self.memory(candidate, placement, lying)
         time = self.time(candidate, placement, lying, memory, self.calibration)
         total = sum(time.values())
@@ -106,6 +108,18 @@ class Pricer:
             time=time,
             memory=memory,
         )
+
+    def _lying(self, candidate: Candidate) -> Stored:
+        """Return where everything is stored; candidates made of one another share their storage."""
+        maps = (candidate.dims, candidate.stored, candidate.optimizer, candidate.gradients)
+        key = (tuple(candidate.mesh.items()), *map(id, maps))
+        known = self._stored.get(key)
+        if known is None:
+            if len(self._stored) >= _PLACEMENTS:
+                self._stored.clear()
+            # The maps are kept, so that no other one gets their identity.
+            known = self._stored[key] = (stored(self.profile, candidate), maps)
+        return known[0]
 
     def place(self, candidate: Candidate) -> Placement:
         """Return `candidate` laid over the program; one that differs in storage or remat alone is known."""
@@ -147,7 +161,7 @@ class Pricer:
         wires = links(candidate.mesh, self.topology, calibration)
         kept = kept_by(table, candidate, calibration)
         work = busy(table, placement, kept, chip, self.dtype, calibration)
-        moved = exchange(table, placement, candidate, lying, wires, self.gradient_bytes)
+        moved = self._exchange(candidate, placement, lying, wires, calibration)
         host = _offload(table, placement, kept, chip, calibration)
         time = _step(table, placement, candidate, calibration, wires, work, moved, kept, host)
         rate = (chip.hbm_bytes_per_second or 1.0) * calibration.optimizer_efficiency
@@ -156,6 +170,26 @@ class Pricer:
         doublings = math.log2(max(candidate.num_devices, 1))
         time["stragglers"] = sum(time.values()) * calibration.imbalance_per_doubling * doublings
         return {name: float(seconds) for name, seconds in time.items() if seconds}
+
+    def _exchange(
+        self,
+        candidate: Candidate,
+        placement: Placement,
+        lying: Stored,
+        wires: Mapping[str, Link],
+        calibration: Calibration,
+    ) -> Exchange:
+        """Return how parameters and gradients travel, which neither remat nor microbatches change."""
+        key = (tuple(candidate.mesh.items()), id(candidate.dims), id(lying))
+        known = self._exchanges.get(key) if calibration is self.calibration else None
+        if known is None:
+            found = exchange(self.profile, placement, candidate, lying, wires, self.gradient_bytes)
+            if calibration is not self.calibration:
+                return found
+            if len(self._exchanges) >= _PLACEMENTS:
+                self._exchanges.clear()
+            known = self._exchanges[key] = (found, (candidate.dims, lying))
+        return known[0]
 
 
 def _optimizer_bytes(
@@ -201,7 +235,8 @@ def _step(
         time["send/stage"] = send * candidate.microbatches * candidate.interleave
         count = Stages(count=stages, slowest=slowest + send, together=max(together, slowest) + stages * send)
         time["bubble"] = bubble_seconds(count, candidate.interleave)
-    time["host"] += calibration.microbatch_seconds * candidate.microbatches
+    layer = calibration.layer_seconds * layers_per_stage(table.layers, stages)
+    time["host"] += (calibration.microbatch_seconds + layer) * candidate.microbatches
     _reductions(time, moved, work, busiest, calibration)
     return time
 

@@ -7,6 +7,8 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 
+import numpy as np
+
 from ..axes import AXES_BY_WEIGHT
 from .candidate import Candidate, Storage
 from .collectives import Link
@@ -50,9 +52,13 @@ def _axes(spec: Storage | None, default: frozenset[str], mesh: Mapping[str, int]
     return frozenset(axis for entry in spec for axis in entry if axis != "stage" and mesh.get(axis, 1) > 1)
 
 
-def parts(axes: frozenset[str], mesh: Mapping[str, int]) -> int:
-    """Return over how many devices something lies."""
-    return math.prod(mesh[axis] for axis in axes)
+def parts(axes: list[frozenset[str]], mesh: Mapping[str, int]) -> np.ndarray:
+    """Return over how many devices each parameter [P] lies."""
+    known: dict[frozenset[str], float] = {}
+    for one in axes:
+        if one not in known:
+            known[one] = float(math.prod(mesh[axis] for axis in one))
+    return np.array([known[one] for one in axes], float)
 
 
 # Parameters that travel alike: section, axes to gather over, axes to reduce over, of gradients, of moments.

@@ -21,6 +21,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "memory_efficiency": (0.05, 1.0),
     "optimizer_efficiency": (0.02, 1.0),
     "kernel_seconds": (1e-7, 1e-4),
+    "layer_seconds": (1e-6, 1e-1),
     "microbatch_seconds": (1e-5, 1e-1),
     "step_seconds": (1e-4, 1.0),
     "fabric_efficiency": (0.05, 1.1),

@@ -67,7 +67,7 @@ def _state(
     }
     found = {}
     for name, (axes, size) in rows.items():
-        divided = np.array([parts(a, mesh) for a in axes], float)
+        divided = parts(axes, mesh)
         found[name] = np.bincount(table.section, weights=table.elements * size / divided, minlength=3)
     return found
 

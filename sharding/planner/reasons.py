@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..cost.candidate import Candidate
 from ..program.record import Program
@@ -10,6 +10,7 @@ from .search import Priced
 from .storage import computed
 
 _GIB = 2**30
+_NAMES_SHOWN = 3
 
 
 def gib(size: float) -> str:
@@ -75,9 +76,19 @@ def remat_in_words(remat: str, saved: Mapping[str, str]) -> str:
         return f"remat={remat}"
     kept = [name for name, place in saved.items() if place == "device"]
     away = [name for name, place in saved.items() if place == "host"]
-    words = [f"keep {' '.join(kept)}"] if kept else []
-    words += [f"{' '.join(away)} on the host"] if away else []
+    words = [f"keep {_listed(kept)}"] if kept else []
+    words += [f"{_listed(away)} on the host"] if away else []
     return ", ".join(words)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Write the first few of many names, without the folder that all share."""
+    folders = {name.partition("/")[0] for name in names}
+    prefix = f"{folders.pop()}/" if len(folders) == 1 and len(names) > 1 else ""
+    short = [name.removeprefix(prefix) for name in names]
+    if len(short) <= _NAMES_SHOWN:
+        return " ".join(short)
+    return f"{' '.join(short[: _NAMES_SHOWN - 1])} and {len(short) - _NAMES_SHOWN + 1} more"
 
 
 def layout_in_words(mesh: Mapping[str, int], remat: str, microbatches: int, saved: Mapping[str, str]) -> str:

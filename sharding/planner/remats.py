@@ -29,6 +29,9 @@ class Policy:
         return dataclasses.replace(layout, remat=self.remat, saved=self.saved, microbatches=microbatches)
 
 
+# A ladder over more values than that takes several a rung.
+_MOST_RUNGS = 7
+
 PLAIN = tuple(Policy(remat=remat) for remat in REMATS)
 
 
@@ -60,7 +63,9 @@ def ladders(profile: Profile, *, host: bool) -> tuple[tuple[Policy, ...], ...]:
     that are kept there, and one like the first with the layers' input there.
     """
     names = _worth_keeping(profile)
-    sets = [dict.fromkeys(names[:count], "device") for count in range(len(names), 0, -1)]
+    steps = min(len(names), _MOST_RUNGS)
+    counts = [len(names) * step // steps for step in range(steps, 0, -1)]
+    sets = [dict.fromkeys(names[:count], "device") for count in counts]
     kept = [Policy(remat=NAMES, saved=saved) for saved in sets]
     found: list[tuple[Policy, ...]] = [(PLAIN[0], *kept, PLAIN[-1])]
     if host:

@@ -1,20 +1,20 @@
 """The best of a space of candidates, the runners-up, and how far from fitting it is where nothing fits.
 
 Keeping less for the backward pass, or working the batch through in more parts, saves memory and never makes a
-step faster by more than what it lets hide (`_SLACK`), but for pipelines, whose every number of microbatches
-starts a row of its own. So the time of a layout that keeps everything and takes
-the batch whole bounds whatever can be had with it, and candidates taken from a queue in the order of their
-bounds are final once they fit: what comes out first is the best, what comes next the runner-up, and most of
-the space is never priced.
+step faster by more than what it lets hide (`_SLACK`), but for the parts of a pipeline. So the time of a
+layout that keeps everything and takes the batch whole bounds whatever can be had with it, and layouts taken
+from a queue in the order of their bounds are final once what is left cannot be faster: what comes out first
+is the best, what comes next the runner-up, and most of the space is never priced.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..cost.candidate import Candidate
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 Price = Callable[[Candidate], "Estimate"]
 # What a layout stores on a device in bytes, as far as it decides.
 Stored = Callable[[Candidate], float]
-
-# Layout, remat and microbatches by their places in a Space, after what they are ordered by: what is stored
-# where that counts, seconds, bytes.
-_Entry = tuple[float, float, float, int, int, int]
 
 # By which share recomputing or more microbatches may make a step faster at most: they give collectives more
 # to hide behind.
@@ -121,31 +117,20 @@ class _Search:
 
     def ranked(self, layouts: range | list[int]) -> Iterator[Priced]:
         """Yield the best candidate of each layout that fits, best first."""
-        # Candidates that may still lead to better ones, by what those could be at best; and those that fit.
-        open_ = [self._entry(*place, _SLACK) for layout in layouts for place in self._starts(layout)]
+        # Layouts by what they could be at best; and those that are worked out and fit.
+        open_ = [(*self._bound(layout), layout) for layout in layouts]
         heapq.heapify(open_)
-        fitting: list[_Entry] = []
-        seen: set[tuple[int, int, int]] = set()
-        done: set[int] = set()
+        fitting: list[tuple[float, float, float, int, Priced]] = []
         while open_ or fitting:
             if fitting and (not open_ or fitting[0][:2] <= open_[0][:2]):
-                place = heapq.heappop(fitting)[-3:]
-                if place[0] not in done:
-                    done.add(place[0])
-                    yield self._at(*place)
+                yield heapq.heappop(fitting)[-1]
                 continue
-            place = heapq.heappop(open_)[-3:]
-            if place in seen or place[0] in done:
-                continue
-            seen.add(place)
-            if self._at(*place).fits:
-                heapq.heappush(fitting, self._entry(*place, 0.0))
-            elif not self._can_fit(place[0]):
-                done.add(place[0])
-                continue
-            least, seconds, size = self._entry(*place, _SLACK)[:3]
-            for following in self._after(*place):
-                heapq.heappush(open_, (least, seconds, size, *following))
+            layout = heapq.heappop(open_)[-1]
+            best = self._best(layout)
+            if best is not None:
+                estimate = best.estimate
+                order = (self._stored[layout], estimate.step_seconds, estimate.peak_bytes)
+                heapq.heappush(fitting, (*order, layout, best))
 
     def best_of_sizes(self, ranked: list[Priced]) -> list[Priced]:
         """Return the best for each size of each axis that `ranked` lacks, best first."""
@@ -162,42 +147,80 @@ class _Search:
 
     def _best_or_bound(self, layouts: list[int], worth_seconds: float) -> Priced | None:
         fastest = min(
-            (self._at(*place) for layout in layouts for place in self._starts(layout)),
+            (self._at(layout, 0, part) for layout in layouts for part in self._firsts(layout)),
             key=lambda one: one.estimate.step_seconds,
         )
         if fastest.fits or fastest.estimate.step_seconds <= worth_seconds:
             return next(self.ranked(layouts), None)
         return dataclasses.replace(fastest, bound=True)
 
-    def _entry(self, layout: int, remat: int, parts: int, slack: float) -> _Entry:
-        estimate = self._at(layout, remat, parts).estimate
-        seconds = estimate.step_seconds * (1 - slack)
-        return (self._stored[layout], seconds, estimate.peak_bytes, layout, remat, parts)
+    def _bound(self, layout: int) -> tuple[float, float]:
+        """Return what is stored, where that counts, and the seconds that nothing of the layout is below."""
+        firsts = (self._at(layout, 0, part).estimate.step_seconds for part in self._firsts(layout))
+        return (self._stored[layout], min(firsts) * (1 - _SLACK))
 
-    def _starts(self, layout: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the candidates of a layout that bound all others of it."""
+    def _firsts(self, layout: int) -> range:
+        """Return the numbers of microbatches that bound all others, by their places.
+
+        A pipeline's bubble shrinks with more microbatches, so that none of their numbers bounds another.
+        """
         candidate = self._space.layouts[layout]
-        # A pipeline's bubble shrinks with more microbatches, so that no number of them bounds another.
-        counts = len(self._space.parts(candidate)) if _is_pipeline(candidate) else 1
-        for parts in range(counts):
-            yield (layout, 0, parts)
+        return range(len(self._space.parts(candidate)) if _is_pipeline(candidate) else 1)
 
-    def _after(self, layout: int, remat: int, parts: int) -> Iterator[tuple[int, int, int]]:
+    def _best(self, layout: int) -> Priced | None:
+        """Return the fastest candidate of a layout that fits, the smallest of equals, or None."""
+        ends = [*self._space.heads[1:], len(self._space.remats)]
+        ladders = [range(head, end) for head, end in zip(self._space.heads, ends, strict=True)]
+        if all(self._at(layout, 0, part).fits for part in self._firsts(layout)):
+            # The other ladders keep less of the same and send it further: only where all of it is too much.
+            ladders = ladders[:1]
+        elif not self._can_fit(layout, [ladder[-1] for ladder in ladders]):
+            return None
+        fitting = [one for ladder in ladders for one in self._descend(layout, ladder)]
+        return min(
+            fitting, key=lambda one: (one.estimate.step_seconds, one.estimate.peak_bytes), default=None
+        )
+
+    def _descend(self, layout: int, ladder: range) -> Iterator[Priced]:
+        """Yield what fits where neither fewer microbatches nor a rung that keeps more would do.
+
+        Of the candidates with as many microbatches the first rung that fits is the fastest, and of those on
+        one rung the one with fewest; what the slack allows beside them is looked at while it is faster.
+        """
         candidate = self._space.layouts[layout]
-        if remat + 1 < len(self._space.remats) and remat + 1 not in self._space.heads:
-            yield (layout, remat + 1, parts)
-        # The other ladders keep less of the same and send it further: only where all of it is too much.
-        if remat == 0 and not self._at(layout, remat, parts).fits:
-            yield from ((layout, head, parts) for head in self._space.heads[1:])
-        if not _is_pipeline(candidate) and parts + 1 < len(self._space.parts(candidate)):
-            yield (layout, remat, parts + 1)
+        count = len(self._space.parts(candidate))
+        if _is_pipeline(candidate):
+            each = (self._at(layout, remat, part) for remat in ladder for part in range(count))
+            yield from (one for one in each if one.fits)
+            return
+        rung, part = ladder.start, count
+        while part > 0 and rung < ladder.stop:
+            rungs = range(rung, ladder.stop)
+            rung += bisect.bisect_left(rungs, True, key=lambda r, p=part - 1: self._at(layout, r, p).fits)
+            if rung == ladder.stop:
+                return
+            part = bisect.bisect_left(
+                range(part - 1), True, key=lambda p, r=rung: self._at(layout, r, p).fits
+            )
+            yield from self._while_faster([(layout, rung, p) for p in range(part, count)])
+            yield from self._while_faster([(layout, r, part) for r in range(rung, ladder.stop)])
 
-    def _can_fit(self, layout: int) -> bool:
+    def _while_faster(self, places: Sequence[tuple[int, int, int]]) -> Iterator[Priced]:
+        """Yield the candidates at `places` that fit, up to the first no faster than the one before."""
+        seconds = math.inf
+        for place in places:
+            one = self._at(*place)
+            if one.estimate.step_seconds >= seconds:
+                return
+            seconds = one.estimate.step_seconds
+            if one.fits:
+                yield one
+
+    def _can_fit(self, layout: int, ends: list[int]) -> bool:
         """Whether the layout fits when it keeps least and takes the batch in the most parts."""
         if layout in self._hopeless:
             return False
         last = len(self._space.parts(self._space.layouts[layout])) - 1
-        ends = [head - 1 for head in (*self._space.heads[1:], len(self._space.remats))]
         smallest = min((self._at(layout, end, last) for end in ends), key=lambda one: one.estimate.peak_bytes)
         if not smallest.fits:
             self._hopeless[layout] = smallest

@@ -30,7 +30,8 @@ class Space:
     """Candidates as layouts x remat x microbatches.
 
     `layouts` are Candidates that keep everything and take the batch whole; `remats` are ladders, one after
-    another, that go from what keeps most to what keeps least and start at `heads`. `refused` maps what was not considered (``tensor=16``) to the reason.
+    another, that go from what keeps most to what keeps least and start at `heads`. `refused` maps what was
+    not considered (``tensor=16``) to the reason.
     """
 
     layouts: tuple[Candidate, ...]
@@ -157,7 +158,8 @@ class _Builder:
             return
         batch = kept.batch
         if batch is None:
-            batch = tuple(axis for axis in ("data", "fsdp") if mesh[axis] > 1)
+            # Where experts have an axis, each of its devices brings tokens of its own.
+            batch = tuple(axis for axis in ("data", "fsdp", "expert") if mesh.get(axis, 1) > 1)
             if storing or not self._leads:
                 batch = tuple(axis for axis in batch if axis != "fsdp")
         if reason := self._batch_does_not_divide(batch, mesh):
