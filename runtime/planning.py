@@ -165,10 +165,7 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
 
     found = Plan.load(config.plan)
     if not Topology.parse(found.topology).is_met_by(topology):
-        raise UserError(
-            f"{config.plan} is a plan for {found.topology}, not for {topology}; plan again with "
-            f"--topology {topology} --save {config.plan}"
-        )
+        raise UserError(f"{config.plan} is a plan for {found.topology}, not for {topology}; {_again(config)}")
     for axis, size in (config.mesh or {}).items():
         if size not in (-1, found.mesh.get(axis, 1)):
             raise UserError(
@@ -188,5 +185,9 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
     try:
         found.check(shapes.params, shapes.batch, shapes.loss)
     except UserError as error:
-        raise UserError(f"{config.plan}: {error}") from None
+        raise UserError(f"{config.plan}: {error}; {_again(config)}") from None
     return found
+
+
+def _again(config: Config) -> str:
+    return f"plan again: meshwright plan CONFIG plan=auto --save {config.plan}"

@@ -74,7 +74,7 @@ def test_it_writes_what_it_shows(small_config: pathlib.Path, tmp_path: pathlib.P
     assert Plan.load(files["--save"]).topology == "h100:8"
 
 
-@pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b", "llama3-70b", "llama3-405b", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b", "llama3-70b", "llama3-405b"])
 def test_shipped_configs_plan_and_fit(name: str) -> None:
     made, seconds = plan_config(load(CONFIGS / f"{name}.yaml"))
     assert made.estimate is not None
@@ -138,7 +138,7 @@ def test_a_plan_of_something_else_is_refused(small_config: pathlib.Path, tmp_pat
     named = f"plan={path}"
     assert plan_config(prepared(small_config, named))[0] == made
     for words, message in (
-        (["topology=v5e:2x4"], f"{path} is a plan for cpu:8, not for v5e:2x4"),
+        (["topology=v5e:2x4"], f"{path} is a plan for cpu:8, not for v5e:2x4; plan again: .* plan=auto"),
         (["train.global_batch=24"], "has shape"),
         (["mesh={data: 2}"], "the config declares data=2 and"),
         (["microbatches=4"], "the config declares microbatches=4 and"),
