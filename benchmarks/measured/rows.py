@@ -136,7 +136,7 @@ def _architecture(row: Mapping[str, str]) -> Architecture:
     if row["ep"] not in ("", "1") or re.search(
         r"moe|mixtral|a3b|a22b|deepseek|nemotron_3|gpt.oss|qwen3-235", name
     ):
-        raise NotExpressible("mixture of experts: the decoder has no experts yet")
+        raise NotExpressible("mixture of experts: what moves over an expert axis is not priced yet")
     if "t5" in name:
         raise NotExpressible("encoder-decoder")
     embed = _whole(row, "d_model")

@@ -75,7 +75,7 @@ def _links(
     mesh: tuple[tuple[str, int], ...], topology: Topology, calibration: Calibration
 ) -> Mapping[str, Link]:
     sizes = dict(mesh)
-    if topology.is_torus:
+    if topology.is_torus and sizes:
         return _torus_links(sizes, topology, calibration)
     found, stride = {}, 1
     for axis in sorted(sizes, key=AXES_BY_WEIGHT.index, reverse=True):

@@ -38,6 +38,10 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+# Steps of the first look over a field's range.
+_COARSE = 6
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
     """A candidate and the seconds that its step took; `weight` is how much it counts."""
@@ -76,6 +80,15 @@ def calibrate(
     chosen = list(RANGES if names is None else names)
     best, lowest = start, error(runs, start)
     steps = dict.fromkeys(chosen, 0.5)
+    for name in chosen if rounds else ():
+        # Anywhere in its range first: a field far from where it matters has no slope to follow.
+        least, most = RANGES[name]
+        for part in range(_COARSE + 1):
+            value = least * (most / least) ** (part / _COARSE)
+            tried = dataclasses.replace(best, **{name: value})
+            found = error(runs, tried)
+            if found < lowest - 1e-4:
+                best, lowest = tried, found
     for _ in range(rounds):
         for name in chosen:
             least, most = RANGES[name]

@@ -1,4 +1,4 @@
-"""What to do when nothing fits: by how much, and which larger slice, smaller batch or precision would."""
+"""What to do when nothing fits: by how much, and what would (a larger slice, a smaller batch, …)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from .search import Priced
 if TYPE_CHECKING:
     from .door import Answer, Problem
 
-# How many times as many devices, and how small a part of the batch, are looked at.
+# How many times as many devices, how many slices, and how small a part of the batch are looked at.
 _MOST_DEVICES = 64
+_MOST_SLICES = 16
 _LEAST_BATCH = 64
 
 
@@ -30,6 +31,7 @@ def nothing_fits(problem: Problem, topology: Topology, declared: Declared, answe
     fixes = [
         fix
         for fix in (
+            _less_declared(problem, topology, declared),
             _larger_slice(problem, topology, declared),
             _smaller_batch(problem, topology, declared),
             _lower_precision(problem, topology, declared),
@@ -55,14 +57,40 @@ def _fits(problem: Problem, topology: Topology, declared: Declared) -> Priced | 
         return None
 
 
+def _less_declared(problem: Problem, topology: Topology, declared: Declared) -> str | None:
+    empty = Declared()
+    parts = [part for part in ("remat", "microbatches", "mesh", "rules") if getattr(declared, part)]
+    for some in dict.fromkeys([*((part,) for part in parts), tuple(parts)]):
+        less = dataclasses.replace(declared, **{part: getattr(empty, part) for part in some})
+        if some and _fits(problem, topology, less):
+            return f"{' and '.join(some)} left to the plan"
+    return None
+
+
 def _larger_slice(problem: Problem, topology: Topology, declared: Declared) -> str | None:
     open_mesh = dataclasses.replace(
         declared, mesh={axis: size for axis, size in declared.mesh.items() if size == -1}
     )
+    least = _stored_bytes(problem)
     for larger in larger_slices(topology):
-        if _fits(problem, larger, declared) or _fits(problem, larger, open_mesh):
+        if least > larger.num_devices * float(larger.chip.hbm_bytes or math.inf):
+            continue
+        if _fits(problem, larger, declared):
             return str(larger)
+        if open_mesh.mesh != declared.mesh and _fits(problem, larger, open_mesh):
+            return f"{larger} with another mesh"
     return None
+
+
+def _stored_bytes(problem: Problem) -> float:
+    """Return the bytes of all parameters and moments together, which no layout makes fewer."""
+    import jax
+
+    from .door import slot_bytes
+
+    leaves = jax.tree.leaves(problem.params)
+    slots = 0.0 if problem.optimizer is None else slot_bytes(problem.optimizer, problem.params)
+    return sum(leaf.size * (leaf.dtype.itemsize + slots) for leaf in leaves)
 
 
 def _smaller_batch(problem: Problem, topology: Topology, declared: Declared) -> str | None:
@@ -114,10 +142,10 @@ def _lower_precision(problem: Problem, topology: Topology, declared: Declared) -
 
 
 def larger_slices(topology: Topology) -> Iterator[Topology]:
-    """Yield larger slices of the same chip, the smallest first."""
+    """Yield larger slices of the same chip, the smallest first, then several of the largest."""
     chip = topology.chip
-    most = _MOST_DEVICES * topology.num_devices
     if not topology.is_torus:
+        most = _MOST_DEVICES * topology.num_devices
         hosts = topology.shape[0]
         while (hosts := 2 * hosts) * topology.shape[1] <= most:
             yield dataclasses.replace(topology, shape=(hosts, topology.shape[1]))
@@ -126,11 +154,14 @@ def larger_slices(topology: Topology) -> Iterator[Topology]:
     if chip.cube is not None:
         counts = [chip.cube * 2**power for power in range(5)]
         shapes |= {(a, b, c) for a in counts for b in counts for c in counts if a <= b <= c <= 2 * b <= 4 * a}
-    limit = min(most, (chip.max_slice_chips or most) * chip.devices_per_chip)
-    sized = sorted(
-        (math.prod(shape) * chip.devices_per_chip, shape)
-        for shape in shapes
-        if topology.num_devices < math.prod(shape) * chip.devices_per_chip <= limit
-    )
-    for _, shape in sized:
-        yield dataclasses.replace(topology, shape=shape, num_slices=1, hosts_per_slice=None)
+    most = chip.max_slice_chips or math.inf
+    slices = [
+        dataclasses.replace(topology, shape=shape, num_slices=1, hosts_per_slice=None)
+        for shape in sorted(shapes, key=lambda shape: (math.prod(shape), shape))
+        if math.prod(shape) <= most
+    ]
+    count = 2
+    while slices and count <= _MOST_SLICES:
+        slices.append(dataclasses.replace(slices[-1], num_slices=count))
+        count *= 2
+    yield from (larger for larger in slices if larger.num_devices > topology.num_devices)

@@ -74,7 +74,7 @@ def test_it_writes_what_it_shows(small_config: pathlib.Path, tmp_path: pathlib.P
     assert Plan.load(files["--save"]).topology == "h100:8"
 
 
-@pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b", "llama3-70b", "llama3-405b"])
+@pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b", "llama3-70b", "llama3-405b", "deepseek-v3"])
 def test_shipped_configs_plan_and_fit(name: str) -> None:
     made, seconds = plan_config(load(CONFIGS / f"{name}.yaml"))
     assert made.estimate is not None
