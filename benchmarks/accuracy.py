@@ -100,7 +100,9 @@ def _cell(pairs: list[tuple[Run, Estimate]]) -> dict[str, float] | None:
     if len(done) < 5:
         return None
     measured, predicted = np.array(done).T
-    capacity = pairs[0][0].topology.chip.hbm_bytes or np.inf
+    first = pairs[0][0]
+    facts = calibration_for(first.topology.chip.name, first.framework["calibration"])
+    capacity = (first.topology.chip.hbm_bytes or np.inf) * facts.usable_memory
     fits = [pair for pair in pairs if pair[1].peak_bytes <= capacity]
     chosen = min(fits or pairs, key=lambda pair: pair[1].step_seconds if fits else pair[1].peak_bytes)[0]
     regret = chosen.seconds / measured.min() - 1.0 if chosen.seconds else float("inf")

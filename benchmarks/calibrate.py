@@ -18,10 +18,12 @@ from accuracy import _DATA, pricer
 from measured.programs import traced
 from measured.rows import Run, candidate, load
 from meshwright.sharding.cost.calibration import Calibration, calibration_for, read, write
-from meshwright.sharding.cost.fit import Measured, calibrate, calibrate_memory, error
+from meshwright.sharding.cost.fit import Measured, calibrate, calibrate_memory, error, usable_memory
 
 _FILE = Path(__file__).resolve().parents[1] / "sharding" / "cost" / "calibration.toml"
 _SAMPLE = 100
+# A run so many times slower than predicted went wrong: near its limit an allocator thrashes.
+_SLOW = 2.0
 _NOTE = """Efficiencies that datasheets do not give, for each chip under each framework; see calibration.py.
 Fitted by benchmarks/calibrate.py to measured_runs.csv and measured_sweeps.csv; which attention kernel a
 framework runs and what it saves are facts of the framework, set by hand."""
@@ -56,8 +58,12 @@ def groups(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
     found: dict[tuple[str, str], list[Run]] = collections.defaultdict(list)
     for run in runs:
         if run.seconds is not None:
-            found[run.topology.chip.name, run.framework["calibration"]].append(run)
+            found[_group(run)].append(run)
     return found
+
+
+def _group(run: Run) -> tuple[str, str]:
+    return run.topology.chip.name, run.framework["calibration"]
 
 
 def measured(runs: list[Run]) -> list[Measured]:
@@ -96,6 +102,21 @@ def with_memory(rows: list[Run], fitted: Calibration) -> Calibration:
     return calibrate_memory(pairs, fitted)
 
 
+def with_limit(rows: list[Run], fitted: Calibration) -> Calibration:
+    """Return `fitted` with the share of memory that can be used, if fifty rows or more did not complete."""
+    failed = [run for run in rows if run.seconds is None]
+    if len(failed) < 50:
+        return fitted
+    found = []
+    for run in random.Random(0).sample(rows, min(len(rows), 6 * _SAMPLE)):
+        prices = pricer(run)
+        prices.calibration = fitted
+        guess = prices.price(candidate(run, traced(run.architecture)[0]))
+        well = run.seconds is not None and run.seconds < _SLOW * guess.step_seconds
+        found.append((guess.peak_bytes / (run.topology.chip.hbm_bytes or math.inf), well))
+    return dataclasses.replace(fitted, usable_memory=usable_memory(found))
+
+
 def main(arguments: list[str]) -> int:
     """Fit and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -119,6 +140,7 @@ def main(arguments: list[str]) -> int:
         after = error(samples, fitted)
         fitted = with_memory(rows, fitted)
         print(f"{chip}.{framework}: {len(samples)} rows, error {before:.3f} -> {after:.3f}", flush=True)
+        fitted = with_limit([run for run in runs if _group(run) == (chip, framework)], fitted)
         tables.setdefault(chip, {"default": calibration_for(chip)})[framework] = fitted
         write(_FILE, tables, _NOTE)
     return 0

@@ -44,6 +44,7 @@ class Calibration:
     optimizer_efficiency:  of the HBM's rate, for the optimizer.
     imbalance_per_doubling: how much slower the slowest device makes a step each time their number doubles.
     memory_overhead:       bytes over those counted, as a share.
+    usable_memory:         of a device's memory, before what allocates it thrashes or gives up.
     reserved_bytes:        what the framework holds on each device besides.
     """
 
@@ -75,6 +76,7 @@ class Calibration:
     imbalance_per_doubling: float = 0.0
     memory_overhead: float = 0.0
     reserved_bytes: float = 0.0
+    usable_memory: float = 1.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

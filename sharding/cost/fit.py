@@ -104,6 +104,18 @@ def calibrate(
     return best
 
 
+def usable_memory(runs: Sequence[tuple[float, bool]]) -> float:
+    """Return the share of a device's memory that tells runs that went well from those that did not.
+
+    `runs` are (predicted share of the memory, whether it went well); shares from 0.8 to 1 are looked at.
+    """
+
+    def wrong(share: float) -> int:
+        return sum((predicted <= share) != well for predicted, well in runs)
+
+    return min((0.8 + 0.01 * n for n in range(21)), key=lambda share: (wrong(share), -share))
+
+
 def calibrate_memory(pairs: Sequence[tuple[float, float]], start: Calibration) -> Calibration:
     """Return `start` with the bytes that it does not count fitted to (counted, measured) pairs.
 

@@ -159,7 +159,7 @@ class Problem:
         program = self.program
         offered = self.space(topology, declared)
         pricer = self.pricer(topology)
-        capacity = float(topology.chip.hbm_bytes or math.inf)
+        capacity = float(topology.chip.hbm_bytes or math.inf) * pricer.calibration.usable_memory
         sizes = build.parameter_bytes(program)
         elements = sum(math.prod(argument.shape) for argument in program.parameters)
         slots = pricer.slot_bytes * elements / max(sum(sizes.values()), 1)
