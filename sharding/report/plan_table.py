@@ -73,11 +73,13 @@ def _rivals(shown: View) -> RenderableType:
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    # An empty column keeps folded lines as far in as the first one.
+    table.add_column(width=0)
     table.add_column(ratio=2, overflow="fold")
     table.add_column(no_wrap=True, justify="right")
     table.add_column(ratio=3, overflow="fold")
     for rival in shown.rivals[1 : 1 + _RIVALS]:
-        _row(table, f"  {rival.layout}, {rival.storage}", seconds(rival.step_seconds), rival.lost)
+        _row(table, "", f"{rival.layout}, {rival.storage}", seconds(rival.step_seconds), rival.lost)
     return table
 
 
