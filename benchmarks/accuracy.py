@@ -5,7 +5,7 @@
 Each row's architecture is built as a decoder and traced once; its layout is priced as it stands. Prints,
 for each source, the median and mean absolute relative error of the step time and the median error of the
 peak memory; the rank correlation and the regret within each cell of five or more completed layouts; the ten
-worst rows; and what cannot be expressed, with the reason.
+worst rows; what cannot be expressed, with the reason; and hand-tuned layouts beside the planner's own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
+import tuned
 from measured.programs import traced
 from measured.rows import Run, candidate, load
 from meshwright.sharding.cost import Estimate, Pricer
@@ -60,6 +61,7 @@ def score(runs: list[Run], estimates: list[Estimate]) -> dict[str, Any]:
     return {
         "sources": {source: found for source, found in sources.items() if found},
         "cells": cells,
+        "choices": _choices(by_cell),
         "summary": _summary(sources, cells),
         "worst": [
             {
@@ -71,6 +73,24 @@ def score(runs: list[Run], estimates: list[Estimate]) -> dict[str, Any]:
             }
             for run, guess in worst
         ],
+    }
+
+
+def _choices(by_cell: dict[tuple[str, ...], list[tuple[Run, Estimate]]]) -> dict[str, dict[str, float]]:
+    """Return source → how well layouts are chosen and ranked in its cells."""
+    found: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
+    for cell, pairs in by_cell.items():
+        if row := _cell(pairs):
+            found[cell[0]].append(row)
+    return {
+        source: {
+            "cells": len(rows),
+            "regret_median": float(np.median([row["regret"] for row in rows])),
+            "regret_worst": float(np.max([row["regret"] for row in rows])),
+            "spearman_median": float(np.median([row["spearman"] for row in rows])),
+            "spearman_least": float(np.min([row["spearman"] for row in rows])),
+        }
+        for source, rows in found.items()
     }
 
 
@@ -165,6 +185,9 @@ def show(name: str, scores: dict[str, Any], left: list[tuple[str, str, str]]) ->
                 cell[:90], str(row["layouts"]), str(row["completed"]), f"{row['spearman']:.2f}", regret
             )
         console.print(table)
+    for source, row in scores["choices"].items():
+        figures = ", ".join(f"{key} {value:.3g}" for key, value in row.items())
+        console.print(f"{source[:60]}: {figures}")
     table = Table("worst rows", "measured s", "predicted s", "largest items", title=name)
     for row in scores["worst"]:
         items = sorted(row["time"].items(), key=lambda item: -item[1])[:3]
@@ -176,17 +199,6 @@ def show(name: str, scores: dict[str, Any], left: list[tuple[str, str, str]]) ->
     reasons = collections.Counter(reason for *_, reason in left)
     for reason, count in reasons.most_common():
         console.print(f"not expressible: {count} rows: {reason}")
-
-
-def layouts(path: Path) -> list[dict[str, str]]:
-    """Return what the hand-tuned layouts say of themselves."""
-    import csv
-
-    with path.open(newline="") as file:
-        return [
-            {key: row[key] for key in ("name", "model", "topology", "parallelism", "remat_policy")}
-            for row in csv.DictReader(file)
-        ]
 
 
 def main(arguments: list[str]) -> int:
@@ -222,9 +234,9 @@ def main(arguments: list[str]) -> int:
         if not given.json:
             show(name, scores, left)
     if files["layouts"] is not None:
-        report["layouts"] = layouts(files["layouts"])
+        report["layouts"] = tuned.score(files["layouts"])
         if not given.json:
-            print(f"{len(report['layouts'])} hand-tuned layouts are listed with --json")
+            tuned.show(report["layouts"])
     if given.json:
         print(json.dumps(report, default=str))
     return 0
