@@ -68,11 +68,12 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Flat:
-    """A program without scopes. `carries` are the values that the scan over layers hands on."""
+    """A program without scopes: `carries` are what the scan over layers hands on, `inputs` the data."""
 
     values: list[Value]
     leaves: list[Leaf]
     carries: tuple[int, ...]
+    inputs: tuple[int, ...]
     layers: int
     layer_dim: int
 
@@ -85,6 +86,7 @@ class _Reader:
         self.values: list[Value] = []
         self.leaves: list[Leaf] = []
         self.carries: list[int] = []
+        self.inputs: list[int] = []
         self.layers = 1
         self.layer_dim = -1
         self._main = _main_scan(program)
@@ -97,6 +99,8 @@ class _Reader:
             env[var] = self.value(var, argument.dims, grad)
             if argument.is_parameter:
                 self.values[env[var]].parameter = argument.index
+            else:
+                self.inputs.append(env[var])
         self.scope(self.program.scope, env, 1, False)
 
     def value(self, var: Any, dims: Dims, grad: bool, runs: int = 1) -> int:
@@ -274,5 +278,6 @@ def flatten(program: Program) -> Flat:
         leaves=reader.leaves,
         carries=tuple(reader.carries),
         layers=reader.layers,
+        inputs=tuple(reader.inputs),
         layer_dim=reader.layer_dim,
     )

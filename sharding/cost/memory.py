@@ -33,6 +33,9 @@ def peak_memory(
         profile, placement, candidate, kept_by(profile, candidate, calibration), calibration
     )
     gathered = _gathered(profile, placement, candidate.mesh, lying)
+    # All of it, whatever is worked through at a time.
+    part = profile.values.bytes * placement.value_fraction * candidate.microbatches
+    batch = float(part[list(profile.inputs)].sum())
     best: dict[str, float] = {}
     for stage in dict.fromkeys((0, stages - 1)):
         weights = np.array([stage == 0, share, stage == stages - 1], float)
@@ -41,6 +44,7 @@ def peak_memory(
         outside = saved[AFTER] * weights[AFTER] + saved[BEFORE] * weights[BEFORE]
         items["saved_activations"] = held * share * saved[LAYERS] + outside
         items["temporaries"] = float(max(scratch[LAYERS], scratch[AFTER] * weights[AFTER]))
+        items["batch"] = batch
         items["communication"] = float((gathered * (weights > 0)).max())
         counted = sum(items.values())
         items["framework"] = calibration.reserved_bytes + calibration.memory_overhead * counted

@@ -102,6 +102,7 @@ class Profile:
     parameter_dims: tuple[tuple[int, ...], ...]
     saved: Saved
     carries: tuple[int, ...]
+    inputs: tuple[int, ...]
     layers: int
     layer_dim: int
 
@@ -131,6 +132,7 @@ def profile(program: Program) -> Profile:
             flat, {name: (value.equation, value.operand) for name, value in saved_values(program).items()}
         ),
         carries=flat.carries,
+        inputs=flat.inputs,
         layers=flat.layers,
         layer_dim=flat.layer_dim,
     )

@@ -56,8 +56,7 @@ def why_lost(best: Priced, other: Priced, capacity_bytes: float, stored: tuple[f
     item, more = _largest_gain(ours.time, theirs.time)
     share = f"{slower:.1%}" if slower < 0.1 else f"{slower:.0%}" if slower < 2 else f"{1 + slower:.1f} times"
     least = "at least " if other.bound else ""
-    sentence = f"{least}{share} {'as long' if slower >= 2 else 'slower'}: {item} takes {seconds(more)} more"
-    return sentence if other.bound else sentence + _for_memory(best.candidate, other.candidate)
+    return f"{least}{share} {'as long' if slower >= 2 else 'slower'}: {item} takes {seconds(more)} more"
 
 
 def misfit(one: Priced, capacity_bytes: float) -> str:
@@ -100,12 +99,3 @@ def layout_in_words(mesh: Mapping[str, int], remat: str, microbatches: int, save
 def _largest_gain(ours: Mapping[str, float], theirs: Mapping[str, float]) -> tuple[str, float]:
     gains = {item: size - ours.get(item, 0.0) for item, size in theirs.items()}
     return max(gains.items(), key=lambda row: row[1])
-
-
-def _for_memory(best: Candidate, other: Candidate) -> str:
-    more = []
-    if (other.remat, other.saved) != (best.remat, best.saved):
-        more.append(remat_in_words(other.remat, other.saved))
-    if other.microbatches > best.microbatches:
-        more.append(f"microbatches={other.microbatches}")
-    return f" (it fits with {' and '.join(more)})" if more else ""
