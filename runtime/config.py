@@ -305,12 +305,21 @@ def _nearest_key(key: str, section: type[pydantic.BaseModel], prefix: str) -> st
 
 
 def _sentence(error: pydantic.ValidationError, where: str) -> str:
-    first = error.errors()[0]
-    # Where a value may be of several types, the last part of a place names the type that it is not.
-    place = [str(part) for part in first["loc"]]
-    key = ".".join(part for part in place if part != "str" and not part.startswith(("list[", "function-")))
+    errors = error.errors()
+    # Of what is wrong with a value of several possible types, the innermost says most.
+    outer = _place(errors[0])
+    same = [one for one in errors if _place(one)[: len(outer)] == outer]
+    first = max(same, key=lambda one: len(_place(one)))
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = "" if isinstance(given, (dict, pydantic.BaseModel)) else f" (got {given!r})"
-    more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-    return f"{where}: {key or 'config'}: {message[:1].lower()}{message[1:]}{shown}{more}"
+    others = {_place(one) for one in errors if one not in same}
+    more = f"; and {len(others)} more" if others else ""
+    key = ".".join(_place(first)) or "config"
+    return f"{where}: {key}: {message[:1].lower()}{message[1:]}{shown}{more}"
+
+
+def _place(error: Any) -> tuple[str, ...]:
+    """Return where an error is, without the names of the types that the value is not."""
+    types = ("list[", "dict[", "literal[", "function-")
+    return tuple(str(part) for part in error["loc"] if part != "str" and not str(part).startswith(types))

@@ -59,7 +59,8 @@ class Experts(nnx.Module):
         count, embed, mlp = config.experts, config.embed, config.expert_mlp
         assert count is not None
         assert mlp is not None
-        self.router = normal(rngs.params(), (embed, count), ("embed", "experts"), config, fan_in=embed)
+        # Every token is scored by all experts where it is: what spreads them does not spread their scores.
+        self.router = normal(rngs.params(), (embed, count), ("embed", "scores"), config, fan_in=embed)
         wide, narrow = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         gain = (2 * config.layers) ** -0.5
         if config.activation != "gelu":

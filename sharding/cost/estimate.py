@@ -326,7 +326,8 @@ def _moved_again(
         ("all_gather", FORWARD): gathered,
         ("all_reduce", FORWARD): made,
         ("reduce_scatter", FORWARD): made,
-        **{(kind, BACKWARD): never for kind in ("all_gather", "all_reduce", "reduce_scatter")},
+        ("all_to_all", FORWARD): made,
+        **{(kind, BACKWARD): never for kind in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all")},
     }
 
 

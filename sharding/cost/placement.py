@@ -17,8 +17,8 @@ FORWARD, BACKWARD = 0, 1
 class Traffic:
     """What moves over one mesh axis in one pass: the whole group's bytes per collective, and how often.
 
-    kind is ``all_gather``, ``reduce_scatter`` or ``all_reduce``. One entry for each of `values`: `bytes` of
-    one microbatch in one run, `runs` in a microbatch, `section` where.
+    kind is ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``all_to_all``. One entry for each of
+    `values`: `bytes` of one microbatch in one run, `runs` in a microbatch, `section` where.
     """
 
     axis: str
@@ -75,7 +75,7 @@ def place(profile: Profile, candidate: Candidate) -> Placement:
         parameter_won = _winners(profile.parameters.dims, dims)
         parameter_log[parameter_won >= 0] -= shrink
         partial[axis] = np.zeros(len(parameter_log), bool)
-        _moves(profile, axis, value_won, step_won, partial[axis], moves)
+        _moves(profile, axis, candidate.mesh[axis], value_won, step_won, partial[axis], moves)
     share = 1.0 / candidate.microbatches
     batch = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else None
     value_fraction = np.exp(value_log)
@@ -158,9 +158,20 @@ def _winners(table: np.ndarray, claimants: list[int]) -> np.ndarray:
     return won
 
 
+def _smaller_results(profile: Profile, is_weight: np.ndarray, size: int) -> np.ndarray:
+    """Return which equations [E] read no parameter and give a device less than a group of `size` reads."""
+    count = len(profile.steps.section)
+    reads, writes, one = profile.reads, profile.writes, profile.values.bytes
+    read = np.bincount(reads.equation, weights=one[reads.value], minlength=count)
+    given = np.bincount(writes.equation, weights=one[writes.value], minlength=count)
+    weighted = np.bincount(reads.equation[is_weight], minlength=count) > 0
+    return ~weighted & (given < read * size)
+
+
 def _moves(
     profile: Profile,
     axis: str,
+    size: int,
     value_won: np.ndarray,
     step_won: np.ndarray,
     partial: np.ndarray,
@@ -183,7 +194,11 @@ def _moves(
         mine = summed & is_weight
         indices = np.searchsorted(profile.parameters.argument, parameter[mine])
         partial[indices] = True
-    gathered = (whole | needs_whole) & ~is_weight
+    # Divided as its operand is, an equation without weights may hand on what it gives instead.
+    handed = whole & _smaller_results(profile, is_weight, size)[reads.equation]
+    # An operand that has the dim, but lies by another one, changes hands itself.
+    turned = inside & (own >= 0) & (own != step) & ~is_weight
+    gathered = ((whole & ~handed) | needs_whole) & ~is_weight
 
     def move(kind: str, phase: int, chosen: np.ndarray) -> None:
         if len(chosen):
@@ -192,10 +207,15 @@ def _moves(
     move("all_gather", FORWARD, reads.value[gathered])
     move("reduce_scatter", BACKWARD, reads.value[gathered & values.grad[reads.value]])
     move("all_reduce", BACKWARD, reads.value[summed & ~is_weight & (own < 0)])
+    handing = np.isin(writes.equation, reads.equation[handed])
+    swapped = [reads.value[turned], writes.value[handing]]
+    for chosen in swapped:
+        move("all_to_all", FORWARD, chosen)
+        move("all_to_all", BACKWARD, chosen[values.grad[chosen]])
     # Results: divided by a dim that the result lacks, they are partial sums.
     step = step_won[writes.equation]
     own = value_won[writes.value]
-    sums = (step >= 0) & ~writes.dims[np.arange(len(step)), step]
+    sums = (step >= 0) & ~writes.dims[np.arange(len(step)), step] & ~handing
     move("all_reduce", FORWARD, writes.value[sums & (own < 0)])
     scattered = writes.value[sums & (own >= 0)]
     move("reduce_scatter", FORWARD, scattered)
