@@ -12,6 +12,9 @@ from .profile import Profile
 
 FORWARD, BACKWARD = 0, 1
 
+# Axes that arrays change their dim over rather than being gathered: rows and experts share theirs.
+_EXCHANGING = ("expert",)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Traffic:
@@ -195,9 +198,9 @@ def _moves(
         indices = np.searchsorted(profile.parameters.argument, parameter[mine])
         partial[indices] = True
     # Divided as its operand is, an equation without weights may hand on what it gives instead.
-    handed = whole & _smaller_results(profile, is_weight, size)[reads.equation]
+    handed = whole & _smaller_results(profile, is_weight, size)[reads.equation] & (axis in _EXCHANGING)
     # An operand that has the dim, but lies by another one, changes hands itself.
-    turned = inside & (own >= 0) & (own != step) & ~is_weight
+    turned = inside & (own >= 0) & (own != step) & ~is_weight & (axis in _EXCHANGING)
     gathered = ((whole & ~handed) | needs_whole) & ~is_weight
 
     def move(kind: str, phase: int, chosen: np.ndarray) -> None:
