@@ -72,8 +72,8 @@ class LineCost:
 class Proof:
     """What the real compiler says of a plan: one device, one step.
 
-    `time` (seconds by ``compute`` and kind/axes, exposed only) adds up to `step_seconds`. `memory` holds bytes
-    by ``arguments``, ``temporaries``, ``outputs`` (beyond aliased arguments), ``code``, ``host``.
+    `time` (seconds by ``compute`` and kind/axes, exposed only) adds up to `step_seconds`. `memory` holds
+    bytes by ``arguments``, ``temporaries``, ``outputs`` (beyond aliased arguments), ``code``, ``host``.
     `timeline` are bytes alive at even places of the schedule, loops entered once; `buffers` are the largest
     at the peak.
     """
