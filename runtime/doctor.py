@@ -326,7 +326,7 @@ def _gib(size: int) -> str:
 
 
 def _cache() -> Iterator[Finding]:
-    from .user_cache import user_cache
+    from ..sharding.user_cache import user_cache
 
     folder = user_cache() / "compiled"
     home = next(parent for parent in (folder, *folder.parents) if parent.exists())
