@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .attached import quiet_absent_gpu
+
 if TYPE_CHECKING:
     from .errors import UserError as UserError
     from .mesh import make_mesh as make_mesh
@@ -34,6 +36,9 @@ _HOMES = {
 }
 
 __all__ = list(_HOMES)
+
+# Here, because every process that uses meshwright passes here before JAX has looked for devices.
+quiet_absent_gpu()
 
 
 def __getattr__(name: str) -> object:

@@ -62,7 +62,11 @@ def _host_of(device: Any, chip: Chip) -> tuple[int, int]:
 
     Several processes may share a host of GPUs (one each, under Slurm or MPI); XLA then gives their devices
     the `slice_index` of the machine, or of the NVLink rack, whose hosts the process index tells apart.
+    Described devices all have `slice_index` 0, and (domain, host, device) for coordinates.
     """
+    coords = getattr(device, "coords", None)
+    if chip.platform == "gpu" and coords is not None and len(coords) == 3:
+        return (coords[0], coords[1])
     machine = getattr(device, "slice_index", None)
     if chip.platform != "gpu" or machine is None:
         return (0, device.process_index)
