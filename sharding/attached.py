@@ -36,8 +36,8 @@ def quiet_absent_tpu() -> None:
     """Keep libtpu, in a process that only compiles, from looking for the TPU that it would drive.
 
     Call before libtpu is loaded. Without the first variable one process at a time can load it: it takes each
-    for the one that drives the chips. The others stop it from asking the network which machine of a slice this
-    is, from saying that nobody told it, and from leaving a log file; where there is a TPU they are not set.
+    for the one that drives the chips. The others stop it from asking the network which machine of a slice it
+    is on, from saying that nobody told it, and from leaving a log file; where there is a TPU they are unset.
     """
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if "tpu" in attached_accelerators():
