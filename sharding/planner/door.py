@@ -23,7 +23,7 @@ from .declared import Declared, names_of_data
 from .microbatches import batch_rows, why_not, why_untraceable
 from .plan import Plan
 from .remats import check_names, ladders, read
-from .search import Found, Stored, search, stored_bytes
+from .search import Found, Priced, Stored, search, stored_bytes
 from .space import Space, space
 
 if TYPE_CHECKING:
@@ -79,21 +79,7 @@ def plan(
     best = answer.found.best
     if best is None:
         raise UserError(nothing_fits(problem, topology, declared, answer))
-    program, layout = answer.program, best.candidate
-    others = (*answer.found.others, *answer.found.misfits[:_MISFITS_SHOWN])
-    notes = build.notes_of(program, layout)
-    if optimizer is None:
-        notes += ("no optimizer was given: 8 bytes of moments for each parameter are assumed",)
-    return build.plan_of(
-        program,
-        topology,
-        layout,
-        notes=notes,
-        estimate=best.estimate,
-        alternatives=build.alternatives_of(program, best, others, answer.capacity_bytes, answer.stored),
-        refused=answer.space.refused,
-        optimizer=optimizer,
-    )
+    return Search(problem=problem, topology=topology, declared=declared, answer=answer).plan(best)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,18 +140,56 @@ class Problem:
         slots = _ADAM_BYTES if self.optimizer is None else slot_bytes(self.optimizer, self.params)
         return Pricer(self.profile, topology, optimizer_slots=slots, dtype=_product_dtype(self.program))
 
-    def solve(self, topology: Topology, declared: Declared) -> Answer:
-        """Return the best that `topology` can do."""
+    def solve(self, topology: Topology, declared: Declared, capacity_bytes: float | None = None) -> Answer:
+        """Return the best that `topology` can do, in `capacity_bytes` a device if that is given."""
         program = self.program
         offered = self.space(topology, declared)
         pricer = self.pricer(topology)
-        capacity = float(topology.chip.hbm_bytes or math.inf) * pricer.calibration.usable_memory
+        capacity = capacity_bytes
+        if capacity is None:
+            capacity = float(topology.chip.hbm_bytes or math.inf) * pricer.calibration.usable_memory
         sizes = build.parameter_bytes(program)
         elements = sum(math.prod(argument.shape) for argument in program.parameters)
         slots = pricer.slot_bytes * elements / max(sum(sizes.values()), 1)
         stored = stored_bytes(sizes, slots) if topology.chip.nominal else None
         found = search(offered, pricer.price, capacity, stored=stored)
         return Answer(program=program, space=offered, found=found, capacity_bytes=capacity, stored=stored)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """What a plan came out of, for who asks further: the next best, or the best in less memory."""
+
+    problem: Problem
+    topology: Topology
+    declared: Declared
+    answer: Answer
+
+    def plan(self, chosen: Priced) -> Plan:
+        """Return `chosen`, one of what was found, as a Plan; all else that was found are its alternatives."""
+        answer = self.answer
+        program, layout = answer.program, chosen.candidate
+        found = (answer.found.best, *answer.found.others, *answer.found.misfits[:_MISFITS_SHOWN])
+        others = [one for one in found if one is not None and one is not chosen]
+        notes = build.notes_of(program, layout)
+        if self.problem.optimizer is None:
+            notes += ("no optimizer was given: 8 bytes of moments for each parameter are assumed",)
+        return build.plan_of(
+            program,
+            self.topology,
+            layout,
+            notes=notes,
+            estimate=chosen.estimate,
+            alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
+            refused=answer.space.refused,
+            optimizer=self.problem.optimizer,
+            search=self,
+        )
+
+    def with_memory(self, share: float) -> Search:
+        """Return the search again, with `share` of the memory that this one planned for."""
+        answer = self.problem.solve(self.topology, self.declared, self.answer.capacity_bytes * share)
+        return dataclasses.replace(self, answer=answer)
 
 
 def _has_host(topology: Topology) -> bool:

@@ -16,9 +16,12 @@ from .wellformed import axes_of, check_plan, check_runs
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from ..compiled.child import Limits
+    from ..compiled.record import Proof
     from ..cost.estimate import Estimate
     from ..program.record import Program
     from .alternative import Alternative, Origin
+    from .door import Search
 
 # One entry an array dimension: no axis, one, or several with the major one first.
 Spec = tuple[str | tuple[str, ...] | None, ...]
@@ -61,8 +64,9 @@ class Plan:
     and its optimizer's arrays where that is another.
 
     A plan that was searched for also has its `estimate`, the `alternatives` it was preferred to, what was
-    `refused` outright (``tensor=3`` → reason) and its `origin`, the program it is for. `optimizer` is that of
-    the planning, for `init`; it is no part of the record.
+    `refused` outright (``tensor=3`` → reason) and its `origin`, the program it is for. `compiler_options` are
+    XLA's for this step, and `proof` is what the compiler made of it, where it was asked. `optimizer` is that
+    of the planning, for `init`, and `search` what the planning went through; they are no part of the record.
     """
 
     topology: str
@@ -81,7 +85,10 @@ class Plan:
     estimate: Estimate | None = None
     alternatives: tuple[Alternative, ...] = ()
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    compiler_options: Mapping[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    proof: Proof | None = None
     optimizer: Any = dataclasses.field(default=None, repr=False, compare=False)
+    search: Search | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be carried out: unknown axes, sizes that do not divide."""
@@ -148,6 +155,28 @@ class Plan:
         if optimizer is None:
             raise UserError("this plan knows no optimizer; write plan.init(init, key, optimizer)")
         return first_state(self, init, key, optimizer, mesh=self.make_mesh() if mesh is None else mesh)
+
+    def verify(
+        self,
+        loss: Callable[..., Any] | None = None,
+        params: Any = None,
+        batch: Any = None,
+        optimizer: Any = None,
+        *,
+        top: int = 1,
+        limits: Limits | None = None,
+        use_cache: bool = True,
+    ) -> Plan:
+        """Compile the step for the plan's topology, which need not be here; return the plan with its `proof`.
+
+        A plan that was just searched for knows its program; one that was loaded is given it. If it does not
+        fit, the next best that does is returned; with `top` above 1 so many layouts are compiled and the
+        fastest by the compiler's word is returned. `limits` bound the time and memory of each compile. Raises
+        UserError if nothing compiled fits, or if there is no compiler for the topology.
+        """
+        from .prove import prove
+
+        return prove(self, (loss, params, batch, optimizer), top=top, limits=limits, use_cache=use_cache)
 
     def explain(self, subject: str | None = None) -> str:
         """Return why the plan is as it is: all of it, or an axis (``tensor``, ``tensor=8``), a dimension or a

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 # What plans that were searched for have besides; left out of a file where there is none.
-_SEARCHED = ("saved", "moments", "origin", "estimate", "alternatives", "refused")
+_SEARCHED = (
+    "saved",
+    "moments",
+    "origin",
+    "estimate",
+    "alternatives",
+    "refused",
+    "compiler_options",
+    "proof",
+)
 # What plans of pipeline stages have besides.
 _STAGED = ("schedule", "interleave")
 # One line for each of their entries.
@@ -26,8 +35,9 @@ _TABLES = ("dims", "params", "batch", "moments", "refused")
 
 def to_dict(plan: Plan) -> dict[str, Any]:
     """Return the plan as plain values."""
-    record = dataclasses.asdict(dataclasses.replace(plan, optimizer=None))
-    del record["optimizer"]
+    record = dataclasses.asdict(dataclasses.replace(plan, optimizer=None, search=None))
+    for passing in ("optimizer", "search"):
+        del record[passing]
     spared = (*_SEARCHED, *(() if plan.schedule else _STAGED))
     kept = {key: value for key, value in record.items() if key not in spared or (key in _SEARCHED and value)}
     return {"format": FORMAT, **kept}
@@ -85,6 +95,10 @@ def from_dict(record: Mapping[str, Any]) -> Plan:
         from ..cost.estimate import Estimate
 
         values["estimate"] = Estimate(**values["estimate"])
+    if "proof" in values:
+        from ..compiled.record import Proof
+
+        values["proof"] = Proof.from_dict(values["proof"])
     if "alternatives" in values:
         from .alternative import alternative_from
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 if TYPE_CHECKING:
     import optax
-    from jax.sharding import Mesh
+    from jax.sharding import AbstractMesh, Mesh
 
     from ..planner.plan import Plan
 
@@ -62,7 +62,7 @@ def train_step(
     return Step(
         init=jax.jit(first, out_shardings=state_shardings),
         update=jax.jit(
-            _update(plan, loss, optimizer, mesh, measure),
+            planned_update(plan, loss, optimizer, mesh, measure),
             in_shardings=(state_shardings, batch_shardings),
             out_shardings=(state_shardings, None),
             donate_argnums=0,
@@ -84,7 +84,7 @@ def jitted_update(
 
     `state` is donated and stays where `plan` puts it; `batch` may lie anywhere, on the host too.
     """
-    update = _update(plan, loss, optimizer, mesh, None)
+    update = planned_update(plan, loss, optimizer, mesh)
 
     def constrained(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         plan.check(state["params"], batch, loss)
@@ -118,13 +118,24 @@ def _first(init: Callable[[Any], Any], optimizer: optax.GradientTransformation) 
     return first
 
 
-def _update(
+def abstract_state(params: Any, optimizer: optax.GradientTransformation) -> State:
+    """Return the shapes of the state that training `params` by `optimizer` has."""
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    return {
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "params": params,
+        "optimizer": jax.eval_shape(optimizer.init, params),
+    }
+
+
+def planned_update(
     plan: Plan,
     loss: Callable[[Any, Any], Any],
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    measure: Measure | None,
+    mesh: Mesh | AbstractMesh,
+    measure: Measure | None = None,
 ) -> Callable[[State, Any], tuple[State, dict[str, Any]]]:
+    """Return ``(state, batch) -> (state, metrics)`` under `plan`, not jitted."""
     planned = with_aux(plan.apply(loss, mesh))
 
     def update(state: State, batch: Any) -> tuple[State, dict[str, Any]]:

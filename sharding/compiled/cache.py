@@ -1,0 +1,83 @@
+"""Answers of compilers on disk: the same program, plan, topology and versions are compiled once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from ..user_cache import user_cache
+
+_FORMAT = 1
+_ANSWER, _PROGRAM = "answer.json", "program.hlo.gz"
+# What an entry must hold to be one.
+_FIELDS = ("outcome", "format")
+# The code that makes the step from a plan and reads what comes out.
+_MAKERS = ("transform", "ops", "compiled", "program", "cost/collectives", "cost/calibration")
+
+
+def folder_of(key: str) -> pathlib.Path:
+    """Return where the entry of `key` is kept."""
+    return user_cache() / "proofs" / key[:2] / key
+
+
+def key_of(facts: Mapping[str, Any]) -> str:
+    """Return the key of an entry; `facts` are plain values."""
+    written = json.dumps({**facts, "format": _FORMAT, "sources": _sources()}, sort_keys=True)
+    return hashlib.sha256(written.encode()).hexdigest()[:40]
+
+
+def load(key: str) -> dict[str, Any] | None:
+    """Return the answer kept under `key`, or None; an entry that cannot be read is removed."""
+    folder = folder_of(key)
+    try:
+        answer = json.loads((folder / _ANSWER).read_text(encoding="utf-8"))
+        if all(field in answer for field in _FIELDS) and answer["format"] == _FORMAT:
+            return answer
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError):
+        pass  # damaged: removed below, and compiled again
+    drop(key)
+    return None
+
+
+def keep(key: str, answer: Mapping[str, Any], hlo: bytes) -> None:
+    """Keep an answer and the compiled program's text, gzipped; all of it appears at once."""
+    folder = folder_of(key)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
+    except OSError:
+        return  # a cache that cannot be written costs time and nothing else
+    try:
+        (part / _ANSWER).write_text(json.dumps({**answer, "format": _FORMAT}), encoding="utf-8")
+        (part / _PROGRAM).write_bytes(hlo)
+        drop(key)
+        os.replace(part, folder)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def drop(key: str) -> None:
+    """Remove the entry of `key`, if there is one."""
+    shutil.rmtree(folder_of(key), ignore_errors=True)
+
+
+@functools.cache
+def _sources() -> str:
+    """Return a hash of the code that makes the step and reads what comes out; its changes void entries."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.suffix in (".py", ".toml") and (path.parent == root or name.startswith(_MAKERS)):
+            digest.update(name.encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]

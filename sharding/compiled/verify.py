@@ -1,0 +1,238 @@
+"""One planned step through the real compiler: does it fit, what does it consist of, how long does it take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from ..topology import Topology
+from . import cache
+from .child import Limits, run_worker
+from .record import Proof
+from .versions import versions
+
+if TYPE_CHECKING:
+    import optax
+
+    from ..planner.plan import Plan
+
+# Outcomes that the same compiler gives again, so that they are kept on disk.
+_LASTING = ("compiled", "out_of_memory", "failed")
+# Estimated so many times what a device holds, a step is not compiled: estimates were never that far off.
+_HOPELESS = 1.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What became of compiling a plan.
+
+    Attributes:
+      outcome: ``fits``, ``out_of_memory``, ``vmem_overflow``, ``failed`` (the compiler refused the program),
+        ``timed_out``, ``too_large`` (the compiler for this machine), ``died``.
+      message: one sentence for a user.
+      proof: what came out, where it compiled, even if it is too large.
+      peak_bytes: what a device would hold; 0 where nobody said.
+      capacity_bytes: what a device offers.
+      cached: whether it was known from before.
+    """
+
+    outcome: str
+    message: str
+    proof: Proof | None = None
+    peak_bytes: float = 0.0
+    capacity_bytes: float = math.inf
+    cached: bool = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step compiled and a device holds it."""
+        return self.outcome == "fits"
+
+
+def verify(
+    plan: Plan,
+    loss: Callable[[Any, Any], Any],
+    params: Any,
+    batch: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    limits: Limits | None = None,
+    use_cache: bool = True,
+) -> Verdict:
+    """Compile the training step of `plan` for its topology, in a process of its own, and read the result.
+
+    Nothing runs; devices need not be here. Raises UserError if the topology's compiler is not installed or
+    the plan is for another program.
+    """
+    topology = Topology.parse(plan.topology)
+    refuse_missing(topology)
+    early = _too_large_already(plan, params, batch, optimizer, topology)
+    if early is not None:
+        return early
+    here = versions(topology)
+    key = cache.key_of(
+        {
+            "plan": _what_is_compiled(plan),
+            "program": _program_of(plan, loss, params, batch),
+            "optimizer": _optimizer_of(optimizer, params),
+            "versions": here,
+        }
+    )
+    answer = cache.load(key) if use_cache else None
+    cached = answer is not None
+    if answer is None:
+        from .exported import export_step
+
+        plan.check(params, batch, loss)
+        program, donated = export_step(plan, loss, params, batch, optimizer, topology)
+        request = {
+            "plan": plan.to_dict(),
+            "donated": donated,
+            "options": dict(plan.compiler_options),
+            "versions": here,
+        }
+        ran = run_worker(request, program, environment(topology), limits or Limits())
+        answer = dict(ran.answer)
+        if answer["outcome"] in _LASTING:
+            cache.keep(key, answer, ran.hlo)
+    return _judge(answer, topology, cached)
+
+
+def refuse_missing(topology: Topology) -> None:
+    """Raise UserError, saying what to install, if no compiler for `topology` is here."""
+    if topology.chip.platform == "cpu":
+        return
+    from .targets import missing
+
+    sentence = missing(topology)
+    if sentence is not None:
+        raise UserError(sentence)
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """Return what a child's environment must say: no accelerator is looked for, one compiler is loaded."""
+    words = {"JAX_PLATFORMS": "cpu"}
+    if topology.chip.platform == "cpu":
+        return {**words, "JAX_NUM_CPU_DEVICES": str(topology.num_devices)}
+    if topology.is_torus:
+        return {
+            **words,
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            # No device is opened, so that several compilers may work side by side.
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+    return {**words, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+
+
+def capacity_of(topology: Topology) -> float:
+    """Return the bytes of a device that a step may take."""
+    chip = topology.chip
+    return math.inf if chip.nominal else float(chip.hbm_bytes or math.inf)
+
+
+def _judge(answer: Mapping[str, Any], topology: Topology, cached: bool) -> Verdict:
+    capacity = capacity_of(topology)
+    outcome, message = answer["outcome"], str(answer.get("message", ""))
+    if outcome == "compiled":
+        proof = dataclasses.replace(Proof.from_dict(answer["proof"]), cached=cached)
+        fits = proof.peak_bytes <= capacity
+        return Verdict(
+            outcome="fits" if fits else "out_of_memory",
+            message="" if fits else _too_much(proof.peak_bytes, capacity),
+            proof=proof,
+            peak_bytes=proof.peak_bytes,
+            capacity_bytes=capacity,
+            cached=cached,
+        )
+    if outcome == "out_of_memory" and answer.get("space") != "hbm":
+        outcome, message = (
+            "vmem_overflow",
+            f"a kernel needs more of the chip's own memory than it has: {message}",
+        )
+    elif outcome == "out_of_memory":
+        capacity = float(answer.get("limit_bytes", capacity))
+        message = _too_much(float(answer.get("used_bytes", 0.0)), capacity)
+    return Verdict(
+        outcome=outcome,
+        message=message,
+        peak_bytes=float(answer.get("used_bytes", 0.0)),
+        capacity_bytes=capacity,
+        cached=cached,
+    )
+
+
+def _too_much(peak: float, capacity: float) -> str:
+    from ..planner.reasons import gib
+
+    return f"compiled, it needs {gib(peak)} of a device's {gib(capacity)}, {gib(peak - capacity)} too much"
+
+
+def _too_large_already(
+    plan: Plan, params: Any, batch: Any, optimizer: optax.GradientTransformation, topology: Topology
+) -> Verdict | None:
+    """Return the verdict on a plan that need not be compiled to know that it does not fit."""
+    from ..planner.reasons import gib
+
+    capacity = capacity_of(topology)
+    stored = stored_bytes(plan, params, batch, optimizer)
+    if stored > capacity:
+        message = f"parameters, moments and batch alone take {gib(stored)} of a device's {gib(capacity)}"
+        return Verdict(outcome="out_of_memory", message=message, peak_bytes=stored, capacity_bytes=capacity)
+    if plan.estimate is not None and plan.estimate.peak_bytes > _HOPELESS * capacity:
+        peak = plan.estimate.peak_bytes
+        message = f"it is estimated at {gib(peak)} of a device's {gib(capacity)}, too far off to compile it"
+        return Verdict(outcome="out_of_memory", message=message, peak_bytes=peak, capacity_bytes=capacity)
+    return None
+
+
+def stored_bytes(plan: Plan, params: Any, batch: Any, optimizer: optax.GradientTransformation) -> float:
+    """Return the bytes of a device that the state and the batch take, exactly, apart from padding."""
+    import jax
+
+    from ..planner.wellformed import axes_of
+    from ..transform.step import abstract_state
+
+    total = 0.0
+    for kind, tree in (("params", abstract_state(params, optimizer)), ("batch", batch)):
+        specs = jax.tree.leaves(
+            plan.specs(tree, kind), is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)
+        )
+        for leaf, spec in zip(jax.tree.leaves(tree), specs, strict=True):
+            parts = math.prod(plan.mesh[axis] for entry in spec for axis in axes_of(entry))
+            total += math.prod(leaf.shape) * leaf.dtype.itemsize / parts
+    return total
+
+
+def _what_is_compiled(plan: Plan) -> dict[str, Any]:
+    """Return what of a plan's record decides about the program: not what it remembers of its making."""
+    record = plan.to_dict()
+    for key in ("estimate", "alternatives", "refused", "notes", "proof", "origin"):
+        record.pop(key, None)
+    return record
+
+
+def _program_of(plan: Plan, loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> str:
+    """Return the fingerprint of the traced loss, from the plan's search where it was just traced."""
+    if plan.search is not None and plan.search.problem.loss is loss:
+        return plan.search.problem.program.fingerprint
+    import jax
+
+    from ..program.tracing import trace
+
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, batch))
+    return trace(loss, *shapes).fingerprint
+
+
+def _optimizer_of(optimizer: optax.GradientTransformation, params: Any) -> str:
+    """Return the fingerprint of an optimizer's update on `params`."""
+    import jax
+
+    from ..program.identity import fingerprint
+    from ..transform.step import abstract_state
+
+    state = abstract_state(params, optimizer)
+    return fingerprint(jax.make_jaxpr(optimizer.update)(state["params"], state["optimizer"], state["params"]))

@@ -1,0 +1,125 @@
+"""The child process that compiles one step: `python -m meshwright.sharding.compiled.worker FOLDER`.
+
+FOLDER holds ``request.json`` and ``program.bin``; the child leaves ``program.hlo.gz`` and ``answer.json``
+there.
+Exactly one compiler is loaded, the one of the requested topology.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+# ``Ran out of memory in memory space hbm. Used 122.75G of 95.74G hbm.``
+_RAN_OUT = re.compile(r"[Rr]an out of memory in memory space (\w+)")
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) (\w+)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def main(folder: pathlib.Path) -> None:
+    """Compile what `folder` asks for and write the answer there."""
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    try:
+        answer = compile_request(request, (folder / "program.bin").read_bytes(), folder)
+    except Exception as error:  # whatever a compiler raises is an answer for the parent to tell apart
+        answer = failure(str(error))
+    unfinished = folder / "answer.part"
+    unfinished.write_text(json.dumps(answer), encoding="utf-8")
+    unfinished.rename(folder / "answer.json")
+
+
+def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.Path) -> dict[str, Any]:
+    """Compile `program` as `request` says; return what is to be known of it."""
+    import jax
+    from jax import export
+
+    from ..planner.plan import Plan
+    from ..topology import Topology
+    from .reading import read_proof
+
+    plan = Plan.from_dict(request["plan"])
+    topology = Topology.parse(plan.topology)
+    exported = export.deserialize(bytearray(program))
+    mesh = plan.make_mesh(devices=_devices(topology))
+    jitted = jax.jit(
+        exported.call,
+        in_shardings=exported.in_shardings_jax(mesh),
+        out_shardings=list(exported.out_shardings_jax(mesh)),
+        donate_argnums=tuple(range(request["donated"])),
+    )
+    arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals]
+    lowered = jitted.lower(*arguments)
+    start = time.perf_counter()
+    compiled = lowered.compile(compiler_options=request["options"] or None)
+    seconds = time.perf_counter() - start
+    text = compiled.as_text()
+    with gzip.open(folder / "program.hlo.gz", "wt", compresslevel=3) as file:
+        file.write(text)
+    sizes = compiled.memory_analysis()
+    proof = read_proof(
+        text,
+        topology=topology,
+        mesh=plan.mesh,
+        peak_bytes=float(sizes.peak_memory_in_bytes),
+        memory=memory_of(sizes),
+        compile_seconds=seconds,
+        versions=request["versions"],
+        planned=plan,
+    )
+    return {"outcome": "compiled", "proof": proof.to_dict()}
+
+
+def memory_of(sizes: Any) -> dict[str, float]:
+    """Return the compiler's sizes, bytes of one device, by what they are for."""
+    return {
+        "arguments": float(sizes.argument_size_in_bytes),
+        "temporaries": float(sizes.temp_size_in_bytes),
+        "outputs": float(sizes.output_size_in_bytes - sizes.alias_size_in_bytes),
+        "code": float(sizes.generated_code_size_in_bytes),
+        "host": float(
+            sizes.host_temp_size_in_bytes
+            + sizes.host_argument_size_in_bytes
+            + sizes.host_output_size_in_bytes
+        ),
+    }
+
+
+def failure(message: str) -> dict[str, Any]:
+    """Return the answer for a compiler's error: which memory ran out and by how much, or what it said.
+
+    >>> failure("Ran out of memory in memory space hbm. Used 2.5G of 2.0G hbm.")["used_bytes"]
+    2684354560.0
+    """
+    space, used = _RAN_OUT.search(message), _USED.search(message)
+    if space is None:
+        return {"outcome": "failed", "message": _first_lines(message)}
+    answer = {"outcome": "out_of_memory", "space": space[1], "message": _first_lines(message)}
+    if used is not None:
+        answer["used_bytes"] = float(used[1]) * _UNITS[used[2]]
+        answer["limit_bytes"] = float(used[3]) * _UNITS[used[4]]
+    return answer
+
+
+def _first_lines(message: str, lines: int = 4, width: int = 400) -> str:
+    return "\n".join(line[:width] for line in message.strip().splitlines()[:lines])
+
+
+def _devices(topology: Any) -> Any:
+    """Return the devices that are described, or simulated ones for a topology of CPU devices."""
+    import jax
+
+    if topology.chip.platform == "cpu":
+        return jax.devices()
+    from .targets import describe
+
+    return describe(topology).devices
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
