@@ -42,7 +42,9 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def plan(
-    config: ConfigFile,
+    config: Annotated[
+        pathlib.Path | None, typer.Argument(metavar="CONFIG", help="YAML file of settings.")
+    ] = None,
     overrides: Overrides = None,
     topology: Annotated[
         str | None, typer.Option(help="Devices to plan for, e.g. v5p:4x4x8; they need not be here.")
@@ -50,19 +52,36 @@ def plan(
     why: Annotated[
         str | None, typer.Option(help="Explain an axis (tensor, tensor=8), a dimension or a parameter.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Have the real compiler of the topology compile the step.")
+    ] = False,
+    top: Annotated[int, typer.Option(help="With --verify: compile so many of the best and choose.")] = 1,
+    compare: Annotated[
+        tuple[pathlib.Path, pathlib.Path] | None,
+        typer.Option(metavar="A.plan.json B.plan.json", help="Put two saved plans side by side."),
+    ] = None,
     save: Annotated[pathlib.Path | None, typer.Option(help="Write the plan here.")] = None,
     html: Annotated[pathlib.Path | None, typer.Option(help="Write the plan as a page here.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Find the fastest layout of a config's model on a topology, and say why."""
-    from .config import load
-    from .planning import facts, plan_config, write_files
+    """Find the fastest layout of a config's model on a topology, say why, and have the compiler prove it."""
+    from .planning import compare_plans, facts, plan_config, write_files
 
-    found, seconds = plan_config(load(config, overrides or []), topology)
+    if compare is not None:
+        _print(compare_plans(*compare, as_json=as_json))
+        return
+    if config is None:
+        raise UserError("give a CONFIG to plan for, or --compare with two saved plans")
+    from .config import load
+
+    if top != 1 and not verify:
+        raise UserError(f"--top {top} chooses among compiled plans; add --verify")
+    planned = plan_config(load(config, overrides or []), topology)
+    found = planned.verified(top).plan if verify else planned.plan
     answer = None if why is None else found.explain(why)
     write_files(found, plan_file=save, page=html)
     if as_json:
-        print(json.dumps(facts(found, seconds, answer)))
+        print(json.dumps(facts(found, planned.seconds, answer)))
     elif answer is not None:
         print(answer)
     else:
@@ -178,6 +197,10 @@ def _was_interrupted(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def _print(what: Any) -> None:
+    print(what) if isinstance(what, str) else _show(what)
 
 
 def _show(renderable: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -103,8 +104,24 @@ def search(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -
     )
 
 
-def plan_config(config: Config, topology: str | None = None) -> tuple[Plan, float]:
-    """Return the plan of a config for described or attached devices, and the seconds that planning took.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A config's plan, the seconds that planning took, and what it was planned for."""
+
+    plan: Plan
+    seconds: float
+    shapes: Shapes
+    optimizer: Any
+
+    def verified(self, top: int = 1) -> Planned:
+        """Have the topology's compiler judge the plan, or choose among the `top` best; see `Plan.verify`."""
+        shapes = self.shapes
+        plan = self.plan.verify(shapes.loss, shapes.params, shapes.batch, self.optimizer, top=top)
+        return dataclasses.replace(self, plan=plan)
+
+
+def plan_config(config: Config, topology: str | None = None) -> Planned:
+    """Return the plan of a config for described or attached devices.
 
     `topology` takes the place of the config's. A config that names a plan file gives the plan of that file;
     any other is planned, with what it declares kept. The seconds are those of tracing and searching, without
@@ -125,7 +142,7 @@ def plan_config(config: Config, topology: str | None = None) -> tuple[Plan, floa
         found = search(config, shapes, where, made)
     else:
         found = _from_file(config, shapes, where)
-    return found, time.perf_counter() - start
+    return Planned(plan=found, seconds=time.perf_counter() - start, shapes=shapes, optimizer=made)
 
 
 def facts(plan: Plan, planning_seconds: float, why: str | None = None) -> dict[str, Any]:
@@ -144,7 +161,20 @@ def facts(plan: Plan, planning_seconds: float, why: str | None = None) -> dict[s
         "alternatives": [dataclasses.asdict(row) for row in plan.alternatives],
         "notes": list(plan.notes),
         "planning_seconds": planning_seconds,
-    } | ({} if why is None else {"why": why})
+        **({} if why is None else {"why": why}),
+        **({} if plan.proof is None else {"compiled": plan.proof.to_dict()}),
+    }
+
+
+def compare_plans(a: pathlib.Path, b: pathlib.Path, *, as_json: bool) -> Any:
+    """Return two saved plans side by side: a renderable, or JSON's text."""
+    from ..sharding import Plan
+    from ..sharding.report.compare import compare_dict, compare_table
+
+    first, second = Plan.load(a), Plan.load(b)
+    if as_json:
+        return json.dumps(compare_dict(first, second))
+    return compare_table(first, second, (a.name, b.name))
 
 
 def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Path | None) -> None:

@@ -9,15 +9,15 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from ..user_cache import user_cache
 
+T = TypeVar("T")
+
 _FORMAT = 1
 _ANSWER, _PROGRAM = "answer.json", "program.hlo.gz"
-# What an entry must hold to be one.
-_FIELDS = ("outcome", "format")
 # The code that makes the step from a plan and reads what comes out.
 _MAKERS = ("transform", "ops", "compiled", "program", "cost/collectives", "cost/calibration")
 
@@ -33,16 +33,15 @@ def key_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(written.encode()).hexdigest()[:40]
 
 
-def load(key: str) -> dict[str, Any] | None:
-    """Return the answer kept under `key`, or None; an entry that cannot be read is removed."""
-    folder = folder_of(key)
+def load(key: str, read: Callable[[Mapping[str, Any]], T]) -> T | None:
+    """Return what `read` makes of the answer kept under `key`, or None; one that cannot be read is removed."""
     try:
-        answer = json.loads((folder / _ANSWER).read_text(encoding="utf-8"))
-        if all(field in answer for field in _FIELDS) and answer["format"] == _FORMAT:
-            return answer
+        answer = json.loads((folder_of(key) / _ANSWER).read_text(encoding="utf-8"))
+        if answer["format"] == _FORMAT:
+            return read(answer)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass  # damaged: removed below, and compiled again
     drop(key)
     return None

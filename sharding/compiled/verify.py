@@ -81,24 +81,23 @@ def verify(
             "versions": here,
         }
     )
-    answer = cache.load(key) if use_cache else None
-    cached = answer is not None
-    if answer is None:
-        from .exported import export_step
+    known = cache.load(key, lambda kept: _judge(kept, topology, cached=True)) if use_cache else None
+    if known is not None:
+        return known
+    from .exported import export_step
 
-        plan.check(params, batch, loss)
-        program, donated = export_step(plan, loss, params, batch, optimizer, topology)
-        request = {
-            "plan": plan.to_dict(),
-            "donated": donated,
-            "options": dict(plan.compiler_options),
-            "versions": here,
-        }
-        ran = run_worker(request, program, environment(topology), limits or Limits())
-        answer = dict(ran.answer)
-        if answer["outcome"] in _LASTING:
-            cache.keep(key, answer, ran.hlo)
-    return _judge(answer, topology, cached)
+    plan.check(params, batch, loss)
+    program, donated = export_step(plan, loss, params, batch, optimizer, topology)
+    request = {
+        "plan": plan.to_dict(),
+        "donated": donated,
+        "options": dict(plan.compiler_options),
+        "versions": here,
+    }
+    ran = run_worker(request, program, environment(topology), limits or Limits())
+    if ran.answer["outcome"] in _LASTING:
+        cache.keep(key, ran.answer, ran.hlo)
+    return _judge(ran.answer, topology, cached=False)
 
 
 def refuse_missing(topology: Topology) -> None:

@@ -1,0 +1,199 @@
+"""Plans through real compilers, in processes of their own: each way that it can end is a clear outcome."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from meshwright.sharding import Plan, Topology, UserError, plan
+from meshwright.sharding.compiled import cache, child
+from meshwright.sharding.compiled.child import Limits
+from meshwright.sharding.compiled.verify import verify
+
+WIDTH, ROWS = 512, 256
+
+
+def loss(params: Any, batch: Any) -> Any:
+    hidden = jax.nn.relu(batch["x"] @ params["up"])
+    return jnp.mean((hidden @ params["down"] - batch["y"]) ** 2)
+
+
+def program(width: int = WIDTH, rows: int = ROWS) -> tuple[Any, Any, Any, Any]:
+    shape = jax.ShapeDtypeStruct
+    params = {"up": shape((width, 4 * width), "float32"), "down": shape((4 * width, width), "float32")}
+    batch = {name: shape((rows, width), "float32") for name in ("x", "y")}
+    return loss, params, batch, optax.adamw(1e-3)
+
+
+def planned(topology: str = "cpu:8", width: int = WIDTH, rows: int = ROWS, **declared: Any) -> Plan:
+    loss, params, batch, optimizer = program(width, rows)
+    return plan(loss, params, batch, topology=topology, optimizer=optimizer, **declared)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_second_time_it_is_known(own_cache: pathlib.Path) -> None:
+    first = planned().verify()
+    assert first.proof is not None
+    assert not first.proof.cached
+    assert first.proof.peak_bytes > 0
+    assert first.proof.versions["jax"] == jax.__version__
+    start = time.perf_counter()
+    again = planned().verify()
+    assert again.proof == first.proof
+    assert again.proof is not None
+    assert again.proof.cached
+    assert time.perf_counter() - start < first.proof.compile_seconds + 5.0
+
+
+def test_a_damaged_entry_is_compiled_again(own_cache: pathlib.Path) -> None:
+    planned().verify()
+    (entry,) = own_cache.rglob("answer.json")
+    whole = entry.read_text()
+    for damaged in ("{", "[]", "{}", whole[: len(whole) // 2], '{"format": 1, "outcome": "compiled"}'):
+        entry.write_text(damaged)
+        again = planned().verify()
+        assert again.proof is not None
+        assert not again.proof.cached
+        assert entry.read_text() == whole or '"compile_seconds"' in entry.read_text()
+
+
+def test_another_program_plan_or_optimizer_is_another_entry(own_cache: pathlib.Path) -> None:
+    planned().verify()
+    for other in (planned(rows=2 * ROWS), planned(mesh={"tensor": 2})):
+        assert other.verify().proof.cached is False  # type: ignore[union-attr]
+    made = planned()
+    assert not verify(made, *program()[:3], optax.sgd(0.1)).cached
+    assert len(list(own_cache.rglob("answer.json"))) == 4
+
+
+def test_a_proof_is_kept_in_the_plan(tmp_path: pathlib.Path) -> None:
+    made = planned().verify()
+    made.save(tmp_path / "x.plan.json")
+    assert Plan.load(tmp_path / "x.plan.json").proof == made.proof
+
+
+def test_a_loaded_plan_is_given_its_program(tmp_path: pathlib.Path) -> None:
+    planned().save(tmp_path / "x.plan.json")
+    loaded = Plan.load(tmp_path / "x.plan.json")
+    with pytest.raises(
+        UserError, match=r"knows no loss; write plan.verify\(loss, params, batch, optimizer\)"
+    ):
+        loaded.verify()
+    assert loaded.verify(*program()).proof is not None
+    with pytest.raises(UserError, match="has shape"):
+        loaded.verify(*program(width=2 * WIDTH))
+
+
+def test_no_time_left() -> None:
+    verdict = verify(planned(), *program(), limits=Limits(seconds=0.2))
+    assert (verdict.outcome, verdict.cached) == ("timed_out", False)
+    assert "longer than 0.2 s" in verdict.message
+    # It says nothing of the plan, so that it is not remembered.
+    assert verify(planned(), *program()).fits
+
+
+def test_no_memory_left_for_the_compiler() -> None:
+    verdict = verify(planned(), *program(), limits=Limits(memory_bytes=32 * 2**20))
+    assert verdict.outcome == "too_large"
+    assert "its limit is 0.0 GiB" in verdict.message
+    with pytest.raises(UserError, match="could not be verified: the compiler took"):
+        planned().verify(limits=Limits(memory_bytes=32 * 2**20))
+
+
+def test_a_killed_child() -> None:
+    def kill() -> None:
+        while not (found := children()):
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(found[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    verdict = verify(planned(), *program())
+    killer.join()
+    assert verdict.outcome == "died"
+    assert "was ended by SIGKILL" in verdict.message
+
+
+def children() -> list[int]:
+    """Return the workers that this process started."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            words = (path.parent / "cmdline").read_bytes()
+        except (OSError, IndexError, ValueError):
+            continue
+        if parent == os.getpid() and b"compiled.worker" in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_no_child_is_left_when_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(child, "_watch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        verify(planned(), *program())
+    assert children() == []
+
+
+def test_a_topology_without_a_compiler_is_refused() -> None:
+    with pytest.raises(UserError, match="no compiler for mi300x"):
+        planned("mi300x:1x8").verify()
+
+
+def test_what_is_stored_alone_tells_that_it_does_not_fit() -> None:
+    made = planned("v5e:2x2", width=1024)
+    start = time.perf_counter()
+    verdict = verify(made, *program(width=40960))
+    assert verdict.outcome == "out_of_memory"
+    assert "parameters, moments and batch alone take" in verdict.message
+    assert time.perf_counter() - start < 2.0
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "h100:8"])
+def test_what_is_too_large_is_said_and_remembered(topology: str) -> None:
+    """A product of whole rows whose result no device holds: what is stored is small."""
+    capacity = Topology.parse(topology).chip.hbm_bytes
+    assert capacity is not None
+
+    def huge(params: Any, batch: Any) -> Any:
+        scores = batch["x"] @ params["w"]
+        return jnp.sum(jnp.sort(scores, axis=0) ** 2)
+
+    rows = 8 * int(capacity // 4 // 2048)
+    shape = jax.ShapeDtypeStruct
+    arguments = ({"w": shape((8, 2048), "float32")}, {"x": shape((rows, 8), "float32")})
+    small = plan(
+        huge, arguments[0], {"x": shape((8, 8), "float32")}, topology=topology, optimizer=optax.sgd(1.0)
+    )
+    from dataclasses import replace
+
+    row = replace(small.batch["x"], shape=(rows, 8))
+    made = replace(small, batch={"x": row}, estimate=None, origin=None, search=None)
+    verdict = verify(made, huge, *arguments, optax.sgd(1.0))
+    assert verdict.outcome == "out_of_memory"
+    assert verdict.peak_bytes > verdict.capacity_bytes > 0.8 * capacity
+    assert "too much" in verdict.message
+    assert verify(made, huge, *arguments, optax.sgd(1.0)).cached
+
+
+def test_the_key_changes_with_any_fact() -> None:
+    facts = {"plan": {"mesh": {"data": 8}}, "versions": {"jax": "1"}}
+    keys = {cache.key_of(facts), cache.key_of({**facts, "versions": {"jax": "2"}}), cache.key_of({})}
+    assert len(keys) == 3
