@@ -44,6 +44,8 @@ class Chip:
     hbm_bytes: int | None = None
     hbm_bytes_per_second: float | None = None
     vmem_bytes: int | None = None
+    clock_hz: float | None = None
+    """Of one core, in which the compiler counts its cycles; two cores of a megacore work at once."""
 
     fabric: str = "host"
     """``torus``, ``switch``, ``full_mesh``, ``shared_memory``, or ``host`` when not known."""

@@ -54,7 +54,7 @@ def reaches(axes: Mapping[str, int], topology: Topology) -> Mapping[str, Reach]:
     """
     sizes = resolve_axes(axes, topology.num_devices)
     laid = arrange(sizes, topology)
-    host, domain, within = _homes(topology)
+    host, domain, within = homes(topology)
     found = {}
     for index, (axis, size) in enumerate(sizes.items()):
         groups = np.moveaxis(laid, index, 0).reshape(size, -1)
@@ -74,7 +74,7 @@ def _differ(groups: np.ndarray) -> bool:
     return bool((groups != groups[:1]).any())
 
 
-def _homes(topology: Topology) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
+def homes(topology: Topology) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
     """Return for every position its host, its fast-fabric domain, and its coordinate on each torus axis."""
     positions = np.arange(topology.num_devices)
     domain = positions // topology.devices_per_domain

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .groups import Groups, parse_pairs, parse_replica_groups
 
@@ -24,13 +24,16 @@ COLLECTIVES = {
 
 _HEADER = re.compile(r"^HloModule\s+([^\s,]+)")
 _COMPUTATION = re.compile(r"^(ENTRY\s+)?%?([^\s(]+)\s*\(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT\s+)?%?([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
+_APPLIES = re.compile(r"\bto_apply=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'\bop_name="((?:[^"\\]|\\.)*)"')
 _FRAME = re.compile(r"\bstack_frame_id=(\d+)")
 _SOURCE = re.compile(r'\bsource_file="((?:[^"\\]|\\.)*)"(?:\s+source_line=(\d+))?')
+# A TPU's reduce-scatter is a fusion of an all-reduce and the slice kept of it, never made whole.
+_SCATTERS = "AllReduceScatterFusion"
 _TABLE_ROW = re.compile(r"^(\d+)\s+(.*)$")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
@@ -57,7 +60,9 @@ class Instruction:
     """One instruction of a program.
 
     `collective` is set on the operation itself, on the start and done of an asynchronous one, and on a
-    fusion or asynchronous wrapper whose body is one.
+    fusion or asynchronous wrapper whose body is one. `shape` is the result's as written; `attributes` is what
+    follows the operands, `literal` what stands between the parentheses of a constant or parameter, `frame` the
+    innermost of the frames it came from (`Program.frames`).
     """
 
     name: str
@@ -68,16 +73,36 @@ class Instruction:
     op_name: str
     source: SourceLine | None
     collective: Collective | None
+    shape: str = ""
+    operands: tuple[str, ...] = ()
+    attributes: str = ""
+    literal: str = ""
+    frame: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computation:
+    """A computation: its instructions in the order written, which is that of the schedule, and its root."""
+
+    name: str
+    instructions: tuple[str, ...]
+    root: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """An optimised program: its module's name, its instructions by name, the entry computation's name."""
+    """An optimised program: its module's name, its instructions by name, the entry computation's name.
+
+    `header` is its first line; `frames` maps a frame to the lines it stands for, from the innermost outwards.
+    """
 
     name: str
     entry: str
     num_devices: int
     instructions: Mapping[str, Instruction]
+    computations: Mapping[str, Computation] = field(default_factory=dict)
+    header: str = ""
+    frames: Mapping[int, tuple[SourceLine, ...]] = field(default_factory=dict)
 
 
 def parse_program(text: str) -> Program:
@@ -94,16 +119,32 @@ def parse_program(text: str) -> Program:
     frames = _read_frames(text)
     computation = entry = ""
     instructions: dict[str, Instruction] = {}
+    members: dict[str, list[str]] = {}
+    roots: dict[str, str] = {}
     for line in text.splitlines():
         if (match := _INSTRUCTION.match(line)) is not None:
-            instruction = _read_instruction(match[1], match[2], computation, frames, num_devices)
+            instruction = _read_instruction(match[2], match[3], computation, frames, num_devices)
             if instruction is not None:
                 instructions[instruction.name] = instruction
+                members.setdefault(computation, []).append(instruction.name)
+                if match[1]:
+                    roots[computation] = instruction.name
         elif (match := _COMPUTATION.match(line)) is not None:
             computation = match[2]
             entry = computation if match[1] else entry
     _spread_collectives(instructions)
-    return Program(name=header[1], entry=entry, num_devices=num_devices, instructions=instructions)
+    return Program(
+        name=header[1],
+        entry=entry,
+        num_devices=num_devices,
+        instructions=instructions,
+        computations={
+            name: Computation(name=name, instructions=tuple(names), root=roots.get(name, names[-1]))
+            for name, names in members.items()
+        },
+        header=first_line,
+        frames=frames,
+    )
 
 
 def collective_kind(opcode: str) -> str | None:
@@ -117,13 +158,23 @@ def _header_int(line: str, key: str) -> int:
 
 
 def _read_instruction(
-    name: str, rest: str, computation: str, frames: Mapping[int, SourceLine], num_devices: int
+    name: str,
+    rest: str,
+    computation: str,
+    frames: Mapping[int, tuple[SourceLine, ...]],
+    num_devices: int,
 ) -> Instruction | None:
-    opcode = _OPCODE.match(rest, _shape_end(rest))
+    shape_end = _shape_end(rest)
+    opcode = _OPCODE.match(rest, shape_end)
     if opcode is None:
         return None
     arguments = rest[opcode.end() :]
-    operand, calls, op_name = _OPERAND.search(arguments), _CALLS.search(arguments), _OP_NAME.search(arguments)
+    inside, attributes = _split_arguments(arguments)
+    operands = tuple(_OPERAND.findall(inside))
+    # A call runs what it applies; for a reduction that is only how two elements become one.
+    runs = _APPLIES if opcode[1] in ("call", "call-start") else _CALLS
+    operand, calls, op_name = _OPERAND.search(arguments), runs.search(arguments), _OP_NAME.search(arguments)
+    frame = _FRAME.search(attributes)
     return Instruction(
         name=name,
         opcode=opcode[1],
@@ -133,7 +184,25 @@ def _read_instruction(
         op_name=op_name[1] if op_name else "",
         source=_source(arguments, frames),
         collective=_collective(opcode[1], arguments, num_devices),
+        shape=rest[:shape_end],
+        operands=operands,
+        attributes=attributes,
+        literal="" if operands else inside,
+        frame=int(frame[1]) if frame else None,
     )
+
+
+def _split_arguments(text: str) -> tuple[str, str]:
+    """Split what follows ``opcode(`` at the parenthesis that closes it."""
+    end = text.find(")")
+    if "(" not in text[: max(end, 0)]:
+        return text[: max(end, 0)], text[end + 1 :]
+    depth = 1
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return text[:place], text[place + 1 :]
+    return text, ""
 
 
 def _shape_end(text: str) -> int:
@@ -164,9 +233,12 @@ def _spread_collectives(instructions: dict[str, Instruction]) -> None:
     """Give wrappers the collective inside them, then each done the collective of its start."""
     inside = {i.computation: i.collective for i in instructions.values() if i.collective is not None}
     for name, instruction in list(instructions.items()):
-        wraps = instruction.opcode == "fusion" or instruction.opcode.startswith("async-")
+        wraps = instruction.opcode == "fusion" or instruction.opcode.endswith("-start")
         if wraps and instruction.collective is None and instruction.calls in inside:
-            instructions[name] = replace(instruction, collective=inside[instruction.calls])
+            collective = inside[instruction.calls or ""]
+            if _SCATTERS in instruction.attributes:
+                collective = replace(collective, kind="reduce_scatter")
+            instructions[name] = replace(instruction, collective=collective)
     for name, instruction in list(instructions.items()):
         start = instruction
         while start.collective is None and start.opcode.endswith(("-done", "-update")) and start.operand:
@@ -178,16 +250,17 @@ def _spread_collectives(instructions: dict[str, Instruction]) -> None:
             instructions[name] = replace(instruction, collective=start.collective)
 
 
-def _source(arguments: str, frames: Mapping[int, SourceLine]) -> SourceLine | None:
+def _source(arguments: str, frames: Mapping[int, tuple[SourceLine, ...]]) -> SourceLine | None:
     if (frame := _FRAME.search(arguments)) is not None:
-        return frames.get(int(frame[1]))
+        lines = frames.get(int(frame[1]))
+        return lines[0] if lines else None
     if (written := _SOURCE.search(arguments)) is not None:
         return SourceLine(file=written[1], line=int(written[2] or 0))
     return None
 
 
-def _read_frames(text: str) -> dict[int, SourceLine]:
-    """Read the tables at the top: frame → location → (file, function, line), its innermost."""
+def _read_frames(text: str) -> dict[int, tuple[SourceLine, ...]]:
+    """Read the tables at the top: frame → location → (file, function, line), from the innermost outwards."""
     tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
     current: str | None = None
     for line in text.splitlines():
@@ -198,16 +271,25 @@ def _read_frames(text: str) -> dict[int, SourceLine]:
         elif line.endswith("{"):
             break  # the first computation: the tables stand before it
 
-    frames: dict[int, SourceLine] = {}
+    lines: dict[int, SourceLine] = {}
+    parents: dict[int, int] = {}
     for number, row in tables["StackFrames"].items():
-        location = _fields(tables["FileLocations"].get(_fields(row).get("file_location_id", 0), ""))
+        fields = _fields(row)
+        location = _fields(tables["FileLocations"].get(fields.get("file_location_id", 0), ""))
         file = tables["FileNames"].get(location.get("file_name_id", 0))
+        parents[number] = fields.get("parent_frame_id", 0)
         if file is not None:
             function = tables["FunctionNames"].get(location.get("function_name_id", 0), "")
-            frames[number] = SourceLine(
+            lines[number] = SourceLine(
                 file=file.strip('"'), line=location.get("line", 0), function=function.strip('"')
             )
-    return frames
+    # Some versions write the parent's number plus one: the outermost frame then is its own parent.
+    shift = any(number == parent for number, parent in parents.items())
+    found: dict[int, tuple[SourceLine, ...]] = {}
+    for number, line in lines.items():
+        outer = found.get(parents[number] - shift, ())
+        found[number] = (line, *outer)
+    return found
 
 
 def _fields(row: str) -> dict[str, int]:

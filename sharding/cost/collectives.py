@@ -83,7 +83,7 @@ def _links(
         inside = max(1, min(size, topology.devices_per_domain // stride))
         busy = sizes.get("stage", 1) > 1 and axis in _ACTIVATIONS
         starts = calibration.pipelined_starts if busy else 1.0
-        found[axis] = _switched(size, inside, topology, calibration, starts)
+        found[axis] = switched_link(size, inside, topology, calibration, starts)
         stride *= size
     return found
 
@@ -102,7 +102,9 @@ def _network_rate(topology: Topology, calibration: Calibration) -> float:
     return rate / chip.devices_per_chip * calibration.network_efficiency
 
 
-def _switched(size: int, inside: int, topology: Topology, calibration: Calibration, starts: float) -> Link:
+def switched_link(
+    size: int, inside: int, topology: Topology, calibration: Calibration, starts: float = 1.0
+) -> Link:
     """Return the link of a group with `inside` members on each fast domain.
 
     A ring that leaves a domain enters and leaves through the adapters of all its members there.
@@ -132,34 +134,69 @@ def _switched(size: int, inside: int, topology: Topology, calibration: Calibrati
 
 
 def _torus_links(sizes: Mapping[str, int], topology: Topology, calibration: Calibration) -> dict[str, Link]:
-    chip = topology.chip
-    one = (chip.link_bytes_per_second or math.inf) * calibration.fabric_efficiency
-    found = {}
     complete = {axis: sizes.get(axis, 1) for axis in sizes}
-    for axis, reach in reaches(complete, topology).items():
-        if reach.size == 1:
-            continue
-        rate, hops = 0.0, 0
-        for extent, whole, wrap in zip(reach.extent, reach.whole, topology.wrap, strict=True):
-            if extent > 1:
-                closed = whole and wrap
-                rate += one * (2 if closed else 1)
-                hops += extent // 2 if closed else extent - 1
-        if rate == 0.0:
-            rate = (chip.core_link_bytes_per_second or one) * calibration.fabric_efficiency
-        seconds = calibration.fabric_seconds * max(hops, 1)
-        point = min(rate, one)
-        if reach.domains:
-            inside = max(1, reach.size // topology.num_slices)
-            network = inside * _network_rate(topology, calibration)
-            rate = min(rate, network) if inside > 1 else network
-            point = _network_rate(topology, calibration)
-            seconds += calibration.network_seconds * (topology.num_slices - 1)
-        found[axis] = Link(
+    return {
+        axis: torus_link(
             size=reach.size,
-            bytes_per_second=rate,
-            point_bytes_per_second=point,
-            seconds=seconds,
-            network=reach.domains,
+            extent=reach.extent,
+            whole=reach.whole,
+            crosses_slices=reach.domains,
+            topology=topology,
+            calibration=calibration,
         )
-    return found
+        for axis, reach in reaches(complete, topology).items()
+        if reach.size > 1
+    }
+
+
+def torus_link(
+    *,
+    size: int,
+    extent: tuple[int, ...],
+    whole: tuple[bool, ...],
+    crosses_slices: bool,
+    topology: Topology,
+    calibration: Calibration,
+    drives: int | None = None,
+    sharing: int = 1,
+) -> Link:
+    """Return the link of a group of `size` devices that touches `extent` chips along each torus axis.
+
+    Every axis that a group spans is a ring of its own: driven both ways where a wraparound link closes it, one
+    way's worth where it is open, since its middle link then carries half of everything each way. All axes at
+    once carry what they carry together (scaling book, "Sharded Matrices", collectives over several axes).
+
+    Args:
+      size: devices of the group, over all slices.
+      extent: chips of it along each torus axis, 1 where it does not reach.
+      whole: for each torus axis, whether the extent is all of it.
+      crosses_slices: whether the group spans all slices, over the data-centre network.
+      drives: directed links that the algorithm uses at once; all those there are if not given.
+      sharing: groups that use the same chips' links at once, as when each core of a chip is in its own.
+    """
+    one = (topology.chip.link_bytes_per_second or math.inf) * calibration.fabric_efficiency / sharing
+    rate, hops = 0.0, 0
+    for chips, all_of, wrap in zip(extent, whole, topology.wrap, strict=True):
+        if chips > 1:
+            closed = all_of and wrap
+            rate += one * (2 if closed else 1)
+            hops += chips // 2 if closed else chips - 1
+    if drives is not None:
+        rate = min(rate, one * drives)
+    if rate == 0.0:
+        rate = (topology.chip.core_link_bytes_per_second or one) * calibration.fabric_efficiency
+    seconds = calibration.fabric_seconds * max(hops, 1)
+    point = min(rate, one)
+    if crosses_slices:
+        inside = max(1, size // topology.num_slices)
+        network = inside * _network_rate(topology, calibration)
+        rate = min(rate, network) if inside > 1 else network
+        point = _network_rate(topology, calibration)
+        seconds += calibration.network_seconds * (topology.num_slices - 1)
+    return Link(
+        size=size,
+        bytes_per_second=rate,
+        point_bytes_per_second=point,
+        seconds=seconds,
+        network=crosses_slices,
+    )

@@ -1,0 +1,211 @@
+"""Seconds of a compiled collective over the links that its algorithm drives.
+
+The link model is the planner's (`meshwright.sharding.cost.collectives`), asked for the devices that are in a group
+rather than for a mesh axis, and held to the links that the algorithm uses at once. Two kinds of traffic do not go
+round a ring and are counted link by link on a torus, by the shortest way, one torus axis after the other:
+
+- permute: each pair's way over the links; the fullest link carries as many times the bytes.
+- all-to-all: on an axis of k chips a device's data goes k / 4 hops on average where it wraps, over two directions:
+  local bytes x k / 8 a link; the middle link of an open axis carries local bytes x k / 4. The axes are used at
+  once, so the longest one tells (scaling book, "Sharded Matrices", all-to-all: a quarter of an all-gather).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..arrange import arrange
+from ..cost.calibration import Calibration
+from ..cost.collectives import Link, switched_link, torus_link
+from ..reach import homes
+from ..topology import Topology
+from .algorithm import Algorithm
+from .groups import Groups
+
+#: What a device sends of the result (all-gather), the operand (the others), as a share; n devices a group.
+_SENT = {
+    "all_gather": lambda n: (n - 1) / n,
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n,
+    "ragged_all_to_all": lambda n: (n - 1) / n,
+    "collective_permute": lambda n: 1.0,
+    "collective_broadcast": lambda n: 1.0,
+}
+
+
+def wire_bytes(kind: str, size: int, whole_bytes: float) -> float:
+    """Return what one device sends.
+
+    `whole_bytes` is the result of an all-gather, the operand of a reduce-scatter, all-to-all or permute, either of
+    an all-reduce; on a ring of `size` devices (Patarasuk and Yuan, 2009).
+    """
+    return 0.0 if size < 2 else _SENT[kind](size) * whole_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Where the devices of a group lie.
+
+    `resources` are the links that its traffic uses, ``("torus", 0)``, ``("network",)``, …: what is open at once
+    over the same ones shares them.
+    """
+
+    size: int
+    extent: tuple[int, ...]
+    whole: tuple[bool, ...]
+    crosses_slices: bool
+    inside: int
+    sharing: int
+    resources: frozenset[tuple[object, ...]]
+
+
+class Fabric:
+    """The links of a topology, its devices in the order of ``mesh.devices.flat``."""
+
+    def __init__(self, topology: Topology, mesh: Mapping[str, int], calibration: Calibration) -> None:
+        self.topology = topology
+        self.calibration = calibration
+        position = arrange(mesh, topology).reshape(-1)
+        host, domain, within = homes(topology)
+        self._domain = domain[position]
+        self._within = tuple(coordinate[position] for coordinate in within)
+        self._spans: dict[Groups, Span] = {}
+        self._loads: dict[Groups, tuple[float, bool]] = {}
+
+    def span(self, groups: Groups) -> Span:
+        """Return where the first group lies; the groups of one collective are alike."""
+        if groups not in self._spans:
+            self._spans[groups] = self._find(groups)
+        return self._spans[groups]
+
+    def first_slice(self) -> tuple[int, ...]:
+        """Return the devices of the first slice (or fast-fabric domain), in mesh order."""
+        return tuple(int(place) for place in np.flatnonzero(self._domain == 0))
+
+    def across_slices(self) -> Groups:
+        """Return the groups of devices that stand at the same place of each slice, in mesh order."""
+        rows = [np.flatnonzero(self._domain == domain) for domain in np.unique(self._domain)]
+        return tuple(tuple(int(place) for place in group) for group in zip(*rows, strict=True))
+
+    def seconds(self, kind: str, groups: Groups, algorithm: Algorithm, whole_bytes: float) -> float:
+        """Return the seconds that one collective keeps its links busy; `whole_bytes` as for `wire_bytes`."""
+        if kind == "collective_permute":
+            return self._permute(groups, whole_bytes)
+        span = self.span(groups)
+        if span.size < 2:
+            return 0.0
+        link = self._link(span, algorithm.drives)
+        if kind in ("all_to_all", "ragged_all_to_all"):
+            if self.topology.is_torus and not span.crosses_slices:
+                return self._exchange(span, whole_bytes) + link.starts("all_to_all", 1.0)
+            return link.collective("all_to_all", whole_bytes * span.size)
+        if kind == "collective_broadcast":
+            return whole_bytes / link.bytes_per_second + link.starts(kind, 1.0)
+        return link.collective(kind, whole_bytes)
+
+    def _find(self, groups: Groups) -> Span:
+        first = np.asarray(max(groups, key=lambda group: len(set(group)), default=()), int)
+        domains = np.unique(self._domain[first])
+        extent = tuple(len(np.unique(coordinate[first])) for coordinate in self._within)
+        topology = self.topology
+        chips = math.prod(extent) if extent else len(first)
+        cores = max(1, len(first) // max(1, chips * len(domains))) if topology.is_torus else 1
+        used: list[tuple[object, ...]] = [("torus", axis) for axis, n in enumerate(extent) if n > 1]
+        if len(domains) > 1:
+            used.append(("network",))
+        if not topology.is_torus:
+            used.append(("fabric",))
+        return Span(
+            size=len(first),
+            extent=extent,
+            whole=tuple(n == k for n, k in zip(extent, topology.shape, strict=False)),
+            crosses_slices=len(domains) > 1,
+            inside=max(1, len(first) // max(len(domains), 1)),
+            sharing=max(1, topology.chip.devices_per_chip // cores) if topology.is_torus else 1,
+            resources=frozenset(used or [("chip",)]),
+        )
+
+    def _link(self, span: Span, drives: int | None) -> Link:
+        if not self.topology.is_torus:
+            return switched_link(span.size, span.inside, self.topology, self.calibration)
+        return torus_link(
+            size=span.size,
+            extent=span.extent,
+            whole=span.whole,
+            crosses_slices=span.crosses_slices,
+            topology=self.topology,
+            calibration=self.calibration,
+            drives=drives,
+            sharing=span.sharing,
+        )
+
+    def _exchange(self, span: Span, local_bytes: float) -> float:
+        one = self._one() / span.sharing
+        busiest = max(
+            (
+                chips / (8 if all_of and wrap else 4)
+                for chips, all_of, wrap in zip(span.extent, span.whole, self.topology.wrap, strict=True)
+                if chips > 1
+            ),
+            default=0.0,
+        )
+        if not busiest:
+            return self._link(span, None).transfer("all_to_all", local_bytes * span.size)
+        # The cores of a chip that are both in the group put twice as much on its links.
+        cores = self.topology.chip.devices_per_chip // span.sharing
+        return local_bytes * cores * busiest / one
+
+    def _permute(self, pairs: Groups, bytes_: float) -> float:
+        if pairs not in self._loads:
+            self._loads[pairs] = self._load(pairs)
+        load, crosses = self._loads[pairs]
+        if not load:
+            return 0.0
+        link = self._link(self.span(pairs), None)
+        if crosses:
+            return bytes_ * load / link.point_bytes_per_second + link.seconds
+        one = self._one() if self.topology.is_torus else link.bytes_per_second
+        return bytes_ * load / one + self.calibration.fabric_seconds * load
+
+    def _one(self) -> float:
+        return (self.topology.chip.link_bytes_per_second or math.inf) * self.calibration.fabric_efficiency
+
+    def _load(self, pairs: Groups) -> tuple[float, bool]:
+        """Return how many pairs the fullest link carries, and whether any pair leaves its domain."""
+        moving = np.asarray([pair for pair in pairs if pair[0] != pair[1]], int).reshape(-1, 2)
+        if not len(moving):
+            return 0.0, False
+        source, target = moving[:, 0], moving[:, 1]
+        if (self._domain[source] != self._domain[target]).any():
+            return 1.0, True
+        if not self.topology.is_torus:
+            return 1.0, False
+        loads: dict[tuple[int, ...], int] = {}
+        shape, wrap = self.topology.shape, self.topology.wrap
+        starts = np.stack([c[source] for c in self._within], axis=1)
+        ends = np.stack([c[target] for c in self._within], axis=1)
+        for begin, end, domain in zip(starts.tolist(), ends.tolist(), self._domain[source], strict=True):
+            here = list(begin)
+            for axis, n in enumerate(shape):
+                steps, way = _shortest(begin[axis], end[axis], n, wrap[axis])
+                for _ in range(steps):
+                    link = (int(domain), *here, axis, way)
+                    loads[link] = loads.get(link, 0) + 1
+                    here[axis] = (here[axis] + way) % n
+        # Two cores of a chip that swap with each other use no link between chips.
+        return float(max(loads.values(), default=1)), False
+
+
+@functools.lru_cache(maxsize=4096)
+def _shortest(begin: int, end: int, size: int, wraps: bool) -> tuple[int, int]:
+    forward = end - begin
+    if not wraps:
+        return abs(forward), 1 if forward > 0 else -1
+    ahead, back = forward % size, -forward % size
+    return (ahead, 1) if ahead <= back else (back, -1)

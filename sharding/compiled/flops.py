@@ -1,0 +1,181 @@
+"""Multiply-adds of the products inside an instruction, and the bytes that it reads and writes.
+
+A product is counted from its shapes: twice the output's elements times what is contracted (``dot``), or twice the
+pairs of an output place and a window place that meet an input rather than padding or a hole (``convolution``;
+libtpu writes every product as one, often with batch dimensions as windows).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+
+from .hlo import Instruction, Program
+from .shapes import Array, leaves, parse_shape
+
+_CONTRACTING = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
+_LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
+_WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
+_GROUPS = re.compile(r"\b(feature_group_count|batch_group_count)=(\d+)")
+_GEMM = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
+_KERNEL_FLOPS = re.compile(r'"flops":"?(\d+)')
+_KERNEL_BYTES = re.compile(r'"bytes_accessed":"?(\d+)')
+
+# A fusion reads only these parts of an operand.
+_PARTS = frozenset({"dynamic-slice", "slice", "gather"})
+_THROUGH = frozenset({"bitcast", "copy", "convert", "reshape", "transpose"})
+
+
+def flops(program: Program, instruction: Instruction) -> float:
+    """Return the flops of all products in an instruction, those inside its fusion too, run once."""
+    if instruction.opcode == "dot":
+        return _dot(program, instruction)
+    if instruction.opcode == "convolution":
+        return _convolution(program, instruction)
+    if instruction.opcode == "custom-call":
+        return _custom(program, instruction)
+    if instruction.calls in program.computations and instruction.opcode in ("fusion", "fusion-start"):
+        inside = program.computations[instruction.calls].instructions
+        return sum(flops(program, program.instructions[name]) for name in inside)
+    return 0.0
+
+
+def moved_bytes(program: Program, instruction: Instruction) -> float:
+    """Return the bytes an instruction reads and writes in memory: of a fusion's operand what it takes of it."""
+    stated = _KERNEL_BYTES.search(instruction.attributes) if instruction.opcode == "custom-call" else None
+    if stated is not None:
+        return float(stated[1])
+    if instruction.calls in program.computations and instruction.opcode == "fusion":
+        return _fusion_bytes(program, instruction)
+    result = _bytes(instruction)
+    if instruction.opcode in _PARTS:
+        return 2.0 * result
+    if instruction.opcode == "dynamic-update-slice" and len(instruction.operands) > 1:
+        return 2.0 * _bytes(program.instructions.get(instruction.operands[1]))
+    return result + sum(_bytes(program.instructions.get(operand)) for operand in instruction.operands)
+
+
+def _bytes(instruction: Instruction | None) -> float:
+    return 0.0 if instruction is None else sum(a.bytes for a in leaves(parse_shape(instruction.shape)))
+
+
+def _array(program: Program, name: str) -> Array:
+    return leaves(parse_shape(program.instructions[name].shape))[0]
+
+
+def _dot(program: Program, dot: Instruction) -> float:
+    left = _array(program, dot.operands[0])
+    contracted = _CONTRACTING.search(dot.attributes)
+    dims = [int(d) for d in contracted[1].split(",") if d] if contracted else []
+    out = leaves(parse_shape(dot.shape))[0]
+    return 2.0 * out.elements * math.prod(left.dims[d] for d in dims)
+
+
+def _custom(program: Program, call: Instruction) -> float:
+    """A library's product says what it contracts; a Pallas kernel what its author estimated, if they did."""
+    gemm = _GEMM.search(call.attributes)
+    if gemm is not None and call.operands:
+        left = _array(program, call.operands[0])
+        dims = [int(d) for d in re.findall(r"\d+", gemm[1])]
+        out = leaves(parse_shape(call.shape))[0]
+        return 2.0 * out.elements * math.prod(left.dims[d] for d in dims)
+    stated = _KERNEL_FLOPS.search(call.attributes)
+    return float(stated[1]) if stated else 0.0
+
+
+def _convolution(program: Program, convolution: Instruction) -> float:
+    labels = _LABELS.search(convolution.attributes)
+    if labels is None or len(convolution.operands) < 2:
+        return 0.0
+    left, right = (_array(program, operand) for operand in convolution.operands[:2])
+    out = leaves(parse_shape(convolution.shape))[0]
+    lhs, rhs, result = labels[1], labels[2], labels[3]
+    group = {key: int(count) for key, count in _GROUPS.findall(convolution.attributes)}
+    total = 2.0 * out.dims[result.index("b")] * out.dims[result.index("f")] * right.dims[rhs.index("i")]
+    total /= group.get("batch_group_count", 1)
+    spatial = sorted(label for label in lhs if label.isdigit())
+    window = _window(convolution.attributes, len(spatial)) if spatial else {}
+    for place, label in enumerate(spatial):
+        if label not in rhs or label not in result:
+            continue
+        row = {key: values[place] for key, values in window.items()}
+        total *= _meetings(
+            left.dims[lhs.index(label)], out.dims[result.index(label)], right.dims[rhs.index(label)], **row
+        )
+    return total
+
+
+def _window(attributes: str, rank: int) -> dict[str, list[int]]:
+    written = _WINDOW.search(attributes)
+    fields = dict(part.split("=", 1) for part in written[1].split() if "=" in part) if written else {}
+    pads = [pair.split("_")[0] for pair in fields["pad"].split("x")] if "pad" in fields else ["0"] * rank
+    read = {
+        "stride": [int(v) for v in fields["stride"].split("x")] if "stride" in fields else [1] * rank,
+        "pad": [int(v) for v in pads],
+        "holes": [int(v) for v in fields["lhs_dilate"].split("x")] if "lhs_dilate" in fields else [1] * rank,
+        "spread": [int(v) for v in fields["rhs_dilate"].split("x")] if "rhs_dilate" in fields else [1] * rank,
+    }
+    return {key: values + [values[-1]] * (rank - len(values)) for key, values in read.items()}
+
+
+@lru_cache(maxsize=4096)
+def _meetings(size: int, out: int, window: int, *, stride: int, pad: int, holes: int, spread: int) -> float:
+    """Return how many pairs of an output and a window place meet an input of `size`."""
+    reach = (size - 1) * holes  # the last input's place, counted with the holes between inputs
+    found = 0
+    for k in range(window):
+        offset = k * spread - pad
+        first = max(0, math.ceil(-offset / stride))
+        last = min(out - 1, (reach - offset) // stride)
+        if last < first:
+            continue
+        if holes == 1:
+            found += last - first + 1
+        else:
+            found += sum((o * stride + offset) % holes == 0 for o in range(first, last + 1))
+    return float(found)
+
+
+def _fusion_bytes(program: Program, fusion: Instruction) -> float:
+    computation = program.computations[fusion.calls or ""]
+    users: dict[str, list[Instruction]] = {}
+    parameters: dict[int, Instruction] = {}
+    for name in computation.instructions:
+        inner = program.instructions[name]
+        if inner.opcode == "parameter":
+            parameters[int(inner.literal or 0)] = inner
+        for operand in inner.operands:
+            users.setdefault(operand, []).append(inner)
+    total = _written(program, computation.root)
+    for parameter in parameters.values():
+        total += _read(parameter.name, _bytes(parameter), users)
+    return total
+
+
+def _read(name: str, whole: float, users: Mapping[str, list[Instruction]], depth: int = 8) -> float:
+    taken = 0.0
+    for user in users.get(name, []):
+        if user.opcode in _PARTS and user.operands[0] == name:
+            taken += _bytes(user)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue  # what it updates in place is not read
+        elif user.opcode in _THROUGH and depth:
+            taken += _read(user.name, whole, users, depth - 1)
+        else:
+            return whole
+    return min(taken, whole)
+
+
+def _written(program: Program, root: str) -> float:
+    instruction = program.instructions[root]
+    if instruction.opcode == "tuple":
+        return sum(_written(program, operand) for operand in instruction.operands)
+    if instruction.opcode in _THROUGH and instruction.operands:
+        inner = program.instructions[instruction.operands[0]]
+        if inner.opcode == "dynamic-update-slice":
+            return _written(program, inner.name)
+    if instruction.opcode == "dynamic-update-slice" and len(instruction.operands) > 1:
+        return _bytes(program.instructions[instruction.operands[1]])
+    return _bytes(instruction)

@@ -1,0 +1,197 @@
+"""When everything of a step runs: the schedule gone through once, loops multiplied.
+
+Computing goes in the order of the schedule, one instruction after the other. A synchronous collective stops it. An
+asynchronous one holds its links from its start (or from when those before it leave them) for as long as the link
+model says; at its done the device waits for what is left. So do copies between HBM and the vector memory and those to
+and from the host. What a wait comes to is exposed; everything else ran beside computing. Loop bodies are gone
+through by themselves: what is open around a loop goes on beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..chips import Chip
+from ..cost.calibration import Calibration
+from .hlo import Instruction, Program
+from .loops import Loop, branches, callees
+from .shapes import leaves, parse_shape
+from .sites import Site, Sites
+from .work import NOTHING, Work, host_bytes, work
+
+#: Items of `Proof.time` that are no collectives.
+COMPUTE, PREFETCH, HOST = "compute", "prefetch", "host"
+
+
+@dataclass(kw_only=True)
+class Turn:
+    """One run of a computation: its seconds, of which `exposed` by item; they add up with what it calls.
+
+    `sites` are its own collectives with their exposed seconds, `works` its own instructions' costs, `hosts` its own
+    transfers to or from the host in bytes.
+    """
+
+    seconds: float = 0.0
+    items: dict[str, float] = field(default_factory=dict)
+    sites: list[tuple[Site, float]] = field(default_factory=list)
+    works: dict[str, Work] = field(default_factory=dict)
+    hosts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, item: str, seconds: float) -> None:
+        self.seconds += seconds
+        self.items[item] = self.items.get(item, 0.0) + seconds
+
+
+def item_of(site: Site) -> str:
+    """Return a collective's name in `Proof.time`: ``all_gather/fsdp``."""
+    return f"{site.kind}/{'×'.join(site.axes) or 'none'}"
+
+
+class Timeline:
+    """Goes through the schedules of a program's computations, each once."""
+
+    def __init__(
+        self,
+        program: Program,
+        loops: Mapping[str, Loop],
+        sites: Sites,
+        chip: Chip,
+        calibration: Calibration,
+    ) -> None:
+        self._program = program
+        self._loops = loops
+        self._sites = sites
+        self._chip = chip
+        self._calibration = calibration
+        self.turns: dict[str, Turn] = {}
+
+    def turn(self, computation: str) -> Turn:
+        """Return one run of a computation."""
+        if computation not in self.turns:
+            self.turns[computation] = Turn()  # a computation that calls itself would end here
+            self.turns[computation] = _Walk(self, computation).run()
+        return self.turns[computation]
+
+    def worst_branch(self, conditional: Instruction) -> str | None:
+        """Return the branch that takes longest."""
+        found = [name for name in branches(conditional) if name in self._program.computations]
+        return max(found, key=lambda name: self.turn(name).seconds, default=None)
+
+
+class _Walk:
+    def __init__(self, timeline: Timeline, computation: str) -> None:
+        self._line = timeline
+        self._program = timeline._program
+        self._computation = computation
+        self._turn = Turn()
+        self._now = 0.0
+        self._free: dict[tuple[object, ...], float] = {}
+        self._open: dict[str, tuple[float, str, Site | None]] = {}
+
+    def run(self) -> Turn:
+        sites = self._line._sites.of(self._computation)
+        starts = {site.start: site for site in sites}
+        self._member = {site.end: site.start for site in sites if site.asynchronous}
+        for name in self._program.computations[self._computation].instructions:
+            instruction = self._program.instructions[name]
+            if name in self._member:
+                self._compute(instruction)
+                self._wait(self._member[name])
+                continue
+            if name in starts:
+                self._collective(starts[name], instruction)
+                continue
+            self._step(instruction)
+        for name in list(self._open):
+            self._wait(name)
+        self._turn.seconds = self._now
+        return self._turn
+
+    def _step(self, instruction: Instruction) -> None:
+        opcode = instruction.opcode
+        if opcode == "while":
+            loop = self._line._loops[instruction.name]
+            turns = 1 if loop.turns is None else loop.turns
+            self._call(loop.body, turns)
+            self._call(loop.condition, turns + 1)
+        elif opcode == "call":
+            for callee in callees(instruction).values():
+                self._call(callee, 1)
+        elif opcode == "conditional":
+            branch = self._line.worst_branch(instruction)
+            if branch is not None:
+                self._call(branch, 1)
+        elif (moved := host_bytes(self._program, instruction)) > 0.0:
+            self._host(instruction, moved)
+        elif opcode in ("copy-start", "slice-start", "dynamic-slice-start") and instruction.collective is None:
+            self._prefetch(instruction)
+        elif opcode.endswith("-done"):
+            self._wait(self._begin(instruction))
+        else:
+            self._compute(instruction)
+
+    def _begin(self, done: Instruction) -> str:
+        return self._line._sites._begin(done)
+
+    def _call(self, computation: str, times: float) -> None:
+        if computation not in self._program.computations or not times:
+            return
+        inner = self._line.turn(computation)
+        for item, seconds in inner.items.items():
+            self._turn.items[item] = self._turn.items.get(item, 0.0) + seconds * times
+        self._now += inner.seconds * times
+
+    def _spend(self, item: str, seconds: float) -> None:
+        self._turn.items[item] = self._turn.items.get(item, 0.0) + seconds
+        self._now += seconds
+
+    def _compute(self, instruction: Instruction) -> None:
+        done = work(self._program, instruction, self._line._chip, self._line._calibration)
+        if done is not NOTHING:
+            self._turn.works[instruction.name] = done
+            self._spend(COMPUTE, done.seconds)
+
+    def _collective(self, site: Site, instruction: Instruction) -> None:
+        self._compute(instruction)
+        begin = max([self._now, *(self._free.get(link, 0.0) for link in site.resources)])
+        finish = begin + site.seconds
+        for link in site.resources:
+            self._free[link] = finish
+        if site.asynchronous:
+            self._open[site.start] = (finish, item_of(site), site)
+            return
+        exposed = finish - self._now
+        self._turn.sites.append((site, exposed))
+        self._spend(item_of(site), exposed)
+
+    def _wait(self, start: str) -> None:
+        if start not in self._open:
+            return
+        finish, item, site = self._open.pop(start)
+        exposed = max(0.0, finish - self._now)
+        if site is not None:
+            self._turn.sites.append((site, exposed))
+        if exposed:
+            self._spend(item, exposed)
+
+    def _move(self, instruction: Instruction, seconds: float, lane: str) -> None:
+        """Let a copy hold its lane; one that has no done stops the device."""
+        finish = max(self._now, self._free.get((lane,), 0.0)) + seconds
+        self._free[(lane,)] = finish
+        if instruction.opcode.endswith("-start") or instruction.opcode in ("send", "recv"):
+            self._open[instruction.name] = (finish, lane, None)
+        else:
+            self._spend(lane, finish - self._now)
+
+    def _host(self, instruction: Instruction, moved: float) -> None:
+        self._turn.hosts[instruction.name] = moved
+        chip = self._line._chip
+        rate = chip.host_link_bytes_per_second_per_chip
+        self._move(instruction, moved * chip.devices_per_chip / rate if rate else 0.0, HOST)
+
+    def _prefetch(self, instruction: Instruction) -> None:
+        arrays = [array for array in leaves(parse_shape(instruction.shape)) if array.elements > 1]
+        rate = self._line._chip.hbm_bytes_per_second
+        moved = min((array.padded_bytes for array in arrays), default=0.0)
+        self._move(instruction, moved / rate if rate else 0.0, PREFETCH)

@@ -1,0 +1,122 @@
+"""Seconds of one instruction on its device: the compiler's own cycles, or a roofline where it gives none.
+
+libtpu writes ``estimated_cycles`` for every fusion, product and copy: cycles of one core, both cores of a megacore
+working at once on their halves (`chips.toml` has the clocks; a large product on v5p comes to 95 % of the peak in
+them). What has none (Pallas kernels, everything on a GPU) takes as long as its flops at the chip's peak or its bytes
+at the memory's rate, whichever is more, both at the efficiency that the chip's calibration has.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..chips import Chip
+from ..cost.calibration import Calibration
+from .flops import flops, moved_bytes
+from .hlo import Instruction, Program
+from .shapes import HOST_SPACE, leaves, parse_shape
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TARGET = re.compile(r'\bcustom_call_target="([^"]*)"')
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier "
+    "optimization-barrier add-dependency domain while conditional call send recv infeed outfeed".split()
+)
+#: Custom calls that only say something to the compiler.
+_NOTES = frozenset(
+    "AllocateBuffer PrepareAsyncCallStart PrepareAsyncCallDone AssumeGatherIndicesInBound ConcatBitcast Sharding "
+    "AsyncCollectiveStart AsyncCollectiveDone".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What an instruction costs: seconds and where they come from: ``cycles``, ``roofline``, ``unknown``."""
+
+    seconds: float
+    basis: str
+
+
+NOTHING = Work(seconds=0.0, basis="cycles")
+
+
+def target(instruction: Instruction) -> str:
+    """Return the name of what a custom call calls, or nothing."""
+    found = _TARGET.search(instruction.attributes) if instruction.opcode == "custom-call" else None
+    return found[1] if found else ""
+
+
+def rendezvous(instruction: Instruction) -> str:
+    """Return the name under which a transfer between slices is known on both sides, or nothing."""
+    found = _RENDEZVOUS.search(instruction.attributes)
+    return found[1] if found and "megascale" in instruction.attributes else ""
+
+
+def work(program: Program, instruction: Instruction, chip: Chip, calibration: Calibration) -> Work:
+    """Return what one run of `instruction` costs its device; nothing for what only moves names about."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-start", "-done", "-update")) or target(instruction) in _NOTES:
+        return NOTHING
+    cycles = _CYCLES.search(instruction.attributes)
+    if cycles is not None and chip.clock_hz:
+        return Work(seconds=int(cycles[1]) / chip.clock_hz, basis="cycles")
+    done, moved = flops(program, instruction), moved_bytes(program, instruction)
+    if instruction.collective is not None:
+        if not done:
+            return NOTHING
+        moved = 0.0  # a product with a piece of a collective in it, whose buffers are not its own
+    peak = chip.peak_flops("bfloat16") or float("inf")
+    if done and _in_f32(program, instruction):
+        peak = chip.peak_flops("float32") or peak
+    rate = (chip.hbm_bytes_per_second or float("inf")) * calibration.memory_efficiency
+    seconds = max(done / (peak * calibration.matmul_efficiency), moved / rate)
+    unknown = target(instruction) == "tpu_custom_call" and not done
+    return Work(seconds=seconds, basis="unknown" if unknown else "roofline")
+
+
+def _in_f32(program: Program, instruction: Instruction) -> bool:
+    names = instruction.operands
+    return bool(names) and all(
+        program.instructions[name].shape.startswith("f32") for name in names[:2] if name in program.instructions
+    )
+
+
+def host_bytes(program: Program, instruction: Instruction) -> float:
+    """Return the bytes that an instruction moves between the device and its host, 0 if none.
+
+    A copy has one side in host memory (``S(5)``); of a slice or an update there only the part goes over.
+    """
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode in ("send", "infeed", "outfeed") and "is_host_transfer=true" in instruction.attributes:
+        return 0.0 if rendezvous(instruction) else _first_bytes(program, instruction)
+    if opcode not in ("copy", "dynamic-slice", "dynamic-update-slice", "slice", "async"):
+        return 0.0
+    if f"S({HOST_SPACE})" not in instruction.shape and not any(
+        f"S({HOST_SPACE})" in program.instructions[name].shape
+        for name in instruction.operands
+        if name in program.instructions
+    ):
+        return 0.0
+    arrays = leaves(parse_shape(instruction.shape))
+    if opcode == "copy":
+        spaces = {array.space == HOST_SPACE for array in arrays[:2]}
+        if instruction.opcode == "copy":
+            spaces |= {
+                array.space == HOST_SPACE
+                for array in leaves(parse_shape(program.instructions[instruction.operands[0]].shape))
+            }
+        return arrays[0].padded_bytes if len(spaces) == 2 else 0.0
+    if opcode == "dynamic-update-slice":
+        return _bytes(program, instruction.operands[1]) if len(instruction.operands) > 1 else 0.0
+    return min((array.padded_bytes for array in arrays if array.elements > 1), default=0.0)
+
+
+def _first_bytes(program: Program, instruction: Instruction) -> float:
+    return _bytes(program, instruction.operands[0]) if instruction.operands else 0.0
+
+
+def _bytes(program: Program, name: str) -> float:
+    found = program.instructions.get(name)
+    return 0.0 if found is None else sum(array.padded_bytes for array in leaves(parse_shape(found.shape)))
