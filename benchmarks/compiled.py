@@ -1,8 +1,8 @@
 """The Estimate against the real compiler: `python benchmarks/compiled.py [--only WORD] [--first] [--json]`.
 
-Each cell of compiled_grid.toml is planned, compiled for its slice (which is not here) and read. Printed are the
-peak memory of a device and the seconds of a step, estimated and compiled, and whether the planner's first choice
-fits by the compiler's word. What was compiled before comes from the cache of proofs.
+Each cell of compiled_grid.toml is planned, compiled for its slice, which is not here, and read. Printed are
+the peak memory of a device and the seconds of a step, estimated and compiled, and whether the planner's first
+choice fits by the compiler's word. What was compiled before comes from the cache of proofs.
 """
 
 from __future__ import annotations

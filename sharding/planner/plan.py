@@ -61,7 +61,8 @@ class Plan:
     and `microbatches` are as in `meshwright.sharding.transform`; `schedule` (``1f1b`` or ``gpipe``) and
     `interleave`, the model chunks of a stage, are those of pipeline stages, which can be priced and not yet
     run; `notes` say what could not be had. `moments` maps the path of a parameter to the spec of its gradient
-    and its optimizer's arrays where that is another.
+    and its optimizer's arrays where that is another. `kernels` maps ``attention`` to the kernel that carries
+    it out and the sizes of its blocks, where that is not XLA's own.
 
     A plan that was searched for also has its `estimate`, the `alternatives` it was preferred to, what was
     `refused` outright (``tensor=3`` → reason) and its `origin`, the program it is for. `compiler_options` are
@@ -81,6 +82,7 @@ class Plan:
     interleave: int = 1
     notes: tuple[str, ...] = ()
     moments: Mapping[str, Spec] = dataclasses.field(default_factory=dict)
+    kernels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     origin: Origin | None = None
     estimate: Estimate | None = None
     alternatives: tuple[Alternative, ...] = ()
@@ -132,7 +134,9 @@ class Plan:
         check_runs(self)
         mesh = self.make_mesh() if mesh is None else mesh
         named = name_values(loss, self.saved) if self.saved else loss
-        sharded = constrain(named, mesh, self.axes_of_dims, self.specs, self.specs_of_moments)
+        sharded = constrain(
+            named, mesh, self.axes_of_dims, self.specs, self.specs_of_moments, kernels=self.kernels
+        )
         return accumulate(remat(sharded, self.remat, self.saved), self.microbatches)
 
     def train_step(self, loss: Callable[..., Any], optimizer: Any, mesh: Mesh | None = None) -> Callable:
@@ -239,6 +243,16 @@ class Plan:
                 raise UserError(
                     f"{kind} {path!r} has shape {have[path]}; the plan was made for {planned[path].shape}"
                 )
+
+    def resized(self, params: Any, batch: Any) -> Plan:
+        """Return the same layout for arrays of other sizes, such as a model of fewer layers.
+
+        What was estimated, proved and remembered of the search held for the old sizes and is left out. Raises
+        UserError if a path is missing or new, or if an axis does not divide a new size.
+        """
+        from .resize import resized
+
+        return resized(self, params, batch)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values."""

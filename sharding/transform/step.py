@@ -66,6 +66,7 @@ def train_step(
             in_shardings=(state_shardings, batch_shardings),
             out_shardings=(state_shardings, None),
             donate_argnums=0,
+            compiler_options=dict(plan.compiler_options) or None,
         ),
         evaluate=jax.jit(plain, in_shardings=(state_shardings["params"], batch_shardings)),
         abstract_state=jax.tree.map(
@@ -92,7 +93,7 @@ def jitted_update(
         state, metrics = update(state, batch)
         return jax.lax.with_sharding_constraint(state, plan.shardings(state, mesh)), metrics
 
-    return jax.jit(constrained, donate_argnums=0)
+    return jax.jit(constrained, donate_argnums=0, compiler_options=dict(plan.compiler_options) or None)
 
 
 def first_state(

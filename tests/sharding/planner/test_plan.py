@@ -17,19 +17,18 @@ from meshwright.runtime import optimizer
 from meshwright.runtime.config import parse
 from meshwright.sharding import Plan, UserError, declare
 
-MODEL = decoder(
-    DecoderConfig(
-        layers=2,
-        embed=256,
-        heads=4,
-        kv_heads=2,
-        head_dim=64,
-        mlp=128,
-        vocab=512,
-        max_sequence=8,
-        compute_dtype="float32",
-    )
+MODEL_CONFIG = DecoderConfig(
+    layers=2,
+    embed=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    mlp=128,
+    vocab=512,
+    max_sequence=8,
+    compute_dtype="float32",
 )
+MODEL = decoder(MODEL_CONFIG)
 PARAMS = jax.eval_shape(MODEL.init, jax.random.key(0))
 BATCH = {key: jax.ShapeDtypeStruct((8, 8), jnp.int32) for key in ("tokens", "targets")}
 
@@ -215,3 +214,17 @@ def test_an_optimiser_of_every_kind_starts_sharded(plan: Plan) -> None:
         shardings = plan.shardings(state, mesh)
         for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
             assert sharding.shard_shape(leaf.shape) is not None
+
+
+def test_a_layout_holds_for_fewer_layers(plan: Plan) -> None:
+    fewer = decoder(dataclasses.replace(MODEL_CONFIG, layers=1))
+    params = jax.eval_shape(fewer.init, jax.random.key(0))
+    small = plan.resized(params, BATCH)
+    small.check(params, BATCH)
+    assert small.specs(params) == plan.specs(PARAMS)
+    assert (small.mesh, small.remat, small.microbatches) == (plan.mesh, plan.remat, plan.microbatches)
+    one_row = {key: jax.ShapeDtypeStruct((1, 8), jnp.int32) for key in BATCH}
+    with pytest.raises(UserError, match="does not divide a dimension of size 1"):
+        plan.resized(params, one_row)
+    with pytest.raises(UserError, match="that is not given"):
+        plan.resized(params, {"tokens": BATCH["tokens"]})
