@@ -20,11 +20,13 @@ from .shapes import HBM_SPACES, HOST_SPACE, Array, leaves, parse_shape
 from .work import target
 
 _ALIASES = re.compile(r"\{([\d, ]*)\}: \((\d+), \{([\d, ]*)\}")
-_MAY_SHARE = re.compile(r'"aliasing_operands":\{"lists":\[(.*?)\]\}(?:,|\})')
+_MAY_SHARE = '"aliasing_operands":{"lists":['
 _INDICES = re.compile(r'"indices":\["(\d+)","(\d+)"\]')
 _OUTPUT_ALIASES = re.compile(r"\boutput_to_operand_aliasing=\{(.*?\}\)?)\}(?:,|$)")
 _INDEX = re.compile(r"\bindex=(\d+)")
-_VIEWS = frozenset({"bitcast", "copy-done", "optimization-barrier", "opt-barrier", "add-dependency", "domain"})
+_VIEWS = frozenset(
+    {"bitcast", "copy-done", "optimization-barrier", "opt-barrier", "add-dependency", "domain"}
+)
 _ELEMENTWISE = frozenset(
     "add subtract multiply divide maximum minimum negate exponential tanh select convert power sqrt rsqrt log "
     "and or not xor compare clamp abs floor ceil sign all-reduce".split()
@@ -111,7 +113,9 @@ class _Walk:
                 block.last = end
 
     def _fresh(self, instruction: Instruction, *, pinned: bool = False) -> _Blocks:
-        return [self._block(instruction.name, array, pinned) for array in leaves(parse_shape(instruction.shape))]
+        return [
+            self._block(instruction.name, array, pinned) for array in leaves(parse_shape(instruction.shape))
+        ]
 
     def _block(self, name: str, array: Array, pinned: bool = False) -> Block:
         here = max(len(self.replay.places) - 1, 0)
@@ -204,7 +208,11 @@ class _Walk:
             count = len(leaves(parse_shape(instruction.shape)))
             return values.get(operands[0], [])[begin : begin + count]
         if opcode in _VIEWS and operands:
-            return values.get(operands[0], [])[:1] if opcode == "copy-done" else list(values.get(operands[0], []))
+            return (
+                values.get(operands[0], [])[:1]
+                if opcode == "copy-done"
+                else list(values.get(operands[0], []))
+            )
         if opcode.endswith(("-done", "-update")) and operands:
             return self._done(instruction, values.get(operands[0], []))
         if opcode == "while":
@@ -239,7 +247,9 @@ class _Walk:
 
     def _shared(self, instruction: Instruction, destined: dict[int, Block]) -> _Blocks:
         arrays = leaves(parse_shape(instruction.shape))
-        return [destined.get(place) or self._block(instruction.name, array) for place, array in enumerate(arrays)]
+        return [
+            destined.get(place) or self._block(instruction.name, array) for place, array in enumerate(arrays)
+        ]
 
     def _started(
         self, instruction: Instruction, values: dict[str, _Blocks], destined: dict[int, Block]
@@ -251,7 +261,11 @@ class _Walk:
             return self._shared(instruction, destined)
         if instruction.opcode == "copy-start":
             made = destined.get(0) or self._block(instruction.name, leaves(shape[0])[0])
-            return [made, *given[:1], *(self._block(instruction.name, a) for part in shape[2:] for a in leaves(part))]
+            return [
+                made,
+                *given[:1],
+                *(self._block(instruction.name, a) for part in shape[2:] for a in leaves(part)),
+            ]
         held = len(leaves(shape[0]))
         if instruction.opcode == "dynamic-update-slice-start":
             return [*given[:held], *given[:1], *(self._block(instruction.name, a) for a in leaves(shape[2:]))]
@@ -287,7 +301,9 @@ class _Walk:
             return [*given[:1], *(self._block(instruction.name, a) for a in arrays[1:])]
         if target(instruction) == "ConcatBitcast":
             return self._shared(instruction, destined)
-        given_flat = [(operand, block) for operand in instruction.operands for block in values.get(operand, [])]
+        given_flat = [
+            (operand, block) for operand in instruction.operands for block in values.get(operand, [])
+        ]
         found: _Blocks = []
         sharing = self._sharing(instruction, len(given_flat))
         taken: set[int] = set()
@@ -317,9 +333,9 @@ class _Walk:
         if stated is not None:
             for output, operand, _ in _ALIASES.findall(stated[1] + ")"):
                 found.setdefault(int(output or 0), []).append((int(operand), True))
-        listed = _MAY_SHARE.search(instruction.attributes)
-        if listed is not None:
-            for operand, output in _INDICES.findall(listed[1]):
+        _, listed, pairs = instruction.attributes.partition(_MAY_SHARE)
+        if listed:
+            for operand, output in _INDICES.findall(pairs):
                 found.setdefault(int(output) - operands, []).append((int(operand), False))
         elif self._platform != "tpu":
             inner = self._updates(instruction)

@@ -140,18 +140,36 @@ def _meetings(size: int, out: int, window: int, *, stride: int, pad: int, holes:
 
 def _fusion_bytes(program: Program, fusion: Instruction) -> float:
     computation = program.computations[fusion.calls or ""]
+    parameters, users = _inside(program, fusion)
+    total = _written(program, computation.root)
+    return total + sum(_read(parameter.name, _bytes(parameter), users) for parameter in parameters.values())
+
+
+def fusion_reads(program: Program, fusion: Instruction, operand: str) -> float:
+    """Return the bytes that a fusion reads of its operand named `operand`."""
+    if fusion.calls not in program.computations:
+        return _bytes(program.instructions.get(operand))
+    parameters, users = _inside(program, fusion)
+    return sum(
+        _read(parameters[place].name, _bytes(parameters[place]), users)
+        for place, name in enumerate(fusion.operands)
+        if name == operand and place in parameters
+    )
+
+
+def _inside(
+    program: Program, fusion: Instruction
+) -> tuple[dict[int, Instruction], dict[str, list[Instruction]]]:
+    """Return a fusion's parameters by place, and who reads what inside it."""
     users: dict[str, list[Instruction]] = {}
     parameters: dict[int, Instruction] = {}
-    for name in computation.instructions:
+    for name in program.computations[fusion.calls or ""].instructions:
         inner = program.instructions[name]
         if inner.opcode == "parameter":
             parameters[int(inner.literal or 0)] = inner
         for operand in inner.operands:
             users.setdefault(operand, []).append(inner)
-    total = _written(program, computation.root)
-    for parameter in parameters.values():
-        total += _read(parameter.name, _bytes(parameter), users)
-    return total
+    return parameters, users
 
 
 def _read(name: str, whole: float, users: Mapping[str, list[Instruction]], depth: int = 8) -> float:

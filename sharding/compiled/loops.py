@@ -41,7 +41,9 @@ _COMPARED: Mapping[str, Callable[[int, int], bool]] = {
     "EQ": lambda a, b: a == b,
     "NE": lambda a, b: a != b,
 }
-_SAME = frozenset({"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier"})
+_SAME = frozenset(
+    {"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier"}
+)
 
 #: An unknown number, a known one, or the elements of a tuple.
 _Value = int | None | tuple["_Value", ...]

@@ -75,7 +75,8 @@ class Proof:
     `time` (seconds by ``compute`` and kind/axes, exposed only) adds up to `step_seconds`. `memory` holds
     bytes by ``arguments``, ``temporaries``, ``outputs`` (beyond aliased arguments), ``code``, ``host``.
     `timeline` are bytes alive at even places of the schedule, loops entered once; `buffers` are the largest
-    at the peak.
+    at the peak. `flops` are those of all products that run, loops counted and recomputation included;
+    `host_bytes` go between the device and its host.
     """
 
     topology: str
@@ -90,6 +91,8 @@ class Proof:
     buffers: tuple[Buffer, ...] = ()
     lines: tuple[LineCost, ...] = ()
     timeline: tuple[float, ...] = ()
+    flops: float = 0.0
+    host_bytes: float = 0.0
     cached: bool = dataclasses.field(default=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:

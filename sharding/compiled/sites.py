@@ -60,9 +60,7 @@ class Site:
 class Sites:
     """Finds the collectives of a program; `fabric` is that of its mesh."""
 
-    def __init__(
-        self, program: Program, topology: Topology, mesh: Mapping[str, int], fabric: Fabric
-    ) -> None:
+    def __init__(self, program: Program, topology: Topology, mesh: Mapping[str, int], fabric: Fabric) -> None:
         self._program = program
         self._mesh = dict(mesh)
         self._fabric = fabric

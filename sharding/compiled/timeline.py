@@ -124,7 +124,9 @@ class _Walk:
                 self._call(branch, 1)
         elif (moved := host_bytes(self._program, instruction)) > 0.0:
             self._host(instruction, moved)
-        elif opcode in ("copy-start", "slice-start", "dynamic-slice-start") and instruction.collective is None:
+        elif (
+            opcode in ("copy-start", "slice-start", "dynamic-slice-start") and instruction.collective is None
+        ):
             self._prefetch(instruction)
         elif opcode.endswith("-done"):
             self._wait(self._begin(instruction))

@@ -79,7 +79,9 @@ def work(program: Program, instruction: Instruction, chip: Chip, calibration: Ca
 def _in_f32(program: Program, instruction: Instruction) -> bool:
     names = instruction.operands
     return bool(names) and all(
-        program.instructions[name].shape.startswith("f32") for name in names[:2] if name in program.instructions
+        program.instructions[name].shape.startswith("f32")
+        for name in names[:2]
+        if name in program.instructions
     )
 
 

@@ -1,0 +1,128 @@
+"""Findings about memory."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from ..evidence import Evidence
+from ..frames import nearest_line
+from ..hlo import SourceLine
+from ..record import Finding
+from ..shapes import Array, parse_shape
+from .communication import MATTERS
+
+#: Padding below this share of the peak is the price of tiles on odd sizes, and no step fits or fails by it.
+PADDING = 0.05
+#: A parameter that is smaller than this share of the memory is cheaper kept whole than gathered.
+LARGE = 0.001
+
+_TILES = re.compile(r"\bsharding=\{devices=\[([\d,]+)\]")
+
+
+def kept_whole(evidence: Evidence) -> list[Finding]:
+    """Arguments that the program holds less sharded than the plan stores them."""
+    if evidence.planned is None:
+        return []
+    planned: dict[tuple[int, ...], list[int]] = {}
+    for path, array in evidence.planned.params.items():
+        spec = evidence.planned.moments.get(path, array.spec)
+        factors = [_factor(evidence, array.spec), _factor(evidence, spec)]
+        planned.setdefault(array.shape, []).extend(factors)
+    found = []
+    for name in evidence.program.computations[evidence.program.entry].instructions:
+        instruction = evidence.program.instructions[name]
+        shape = parse_shape(instruction.shape) if instruction.opcode == "parameter" else ()
+        if not isinstance(shape, Array):
+            continue
+        tiles = _tiles(instruction.attributes, len(shape.dims))
+        whole = tuple(size * tile for size, tile in zip(shape.dims, tiles, strict=True))
+        # A dimension that does not divide is padded, so that a little more than the whole is stored.
+        wanted = [
+            factor
+            for dims, factors in planned.items()
+            if len(dims) == len(whole)
+            and all(
+                size <= padded < size + tile for size, padded, tile in zip(dims, whole, tiles, strict=True)
+            )
+            for factor in factors
+        ]
+        has = math.prod(tiles)
+        if wanted and min(wanted) > has and shape.padded_bytes > LARGE * evidence.peak_bytes:
+            more = shape.padded_bytes * (1 - has / min(wanted))
+            found.append(
+                Finding(
+                    kind="parameter_kept_whole",
+                    what=f"{instruction.op_name.replace(chr(92), '') or name} {shape.text} is cut into {has}, "
+                    f"and was planned to be cut into {min(wanted)}",
+                    remedy="give it its planned sharding where the step takes it (`in_shardings`, `Plan.init`)",
+                    bytes=more,
+                )
+            )
+    return found
+
+
+def padding(evidence: Evidence) -> list[Finding]:
+    """Memory that tiles hold beyond the elements of arrays, at the fullest moment."""
+    memory = evidence.memory
+    if memory.largest_padding is None or memory.padding_bytes < PADDING * memory.peak_bytes:
+        return []
+    worst = memory.largest_padding
+    return [
+        Finding(
+            kind="padding_waste",
+            what=f"{memory.padding_bytes / memory.peak_bytes:.0%} of the memory at the peak is padding of tiles, "
+            f"most in {worst.shape} ({worst.name})",
+            remedy="make the last dimension of each device's part a multiple of 128 and the one before it of 8 "
+            "(16 for two-byte types), or shard another dimension",
+            bytes=memory.padding_bytes,
+            source=worst.source,
+        )
+    ]
+
+
+def spilled_to_host(evidence: Evidence) -> list[Finding]:
+    """Traffic with the host's memory that the plan did not ask for, or that the step waits for."""
+    moved: dict[SourceLine | None, float] = {}
+    for computation, runs in evidence.weights.items():
+        for name, bytes_ in (
+            evidence.turns[computation].hosts.items() if computation in evidence.turns else ()
+        ):
+            line = nearest_line(evidence.program, name)
+            moved[line] = moved.get(line, 0.0) + bytes_ * runs
+    if not moved:
+        return []
+    entry = evidence.turns[evidence.program.entry]
+    waits = entry.items.get("host", 0.0)
+    asked = evidence.planned is not None and "host" in evidence.planned.saved.values()
+    if asked and waits <= MATTERS * evidence.step_seconds:
+        return []
+    total = sum(moved.values())
+    return [
+        Finding(
+            kind="host_transfers_exposed" if asked else "spilled_to_host",
+            what=f"{bytes_ / 1e9:.2f} GB a step go between the device and its host"
+            + ("" if asked else ", which the plan did not ask for"),
+            remedy="keep fewer values on the host, or more computing between a value's going and coming back"
+            if asked
+            else "keep these values on the device or compute them again",
+            seconds=waits * bytes_ / total,
+            bytes=bytes_,
+            source=line,
+        )
+        for line, bytes_ in moved.items()
+    ]
+
+
+def _factor(evidence: Evidence, spec: tuple[object, ...]) -> int:
+    assert evidence.planned is not None
+    names = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]  # type: ignore[union-attr]
+    return math.prod(evidence.planned.mesh[name] for name in names)
+
+
+def _tiles(attributes: str, rank: int) -> tuple[int, ...]:
+    written = _TILES.search(attributes)
+    if written is None:
+        return (1,) * rank
+    # Beyond an array's dimensions the numbers count copies.
+    return tuple(int(tile) for tile in written[1].split(","))[:rank]
