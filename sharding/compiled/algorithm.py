@@ -12,8 +12,8 @@ libtpu writes ``collective_algorithm_config`` with an emitter, a strategy and a 
 - ``1DAllGather…`` with ``group_size``: one ring through all members, over however many axes they lie, both
   directions.
 
-Seen in libtpu 0.0.42 and 0.0.50; what the parts mean is read from their numbers, which agree with the axes that
-the groups span in every program of the tests. No public document describes them.
+Seen in libtpu 0.0.42 and 0.0.50; what the parts mean is read from their numbers, which agree with the axes
+that the groups span in every program of the tests. No public document describes them.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Every array that an instruction makes is a buffer, but for what XLA's buffer ass
 - views: ``bitcast``, tuples and their elements, the done of an asynchronous operation
 - what a loop carries: one buffer for what goes in, for the body's parameter, its root and the result
 - outputs that the module's ``input_output_alias`` puts into an argument
-- updates in place: the operand of a ``dynamic-update-slice``, and what an instruction's ``aliasing_operands`` or
-  ``output_to_operand_aliasing`` lets it write into, if that is not read again
+- updates in place: the operand of a ``dynamic-update-slice``, and what an instruction's ``aliasing_operands``
+  or ``output_to_operand_aliasing`` lets it write into, if that is not read again
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _MAY_SHARE = '"aliasing_operands":{"lists":['
 _INDICES = re.compile(r'"indices":\["(\d+)","(\d+)"\]')
 _OUTPUT_ALIASES = re.compile(r"\boutput_to_operand_aliasing=\{(.*?\}\)?)\}(?:,|$)")
 _INDEX = re.compile(r"\bindex=(\d+)")
-_VIEWS = frozenset(
-    {"bitcast", "copy-done", "optimization-barrier", "opt-barrier", "add-dependency", "domain"}
-)
-_ELEMENTWISE = frozenset(
-    "add subtract multiply divide maximum minimum negate exponential tanh select convert power sqrt rsqrt log "
-    "and or not xor compare clamp abs floor ceil sign all-reduce".split()
-)
+_BARRIERS = frozenset({"optimization-barrier", "opt-barrier", "add-dependency", "domain"})
+_VIEWS = _BARRIERS | {"bitcast", "copy-done"}
+_ARITHMETIC = frozenset({"add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "power"})
+_FUNCTIONS = frozenset({"exponential", "tanh", "sqrt", "rsqrt", "log", "abs", "floor", "ceil", "sign"})
+_CHOICES = frozenset({"select", "convert", "compare", "clamp", "and", "or", "not", "xor"})
+# What may write its result over an operand, besides fusions of such.
+_ELEMENTWISE = _ARITHMETIC | _FUNCTIONS | _CHOICES | {"all-reduce"}
 
 
 @dataclass(kw_only=True)
 class Block:
-    """One buffer: its bytes in HBM or on the host, when it comes and when it is last used, places of the replay."""
+    """One buffer; when it comes and when it is last used are places of the replay."""
 
     name: str
     array: Array
@@ -348,9 +348,10 @@ class _Walk:
 
     def _updates(self, instruction: Instruction) -> int | None:
         """Return the operand that a fusion updates in place, if its root is such an update."""
-        if instruction.opcode != "fusion" or instruction.calls not in self._program.computations:
+        inside = self._program.inside(instruction)
+        if inside is None or instruction.opcode != "fusion":
             return None
-        name: str | None = self._program.computations[instruction.calls].root
+        name: str | None = inside.root
         while name is not None:
             inner = self._program.instructions[name]
             if inner.opcode == "parameter":

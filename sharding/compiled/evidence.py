@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from .memory import Memory
 from .shapes import leaves, parse_shape
 from .sites import Site
 from .timeline import Turn, item_of
+from .work import Work
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan
@@ -48,9 +49,10 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """A program, read: its loops, how often each computation runs, the collectives, the memory; and the plan.
+    """A program, read: its loops, how often each computation runs, its collectives, its memory; and the plan.
 
-    `planned` is None where the program was not compiled from a plan: then only what is wrong by itself is found.
+    `planned` is None where the program was not compiled from a plan: then only what is wrong by itself is
+    found.
     """
 
     program: Program
@@ -84,6 +86,14 @@ class Evidence:
             for operand in dict.fromkeys(instruction.operands):
                 found.setdefault(operand, []).append(instruction)
         return {name: tuple(users) for name, users in found.items()}
+
+    def works(self, computation: str) -> Iterable[tuple[str, Work]]:
+        """Return the instructions of a computation that compute, each with what it costs."""
+        return self.turns[computation].works.items() if computation in self.turns else ()
+
+    def hosts(self, computation: str) -> Iterable[tuple[str, float]]:
+        """Return the instructions of a computation that move bytes to or from the host."""
+        return self.turns[computation].hosts.items() if computation in self.turns else ()
 
     def share_read(self, name: str, depth: int = 6) -> float | None:
         """Return which part of an instruction's result is read, None where that cannot be told.

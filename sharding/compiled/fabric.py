@@ -1,13 +1,15 @@
 """Seconds of a compiled collective over the links that its algorithm drives.
 
-The link model is the planner's (`meshwright.sharding.cost.collectives`), asked for the devices that are in a group
-rather than for a mesh axis, and held to the links that the algorithm uses at once. Two kinds of traffic do not go
-round a ring and are counted link by link on a torus, by the shortest way, one torus axis after the other:
+The link model is the planner's (`meshwright.sharding.cost.collectives`), asked for the devices that are in a
+group rather than for a mesh axis, and held to the links that the algorithm uses at once. Two kinds of traffic
+do not go round a ring and are counted link by link on a torus, by the shortest way, one torus axis after the
+other:
 
 - permute: each pair's way over the links; the fullest link carries as many times the bytes.
-- all-to-all: on an axis of k chips a device's data goes k / 4 hops on average where it wraps, over two directions:
-  local bytes x k / 8 a link; the middle link of an open axis carries local bytes x k / 4. The axes are used at
-  once, so the longest one tells (scaling book, "Sharded Matrices", all-to-all: a quarter of an all-gather).
+- all-to-all: on an axis of k chips a device's data goes k / 4 hops on average where it wraps, over two
+  directions: local bytes x k / 8 a link; the middle link of an open axis carries local bytes x k / 4. The
+  axes are used at once, so the longest one tells (scaling book, "Sharded Matrices", all-to-all: a quarter of
+  an all-gather).
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ _SENT = {
 def wire_bytes(kind: str, size: int, whole_bytes: float) -> float:
     """Return what one device sends.
 
-    `whole_bytes` is the result of an all-gather, the operand of a reduce-scatter, all-to-all or permute, either of
-    an all-reduce; on a ring of `size` devices (Patarasuk and Yuan, 2009).
+    `whole_bytes` is the result of an all-gather, the operand of a reduce-scatter, all-to-all or permute,
+    either of an all-reduce; on a ring of `size` devices (Patarasuk and Yuan, 2009).
     """
     return 0.0 if size < 2 else _SENT[kind](size) * whole_bytes
 
@@ -52,7 +54,7 @@ def wire_bytes(kind: str, size: int, whole_bytes: float) -> float:
 class Span:
     """Where the devices of a group lie.
 
-    `resources` are the links that its traffic uses, ``("torus", 0)``, ``("network",)``, …: what is open at once
+    `resources` are the links that its traffic uses, ``("torus", 0)``, ``("network",)``: what is open at once
     over the same ones shares them.
     """
 
@@ -72,7 +74,7 @@ class Fabric:
         self.topology = topology
         self.calibration = calibration
         position = arrange(mesh, topology).reshape(-1)
-        host, domain, within = homes(topology)
+        _, domain, within = homes(topology)
         self._domain = domain[position]
         self._within = tuple(coordinate[position] for coordinate in within)
         self._spans: dict[Groups, Span] = {}

@@ -1,8 +1,8 @@
 """Multiply-adds of the products inside an instruction, and the bytes that it reads and writes.
 
-A product is counted from its shapes: twice the output's elements times what is contracted (``dot``), or twice the
-pairs of an output place and a window place that meet an input rather than padding or a hole (``convolution``;
-libtpu writes every product as one, often with batch dimensions as windows).
+A product is counted from its shapes: twice the output's elements times what is contracted (``dot``), or twice
+the pairs of an output place and a window place that meet an input rather than padding or a hole
+(``convolution``; libtpu writes every product as one, often with batch dimensions as windows).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def flops(program: Program, instruction: Instruction) -> float:
         return _convolution(program, instruction)
     if instruction.opcode == "custom-call":
         return _custom(program, instruction)
-    if instruction.calls in program.computations and instruction.opcode in ("fusion", "fusion-start"):
-        inside = program.computations[instruction.calls].instructions
-        return sum(flops(program, program.instructions[name]) for name in inside)
+    inside = program.inside(instruction)
+    if inside is not None and instruction.opcode in ("fusion", "fusion-start"):
+        return sum(flops(program, program.instructions[name]) for name in inside.instructions)
     return 0.0
 
 
 def moved_bytes(program: Program, instruction: Instruction) -> float:
-    """Return the bytes an instruction reads and writes in memory: of a fusion's operand what it takes of it."""
+    """Return the bytes an instruction reads and writes: of a fusion's operand what it takes of it."""
     stated = _KERNEL_BYTES.search(instruction.attributes) if instruction.opcode == "custom-call" else None
     if stated is not None:
         return float(stated[1])

@@ -39,8 +39,8 @@ def nearest_line(program: Program, name: str, depth: int = 4) -> SourceLine | No
     line = user_line(program, instruction)
     if line is not None:
         return line
-    if instruction.calls in program.computations:
-        for inner in reversed(program.computations[instruction.calls].instructions):
+    if (inside := program.inside(instruction)) is not None:
+        for inner in reversed(inside.instructions):
             line = user_line(program, program.instructions[inner])
             if line is not None:
                 return line

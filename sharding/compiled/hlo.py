@@ -61,8 +61,8 @@ class Instruction:
 
     `collective` is set on the operation itself, on the start and done of an asynchronous one, and on a
     fusion or asynchronous wrapper whose body is one. `shape` is the result's as written; `attributes` is what
-    follows the operands, `literal` what stands between the parentheses of a constant or parameter, `frame` the
-    innermost of the frames it came from (`Program.frames`).
+    follows the operands, `literal` what stands between the parentheses of a constant or parameter, `frame`
+    the innermost of the frames it came from (`Program.frames`).
     """
 
     name: str
@@ -103,6 +103,10 @@ class Program:
     computations: Mapping[str, Computation] = field(default_factory=dict)
     header: str = ""
     frames: Mapping[int, tuple[SourceLine, ...]] = field(default_factory=dict)
+
+    def inside(self, instruction: Instruction) -> Computation | None:
+        """Return the computation that a fusion or an asynchronous wrapper stands for."""
+        return None if instruction.calls is None else self.computations.get(instruction.calls)
 
 
 def parse_program(text: str) -> Program:

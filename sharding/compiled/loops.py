@@ -1,7 +1,8 @@
 """How often each computation of a program runs in one step: loops counted, sums over all call sites.
 
 Where the compiler writes a loop's ``known_trip_count`` it is taken. Otherwise the loop is run on the numbers
-that steer it: the scalars it begins with that are constants, what its body makes of them and its condition says.
+that steer it: the constants among the scalars it begins with, what its body makes of them, what its condition
+says.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Loop:
 
 def callees(instruction: Instruction) -> dict[str, str]:
     """Return role → computation of what an instruction runs: ``body``, ``condition``, ``calls``, …"""
-    return {role: name for role, name in _CALLEE.findall(instruction.attributes)}
+    return dict(_CALLEE.findall(instruction.attributes))
 
 
 def branches(instruction: Instruction) -> tuple[str, ...]:
@@ -93,7 +94,9 @@ def _turns(program: Program, loop: Instruction, inside: Mapping[str, str]) -> in
     if known is not None:
         return int(known[1])
     body, condition = inside.get("body"), inside.get("condition")
-    if body not in program.computations or condition not in program.computations or not loop.operands:
+    if body is None or condition is None or not {body, condition} <= set(program.computations):
+        return None
+    if not loop.operands:
         return None
     state = _Numbers(program, None).of(loop.operands[0])
     for turns in range(MOST_TURNS):
@@ -155,9 +158,9 @@ class _Numbers:
 
     def _called(self, instruction: Instruction) -> _Value:
         inner = callees(instruction).get("calls") or callees(instruction).get("to_apply")
-        if inner not in self._program.computations or "[]" not in instruction.shape:
+        computation = self._program.computations.get(inner or "")
+        if computation is None or "[]" not in instruction.shape:
             return None
-        computation = self._program.computations[inner]
         numbers = _Numbers(self._program, None)
         for name in computation.instructions:
             parameter = self._program.instructions[name]
@@ -212,7 +215,7 @@ def weights(
 ) -> dict[str, float]:
     """Return how often each computation that is scheduled runs in a step.
 
-    The inside of a fusion or of an asynchronous wrapper is no schedule: it counts as the one instruction it is.
+    The inside of a fusion or of an asynchronous wrapper is no schedule: it counts as one instruction.
 
     `worst` names the branch that a conditional is taken to run. A loop whose turns are unknown counts once.
     """

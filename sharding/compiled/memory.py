@@ -19,10 +19,10 @@ MOST_POINTS, MOST_BUFFERS = 200, 40
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of HBM alive over the schedule; `peak_bytes` is what the replay comes to, not the compiler's own figure.
+    """Bytes of HBM alive over the schedule, as the replay has them; the compiler's own figure may differ.
 
-    `padding_bytes` is what the tiles of the buffers at the peak hold beyond elements, `host_bytes` the most that
-    lies on the host at once.
+    `padding_bytes` is what the tiles of the buffers at the peak hold beyond elements, `host_bytes` the most
+    that lies on the host at once.
     """
 
     peak_bytes: float
@@ -36,8 +36,8 @@ class Memory:
 def memory(program: Program, loops: Mapping[str, Loop], platform: str) -> Memory:
     """Replay the schedule with every buffer's life.
 
-    Fragmentation and alignment are left out, and loops are entered once. Against the peak that the compiler states
-    the replay came within a few per cent in the programs of the tests, which hold it to 10 %.
+    Fragmentation and alignment are left out, and loops are entered once. Against the peak that the compiler
+    states the replay came within a few per cent in the programs of the tests, which hold it to 10 %.
     """
     found = replay(program, dict(loops), platform)
     hbm = [block for block in found.blocks if in_hbm(block.array, platform)]
@@ -69,9 +69,9 @@ def _alive(blocks: list[Block], places: int) -> np.ndarray:
 def _buffer(program: Program, block: Block) -> Buffer:
     instruction = program.instructions.get(block.name)
     argument = instruction is not None and instruction.opcode == "parameter"
-    name = instruction.op_name.replace("\\'", "'") if argument and instruction.op_name else block.name
+    named = instruction.op_name.replace("\\'", "'") if instruction is not None and argument else ""
     return Buffer(
-        name=name,
+        name=named or block.name,
         shape=block.array.text,
         bytes=block.bytes,
         source=None if argument else nearest_line(program, block.name),

@@ -1,8 +1,8 @@
 """The shapes that XLA writes, ``bf16[2,4096]{1,0:T(8,128)(2,1)S(1)}``, and the bytes they take.
 
 A layout names dimensions from minor to major. A tile pads the most minor dimensions to its multiples: a TPU
-keeps ``f32[1002,4096]`` in tiles of 8 x 128 and so 1,008 rows of it. ``S(n)`` is a memory other than HBM, on a TPU
-1 the vector memory and 2, 4 and 6 small ones of flags and scalars; on both, 5 is the host's.
+keeps ``f32[1002,4096]`` in tiles of 8 x 128 and so 1,008 rows of it. ``S(n)`` is a memory other than HBM, on
+a TPU 1 the vector memory and 2, 4 and 6 small ones of flags and scalars; on both, 5 is the host's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 HOST_SPACE = 5
-#: Memory spaces that lie in HBM, by platform: on a GPU 1 is what collectives may reach in each other's memory.
+#: Memory spaces that lie in HBM, by platform: on a GPU 1 is what collectives reach from other devices.
 HBM_SPACES = {"tpu": frozenset({0}), "gpu": frozenset({0, 1}), "cpu": frozenset({0, 1, HOST_SPACE})}
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](\{[^}]*\})?")

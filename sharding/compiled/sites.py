@@ -1,8 +1,9 @@
 """Every place in a program where devices talk to each other, and what one run of it moves and takes.
 
-A collective is one instruction, or a start and a done, or a chain of fusions that libtpu works it into beside products
-(asynchronous collective fusion: the fusions with its channel number; the first begins and the last ends it). Between
-TPU slices it is a send and a receive through the hosts that carry the collective's kind and name.
+A collective is one instruction, or a start and a done, or a chain of fusions that libtpu works it into beside
+products (asynchronous collective fusion: the fusions with its channel number; the first begins and the last
+ends it). Between TPU slices it is a send and a receive through the hosts that carry the collective's kind and
+name.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ _LONGEST_CHAIN = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A collective in the schedule of `computation`, from instruction `start` to `end` (the same: synchronous).
+    """A collective in the schedule of `computation`, from `start` to `end` (the same: synchronous).
 
-    Bytes and seconds are of one run: `bytes` of the result, `wire_bytes` that one device sends, `whole_bytes` as
-    for `fabric.wire_bytes`; `members` are all instructions that carry it, `inner` the one that says what it is.
+    Bytes and seconds are of one run: `bytes` of the result, `wire_bytes` that one device sends, `whole_bytes`
+    as for `fabric.wire_bytes`; `members` are all instructions that carry it, `inner` the one that says what
+    it is.
     """
 
     start: str

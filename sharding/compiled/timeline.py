@@ -1,10 +1,10 @@
 """When everything of a step runs: the schedule gone through once, loops multiplied.
 
-Computing goes in the order of the schedule, one instruction after the other. A synchronous collective stops it. An
-asynchronous one holds its links from its start (or from when those before it leave them) for as long as the link
-model says; at its done the device waits for what is left. So do copies between HBM and the vector memory and those to
-and from the host. What a wait comes to is exposed; everything else ran beside computing. Loop bodies are gone
-through by themselves: what is open around a loop goes on beside it.
+Computing goes in the order of the schedule, one instruction after the other. A synchronous collective stops
+it. An asynchronous one holds its links from its start (or from when those before it leave them) for as long
+as the link model says; at its done the device waits for what is left. So do copies between HBM and the vector
+memory and those to and from the host. What a wait comes to is exposed; everything else ran beside computing.
+Loop bodies are gone through by themselves: what is open around a loop goes on beside it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ COMPUTE, PREFETCH, HOST = "compute", "prefetch", "host"
 class Turn:
     """One run of a computation: its seconds, of which `exposed` by item; they add up with what it calls.
 
-    `sites` are its own collectives with their exposed seconds, `works` its own instructions' costs, `hosts` its own
-    transfers to or from the host in bytes.
+    `sites` are its own collectives with their exposed seconds, `works` its own instructions' costs, `hosts`
+    its own transfers to or from the host in bytes.
     """
 
     seconds: float = 0.0

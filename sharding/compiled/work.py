@@ -1,9 +1,10 @@
 """Seconds of one instruction on its device: the compiler's own cycles, or a roofline where it gives none.
 
-libtpu writes ``estimated_cycles`` for every fusion, product and copy: cycles of one core, both cores of a megacore
-working at once on their halves (`chips.toml` has the clocks; a large product on v5p comes to 95 % of the peak in
-them). What has none (Pallas kernels, everything on a GPU) takes as long as its flops at the chip's peak or its bytes
-at the memory's rate, whichever is more, both at the efficiency that the chip's calibration has.
+libtpu writes ``estimated_cycles`` for every fusion, product and copy: cycles of one core, both cores of a
+megacore working at once on their halves (`chips.toml` has the clocks; a large product on v5p comes to 95 % of
+the peak in them). What has none (Pallas kernels, everything on a GPU) takes as long as its flops at the
+chip's peak or its bytes at the memory's rate, whichever is more, both at the efficiency that the chip's
+calibration has.
 """
 
 from __future__ import annotations
@@ -20,14 +21,23 @@ from .shapes import HOST_SPACE, leaves, parse_shape
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TARGET = re.compile(r'\bcustom_call_target="([^"]*)"')
 _RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier "
-    "optimization-barrier add-dependency domain while conditional call send recv infeed outfeed".split()
-)
+_NAMES = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"})
+_NUMBERS = frozenset({"partition-id", "replica-id"})
+_ORDER = frozenset({"opt-barrier", "optimization-barrier", "add-dependency"})
+_ELSEWHERE = frozenset({"while", "conditional", "call", "send", "recv", "infeed", "outfeed"})
+_FREE = _NAMES | _NUMBERS | _ORDER | _ELSEWHERE
 #: Custom calls that only say something to the compiler.
 _NOTES = frozenset(
-    "AllocateBuffer PrepareAsyncCallStart PrepareAsyncCallDone AssumeGatherIndicesInBound ConcatBitcast Sharding "
-    "AsyncCollectiveStart AsyncCollectiveDone".split()
+    {
+        "AllocateBuffer",
+        "AssumeGatherIndicesInBound",
+        "AsyncCollectiveDone",
+        "AsyncCollectiveStart",
+        "ConcatBitcast",
+        "PrepareAsyncCallDone",
+        "PrepareAsyncCallStart",
+        "Sharding",
+    }
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ...planner.wellformed import axes_of
 from ..evidence import Evidence, Seen
 from ..hlo import Program, SourceLine
 from ..record import Finding
@@ -12,7 +13,8 @@ from ..record import Finding
 MATTERS = 0.01
 #: A collective counts as beside nothing when so much of it is exposed; the rest is rounding and starts.
 EXPOSED = 0.9
-#: A result of which so much less than a group's worth is read was wanted scattered; a half leaves room for padding.
+#: Where each device reads no more than so many times its own share of a result, it wanted that share alone;
+#: the half above 1 is room for padding.
 SCATTERED = 1.5
 #: Halo exchanges and roots of reductions are small permutes that belong to another collective.
 SMALL = 0.001
@@ -36,9 +38,9 @@ def gathered_by_reduction(evidence: Evidence) -> list[Finding]:
         Finding(
             kind="all_gather_became_all_reduce",
             what=f"gathered over {axes} by an all-reduce of a shard put into zeros, {runs:.0f} times a step",
-            remedy="the compiler has no all-gather for groups of this shape: lay the axis along one torus axis or "
-            "split it, one mesh axis for each torus axis, gathered one inside the other; "
-            "or let more devices hold a copy (a smaller axis)",
+            remedy="the compiler has no all-gather for groups of this shape: lay the axis along one torus "
+            "axis, or split it, one mesh axis for each torus axis, gathered one inside the other, "
+            "or make it smaller",
             seconds=exposed / 2,
             bytes=bytes_,
             source=source,
@@ -59,8 +61,8 @@ def reduced_whole(evidence: Evidence) -> list[Finding]:
         Finding(
             kind="reduce_scatter_became_all_reduce",
             what=f"reduced whole over {axes} and then sliced to each device's part, {runs:.0f} times a step",
-            remedy="the compiler grants a reduce-scatter over one torus axis: lay the axis along one, or split it, "
-            "one mesh axis for each torus axis, reduced one after the other",
+            remedy="the compiler grants a reduce-scatter over one torus axis: lay the axis along one, or "
+            "split it, one mesh axis for each torus axis, reduced one after the other",
             seconds=exposed / 2,
             bytes=bytes_,
             source=source,
@@ -87,8 +89,8 @@ def resharding(evidence: Evidence) -> list[Finding]:
             kind="unplanned_resharding",
             what=f"{'all-gather' if kind == 'all_gather' else kind.replace('_', '-')} over {axes} "
             f"that the plan does not have, {runs:.0f} times a step",
-            remedy="the value here has one sharding and its reader wants another: declare the dimension's axes "
-            "where it is made, or let both sides be sharded alike",
+            remedy="the value here has one sharding and its reader wants another: declare the dimension's "
+            "axes where it is made, or let both sides be sharded alike",
             seconds=exposed,
             bytes=bytes_,
             source=source,
@@ -100,7 +102,7 @@ def resharding(evidence: Evidence) -> list[Finding]:
 
 
 def replicated_to_reshard(evidence: Evidence) -> list[Finding]:
-    """All-gathers of which each device then keeps a part: a full rematerialisation to go between shardings."""
+    """All-gathers of which each device then keeps a part: how XLA goes between shardings it cannot turn."""
     chosen = []
     for seen in evidence.collectives:
         if seen.site.kind == "all_gather" and seen.site.axes:
@@ -110,7 +112,7 @@ def replicated_to_reshard(evidence: Evidence) -> list[Finding]:
     return [
         Finding(
             kind="involuntary_full_rematerialisation",
-            what=f"gathered whole over {axes}, then sliced again: the partitioner knew no way between two shardings",
+            what=f"gathered whole over {axes}, then sliced again: no shorter way between two shardings",
             remedy="shard the value's maker and reader over the same axes in the same order, "
             "or put a reshape between them that keeps the sharded dimension whole",
             seconds=exposed,
@@ -133,9 +135,9 @@ def overlaps_nothing(evidence: Evidence) -> list[Finding]:
     return [
         Finding(
             kind="overlaps_nothing",
-            what=f"{kind.replace('_', '-')} over {axes}, {runs:.0f} times a step, with no computing beside it",
-            remedy="compile with asynchronous collectives for this chip, or give each device more work between "
-            "collectives: a larger batch per device, fewer microbatches, a smaller axis",
+            what=f"{kind.replace('_', '-')} over {axes}, {runs:.0f} times a step, no computing beside it",
+            remedy="compile with asynchronous collectives for this chip, or give each device more work "
+            "between collectives: a larger batch per device, fewer microbatches, a smaller axis",
             seconds=exposed,
             bytes=bytes_,
             source=source,
@@ -154,7 +156,9 @@ def _by_line(chosen: Iterable[Seen]) -> list[tuple[str, SourceLine | None, float
         row[0] += seen.runs
         row[1] += seen.exposed_seconds
         row[2] += seen.site.bytes * seen.runs
-    return [(axes, source, *row) for (axes, source), row in found.items()]  # type: ignore[misc]
+    return [
+        (axes, source, runs, exposed, bytes_) for (axes, source), (runs, exposed, bytes_) in found.items()
+    ]
 
 
 def _placed_in_zeros(program: Program, name: str, depth: int = 6) -> bool:
@@ -164,8 +168,8 @@ def _placed_in_zeros(program: Program, name: str, depth: int = 6) -> bool:
         return False
     if instruction.opcode == "dynamic-update-slice":
         return _zeros(program, instruction.operands[0])
-    if instruction.opcode == "fusion" and instruction.calls in program.computations:
-        root = program.instructions[program.computations[instruction.calls].root]
+    if (inside := program.inside(instruction)) is not None:
+        root = program.instructions[inside.root]
         while root.opcode in ("bitcast", "convert") and root.operands:
             root = program.instructions[root.operands[0]]
         if root.opcode != "dynamic-update-slice":
@@ -191,11 +195,8 @@ def _zeros(program: Program, name: str, depth: int = 6) -> bool:
         return instruction.literal.strip() in ("0", "0.0", "-0", "false")
     if instruction.opcode in ("broadcast", "bitcast", "copy", "convert", "copy-start", "copy-done"):
         return bool(instruction.operands) and _zeros(program, instruction.operands[0], depth - 1)
-    if instruction.opcode == "fusion" and instruction.calls in program.computations:
-        return _zeros(program, program.computations[instruction.calls].root, depth - 1)
-    if instruction.opcode == "get-tuple-element":
-        return False
-    return False
+    inside = program.inside(instruction)
+    return inside is not None and _zeros(program, inside.root, depth - 1)
 
 
 def _wanted_scattered(evidence: Evidence, seen: Seen) -> bool:
@@ -205,16 +206,11 @@ def _wanted_scattered(evidence: Evidence, seen: Seen) -> bool:
 
 
 def _expected(evidence: Evidence) -> set[tuple[str, str]]:
-    """Return (kind, mesh axis) of the exchanges that the plan has: gathering parameters, moving activations."""
+    """Return (kind, mesh axis) of what the plan exchanges: gathered parameters, moved activations."""
     planned = evidence.planned
     assert planned is not None
     found: set[tuple[str, str]] = set()
-    stored = {
-        axis
-        for array in planned.params.values()
-        for entry in array.spec
-        for axis in ((entry,) if isinstance(entry, str) else entry or ())
-    }
+    stored = {axis for array in planned.params.values() for entry in array.spec for axis in axes_of(entry)}
     moved = {axis for axis in planned.mesh if axis in _ACTIVATIONS}
     found |= {("all_gather", axis) for axis in stored | moved}
     found |= {(kind, axis) for kind in _GATHERING for axis in moved}

@@ -17,7 +17,7 @@ def rematerialised(evidence: Evidence) -> list[Finding]:
     """What the compiler computes again because memory ran short, beyond the plan's own recomputation."""
     found: dict[SourceLine | None, float] = {}
     for computation, runs in evidence.weights.items():
-        for name, done in evidence.turns[computation].works.items() if computation in evidence.turns else ():
+        for name, done in evidence.works(computation):
             if _AGAIN in name:
                 line = nearest_line(evidence.program, name)
                 found[line] = found.get(line, 0.0) + done.seconds * runs
@@ -25,7 +25,7 @@ def rematerialised(evidence: Evidence) -> list[Finding]:
         Finding(
             kind="compiler_rematerialised",
             what="computed again by the compiler, because the step would not fit otherwise",
-            remedy="plan the recomputation instead: a fuller `remat`, values kept on the host, more microbatches",
+            remedy="plan it instead: a fuller `remat`, values kept on the host, more microbatches",
             seconds=seconds,
             source=line,
         )
@@ -39,12 +39,12 @@ def unknown_loops(evidence: Evidence) -> list[Finding]:
     return [
         Finding(
             kind="unknown_trip_count",
-            what=f"nothing in the program says how often the loop {loop.name} turns; its inside is counted once",
-            remedy="use `lax.scan` or `fori_loop` with a fixed number of turns, or add the missing turns by hand",
+            what=f"nothing says how often the loop {loop.name} turns; its inside is counted once",
+            remedy="use `lax.scan` or `fori_loop` with a fixed number of turns",
             source=nearest_line(evidence.program, loop.name),
         )
         for loop in evidence.loops.values()
-        if loop.turns is None and evidence.weights.get(_computation(evidence, loop.name))
+        if loop.turns is None and evidence.weights.get(evidence.program.instructions[loop.name].computation)
     ]
 
 
@@ -52,7 +52,7 @@ def unpriced_kernels(evidence: Evidence) -> list[Finding]:
     """Kernels that neither the compiler nor their author gave a cost: counted by the bytes they touch."""
     found: dict[tuple[str, SourceLine | None], float] = {}
     for computation, runs in evidence.weights.items():
-        for name, done in evidence.turns[computation].works.items() if computation in evidence.turns else ():
+        for name, done in evidence.works(computation):
             if done.basis == "unknown":
                 instruction = evidence.program.instructions[name]
                 key = (target(instruction), nearest_line(evidence.program, name))
@@ -60,13 +60,9 @@ def unpriced_kernels(evidence: Evidence) -> list[Finding]:
     return [
         Finding(
             kind="unpriced_kernel",
-            what=f"{called} runs {runs:.0f} times a step and states no cost: only its memory traffic is counted",
+            what=f"{called} runs {runs:.0f} times a step and states no cost: its bytes alone are counted",
             remedy="give `pallas_call` a `cost_estimate`",
             source=line,
         )
         for (called, line), runs in found.items()
     ]
-
-
-def _computation(evidence: Evidence, name: str) -> str:
-    return evidence.program.instructions[name].computation

@@ -9,7 +9,8 @@ from ..record import Finding
 # XLA's SPMD partitioner warns so since 2023; the sharding texts are its own.
 _INVOLUNTARY = re.compile(
     r"Involuntary full rematerialization\. The compiler (?:was not able to|cannot|can't) go from sharding "
-    r"(?P<source>\{.*?\}) to (?P<target>\{.*?\})(?: without| efficiently|\s).*?HLO operation:?\s*%?(?P<name>[\w.\-]+)",
+    r"(?P<source>\{.*?\}) to (?P<target>\{.*?\})(?: without| efficiently|\s)"
+    r".*?HLO operation:?\s*%?(?P<name>[\w.\-]+)",
     re.S,
 )
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -25,9 +26,10 @@ def findings_in_log(text: str) -> tuple[Finding, ...]:
             match["name"],
             Finding(
                 kind="involuntary_full_rematerialisation",
-                what=f"{match['name']}{where} is replicated to go from {match['source']} to {match['target']}",
-                remedy="shard its maker and its reader over the same axes in the same order, or put a reshape "
-                "between them that keeps the sharded dimension whole",
+                what=f"{match['name']}{where} is replicated to go from {match['source']} "
+                f"to {match['target']}",
+                remedy="shard its maker and its reader over the same axes in the same order, or put a "
+                "reshape between them that keeps the sharded dimension whole",
             ),
         )
     return tuple(found.values())

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TYPE_CHECKING
 
+from ...planner.wellformed import axes_of
 from ..evidence import Evidence
 from ..frames import nearest_line
 from ..hlo import SourceLine
 from ..record import Finding
 from ..shapes import Array, parse_shape
 from .communication import MATTERS
+
+if TYPE_CHECKING:
+    from ...planner.plan import Spec
 
 #: Padding below this share of the peak is the price of tiles on odd sizes, and no step fits or fails by it.
 PADDING = 0.05
@@ -42,9 +47,7 @@ def kept_whole(evidence: Evidence) -> list[Finding]:
             factor
             for dims, factors in planned.items()
             if len(dims) == len(whole)
-            and all(
-                size <= padded < size + tile for size, padded, tile in zip(dims, whole, tiles, strict=True)
-            )
+            and all(n <= padded < n + tile for n, padded, tile in zip(dims, whole, tiles, strict=True))
             for factor in factors
         ]
         has = math.prod(tiles)
@@ -53,9 +56,9 @@ def kept_whole(evidence: Evidence) -> list[Finding]:
             found.append(
                 Finding(
                     kind="parameter_kept_whole",
-                    what=f"{instruction.op_name.replace(chr(92), '') or name} {shape.text} is cut into {has}, "
-                    f"and was planned to be cut into {min(wanted)}",
-                    remedy="give it its planned sharding where the step takes it (`in_shardings`, `Plan.init`)",
+                    what=f"{instruction.op_name.replace(chr(92), '') or name} {shape.text} is cut into "
+                    f"{has}, and was planned to be cut into {min(wanted)}",
+                    remedy="give it its planned sharding where the step takes it (`in_shardings`)",
                     bytes=more,
                 )
             )
@@ -71,10 +74,10 @@ def padding(evidence: Evidence) -> list[Finding]:
     return [
         Finding(
             kind="padding_waste",
-            what=f"{memory.padding_bytes / memory.peak_bytes:.0%} of the memory at the peak is padding of tiles, "
-            f"most in {worst.shape} ({worst.name})",
-            remedy="make the last dimension of each device's part a multiple of 128 and the one before it of 8 "
-            "(16 for two-byte types), or shard another dimension",
+            what=f"{memory.padding_bytes / memory.peak_bytes:.0%} of the memory at the peak is padding of "
+            f"tiles, most in {worst.shape} ({worst.name})",
+            remedy="make the last dimension of each device's part a multiple of 128 and the one before it of "
+            "8 (16 for two-byte types), or shard another dimension",
             bytes=memory.padding_bytes,
             source=worst.source,
         )
@@ -85,9 +88,7 @@ def spilled_to_host(evidence: Evidence) -> list[Finding]:
     """Traffic with the host's memory that the plan did not ask for, or that the step waits for."""
     moved: dict[SourceLine | None, float] = {}
     for computation, runs in evidence.weights.items():
-        for name, bytes_ in (
-            evidence.turns[computation].hosts.items() if computation in evidence.turns else ()
-        ):
+        for name, bytes_ in evidence.hosts(computation):
             line = nearest_line(evidence.program, name)
             moved[line] = moved.get(line, 0.0) + bytes_ * runs
     if not moved:
@@ -114,10 +115,9 @@ def spilled_to_host(evidence: Evidence) -> list[Finding]:
     ]
 
 
-def _factor(evidence: Evidence, spec: tuple[object, ...]) -> int:
+def _factor(evidence: Evidence, spec: Spec) -> int:
     assert evidence.planned is not None
-    names = [name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())]  # type: ignore[union-attr]
-    return math.prod(evidence.planned.mesh[name] for name in names)
+    return math.prod(evidence.planned.mesh[axis] for entry in spec for axis in axes_of(entry))
 
 
 def _tiles(attributes: str, rank: int) -> tuple[int, ...]:
