@@ -8,6 +8,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from ..planner.reasons import gib, seconds
+from .compiled_page import compiled_sections
+from .compiled_view import compiled_view
 from .mesh_drawing import mesh_drawings
 from .scatter import scatter
 from .view import Bar, Parameter, View, view
@@ -43,6 +45,7 @@ def fragment(plan: Plan) -> str:
         _section("Mesh", _mesh(shown)),
         _section(f"A step: {shown.step}", _bars(shown.time)) if shown.time else "",
         _section(_memory_title(shown), _memory(shown)) if shown.memory else "",
+        *_compiled(plan, shown),
         _section("What else there was", _rivals(shown)) if len(shown.rivals) > 1 else "",
         _section("Dimensions while computing", _dims(shown)),
         _section("Parameters as stored", _parameters(shown)),
@@ -50,6 +53,12 @@ def fragment(plan: Plan) -> str:
     ]
     style = _STYLE.read_text(encoding="utf-8")
     return f'<style>{style}</style><div class="meshwright-plan">{"".join(sections)}</div>'
+
+
+def _compiled(plan: Plan, shown: View) -> list[str]:
+    found = compiled_view(plan)
+    sections = [] if found is None else compiled_sections(found, shown.capacity_bytes)
+    return [_section(title, content) for title, content in sections]
 
 
 def _section(title: str, content: str) -> str:

@@ -1,4 +1,4 @@
-"""A Plan in a terminal: what was chosen, what it costs, where everything lies, what it was preferred to."""
+"""A Plan in a terminal: what was chosen, its costs, the compiler's word on it, what it was preferred to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..planner.reasons import gib, seconds
+from .compiled_table import compiled_parts
+from .compiled_view import compiled_view
 from .view import Bar, View, view, written
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ def plan_table(plan: Plan) -> RenderableType:
             Text("\n" + _memory_title(shown), style="bold"),
             _bars(shown.memory),
         ]
+    if (compiled := compiled_view(plan)) is not None:
+        parts += compiled_parts(compiled, shown.capacity_bytes)
     parts += [Text("\nparameters, and how much of each a device holds", style="bold"), _parameters(shown)]
     if len(shown.rivals) > 1:
         parts += [Text("\npreferred to", style="bold"), _rivals(shown)]

@@ -1,0 +1,247 @@
+"""What the compiler made of a plan, in a terminal and as a page; proofs are written down here."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pathlib
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from meshwright.sharding import Plan, plan
+from meshwright.sharding.compiled.hlo import SourceLine
+from meshwright.sharding.compiled.record import Buffer, CompiledCollective, Finding, LineCost, Proof
+from meshwright.sharding.report.compiled_view import compiled_view, compiler_of, place
+from meshwright.sharding.report.page import page
+from meshwright.sharding.report.plan_table import plan_table
+from rich.console import Console
+
+GIB = 2.0**30
+MODEL = SourceLine(file=str(pathlib.Path("models", "mlp.py").absolute()), line=12, function="layer")
+
+
+def loss(params: Any, batch: Any) -> Any:
+    return jnp.mean((jax.nn.gelu(batch["x"] @ params["up"]) @ params["down"] - batch["x"]) ** 2)
+
+
+PARAMS = {
+    "up": jax.ShapeDtypeStruct((1024, 4096), "float32"),
+    "down": jax.ShapeDtypeStruct((4096, 1024), "float32"),
+}
+ROWS = {"x": jax.ShapeDtypeStruct((4096, 1024), "float32")}
+
+GATHER = CompiledCollective(
+    kind="all_gather",
+    axes=("fsdp",),
+    count=6,
+    bytes=3 * GIB,
+    wire_bytes=2 * GIB,
+    seconds=0.04,
+    exposed_seconds=0.01,
+    algorithm="PincerEmitter/StrategyND colors:3",
+    asynchronous=True,
+)
+REDUCE = CompiledCollective(
+    kind="all_reduce",
+    axes=("data", "fsdp"),
+    count=2,
+    bytes=GIB,
+    wire_bytes=2 * GIB,
+    seconds=0.09,
+    exposed_seconds=0.09,
+    algorithm="a_very_long_name_of_an_algorithm_that_does_not_fit/beside_anything_else_in_a_terminal",
+    asynchronous=False,
+    source=MODEL,
+)
+PROOF = Proof(
+    topology="v5p:2x2x4",
+    versions={"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": "0.0.42.1"},
+    peak_bytes=12 * GIB,
+    step_seconds=0.5,
+    compile_seconds=3.21,
+    time={"compute": 0.4, "all_gather/fsdp": 0.01, "all_reduce/data×fsdp": 0.09},
+    memory={"arguments": 2 * GIB, "temporaries": 10 * GIB, "outputs": 0.0, "code": 0.0, "host": 0.0},
+    collectives=(GATHER, REDUCE),
+    findings=(
+        Finding(kind="kept_whole", what="<up> is kept whole", remedy="shard it", bytes=GIB),
+        Finding(
+            kind="all_reduce",
+            what="the gradient of up is summed by an all-reduce where a reduce-scatter was planned",
+            remedy="try fsdp=4 [one torus axis]",
+            seconds=0.09,
+            source=MODEL,
+        ),
+    ),
+    buffers=(
+        Buffer(name="hidden", shape="f32[256,4096]", bytes=4 * GIB, source=MODEL),
+        Buffer(name="grad <up>", shape="f32[1024,4096]", bytes=5 * GIB),
+    ),
+    lines=(LineCost(source=MODEL, seconds=0.3),),
+    timeline=tuple(GIB * size for size in (2, 4, 8, 12, 7, 2)),
+)
+
+
+@pytest.fixture(scope="module")
+def proved() -> Plan:
+    found = plan(loss, PARAMS, ROWS, topology="v5p:2x2x4", optimizer=optax.adamw(1e-3))
+    return dataclasses.replace(found, proof=PROOF)
+
+
+def terminal(shown: Plan, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(plan_table(shown))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def line_with(text: str, words: str) -> str:
+    return next(line for line in text.splitlines() if words in line)
+
+
+def test_estimated_and_compiled_items_stand_beside_each_other(proved: Plan) -> None:
+    shown = compiled_view(proved)
+    assert shown is not None
+    assert proved.estimate is not None
+    time = {pair.name: pair for pair in shown.time}
+    assert sum(pair.compiled or 0.0 for pair in shown.time) == pytest.approx(PROOF.step_seconds)
+    assert sum(pair.estimated or 0.0 for pair in shown.time) == pytest.approx(proved.estimate.step_seconds)
+    assert time["all_gather/fsdp"].hidden == pytest.approx(GATHER.seconds - GATHER.exposed_seconds)
+    assert time["all_reduce/data×fsdp"].hidden == 0.0
+    assert sum(pair.compiled or 0.0 for pair in shown.memory) == PROOF.peak_bytes
+    assert sum(pair.estimated or 0.0 for pair in shown.memory) == pytest.approx(proved.estimate.peak_bytes)
+
+
+def test_what_no_compiler_knows_is_not_shown_as_nothing(proved: Plan) -> None:
+    assert proved.estimate is not None
+    slow = dataclasses.replace(proved.estimate, time={**proved.estimate.time, "bubble": 2.0})
+    shown = compiled_view(dataclasses.replace(proved, estimate=slow))
+    assert shown is not None
+    (bubble,) = [pair for pair in shown.time if pair.name == "bubble"]
+    assert bubble.texts() == ("2 s", "-", "")
+
+
+def test_a_plan_without_a_proof_shows_none(proved: Plan) -> None:
+    bare = dataclasses.replace(proved, proof=None)
+    assert compiled_view(bare) is None
+    assert "compiled" not in terminal(bare)
+    assert "ompiled" not in Words.of(page(bare))
+
+
+def test_the_terminal_says_it_in_80_columns(proved: Plan) -> None:
+    text = terminal(proved)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "compiled by libtpu 0.0.42.1 in 3.2 s" in text
+    assert line_with(text, "all_gather/fsdp  ").split()[1:] != []
+    found = line_with(text[text.index("collectives") :], "all_gather/fsdp").split()
+    assert found == ["all_gather/fsdp", "6", "3.0", "GiB", "40", "ms", "10", "ms"]
+    assert "asynchronous, 75% beside computing, PincerEmitter/StrategyND colors:3" in text
+    assert "models/mlp.py:12" in text
+    assert "→ try fsdp=4 [one torus axis]" in text
+    assert "12.0 GiB of 95.0 GiB, all that a device has" in text
+
+
+def test_findings_and_buffers_come_by_cost(proved: Plan) -> None:
+    shown = compiled_view(proved)
+    assert shown is not None
+    assert [row.kind for row in shown.findings] == ["all_reduce", "kept_whole"]
+    assert [row.kind for row in shown.collectives] == ["all_reduce", "all_gather"]
+    assert [size for _, _, size in shown.buffers] == [5 * GIB, 4 * GIB]
+
+
+def test_a_declared_plan_shows_the_compiled_figures_alone(proved: Plan) -> None:
+    text = terminal(dataclasses.replace(proved, estimate=None, alternatives=()))
+    assert line_with(text, "  step ").split() == ["step", "-", "500", "ms"]
+
+
+def test_an_answer_from_the_cache_is_said_to_be_one(proved: Plan) -> None:
+    cached = dataclasses.replace(proved, proof=dataclasses.replace(PROOF, cached=True))
+    assert "in 3.2 s, known from before" in terminal(cached)
+
+
+class Words(HTMLParser):
+    """Gathers what a document says, and checks that what is opened is closed."""
+
+    VOID = ("meta", "rect", "line", "circle", "br", "polygon")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.said: list[str] = []
+
+    @classmethod
+    def of(cls, html: str) -> str:
+        parser = cls()
+        parser.feed(html)
+        parser.close()
+        assert not parser.open
+        return " ".join(parser.said)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.said.append(data)
+
+
+def test_the_page_says_the_same(proved: Plan) -> None:
+    html = page(proved)
+    said = Words.of(html)
+    for words in ("Compiled by libtpu 0.0.42.1", "<up> is kept whole", "try fsdp=4", "models/mlp.py:12"):
+        assert words in said
+    assert "<up>" not in html
+    assert not re.search(r"https?://|src=|href=|<script|@import|url\(", html)
+
+
+def test_the_timeline_is_drawn_to_scale(proved: Plan) -> None:
+    svg = re.search(r'<svg class="timeline".*?</svg>', page(proved), re.S)
+    assert svg is not None
+    drawn = svg[0]
+    area = re.search(r'points="([^"]*)"', drawn)
+    assert area is not None
+    floor, *tops = [float(point.split(",")[1]) for point in area[1].split()][:-1]
+    heights = [floor - top for top in tops]
+    assert heights == pytest.approx([heights[3] * size / 12 for size in (2, 4, 8, 12, 7, 2)], abs=0.1)
+    limit = re.search(r'class="limit"[^>]*y1="([\d.]+)"', drawn)
+    assert limit is not None
+    assert (floor - float(limit[1])) / heights[3] == pytest.approx(95.0 / 12, rel=0.01)
+    # Buffers by size, then what else is held at the peak.
+    held = re.findall(r'<rect class="(\w+)"[^>]* height="([\d.]+)"><title>([^<]*)', drawn)
+    assert [kind for kind, _, _ in held] == ["m0", "m1", "else"]
+    assert [float(height) / heights[3] for _, height, _ in held] == pytest.approx(
+        [5 / 12, 4 / 12, 3 / 12], abs=0.01
+    )
+    assert held[0][2] == "grad &lt;up&gt; f32[1024,4096]: 5.0 GiB"
+
+
+def test_hidden_parts_of_collectives_are_told_apart(proved: Plan) -> None:
+    rows = page(proved).split("Collectives as compiled")[1].split("</section>")[0].split("<tr>")
+    gather = next(row for row in rows if "all_gather/fsdp" in row)
+    widths = re.findall(r'<i class="([\w ]+)" style="width:([\d.]+)%', gather)
+    assert [(kind, float(width)) for kind, width in widths] == [
+        ("talk", pytest.approx(100 * 0.01 / 0.09, abs=0.01)),
+        ("talk hidden", pytest.approx(100 * 0.03 / 0.09, abs=0.01)),
+    ]
+    reduce = next(row for row in rows if "all_reduce" in row)
+    assert "hidden" not in reduce
+
+
+def test_places_are_short() -> None:
+    assert place(SourceLine(file="/elsewhere/lib/pkg/block.py", line=3)) == "pkg/block.py:3"
+    assert place(MODEL) == "models/mlp.py:12"
+    assert place(MODEL, function=True) == "models/mlp.py:12 layer"
+    assert place(None) == ""
+
+
+def test_the_compiler_is_the_platforms_own() -> None:
+    assert compiler_of({"jax": "0.10.2", "jaxlib": "0.10.3"}) == "jaxlib 0.10.3"
+    assert compiler_of({"jax": "0.12", "jaxlib": "0.12", "libtpu": "0.0.50.1"}) == "libtpu 0.0.50.1"
