@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..topology import Topology
 from .flops import fusion_reads
-from .frames import nearest_line
+from .frames import nearest_line, user_line
 from .hlo import Instruction, Program, SourceLine
 from .loops import Loop
 from .memory import Memory
@@ -70,13 +70,18 @@ class Evidence:
     def collectives(self) -> tuple[Seen, ...]:
         """Every collective of the step, the costliest first."""
         found = [
-            Seen(site=site, runs=runs, exposed=exposed, source=nearest_line(self.program, site.inner))
+            Seen(site=site, runs=runs, exposed=exposed, source=self._line(site))
             for computation, runs in self.weights.items()
             if computation in self.turns
             for site, exposed in self.turns[computation].sites
             if runs
         ]
         return tuple(sorted(found, key=lambda seen: -seen.seconds))
+
+    def _line(self, site: Site) -> SourceLine | None:
+        """Return who asked for a collective: itself, or what it was made of."""
+        inner = user_line(self.program, self.program.instructions[site.inner])
+        return inner or nearest_line(self.program, site.start)
 
     @functools.cached_property
     def users(self) -> Mapping[str, tuple[Instruction, ...]]:

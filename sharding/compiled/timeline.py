@@ -9,7 +9,7 @@ Loop bodies are gone through by themselves: what is open around a loop goes on b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..chips import Chip
@@ -18,7 +18,7 @@ from .hlo import Instruction, Program
 from .loops import Loop, branches, callees
 from .shapes import leaves, parse_shape
 from .sites import Site, Sites
-from .work import NOTHING, Work, host_bytes, work
+from .work import NOTHING, Work, host_bytes, to_host, work
 
 #: Items of `Proof.time` that are no collectives.
 COMPUTE, PREFETCH, HOST = "compute", "prefetch", "host"
@@ -86,8 +86,14 @@ class _Walk:
         self._computation = computation
         self._turn = Turn()
         self._now = 0.0
-        self._free: dict[tuple[object, ...], float] = {}
-        self._open: dict[str, tuple[float, str, Site | None]] = {}
+        # Link or lane → when it is free again, and the start that holds it until then.
+        self._free: dict[tuple[object, ...], tuple[float, str]] = {}
+        # Start → when it ends, of what has begun and not been waited for.
+        self._open: dict[str, float] = {}
+        self._items: dict[str, str] = {}
+        self._exposed: dict[str, float] = {}
+        # Start → the start that held its links when it wanted to begin.
+        self._before: dict[str, str] = {}
 
     def run(self) -> Turn:
         sites = self._line._sites.of(self._computation)
@@ -106,6 +112,7 @@ class _Walk:
         for name in list(self._open):
             self._wait(name)
         self._turn.seconds = self._now
+        self._turn.sites = [(site, self._exposed.get(site.start, 0.0)) for site in sites]
         return self._turn
 
     def _step(self, instruction: Instruction) -> None:
@@ -156,41 +163,51 @@ class _Walk:
 
     def _collective(self, site: Site, instruction: Instruction) -> None:
         self._compute(instruction)
-        begin = max([self._now, *(self._free.get(link, 0.0) for link in site.resources)])
-        finish = begin + site.seconds
-        for link in site.resources:
-            self._free[link] = finish
-        if site.asynchronous:
-            self._open[site.start] = (finish, item_of(site), site)
-            return
-        exposed = finish - self._now
-        self._turn.sites.append((site, exposed))
-        self._spend(item_of(site), exposed)
+        self._hold(site.start, item_of(site), site.seconds, site.resources)
+        if not site.asynchronous:
+            self._wait(site.start)
+
+    def _hold(self, start: str, item: str, seconds: float, links: Iterable[tuple[object, ...]]) -> None:
+        """Let an operation take its links when they are free."""
+        begin = self._now
+        for link in links:
+            free, holder = self._free.get(link, (0.0, ""))
+            if free > begin:
+                begin, self._before[start] = free, holder
+        finish = begin + seconds
+        for link in links:
+            self._free[link] = (finish, start)
+        self._open[start] = finish
+        self._items[start] = item
 
     def _wait(self, start: str) -> None:
+        """Wait for an operation's end; what held its links until it could begin is waited for first."""
         if start not in self._open:
             return
-        finish, item, site = self._open.pop(start)
-        exposed = max(0.0, finish - self._now)
-        if site is not None:
-            self._turn.sites.append((site, exposed))
-        if exposed:
-            self._spend(item, exposed)
+        finish = self._open.pop(start)
+        holder = self._before.get(start)
+        if holder is not None and holder in self._open:
+            self._expose(holder, min(self._open[holder], finish))
+        self._expose(start, finish)
 
-    def _move(self, instruction: Instruction, seconds: float, lane: str) -> None:
-        """Let a copy hold its lane; one that has no done stops the device."""
-        finish = max(self._now, self._free.get((lane,), 0.0)) + seconds
-        self._free[(lane,)] = finish
-        if instruction.opcode.endswith("-start") or instruction.opcode in ("send", "recv"):
-            self._open[instruction.name] = (finish, lane, None)
-        else:
-            self._spend(lane, finish - self._now)
+    def _expose(self, start: str, until: float) -> None:
+        waited = until - self._now
+        if waited > 0.0:
+            self._exposed[start] = self._exposed.get(start, 0.0) + waited
+            self._spend(self._items[start], waited)
+
+    def _move(self, instruction: Instruction, seconds: float, *lane: str) -> None:
+        """Let a copy hold its lane, named for its item first; one that has no done stops the device."""
+        self._hold(instruction.name, lane[0], seconds, [lane])
+        if not instruction.opcode.endswith("-start") and instruction.opcode not in ("send", "recv"):
+            self._wait(instruction.name)
 
     def _host(self, instruction: Instruction, moved: float) -> None:
         self._turn.hosts[instruction.name] = moved
         chip = self._line._chip
         rate = chip.host_link_bytes_per_second_per_chip
-        self._move(instruction, moved * chip.devices_per_chip / rate if rate else 0.0, HOST)
+        way = "out" if to_host(instruction) else "in"
+        self._move(instruction, moved * chip.devices_per_chip / rate if rate else 0.0, HOST, way)
 
     def _prefetch(self, instruction: Instruction) -> None:
         arrays = [array for array in leaves(parse_shape(instruction.shape)) if array.elements > 1]

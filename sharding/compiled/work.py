@@ -125,6 +125,16 @@ def host_bytes(program: Program, instruction: Instruction) -> float:
     return min((array.padded_bytes for array in arrays if array.elements > 1), default=0.0)
 
 
+def to_host(instruction: Instruction) -> bool:
+    """Whether a transfer goes from the device to its host; the link carries both ways at once."""
+    if instruction.opcode in ("send", "outfeed"):
+        return True
+    if "slice" in instruction.opcode:
+        return instruction.opcode.startswith("dynamic-update-slice")
+    arrays = leaves(parse_shape(instruction.shape))
+    return bool(arrays) and arrays[0].space == HOST_SPACE
+
+
 def _first_bytes(program: Program, instruction: Instruction) -> float:
     return _bytes(program, instruction.operands[0]) if instruction.operands else 0.0
 
