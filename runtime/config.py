@@ -141,6 +141,11 @@ class Config(Section):
         description="Parts a step's batch is worked through in (gradient accumulation). Null leaves it to "
         "the plan; where that is `declared`, 1.",
     )
+    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+        default="auto",
+        description="What computes attention: `xla`, or a kernel, `splash` (TPU) or `cudnn` (GPU); `auto` is "
+        "the kernel of the chip where that can do what the model asks; the plan says where it cannot.",
+    )
     compilation_cache: str | None = Field(
         default="auto",
         description="Folder of compiled programs kept between runs; `auto` is the user's cache folder, "

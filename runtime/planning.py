@@ -80,6 +80,7 @@ def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) 
             names=shapes.names,
             remat=config.remat or "none",
             microbatches=config.microbatches or 1,
+            attention=config.attention,
         )
     if config.plan == "auto":
         return search(config, shapes, topology, optimizer)
@@ -100,6 +101,7 @@ def search(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -
         rules=config.rules,
         remat=config.remat,
         microbatches=config.microbatches,
+        attention=config.attention,
         names=shapes.names,
     )
 
@@ -209,6 +211,12 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
                 f"the config declares {key}={declared} and {config.plan} has {key}={planned}; "
                 "leave one of them out"
             )
+    planned = found.kernels.get("attention", {}).get("implementation", "xla")
+    if config.attention not in ("auto", planned):
+        raise UserError(
+            f"the config declares attention={config.attention} and {config.plan} has {planned}; "
+            "leave one of them out"
+        )
     if config.rules:
         rules = ", ".join(config.rules)
         raise UserError(f"the config declares rules ({rules}) beside {config.plan}; leave one of them out")

@@ -44,6 +44,10 @@ class Chip:
     hbm_bytes: int | None = None
     hbm_bytes_per_second: float | None = None
     vmem_bytes: int | None = None
+    kernel_vmem_bytes: int | None = None
+    """What one kernel gets of it unless a compiler option says otherwise."""
+    attention_kernel: str | None = None
+    """What carries out attention on it, of `planner/kernels.toml`; None leaves it to XLA."""
     clock_hz: float | None = None
     """Of one core, in which the compiler counts its cycles; two cores of a megacore work at once."""
 

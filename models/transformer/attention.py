@@ -1,4 +1,4 @@
-"""The attention half of a block: projections in and out, around the maths of `attend`."""
+"""The attention half of a block: projections in and out, around `sharding.ops.attention`."""
 
 from __future__ import annotations
 

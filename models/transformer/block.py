@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from .attend import View, attend, attend_in_chunks, query_chunk
+from ...sharding.ops import attention
+from ...sharding.ops.plain import View, attend
 from .attention import Attention
 from .config import DecoderConfig
 from .experts import Experts
@@ -46,12 +47,16 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, turn: Turn | None, view: View) -> jax.Array:
         """Map the stream ``[batch, sequence, embed]`` to itself; every row sees what `view` lets it."""
         query, key, value = self.attention.project(self.attention_norm(x), turn)
-        cap = self.config.attention_soft_cap
-        chunk = query_chunk(query.shape[1], self.config.attention_chunk)
-        if chunk is None:
-            out = attend(query, key, value, view, cap=cap)
-        else:
-            out = attend_in_chunks(query, key, value, view, cap=cap, chunk=chunk)
+        out = attention(
+            query,
+            key,
+            value,
+            segment_ids=view.query_segments,
+            window=view.window,
+            cap=self.config.attention_soft_cap,
+            scale=1.0,
+            chunk=self.config.attention_chunk,
+        )
         return self._finish(x, out)
 
     def step(self, x: jax.Array, turn: Turn | None, view: View, cache: Cache) -> tuple[jax.Array, Cache]:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ...sharding.errors import UserError
-from .attend import View, soft_cap
+from ...sharding.ops.plain import View, soft_cap
 from .block import Block, Cache, Turn
 from .config import DecoderConfig
 from .norm import Norm

@@ -15,7 +15,7 @@ Turn = tuple[jax.Array, jax.Array]
 
 
 class LatentAttention(nnx.Module):
-    """The projections of latent attention, around the maths of `attend`.
+    """The projections of latent attention, around `sharding.ops.attention`.
 
     A head's query and key are a part of `head_dim` without positions and a part of `rope_head_dim` that is
     turned; that part of the key is one for all heads.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,7 @@ class Pricer:
       calibration: efficiencies; the shipped ones of the chip if not given.
       gradient_bytes: of one accumulated gradient; as the parameter's if not given.
       dtype: of matrix products, for their peak; ``bfloat16`` if not given.
+      other: gives the Pricer for a candidate that this one is not for, None where this one is.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Pricer:
         calibration: Calibration | None = None,
         gradient_bytes: float | None = None,
         dtype: str = "bfloat16",
+        other: Callable[[Candidate], Pricer | None] | None = None,
     ) -> None:
         self.profile = program if isinstance(program, Profile) else profile(program)
         self.topology = topology
@@ -86,6 +88,7 @@ class Pricer:
         self.calibration = calibration_for(topology.chip.name) if calibration is None else calibration
         self.gradient_bytes = gradient_bytes
         self.dtype = dtype
+        self._other = other
         self._placements: dict[object, Placement] = {}
         self._stored: dict[object, tuple[Stored, object]] = {}
         self._exchanges: dict[object, tuple[Exchange, object]] = {}
@@ -95,6 +98,8 @@ class Pricer:
 
     def price(self, candidate: Candidate) -> Estimate:
         """Return the estimate of `candidate`."""
+        if self._other is not None and (other := self._other(candidate)) is not None:
+            return other.price(candidate)
         placement = self.place(candidate)
         lying = self._lying(candidate)
         memory = self.memory(candidate, placement, lying)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
+from ..ops.attention import attention_call
 from ..program.control import while_parts
 from ..program.flops import work
 from ..program.generations import scan_parts
@@ -38,7 +39,8 @@ class Value:
     """An array of the program: bytes for one run, dims, and what it comes from.
 
     `parameter` is the index of the argument that it is a view of (a cast, a layer's slice), or -1; `source`
-    the value that it stands for inside or outside of a loop, or -1.
+    the value that it stands for inside or outside of a loop, or -1; `call` the kernel that it is inside of,
+    or -1.
     """
 
     bytes: float
@@ -52,11 +54,12 @@ class Value:
     producer: int = -1
     source: int = -1
     core: bool = False
+    call: int = -1
 
 
 @dataclasses.dataclass(slots=True)
 class Leaf:
-    """An equation that runs no scope, with the values it reads and writes."""
+    """An equation that runs no scope, with the values it reads and writes, and the kernel it is part of."""
 
     equation: Equation
     ins: list[int]
@@ -64,11 +67,15 @@ class Leaf:
     section: int
     runs: int
     rematted: bool
+    call: int = -1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Flat:
-    """A program without scopes: `carries` are what the scan over layers hands on, `inputs` the data."""
+    """A program without scopes: `carries` are what the scan over layers hands on, `inputs` the data.
+
+    `calls` are the values that each kernel of attention reads, and the one that it writes.
+    """
 
     values: list[Value]
     leaves: list[Leaf]
@@ -76,13 +83,17 @@ class Flat:
     inputs: tuple[int, ...]
     layers: int
     layer_dim: int
+    calls: tuple[tuple[tuple[int, ...], int], ...] = ()
 
 
 class _Reader:
     """Flattens the scopes of a program into leaves over numbered values."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, kernels: bool) -> None:
         self.program = program
+        self.calls: list[tuple[tuple[int, ...], int]] = []
+        self._kernels = kernels
+        self._call = -1
         self.values: list[Value] = []
         self.leaves: list[Leaf] = []
         self.carries: list[int] = []
@@ -117,7 +128,9 @@ class _Reader:
                 grad=grad,
                 trips=runs,
                 section=self._section,
-                core=len(flat) != sum(len(composition) for composition in dims),
+                core=len(flat) != sum(len(composition) for composition in dims)
+                and (self._call >= 0 or not self._kernels),
+                call=self._call,
             )
         )
         return len(self.values) - 1
@@ -140,6 +153,8 @@ class _Reader:
         name = equation.primitive
         if not equation.scopes:
             return self._leaf(equation, ins, runs, rematted)
+        if self._kernels and attention_call(equation.eqn) is not None:
+            return self._attention(equation, ins, runs)
         if name == "scan":
             return self._scan(equation, ins, runs, rematted)
         if name == "while":
@@ -158,6 +173,17 @@ class _Reader:
         inner = equation.scopes[0]
         checkpointed = rematted or name in ("remat2", "checkpoint", "remat")
         return self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, checkpointed)
+
+    def _attention(self, equation: Equation, ins: list[int], runs: int) -> list[int]:
+        """Read what one kernel does, of which nothing is in memory but what it reads and writes."""
+        inner = equation.scopes[0]
+        self._call = len(self.calls)
+        # What plain attention runs again for its gradient, a kernel's gradient has in it.
+        (out,) = self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, False)
+        self._call = -1
+        self.values[out].call = -1
+        self.calls.append((tuple(ins), out))
+        return [out]
 
     def _scan(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
         scan, inner = scan_parts(equation.eqn), equation.scopes[0]
@@ -225,7 +251,15 @@ class _Reader:
         for out in outs:
             self.values[out].producer = len(self.leaves)
         self.leaves.append(
-            Leaf(equation=equation, ins=ins, outs=outs, section=self._section, runs=runs, rematted=rematted)
+            Leaf(
+                equation=equation,
+                ins=ins,
+                outs=outs,
+                section=self._section,
+                runs=runs,
+                rematted=rematted,
+                call=self._call,
+            )
         )
         return outs
 
@@ -269,9 +303,12 @@ def _item_bytes(dtype: Any) -> int:
     return int(getattr(dtype, "itemsize", 4))
 
 
-def flatten(program: Program) -> Flat:
-    """Return the leaves of `program` over numbered values."""
-    reader = _Reader(program)
+def flatten(program: Program, *, kernels: bool = False) -> Flat:
+    """Return the leaves of `program` over numbered values.
+
+    With `kernels` calls of `ops.attention` are carried out by kernels, so that scores are nowhere else.
+    """
+    reader = _Reader(program, kernels)
     reader.read()
     return Flat(
         values=reader.values,
@@ -280,4 +317,5 @@ def flatten(program: Program) -> Flat:
         layers=reader.layers,
         inputs=tuple(reader.inputs),
         layer_dim=reader.layer_dim,
+        calls=tuple(reader.calls),
     )

@@ -99,7 +99,8 @@ def _roots(flat: Flat) -> list[int]:
             other = flat.leaves[producer]
             # What a reduction gives is known only when its kernel ends, unless a row fits on the chip: then
             # the numbers that it read are still there, which is how norms and softmax are run.
-            if is_fusible(other) and other.runs == leaf.runs and other.section == leaf.section:
+            alike = is_fusible(other) and other.runs == leaf.runs and other.section == leaf.section
+            if alike and other.call == leaf.call:
                 parent[find(number)] = find(producer)
     return [find(n) for n in range(len(flat.leaves))]
 
@@ -128,7 +129,7 @@ def fuse(flat: Flat) -> Groups:
         runs.append(first.runs)
         rematted.append(first.rematted)
         touched = [i for n in group for i in (*flat.leaves[n].ins, *flat.leaves[n].outs)]
-        core.append(any(flat.values[i].core for i in touched))
+        core.append(first.call >= 0 or any(flat.values[i].core for i in touched))
     table = np.array(edges, float).reshape(-1, 4)
     return Groups(
         section=np.array(section, int),

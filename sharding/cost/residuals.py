@@ -92,11 +92,15 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
             masks["dots"][list(leaf.outs)] = True
     for index in _read_by_kernels(flat):
         masks["none/fused"][index] = True
+    for ins, out in flat.calls:
+        # A kernel's gradient reads what the kernel read and wrote.
+        for index in (*(i for i in ins if flat.values[i].grad), out):
+            masks["none"][index] = masks["none/fused"][index] = True
     kept = np.array([_is_kept(flat, n) for n in range(count)], bool)
     return Saved(
         by_policy={policy: mask & kept for policy, mask in masks.items()},
         named=named_values(flat, names),
-        core=np.array([value.core for value in flat.values], bool),
+        core=np.array([value.core or value.call >= 0 for value in flat.values], bool),
         flow=Flow.of(flat),
         layers=np.array([value.section == LAYERS for value in flat.values], bool),
         on_chip=np.array([_is_on_chip(flat, n) for n in range(count)], bool),
@@ -105,6 +109,8 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
 
 def _is_on_chip(flat: Flat, index: int) -> bool:
     value = flat.values[index]
+    if flat.calls:
+        return value.call >= 0
     if value.core or value.producer < 0:
         return value.core
     leaf = flat.leaves[value.producer]

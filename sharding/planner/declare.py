@@ -15,6 +15,7 @@ from ..program.tracing import trace
 from ..rules import Rules
 from ..topology import Topology
 from ..tree_paths import by_path
+from .kernels import choose
 from .plan import ArrayPlan, DimPlan, Plan
 from .remats import read
 from .wellformed import axes_of
@@ -34,6 +35,7 @@ def declare(
     names: Any = None,
     remat: str | Mapping[str, str] = "none",
     microbatches: int = 1,
+    attention: str | None = None,
 ) -> Plan:
     """Return the Plan that the declared `mesh` and `rules` make of ``loss(params, batch)``.
 
@@ -47,6 +49,7 @@ def declare(
         names: a tree parallel to `params` of tuples of dimension names.
         remat: what layers keep for their backward pass: a policy of `transform.remat`, or names → places.
         microbatches: parts that the batch is worked through in, as in `transform.accumulate`.
+        attention: as in `plan`: ``auto`` if not given.
 
     Raises:
         UserError: the mesh does not fit the topology, a rule cannot hold, or the batch does not divide.
@@ -67,16 +70,20 @@ def declare(
         loss, params, batch, names={1: data_names} if names is None else {0: names, 1: data_names}
     )
     policy = read(remat)
+    kernel = choose(program, topology, attention)
+    dims = _dims(program, declared, sizes)
+    cut = {program.by_name[name].id: row.axes for name, row in dims.items()}
     plan = Plan(
         topology=str(topology),
         mesh=sizes,
-        dims=_dims(program, declared, sizes),
+        dims=dims,
         params=_arrays(params, of_params),
         batch=_arrays(batch, of_batch),
         remat=policy.remat,
         saved=policy.saved,
         microbatches=microbatches,
-        notes=tuple(rules_of_params.notes(params, sizes, names)),
+        notes=(*rules_of_params.notes(params, sizes, names), *kernel.notes_on(cut)),
+        kernels=kernel.kernels if kernel.can(cut) else {},
     )
     _check_axes_work(plan)
     return plan

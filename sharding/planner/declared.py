@@ -29,6 +29,7 @@ class Declared:
     remat: str | Mapping[str, str] | None = None
     microbatches: int | None = None
     schedule: str | None = None
+    attention: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

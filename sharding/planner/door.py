@@ -17,7 +17,7 @@ from ..program.flops import work
 from ..program.record import Program
 from ..program.tracing import trace
 from ..topology import Topology
-from . import build
+from . import build, kernels
 from .advice import nothing_fits
 from .declared import Declared, names_of_data
 from .microbatches import batch_rows, why_not, why_untraceable
@@ -46,6 +46,7 @@ def plan(
     remat: str | Mapping[str, str] | None = None,
     microbatches: int | None = None,
     schedule: str | None = None,
+    attention: str | None = None,
     names: Any = None,
 ) -> Plan:
     """Return the fastest Plan for training ``loss(params, batch)`` on `topology` that fits its memory.
@@ -65,6 +66,8 @@ def plan(
             `meshwright.sharding.program.saved`) → ``device`` or ``host``.
         microbatches: parts that the batch is worked through in.
         schedule: of declared pipeline stages: ``1f1b`` or ``gpipe``.
+        attention: what carries out calls of `meshwright.sharding.ops.attention`: ``xla``, or a kernel,
+            ``splash`` or ``cudnn``; ``auto``, the default, is the chip's own where it can do what is asked.
         names: a tree parallel to `params` of tuples of dimension names, for rules and for what is printed.
 
     Raises:
@@ -72,7 +75,12 @@ def plan(
     """
     topology = Topology.parse(topology) if isinstance(topology, str) else topology
     declared = Declared(
-        mesh=mesh or {}, rules=rules or {}, remat=remat, microbatches=microbatches, schedule=schedule
+        mesh=mesh or {},
+        rules=rules or {},
+        remat=remat,
+        microbatches=microbatches,
+        schedule=schedule,
+        attention=attention,
     )
     problem = Problem(loss=loss, params=params, batch=batch, optimizer=optimizer, names=names)
     answer = problem.solve(topology, declared)
@@ -121,10 +129,21 @@ class Problem:
         """The program in tables."""
         return profile(self.program)
 
+    @functools.cached_property
+    def kernel_profile(self) -> Profile:
+        """The program in tables, with its attention carried out by kernels."""
+        return profile(self.program, kernels=True)
+
+    def kernel(self, topology: Topology, declared: Declared) -> kernels.Chosen:
+        """Return the kernel of the program's attention."""
+        return kernels.choose(self.program, topology, declared.attention)
+
     def space(self, topology: Topology, declared: Declared) -> Space:
         """Return what is worth considering."""
+        fused = self.kernel(topology, declared).implementation is not None
+        table = self.kernel_profile if fused else self.profile
         if declared.remat is not None:
-            check_names(read(declared.remat), self.profile)
+            check_names(read(declared.remat), table)
         return space(
             self.program,
             topology,
@@ -132,19 +151,35 @@ class Problem:
             params=self.params,
             names=self.names,
             whole_batch=self.whole_batch,
-            ladders=ladders(self.profile, host=_has_host(topology)),
+            ladders=ladders(table, host=_has_host(topology)),
         )
 
-    def pricer(self, topology: Topology) -> Pricer:
-        """Return what prices candidates."""
+    def pricer(self, topology: Topology, declared: Declared | None = None) -> Pricer:
+        """Return what prices candidates, with attention by its kernel where they let it run."""
         slots = _ADAM_BYTES if self.optimizer is None else slot_bytes(self.optimizer, self.params)
-        return Pricer(self.profile, topology, optimizer_slots=slots, dtype=_product_dtype(self.program))
+        dtype = _product_dtype(self.program)
+
+        @functools.cache
+        def plain() -> Pricer:
+            return Pricer(self.profile, topology, optimizer_slots=slots, dtype=dtype)
+
+        kernel = self.kernel(topology, declared or Declared())
+        if kernel.implementation is None:
+            return plain()
+        return Pricer(
+            self.kernel_profile,
+            topology,
+            optimizer_slots=slots,
+            dtype=dtype,
+            calibration=kernels.calibration(topology.chip.name, kernel),
+            other=lambda candidate: None if kernel.can(candidate.dims) else plain(),
+        )
 
     def solve(self, topology: Topology, declared: Declared, capacity_bytes: float | None = None) -> Answer:
         """Return the best that `topology` can do, in `capacity_bytes` a device if that is given."""
         program = self.program
         offered = self.space(topology, declared)
-        pricer = self.pricer(topology)
+        pricer = self.pricer(topology, declared)
         capacity = capacity_bytes
         if capacity is None:
             capacity = float(topology.chip.hbm_bytes or math.inf) * pricer.calibration.usable_memory
@@ -171,7 +206,8 @@ class Search:
         program, layout = answer.program, chosen.candidate
         found = (answer.found.best, *answer.found.others, *answer.found.misfits[:_MISFITS_SHOWN])
         others = [one for one in found if one is not None and one is not chosen]
-        notes = build.notes_of(program, layout)
+        kernel = self.problem.kernel(self.topology, self.declared)
+        notes = build.notes_of(program, layout) + kernel.notes_on(layout.dims)
         if self.problem.optimizer is None:
             notes += ("no optimizer was given: 8 bytes of moments for each parameter are assumed",)
         return build.plan_of(
@@ -182,6 +218,7 @@ class Search:
             estimate=chosen.estimate,
             alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
             refused=answer.space.refused,
+            kernels=kernel.kernels if kernel.can(layout.dims) else {},
             optimizer=self.problem.optimizer,
             search=self,
         )

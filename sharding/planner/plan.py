@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..compiled.record import Proof
     from ..cost.estimate import Estimate
     from ..program.record import Program
+    from ..report.compare import Comparison
     from .alternative import Alternative, Origin
     from .door import Search
 
@@ -135,7 +136,13 @@ class Plan:
         mesh = self.make_mesh() if mesh is None else mesh
         named = name_values(loss, self.saved) if self.saved else loss
         sharded = constrain(
-            named, mesh, self.axes_of_dims, self.specs, self.specs_of_moments, kernels=self.kernels
+            named,
+            mesh,
+            self.axes_of_dims,
+            self.specs,
+            self.specs_of_moments,
+            kernels=self.kernels,
+            platform=self._platform(mesh),
         )
         return accumulate(remat(sharded, self.remat, self.saved), self.microbatches)
 
@@ -191,6 +198,12 @@ class Plan:
         from .explain import explain
 
         return explain(self, subject)
+
+    def compare(self, other: Plan) -> Comparison:
+        """Return this plan (A) and `other` (B) side by side, as a terminal or a notebook shows it."""
+        from ..report.compare import compare
+
+        return compare(self, other)
 
     def _repr_html_(self) -> str:
         """Show the plan in a notebook: mesh, time, memory, parameters, what else there was."""
@@ -271,6 +284,16 @@ class Plan:
     def from_dict(cls, record: Mapping[str, Any]) -> Plan:
         """Rebuild a plan from plain values."""
         return plan_file.from_dict(record)
+
+    def _platform(self, mesh: Any) -> str:
+        """Return what is compiled for: what the mesh's devices are, or those described if it has none."""
+        from jax.sharding import Mesh
+
+        from ..topology import Topology
+
+        if isinstance(mesh, Mesh):
+            return mesh.devices.flat[0].platform
+        return Topology.parse(self.topology).chip.platform
 
     def _spec(self, path: str, shape: tuple[int, ...], kind: str) -> Spec:
         planned = getattr(self, kind).get(path)

@@ -20,6 +20,7 @@ FORMAT = 1
 _SEARCHED = (
     "saved",
     "moments",
+    "kernels",
     "origin",
     "estimate",
     "alternatives",

@@ -16,6 +16,7 @@ def check_plan(plan: Plan) -> None:
     """Raise UserError, one sentence, for the first thing in `plan` that cannot be carried out."""
     from ..cost.candidate import SCHEDULES
     from ..transform.remat import NAMES, PLACES, POLICIES
+    from .kernels import check_kernels
 
     if plan.remat not in (*POLICIES, NAMES):
         raise UserError(f"remat={plan.remat!r} is not a policy; {nearest(plan.remat, POLICIES)}")
@@ -24,6 +25,7 @@ def check_plan(plan: Plan) -> None:
             raise UserError(f"{name} is kept on {place!r}; {nearest(place, PLACES)}")
     if plan.saved and plan.remat != NAMES:
         raise UserError(f"remat={plan.remat!r} keeps no named values; remat='names' does")
+    check_kernels(plan.kernels)
     for name, size in (
         *plan.mesh.items(),
         ("microbatches", plan.microbatches),

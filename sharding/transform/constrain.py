@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..program import generations
 from ..program.record import Dims, Equation, Scope
 from ..program.tracing import read
+from .attention import AttentionKernel
 from .evaluate import checkpoint_again, evaluate, run, scan_again
 
 # What gives an array whose sharding XLA would otherwise have to guess; the others follow their operands.
@@ -58,6 +59,8 @@ def constrain(
     axes_of: AxesOf,
     stored: Callable[[Any], Any],
     reduced: Callable[[Any], Any] | None = None,
+    kernels: Mapping[str, Mapping[str, Any]] | None = None,
+    platform: str = "cpu",
 ) -> Callable[[Any, Any], Any]:
     """Return `loss(params, batch)` with sharding constraints wherever XLA would have to guess.
 
@@ -66,6 +69,8 @@ def constrain(
     it is used, layer by layer inside scans, after a cast to a smaller type; its gradient is reduced there to
     the stored spec, or to that of `reduced(params)` where optimizer states are stored otherwise. Results of
     products, convolutions and look-ups, and what a scan carries, are constrained to the specs of their dims.
+    `kernels` are a plan's: calls of `ops.attention` are carried out by the one for ``attention``, if any, as
+    `platform` runs it.
     Values are those of `loss`.
     """
 
@@ -73,7 +78,9 @@ def constrain(
         program, shape = jax.make_jaxpr(loss, return_shape=True)(params, batch)
         named = read(program, (params, batch), shape)
         of_parameters = frozenset(dim for a in named.parameters for c in a.dims for dim in c)
-        walk = _Walk(mesh, axes_of(named), of_parameters)
+        settings = (kernels or {}).get("attention")
+        kernel = None if settings is None else AttentionKernel(mesh, settings, platform)
+        walk = _Walk(mesh, axes_of(named), of_parameters, kernel)
         specs = _flat(stored(params))
         goals = specs if reduced is None else _flat(reduced(params))
         leaves = [
@@ -88,15 +95,22 @@ def constrain(
 
 class _Walk:
     def __init__(
-        self, mesh: Mesh, axes: Mapping[int, tuple[str, ...]], of_parameters: frozenset[int]
+        self,
+        mesh: Mesh,
+        axes: Mapping[int, tuple[str, ...]],
+        of_parameters: frozenset[int],
+        attention: AttentionKernel | None,
     ) -> None:
         self._mesh = mesh
         self._axes = axes
         self._of_parameters = of_parameters
+        self._attention = attention
         self._in_loop = False
 
     def scope(self, consts: Sequence[Any], scope: Scope, args: Sequence[Any]) -> list[Any]:
         """Evaluate a scope's program with constraints; stored parameters that leave it are gathered."""
+        if self._attention is not None:
+            self._attention.enter(scope.jaxpr)
         equations = {id(equation.eqn): equation for equation in scope.equations}
         program = core.ClosedJaxpr(scope.jaxpr, consts)
         outputs = evaluate(program, args, lambda eqn, inputs: self._visit(equations[id(eqn)], inputs))
@@ -110,6 +124,10 @@ class _Walk:
         name = eqn.primitive.name
         if name in _PASSING and isinstance(inputs[0], _Stored):
             return [inputs[0].passed(eqn)]
+        if self._attention is not None and name in ("jit", "name"):
+            outputs = self._attention.visit(equation, inputs, self._gather, self._spec)
+            if outputs is not None:
+                return outputs
         if name == "jit":
             consts = generations.closed(eqn.params["jaxpr"]).consts
             return self.scope(consts, equation.scopes[0], inputs)

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from ..errors import UserError, nearest
+from ..ops.attention import attention_call
 from ..program import generations
 from ..program.layers import is_layer_scan
 from ..program.record import Equation, Scope
@@ -55,7 +56,8 @@ class _Walk:
 
     def _visit(self, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
         eqn = equation.eqn
-        if eqn.primitive.name == "jit":
+        # A call of attention stays one, for the kernel that a plan may have for it.
+        if eqn.primitive.name == "jit" and attention_call(eqn) is None:
             consts = generations.closed(eqn.params["jaxpr"]).consts
             return self.scope(consts, equation.scopes[0], inputs)
         if is_layer_scan(eqn):

@@ -1,4 +1,4 @@
-"""Causal attention as plain functions of queries, keys and values."""
+"""Attention as plain functions of queries, keys and values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ...sharding.errors import UserError, nearest_divisors
+from ..errors import UserError, nearest_divisors
 
 # Below every real score, and far enough from the end of float32 that adding a score cannot overflow.
 _HIDDEN = -1e30
@@ -27,16 +27,24 @@ class View(NamedTuple):
     """int32 ``[batch, keys]``."""
     window: jax.Array | int | None = None
     """A query sees itself and the window - 1 places before it; None sees all before it."""
+    causal: bool = True
+    """Whether what stands after a query is hidden from it."""
 
 
-def visible(view: View) -> jax.Array:
-    """Return which keys each query sees, bool ``[queries, keys]`` or ``[batch, queries, keys]``."""
-    distance = view.query_index[:, None] - view.key_index[None, :]
-    seen = distance >= 0
-    if view.window is not None:
-        seen &= distance < view.window
+def visible(view: View) -> jax.Array | None:
+    """Return which keys each query sees, bool ``[queries, keys]`` or ``[batch, queries, keys]``.
+
+    None where it sees all.
+    """
+    seen = None
+    if view.causal:
+        distance = view.query_index[:, None] - view.key_index[None, :]
+        seen = distance >= 0
+        if view.window is not None:
+            seen &= distance < view.window
     if view.query_segments is not None and view.key_segments is not None:
-        seen = seen & (view.query_segments[:, :, None] == view.key_segments[:, None, :])
+        same = view.query_segments[:, :, None] == view.key_segments[:, None, :]
+        seen = same if seen is None else seen & same
     return seen
 
 
@@ -61,11 +69,12 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, view: View, *, ca
     scores = jax.lax.dot_general(query, key, dimensions, preferred_element_type=jnp.float32)
     # [batch, kv_heads, queries, (heads / kv_heads,) keys]
     scores = soft_cap(scores, cap)
-    # Added rather than selected: the gradient then passes without keeping the mask.
     seen = visible(view)
-    hidden = jnp.where(seen, jnp.float32(0), jnp.float32(_HIDDEN))
-    hidden = hidden[:, None] if seen.ndim == 3 else hidden
-    scores = scores + (hidden if heads == kv_heads else jnp.expand_dims(hidden, -2))
+    if seen is not None:
+        # Added rather than selected: the gradient then passes without keeping the mask.
+        hidden = jnp.where(seen, jnp.float32(0), jnp.float32(_HIDDEN))
+        hidden = hidden[:, None] if seen.ndim == 3 else hidden
+        scores = scores + (hidden if heads == kv_heads else jnp.expand_dims(hidden, -2))
     # The division waits until after the product with value: fewer numbers to divide.
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshwright.models.transformer.attend import View, attend, attend_in_chunks, query_chunk
 from meshwright.sharding import UserError
+from meshwright.sharding.ops.plain import View, attend, attend_in_chunks, query_chunk
 
 SEQUENCE = 12
 

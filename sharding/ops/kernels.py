@@ -1,0 +1,107 @@
+"""Kernels of attention, from JAX's own libraries, for what one device holds of its arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .attention import AttentionCall, scaled
+
+# Rows and columns of splash's blocks are multiples of this: the lanes of a TPU's vector registers.
+LANES = 128
+
+
+def block_that_divides(size: int, most: int) -> int | None:
+    """Return the largest block up to `most` that divides `size`, in whole lanes; None if there is none."""
+    return next(
+        (block for block in range(min(most, size) // LANES * LANES, 0, -LANES) if size % block == 0), None
+    )
+
+
+def splash_kernel(
+    call: AttentionCall,
+    *,
+    queries: int,
+    keys: int,
+    heads: int,
+    row_parts: int,
+    blocks: tuple[int, int],
+    name: str | None,
+    interpret: bool,
+) -> Any:
+    """Return a `SplashAttentionKernel` for `heads` query heads, to be called through `splash`.
+
+    Args:
+        call: what is asked for.
+        queries: of the whole sequence, which is cut into `row_parts`.
+        keys: of the whole sequence; each device has all of them.
+        heads: on one device.
+        row_parts: devices that the queries of a row are spread over.
+        blocks: rows of queries and of keys that are worked on at a time.
+        name: what the result and the logarithm of its sum are kept under by rematerialisation, if anything.
+        interpret: run it on a CPU, step by step.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    shape, (rows, columns) = (queries, keys), blocks
+    if not call.causal:
+        mask = masks.FullMask(shape)
+    elif call.window is None or call.window >= keys:
+        mask = masks.CausalMask(shape, shard_count=row_parts)
+    else:
+        mask = masks.LocalMask(shape, window_size=(call.window - 1, 0), offset=0, shard_count=row_parts)
+    return splash.make_splash_mha(
+        mask=masks.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=rows,
+            block_kv=columns,
+            block_q_dkv=rows,
+            block_kv_dkv=columns,
+            block_q_dq=rows,
+            block_kv_dq=columns,
+        ),
+        head_shards=1,
+        q_seq_shards=row_parts,
+        attn_logits_soft_cap=call.cap,
+        residual_checkpoint_name=name,
+        interpret=interpret,
+    )
+
+
+def splash(
+    call: AttentionCall, kernel: Any, query: jax.Array, key: jax.Array, value: jax.Array, *ids: jax.Array
+) -> jax.Array:
+    """Return attention of the arrays of one device by `kernel`; shapes as `ops.attention` has them."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    segments = SegmentIds(ids[0], ids[-1]) if ids else None
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (scaled(query, call.scale), key, value))
+    return jnp.swapaxes(jax.vmap(kernel)(query, key, value, segments), 1, 2)
+
+
+def dot_product(
+    call: AttentionCall,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *ids: jax.Array,
+    implementation: Any = "cudnn",
+) -> jax.Array:
+    """Return attention of the arrays of one device by `jax.nn.dot_product_attention`.
+
+    Segments go to it as a mask ``[batch, 1, queries, keys]``, which is in memory once for all heads.
+    """
+    mask = ids[0][:, None, :, None] == ids[-1][:, None, None, :] if ids else None
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=call.scale,
+        is_causal=call.causal,
+        local_window_size=None if call.window is None else (call.window - 1, 0),
+        implementation=implementation,
+    )

@@ -1,0 +1,225 @@
+"""Which kernel carries out attention: what the chip has, what it supports, and blocks that fit its memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..chips import Chip
+from ..cost.calibration import Calibration, calibration_for
+from ..errors import UserError, nearest
+from ..ops.attention import AttentionCall, attention_call
+from ..ops.kernels import LANES, block_that_divides
+from ..program.record import Equation, Program
+from ..topology import Topology
+
+_FACTS = Path(__file__).with_name("kernels.toml")
+
+# What may be declared: what the chip wants, plain XLA, or one of the kernels.
+AUTO, PLAIN = "auto", "xla"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The kernel of a program's attention on one topology.
+
+    kernels:       as a Plan has them; empty for plain XLA.
+    notes:         why the chip's kernel is not used, or not everywhere.
+    implementation: its name, None for plain XLA.
+    share:         of all scores, how many it computes: those that no mask known beforehand hides.
+    whole:         dims that it needs whole; a layout that cuts one leaves attention to XLA.
+    """
+
+    kernels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    implementation: str | None = None
+    share: float = 1.0
+    whole: frozenset[int] = frozenset()
+
+    def can(self, dims: Mapping[int, tuple[str, ...]]) -> bool:
+        """Whether the kernel runs where a layout cuts `dims` over mesh axes."""
+        return self.implementation is not None and not any(dims.get(dim) for dim in self.whole)
+
+    def notes_on(self, dims: Mapping[int, tuple[str, ...]]) -> tuple[str, ...]:
+        """Say why a layout that cuts `dims` has no kernel of the chip for its attention."""
+        if self.implementation is None or self.can(dims):
+            return self.notes
+        axes = ", ".join(dict.fromkeys(axis for dim in self.whole for axis in dims.get(dim, ())))
+        return (f"attention by {self.implementation} needs heads whole, which {axes} cuts; XLA computes it",)
+
+
+def choose(program: Program, topology: Topology, declared: str | None = None) -> Chosen:
+    """Return the kernel for the calls of `ops.attention` in `program`.
+
+    `declared` is ``auto`` (the chip's own, or XLA where it does not support what is asked), ``xla``, or a
+    kernel. Raises UserError for a declared kernel that the chip does not have, or that cannot do it.
+    """
+    declared = AUTO if declared is None else declared
+    facts, chip = _facts(), topology.chip
+    if declared not in (AUTO, PLAIN, *facts):
+        raise UserError(f"attention={declared!r} is no kernel; {nearest(declared, [AUTO, PLAIN, *facts])}")
+    wanted = chip.attention_kernel if declared == AUTO else declared
+    calls = [(equation, call) for equation in program.equations() if (call := attention_call(equation.eqn))]
+    if wanted in (None, PLAIN):
+        return Chosen()
+    if declared != AUTO and chip.platform not in facts[wanted]["platforms"]:
+        own = f"{chip.attention_kernel}, {PLAIN}" if chip.attention_kernel else PLAIN
+        raise UserError(f"attention={wanted!r} is no kernel of {chip.name}; known for it: {own}")
+    if not calls:
+        if declared != AUTO:
+            raise UserError(
+                f"attention={wanted!r}, but the program calls attention nowhere; it is told by "
+                "meshwright.sharding.ops.attention"
+            )
+        return Chosen()
+    reasons = [
+        f"{equation.where}: {why}" for equation, call in calls if (why := _why_not(wanted, equation, call))
+    ]
+    blocks = _blocks(facts[wanted], calls, chip) if not reasons else {}
+    if blocks is None:
+        reasons = [
+            f"no block of it fits the {chip.kernel_vmem_bytes} bytes of vector memory that a kernel gets"
+        ]
+    if reasons:
+        message = f"attention by {wanted} cannot be had: {reasons[0]}"
+        if declared != AUTO:
+            raise UserError(message)
+        return Chosen(notes=(f"{message}; XLA computes it",))
+    return Chosen(
+        kernels={"attention": {"implementation": wanted, **(blocks or {})}},
+        implementation=wanted,
+        share=_share(calls),
+        whole=frozenset(dim for equation, _ in calls for dims in equation.ins[:3] for dim in dims[3]),
+    )
+
+
+def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError for kernels of a plan that are not known, or blocks that are none."""
+    for operation, settings in written.items():
+        if operation != "attention":
+            raise UserError(f"kernels: {operation!r} has no kernels; known: attention")
+        name, facts = str(settings.get("implementation")), _facts()
+        if name not in facts:
+            raise UserError(
+                f"kernels: attention: implementation={name!r} is no kernel; {nearest(name, facts)}"
+            )
+        blocks = ("block_q", "block_kv") if "blocks" in facts[name] else ()
+        for key in {*settings, *blocks} - {"implementation"}:
+            if key not in blocks:
+                raise UserError(f"kernels: attention: {name} has no {key!r}; {nearest(key, blocks)}")
+            size = settings.get(key)
+            if not isinstance(size, int) or size < LANES or size % LANES:
+                raise UserError(f"kernels: attention: {key}={size!r} must be a multiple of {LANES}")
+
+
+def calibration(chip: str, chosen: Chosen) -> Calibration:
+    """Return the chip's efficiencies with those of the kernel, as runs of another framework with it tell."""
+    assert chosen.implementation is not None
+    facts = _facts()[chosen.implementation]
+    of_kernel = calibration_for(chip, facts["measured_with"])
+    return dataclasses.replace(
+        calibration_for(chip),
+        fused_attention=True,
+        attention_efficiency=of_kernel.attention_efficiency,
+        attention_gradient=facts["gradient"],
+        attention_share=chosen.share,
+    )
+
+
+@functools.cache
+def _facts() -> Mapping[str, Mapping[str, Any]]:
+    with _FACTS.open("rb") as file:
+        return tomllib.load(file)
+
+
+def _why_not(kernel: str, equation: Equation, call: AttentionCall) -> str | None:
+    """Return why `kernel` cannot carry out `call`, None if it can."""
+    facts = _facts()[kernel]
+    query, key, value = _arrays(equation)
+    queries, keys, head_dim, value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    if call.windowed:
+        return "its window differs from layer to layer"
+    if call.cap is not None and not facts["soft_cap"]:
+        return f"it has no soft cap (cap={call.cap:g})"
+    if str(query.dtype) not in facts["dtypes"]:
+        return f"it takes {' or '.join(facts['dtypes'])}, not {query.dtype}"
+    if head_dim != value_dim and not facts["other_value_dim"]:
+        return f"it needs heads of values as wide as those of queries, not {value_dim} and {head_dim}"
+    if head_dim > facts["most_head_dim"]:
+        return f"its heads are at most {facts['most_head_dim']} wide, not {head_dim}"
+    for name, size in (("queries", queries), ("keys", keys)):
+        if size % facts["sequence_multiple"]:
+            return f"it takes sequences in multiples of {facts['sequence_multiple']}, not {size} {name}"
+    for name, size in (("head_dim", head_dim), ("value_dim", value_dim)):
+        if size % facts["head_dim_multiple"]:
+            return f"it takes heads in multiples of {facts['head_dim_multiple']}, not {name}={size}"
+    return None
+
+
+def _arrays(equation: Equation) -> tuple[Any, Any, Any]:
+    """Return shapes and types of queries, keys and values."""
+    query, key, value = (atom.aval for atom in equation.eqn.invars[:3])
+    return query, key, value
+
+
+def _blocks(
+    facts: Mapping[str, Any], calls: Sequence[tuple[Equation, AttentionCall]], chip: Chip
+) -> dict[str, int] | None:
+    """Return the largest blocks that fit for every call, none for a kernel without, None if none fits."""
+    if "blocks" not in facts:
+        return {}
+    for block in facts["blocks"]:
+        sizes = []
+        for equation, _ in calls:
+            query, key, value = _arrays(equation)
+            rows, columns = (block_that_divides(array.shape[1], block) or block for array in (query, key))
+            sizes.append(
+                vmem_bytes(
+                    rows,
+                    columns,
+                    head_dim=query.shape[3],
+                    value_dim=value.shape[3],
+                    item=query.dtype.itemsize,
+                )
+            )
+        if chip.kernel_vmem_bytes is None or max(sizes) <= chip.kernel_vmem_bytes:
+            return {"block_q": block, "block_kv": block}
+    return None
+
+
+def vmem_bytes(block_q: int, block_kv: int, *, head_dim: int, value_dim: int, item: int) -> int:
+    """Return an upper bound of the vector memory of splash's kernels, forward and for the gradient.
+
+    From the shapes of their blocks, which are held twice so that one is fetched while the other is worked on,
+    of their accumulators, and of one block of scores in float32. A number for each row, such as its segment,
+    fills a vector register's 128 lanes.
+    """
+    scores = 4 * block_q * block_kv
+    heads, lanes = head_dim + value_dim, 128 * 4
+    forward = 2 * item * heads * (block_q + block_kv) + 4 * value_dim * block_q + 8 * lanes * block_q
+    backward = 2 * item * heads * (block_q + 2 * block_kv) + 4 * heads * block_kv + 2 * lanes * block_kv
+    return scores + max(forward, backward)
+
+
+def _share(calls: Sequence[tuple[Equation, AttentionCall]]) -> float:
+    """Return the share of scores that causality and windows leave, over all calls by their work."""
+    seen = total = 0.0
+    for equation, call in calls:
+        query, key, _ = _arrays(equation)
+        queries, keys = query.shape[1], key.shape[1]
+        each = float(equation.multiplicity * query.shape[0] * query.shape[2] * query.shape[3])
+        total += each * queries * keys
+        seen += each * (_visible(queries, keys, call.window) if call.causal else queries * keys)
+    return seen / total
+
+
+def _visible(queries: int, keys: int, window: int | None) -> float:
+    """Return how many (query, key) pairs a causal mask leaves, within a window if there is one."""
+    reach = min(keys if window is None else window, keys)
+    rows = min(queries, reach)
+    # The first rows see one key more each; from there on a row sees as many as it may.
+    return rows * (rows + 1) / 2 + (queries - rows) * reach
