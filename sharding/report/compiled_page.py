@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ..planner.reasons import gib, seconds
-from .compiled_view import Compiled, Pair, cost, how, over, place, time_text
+from .compiled_view import Compiled, Pair, cost, how, over, place, size_text, time_text
 from .memory_drawing import memory_drawing
 
 _BUFFERS, _LINES, _COLLECTIVES, _FINDINGS = 12, 12, 40, 40
@@ -19,7 +19,7 @@ def compiled_sections(shown: Compiled, capacity_bytes: float | None) -> list[tup
         (title, _totals(shown.totals) + _pairs(shown.time)),
         ("Memory through the step", _memory(shown, capacity_bytes)),
         ("Collectives as compiled", _collectives(shown) if shown.collectives else ""),
-        ("What nobody planned", _findings(shown) if shown.findings else ""),
+        ("Findings", _findings(shown) if shown.findings else ""),
         ("Costliest lines", _lines(shown) if shown.lines else ""),
     ]
     return [(name, content) for name, content in sections if content]
@@ -95,7 +95,7 @@ def _collectives(shown: Compiled) -> str:
         where = f"<br><code>{escape(place(row.source))}</code>" if row.source else ""
         rows += (
             f"<tr><td>{escape(f'{row.kind}/{over(row.axes)}')}<br><small>{escape(how(row))}{where}</small></td>"
-            f'<td class="n">{row.count:,.0f}</td><td class="n">{gib(row.bytes)}</td>'
+            f'<td class="n">{row.count:,.0f}</td><td class="n">{size_text(row.bytes)}</td>'
             f'<td class="n">{time_text(row.seconds)}</td><td class="n">{time_text(row.exposed_seconds)}</td>'
             f'<td class="track pair"><div>{bars}</div></td></tr>'
         )

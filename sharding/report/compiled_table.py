@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..planner.reasons import gib, seconds
-from .compiled_view import Compiled, Pair, cost, how, over, place
-from .compiled_view import time_text as _time
+from .compiled_view import Compiled, Pair, cost, how, over, place, size_text, time_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,7 +29,7 @@ def compiled_parts(shown: Compiled, capacity_bytes: float | None) -> list[Render
     if shown.collectives:
         parts += [_title("its collectives, of one device in a step"), _collectives(shown)]
     if shown.findings:
-        parts += [_title("what nobody planned"), _findings(shown)]
+        parts += [_title("findings"), _findings(shown)]
     if shown.buffers:
         rows = [(gib(size), what, where) for what, where, size in shown.buffers]
         parts += [_title("largest when memory is fullest"), _costs(rows, _BUFFERS)]
@@ -96,7 +95,12 @@ def _collectives(shown: Compiled) -> RenderableType:
     table.append(_columns("", "times", "bytes", "links busy", "exposed"), style="dim")
     for row in shown.collectives[:_COLLECTIVES]:
         name = f"{row.kind}/{over(row.axes)}"
-        figures = (f"{row.count:,.0f}", gib(row.bytes), _time(row.seconds), _time(row.exposed_seconds))
+        figures = (
+            f"{row.count:,.0f}",
+            size_text(row.bytes),
+            time_text(row.seconds),
+            time_text(row.exposed_seconds),
+        )
         table.append("\n" + _columns(name, *figures))
         notes = how(row) if row.source is None else f"{how(row)}\n{place(row.source)}"
         for note in notes.splitlines():
@@ -105,9 +109,9 @@ def _collectives(shown: Compiled) -> RenderableType:
     if left:
         sums = (
             f"{sum(row.count for row in left):,.0f}",
-            gib(sum(row.bytes for row in left)),
-            _time(sum(row.seconds for row in left)),
-            _time(sum(row.exposed_seconds for row in left)),
+            size_text(sum(row.bytes for row in left)),
+            time_text(sum(row.seconds for row in left)),
+            time_text(sum(row.exposed_seconds for row in left)),
         )
         table.append("\n" + _columns(f"and {len(left)} more", *sums))
     return table
@@ -129,12 +133,14 @@ def _findings(shown: Compiled) -> RenderableType:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, justify="right", min_width=10)
     table.add_column(ratio=1, overflow="fold")
+    said: set[str] = set()
     for row in shown.findings[:_FINDINGS]:
         sentence = Text(row.what)
         if row.source is not None:
             sentence.append(f" ({place(row.source)})", style="dim")
         if row.remedy:
-            sentence.append(f"\n→ {row.remedy}", style="green")
+            sentence.append(f"\n→ {'as above' if row.remedy in said else row.remedy}", style="green")
+            said.add(row.remedy)
         table.add_row(Text(cost(row)), sentence)
     left = len(shown.findings) - _FINDINGS
     if left > 0:

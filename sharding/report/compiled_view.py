@@ -89,7 +89,7 @@ def compiled_view(plan: Plan) -> Compiled | None:
                 name="memory",
                 estimated=None if estimate is None else estimate.peak_bytes,
                 compiled=proof.peak_bytes,
-                write=gib,
+                write=size_text,
             ),
         ),
         time=_time(proof, estimate),
@@ -154,9 +154,14 @@ def time_text(time: float) -> str:
     return seconds(time) if time else "0"
 
 
+def size_text(size: float) -> str:
+    """Write bytes as `gib` does, and few of them as such."""
+    return gib(size) if size >= 2**10 / 10 else f"{size:.0f} B" if size else "0"
+
+
 def cost(row: Finding) -> str:
     """Write what a finding costs: seconds of a step, else bytes of a device, else nothing."""
-    return seconds(row.seconds) if row.seconds else gib(row.bytes) if row.bytes else ""
+    return seconds(row.seconds) if row.seconds else size_text(row.bytes) if row.bytes else ""
 
 
 def change(before: float | None, after: float | None) -> str:
@@ -221,7 +226,7 @@ def _memory(proof: Proof, estimate: Estimate | None) -> tuple[Pair, ...]:
         ("besides, at the peak", sum(items.values()) - kept, proof.peak_bytes - arguments),
     ]
     return tuple(
-        Pair(name=name, estimated=None if estimate is None else before, compiled=after, write=gib)
+        Pair(name=name, estimated=None if estimate is None else before, compiled=after, write=size_text)
         for name, before, after in rows
     )
 

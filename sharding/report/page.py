@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..planner.reasons import gib, seconds
 from .compiled_page import compiled_sections
-from .compiled_view import compiled_view
+from .compiled_view import Compiled, compiled_view
 from .mesh_drawing import mesh_drawings
 from .scatter import scatter
 from .view import Bar, Parameter, View, view
@@ -39,13 +39,14 @@ def write_page(plan: Plan, path: str | pathlib.Path) -> None:
 
 def fragment(plan: Plan) -> str:
     """Return the part of a document that shows `plan`; its style holds for nothing outside of it."""
-    shown = view(plan)
+    shown, compiled = view(plan), compiled_view(plan)
+    estimated = "" if compiled is None else ", estimated"
     sections = [
-        _header(shown),
+        _header(shown, compiled),
         _section("Mesh", _mesh(shown)),
-        _section(f"A step: {shown.step}", _bars(shown.time)) if shown.time else "",
-        _section(_memory_title(shown), _memory(shown)) if shown.memory else "",
-        *_compiled(plan, shown),
+        _section(f"A step{estimated}: {shown.step}", _bars(shown.time)) if shown.time else "",
+        _section(_memory_title(shown, estimated), _memory(shown)) if shown.memory else "",
+        *_compiled(compiled, shown),
         _section("What else there was", _rivals(shown)) if len(shown.rivals) > 1 else "",
         _section("Dimensions while computing", _dims(shown)),
         _section("Parameters as stored", _parameters(shown)),
@@ -55,9 +56,8 @@ def fragment(plan: Plan) -> str:
     return f'<style>{style}</style><div class="meshwright-plan">{"".join(sections)}</div>'
 
 
-def _compiled(plan: Plan, shown: View) -> list[str]:
-    found = compiled_view(plan)
-    sections = [] if found is None else compiled_sections(found, shown.capacity_bytes)
+def _compiled(compiled: Compiled | None, shown: View) -> list[str]:
+    sections = [] if compiled is None else compiled_sections(compiled, shown.capacity_bytes)
     return [_section(title, content) for title, content in sections]
 
 
@@ -65,10 +65,12 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
-def _header(shown: View) -> str:
+def _header(shown: View, compiled: Compiled | None) -> str:
     figures = [("topology", str(shown.topology)), ("devices", f"{shown.topology.num_devices:,}")]
     if shown.step:
         figures += [("step", shown.step), ("of the peak", shown.mfu), ("memory", shown.peak)]
+    if compiled is not None:
+        figures += [(f"{pair.name}, compiled", pair.texts()[1]) for pair in compiled.totals]
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in figures)
     return f'<header><h1>{escape(shown.layout)}</h1><dl class="figures">{cells}</dl></header>'
 
@@ -106,9 +108,9 @@ def _kind(name: str) -> str:
     return "talk" if "/" in name else "other"
 
 
-def _memory_title(shown: View) -> str:
+def _memory_title(shown: View, estimated: str) -> str:
     of = "" if shown.capacity_bytes is None else f" of {gib(shown.capacity_bytes)}"
-    return f"A device's memory: {shown.peak}{of}"
+    return f"A device's memory{estimated}: {shown.peak}{of}"
 
 
 def _memory(shown: View) -> str:

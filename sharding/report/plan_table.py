@@ -27,17 +27,19 @@ def plan_table(plan: Plan) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    shown = view(plan)
+    shown, compiled = view(plan), compiled_view(plan)
     parts: list[RenderableType] = [Text(f"{shown.topology}: {shown.layout}", style="bold")]
     parts += [Text(f"  {line}") for line in shown.links]
+    # Two figures of one thing are told apart.
+    by = "" if compiled is None else "estimated: "
     if shown.time:
         parts += [
-            Text(f"\na step takes {shown.step} at {shown.mfu} of the peak", style="bold"),
+            Text(f"\n{by}a step takes {shown.step} at {shown.mfu} of the peak", style="bold"),
             _bars(shown.time),
-            Text("\n" + _memory_title(shown), style="bold"),
+            Text(f"\n{by}{_memory_title(shown)}", style="bold"),
             _bars(shown.memory),
         ]
-    if (compiled := compiled_view(plan)) is not None:
+    if compiled is not None:
         parts += compiled_parts(compiled, shown.capacity_bytes)
     parts += [Text("\nparameters, and how much of each a device holds", style="bold"), _parameters(shown)]
     if len(shown.rivals) > 1:
