@@ -1,4 +1,4 @@
-"""Why a plan is as it is, from what it remembers of the search."""
+"""Why a plan is as it is, from what it remembers of the search and what the compiler proved of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
 from ..tree_paths import by_suffix
+from . import proved
 from .alternative import distinct
 from .reasons import gib, layout_in_words, seconds
 from .wellformed import axes_of
@@ -50,6 +51,7 @@ def _whole(plan: Plan) -> str:
             + _items(estimate.time, seconds)
         )
         lines.append(f"a device holds {gib(estimate.peak_bytes)} at most: {_items(estimate.memory, gib)}")
+    lines += proved.of_plan(plan)
     lines += [f"not {_name(other)}: {other.lost}" for other in distinct(plan.alternatives)[:_SHOWN]]
     return "\n".join([*lines, *plan.notes])
 
@@ -65,11 +67,11 @@ def _items(table: Mapping[str, float], write) -> str:
 
 def _axis(plan: Plan, axis: str, size: str) -> str:
     if not size:
-        return "\n".join([_work_of(plan, axis), *_other_sizes(plan, axis)])
+        return "\n".join([_work_of(plan, axis), *proved.of_axis(plan, axis), *_other_sizes(plan, axis)])
     if not size.isdigit():
         raise UserError(f"{axis}={size} is no axis size; write for example {axis}={plan.mesh[axis] * 2}")
     if plan.mesh[axis] == int(size):
-        return _work_of(plan, axis)
+        return "\n".join([_work_of(plan, axis), *proved.of_axis(plan, axis)])
     return _not_this_size(plan, axis, int(size))
 
 
@@ -156,7 +158,7 @@ def _parameter(plan: Plan, path: str) -> str:
         lines.append("every device holds all of it")
     if path in plan.moments:
         lines.append(f"its gradient and moments are stored as {plan.moments[path]}")
-    return "; ".join(lines)
+    return "\n".join(["; ".join(lines), *proved.of_parameter(plan, path)])
 
 
 def _written(row: ArrayPlan) -> str:

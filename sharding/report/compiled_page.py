@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ..planner.reasons import gib, seconds
-from .compiled_view import Compiled, Pair, cost, how, over, place, size_text, time_text
+from .compiled_view import Compiled, Pair, cost, how, kind_of, over, place, size_text, time_text
 from .memory_drawing import memory_drawing
 
 _BUFFERS, _LINES, _COLLECTIVES, _FINDINGS = 12, 12, 40, 40
@@ -125,7 +125,7 @@ def _findings(shown: Compiled) -> str:
         share = gauge if part else ""
         rows += (
             f'<tr><td class="n">{escape(cost(row))}{share}</td>'
-            f"<td>{escape(row.what)}{where}{remedy}</td></tr>"
+            f"<td><b>{escape(kind_of(row))}</b>: {escape(row.what)}{where}{remedy}</td></tr>"
         )
     return f'<table class="findings">{rows}</table>' + _more(len(shown.findings) - _FINDINGS)
 

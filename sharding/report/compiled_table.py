@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..planner.reasons import gib, seconds
-from .compiled_view import Compiled, Pair, cost, how, over, place, size_text, time_text
+from .compiled_view import Compiled, Pair, cost, how, kind_of, over, place, size_text, time_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -135,7 +135,7 @@ def _findings(shown: Compiled) -> RenderableType:
     table.add_column(ratio=1, overflow="fold")
     said: set[str] = set()
     for row in shown.findings[:_FINDINGS]:
-        sentence = Text(row.what)
+        sentence = Text(f"{kind_of(row)}: ", style="bold").append(row.what, style="not bold")
         if row.source is not None:
             sentence.append(f" ({place(row.source)})", style="dim")
         if row.remedy:

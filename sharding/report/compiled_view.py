@@ -164,6 +164,11 @@ def cost(row: Finding) -> str:
     return seconds(row.seconds) if row.seconds else size_text(row.bytes) if row.bytes else ""
 
 
+def kind_of(row: Finding) -> str:
+    """Write a finding's kind in words."""
+    return row.kind.replace("_", " ")
+
+
 def change(before: float | None, after: float | None) -> str:
     """Write the difference of two figures as ``+6.2%``, or ``x 3.1`` where it is more than twofold."""
     if not before or after is None:

@@ -245,3 +245,19 @@ def test_places_are_short() -> None:
 def test_the_compiler_is_the_platforms_own() -> None:
     assert compiler_of({"jax": "0.10.2", "jaxlib": "0.10.3"}) == "jaxlib 0.10.3"
     assert compiler_of({"jax": "0.12", "jaxlib": "0.12", "libtpu": "0.0.50.1"}) == "libtpu 0.0.50.1"
+
+
+def test_a_step_that_was_really_compiled_is_shown_whole() -> None:
+    # An answer from before may tell of the same program's lines in another file.
+    planned = plan(loss, PARAMS, ROWS, topology="cpu:8", optimizer=optax.adamw(1e-3))
+    compiled = planned.verify(use_cache=False)
+    assert compiled.proof is not None
+    text = terminal(compiled)
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"compiled by jaxlib {compiled.proof.versions['jaxlib']} in " in text
+    assert compiled.proof.collectives
+    for row in compiled.proof.collectives:
+        assert f"{row.kind}/{'×'.join(row.axes)}" in text
+    said = Words.of(page(compiled))
+    assert "Memory through the step" in said
+    assert "test_compiled_view.py:" in said
