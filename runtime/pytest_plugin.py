@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from ..sharding.attached import quiet_absent
 from .pytest_processes import FOLDER, RANK, Rank, run_in_processes
 from .simulated import enough_threads
 
@@ -32,6 +33,7 @@ _PROCESSES_USE = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers; in a process that a `processes` test started, join the others."""
+    quiet_absent()
     config.addinivalue_line("markers", _DEVICES_USE)
     config.addinivalue_line("markers", _PROCESSES_USE)
     if RANK in os.environ:

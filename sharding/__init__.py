@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .attached import quiet_absent_gpu
+from .attached import quiet_absent
 
 if TYPE_CHECKING:
     from .errors import UserError as UserError
@@ -38,7 +38,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 # Here, because every process that uses meshwright passes here before JAX has looked for devices.
-quiet_absent_gpu()
+quiet_absent()
 
 
 def __getattr__(name: str) -> object:

@@ -37,6 +37,7 @@ def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
     monkeypatch.setenv("JAX_CHECK_TRACER_LEAKS", "0")
     monkeypatch.setenv("JAX_DISABLE_JITT", "1")
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     monkeypatch.setenv("JAX_DEBUG_NANS", "True")
     findings = examine()
     assert [finding.name for finding in findings if finding.status == "bad"] == []
@@ -49,7 +50,8 @@ def test_a_healthy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         "JAX has no such setting; did you mean 'JAX_DISABLE_JIT'?",
     )
     assert "every step is waited for" in found(findings, "JAX_DEBUG_NANS").advice
-    assert not any(finding.name == "JAX_CHECK_TRACER_LEAKS" for finding in findings)
+    named = {finding.name for finding in findings}
+    assert not named & {"JAX_CHECK_TRACER_LEAKS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"}
     assert json.loads(json.dumps([finding.to_dict() for finding in findings]))[0]["name"] == "python"
 
 
@@ -99,6 +101,27 @@ def test_versions_are_held_against_what_is_needed(monkeypatch: pytest.MonkeyPatc
         found(findings, "GPU compiler").advice
         == 'it must match jaxlib 0.9.1: pip install "jax-cuda13-plugin==0.9.1"'
     )
+
+
+@pytest.mark.usefixtures("stuck")
+def test_compilers_are_held_against_what_jax_was_released_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name.startswith("jax-cuda"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.0.1" if name == "libtpu" else real(name)
+
+    compilers = [finding.value for finding in examine(timeout_seconds=0.1) if "compiler" in finding.name]
+    assert compilers == [f"libtpu {real('libtpu')}", f"jax-cuda13-plugin {real('jax-cuda13-plugin')}"]
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    findings = examine(timeout_seconds=0.1)
+    assert found(findings, "TPU compiler").status == "warn"
+    assert found(findings, "TPU compiler").advice.startswith("JAX was released with 0.0.")
+    assert found(findings, "GPU compiler").value == "not installed"
+    assert found(findings, "GPU compiler").advice.startswith('pip install "meshwright[verify]" compiles')
 
 
 def test_rendering_says_what_is_wrong() -> None:

@@ -1,0 +1,34 @@
+"""What this machine offers a run, and what is wrong with it.
+
+Nothing here starts JAX in the present process: a child does, under a time limit, because an accelerator that
+another program holds, or whose driver is broken, makes JAX wait without end.
+"""
+
+from __future__ import annotations
+
+from .compilers import compilers
+from .devices import devices, probe, simulated
+from .finding import Finding as Finding
+from .finding import render as render
+from .hosts import hosts
+from .machine import cache, machine
+from .variables import variables
+from .versions import versions
+
+
+def examine(*, timeout_seconds: float = 60.0) -> list[Finding]:
+    """Look at versions, devices, hosts, compilers, folders and environment of this machine.
+
+    JAX gets `timeout_seconds` to list its devices, in a child process.
+    """
+    answer = probe(timeout_seconds)
+    return [
+        *versions(),
+        *devices(answer),
+        *simulated(),
+        *hosts(),
+        *compilers(),
+        *machine(),
+        *cache(),
+        *variables(answer.get("settings")),
+    ]

@@ -1,0 +1,71 @@
+"""The packages that a run needs, held against the versions that it needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Iterator
+
+from .finding import Finding
+
+
+def versions() -> Iterator[Finding]:
+    """Look at Python and at the packages that a run needs."""
+    yield Finding(name="python", value=f"{sys.version.split()[0]} at {sys.executable}")
+    wanted = _requirements()
+    for name in ("meshwright", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        version, spec = version_of(name), wanted.get(name, "")
+        if version is None:
+            yield Finding(name=name, value="missing", status="bad", advice=f'pip install "{name}{spec}"')
+        elif not _satisfies(version, spec):
+            advice = f'meshwright needs {spec}: pip install "{name}{spec}"'
+            yield Finding(name=name, value=version, status="bad", advice=advice)
+        else:
+            yield Finding(name=name, value=version)
+    jax, jaxlib = version_of("jax"), version_of("jaxlib")
+    if jax and jaxlib and numbers(jax)[:3] != numbers(jaxlib)[:3]:
+        yield Finding(
+            name="jax and jaxlib",
+            value=f"jax {jax} beside jaxlib {jaxlib}",
+            status="warn" if numbers(jaxlib)[:2] == numbers(jax)[:2] else "bad",
+            advice=f'pip install "jaxlib=={jax}"',
+        )
+
+
+def _requirements() -> dict[str, str]:
+    """Version bounds that this installation of meshwright asks for, by distribution."""
+    try:
+        lines = importlib.metadata.requires("meshwright") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = (re.fullmatch(r"([\w.-]+)([<>=!~\d.,]*)", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}
+
+
+def _satisfies(version: str, spec: str) -> bool:
+    """Hold `version` against bounds of the form ``>=1.2,<2``."""
+    for bound in filter(None, spec.split(",")):
+        limit = numbers(bound.lstrip("<>="))
+        if bound.startswith(">=") and numbers(version) < limit:
+            return False
+        if bound.startswith("<") and not bound.startswith("<=") and numbers(version) >= limit:
+            return False
+    return True
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Return a version's numbers, without what stands after a plus.
+
+    >>> numbers("0.12.0.1+local")
+    (0, 12, 0, 1)
+    """
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0]))
+
+
+def version_of(distribution: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,65 @@
+"""What a process says on the side where plugins are installed for devices that are not there."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from meshwright.sharding import attached
+
+USES_DEVICES = "from meshwright.sharding import Topology; print(Topology.local())"
+
+
+@pytest.mark.skipif(bool(attached.attached_accelerators()), reason="there is an accelerator to be told of")
+@pytest.mark.parametrize(
+    "arguments", [("-c", USES_DEVICES), ("-m", "pytest", "-q", "-s", "test_of_a_user.py")]
+)
+def test_installed_plugins_of_absent_devices_say_nothing(
+    arguments: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "test_of_a_user.py").write_text(
+        "def test_devices():\n    import jax\n    print(jax.devices())\n"
+    )
+    variables = {name for quiet in attached._QUIET.values() for name in quiet} | {"JAX_PLATFORMS"}
+    environment = {name: value for name, value in os.environ.items() if name not in variables}
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert process.stderr == ""
+    assert "cpu" in process.stdout.lower()
+
+
+@pytest.mark.parametrize(
+    ("shown", "kinds"),
+    [
+        (("dev/nvidia0", "dev/nvidiactl"), ("gpu",)),
+        (("proc/driver/nvidia/gpus/0000:01:00.0",), ("gpu",)),
+        (("dev/dxg",), ("gpu",)),
+        (("dev/accel0",), ("tpu",)),
+        (("dev/vfio/vfio", "dev/vfio/0"), ("tpu",)),
+        (("dev/vfio/vfio", "dev/nvme0", "dev/kfd"), ("rocm",)),
+        ((), ()),
+    ],
+)
+def test_variables_are_set_only_where_the_device_is_absent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, shown: tuple[str, ...], kinds: tuple[str, ...]
+) -> None:
+    for sign in shown:
+        (tmp_path / sign).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / sign).touch()
+    environment: dict[str, str] = {"TPU_LOG_DIR": "mine"}
+    monkeypatch.setattr(attached, "_ROOT", tmp_path)
+    monkeypatch.setattr(os, "environ", environment)
+    assert attached.attached_accelerators() == kinds
+    attached.quiet_absent()
+    assert ("JAX_SKIP_CUDA_CONSTRAINTS_CHECK" in environment) == ("gpu" not in kinds)
+    assert ("TPU_SKIP_MDS_QUERY" in environment) == ("tpu" not in kinds)
+    assert environment["TPU_LOG_DIR"] == "mine"
