@@ -12,12 +12,16 @@ import numpy as np
 from .axes import AXES_BY_WEIGHT, resolve_axes
 from .topology import Topology
 
+# Axes whose members send to the next one: pipeline stages, and blocks of keys and values around a ring.
+_NEIGHBOURS = ("stage", "context")
+
 
 def arrange(axes: Mapping[str, int], topology: Topology) -> np.ndarray:
     """Return which device stands where in the mesh: positions (`devices.by_position`) [*axis sizes].
 
     Slices are split over the lightest axes. Inside one, a torus gives each axis, from the heaviest on, whole
-    torus axes where it can; logical neighbours are then one hop apart. Elsewhere the heaviest axis runs over
+    torus axes where it can. An axis that passes blocks from neighbour to neighbour walks them one hop at a
+    time; one that gathers and reduces counts through them like digits. Elsewhere the heaviest axis runs over
     consecutive devices: inside a host, then inside the NVLink domain.
 
     Raises:
@@ -33,10 +37,10 @@ def _arrange(axes: tuple[tuple[str, int], ...], topology: Topology) -> np.ndarra
     sizes = [size for _, size in light_first]
     outer = split_over_slices(sizes, topology.num_slices)
     inner = [size // factor for size, factor in zip(sizes, outer, strict=True)]
-    one_slice = _torus_positions(inner, topology) if topology.is_torus else _consecutive(inner)
+    order = [axis for axis, _ in light_first]
+    one_slice = _torus_positions(order, inner, topology) if topology.is_torus else _consecutive(inner)
     slices = np.arange(topology.num_slices).reshape(outer)
     whole = np.kron(slices, np.ones(inner, int)) * topology.devices_per_slice + np.tile(one_slice, outer)
-    order = [axis for axis, _ in light_first]
     result = whole.transpose([order.index(name) for name in names])
     result.setflags(write=False)
     return result
@@ -70,8 +74,8 @@ class _Place:
     device_kind: str = ""
 
 
-def _torus_positions(sizes: Sequence[int], topology: Topology) -> np.ndarray:
-    """Return the positions of one slice's devices [*sizes], sizes from the lightest axis to the heaviest."""
+def _torus_positions(names: Sequence[str], sizes: Sequence[int], topology: Topology) -> np.ndarray:
+    """Return the positions of one slice's devices [*sizes], the axes from the lightest to the heaviest."""
     from jax.experimental import mesh_utils
 
     cores = topology.chip.devices_per_chip
@@ -82,8 +86,11 @@ def _torus_positions(sizes: Sequence[int], topology: Topology) -> np.ndarray:
     places = [_Place(id=i, coords=coords) for i, coords in enumerate(np.ndindex(*shape))]
     laid = mesh_utils.create_device_mesh(chip_sizes, places, allow_split_physical_axes=True)
     chips = np.vectorize(lambda place: place.id, otypes=[int])(laid)
-    for axis in range(chips.ndim):
-        chips = np.take(chips, _snake(chips, axis, shape), axis=axis)
+    # XLA knows an all-gather over several torus axes by members that count like digits, and drives the links
+    # of all of them; in any other order it fills with zeros and all-reduces, four times the bytes on the wire.
+    for axis, name in enumerate(names):
+        if name in _NEIGHBOURS:
+            chips = np.take(chips, _snake(chips, axis, shape), axis=axis)
     by_core = chips[..., None] * cores + np.arange(cores)
     return np.moveaxis(by_core, -1, inside + 1).reshape(sizes)
 

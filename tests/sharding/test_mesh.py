@@ -45,12 +45,12 @@ def hops(laid, axis, topology):
 @pytest.mark.parametrize(
     ("text", "axes"),
     [
-        ("v5p:4x4x8", {"fsdp": 32, "tensor": 4}),
+        ("v5p:4x4x8", {"context": 32, "tensor": 4}),
         ("v5p:4x4x8", {"data": 4, "fsdp": 8, "tensor": 4}),
-        ("v5e:16x16", {"fsdp": 256}),
+        ("v5e:16x16", {"context": 256}),
         ("v5e:2x4", {"data": 2, "tensor": 4}),
         ("v5e:4x4", {"context": 16}),
-        ("tpu7x:4x4x4", {"fsdp": 16, "tensor": 8}),
+        ("tpu7x:4x4x4", {"stage": 16, "tensor": 8}),
         ("tpu7x:2x2x1", {"context": 8}),
         ("v4:4x8x8", {"stage": 64, "tensor": 4}),
         ("v5p:12x12x12", {"stage": 1728}),
@@ -60,6 +60,28 @@ def test_neighbours_on_a_torus_are_one_hop_apart(text, axes):
     topology = Topology.parse(text)
     laid = arrange(axes, topology)
     assert [hops(laid, axis, topology) for axis in range(laid.ndim)] == [1] * laid.ndim
+
+
+@pytest.mark.parametrize(
+    ("text", "axes"),
+    [
+        ("v5p:4x4x8", {"fsdp": 128}),
+        ("v5p:4x4x8", {"fsdp": 32, "tensor": 4}),
+        ("v5e:16x16", {"data": 256}),
+        ("v4:4x4x4", {"data": 4, "tensor": 16}),
+    ],
+)
+def test_an_axis_that_gathers_counts_through_torus_axes_like_digits(text, axes):
+    topology = Topology.parse(text)
+    laid = arrange(axes, topology)
+    where = np.stack(np.unravel_index(laid, topology.shape))
+    for axis in range(laid.ndim):
+        line = np.moveaxis(where, axis + 1, 1).reshape(len(where), laid.shape[axis], -1)[:, :, 0]
+        spanned = [row for row in line if len(set(row)) > 1]
+        # The digit that first changes last is the major one.
+        spanned.sort(key=lambda row: int((row != row[0]).argmax()), reverse=True)
+        count = list(zip(*spanned, strict=True))
+        assert count == sorted(count)
 
 
 def test_a_ring_over_a_small_slice_closes():
