@@ -87,7 +87,7 @@ def _torus_positions(names: Sequence[str], sizes: Sequence[int], topology: Topol
     laid = mesh_utils.create_device_mesh(chip_sizes, places, allow_split_physical_axes=True)
     chips = np.vectorize(lambda place: place.id, otypes=[int])(laid)
     # XLA knows an all-gather over several torus axes by members that count like digits, and drives the links
-    # of all of them; in any other order it fills with zeros and all-reduces, four times the bytes on the wire.
+    # of all of them; in any other order it fills with zeros and all-reduces, for four times the wire bytes.
     for axis, name in enumerate(names):
         if name in _NEIGHBOURS:
             chips = np.take(chips, _snake(chips, axis, shape), axis=axis)
