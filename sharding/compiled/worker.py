@@ -16,9 +16,13 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-# ``Ran out of memory in memory space hbm. Used 122.75G of 95.74G hbm.``
-_RAN_OUT = re.compile(r"[Rr]an out of memory in memory space (\w+)")
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) (\w+)")
+# ``Ran out of memory in memory space hbm. Used 122.75G of 95.74G hbm.``, and when it is known early:
+# ``Ran out of memory on HBM, the total … for HLO temporaries (68.50G) exceeds available HBM (15.75G).``
+_RAN_OUT = re.compile(r"[Rr]an out of memory (?:in memory space|on) (\w+)")
+_USED = re.compile(
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)"
+    r"|\(([\d.]+)([KMGT]?)\) exceeds available \w+ \(([\d.]+)([KMGT]?)\)"
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -99,10 +103,15 @@ def failure(message: str) -> dict[str, Any]:
     space, used = _RAN_OUT.search(message), _USED.search(message)
     if space is None:
         return {"outcome": "failed", "message": _first_lines(message)}
-    answer = {"outcome": "out_of_memory", "space": space[1], "message": _first_lines(message)}
+    answer: dict[str, Any] = {
+        "outcome": "out_of_memory",
+        "space": space[1].lower(),
+        "message": _first_lines(message),
+    }
     if used is not None:
-        answer["used_bytes"] = float(used[1]) * _UNITS[used[2]]
-        answer["limit_bytes"] = float(used[3]) * _UNITS[used[4]]
+        size, unit, limit, limit_unit = used.groups()[:4] if used[1] else used.groups()[4:]
+        answer["used_bytes"] = float(size) * _UNITS[unit]
+        answer["limit_bytes"] = float(limit) * _UNITS[limit_unit]
     return answer
 
 

@@ -158,9 +158,10 @@ def test_a_topology_without_a_compiler_is_refused() -> None:
 
 
 def test_what_is_stored_alone_tells_that_it_does_not_fit() -> None:
-    made = planned("v5e:2x2", width=1024)
+    loss, params, batch, optimizer = program(width=40960)
+    made = planned("v5e:2x2", width=1024).resized(params, batch)
     start = time.perf_counter()
-    verdict = verify(made, *program(width=40960))
+    verdict = verify(made, loss, params, batch, optimizer)
     assert verdict.outcome == "out_of_memory"
     assert "parameters, moments and batch alone take" in verdict.message
     assert time.perf_counter() - start < 2.0
@@ -178,19 +179,15 @@ def test_what_is_too_large_is_said_and_remembered(topology: str) -> None:
 
     rows = 8 * int(capacity // 4 // 2048)
     shape = jax.ShapeDtypeStruct
-    arguments = ({"w": shape((8, 2048), "float32")}, {"x": shape((rows, 8), "float32")})
-    small = plan(
-        huge, arguments[0], {"x": shape((8, 8), "float32")}, topology=topology, optimizer=optax.sgd(1.0)
-    )
-    from dataclasses import replace
-
-    row = replace(small.batch["x"], shape=(rows, 8))
-    made = replace(small, batch={"x": row}, estimate=None, origin=None, search=None)
-    verdict = verify(made, huge, *arguments, optax.sgd(1.0))
+    params, optimizer = {"w": shape((8, 2048), "float32")}, optax.sgd(1.0)
+    batch = {"x": shape((rows, 8), "float32")}
+    small = plan(huge, params, {"x": shape((8, 8), "float32")}, topology=topology, optimizer=optimizer)
+    made = small.resized(params, batch)
+    verdict = verify(made, huge, params, batch, optimizer)
     assert verdict.outcome == "out_of_memory"
     assert verdict.peak_bytes > verdict.capacity_bytes > 0.8 * capacity
     assert "too much" in verdict.message
-    assert verify(made, huge, *arguments, optax.sgd(1.0)).cached
+    assert verify(made, huge, params, batch, optimizer).cached
 
 
 def test_the_key_changes_with_any_fact() -> None:

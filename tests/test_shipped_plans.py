@@ -1,0 +1,54 @@
+"""Every plan under configs/plans belongs to its config, compiles for its topology and does what it did."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+from meshwright.runtime import optimizer
+from meshwright.runtime.config import load
+from meshwright.runtime.job import build_model
+from meshwright.runtime.planning import Shapes, plan_config
+from meshwright.sharding import Plan
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+PLANS = sorted((CONFIGS / "plans").glob("*.plan.json"))
+LAYERS = 2
+
+
+def test_there_are_plans() -> None:
+    assert len(PLANS) >= 9
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+def test_it_is_the_plan_of_its_config(path: pathlib.Path) -> None:
+    config = CONFIGS / f"{path.name.partition('.')[0]}.yaml"
+    made = Plan.load(path)
+    assert made.proof is not None
+    words = [f"plan={path}", f"topology={made.topology}"]
+    assert plan_config(load(config, words)).plan == made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+def test_it_compiles_for_its_topology(path: pathlib.Path) -> None:
+    """In a reduced number of layers, which the collectives of a scanned layer do not change in kind."""
+    made = Plan.load(path)
+    assert made.proof is not None
+    config = load(CONFIGS / f"{path.name.partition('.')[0]}.yaml", [f"topology={made.topology}"])
+    model = config.model.model_copy(update={"overrides": {**config.model.overrides, "layers": LAYERS}})
+    built = build_model(model)
+    shapes = Shapes.of(config, built)
+    update = optimizer.build(config.optimizer, optimizer.schedule(config.optimizer, 100), built.names)
+    small = made.resized(shapes.params, shapes.batch).verify(shapes.loss, shapes.params, shapes.batch, update)
+    assert small.proof is not None
+    assert small.proof.peak_bytes < made.proof.peak_bytes
+    if small.proof.versions == made.proof.versions:
+        assert kinds(small) == kinds(made)
+
+
+def kinds(plan: Plan) -> set[tuple[str, tuple[str, ...]]]:
+    """Return the collectives that move more than a thousandth of all bytes."""
+    assert plan.proof is not None
+    total = sum(row.bytes for row in plan.proof.collectives)
+    return {(row.kind, row.axes) for row in plan.proof.collectives if row.bytes > total / 1000}
