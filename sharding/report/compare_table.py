@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 # As many rows of one table (parameters, dimensions, …) as say more than their number does.
-_CHOICES = 12
+_CHOICES, _FINDINGS = 12, 8
 _NAME = 30
 
 
@@ -35,7 +35,9 @@ def comparison_table(shown: Comparison) -> RenderableType:
         parts += [_title("collectives as compiled, of one device in a step"), _collectives(shown)]
     for letter, mine, others in zip("AB", shown.findings, reversed(shown.findings), strict=True):
         if own := [what for what in mine if what not in others]:
-            parts += [_title(f"found in {letter} alone"), *(Text(f"  {what}") for what in own)]
+            more = [f"and {len(own) - _FINDINGS} more"] if len(own) > _FINDINGS else []
+            parts.append(_title(f"found in {letter} alone"))
+            parts += [Text(f"  {what}") for what in [*own[:_FINDINGS], *more]]
     return Group(*parts)
 
 

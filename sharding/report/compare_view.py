@@ -7,6 +7,8 @@ from typing import Any
 
 from .compare import Both, Comparison, Costs
 
+# Differences below this part of a figure are none.
+_ALIKE = 5e-4
 # Items below this part of the whole of both plans are left out.
 _WORTH_A_LINE = 0.004
 
@@ -53,7 +55,9 @@ def texts(pair: Both, write: Callable[[float], str]) -> tuple[str, str, str, str
     figures = tuple("-" if size is None else write(size) for size in pair)
     if one is None or other is None:
         return figures[0], figures[1], "", ""
-    more = other - one
-    sign = "+" if more > 0 else "-"
-    difference = f"{sign}{write(abs(more))}" if more else "same"
-    return figures[0], figures[1], difference, f"{other / one:.2f}" if one else ""
+    # Figures as alike as this are written alike, and differ by rounding.
+    if abs(other - one) <= _ALIKE * max(one, other):
+        return figures[0], figures[1], "same", "1.00" if one else ""
+    more = ("+" if other > one else "-") + write(abs(other - one))
+    ratio = other / one if one else 0.0
+    return figures[0], figures[1], more, f"{ratio:,.{0 if ratio >= 100 else 2}f}" if one else ""

@@ -135,6 +135,16 @@ def test_costs_stand_beside_their_difference_and_ratio(pair: tuple[Plan, Plan]) 
         assert sum(items) == pytest.approx(record["estimated"]["step_seconds"][side])
 
 
+def test_rounding_is_no_difference(pair: tuple[Plan, Plan]) -> None:
+    first, second = (
+        dataclasses.replace(one, proof=proof(seconds))
+        for one, seconds in zip(pair, (0.4, 0.40001), strict=True)
+    )
+    text = terminal(first, second)
+    assert row(text[text.index("\ncompiled") :], "step")[5:] == ["same", "1.00"]
+    assert compare_dict(first, second)["compiled"]["step_seconds"] == (0.4, 0.40001)
+
+
 def test_collectives_that_are_alike_but_for_their_algorithm_are_one(pair: tuple[Plan, Plan]) -> None:
     first = dataclasses.replace(pair[0], proof=proof(0.4, ("fsdp", 0.1), ("fsdp", 0.2)))
     sums = compare_dict(first, first)["collectives"]["all_gather/fsdp"]
