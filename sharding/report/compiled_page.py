@@ -112,13 +112,15 @@ def _findings(shown: Compiled) -> str:
     """List findings, each with a bar by its seconds, or by its bytes where it costs no time."""
     most_seconds = max(row.seconds for row in shown.findings)
     most_bytes = max((row.bytes for row in shown.findings if not row.seconds), default=0.0)
-    rows = ""
+    rows, said = "", set[str]()
     for row in shown.findings[:_FINDINGS]:
         whole = shown.step_seconds if row.seconds else shown.peak_bytes
         part = min((row.seconds or row.bytes) / whole, 1.0) if whole else 0.0
         of = "the step" if row.seconds else "the memory"
         where = f" <code>{escape(place(row.source))}</code>" if row.source else ""
-        remedy = f'<br><span class="remedy">{escape(row.remedy)}</span>' if row.remedy else ""
+        words = "as above" if row.remedy in said else escape(row.remedy)
+        remedy = f'<br><span class="remedy">{words}</span>' if row.remedy else ""
+        said.add(row.remedy)
         most = most_seconds if row.seconds else most_bytes
         width = f"width:{100 * (row.seconds or row.bytes) / (most or 1.0):.1f}%"
         gauge = f'<div class="gauge" title="{part:.1%} of {of}"><i style="{width}"></i></div>'

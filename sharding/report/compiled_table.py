@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..planner.reasons import gib, seconds
 from .compiled_view import Compiled, Pair, cost, how, kind_of, over, place, size_text, time_text
+from .memory_drawing import drawn_limit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -77,15 +78,16 @@ def _timeline(timeline: Sequence[float], capacity_bytes: float | None) -> Render
     most = [
         max(timeline[n * len(timeline) // width : (n + 1) * len(timeline) // width]) for n in range(width)
     ]
-    whole = max(capacity_bytes or 0.0, max(most)) or 1.0
+    whole = max(drawn_limit(max(most), capacity_bytes) or 0.0, max(most)) or 1.0
     eighths = [max(1, round(size / whole * 8 * _TIMELINE_HEIGHT)) if size else 0 for size in most]
     rows = [
         "".join(_LEVELS[min(max(level - 8 * row, 0), 8)] for level in eighths)
         for row in reversed(range(_TIMELINE_HEIGHT))
     ]
     drawn = "\n".join(f"  ▏{row}" for row in rows)
-    top = f"of {gib(whole)}, all that a device has" if whole == capacity_bytes else f"of {gib(whole)}"
-    return Text(drawn).append(f"\n  fullest: {gib(max(most))} {top}", style="dim")
+    of = f" of {gib(capacity_bytes)} that a device has" if capacity_bytes else ""
+    scale = "" if whole == capacity_bytes else f"; drawn to {gib(whole)}"
+    return Text(drawn).append(f"\n  fullest: {gib(max(most))}{of}{scale}", style="dim")
 
 
 def _collectives(shown: Compiled) -> RenderableType:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Items below this part of the whole, estimated and compiled, are one line together.
 _WORTH_A_LINE = 0.004
 # Items of an Estimate that are no work of the device's, which a compiled program says nothing of.
-_NOT_COMPILED = {"host": "issuing", "stragglers": "stragglers", "bubble": "bubble"}
+_NOT_COMPILED = {"host": "host, issuing", "stragglers": "stragglers", "bubble": "bubble"}
 # What of an Estimate's memory is a compiled step's arguments: what it is given and gives back.
 _ARGUMENTS = ("params", "optimizer", "batch")
 # Distributions that all platforms have, so that they name no compiler unless there is no other.

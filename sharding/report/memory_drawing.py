@@ -11,6 +11,8 @@ from .compiled_view import Compiled
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 260, 74, 26, 18
 # The area ends here; beside it stands what is held at the peak.
 _RIGHT, _COLUMN, _COLUMN_WIDTH = 560, 620, 56
+# A peak below this part of what a device has would be a flat line beside it.
+_SEEN = 0.25
 # More points than this are no sharper on any screen.
 _POINTS = 400
 
@@ -21,7 +23,8 @@ def memory_drawing(shown: Compiled, capacity_bytes: float | None) -> str:
     if not sizes:
         return ""
     peak = max(sizes)
-    whole = max(capacity_bytes or 0.0, peak, shown.peak_bytes) * 1.04 or 1.0
+    limit = drawn_limit(peak, capacity_bytes)
+    whole = max(limit or 0.0, peak) * 1.04 or 1.0
     floor = _HEIGHT - _BOTTOM
 
     def y(size: float) -> float:
@@ -45,17 +48,25 @@ def memory_drawing(shown: Compiled, capacity_bytes: float | None) -> str:
         f'<text x="{_RIGHT}" y="{_HEIGHT - 6}" text-anchor="end">ends</text>',
         f'<text x="{_COLUMN + _COLUMN_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">when fullest</text>',
     ]
-    if capacity_bytes:
-        line = y(capacity_bytes)
+    if capacity_bytes and limit is None:
+        words = f"a device has {gib(capacity_bytes)}, far above this picture"
+        parts.append(f'<text x="{_LEFT + 4}" y="{_TOP - 6}">{words}</text>')
+    elif limit is not None:
+        line = y(limit)
         parts += [
             f'<line class="limit" x1="{_LEFT}" y1="{line:.1f}" x2="{_WIDTH}" y2="{line:.1f}"/>',
-            f'<text x="{_LEFT + 4}" y="{line - 5:.1f}">a device has {gib(capacity_bytes)}</text>',
+            f'<text x="{_LEFT + 4}" y="{line - 5:.1f}">a device has {gib(limit)}</text>',
         ]
     parts += _column(shown, peak, y)
     return (
         f'<svg class="timeline" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">'
         f"<title>Memory of a device through a step</title>{''.join(parts)}</svg>"
     )
+
+
+def drawn_limit(peak: float, capacity_bytes: float | None) -> float | None:
+    """Return what a device has where the step's memory can be seen beside it, else None."""
+    return capacity_bytes if capacity_bytes and peak >= _SEEN * capacity_bytes else None
 
 
 def _column(shown: Compiled, peak: float, y) -> list[str]:

@@ -61,11 +61,11 @@ REDUCE = CompiledCollective(
 PROOF = Proof(
     topology="v5p:2x2x4",
     versions={"jax": "0.10.2", "jaxlib": "0.10.2", "libtpu": "0.0.42.1"},
-    peak_bytes=12 * GIB,
+    peak_bytes=48 * GIB,
     step_seconds=0.5,
     compile_seconds=3.21,
     time={"compute": 0.4, "all_gather/fsdp": 0.01, "all_reduce/data×fsdp": 0.09},
-    memory={"arguments": 2 * GIB, "temporaries": 10 * GIB, "outputs": 0.0, "code": 0.0, "host": 0.0},
+    memory={"arguments": 2 * GIB, "temporaries": 46 * GIB, "outputs": 0.0, "code": 0.0, "host": 0.0},
     collectives=(GATHER, REDUCE),
     findings=(
         Finding(kind="kept_whole", what="<up> is kept whole", remedy="shard it", bytes=GIB),
@@ -78,11 +78,11 @@ PROOF = Proof(
         ),
     ),
     buffers=(
-        Buffer(name="hidden", shape="f32[256,4096]", bytes=4 * GIB, source=MODEL),
-        Buffer(name="grad <up>", shape="f32[1024,4096]", bytes=5 * GIB),
+        Buffer(name="hidden", shape="f32[256,4096]", bytes=16 * GIB, source=MODEL),
+        Buffer(name="grad <up>", shape="f32[1024,4096]", bytes=20 * GIB),
     ),
     lines=(LineCost(source=MODEL, seconds=0.3),),
-    timeline=tuple(GIB * size for size in (2, 4, 8, 12, 7, 2)),
+    timeline=tuple(GIB * size for size in (8, 16, 32, 48, 28, 8)),
 )
 
 
@@ -141,7 +141,7 @@ def test_the_terminal_says_it_in_80_columns(proved: Plan) -> None:
     assert "asynchronous, 75% beside computing, PincerEmitter/StrategyND colors:3" in text
     assert "models/mlp.py:12" in text
     assert "→ try fsdp=4 [one torus axis]" in text
-    assert "12.0 GiB of 95.0 GiB, all that a device has" in text
+    assert "fullest: 48.0 GiB of 95.0 GiB that a device has\n" in text
 
 
 def test_findings_and_buffers_come_by_cost(proved: Plan) -> None:
@@ -149,7 +149,7 @@ def test_findings_and_buffers_come_by_cost(proved: Plan) -> None:
     assert shown is not None
     assert [row.kind for row in shown.findings] == ["all_reduce", "kept_whole"]
     assert [row.kind for row in shown.collectives] == ["all_reduce", "all_gather"]
-    assert [size for _, _, size in shown.buffers] == [5 * GIB, 4 * GIB]
+    assert [size for _, _, size in shown.buffers] == [20 * GIB, 16 * GIB]
 
 
 def test_a_declared_plan_shows_the_compiled_figures_alone(proved: Plan) -> None:
@@ -210,17 +210,34 @@ def test_the_timeline_is_drawn_to_scale(proved: Plan) -> None:
     assert area is not None
     floor, *tops = [float(point.split(",")[1]) for point in area[1].split()][:-1]
     heights = [floor - top for top in tops]
-    assert heights == pytest.approx([heights[3] * size / 12 for size in (2, 4, 8, 12, 7, 2)], abs=0.1)
+    assert heights == pytest.approx([heights[3] * size / 48 for size in (8, 16, 32, 48, 28, 8)], abs=0.1)
     limit = re.search(r'class="limit"[^>]*y1="([\d.]+)"', drawn)
     assert limit is not None
-    assert (floor - float(limit[1])) / heights[3] == pytest.approx(95.0 / 12, rel=0.01)
+    assert (floor - float(limit[1])) / heights[3] == pytest.approx(95.0 / 48, rel=0.01)
     # Buffers by size, then what else is held at the peak.
     held = re.findall(r'<rect class="(\w+)"[^>]* height="([\d.]+)"><title>([^<]*)', drawn)
     assert [kind for kind, _, _ in held] == ["m0", "m1", "else"]
     assert [float(height) / heights[3] for _, height, _ in held] == pytest.approx(
-        [5 / 12, 4 / 12, 3 / 12], abs=0.01
+        [20 / 48, 16 / 48, 12 / 48], abs=0.01
     )
-    assert held[0][2] == "grad &lt;up&gt; f32[1024,4096]: 5.0 GiB"
+    assert held[0][2] == "grad &lt;up&gt; f32[1024,4096]: 20.0 GiB"
+
+
+def test_a_small_step_is_not_a_flat_line_under_a_large_device(proved: Plan) -> None:
+    small = dataclasses.replace(PROOF, peak_bytes=2 * GIB, timeline=(GIB, 2 * GIB), buffers=())
+    shown = dataclasses.replace(proved, proof=small)
+    svg = page(shown).split('<svg class="timeline"')[1].split("</svg>")[0]
+    assert 'class="limit"' not in svg
+    assert "a device has 95.0 GiB, far above this picture" in svg
+    assert "fullest: 2.0 GiB of 95.0 GiB that a device has; drawn to 2.0 GiB" in terminal(shown)
+
+
+def test_a_remedy_is_told_once(proved: Plan) -> None:
+    twice = dataclasses.replace(PROOF, findings=(*PROOF.findings, *PROOF.findings))
+    shown = dataclasses.replace(proved, proof=twice)
+    for said in (terminal(shown), Words.of(page(shown))):
+        assert said.count("try fsdp=4") == 1
+        assert said.count("as above") == 2
 
 
 def test_hidden_parts_of_collectives_are_told_apart(proved: Plan) -> None:
