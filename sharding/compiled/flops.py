@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
+from .attention import attention_flops
 from .hlo import Instruction, Program
 from .shapes import Array, leaves, parse_shape
 
@@ -82,7 +83,7 @@ def _custom(program: Program, call: Instruction) -> float:
         out = leaves(parse_shape(call.shape))[0]
         return 2.0 * out.elements * math.prod(left.dims[d] for d in dims)
     stated = _KERNEL_FLOPS.search(call.attributes)
-    return float(stated[1]) if stated else 0.0
+    return float(stated[1]) if stated else attention_flops(program, call)
 
 
 def _convolution(program: Program, convolution: Instruction) -> float:

@@ -6,7 +6,7 @@ The text is what ``compiled.as_text()`` gives. Only what it says is read; nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from .groups import Groups, parse_pairs, parse_replica_groups
@@ -125,7 +125,7 @@ def parse_program(text: str) -> Program:
     instructions: dict[str, Instruction] = {}
     members: dict[str, list[str]] = {}
     roots: dict[str, str] = {}
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if (match := _INSTRUCTION.match(line)) is not None:
             instruction = _read_instruction(match[2], match[3], computation, frames, num_devices)
             if instruction is not None:
@@ -149,6 +149,18 @@ def parse_program(text: str) -> Program:
         header=first_line,
         frames=frames,
     )
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Yield lines, those of one instruction together: a Pallas kernel's own metadata stands on three."""
+    held = ""
+    for line in text.splitlines():
+        if line.startswith(('"', "}}")):
+            held += line
+            continue
+        yield held
+        held = line
+    yield held
 
 
 def collective_kind(opcode: str) -> str | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..chips import Chip
 from ..cost.calibration import Calibration
+from .attention import attention_flops
 from .flops import flops, moved_bytes
 from .hlo import Instruction, Program
 from .shapes import HOST_SPACE, leaves, parse_shape
@@ -81,7 +82,10 @@ def work(program: Program, instruction: Instruction, chip: Chip, calibration: Ca
     if done and _in_f32(program, instruction):
         peak = chip.peak_flops("float32") or peak
     rate = (chip.hbm_bytes_per_second or float("inf")) * calibration.memory_efficiency
-    seconds = max(done / (peak * calibration.matmul_efficiency), moved / rate)
+    share = calibration.matmul_efficiency
+    if attention_flops(program, instruction):
+        share = calibration.attention_efficiency
+    seconds = max(done / (peak * share), moved / rate)
     unknown = target(instruction) == "tpu_custom_call" and not done
     return Work(seconds=seconds, basis="unknown" if unknown else "roofline")
 

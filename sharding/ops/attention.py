@@ -51,6 +51,10 @@ class AttentionCall:
         words = [key if value is True else f"{key}={value}" for key, value in told.items() if value]
         return f"{_NAME}[{','.join(words)}]"
 
+    def visible(self, queries: int, keys: int) -> float:
+        """Return how many (query, key) pairs causality and a window leave; segments hide more."""
+        return visible_pairs(queries, keys, causal=self.causal, window=self.window)
+
     @property
     def operands(self) -> int:
         """How many operands the call's equation has."""
@@ -131,6 +135,16 @@ def attention_call(eqn: core.JaxprEqn) -> AttentionCall | None:
 
 def _shape(atom: Any) -> tuple[int, ...]:
     return tuple(getattr(atom.aval, "shape", ()))
+
+
+def visible_pairs(queries: int, keys: int, *, causal: bool, window: int | None) -> float:
+    """Return how many (query, key) pairs a causal mask leaves, within a window if there is one."""
+    if not causal:
+        return float(queries * keys)
+    reach = min(keys if window is None else window, keys)
+    rows = min(queries, reach)
+    # The first rows see one key more each; from there on a row sees as many as it may.
+    return rows * (rows + 1) / 2 + (queries - rows) * reach
 
 
 def scaled(query: jax.Array, scale: float) -> jax.Array:

@@ -195,10 +195,10 @@ def vmem_bytes(block_q: int, block_kv: int, *, head_dim: int, value_dim: int, it
     """Return an upper bound of the vector memory of splash's kernels, forward and for the gradient.
 
     From the shapes of their blocks, which are held twice so that one is fetched while the other is worked on,
-    of their accumulators, and of one block of scores in float32. A number for each row, such as its segment,
-    fills a vector register's 128 lanes.
+    of their accumulators, and of a block of scores in float32 and one of what becomes of them, which v4
+    spills of its registers. A number for each row, such as its segment, fills a vector register's 128 lanes.
     """
-    scores = 4 * block_q * block_kv
+    scores = 2 * 4 * block_q * block_kv
     heads, lanes = head_dim + value_dim, 128 * 4
     forward = 2 * item * heads * (block_q + block_kv) + 4 * value_dim * block_q + 8 * lanes * block_q
     backward = 2 * item * heads * (block_q + 2 * block_kv) + 4 * heads * block_kv + 2 * lanes * block_kv
@@ -213,13 +213,5 @@ def _share(calls: Sequence[tuple[Equation, AttentionCall]]) -> float:
         queries, keys = query.shape[1], key.shape[1]
         each = float(equation.multiplicity * query.shape[0] * query.shape[2] * query.shape[3])
         total += each * queries * keys
-        seen += each * (_visible(queries, keys, call.window) if call.causal else queries * keys)
+        seen += each * call.visible(queries, keys)
     return seen / total
-
-
-def _visible(queries: int, keys: int, window: int | None) -> float:
-    """Return how many (query, key) pairs a causal mask leaves, within a window if there is one."""
-    reach = min(keys if window is None else window, keys)
-    rows = min(queries, reach)
-    # The first rows see one key more each; from there on a row sees as many as it may.
-    return rows * (rows + 1) / 2 + (queries - rows) * reach

@@ -80,10 +80,12 @@ class AttentionKernel:
         batch, rows, heads, head_dim = (*spec, *(None,) * (4 - len(spec)))
         if head_dim is not None:
             return None
-        if self._settings["implementation"] == "splash":
-            out = self._splash(call, eqn.outvars[0], inputs, batch, rows, heads)
-        else:
-            out = self._cudnn(call, inputs, batch, rows, heads)
+        # What is compiled of it says what was asked for, to whoever reads it.
+        with jax.named_scope(call.name):
+            if self._settings["implementation"] == "splash":
+                out = self._splash(call, eqn.outvars[0], inputs, batch, rows, heads)
+            else:
+                out = self._cudnn(call, inputs, batch, rows, heads)
         return None if out is None else [out]
 
     def _splash(

@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from meshwright.runtime import simulate
 from meshwright.sharding import declare
 from meshwright.sharding.ops import attention
 from meshwright.sharding.transform.constrain import constrain
-
-simulate(8)
 
 BATCH, SEQUENCE, EMBED, HEADS, HEAD_DIM, LAYERS = 4, 256, 32, 4, 16, 2
 BLOCKS = {"implementation": "splash", "block_q": 128, "block_kv": 128}

@@ -1,0 +1,112 @@
+"""Splash through the real TPU compiler: what is compiled in, how often it runs, what is too large."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from meshwright.sharding import Plan, plan
+from meshwright.sharding.compiled.attention import attention_flops
+from meshwright.sharding.compiled.hlo import Program, parse_program
+from meshwright.sharding.compiled.verify import Verdict, verify
+from meshwright.sharding.ops import attention
+
+BATCH, SEQUENCE, EMBED, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 512, 256, 4, 2, 128, 2
+
+
+def loss(params: Any, batch: Any) -> Any:
+    def layer(x: Any, w: Any) -> Any:
+        query, key, value = (jnp.einsum("bse,ehd->bshd", x, w[name]) for name in ("query", "key", "value"))
+        out = attention(query, key, value, segment_ids=batch["segments"])
+        return x + jnp.einsum("bshd,hde->bse", out, w["output"]), None
+
+    x, _ = jax.lax.scan(layer, batch["x"], params)
+    return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+def program(sequence: int = SEQUENCE) -> tuple[Any, Any, Any, Any]:
+    shape = jax.ShapeDtypeStruct
+    params = {
+        "query": shape((LAYERS, EMBED, HEADS, HEAD_DIM), jnp.bfloat16),
+        "key": shape((LAYERS, EMBED, KV_HEADS, HEAD_DIM), jnp.bfloat16),
+        "value": shape((LAYERS, EMBED, KV_HEADS, HEAD_DIM), jnp.bfloat16),
+        "output": shape((LAYERS, HEADS, HEAD_DIM, EMBED), jnp.bfloat16),
+    }
+    batch = {
+        "x": shape((BATCH, sequence, EMBED), jnp.bfloat16),
+        "segments": shape((BATCH, sequence), jnp.int32),
+    }
+    return loss, params, batch, optax.sgd(1e-3)
+
+
+def planned(topology: str, sequence: int = SEQUENCE, **declared: Any) -> Plan:
+    *arguments, optimizer = program(sequence)
+    mesh = {"fsdp": 2, "tensor": 2}
+    return plan(*arguments, topology=topology, optimizer=optimizer, mesh=mesh, microbatches=1, **declared)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def compiled(plan: Plan, cache: pathlib.Path, sequence: int = SEQUENCE) -> tuple[Verdict, Program]:
+    verdict = verify(plan, *program(sequence))
+    assert verdict.fits, verdict.message
+    (text,) = cache.rglob("program.hlo.gz")
+    return verdict, parse_program(gzip.decompress(text.read_bytes()).decode())
+
+
+def kernels(program: Program, name: str) -> list[Any]:
+    found = [one for one in program.instructions.values() if "tpu_custom_call" in one.attributes]
+    return [one for one in found if f"splash_mha_{name}" in one.op_name]
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_each_device_runs_the_kernel_on_its_rows_and_heads(topology: str, own_cache: pathlib.Path) -> None:
+    made = planned(topology, remat="none")
+    assert made.kernels == {"attention": {"implementation": "splash", "block_q": 1024, "block_kv": 1024}}
+    _, text = compiled(made, own_cache)
+    forward, of_keys, of_queries = (kernels(text, name) for name in ("fwd", "dkv", "dq"))
+    assert forward
+    assert len(forward) == len(of_keys) == len(of_queries)
+    # Rows over fsdp, heads over tensor; two products forward, three and four for the gradients, of which a
+    # causal mask leaves one more than half.
+    pairs = (BATCH // 2) * (HEADS // 2) * SEQUENCE * (SEQUENCE + 1) / 2
+    assert attention_flops(text, forward[0]) == 2 * pairs * 2 * HEAD_DIM
+    assert attention_flops(text, of_queries[0]) == 3 * pairs * 2 * HEAD_DIM
+    assert attention_flops(text, of_keys[0]) == 4 * pairs * 2 * HEAD_DIM
+    assert f"[{BATCH // 2},{HEADS // 2},{SEQUENCE},{HEAD_DIM}]" in forward[0].shape
+
+
+def test_what_is_kept_by_name_is_not_computed_again(own_cache: pathlib.Path) -> None:
+    forwards = {}
+    for remat in ("full", {"output:in": "device"}):
+        made = planned("v5e:2x2", remat=remat)
+        _, text = compiled(made, own_cache)
+        forwards[str(remat)] = len(kernels(text, "fwd")) / len(kernels(text, "dq"))
+        for entry in own_cache.rglob("program.hlo.gz"):
+            entry.unlink()
+    assert list(forwards.values()) == [2, 1]
+
+
+def test_plain_attention_where_it_is_asked_for(own_cache: pathlib.Path) -> None:
+    made = planned("v5e:2x2", attention="xla")
+    assert not made.kernels
+    _, text = compiled(made, own_cache)
+    assert not kernels(text, "")
+
+
+def test_blocks_that_do_not_fit_are_told_from_too_little_memory() -> None:
+    made = planned("v5e:2x2", sequence=2048)
+    large = {"implementation": "splash", "block_q": 2048, "block_kv": 2048}
+    verdict = verify(dataclasses.replace(made, kernels={"attention": large}), *program(2048))
+    assert verdict.outcome == "vmem_overflow"
+    assert "a kernel needs more of the chip's own memory than it has" in verdict.message
