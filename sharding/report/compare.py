@@ -159,7 +159,10 @@ def _differs(first: Plan, second: Plan) -> dict[str, dict[str, Both]]:
         "mesh": ({axis: size for axis, size in plan.mesh.items() if size > 1} for plan in (first, second)),
         "dims": ({n: list(dim.axes) for n, dim in plan.dims.items() if dim.axes} for plan in (first, second)),
         "params": ({p: _spec(row) for p, row in plan.params.items()} for plan in (first, second)),
-        "moments": ({p: list(spec) for p, spec in plan.moments.items()} for plan in (first, second)),
+        "moments": (
+            {p: _spec(dataclasses.replace(plan.params[p], spec=spec)) for p, spec in plan.moments.items()}
+            for plan in (first, second)
+        ),
         "batch": ({p: _spec(row) for p, row in plan.batch.items()} for plan in (first, second)),
         "values": ({name: getattr(plan, name) for name in _VALUES} for plan in (first, second)),
         "saved": (dict(plan.saved) for plan in (first, second)),

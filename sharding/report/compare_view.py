@@ -60,4 +60,6 @@ def texts(pair: Both, write: Callable[[float], str]) -> tuple[str, str, str, str
         return figures[0], figures[1], "same", "1.00" if one else ""
     more = ("+" if other > one else "-") + write(abs(other - one))
     ratio = other / one if one else 0.0
-    return figures[0], figures[1], more, f"{ratio:,.{0 if ratio >= 100 else 2}f}" if one else ""
+    # Two digits that say something, whatever the ratio.
+    written = f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+    return figures[0], figures[1], more, written if one else ""
