@@ -47,6 +47,9 @@ class Algorithm:
 
 
 ASSUMED = Algorithm(name="ring (assumed)")
+POINT_TO_POINT = Algorithm(name="point to point", drives=1)
+#: Pieces of an all-gather between products: libtpu names no algorithm for them, and its kernel is a ring.
+FUSED = Algorithm(name="asynchronous collective fusion, ring (assumed)", drives=2)
 
 
 def algorithm(instruction: Instruction) -> Algorithm:

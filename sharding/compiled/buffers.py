@@ -30,7 +30,7 @@ _ARITHMETIC = frozenset({"add", "subtract", "multiply", "divide", "maximum", "mi
 _FUNCTIONS = frozenset({"exponential", "tanh", "sqrt", "rsqrt", "log", "abs", "floor", "ceil", "sign"})
 _CHOICES = frozenset({"select", "convert", "compare", "clamp", "and", "or", "not", "xor"})
 # What may write its result over an operand, besides fusions of such.
-_ELEMENTWISE = _ARITHMETIC | _FUNCTIONS | _CHOICES | {"all-reduce"}
+_ELEMENTWISE = _ARITHMETIC | _FUNCTIONS | _CHOICES | {"all-reduce", "all-reduce-start"}
 
 
 @dataclass(kw_only=True)
@@ -226,7 +226,7 @@ class _Walk:
             return carried
         if opcode in ("call", "conditional"):
             return self._called(instruction, values, destined)
-        if opcode.endswith("-start"):
+        if opcode.endswith("-start") and opcode != "all-reduce-start":
             return self._started(instruction, values, destined)
         return self._made(instruction, values, destined, left)
 
@@ -257,7 +257,7 @@ class _Walk:
         """The start of an asynchronous operation holds its operands, its results and some flags."""
         shape = parse_shape(instruction.shape)
         given = [block for operand in instruction.operands for block in values.get(operand, [])]
-        if isinstance(shape, Array) or instruction.opcode == "all-reduce-start":
+        if isinstance(shape, Array):
             return self._shared(instruction, destined)
         if instruction.opcode == "copy-start":
             made = destined.get(0) or self._block(instruction.name, leaves(shape[0])[0])
@@ -341,10 +341,18 @@ class _Walk:
             inner = self._updates(instruction)
             if inner is not None:
                 found.setdefault(0, []).append((inner, True))
-            elif instruction.opcode in _ELEMENTWISE or "kind=kLoop" in instruction.attributes:
+            elif self._elementwise(instruction):
                 for place in range(len(leaves(parse_shape(instruction.shape)))):
                     found.setdefault(place, []).extend((operand, False) for operand in range(operands))
         return found
+
+    def _elementwise(self, instruction: Instruction) -> bool:
+        """Whether each element of the result comes of the same elements of operands alone."""
+        inside = self._program.inside(instruction) if instruction.opcode == "fusion" else None
+        if inside is None:
+            return instruction.opcode in _ELEMENTWISE
+        opcodes = {self._program.instructions[name].opcode for name in inside.instructions}
+        return opcodes <= _ELEMENTWISE | {"parameter", "constant", "bitcast", "broadcast", "tuple"}
 
     def _updates(self, instruction: Instruction) -> int | None:
         """Return the operand that a fusion updates in place, if its root is such an update."""

@@ -78,7 +78,7 @@ class Fabric:
         self._domain = domain[position]
         self._within = tuple(coordinate[position] for coordinate in within)
         self._spans: dict[Groups, Span] = {}
-        self._loads: dict[Groups, tuple[float, bool]] = {}
+        self._loads: dict[Groups, tuple[float, Groups]] = {}
 
     def span(self, groups: Groups) -> Span:
         """Return where the first group lies; the groups of one collective are alike."""
@@ -166,11 +166,11 @@ class Fabric:
     def _permute(self, pairs: Groups, bytes_: float) -> float:
         if pairs not in self._loads:
             self._loads[pairs] = self._load(pairs)
-        load, crosses = self._loads[pairs]
+        load, crossing = self._loads[pairs]
         if not load:
             return 0.0
-        link = self._link(self.span(pairs), None)
-        if crosses:
+        link = self._link(self.span(crossing or pairs), None)
+        if crossing:
             return bytes_ * load / link.point_bytes_per_second + link.seconds
         one = self._one() if self.topology.is_torus else link.bytes_per_second
         return bytes_ * load / one + self.calibration.fabric_seconds * load
@@ -178,16 +178,17 @@ class Fabric:
     def _one(self) -> float:
         return (self.topology.chip.link_bytes_per_second or math.inf) * self.calibration.fabric_efficiency
 
-    def _load(self, pairs: Groups) -> tuple[float, bool]:
-        """Return how many pairs the fullest link carries, and whether any pair leaves its domain."""
+    def _load(self, pairs: Groups) -> tuple[float, Groups]:
+        """Return how many pairs the fullest link carries, and a pair that leaves its domain, if any does."""
         moving = np.asarray([pair for pair in pairs if pair[0] != pair[1]], int).reshape(-1, 2)
         if not len(moving):
-            return 0.0, False
+            return 0.0, ()
         source, target = moving[:, 0], moving[:, 1]
-        if (self._domain[source] != self._domain[target]).any():
-            return 1.0, True
+        leaving = moving[self._domain[source] != self._domain[target]]
+        if len(leaving):
+            return 1.0, ((int(leaving[0, 0]), int(leaving[0, 1])),)
         if not self.topology.is_torus:
-            return 1.0, False
+            return 1.0, ()
         loads: dict[tuple[int, ...], int] = {}
         shape, wrap = self.topology.shape, self.topology.wrap
         starts = np.stack([c[source] for c in self._within], axis=1)
@@ -201,7 +202,7 @@ class Fabric:
                     loads[link] = loads.get(link, 0) + 1
                     here[axis] = (here[axis] + way) % n
         # Two cores of a chip that swap with each other use no link between chips.
-        return float(max(loads.values(), default=1)), False
+        return float(max(loads.values(), default=1)), ()
 
 
 @functools.lru_cache(maxsize=4096)

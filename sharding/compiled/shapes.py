@@ -62,7 +62,7 @@ def item_bytes(dtype: str) -> float:
     if dtype == "pred":
         return 1.0
     bits = _BITS.search(dtype)
-    return 0.0 if bits is None else int(bits[0]) / 8 * (2 if dtype.startswith("c") else 1)
+    return 0.0 if bits is None else int(bits[0]) / 8
 
 
 @functools.lru_cache(maxsize=65536)

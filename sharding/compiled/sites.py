@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..topology import Topology
-from .algorithm import ASSUMED, Algorithm, algorithm
+from .algorithm import ASSUMED, FUSED, POINT_TO_POINT, Algorithm, algorithm
 from .fabric import Fabric, wire_bytes
 from .groups import Groups, axes_of_groups, axes_of_pairs
 from .hlo import Collective, Instruction, Program
@@ -139,6 +139,8 @@ class Sites:
         named = algorithm(start)
         if named is ASSUMED:
             named = algorithm(inner)
+        if named is ASSUMED:
+            named = POINT_TO_POINT if permutes else FUSED if len(members) > 1 and start.calls else named
         return Site(
             start=start.name,
             end=end,

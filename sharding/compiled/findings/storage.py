@@ -95,7 +95,7 @@ def spilled_to_host(evidence: Evidence) -> list[Finding]:
         return []
     entry = evidence.turns[evidence.program.entry]
     waits = entry.items.get("host", 0.0)
-    asked = evidence.planned is not None and "host" in evidence.planned.saved.values()
+    asked = evidence.planned is None or "host" in evidence.planned.saved.values()
     if asked and waits <= MATTERS * evidence.step_seconds:
         return []
     total = sum(moved.values())
