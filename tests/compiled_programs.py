@@ -1,4 +1,4 @@
-"""Small programs whose collectives can be written down, through the real compilers of chips that are not here.
+"""Small programs whose collectives can be written down, through the real compilers of absent chips.
 
 `texts` compiles in a child process, one a compiler, and keeps what came out for the session. Run as a script
 it is that child: ``python compiled_programs.py OUTPUT TOPOLOGY/axis=size,…/program[,program…] …``.
@@ -19,6 +19,7 @@ from typing import Any
 
 ROWS, COLUMNS = 1024, 1024
 LAYERS, WIDTH, HIDDEN, BATCH = 4, 512, 2048, 512
+LARGE = 4096
 STEPS = 3
 
 
@@ -130,7 +131,7 @@ def _programs(mesh: Any) -> dict[str, Callable[[], Any]]:
         return jax.jit(program).lower(array((WIDTH, WIDTH)))
 
     def product() -> Any:
-        return jax.jit(lambda a, b: a @ b).lower(array((8192, 8192)), array((8192, 8192)))
+        return jax.jit(lambda a, b: a @ b).lower(array((LARGE, LARGE)), array((LARGE, LARGE)))
 
     def overlapped() -> Any:
         """A shift of `x` with products beside it that do not need it."""
@@ -145,7 +146,7 @@ def _programs(mesh: Any) -> dict[str, Callable[[], Any]]:
         mapped = jax.shard_map(
             program, mesh=mesh, in_specs=(P(axes), P()), out_specs=P(axes), check_vma=False
         )
-        return jax.jit(mapped).lower(array((8192 * mesh.size, 4096), axes), array((4096, 4096)))
+        return jax.jit(mapped).lower(array((4096 * mesh.size, 2048), axes), array((2048, 2048)))
 
     def zeros() -> Any:
         """A shard put into zeros and summed over the devices: an all-gather in disguise."""
