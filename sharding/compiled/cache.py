@@ -34,7 +34,7 @@ def key_of(facts: Mapping[str, Any]) -> str:
 
 
 def load(key: str, read: Callable[[Mapping[str, Any]], T]) -> T | None:
-    """Return what `read` makes of the answer under `key`, or None; an entry that cannot be read is removed."""
+    """Return what `read` makes of the answer under `key`, or None; one that cannot be read is removed."""
     try:
         answer = json.loads((folder_of(key) / _ANSWER).read_text(encoding="utf-8"))
         if answer["format"] == _FORMAT:

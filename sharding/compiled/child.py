@@ -46,7 +46,7 @@ def run_worker(
         (folder / "program.bin").write_bytes(program)
         with (folder / "log.txt").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", __package__ + ".worker", name],
+                [sys.executable, "-m", f"{__package__}.worker", name],
                 env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from ..errors import UserError
+from ..tree_paths import by_path
 
 if TYPE_CHECKING:
     import optax
@@ -19,6 +22,15 @@ if TYPE_CHECKING:
 _PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cuda": "cuda", "cpu": "cpu"}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A serialised program, how many of its first arguments it donates, and the paths of all of them."""
+
+    program: bytes
+    donated: int
+    arguments: list[str]
+
+
 def export_step(
     plan: Plan,
     loss: Callable[[Any, Any], Any],
@@ -26,14 +38,15 @@ def export_step(
     batch: Any,
     optimizer: optax.GradientTransformation,
     topology: Topology,
-) -> tuple[bytes, int]:
-    """Return the training step of `plan` lowered for `topology`, which need not be here, and what it donates.
+) -> Exported:
+    """Return the training step of `plan` lowered for `topology`, which need not be here.
 
     The program takes the leaves of the state, then those of the batch, and gives the leaves of the new state,
-    then the metrics; the number returned is that of the state's leaves. No compiler is loaded.
+    then the metrics. No compiler is loaded. Raises UserError if it cannot be lowered.
     """
     from jax import export
 
+    from ..ops.cudnn import CUSTOM_CALLS, described
     from ..transform.step import abstract_state, planned_update
 
     mesh = abstract_mesh(plan)
@@ -58,10 +71,14 @@ def export_step(
     if platform is None:
         raise UserError(f"no compiler for {topology.chip.name} ({topology.chip.platform}) is known")
     try:
-        exported = export.export(jitted, platforms=(platform,))(*leaves)
+        # Nothing is kept for another version of a library to run.
+        calls = [export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
+        with described() if platform == "cuda" else contextlib.nullcontext():
+            exported = export.export(jitted, platforms=(platform,), disabled_checks=calls)(*leaves)
     except NotImplementedError as error:
         raise UserError(f"the step cannot be lowered for {platform}: {error}") from None
-    return bytes(exported.serialize()), count
+    paths = ["/".join(path.split("/")[1:]) for path in by_path(shapes)]
+    return Exported(program=bytes(exported.serialize()), donated=count, arguments=paths)
 
 
 def abstract_mesh(plan: Plan) -> jax.sharding.AbstractMesh:

@@ -12,15 +12,23 @@ _LIBRARY = re.compile(r"(^|[/\\])(site-packages|dist-packages|lib[/\\]python3[^/
 # The transforms of this package stand between a model and its program, wherever it is installed.
 _OWN = re.compile(r"(^|[/\\])meshwright[/\\]sharding[/\\]")
 _HERE = str(Path(__file__).resolve().parents[1])
+_COMPILER = str(Path(__file__).resolve().parent) + "/"
 
 
 def user_line(program: Program, instruction: Instruction) -> SourceLine | None:
     """Return the line of the user's program that asked for `instruction`, or the innermost line known."""
-    lines = program.frames.get(instruction.frame or 0, ())
+    lines = [line for line in program.frames.get(instruction.frame or 0, ()) if not _compiles(line.file)]
     for line in lines:
         if not is_library(line.file):
             return line
-    return lines[0] if lines else instruction.source
+    if lines:
+        return lines[0]
+    return None if instruction.source is None or _compiles(instruction.source.file) else instruction.source
+
+
+def _compiles(file: str) -> bool:
+    """Whether a file is of the child process that compiles, which is in every frame and asks for nothing."""
+    return file.startswith(_COMPILER)
 
 
 def is_library(file: str) -> bool:

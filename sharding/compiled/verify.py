@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -77,6 +78,7 @@ def verify(
         {
             "plan": _what_is_compiled(plan),
             "program": _program_of(plan, loss, params, batch),
+            "written": _where(loss),
             "optimizer": _optimizer_of(optimizer, params),
             "versions": here,
         }
@@ -87,14 +89,15 @@ def verify(
     from .exported import export_step
 
     plan.check(params, batch, loss)
-    program, donated = export_step(plan, loss, params, batch, optimizer, topology)
+    exported = export_step(plan, loss, params, batch, optimizer, topology)
     request = {
         "plan": plan.to_dict(),
-        "donated": donated,
+        "donated": exported.donated,
+        "arguments": exported.arguments,
         "options": dict(plan.compiler_options),
         "versions": here,
     }
-    ran = run_worker(request, program, environment(topology), limits or Limits())
+    ran = run_worker(request, exported.program, environment(topology), limits or Limits())
     if ran.answer["outcome"] in _LASTING:
         cache.keep(key, ran.answer, ran.hlo)
     return _judge(ran.answer, topology, cached=False)
@@ -224,6 +227,12 @@ def _program_of(plan: Plan, loss: Callable[[Any, Any], Any], params: Any, batch:
 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, batch))
     return trace(loss, *shapes).fingerprint
+
+
+def _where(loss: Callable[[Any, Any], Any]) -> str:
+    """Return the file and line of a function, for whose lines an answer is given; empty if it has none."""
+    code = getattr(inspect.unwrap(loss), "__code__", None)
+    return "" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def _optimizer_of(optimizer: optax.GradientTransformation, params: Any) -> str:

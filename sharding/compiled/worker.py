@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # ``Ran out of memory in memory space hbm. Used 122.75G of 95.74G hbm.``, and when it is known early:
@@ -23,6 +23,8 @@ _USED = re.compile(
     r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)"
     r"|\(([\d.]+)([KMGT]?)\) exceeds available \w+ \(([\d.]+)([KMGT]?)\)"
 )
+# How JAX calls the arguments of a function that takes ``*args``.
+_ARGUMENT = re.compile(r"\bargs\[(\d+)\]")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -62,12 +64,13 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
     start = time.perf_counter()
     compiled = lowered.compile(compiler_options=request["options"] or None)
     seconds = time.perf_counter() - start
-    text = compiled.as_text()
+    text, sizes = compiled.as_text(), compiled.memory_analysis()
+    if text is None or sizes is None:
+        return {"outcome": "failed", "message": "the compiler shows neither a program's text nor its memory"}
     with gzip.open(folder / "program.hlo.gz", "wt", compresslevel=3) as file:
         file.write(text)
-    sizes = compiled.memory_analysis()
     proof = read_proof(
-        text,
+        _named(text, request["arguments"]),
         topology=topology,
         mesh=plan.mesh,
         peak_bytes=float(sizes.peak_memory_in_bytes),
@@ -77,6 +80,16 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
         planned=plan,
     )
     return {"outcome": "compiled", "proof": proof.to_dict()}
+
+
+def _named(text: str, arguments: Sequence[str]) -> str:
+    """Call the program's arguments by their paths in the state and the batch, not by their numbers."""
+
+    def path(match: re.Match[str]) -> str:
+        number = int(match[1])
+        return arguments[number] if number < len(arguments) else match[0]
+
+    return _ARGUMENT.sub(path, text)
 
 
 def memory_of(sizes: Any) -> dict[str, float]:

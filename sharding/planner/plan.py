@@ -14,7 +14,7 @@ from . import plan_file
 from .wellformed import axes_of, check_plan, check_runs
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from jax.sharding import AbstractMesh, Mesh
 
     from ..compiled.child import Limits
     from ..compiled.record import Proof
@@ -118,14 +118,14 @@ class Plan:
             lambda keys, leaf: PartitionSpec(*self._spec(path_of(keys), tuple(leaf.shape), kind)), tree
         )
 
-    def shardings(self, tree: Any, mesh: Mesh, kind: str = "params") -> Any:
+    def shardings(self, tree: Any, mesh: Mesh | AbstractMesh, kind: str = "params") -> Any:
         """Return the NamedSharding of every array in `tree`, as `specs` does."""
         import jax
         from jax.sharding import NamedSharding
 
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(tree, kind))
 
-    def apply(self, loss: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
+    def apply(self, loss: Callable[..., Any], mesh: Mesh | AbstractMesh | None = None) -> Callable[..., Any]:
         """Return `loss(params, batch)` worked through as planned on `mesh`: same signature, same values."""
         from ..transform.accumulate import accumulate
         from ..transform.constrain import constrain

@@ -78,8 +78,8 @@ def _candidates(plan: Plan, attempts: Sequence[Attempt]) -> Iterator[Plan]:
     while True:
         last = attempts[-1].verdict
         estimate = attempts[-1].plan.estimate
-        too_large = last.outcome == "out_of_memory" and last.peak_bytes and estimate is not None
-        if too_large and rounds < _ROUNDS:
+        too_large = last.outcome == "out_of_memory" and last.peak_bytes > 0
+        if too_large and estimate is not None and rounds < _ROUNDS:
             rounds += 1
             underestimated = last.peak_bytes / estimate.peak_bytes
             offered = last.capacity_bytes / search.answer.capacity_bytes

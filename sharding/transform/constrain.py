@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..program import generations
 from ..program.record import Dims, Equation, Scope
@@ -55,7 +55,7 @@ class _Stored:
 
 def constrain(
     loss: Callable[[Any, Any], Any],
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     axes_of: AxesOf,
     stored: Callable[[Any], Any],
     reduced: Callable[[Any], Any] | None = None,
@@ -96,7 +96,7 @@ def constrain(
 class _Walk:
     def __init__(
         self,
-        mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
         axes: Mapping[int, tuple[str, ...]],
         of_parameters: frozenset[int],
         attention: AttentionKernel | None,
