@@ -175,7 +175,7 @@ def compare_plans(a: pathlib.Path, b: pathlib.Path, *, as_json: bool) -> Any:
 
     first, second = Plan.load(a), Plan.load(b)
     if as_json:
-        return json.dumps(compare_dict(first, second))
+        return json.dumps(compare_dict(first, second, (a.name, b.name)))
     return compare_table(first, second, (a.name, b.name))
 
 
