@@ -1,15 +1,9 @@
 """Seconds of a compiled collective over the links that its algorithm drives.
 
 The link model is the planner's (`meshwright.sharding.cost.collectives`), asked for the devices that are in a
-group rather than for a mesh axis, and held to the links that the algorithm uses at once. Two kinds of traffic
-do not go round a ring and are counted link by link on a torus, by the shortest way, one torus axis after the
-other:
-
-- permute: each pair's way over the links; the fullest link carries as many times the bytes.
-- all-to-all: on an axis of k chips a device's data goes k / 4 hops on average where it wraps, over two
-  directions: local bytes x k / 8 a link; the middle link of an open axis carries local bytes x k / 4. The
-  axes are used at once, so the longest one tells (scaling book, "Sharded Matrices", all-to-all: a quarter of
-  an all-gather).
+group rather than for a mesh axis, and held to the links that the algorithm uses at once. A permute does not
+go round a ring: on a torus each of its pairs takes the shortest way, one torus axis after the other, and the
+fullest link carries as many times the bytes.
 """
 
 from __future__ import annotations
@@ -104,8 +98,6 @@ class Fabric:
             return 0.0
         link = self._link(span, algorithm.drives)
         if kind in ("all_to_all", "ragged_all_to_all"):
-            if self.topology.is_torus and not span.crosses_slices:
-                return self._exchange(span, whole_bytes) + link.starts("all_to_all", 1.0)
             return link.collective("all_to_all", whole_bytes * span.size)
         if kind == "collective_broadcast":
             return whole_bytes / link.bytes_per_second + link.starts(kind, 1.0)
@@ -146,22 +138,6 @@ class Fabric:
             drives=drives,
             sharing=span.sharing,
         )
-
-    def _exchange(self, span: Span, local_bytes: float) -> float:
-        one = self._one() / span.sharing
-        busiest = max(
-            (
-                chips / (8 if all_of and wrap else 4)
-                for chips, all_of, wrap in zip(span.extent, span.whole, self.topology.wrap, strict=True)
-                if chips > 1
-            ),
-            default=0.0,
-        )
-        if not busiest:
-            return self._link(span, None).transfer("all_to_all", local_bytes * span.size)
-        # The cores of a chip that are both in the group put twice as much on its links.
-        cores = self.topology.chip.devices_per_chip // span.sharing
-        return local_bytes * cores * busiest / one
 
     def _permute(self, pairs: Groups, bytes_: float) -> float:
         if pairs not in self._loads:

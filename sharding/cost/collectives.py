@@ -23,6 +23,8 @@ class Link:
     size:                devices of a group.
     bytes_per_second:    one device's share of what a ring (or all rings at once) carries, one way.
     point_bytes_per_second: to the next device of the group alone.
+    exchange_bytes_per_second: what a device holds of an array over the seconds that exchanging it with all
+                         others of the group takes; where not given, those of a switch.
     seconds:             start of one collective, all hops together.
     network:             whether it leaves the fast fabric.
     """
@@ -32,6 +34,7 @@ class Link:
     point_bytes_per_second: float
     seconds: float
     network: bool
+    exchange_bytes_per_second: float | None = None
 
     def collective(self, kind: str, bytes_: float, count: float = 1.0) -> float:
         """Return the seconds of `count` collectives that move `bytes_` together.
@@ -46,6 +49,8 @@ class Link:
         """Return the seconds that the links are busy; see `collective`."""
         if self.size == 1:
             return 0.0
+        if kind == "all_to_all" and self.exchange_bytes_per_second is not None:
+            return bytes_ / self.size / self.exchange_bytes_per_second
         share = (self.size - 1) / self.size
         return _passes(kind, self.size) * share * bytes_ / self.bytes_per_second
 
@@ -162,23 +167,31 @@ def torus_link(
 ) -> Link:
     """Return the link of a group of `size` devices that touches `extent` chips along each torus axis.
 
-    Every axis that a group spans is a ring of its own: driven both ways where a wraparound link closes it, one
-    way's worth where it is open, since its middle link then carries half of everything each way. All axes at
-    once carry what they carry together (scaling book, "Sharded Matrices", collectives over several axes).
+    Every axis that a group spans is a ring of its own: driven both ways where a wraparound link closes it,
+    one way's worth where it is open, since its middle link then carries half of everything each way. All axes
+    at once carry what they carry together (scaling book, "Sharded Matrices", over several axes).
+
+    An all-to-all does not go round: on an axis of k chips that wraps, data goes k / 4 hops on average, over
+    two directions, so that a link carries k / 8 of what a chip holds; the middle link of an open axis carries
+    k / 4 of it. The axes are used at once, so that the longest one tells (the same: a quarter of an
+    all-gather).
 
     Args:
       size: devices of the group, over all slices.
       extent: chips of it along each torus axis, 1 where it does not reach.
       whole: for each torus axis, whether the extent is all of it.
       crosses_slices: whether the group spans all slices, over the data-centre network.
+      topology: what the chips are wired as.
+      calibration: the efficiency and the start of collectives.
       drives: directed links that the algorithm uses at once; all those there are if not given.
       sharing: groups that use the same chips' links at once, as when each core of a chip is in its own.
     """
     one = (topology.chip.link_bytes_per_second or math.inf) * calibration.fabric_efficiency / sharing
-    rate, hops = 0.0, 0
+    rate, hops, fullest = 0.0, 0, 0.0
     for chips, all_of, wrap in zip(extent, whole, topology.wrap, strict=True):
         if chips > 1:
             closed = all_of and wrap
+            fullest = max(fullest, chips / (8 if closed else 4))
             rate += one * (2 if closed else 1)
             hops += chips // 2 if closed else chips - 1
     if drives is not None:
@@ -187,6 +200,9 @@ def torus_link(
         rate = (topology.chip.core_link_bytes_per_second or one) * calibration.fabric_efficiency
     seconds = calibration.fabric_seconds * max(hops, 1)
     point = min(rate, one)
+    # The cores of a chip that are both in the group put twice as much on its links.
+    cores = topology.chip.devices_per_chip / sharing
+    exchange = one / (fullest * cores) if fullest and not crosses_slices else None
     if crosses_slices:
         inside = max(1, size // topology.num_slices)
         network = inside * _network_rate(topology, calibration)
@@ -199,4 +215,5 @@ def torus_link(
         point_bytes_per_second=point,
         seconds=seconds,
         network=crosses_slices,
+        exchange_bytes_per_second=exchange,
     )

@@ -133,7 +133,8 @@ def test_what_the_compiler_computes_again_is_found():
 def test_a_warning_of_full_rematerialisation_is_read_once_an_operation():
     line = (
         "2026-01-01 00:00:00.000000: W external/xla/xla/service/spmd/spmd_partitioner.cc:630] [SPMD] "
-        "Involuntary full rematerialization. The compiler was not able to go from sharding {devices=[1,8]<=[8]} to "
+        "Involuntary full rematerialization. The compiler was not able to go from sharding "
+        "{devices=[1,8]<=[8]} to "
         "{devices=[8,1]<=[8]} without doing a full rematerialization of the tensor for HLO operation: "
         '%gather.3 = bf16[8,128] gather(%a, %b), metadata={op_name="jit(step)/take"}. You probably want to '
         "enrich the sharding annotations to prevent this from happening.\n"
