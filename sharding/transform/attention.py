@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ..ops import cudnn
 from ..ops.attention import AttentionCall, attention_call
 from ..ops.kernels import block_that_divides, dot_product, splash, splash_kernel
 from ..program.record import Dims, Equation
@@ -132,7 +134,8 @@ class AttentionKernel:
             return dot_product(call, *arrays)
 
         try:
-            return self._on_devices(local, (), (), inputs, batch, None, heads)
+            with contextlib.nullcontext() if self._has_devices() else cudnn.described():
+                return self._on_devices(local, (), (), inputs, batch, None, heads)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             # JAX asks the library itself, which is there where a GPU is, while it traces.
             warnings.warn(f"attention by cuDNN cannot be had here ({error}); XLA computes it", stacklevel=2)
@@ -171,6 +174,10 @@ class AttentionKernel:
             # Kernels do not say over which axes their results vary.
             check_vma=False,
         )(*first, query, key, value, *both)
+
+    def _has_devices(self) -> bool:
+        """Whether the mesh is of devices that are here, rather than of described ones."""
+        return isinstance(self._mesh, Mesh) and self._mesh.devices.flat[0] in jax.devices()
 
     def _parts(self, axes: _Entry) -> int:
         names = () if axes is None else (axes,) if isinstance(axes, str) else axes

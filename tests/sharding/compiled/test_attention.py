@@ -1,4 +1,4 @@
-"""Splash through the real TPU compiler: what is compiled in, how often it runs, what is too large."""
+"""Kernels through the real compilers: what is compiled in, how often it runs, what is too large."""
 
 from __future__ import annotations
 
@@ -95,6 +95,20 @@ def test_what_is_kept_by_name_is_not_computed_again(own_cache: pathlib.Path) -> 
         for entry in own_cache.rglob("program.hlo.gz"):
             entry.unlink()
     assert list(forwards.values()) == [2, 1]
+
+
+def test_cudnn_is_compiled_in_for_a_gpu_that_is_not_here(own_cache: pathlib.Path) -> None:
+    made = planned("h100:1x4", remat="none")
+    assert made.kernels == {"attention": {"implementation": "cudnn"}}
+    _, text = compiled(made, own_cache)
+    calls = [one for one in text.instructions.values() if "__cudnn$fmha" in one.attributes]
+    forward = [one for one in calls if "Backward" not in one.attributes]
+    backward = [one for one in calls if "Backward" in one.attributes]
+    assert forward
+    assert len(forward) == len(backward)
+    pairs = (BATCH // 2) * (HEADS // 2) * SEQUENCE * (SEQUENCE + 1) / 2
+    assert attention_flops(text, forward[0]) == 2 * pairs * 2 * HEAD_DIM
+    assert attention_flops(text, backward[0]) == 5 * pairs * 2 * HEAD_DIM
 
 
 def test_plain_attention_where_it_is_asked_for(own_cache: pathlib.Path) -> None:
