@@ -267,7 +267,7 @@ class _Walk:
                 *(self._block(instruction.name, a) for part in shape[2:] for a in leaves(part)),
             ]
         held = len(leaves(shape[0]))
-        if instruction.opcode == "dynamic-update-slice-start":
+        if instruction.opcode == "dynamic-update-slice-start" or self._updates(instruction) == 0:
             return [*given[:held], *given[:1], *(self._block(instruction.name, a) for a in leaves(shape[2:]))]
         results = [
             destined.get(held + place) or self._block(instruction.name, array)
@@ -357,7 +357,7 @@ class _Walk:
     def _updates(self, instruction: Instruction) -> int | None:
         """Return the operand that a fusion updates in place, if its root is such an update."""
         inside = self._program.inside(instruction)
-        if inside is None or instruction.opcode != "fusion":
+        if inside is None or instruction.opcode not in ("fusion", "fusion-start"):
             return None
         name: str | None = inside.root
         while name is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..topology import Topology
-from .flops import fusion_reads
+from .flops import fusion_slices
 from .frames import nearest_line, user_line
 from .hlo import Instruction, Program, SourceLine
 from .loops import Loop
@@ -122,7 +122,7 @@ class Evidence:
         if user.opcode in ("dynamic-slice", "slice") and user.operands[0] == name:
             return sum(array.bytes for array in leaves(parse_shape(user.shape)))
         if user.opcode == "fusion":
-            return fusion_reads(self.program, user, name)
+            return fusion_slices(self.program, user, name)
         if user.opcode in ("bitcast", "copy", "get-tuple-element", "copy-start", "copy-done"):
             share = self.share_read(user.name, depth - 1)
             size = sum(array.bytes for array in leaves(parse_shape(user.shape))[:1])

@@ -25,7 +25,8 @@ _KERNEL_FLOPS = re.compile(r'"flops":"?(\d+)')
 _KERNEL_BYTES = re.compile(r'"bytes_accessed":"?(\d+)')
 
 # A fusion reads only these parts of an operand.
-_PARTS = frozenset({"dynamic-slice", "slice", "gather"})
+_SLICES = frozenset({"dynamic-slice", "slice"})
+_PARTS = _SLICES | {"gather"}
 _THROUGH = frozenset({"bitcast", "copy", "convert", "reshape", "transpose"})
 
 
@@ -146,13 +147,16 @@ def _fusion_bytes(program: Program, fusion: Instruction) -> float:
     return total + sum(_read(parameter.name, _bytes(parameter), users) for parameter in parameters.values())
 
 
-def fusion_reads(program: Program, fusion: Instruction, operand: str) -> float:
-    """Return the bytes that a fusion reads of its operand named `operand`."""
+def fusion_slices(program: Program, fusion: Instruction, operand: str) -> float:
+    """Return the bytes that a fusion's slices take of an operand; all of it if anything else reads it.
+
+    Looking rows up by number counts as reading all that may be looked up.
+    """
     if fusion.calls not in program.computations:
         return _bytes(program.instructions.get(operand))
     parameters, users = _inside(program, fusion)
     return sum(
-        _read(parameters[place].name, _bytes(parameters[place]), users)
+        _read(parameters[place].name, _bytes(parameters[place]), users, parts=_SLICES)
         for place, name in enumerate(fusion.operands)
         if name == operand and place in parameters
     )
@@ -173,15 +177,21 @@ def _inside(
     return parameters, users
 
 
-def _read(name: str, whole: float, users: Mapping[str, list[Instruction]], depth: int = 8) -> float:
+def _read(
+    name: str,
+    whole: float,
+    users: Mapping[str, list[Instruction]],
+    depth: int = 8,
+    parts: frozenset[str] = _PARTS,
+) -> float:
     taken = 0.0
     for user in users.get(name, []):
-        if user.opcode in _PARTS and user.operands[0] == name:
+        if user.opcode in parts and user.operands[0] == name:
             taken += _bytes(user)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             continue  # what it updates in place is not read
         elif user.opcode in _THROUGH and depth:
-            taken += _read(user.name, whole, users, depth - 1)
+            taken += _read(user.name, whole, users, depth - 1, parts)
         else:
             return whole
     return min(taken, whole)

@@ -206,7 +206,7 @@ class _Walk:
         self._turn.hosts[instruction.name] = moved
         chip = self._line._chip
         rate = chip.host_link_bytes_per_second_per_chip
-        way = "out" if to_host(instruction) else "in"
+        way = "out" if to_host(self._program, instruction) else "in"
         self._move(instruction, moved * chip.devices_per_chip / rate if rate else 0.0, HOST, way)
 
     def _prefetch(self, instruction: Instruction) -> None:

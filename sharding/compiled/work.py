@@ -107,7 +107,9 @@ def host_bytes(program: Program, instruction: Instruction) -> float:
     opcode = instruction.opcode.removesuffix("-start")
     if opcode in ("send", "infeed", "outfeed") and "is_host_transfer=true" in instruction.attributes:
         return 0.0 if rendezvous(instruction) else _first_bytes(program, instruction)
-    if opcode not in ("copy", "dynamic-slice", "dynamic-update-slice", "slice", "async"):
+    if opcode in ("fusion", "async", "call"):
+        return _fused_host_bytes(program, instruction)
+    if opcode not in ("copy", "dynamic-slice", "dynamic-update-slice", "slice"):
         return 0.0
     if f"S({HOST_SPACE})" not in instruction.shape and not any(
         f"S({HOST_SPACE})" in program.instructions[name].shape
@@ -129,10 +131,26 @@ def host_bytes(program: Program, instruction: Instruction) -> float:
     return min((array.padded_bytes for array in arrays if array.elements > 1), default=0.0)
 
 
-def to_host(instruction: Instruction) -> bool:
+def _fused_host_bytes(program: Program, instruction: Instruction) -> float:
+    """A GPU's transfer is a fusion of one copy, slice or update; it counts as what is inside."""
+    inside = program.inside(instruction)
+    if inside is None:
+        return 0.0
+    moved = 0.0
+    for name in inside.instructions:
+        inner = program.instructions[name]
+        if inner.opcode in ("copy", "dynamic-slice", "dynamic-update-slice", "slice"):
+            moved += host_bytes(program, inner)
+    return moved
+
+
+def to_host(program: Program, instruction: Instruction) -> bool:
     """Whether a transfer goes from the device to its host; the link carries both ways at once."""
     if instruction.opcode in ("send", "outfeed"):
         return True
+    inside = program.inside(instruction)
+    if inside is not None:
+        return f"S({HOST_SPACE})" in program.instructions[inside.root].shape
     if "slice" in instruction.opcode:
         return instruction.opcode.startswith("dynamic-update-slice")
     arrays = leaves(parse_shape(instruction.shape))
