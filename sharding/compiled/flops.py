@@ -190,7 +190,7 @@ def _read(
             taken += _bytes(user)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             continue  # what it updates in place is not read
-        elif user.opcode in _THROUGH and depth:
+        elif user.opcode in _THROUGH and depth and user.name in users:
             taken += _read(user.name, whole, users, depth - 1, parts)
         else:
             return whole
