@@ -17,20 +17,12 @@ from dataclasses import dataclass, field
 from .hlo import Instruction, Program
 from .loops import Loop, branches, callees
 from .shapes import HBM_SPACES, HOST_SPACE, Array, leaves, parse_shape
+from .sharing import Sharing, entry_aliases
 from .work import target
 
-_ALIASES = re.compile(r"\{([\d, ]*)\}: \((\d+), \{([\d, ]*)\}")
-_MAY_SHARE = '"aliasing_operands":{"lists":['
-_INDICES = re.compile(r'"indices":\["(\d+)","(\d+)"\]')
-_OUTPUT_ALIASES = re.compile(r"\boutput_to_operand_aliasing=\{(.*?\}\)?)\}(?:,|$)")
 _INDEX = re.compile(r"\bindex=(\d+)")
 _BARRIERS = frozenset({"optimization-barrier", "opt-barrier", "add-dependency", "domain"})
 _VIEWS = _BARRIERS | {"bitcast", "copy-done"}
-_ARITHMETIC = frozenset({"add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "power"})
-_FUNCTIONS = frozenset({"exponential", "tanh", "sqrt", "rsqrt", "log", "abs", "floor", "ceil", "sign"})
-_CHOICES = frozenset({"select", "convert", "compare", "clamp", "and", "or", "not", "xor"})
-# What may write its result over an operand, besides fusions of such.
-_ELEMENTWISE = _ARITHMETIC | _FUNCTIONS | _CHOICES | {"all-reduce", "all-reduce-start"}
 
 
 @dataclass(kw_only=True)
@@ -81,7 +73,7 @@ class _Walk:
     def __init__(self, program: Program, loops: dict[str, Loop], platform: str) -> None:
         self._program = program
         self._loops = loops
-        self._platform = platform
+        self._sharing = Sharing(program, platform)
         self.replay = Replay()
         self._uses: dict[str, int] = {}
         for computation in program.computations.values():
@@ -101,7 +93,7 @@ class _Walk:
                 arguments[int(instruction.literal or 0)] = blocks
         root = self._program.instructions[computation.root]
         outputs: list[Block | None] = [None] * len(leaves(parse_shape(root.shape)))
-        for output, parameter in _entry_aliases(self._program.header):
+        for output, parameter in entry_aliases(self._program.header):
             if output < len(outputs) and parameter in arguments and arguments[parameter]:
                 outputs[output] = arguments[parameter][0]
         values = self._run(self._program.entry, arguments, outputs)
@@ -267,7 +259,7 @@ class _Walk:
                 *(self._block(instruction.name, a) for part in shape[2:] for a in leaves(part)),
             ]
         held = len(leaves(shape[0]))
-        if instruction.opcode == "dynamic-update-slice-start" or self._updates(instruction) == 0:
+        if instruction.opcode == "dynamic-update-slice-start" or self._sharing.updated(instruction) == 0:
             return [*given[:held], *given[:1], *(self._block(instruction.name, a) for a in leaves(shape[2:]))]
         results = [
             destined.get(held + place) or self._block(instruction.name, array)
@@ -305,7 +297,7 @@ class _Walk:
             (operand, block) for operand in instruction.operands for block in values.get(operand, [])
         ]
         found: _Blocks = []
-        sharing = self._sharing(instruction, len(given_flat))
+        sharing = self._sharing.of(instruction, len(given_flat))
         taken: set[int] = set()
         for place, array in enumerate(arrays):
             if place in destined:
@@ -317,66 +309,9 @@ class _Walk:
                     continue
                 name, candidate = given_flat[operand]
                 free = must or (left.get(name, 0) <= 0 and not candidate.pinned)
-                if free and candidate.array.space == array.space and candidate.bytes >= array.padded_bytes:
+                if free and candidate.array.space == array.space and candidate.bytes == array.padded_bytes:
                     block = candidate
                     taken.add(operand)
                     break
             found.append(block or self._block(instruction.name, array))
         return found
-
-    def _sharing(self, instruction: Instruction, operands: int) -> dict[int, list[tuple[int, bool]]]:
-        """Return output → the operands whose buffer it may take, and whether it does whatever comes."""
-        found: dict[int, list[tuple[int, bool]]] = {}
-        if instruction.opcode == "dynamic-update-slice":
-            found[0] = [(0, True)]
-        stated = _OUTPUT_ALIASES.search(instruction.attributes)
-        if stated is not None:
-            for output, operand, _ in _ALIASES.findall(stated[1] + ")"):
-                found.setdefault(int(output or 0), []).append((int(operand), True))
-        _, listed, pairs = instruction.attributes.partition(_MAY_SHARE)
-        if listed:
-            for operand, output in _INDICES.findall(pairs):
-                found.setdefault(int(output) - operands, []).append((int(operand), False))
-        elif self._platform != "tpu":
-            inner = self._updates(instruction)
-            if inner is not None:
-                found.setdefault(0, []).append((inner, True))
-            elif self._elementwise(instruction):
-                for place in range(len(leaves(parse_shape(instruction.shape)))):
-                    found.setdefault(place, []).extend((operand, False) for operand in range(operands))
-        return found
-
-    def _elementwise(self, instruction: Instruction) -> bool:
-        """Whether each element of the result comes of the same elements of operands alone."""
-        inside = self._program.inside(instruction) if instruction.opcode == "fusion" else None
-        if inside is None:
-            return instruction.opcode in _ELEMENTWISE
-        opcodes = {self._program.instructions[name].opcode for name in inside.instructions}
-        return opcodes <= _ELEMENTWISE | {"parameter", "constant", "bitcast", "broadcast", "tuple"}
-
-    def _updates(self, instruction: Instruction) -> int | None:
-        """Return the operand that a fusion updates in place, if its root is such an update."""
-        inside = self._program.inside(instruction)
-        if inside is None or instruction.opcode not in ("fusion", "fusion-start"):
-            return None
-        name: str | None = inside.root
-        while name is not None:
-            inner = self._program.instructions[name]
-            if inner.opcode == "parameter":
-                return int(inner.literal or 0)
-            if inner.opcode not in ("bitcast", "dynamic-update-slice", "convert"):
-                return None
-            name = inner.operands[0] if inner.operands else None
-        return None
-
-
-def _entry_aliases(header: str) -> list[tuple[int, int]]:
-    """Return (output, parameter) of the module's ``input_output_alias``, for outputs that are no tuples."""
-    begin = header.find("input_output_alias={")
-    if begin < 0:
-        return []
-    end = header.find("entry_computation_layout", begin)
-    return [
-        (int(output.split(",")[0] or 0), int(parameter))
-        for output, parameter, _ in _ALIASES.findall(header[begin : end if end > 0 else None])
-    ]
