@@ -113,3 +113,57 @@ def test_collectives_of_a_real_program_have_the_axes_and_lines_they_were_written
         "psum_scatter": ("reduce_scatter", "data×fsdp"),
         "all_to_all": ("all_to_all", "data"),
     }
+
+
+STACKED = """HloModule f, is_scheduled=true
+
+FileNames
+1 "model.py"
+2 "library.py"
+
+FunctionNames
+1 "outer"
+2 "inner"
+
+FileLocations
+1 {{file_name_id=1 function_name_id=1 line=3}}
+2 {{file_name_id=2 function_name_id=2 line=9}}
+
+StackFrames
+1 {{file_location_id=1 parent_frame_id={outermost}}}
+2 {{file_location_id=2 parent_frame_id={parent}}}
+
+%negate (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  ROOT %n = f32[8]{{0}} negate(%p), metadata={{stack_frame_id=2}}
+}}
+
+ENTRY %main (a: f32[8]) -> (f32[8], s32[]) {{
+  %a = f32[8]{{0}} parameter(0)
+  %k = s32[] constant(-7)
+  %f = f32[8]{{0:T(256)}} fusion(%a), kind=kLoop, calls=%negate, metadata={{stack_frame_id=2}}
+  ROOT %r = (f32[8]{{0}}, s32[]) tuple(%f, %k)
+}}
+"""
+
+
+@pytest.mark.parametrize(("outermost", "parent"), [(0, 1), (1, 2)])
+def test_frames_lead_from_the_innermost_line_outwards(outermost, parent):
+    """Some versions of XLA write a frame's parent plus one."""
+    program = parse_program(STACKED.format(outermost=outermost, parent=parent))
+    assert [(line.file, line.line) for line in program.frames[2]] == [("library.py", 9), ("model.py", 3)]
+    assert program.instructions["f"].frame == 2
+    assert program.instructions["f"].source == program.frames[2][0]
+
+
+def test_shapes_operands_literals_and_computations_are_kept():
+    program = parse_program(STACKED.format(outermost=0, parent=1))
+    fusion, constant = program.instructions["f"], program.instructions["k"]
+    assert (fusion.shape, fusion.operands, fusion.calls) == ("f32[8]{0:T(256)}", ("a",), "negate")
+    assert "kind=kLoop" in fusion.attributes
+    assert constant.literal == "-7"
+    assert program.computations["main"].instructions == ("a", "k", "f", "r")
+    assert program.computations["main"].root == "r"
+    inside = program.inside(fusion)
+    assert inside is not None
+    assert inside.root == "n"
