@@ -9,9 +9,10 @@ from .hlo import Instruction, Program, SourceLine
 
 # Installed packages, the standard library and frozen modules are nobody's model.
 _LIBRARY = re.compile(r"(^|[/\\])(site-packages|dist-packages|lib[/\\]python3[^/\\]*)[/\\]|^<frozen ")
-# The transforms of this package stand between a model and its program, wherever it is installed.
-_OWN = re.compile(r"(^|[/\\])meshwright[/\\]sharding[/\\]")
-_HERE = str(Path(__file__).resolve().parents[1])
+# The transforms and the runtime stand between a model and its program, wherever they are installed.
+_OWN = re.compile(r"(^|[/\\])meshwright[/\\](sharding|runtime)[/\\]")
+_HERE = Path(__file__).resolve().parents[1]
+_FOLDERS = (f"{_HERE}/", f"{_HERE.with_name('runtime')}/")
 _COMPILER = str(Path(__file__).resolve().parent) + "/"
 
 
@@ -33,7 +34,7 @@ def _compiles(file: str) -> bool:
 
 def is_library(file: str) -> bool:
     """Whether a file belongs to an installed package or to this one's transforms."""
-    return bool(_LIBRARY.search(file) or _OWN.search(file)) or file.startswith(_HERE + "/")
+    return bool(_LIBRARY.search(file) or _OWN.search(file)) or file.startswith(_FOLDERS)
 
 
 def nearest_line(program: Program, name: str, depth: int = 4) -> SourceLine | None:

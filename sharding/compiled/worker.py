@@ -98,8 +98,8 @@ def _named(text: str, arguments: Sequence[str]) -> str:
 def _peak(sizes: Any, topology: Topology) -> float:
     """Return the compiler's peak of a device's memory.
 
-    XLA's figure for GPUs holds what lies on the host too; there the sum of all arguments and temporaries, which
-    one allocation covers, is the device's share.
+    XLA's figure for GPUs holds what lies on the host too; there the sum of all arguments and temporaries,
+    which one allocation covers, is the device's share.
     """
     held = memory_of(sizes)
     if not topology.is_torus and held["host"] > 0:
