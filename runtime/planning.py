@@ -159,6 +159,7 @@ def facts(plan: Plan, planning_seconds: float, why: str | None = None) -> dict[s
         "dims": {name: list(dim.axes) for name, dim in plan.dims.items()},
         "remat": plan.saved or plan.remat,
         "microbatches": plan.microbatches,
+        "kernels": {operation: dict(kernel) for operation, kernel in plan.kernels.items()},
         "estimate": None if estimate is None else estimate.to_dict(),
         "alternatives": [dataclasses.asdict(row) for row in plan.alternatives],
         "notes": list(plan.notes),

@@ -86,6 +86,8 @@ def view(plan: Plan) -> View:
     if plan.schedule is not None:
         layout += f", {plan.schedule}"
         layout += f" of {plan.interleave} chunks a stage" if plan.interleave > 1 else ""
+    for operation, kernel in plan.kernels.items():
+        layout += f", {operation} by {kernel['implementation']}"
     return View(
         topology=topology,
         mesh=plan.mesh,
