@@ -74,7 +74,7 @@ class Leaf:
 class Flat:
     """A program without scopes: `carries` are what the scan over layers hands on, `inputs` the data.
 
-    `calls` are the values that each kernel of attention reads, and the one that it writes.
+    `calls` are the values that each kernel of attention reads, and those it writes for its gradient to read.
     """
 
     values: list[Value]
@@ -83,16 +83,16 @@ class Flat:
     inputs: tuple[int, ...]
     layers: int
     layer_dim: int
-    calls: tuple[tuple[tuple[int, ...], int], ...] = ()
+    calls: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
 class _Reader:
     """Flattens the scopes of a program into leaves over numbered values."""
 
-    def __init__(self, program: Program, kernels: bool) -> None:
+    def __init__(self, program: Program, kernels: bool, kept_by_name: bool) -> None:
         self.program = program
-        self.calls: list[tuple[tuple[int, ...], int]] = []
-        self._kernels = kernels
+        self.calls: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self._kernels, self._kept_by_name = kernels, kept_by_name
         self._call = -1
         self.values: list[Value] = []
         self.leaves: list[Leaf] = []
@@ -182,8 +182,28 @@ class _Reader:
         (out,) = self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, False)
         self._call = -1
         self.values[out].call = -1
-        self.calls.append((tuple(ins), out))
+        written = [out]
+        if not self._kept_by_name:
+            written.append(self._sums(equation, out, runs))
+        self.calls.append((tuple(ins), tuple(written)))
         return [out]
+
+    def _sums(self, equation: Equation, out: int, runs: int) -> int:
+        """Return the numbers, one a row and head, that a kernel's gradient needs and nobody names."""
+        result = self.values[out]
+        (width,) = equation.eqn.outvars[0].aval.shape[3:]  # type: ignore[attr-defined]
+        flat = tuple(dict.fromkeys(dim for composition in equation.outs[0][:3] for dim in composition))
+        one = dataclasses.replace(
+            result,
+            bytes=4.0 * result.elements / width,
+            item_bytes=4,
+            elements=result.elements / width,
+            dims=flat,
+            trips=runs,
+            source=-1,
+        )
+        self.values.append(one)
+        return len(self.values) - 1
 
     def _scan(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
         scan, inner = scan_parts(equation.eqn), equation.scopes[0]
@@ -303,12 +323,13 @@ def _item_bytes(dtype: Any) -> int:
     return int(getattr(dtype, "itemsize", 4))
 
 
-def flatten(program: Program, *, kernels: bool = False) -> Flat:
+def flatten(program: Program, *, kernels: bool = False, kept_by_name: bool = True) -> Flat:
     """Return the leaves of `program` over numbered values.
 
-    With `kernels` calls of `ops.attention` are carried out by kernels, so that scores are nowhere else.
+    With `kernels` calls of `ops.attention` are carried out by kernels, so that scores are nowhere else;
+    `kept_by_name` says that what keeps a kernel's result keeps all that its gradient reads.
     """
-    reader = _Reader(program, kernels)
+    reader = _Reader(program, kernels, kept_by_name)
     reader.read()
     return Flat(
         values=reader.values,

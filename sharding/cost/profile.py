@@ -107,9 +107,9 @@ class Profile:
     layer_dim: int
 
 
-def profile(program: Program, *, kernels: bool = False) -> Profile:
-    """Read `program` into tables; with `kernels` its calls of `ops.attention` are carried out by kernels."""
-    flat = flatten(program, kernels=kernels)
+def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = True) -> Profile:
+    """Read `program` into tables; `kernels` and `kept_by_name` are as in `flatten`."""
+    flat = flatten(program, kernels=kernels, kept_by_name=kept_by_name)
     count = len(program.dims)
     in_parameters = {d for a in program.parameters for composition in a.dims for d in composition}
     priority = np.array([d + (0 if d in in_parameters else count) for d in range(count)], int)

@@ -92,9 +92,9 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
             masks["dots"][list(leaf.outs)] = True
     for index in _read_by_kernels(flat):
         masks["none/fused"][index] = True
-    for ins, out in flat.calls:
+    for ins, outs in flat.calls:
         # A kernel's gradient reads what the kernel read and wrote.
-        for index in (*(i for i in ins if flat.values[i].grad), out):
+        for index in (*(i for i in ins if flat.values[i].grad), *outs):
             masks["none"][index] = masks["none/fused"][index] = True
     kept = np.array([_is_kept(flat, n) for n in range(count)], bool)
     return Saved(

@@ -130,9 +130,18 @@ class Problem:
         return profile(self.program)
 
     @functools.cached_property
-    def kernel_profile(self) -> Profile:
-        """The program in tables, with its attention carried out by kernels."""
-        return profile(self.program, kernels=True)
+    def kernel_profiles(self) -> dict[bool, Profile]:
+        """The program in tables, with its attention carried out by kernels, as they were asked for so far."""
+        return {}
+
+    def table(self, kernel: kernels.Chosen) -> Profile:
+        """Return the program in tables, with its attention carried out by `kernel`."""
+        if kernel.implementation is None:
+            return self.profile
+        kept = kernel.kept_by_name
+        if kept not in self.kernel_profiles:
+            self.kernel_profiles[kept] = profile(self.program, kernels=True, kept_by_name=kept)
+        return self.kernel_profiles[kept]
 
     def kernel(self, topology: Topology, declared: Declared) -> kernels.Chosen:
         """Return the kernel of the program's attention."""
@@ -140,8 +149,7 @@ class Problem:
 
     def space(self, topology: Topology, declared: Declared) -> Space:
         """Return what is worth considering."""
-        fused = self.kernel(topology, declared).implementation is not None
-        table = self.kernel_profile if fused else self.profile
+        table = self.table(self.kernel(topology, declared))
         if declared.remat is not None:
             check_names(read(declared.remat), table)
         return space(
@@ -167,7 +175,7 @@ class Problem:
         if kernel.implementation is None:
             return plain()
         return Pricer(
-            self.kernel_profile,
+            self.table(kernel),
             topology,
             optimizer_slots=slots,
             dtype=dtype,

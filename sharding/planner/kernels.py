@@ -30,6 +30,7 @@ class Chosen:
     kernels:       as a Plan has them; empty for plain XLA.
     notes:         why the chip's kernel is not used, or not everywhere.
     implementation: its name, None for plain XLA.
+    kept_by_name:  whether rematerialisation that keeps its result by name keeps all that its gradient reads.
     share:         of all scores, how many it computes: those that no mask known beforehand hides.
     whole:         dims that it needs whole; a layout that cuts one leaves attention to XLA.
     """
@@ -37,6 +38,7 @@ class Chosen:
     kernels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     implementation: str | None = None
+    kept_by_name: bool = True
     share: float = 1.0
     whole: frozenset[int] = frozenset()
 
@@ -92,6 +94,7 @@ def choose(program: Program, topology: Topology, declared: str | None = None) ->
     return Chosen(
         kernels={"attention": {"implementation": wanted, **(blocks or {})}},
         implementation=wanted,
+        kept_by_name=facts[wanted]["kept_by_name"],
         share=_share(calls),
         whole=frozenset(dim for equation, _ in calls for dims in equation.ins[:3] for dim in dims[3]),
     )
