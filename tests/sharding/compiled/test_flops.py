@@ -1,0 +1,108 @@
+"""Multiply-adds and bytes of single instructions, against counts by hand and by trying every pair."""
+
+import itertools
+
+import pytest
+from meshwright.sharding.compiled.flops import flops, moved_bytes
+from meshwright.sharding.compiled.hlo import parse_program
+
+CONVOLUTION = """HloModule f, is_scheduled=true
+
+ENTRY %main (a: bf16[{left}], b: bf16[{right}]) -> bf16[{out}] {{
+  %a = bf16[{left}] parameter(0)
+  %b = bf16[{right}] parameter(1)
+  ROOT %c = bf16[{out}] convolution(%a, %b), {window}dim_labels={labels}
+}}
+"""
+
+
+def _convolved(left, right, out, labels, window=""):
+    program = parse_program(CONVOLUTION.format(left=left, right=right, out=out, labels=labels, window=window))
+    return flops(program, program.instructions["c"])
+
+
+def test_a_product_written_as_a_convolution():
+    assert _convolved("64,2048", "2048,512", "64,512", "bf_io->bf") == 2 * 64 * 2048 * 512
+
+
+def test_a_convolution_counts_no_padding():
+    window = "window={size=3x3 pad=1_1x1_1}, "
+    # Along 4 places a window of 3 meets 4 + 4 + 4 - 2 inputs.
+    assert _convolved("1,4,4,2", "3,3,2,5", "1,4,4,5", "b01f_01io->b01f", window) == 2 * 2 * 5 * 10 * 10
+
+
+def test_a_dimension_written_as_a_window_meets_each_input_once():
+    # libtpu turns products over several dimensions into windows that slide over zeros.
+    window = "window={size=3 pad=2_2 rhs_reversal=1}, "
+    got = _convolved("16,3,4", "3,4,5", "16,5,5", "b0f_0io->b0f", window)
+    assert got == 2 * 16 * 5 * 4 * 9
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "stride", "low", "high", "holes", "spread"),
+    list(itertools.product((1, 5), (1, 3), (1, 2), (0, 2), (0, 1), (1, 3), (1, 2))),
+)
+def test_windows_with_strides_and_holes_count_as_trying_every_pair_does(
+    size, window, stride, low, high, holes, spread
+):
+    reach, width = (size - 1) * holes + 1, (window - 1) * spread + 1
+    out = (reach + low + high - width) // stride + 1
+    if out < 1:
+        return
+    written = (
+        f"window={{size={window} stride={stride} pad={low}_{high} lhs_dilate={holes} rhs_dilate={spread}}}, "
+    )
+    tried = sum(
+        0 <= at < reach and at % holes == 0
+        for o in range(out)
+        for k in range(window)
+        for at in [o * stride + k * spread - low]
+    )
+    assert _convolved(f"1,{size},1", f"{window},1,1", f"1,{out},1", "b0f_0io->b0f", written) == 2 * tried
+
+
+FUSED = """HloModule f, is_scheduled=true
+
+%sliced (p: f32[32,1024], i: s32[], q: f32[1,1024]) -> f32[32,1024] {
+  %p = f32[32,1024]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %q = f32[1,1024]{1,0} parameter(2)
+  %z = s32[] constant(0)
+  ROOT %u = f32[32,1024]{1,0} dynamic-update-slice(%p, %q, %i, %z)
+}
+
+%turned (t: f32[32,1024]) -> bf16[1024,32] {
+  %t = f32[32,1024]{1,0} parameter(0)
+  %v = bf16[32,1024]{1,0} convert(%t)
+  ROOT %w = bf16[1024,32]{1,0} transpose(%v), dimensions={1,0}
+}
+
+%taken (x: f32[32,1024], j: s32[]) -> f32[1,1024] {
+  %x = f32[32,1024]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %y = s32[] constant(0)
+  ROOT %s = f32[1,1024]{1,0} dynamic-slice(%x, %j, %y), dynamic_slice_sizes={1,1024}
+}
+
+ENTRY %main (a: f32[32,1024], k: s32[], r: f32[1,1024]) -> f32[32,1024] {
+  %a = f32[32,1024]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %r = f32[1,1024]{1,0} parameter(2)
+  %convert = bf16[1024,32]{1,0} fusion(%a), kind=kLoop, calls=%turned
+  %slice = f32[1,1024]{1,0} fusion(%a, %k), kind=kLoop, calls=%taken
+  ROOT %update = f32[32,1024]{1,0} fusion(%a, %k, %r), kind=kLoop, calls=%sliced
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_"),
+    [
+        ("update", 2 * 4096 + 4),  # the row read and the row written in place, and its number
+        ("slice", 2 * 4096 + 4),
+        ("convert", 32 * 1024 * (4 + 2)),
+    ],
+)
+def test_a_fusion_moves_what_it_takes_and_gives(name, bytes_):
+    program = parse_program(FUSED)
+    assert moved_bytes(program, program.instructions[name]) == bytes_
