@@ -137,3 +137,15 @@ def test_blocks_are_smaller_where_heads_are_wide() -> None:
     # Compiled for v4, blocks of 1024 took 18.71 MiB and those of 512 fitted.
     assert vmem_bytes(1024, 1024, head_dim=256, value_dim=256, item=4) > 18.71 * 2**20
     assert vmem_bytes(512, 512, head_dim=256, value_dim=256, item=4) < 16 * 2**20
+
+
+@pytest.mark.parametrize(("topology", "again"), [("v5p:2x2x2", 0.0), ("h100:1x8", 1 / 3.5)])
+def test_a_result_kept_by_name_spares_the_kernel_where_it_has_names(topology: str, again: float) -> None:
+    whole, named, nothing = (
+        plan(*program(), topology=topology, microbatches=1, remat=remat)
+        for remat in ("none", {"output:in": "device"}, "full")
+    )
+    seconds = [made.estimate.time["compute/attention"] for made in (whole, named, nothing) if made.estimate]
+    # A kernel's gradient is two and a half times its forward work.
+    assert seconds[1] / seconds[0] == pytest.approx(1 + again)
+    assert seconds[2] / seconds[0] == pytest.approx(1 + 1 / 3.5)
