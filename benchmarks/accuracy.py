@@ -22,8 +22,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 import tuned
+from measured.layouts import candidate
 from measured.programs import traced
-from measured.rows import Run, candidate, load
+from measured.rows import Run, load
 from meshwright.sharding.cost import Estimate, Pricer
 from meshwright.sharding.cost.calibration import calibration_for
 

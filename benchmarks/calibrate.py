@@ -1,7 +1,7 @@
 """Fit the calibration file: `python benchmarks/calibrate.py [--only CHIP.FRAMEWORK] [--rounds N]`.
 
 Starts from the shipped file, fits one record for each (chip, framework) to measured runs and writes the file
-again. A group of few rows fits few fields. Of a large source a fixed sample of rows is used.
+again. Of a large source a fixed sample of rows is used.
 """
 
 from __future__ import annotations
@@ -15,42 +15,29 @@ import sys
 from pathlib import Path
 
 from accuracy import _DATA, pricer
+from measured.layouts import candidate
 from measured.programs import traced
-from measured.rows import Run, candidate, load
+from measured.rows import Run, load
 from meshwright.sharding.cost.calibration import Calibration, calibration_for, read, write
-from meshwright.sharding.cost.fit import Measured, calibrate, calibrate_memory, error, usable_memory
+from meshwright.sharding.cost.fit import (
+    RANGES,
+    Measured,
+    calibrate,
+    calibrate_memory,
+    error,
+    usable_memory,
+)
 
 _FILE = Path(__file__).resolve().parents[1] / "sharding" / "cost" / "calibration.toml"
-_SAMPLE = 100
+_SAMPLE = 200
 # A run so many times slower than predicted went wrong: near its limit an allocator thrashes.
 _SLOW = 2.0
 _NOTE = """Efficiencies that datasheets do not give, for each chip under each framework; see calibration.py.
 Fitted by benchmarks/calibrate.py to measured_runs.csv and measured_sweeps.csv; which attention kernel a
 framework runs and what it saves are facts of the framework, set by hand."""
 
-# Fields in the order in which more rows can tell them apart.
-_FIELDS = (
-    "matmul_efficiency",
-    "memory_efficiency",
-    "overlap_parameters",
-    "network_efficiency",
-    "attention_efficiency",
-    "matmul_half_size",
-    "kernel_seconds",
-    "layer_seconds",
-    "fabric_efficiency",
-    "overlap_gradients",
-    "overlap_stages",
-    "fabric_seconds",
-    "fabric_group_exponent",
-    "network_seconds",
-    "pipelined_starts",
-    "imbalance_per_doubling",
-    "microbatch_seconds",
-    "step_seconds",
-    "optimizer_efficiency",
-    "overlap_activations",
-)
+# A layout so much slower than the best of its cell counts less: a choice is among the fast ones.
+_SLOWER = 0.5
 
 
 def groups(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
@@ -69,19 +56,24 @@ def _group(run: Run) -> tuple[str, str]:
 def measured(runs: list[Run]) -> list[Measured]:
     """Return what a fit needs; sources of one group count by the root of their rows."""
     by_source: dict[str, list[Run]] = collections.defaultdict(list)
+    best: dict[tuple[str, ...], float] = {}
     for run in runs:
         by_source[run.source].append(run)
+        best[run.source, *run.cell] = min(
+            run.seconds or math.inf, best.get((run.source, *run.cell), math.inf)
+        )
     found = []
     for rows in by_source.values():
         chosen = random.Random(0).sample(rows, min(len(rows), _SAMPLE))
-        weight = math.sqrt(min(len(rows), 100)) / len(chosen)
-        for run in chosen:
+        slower = [(best[run.source, *run.cell] / (run.seconds or 1.0)) ** _SLOWER for run in chosen]
+        weight = math.sqrt(min(len(rows), _SAMPLE)) / sum(slower)
+        for run, share in zip(chosen, slower, strict=True):
             found.append(
                 Measured(
                     pricer=pricer(run),
                     candidate=candidate(run, traced(run.architecture)[0]),
                     seconds=run.seconds or 1.0,
-                    weight=weight,
+                    weight=weight * share,
                 )
             )
     return found
@@ -93,13 +85,14 @@ def with_memory(rows: list[Run], fitted: Calibration) -> Calibration:
     if len(stated) < 5:
         return fitted
     plain = dataclasses.replace(fitted, memory_overhead=0.0, reserved_bytes=0.0)
-    pairs = []
+    found = []
     for run in random.Random(0).sample(stated, min(len(stated), 3 * _SAMPLE)):
         prices = pricer(run)
         prices.calibration = plain
-        guess = prices.price(candidate(run, traced(run.architecture)[0]))
-        pairs.append((guess.peak_bytes, run.peak_bytes or 0.0))
-    return calibrate_memory(pairs, fitted)
+        items = prices.price(candidate(run, traced(run.architecture)[0])).memory
+        passing = sum(items[name] for name in ("saved_activations", "temporaries", "communication"))
+        found.append((sum(items.values()) - passing, passing, run.peak_bytes or 0.0))
+    return calibrate_memory(found, fitted)
 
 
 def with_limit(rows: list[Run], fitted: Calibration) -> Calibration:
@@ -117,13 +110,31 @@ def with_limit(rows: list[Run], fitted: Calibration) -> Calibration:
     return dataclasses.replace(fitted, usable_memory=usable_memory(found))
 
 
+def _is_like(group: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether two groups are one framework on one chip, whatever its variant: they hold memory alike."""
+    longer, shorter = sorted((group[1], other[1]), key=len, reverse=True)
+    return group[0] == other[0] and (longer == shorter or longer.startswith(f"{shorter}-"))
+
+
+def _start(tables: dict[str, dict[str, Calibration]], chip: str, framework: str) -> Calibration:
+    """Return where a fit starts: the record itself; a variant's (``-fp8``) where its framework's came to."""
+    rows = tables.get(chip, {"default": calibration_for(chip)})
+    parent = framework
+    while parent not in rows or parent == framework:
+        parent = parent.rpartition("-")[0]
+        if not parent:
+            return rows.get(framework, rows["default"])
+    efficiencies = {name: getattr(rows[parent], name) for name in RANGES}
+    return dataclasses.replace(rows.get(framework, rows[parent]), **efficiencies)
+
+
 def main(arguments: list[str]) -> int:
     """Fit and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=Path, default=_DATA / "measured_runs.csv")
     parser.add_argument("--sweeps", type=Path, default=_DATA / "measured_sweeps.csv")
     parser.add_argument("--only", default="")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=12)
     given = parser.parse_args(arguments)
     runs = [run for path in (given.runs, given.sweeps) for run in load(path)[0]]
     tables: dict[str, dict[str, Calibration]] = read(_FILE)
@@ -131,14 +142,12 @@ def main(arguments: list[str]) -> int:
         if given.only not in f"{chip}.{framework}":
             continue
         samples = measured(rows)
-        start = calibration_for(chip, framework)
-        names = _FIELDS[: max(1, len(samples) // 3)]
-        if not start.fused_attention:
-            names = tuple(name for name in names if name != "attention_efficiency")
+        start = _start(tables, chip, framework)
+        names = [name for name in RANGES if start.fused_attention or name != "attention_efficiency"]
         before = error(samples, start)
         fitted = calibrate(samples, start, names, given.rounds)
         after = error(samples, fitted)
-        fitted = with_memory(rows, fitted)
+        fitted = with_memory([run for run in runs if _is_like(_group(run), (chip, framework))], fitted)
         print(f"{chip}.{framework}: {len(samples)} rows, error {before:.3f} -> {after:.3f}", flush=True)
         fitted = with_limit([run for run in runs if _group(run) == (chip, framework)], fitted)
         tables.setdefault(chip, {"default": calibration_for(chip)})[framework] = fitted

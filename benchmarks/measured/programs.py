@@ -9,7 +9,7 @@ import numpy as np
 from meshwright.sharding.cost.profile import Profile, profile
 from meshwright.sharding.program import Program
 
-from .rows import Architecture
+from .shapes import Architecture
 
 # Any batch will do: all of a decoder's arrays and products grow with it in proportion.
 _BATCH = 8
@@ -64,6 +64,7 @@ def _traced(arch: Architecture) -> tuple[Program, Profile]:
         tied_embeddings=arch.tied,
         position_embedding="learned" if plain else "rope",
         param_dtype="bfloat16",
+        **dict(arch.extra),
         attention_chunk=arch.sequence,
         loss_chunk=arch.sequence,
     )

@@ -15,7 +15,7 @@ from meshwright.models.transformer.config import DecoderConfig
 from meshwright.models.transformer.preset import preset
 from meshwright.sharding import Topology, UserError
 
-from .rows import NotExpressible
+from .shapes import NotExpressible
 
 # What the table leaves out is MaxText's default.
 _SEQUENCE = 2048

@@ -24,10 +24,15 @@ class Calibration:
     attention_share:       of all scores, how many are computed (1/2: the hidden half is skipped).
     attention_gradient:    the work of the kernel's backward pass over that of its forward pass.
     fused_attention:       whether scores stay on the chip.
+    keeps_scores:          whether scores that do not stay on the chip are kept for the backward pass, rather
+                           than run again.
     fused_residuals:       whether what is saved is what fused kernels read rather than each operation.
     reruns_layers:         whether all of a layer that is not kept is run again, needed or not.
     gathered_residuals:    whether what was gathered for a product is kept gathered for its gradient.
     memory_efficiency:     of the HBM's rate, for elementwise work.
+    loss_passes:           how often a loss that is no single kernel goes over the logits for each time that
+                           one would.
+    loss_copies:           arrays as large as the logits that it holds at once, besides those it keeps.
     kernel_seconds:        host's time for one kernel; a step is never faster than its kernels are issued.
     layer_seconds:         host's time for a layer that no computing hides: where a framework waits for the
                            device.
@@ -37,13 +42,18 @@ class Calibration:
     fabric_group_exponent: of the group's share of its domain, in the efficiency: small groups use few links.
     fabric_seconds, network_seconds: start of a collective for each device it visits; each domain besides.
     pipelined_starts:      how much longer exchanging activations takes to start while stages talk as well.
-    overlap_parameters, overlap_gradients, overlap_activations, overlap_stages: the share of gathering
-    parameters,
-                           of reducing gradients, of exchanging activations, of passing them to the next
-                           stage that computing can hide.
+    overlap_parameters, overlap_gradients, overlap_shards, overlap_activations, overlap_stages: the share of
+                           the computing beside it that can hide gathering parameters, reducing gradients
+                           once a step, the same where each device updates its share (ZeRO-1), exchanging
+                           activations (a share of these), passing them to the next stage.
     optimizer_efficiency:  of the HBM's rate, for the optimizer.
     imbalance_per_doubling: how much slower the slowest device makes a step each time their number doubles.
-    memory_overhead:       bytes over those counted, as a share.
+    balanced_stages:       whether layers are dealt to stages so that the loss's products count as layers do,
+                           rather than evenly.
+    copy_bytes:            held for each parameter that a device computes with, besides the parameter, its
+                           gradient and the optimizer's arrays: buckets, flat copies.
+    memory_overhead:       bytes over those counted of what comes and goes within a step, as a share: what an
+                           allocator cannot use again.
     usable_memory:         of a device's memory, before what allocates it thrashes or gives up.
     reserved_bytes:        what the framework holds on each device besides.
     """
@@ -54,10 +64,13 @@ class Calibration:
     attention_share: float = 1.0
     attention_gradient: float = 2.0
     fused_attention: bool = False
+    keeps_scores: bool = True
     fused_residuals: bool = False
     reruns_layers: bool = False
     gathered_residuals: bool = False
     memory_efficiency: float = 1.0
+    loss_passes: float = 1.0
+    loss_copies: float = 1.0
     kernel_seconds: float = 0.0
     layer_seconds: float = 0.0
     microbatch_seconds: float = 0.0
@@ -70,10 +83,13 @@ class Calibration:
     pipelined_starts: float = 1.0
     overlap_parameters: float = 0.0
     overlap_gradients: float = 0.0
+    overlap_shards: float = 0.0
     overlap_activations: float = 0.0
     overlap_stages: float = 0.0
     optimizer_efficiency: float = 1.0
     imbalance_per_doubling: float = 0.0
+    balanced_stages: bool = False
+    copy_bytes: float = 0.0
     memory_overhead: float = 0.0
     reserved_bytes: float = 0.0
     usable_memory: float = 1.0
@@ -125,9 +141,15 @@ def _shipped() -> dict[str, dict[str, Calibration]]:
 
 
 def calibration_for(chip: str, framework: str = "default", path: str | Path | None = None) -> Calibration:
-    """Return the record of `chip` under `framework`, or the nearest wider one: the chip's, the default."""
+    """Return the record of `chip` under `framework`, or the nearest wider one.
+
+    A variant (``torchtitan-fp8``) is its framework where the chip has no record of it; a framework that the
+    chip has no record of is the chip's default.
+    """
     tables = _shipped() if path is None else read(path)
     rows = tables.get(chip, tables["default"])
+    while framework not in rows and "-" in framework:
+        framework = framework.rpartition("-")[0]
     return rows.get(framework, rows["default"])
 
 

@@ -11,7 +11,7 @@ from ..errors import UserError
 from .calibration import Calibration
 from .candidate import Candidate
 from .placement import Placement
-from .profile import LAYERS, Profile
+from .profile import AFTER, LAYERS, Profile
 from .recompute import Kept
 
 # Kinds of work, and passes over it; the axes of `Busy.seconds`.
@@ -43,7 +43,10 @@ def kept_by(profile: Profile, candidate: Candidate, calibration: Calibration) ->
     kept = profile.saved.kept(
         candidate, fused_attention=calibration.fused_attention, fused=calibration.fused_residuals
     )
-    if not calibration.reruns_layers or candidate.remat == "none":
+    if candidate.remat == "none" and not (calibration.fused_attention or calibration.keeps_scores):
+        again = kept.again | (profile.steps.core & (profile.steps.section == LAYERS))
+        return dataclasses.replace(kept, device=kept.device & ~profile.saved.on_chip, again=again)
+    if not calibration.reruns_layers or candidate.remat in ("none", "names"):
         return kept
     again = profile.steps.section == LAYERS
     if candidate.remat == "dots":
@@ -52,21 +55,65 @@ def kept_by(profile: Profile, candidate: Candidate, calibration: Calibration) ->
     return dataclasses.replace(kept, again=again)
 
 
-def busy(
-    profile: Profile,
-    placement: Placement,
-    kept: Kept,
-    chip: Chip,
-    dtype: str,
-    calibration: Calibration,
-) -> Busy:
-    """Return the seconds of one microbatch by pass, kind and section."""
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """What of `Busy` depends on nothing that is kept or run again: its forward and backward passes.
+
+    products [M], groups [G]: seconds of one forward pass, all runs; launched [M], group_runs [G]: kernels.
+    """
+
+    seconds: np.ndarray
+    kernels: np.ndarray
+    products: np.ndarray
+    launched: np.ndarray
+    groups: np.ndarray
+    group_runs: np.ndarray
+
+
+def work(profile: Profile, placement: Placement, chip: Chip, dtype: str, calibration: Calibration) -> Work:
+    """Return the seconds of one microbatch's forward and backward passes."""
     if chip.hbm_bytes_per_second is None:
         raise UserError(f"{chip.name} has no memory rate; give hbm_bytes_per_second in chips.toml")
     seconds = np.zeros((3, 3, 3))
     kernels = np.zeros((3, 3))
-    _products(profile, placement, kept, chip, dtype, calibration, seconds, kernels)
-    _kernels(profile, placement, kept, chip.hbm_bytes_per_second, calibration, seconds, kernels)
+    products, launched = _products(profile, placement, chip, dtype, calibration, seconds, kernels)
+    groups, group_runs = _kernels(
+        profile, placement, chip.hbm_bytes_per_second, calibration, seconds, kernels
+    )
+    return Work(
+        seconds=seconds,
+        kernels=kernels,
+        products=products,
+        launched=launched,
+        groups=groups,
+        group_runs=group_runs,
+    )
+
+
+def busy(profile: Profile, once: Work, kept: Kept, calibration: Calibration) -> Busy:
+    """Return the seconds of one microbatch by pass, kind and section: what is run again besides `once`."""
+    seconds, kernels = once.seconds.copy(), once.kernels.copy()
+    products, steps, groups = profile.products, profile.steps, profile.groups
+    equation = products.equation
+    section, core = steps.section[equation], steps.core[equation]
+    # What a layer runs again of itself is run again once more where all of the layer is.
+    times = steps.rematted[equation].astype(float) + kept.again[equation]
+    if calibration.reruns_layers:
+        times = np.minimum(times, 1.0)
+    times = times * (products.gradients > 0)
+    again = once.products * times
+    seconds[2, 0] = _by_section(section, again * ~core)
+    seconds[2, 1] = _by_section(section, again * core)
+    kernels[2] = _by_section(section, once.launched * times)
+    if len(groups.section):
+        redone = np.zeros(len(groups.section), bool)
+        redone[groups.of_equation[kept.again & (groups.of_equation >= 0)]] = True
+        times = groups.rematted.astype(float) + redone
+        if calibration.reruns_layers:
+            times = np.minimum(times, 1.0)
+        seconds[2, 2] = _by_section(groups.section, once.groups * times)
+        seconds[2, 2, AFTER] *= calibration.loss_passes
+        kernels[2] += _by_section(groups.section, once.group_runs * times)
     return Busy(seconds=seconds, kernels=kernels)
 
 
@@ -95,20 +142,21 @@ def product_seconds(
     core = profile.steps.core[products.equation]
     # Only the contraction over heads is short in a fused kernel: it runs along the sequence.
     fused = flops * calibration.attention_share
-    fused = fused / (peak_flops(chip, dtype) * calibration.attention_efficiency)
+    # Scores stay in a wider type where products are in eight bits.
+    wide = "bfloat16" if dtype.startswith(("float8", "int8")) else dtype
+    fused = fused / (peak_flops(chip, wide) * calibration.attention_efficiency)
     return np.where(core, fused, computed)
 
 
 def _products(
     profile: Profile,
     placement: Placement,
-    kept: Kept,
     chip: Chip,
     dtype: str,
     calibration: Calibration,
     seconds: np.ndarray,
     kernels: np.ndarray,
-) -> None:
+) -> tuple[np.ndarray, np.ndarray]:
     products, steps = profile.products, profile.steps
     equation = products.equation
     section, runs, core = steps.section[equation], steps.runs[equation], steps.core[equation]
@@ -116,31 +164,26 @@ def _products(
     backward = products.gradients.copy()
     if calibration.fused_attention:
         backward[core] *= calibration.attention_gradient / 2.0
-    # What a layer runs again of itself is run again once more where all of the layer is.
-    times_again = steps.rematted[equation].astype(float) + kept.again[equation]
-    if calibration.reruns_layers:
-        times_again = np.minimum(times_again, 1.0)
-    again = times_again * (products.gradients > 0)
     for kind, chosen in ((0, ~core), (1, core)):
-        for n, times in enumerate((1.0, backward, again)):
+        for n, times in enumerate((1.0, backward)):
             seconds[n, kind] += _by_section(section, once * times * chosen)
     launched = np.where(core & calibration.fused_attention, 0.5, 1.0) * runs
-    for n, times in enumerate((1.0, products.gradients, again)):
+    for n, times in enumerate((1.0, products.gradients)):
         kernels[n] += _by_section(section, launched * times)
+    return once, launched
 
 
 def _kernels(
     profile: Profile,
     placement: Placement,
-    kept: Kept,
     bytes_per_second: float,
     calibration: Calibration,
     seconds: np.ndarray,
     kernels: np.ndarray,
-) -> None:
+) -> tuple[np.ndarray, np.ndarray]:
     groups = profile.groups
     if not len(groups.section):
-        return
+        return np.zeros(0), np.zeros(0)
     size = profile.values.bytes * placement.value_fraction
     moved = size[groups.edge_value] / (bytes_per_second * calibration.memory_efficiency)
     # What fused attention does not write to memory costs nothing beyond its kernel.
@@ -149,12 +192,9 @@ def _kernels(
     count = len(groups.section)
     forward = np.bincount(groups.edge_group, weights=moved * groups.edge_forward, minlength=count) * runs
     backward = np.bincount(groups.edge_group, weights=moved * groups.edge_backward, minlength=count) * runs
-    redone = np.zeros(count, bool)
-    redone[groups.of_equation[kept.again & (groups.of_equation >= 0)]] = True
-    again = groups.rematted.astype(float) + redone
-    if calibration.reruns_layers:
-        again = np.minimum(again, 1.0)
-    for n, amount in enumerate((forward, backward, forward * again)):
+    for n, amount in enumerate((forward, backward)):
         seconds[n, 2] += _by_section(groups.section, amount)
-    for n, times in enumerate((1.0, backward > 0, again)):
+    seconds[:2, 2, AFTER] *= calibration.loss_passes
+    for n, times in enumerate((1.0, backward > 0)):
         kernels[n] += _by_section(groups.section, runs * times)
+    return forward, runs

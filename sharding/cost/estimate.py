@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-
-from ..chips import Chip
-from ..errors import UserError
 from ..program.record import Program
 from ..topology import Topology
 from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link, links
-from .compute import KINDS, Busy, busy, kept_by, peak_flops
+from .compute import Work, busy, kept_by, peak_flops, work
 from .exchange import Exchange, Stored, exchange, stored
-from .memory import peak_memory
-from .overlap import exposed
-from .pipeline import Stages, bubble_seconds, layers_per_stage
-from .placement import BACKWARD, FORWARD, Placement, place
-from .profile import AFTER, BEFORE, LAYERS, Profile, profile
-from .recompute import Kept
+from .memory import Standing, Worked, peak_memory, standing, worked
+from .placement import Placement, place
+from .profile import Profile, profile
+from .step import offload, step_seconds
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 # Placements kept: a search prices several storages and policies of each.
 _PLACEMENTS = 4096
@@ -92,6 +88,9 @@ class Pricer:
         self._placements: dict[object, Placement] = {}
         self._stored: dict[object, tuple[Stored, object]] = {}
         self._exchanges: dict[object, tuple[Exchange, object]] = {}
+        self._standing: dict[object, tuple[Standing, object]] = {}
+        self._work: dict[int, tuple[Work, Placement]] = {}
+        self._worked: dict[object, tuple[Worked, object]] = {}
         products = self.profile.products
         runs = self.profile.steps.runs[products.equation]
         self.flops = float((products.flops * runs * (1.0 + products.gradients)).sum())
@@ -114,16 +113,20 @@ class Pricer:
             memory=memory,
         )
 
+    def peak_bytes(self, candidate: Candidate) -> float:
+        """Return the peak memory that `price` would give, without what the step takes."""
+        if self._other is not None and (other := self._other(candidate)) is not None:
+            return other.peak_bytes(candidate)
+        return sum(self.memory(candidate, self.place(candidate), self._lying(candidate)).values())
+
     def _lying(self, candidate: Candidate) -> Stored:
         """Return where everything is stored; candidates made of one another share their storage."""
         maps = (candidate.dims, candidate.stored, candidate.optimizer, candidate.gradients)
         key = (tuple(candidate.mesh.items()), *map(id, maps))
         known = self._stored.get(key)
         if known is None:
-            if len(self._stored) >= _PLACEMENTS:
-                self._stored.clear()
             # The maps are kept, so that no other one gets their identity.
-            known = self._stored[key] = (stored(self.profile, candidate), maps)
+            known = _remembered(self._stored, key, (stored(self.profile, candidate), maps))
         return known[0]
 
     def place(self, candidate: Candidate) -> Placement:
@@ -135,22 +138,30 @@ class Pricer:
         )
         known = self._placements.get(key)
         if known is None:
-            if len(self._placements) >= _PLACEMENTS:
-                self._placements.clear()
-            known = self._placements[key] = place(self.profile, candidate)
+            known = _remembered(self._placements, key, place(self.profile, candidate))
         return known
 
     def memory(self, candidate: Candidate, placement: Placement, lying: Stored) -> dict[str, float]:
         """Return item → bytes of a placed candidate on its fullest device."""
-        items = peak_memory(
-            self.profile,
-            placement,
-            candidate,
-            lying,
-            self.slot_bytes,
-            self.gradient_bytes,
-            self.calibration,
-        )
+        # Microbatches and what is kept change nothing of what stands in memory all through a step.
+        key = (id(lying), id(self.calibration))
+        known = self._standing.get(key)
+        if known is None:
+            found = standing(
+                self.profile,
+                placement,
+                candidate,
+                lying,
+                self.slot_bytes,
+                self.gradient_bytes,
+                self.calibration,
+            )
+            known = _remembered(self._standing, key, (found, (lying, self.calibration)))
+        layers = self._worked.get(key := (id(placement), id(self.calibration)))
+        if layers is None:
+            made = worked(self.profile, placement, candidate.mesh, self.calibration)
+            layers = _remembered(self._worked, key, (made, (placement, self.calibration)))
+        items = peak_memory(self.profile, candidate, known[0], layers[0], self.calibration)
         return {name: float(size) for name, size in items.items()}
 
     def time(
@@ -165,16 +176,28 @@ class Pricer:
         table, chip = self.profile, self.topology.chip
         wires = links(candidate.mesh, self.topology, calibration)
         kept = kept_by(table, candidate, calibration)
-        work = busy(table, placement, kept, chip, self.dtype, calibration)
+        once = self._passes(placement, calibration)
+        done = busy(table, once, kept, calibration)
         moved = self._exchange(candidate, placement, lying, wires, calibration)
-        host = _offload(table, placement, kept, chip, calibration)
-        time = _step(table, placement, candidate, calibration, wires, work, moved, kept, host)
+        host = offload(table, placement, kept, chip, calibration)
+        time = step_seconds(table, placement, candidate, calibration, wires, done, moved, kept, host)
         rate = (chip.hbm_bytes_per_second or 1.0) * calibration.optimizer_efficiency
         time["optimizer"] = _optimizer_bytes(memory, table, self.slot_bytes, self.gradient_bytes) / rate
         time["host"] += calibration.step_seconds
         doublings = math.log2(max(candidate.num_devices, 1))
         time["stragglers"] = sum(time.values()) * calibration.imbalance_per_doubling * doublings
         return {name: float(seconds) for name, seconds in time.items() if seconds}
+
+    def _passes(self, placement: Placement, calibration: Calibration) -> Work:
+        """Return the passes over a placement, which nothing that is kept changes."""
+        chip = self.topology.chip
+        known = self._work.get(id(placement)) if calibration is self.calibration else None
+        if known is None:
+            found = work(self.profile, placement, chip, self.dtype, calibration)
+            if calibration is not self.calibration:
+                return found
+            known = _remembered(self._work, id(placement), (found, placement))
+        return known[0]
 
     def _exchange(
         self,
@@ -191,10 +214,16 @@ class Pricer:
             found = exchange(self.profile, placement, candidate, lying, wires, self.gradient_bytes)
             if calibration is not self.calibration:
                 return found
-            if len(self._exchanges) >= _PLACEMENTS:
-                self._exchanges.clear()
-            known = self._exchanges[key] = (found, (candidate.dims, lying))
+            known = _remembered(self._exchanges, key, (found, (candidate.dims, lying)))
         return known[0]
+
+
+def _remembered(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
+    """Keep `value` in `known`, which is emptied where it has become too long."""
+    if len(known) >= _PLACEMENTS:
+        known.clear()
+    known[key] = value
+    return value
 
 
 def _optimizer_bytes(
@@ -207,166 +236,3 @@ def _optimizer_bytes(
     if not slot_bytes:
         return 2.0 * memory["params"] + memory["gradients"]
     return memory["optimizer"] / slot_bytes * (2.0 * slot_bytes + gradient + 2.0 * item)
-
-
-def _step(
-    table: Profile,
-    placement: Placement,
-    candidate: Candidate,
-    calibration: Calibration,
-    wires: Mapping[str, Link],
-    work: Busy,
-    moved: Exchange,
-    kept: Kept,
-    host: _Offload,
-) -> dict[str, float]:
-    """Return the step's items: each by microbatch and section, then over stages and microbatches."""
-    stages = candidate.mesh.get("stage", 1)
-    share = layers_per_stage(table.layers, stages) / table.layers
-    items = _microbatch(table, candidate, calibration, wires, work, moved, placement, kept, host)
-    per_section = np.zeros(3)
-    for row in items.values():
-        per_section += row
-    first = np.array([1.0, share, 1.0 if stages == 1 else 0.0])
-    last = np.array([1.0 if stages == 1 else 0.0, share, 1.0])
-    busiest = first if per_section @ first >= per_section @ last else last
-    send = _send(table, placement, wires, candidate, calibration, float(per_section @ busiest))
-    time: dict[str, float] = defaultdict(float)
-    for name, row in items.items():
-        time[name] += float(row @ busiest) * candidate.microbatches
-    slowest = float(per_section @ busiest)
-    together = float(per_section[BEFORE] + per_section[AFTER] + per_section[LAYERS])
-    if stages > 1:
-        time["send/stage"] = send * candidate.microbatches * candidate.interleave
-        count = Stages(count=stages, slowest=slowest + send, together=max(together, slowest) + stages * send)
-        time["bubble"] = bubble_seconds(count, candidate.interleave)
-    layer = calibration.layer_seconds * layers_per_stage(table.layers, stages)
-    time["host"] += (calibration.microbatch_seconds + layer) * candidate.microbatches
-    _reductions(time, moved, work, busiest, calibration)
-    return time
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Offload:
-    """Seconds that sending values to the host and back takes: of the link, and of the device's own memory."""
-
-    link: float = 0.0
-    memory: float = 0.0
-
-
-def _offload(
-    table: Profile, placement: Placement, kept: Kept, chip: Chip, calibration: Calibration
-) -> _Offload:
-    """Return how long what is kept on the host takes to go there and come back in one microbatch."""
-    if not kept.host.any():
-        return _Offload()
-    rate = chip.host_link_bytes_per_second_per_chip
-    if rate is None:
-        raise UserError(f"{chip.name} has no figure for its link to the host; give one in chips.toml")
-    size = table.values.bytes * placement.value_fraction * table.values.runs
-    moved = 2.0 * float((size * kept.host).sum())
-    memory = (chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency
-    return _Offload(link=moved * chip.devices_per_chip / rate, memory=moved / memory)
-
-
-def _microbatch(
-    table: Profile,
-    candidate: Candidate,
-    calibration: Calibration,
-    wires: Mapping[str, Link],
-    work: Busy,
-    moved: Exchange,
-    placement: Placement,
-    kept: Kept,
-    host: _Offload,
-) -> dict[str, np.ndarray]:
-    """Return item → seconds of one microbatch by section, were a device to hold all layers."""
-    items: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
-    for kind, row in zip(KINDS, work.seconds.sum(axis=0), strict=True):
-        items[f"compute/{kind}"] += row
-    computing = work.seconds.sum(axis=(0, 1))
-    again = _moved_again(table, kept, candidate, calibration)
-    talking, starting = np.zeros(3), np.zeros(3)
-    for traffic in placement.traffic:
-        runs = traffic.runs * (1.0 + again[traffic.kind, traffic.phase][traffic.values])
-        size = np.bincount(traffic.section, weights=traffic.bytes * runs, minlength=3)
-        count = np.bincount(traffic.section, weights=runs, minlength=3)
-        link = wires[traffic.axis]
-        row = link.transfer(traffic.kind, 1.0) * size * (1.0 - calibration.overlap_activations)
-        items[f"{traffic.kind}/{traffic.axis}"] += row
-        talking += row
-        starting += link.starts(traffic.kind, 1.0) * count
-    fetching = {key: 2.0 * np.array(row) for key, row in moved.gathers.items()}
-    for key, row in moved.scatters.items():
-        fetching[key] = fetching.get(key, 0.0) + np.array(row)
-    total = sum((row.sum() for row in fetching.values()), 0.0)
-    if total:
-        seen = exposed(total, float(computing.sum()), calibration.overlap_parameters) / total
-        for (kind, axis), row in fetching.items():
-            items[f"{kind}/{axis}"] += row * seen
-    if host.link:
-        seen = exposed(host.link, float(computing.sum()), calibration.overlap_parameters) + host.memory
-        items["offload/host"] += np.array([0.0, seen, 0.0])
-    # Kernels and collectives are issued ahead of the device: only where that takes longer does it show.
-    issued = work.kernels.sum(axis=0) * calibration.kernel_seconds + starting
-    items["host"] += np.maximum(issued - computing - talking, 0.0)
-    return items
-
-
-def _moved_again(
-    table: Profile, kept: Kept, candidate: Candidate, calibration: Calibration
-) -> Mapping[tuple[str, int], np.ndarray]:
-    """Return (collective, pass) → which values [V] it moves once more, for the backward pass."""
-    count = len(table.values.bytes)
-    never = np.zeros(count, bool)
-    made = np.zeros(count, bool)
-    writes = table.writes
-    made[writes.value[kept.again[writes.equation]]] = True
-    gathered = never
-    if calibration.reruns_layers:
-        gathered = made = (table.values.section == LAYERS) & (candidate.remat == "full")
-    elif not calibration.gathered_residuals:
-        gathered = table.values.grad & (table.values.section == LAYERS)
-    return {
-        ("all_gather", FORWARD): gathered,
-        ("all_reduce", FORWARD): made,
-        ("reduce_scatter", FORWARD): made,
-        ("all_to_all", FORWARD): made,
-        **{(kind, BACKWARD): never for kind in ("all_gather", "all_reduce", "reduce_scatter", "all_to_all")},
-    }
-
-
-def _send(
-    table: Profile,
-    placement: Placement,
-    wires: Mapping[str, Link],
-    candidate: Candidate,
-    calibration: Calibration,
-    window: float,
-) -> float:
-    """Return the visible seconds of passing one microbatch's stream on and its gradient back."""
-    if candidate.mesh.get("stage", 1) == 1:
-        return 0.0
-    size = float(
-        (table.values.bytes * placement.value_fraction)[list(table.carries)].sum() if table.carries else 0.0
-    )
-    seconds = wires["stage"].point_to_point(2.0 * size, 2.0)
-    return exposed(seconds, window, calibration.overlap_stages)
-
-
-def _reductions(
-    time: dict[str, float],
-    moved: Exchange,
-    work: Busy,
-    busiest: np.ndarray,
-    calibration: Calibration,
-) -> None:
-    """Add what is reduced once a step; it runs beside the last microbatch's backward pass."""
-    rows = {key: float(np.array(row) @ busiest) for key, row in moved.step.items()}
-    total = sum(rows.values())
-    if not total:
-        return
-    window = float(work.seconds[BACKWARD:].sum(axis=(0, 1)) @ busiest)
-    seen = exposed(total, window, calibration.overlap_gradients) / total
-    for (kind, axis), seconds in rows.items():
-        time[f"{kind}/{axis}"] += seconds * seen

@@ -31,25 +31,27 @@ def stored(profile: Profile, candidate: Candidate) -> Stored:
     computed, parameters, gradients, optimizer = [], [], [], []
     mesh = candidate.mesh
     dims_of = candidate.dims
+    cut = {axis for axis, size in mesh.items() if size > 1 and axis != "stage"}
+    # Many parameters are stored alike.
+    known: dict[Storage, frozenset[str]] = {}
+
+    def axes(spec: Storage | None, default: frozenset[str]) -> frozenset[str]:
+        if spec is None:
+            return default
+        if spec not in known:
+            known[spec] = frozenset(axis for entry in spec for axis in entry if axis in cut)
+        return known[spec]
+
     for n, argument in enumerate(profile.parameters.argument.tolist()):
         here = frozenset(
-            axis
-            for dim in profile.parameter_dims[n]
-            for axis in dims_of.get(dim, ())
-            if axis != "stage" and mesh.get(axis, 1) > 1
+            axis for dim in profile.parameter_dims[n] for axis in dims_of.get(dim, ()) if axis in cut
         )
-        kept = _axes(candidate.stored.get(argument), here, mesh)
+        kept = axes(candidate.stored.get(argument), here)
         computed.append(here)
         parameters.append(kept)
-        gradients.append(_axes(candidate.gradients.get(argument), kept, mesh))
-        optimizer.append(_axes(candidate.optimizer.get(argument), kept, mesh))
+        gradients.append(axes(candidate.gradients.get(argument), kept))
+        optimizer.append(axes(candidate.optimizer.get(argument), kept))
     return Stored(parameters=parameters, gradients=gradients, optimizer=optimizer, computed=computed)
-
-
-def _axes(spec: Storage | None, default: frozenset[str], mesh: Mapping[str, int]) -> frozenset[str]:
-    if spec is None:
-        return default
-    return frozenset(axis for entry in spec for axis in entry if axis != "stage" and mesh.get(axis, 1) > 1)
 
 
 def parts(axes: list[frozenset[str]], mesh: Mapping[str, int]) -> np.ndarray:

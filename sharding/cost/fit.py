@@ -7,6 +7,8 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from .calibration import Calibration
 from .candidate import Candidate
 from .estimate import Pricer
@@ -18,10 +20,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "matmul_efficiency": (0.2, 1.0),
     "matmul_half_size": (1.0, 1024.0),
     "attention_efficiency": (0.03, 1.0),
+    "loss_passes": (1.0, 10.0),
     "memory_efficiency": (0.05, 1.0),
     "optimizer_efficiency": (0.02, 1.0),
     "kernel_seconds": (1e-7, 1e-4),
-    "layer_seconds": (1e-6, 1e-1),
+    "layer_seconds": (1e-6, 1e-2),
     "microbatch_seconds": (1e-5, 1e-1),
     "step_seconds": (1e-4, 1.0),
     "fabric_efficiency": (0.05, 1.1),
@@ -32,19 +35,23 @@ RANGES: dict[str, tuple[float, float]] = {
     "pipelined_starts": (1.0, 30.0),
     "overlap_parameters": (0.02, 1.0),
     "overlap_gradients": (0.02, 1.0),
+    "overlap_shards": (0.02, 1.0),
     "overlap_activations": (0.01, 0.95),
     "overlap_stages": (0.01, 1.0),
     "imbalance_per_doubling": (1e-4, 0.1),
 }
 
 
-# Steps of the first look over a field's range.
-_COARSE = 6
+# A field is known beforehand to within this share of the logarithm of its range, a run's seconds to within
+# _NOISE; a run so many times off that its logarithm is _GROSS says little more than that it went wrong.
+_PRIOR_WIDTH = 1.0 / 8.0
+_NOISE = 0.03
+_GROSS = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """A candidate and the seconds that its step took; `weight` is how much it counts."""
+    """A candidate and the seconds that its step took; it counts like `weight` runs."""
 
     pricer: Pricer
     candidate: Candidate
@@ -70,38 +77,57 @@ def error(runs: Sequence[Measured], calibration: Calibration) -> float:
 
 
 def calibrate(
-    runs: Sequence[Measured], start: Calibration, names: Iterable[str] | None = None, rounds: int = 8
+    runs: Sequence[Measured], start: Calibration, names: Iterable[str] | None = None, rounds: int = 12
 ) -> Calibration:
-    """Return `start` with the fields `names` fitted to `runs` by a search along one field at a time.
+    """Return `start` with the fields `names` fitted to `runs`, together, in their logarithms.
 
-    Few runs cannot tell many fields apart: give as many names as the runs vary in. The error is of the
-    logarithm and absolute, so that a run that went wrong pulls no more than any other.
+    What is known beforehand (`start`, as loosely as a share of each field's range) counts like a few runs, so
+    that few runs move only what they tell apart. The runs' errors are of logarithms and absolute, and gross
+    ones fade out: a run that went wrong pulls less than any other. Levenberg's and Marquardt's steps over
+    reweighted squares (Nocedal and Wright, Numerical Optimization, section 10.3).
     """
     chosen = list(RANGES if names is None else names)
-    best, lowest = start, error(runs, start)
-    steps = dict.fromkeys(chosen, 0.5)
-    for name in chosen if rounds else ():
-        # Anywhere in its range first: a field far from where it matters has no slope to follow.
-        least, most = RANGES[name]
-        for part in range(_COARSE + 1):
-            value = least * (most / least) ** (part / _COARSE)
-            tried = dataclasses.replace(best, **{name: value})
-            found = error(runs, tried)
-            if found < lowest - 1e-4:
-                best, lowest = tried, found
+    low, high = np.log(np.array([RANGES[name] for name in chosen]).T)
+    at = np.clip(np.log([max(getattr(start, name), 1e-12) for name in chosen]), low, high)
+    prior, width = at.copy(), (high - low) * _PRIOR_WIDTH
+    weights = np.array([run.weight for run in runs])
+
+    def wrong(point: np.ndarray) -> np.ndarray:
+        fields = dict(zip(chosen, np.exp(point).tolist(), strict=True))
+        trial = dataclasses.replace(start, **fields)
+        return np.array([math.log(run.predicted(trial) / run.seconds) for run in runs])
+
+    def cost(errors: np.ndarray, point: np.ndarray) -> float:
+        faded = _GROSS * np.log1p(np.abs(errors) / _GROSS)
+        return float(weights @ faded / _NOISE + 0.5 * (((point - prior) / width) ** 2).sum())
+
+    errors = wrong(at)
+    lowest, damping = cost(errors, at), 0.1
     for _ in range(rounds):
-        for name in chosen:
-            least, most = RANGES[name]
-            before = lowest
-            for direction in (1.0, -1.0):
-                value = max(getattr(best, name), least) * math.exp(direction * steps[name])
-                tried = dataclasses.replace(best, **{name: min(max(value, least), most)})
-                found = error(runs, tried)
-                if found < lowest - 1e-6:
-                    best, lowest = tried, found
-                    break
-            steps[name] = min(1.0, steps[name] * 1.3) if lowest < before else steps[name] * 0.5
-    return best
+        slopes = np.empty((len(runs), len(chosen)))
+        for column in range(len(chosen)):
+            step = np.zeros(len(chosen))
+            step[column] = 0.05 if at[column] + 0.05 <= high[column] else -0.05
+            slopes[:, column] = (wrong(at + step) - errors) / step[column]
+        size = np.abs(errors)
+        trust = weights / _NOISE / (np.maximum(size, 0.01) * (1.0 + size / _GROSS))
+        normal = slopes.T @ (trust[:, None] * slopes) + np.diag(1.0 / width**2)
+        pull = slopes.T @ (trust * errors) + (at - prior) / width**2
+        better = False
+        for _ in range(6):
+            move = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -pull)
+            trial = np.clip(at + np.clip(move, -1.0, 1.0), low, high)
+            found = wrong(trial)
+            value = cost(found, trial)
+            if value < lowest:
+                better = lowest - value > 1e-3 * lowest
+                at, errors, lowest = trial, found, value
+                damping = max(damping * 0.3, 1e-4)
+                break
+            damping *= 4.0
+        if not better:
+            break
+    return dataclasses.replace(start, **dict(zip(chosen, np.exp(at).tolist(), strict=True)))
 
 
 def usable_memory(runs: Sequence[tuple[float, bool]]) -> float:
@@ -116,25 +142,27 @@ def usable_memory(runs: Sequence[tuple[float, bool]]) -> float:
     return min((0.8 + 0.01 * n for n in range(21)), key=lambda share: (wrong(share), -share))
 
 
-def calibrate_memory(pairs: Sequence[tuple[float, float]], start: Calibration) -> Calibration:
-    """Return `start` with the bytes that it does not count fitted to (counted, measured) pairs.
+def calibrate_memory(rows: Sequence[tuple[float, float, float]], start: Calibration) -> Calibration:
+    """Return `start` with the bytes that it does not count fitted to (lasting, passing, measured) rows.
 
-    measured = reserved + (1 + overhead) counted, by the median: least squares of relative errors whose
-    weights take the outliers out.
+    measured = lasting + reserved + (1 + overhead) passing, where passing comes and goes within a step: by the
+    median, least squares of relative errors whose weights take the outliers out.
     """
-    import numpy as np
-
-    counted, measured = np.array(pairs, float).T
+    lasting, passing, measured = np.array(rows, float).T
     unit = float(measured.mean())
-    table = np.stack([counted, np.full(len(counted), unit)], axis=1) / measured[:, None]
-    weights = np.ones(len(counted))
-    scale, offset = 1.0, 0.0
-    for _ in range(30):
-        scale, offset = np.linalg.lstsq(table * weights[:, None], weights, rcond=None)[0]
-        if offset < 0.0:
-            scale, offset = float(np.average(1.0 / table[:, 0], weights=weights**2)), 0.0
-        weights = 1.0 / np.sqrt(np.maximum(np.abs(table @ (scale, offset) - 1.0), 0.02))
-    if scale < 1.0:
-        scale, offset = 1.0, max(0.0, float(np.median(measured - counted)) / unit)
-    overhead, reserved = float(scale) - 1.0, float(offset) * unit
-    return dataclasses.replace(start, memory_overhead=overhead, reserved_bytes=reserved)
+    table = np.stack([passing, np.full(len(passing), unit)], axis=1) / measured[:, None]
+    goal = 1.0 - (lasting + passing) / measured
+    best, lowest = (0.0, 0.0), float("inf")
+    # Neither is below zero: where one would be, the other alone is fitted.
+    for chosen in ([0, 1], [0], [1]):
+        weights = np.ones(len(passing))
+        found = np.zeros(2)
+        for _ in range(30):
+            found = np.zeros(2)
+            solved = np.linalg.lstsq(table[:, chosen] * weights[:, None], goal * weights, rcond=None)[0]
+            found[chosen] = np.maximum(solved, 0.0)
+            weights = 1.0 / np.sqrt(np.maximum(np.abs(table @ found - goal), 0.02))
+        wrong = float(np.abs(table @ found - goal).mean())
+        if wrong < lowest - 1e-6:
+            best, lowest = (float(found[0]), float(found[1])), wrong
+    return dataclasses.replace(start, memory_overhead=best[0], reserved_bytes=best[1] * unit)

@@ -82,6 +82,7 @@ def _reduces(leaf: Leaf) -> bool:
 def _roots(flat: Flat) -> list[int]:
     """Return for each leaf the leaf that stands for its kernel; products stand for themselves."""
     parent = list(range(len(flat.leaves)))
+    depths = _depths(flat)
 
     def find(n: int) -> int:
         while parent[n] != n:
@@ -100,9 +101,26 @@ def _roots(flat: Flat) -> list[int]:
             # What a reduction gives is known only when its kernel ends, unless a row fits on the chip: then
             # the numbers that it read are still there, which is how norms and softmax are run.
             alike = is_fusible(other) and other.runs == leaf.runs and other.section == leaf.section
-            if alike and other.call == leaf.call:
+            if alike and depths[producer] == depths[number] and other.call == leaf.call:
                 parent[find(number)] = find(producer)
     return [find(n) for n in range(len(flat.leaves))]
+
+
+def _depths(flat: Flat) -> list[int]:
+    """Return for each leaf how many kernels of their own, one after another, come before it.
+
+    A kernel of leaves at several depths would wait for what it feeds: a residual stream that is normalised
+    for a product and added to the product's result is read again for the sum.
+    """
+    found: list[int] = []
+    for leaf in flat.leaves:
+        depth = 0
+        for index in leaf.ins:
+            producer = flat.values[index].producer
+            if 0 <= producer < len(found):
+                depth = max(depth, found[producer] + (not is_fusible(flat.leaves[producer])))
+        found.append(depth)
+    return found
 
 
 def fuse(flat: Flat) -> Groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,13 +11,24 @@ from .calibration import Calibration
 from .candidate import Candidate
 from .compute import kept_by
 from .exchange import Stored, parts
-from .pipeline import in_flight, layers_per_stage
+from .pipeline import deal, in_flight
 from .placement import FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, Profile
 from .recompute import Kept
 
 
-def peak_memory(
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Standing:
+    """What a storage asks for whatever is kept or run again.
+
+    items: name → bytes [section]; gathered [section]: of parameters gathered at use.
+    """
+
+    items: Mapping[str, np.ndarray]
+    gathered: np.ndarray
+
+
+def standing(
     profile: Profile,
     placement: Placement,
     candidate: Candidate,
@@ -24,30 +36,46 @@ def peak_memory(
     slot_bytes: float,
     gradient_bytes: float | None,
     calibration: Calibration,
+) -> Standing:
+    """Return what `candidate` stores all through a step."""
+    return Standing(
+        items=_state(profile, candidate, lying, slot_bytes, gradient_bytes, calibration.copy_bytes),
+        gathered=_gathered(profile, placement, candidate.mesh, lying),
+    )
+
+
+def peak_memory(
+    profile: Profile,
+    candidate: Candidate,
+    stored: Standing,
+    work: Worked,
+    calibration: Calibration,
 ) -> dict[str, float]:
     """Return item → bytes on the fullest pipeline stage."""
     stages = candidate.mesh.get("stage", 1)
-    share = layers_per_stage(profile.layers, stages) / profile.layers
-    kept = _state(profile, placement, candidate, lying, slot_bytes, gradient_bytes)
-    saved, scratch = _activations(
-        profile, placement, candidate, kept_by(profile, candidate, calibration), calibration
-    )
-    gathered = _gathered(profile, placement, candidate.mesh, lying)
+    dealt = deal(profile.layers, stages, profile.loss_layers if calibration.balanced_stages else 0.0)
+    saved, scratch = _activations(profile, candidate, work, kept_by(profile, candidate, calibration))
     # All of it, whatever is worked through at a time.
-    part = profile.values.bytes * placement.value_fraction * candidate.microbatches
-    batch = float(part[list(profile.inputs)].sum())
+    batch = work.batch * candidate.microbatches
     best: dict[str, float] = {}
     for stage in dict.fromkeys((0, stages - 1)):
-        weights = np.array([stage == 0, share, stage == stages - 1], float)
-        items = {name: float(row @ weights) for name, row in kept.items()}
+        share = (dealt.last if stage == stages - 1 else dealt.most) / profile.layers
+        first, last = float(stage == 0), float(stage == stages - 1)
+        items = {
+            name: float(row[BEFORE]) * first + float(row[LAYERS]) * share + float(row[AFTER]) * last
+            for name, row in stored.items.items()
+        }
         held = in_flight(stage, stages, candidate.microbatches, candidate.schedule, candidate.interleave)
-        outside = saved[AFTER] * weights[AFTER] + saved[BEFORE] * weights[BEFORE]
-        items["saved_activations"] = held * share * saved[LAYERS] + outside
-        items["temporaries"] = float(max(scratch[LAYERS], scratch[AFTER] * weights[AFTER]))
+        outside = float(saved[AFTER]) * last + float(saved[BEFORE]) * first
+        items["saved_activations"] = held * share * float(saved[LAYERS]) + outside
+        items["temporaries"] = max(float(scratch[LAYERS]), float(scratch[AFTER]) * last)
         items["batch"] = batch
-        items["communication"] = float((gathered * (weights > 0)).max())
-        counted = sum(items.values())
-        items["framework"] = calibration.reserved_bytes + calibration.memory_overhead * counted
+        gathered = stored.gathered
+        items["communication"] = max(
+            float(gathered[LAYERS]), float(gathered[BEFORE]) * first, float(gathered[AFTER]) * last
+        )
+        passing = items["saved_activations"] + items["temporaries"] + items["communication"]
+        items["framework"] += calibration.reserved_bytes + calibration.memory_overhead * passing
         if sum(items.values()) > sum(best.values()):
             best = items
     return best
@@ -55,19 +83,20 @@ def peak_memory(
 
 def _state(
     profile: Profile,
-    placement: Placement,
     candidate: Candidate,
     lying: Stored,
     slot_bytes: float,
     gradient_bytes: float | None,
+    copy_bytes: float,
 ) -> Mapping[str, np.ndarray]:
-    """Return parameters', gradients' and moments' bytes by section."""
+    """Return parameters', gradients' and moments' bytes by section, and those of the framework's copies."""
     table, mesh = profile.parameters, candidate.mesh
     gradient = table.item_bytes if gradient_bytes is None else gradient_bytes
     rows = {
         "params": (lying.parameters, table.item_bytes),
         "gradients": (lying.gradients, gradient),
         "optimizer": (lying.optimizer, slot_bytes),
+        "framework": (lying.computed, copy_bytes),
     }
     found = {}
     for name, (axes, size) in rows.items():
@@ -76,28 +105,52 @@ def _state(
     return found
 
 
-def _activations(
-    profile: Profile, placement: Placement, candidate: Candidate, kept: Kept, calibration: Calibration
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what a microbatch saves by section, for all layers, and one layer's working set."""
-    values, masks = profile.values, profile.saved.by_policy
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Worked:
+    """What a placement's values weigh in bytes.
+
+    size, saved [V]: of one microbatch, in one run and in all; live, largest [section]: what fused kernels
+    keep of one layer, and the largest value; batch: of the microbatch itself.
+    """
+
+    size: np.ndarray
+    saved: np.ndarray
+    live: np.ndarray
+    largest: np.ndarray
+    batch: float
+
+
+def worked(
+    profile: Profile, placement: Placement, mesh: Mapping[str, int], calibration: Calibration
+) -> Worked:
+    """Return what `placement`'s values weigh, whatever is kept of them."""
+    values = profile.values
     size = values.bytes * placement.value_fraction
+    batch = float(size[list(profile.inputs)].sum())
     if calibration.gathered_residuals:
         for traffic in placement.traffic:
             if traffic.kind == "all_gather" and traffic.phase == FORWARD:
-                size[traffic.values] *= candidate.mesh[traffic.axis]
+                size[traffic.values] *= mesh[traffic.axis]
     if calibration.fused_attention:
         size = size * ~profile.saved.on_chip
-    runs = values.runs
-    saved = np.bincount(values.section, weights=size * kept.device * runs, minlength=3)
+    largest = np.zeros(3)
+    np.maximum.at(largest, values.section, size)
+    largest[AFTER] *= calibration.loss_copies
+    live = np.bincount(values.section, weights=size * profile.saved.by_policy["none/fused"], minlength=3)
+    return Worked(size=size, saved=size * values.runs, live=live, largest=largest, batch=batch)
+
+
+def _activations(
+    profile: Profile, candidate: Candidate, work: Worked, kept: Kept
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a microbatch saves by section, for all layers, and one layer's working set."""
+    saved = np.bincount(profile.values.section, weights=work.saved * kept.device, minlength=3)
+    scratch = work.largest.copy()
     # A layer worked through again holds what fused kernels would have saved, and the gradients that meet it.
-    live = np.bincount(values.section, weights=size * masks["none/fused"], minlength=3)
-    largest = np.array([size[values.section == s].max(initial=0.0) for s in range(3)])
-    scratch = largest
     if candidate.remat != "none":
-        scratch[LAYERS] += live[LAYERS]
+        scratch[LAYERS] += work.live[LAYERS]
     # One layer's values on their way to the host and another's on their way back.
-    scratch[LAYERS] += 2.0 * float((size * kept.host).sum())
+    scratch[LAYERS] += 2.0 * float(work.size @ kept.host)
     return saved, scratch
 
 

@@ -15,9 +15,28 @@ class Stages:
     together: float
 
 
-def layers_per_stage(layers: int, stages: int) -> int:
-    """Return the layers of the fullest stage."""
-    return math.ceil(layers / stages)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Dealt:
+    """How many layers the fullest stages and the last one hold."""
+
+    most: int
+    last: int
+
+
+def deal(layers: int, stages: int, loss_layers: float = 0.0) -> Dealt:
+    """Return how `layers` are dealt to `stages`: evenly, or beside a loss that weighs `loss_layers` layers.
+
+    Each stage takes layers until it has its share of all the weight, so the last one gets what the others,
+    rounded up, leave.
+    """
+    if not loss_layers:
+        most = math.ceil(layers / stages)
+        return Dealt(most=most, last=most)
+    share = (layers + loss_layers) / stages
+    return Dealt(
+        most=min(layers, math.ceil(share)),
+        last=max(0, layers - math.ceil(share * (stages - 1))),
+    )
 
 
 def bubble_seconds(stages: Stages, interleave: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,7 +17,7 @@ FORWARD, BACKWARD = 0, 1
 _EXCHANGING = ("expert",)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Traffic:
     """What moves over one mesh axis in one pass: the whole group's bytes per collective, and how often.
 
@@ -31,6 +32,16 @@ class Traffic:
     bytes: np.ndarray
     runs: np.ndarray
     section: np.ndarray
+
+    @functools.cached_property
+    def once(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes, and collectives, by section, of all runs."""
+        return self.of(self.runs)
+
+    def of(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return bytes, and collectives, by section where each value moves `runs` times."""
+        size = np.bincount(self.section, weights=self.bytes * runs, minlength=3)
+        return size, np.bincount(self.section, weights=runs, minlength=3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -105,6 +106,14 @@ class Profile:
     inputs: tuple[int, ...]
     layers: int
     layer_dim: int
+
+    @functools.cached_property
+    def loss_layers(self) -> float:
+        """What the products after the layers, the logits', weigh in layers; attention's scores aside."""
+        equation = self.products.equation
+        flops = self.products.flops * self.steps.runs[equation] * ~self.steps.core[equation]
+        by_section = np.bincount(self.steps.section[equation], weights=flops, minlength=3)
+        return float(by_section[AFTER] / (by_section[LAYERS] or 1.0) * self.layers)
 
 
 def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = True) -> Profile:

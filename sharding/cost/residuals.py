@@ -164,5 +164,9 @@ def _read_by_kernels(flat: Flat) -> set[int]:
         if all(is_linear(flat, leaf) for leaf in group):
             continue
         made = {i for leaf in group for i in leaf.outs}
-        kept.update(i for leaf in group for i in leaf.ins if i not in made and flat.values[i].grad)
+        inside = group[0].section == LAYERS
+        for index in (i for leaf in group for i in leaf.ins if i not in made and flat.values[i].grad):
+            # What comes out of the last layer is kept once, not in every layer.
+            if inside or flat.values[index].section != LAYERS:
+                kept.add(index)
     return kept

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # What a candidate costs; the smaller the better.
 Price = Callable[[Candidate], "Estimate"]
+# The peak memory of a candidate in bytes, as its Estimate says it.
+Size = Callable[[Candidate], float]
 # What a layout stores on a device in bytes, as far as it decides.
 Stored = Callable[[Candidate], float]
 
@@ -32,6 +34,8 @@ Stored = Callable[[Candidate], float]
 # to hide behind.
 _SLACK = 0.005
 _RUNNERS_UP = 6
+# How many of the layouts that do not fit are told of.
+_MISFITS = 16
 # What stores so many times the least that any layout does counts as storing as little.
 _ABOUT_EQUAL = 1.1
 # A mesh size whose bound is that many times the best is not worked out further.
@@ -70,6 +74,7 @@ def search(
     price: Price,
     capacity_bytes: float,
     *,
+    size: Size | None = None,
     stored: Stored | None = None,
     runners_up: int = _RUNNERS_UP,
     each_size: bool = True,
@@ -80,12 +85,14 @@ def search(
         space: what to choose from.
         price: gives a candidate's Estimate.
         capacity_bytes: memory of a device.
+        size: gives a candidate's peak memory alone, where that takes less than its price.
         stored: where given, what is stored on a device decides before time does.
         runners_up: how many other layouts to return in order.
         each_size: also return the best for every size of every mesh axis, or a bound on it where that is far
             from the best of all.
     """
-    searching = _Search(space, price, capacity_bytes, stored or (lambda _: 0.0))
+    sized = size or (lambda candidate: price(candidate).peak_bytes)
+    searching = _Search(space, price, sized, capacity_bytes, stored or (lambda _: 0.0))
     ranked = list(itertools.islice(searching.ranked(range(len(space.layouts))), 1 + runners_up))
     if ranked and each_size:
         ranked += searching.best_of_sizes(ranked)
@@ -98,22 +105,25 @@ def search(
 
 
 class _Search:
-    def __init__(self, space: Space, price: Price, capacity_bytes: float, stored: Stored) -> None:
+    def __init__(self, space: Space, price: Price, size: Size, capacity_bytes: float, stored: Stored) -> None:
         self._space, self._price, self._capacity = space, price, capacity_bytes
+        self._size = size
         sizes = [stored(layout) for layout in space.layouts]
         enough = _ABOUT_EQUAL * min(sizes, default=0.0)
         self._stored = [0.0 if size <= enough else size for size in sizes]
         self._seen: dict[tuple[int, int, int], Priced] = {}
-        self._hopeless: dict[int, Priced] = {}
+        self._sizes: dict[tuple[int, int, int], float] = {}
+        self._hopeless: dict[int, tuple[int, int, int]] = {}
 
     @property
     def count(self) -> int:
-        """Candidates priced so far."""
-        return len(self._seen)
+        """Candidates looked at so far: priced, or at least measured for their memory."""
+        return len(self._sizes)
 
     def misfits(self) -> tuple[Priced, ...]:
-        """Return what was found not to fit at all, the smallest first."""
-        return tuple(sorted(self._hopeless.values(), key=lambda one: one.estimate.peak_bytes))
+        """Return what was found not to fit at all and is nearest to it, the smallest first."""
+        nearest = sorted(self._hopeless.values(), key=lambda place: self._sizes[place])
+        return tuple(self._at(*place) for place in nearest[:_MISFITS])
 
     def ranked(self, layouts: range | list[int]) -> Iterator[Priced]:
         """Yield the best candidate of each layout that fits, best first."""
@@ -171,7 +181,7 @@ class _Search:
         """Return the fastest candidate of a layout that fits, the smallest of equals, or None."""
         ends = [*self._space.heads[1:], len(self._space.remats)]
         ladders = [range(head, end) for head, end in zip(self._space.heads, ends, strict=True)]
-        if all(self._at(layout, 0, part).fits for part in self._firsts(layout)):
+        if all(self._fits(layout, 0, part) for part in self._firsts(layout)):
             # The other ladders keep less of the same and send it further: only where all of it is too much.
             ladders = ladders[:1]
         elif not self._can_fit(layout, [ladder[-1] for ladder in ladders]):
@@ -190,18 +200,16 @@ class _Search:
         candidate = self._space.layouts[layout]
         count = len(self._space.parts(candidate))
         if _is_pipeline(candidate):
-            each = (self._at(layout, remat, part) for remat in ladder for part in range(count))
-            yield from (one for one in each if one.fits)
+            each = ((layout, remat, part) for remat in ladder for part in range(count))
+            yield from (self._at(*place) for place in each if self._fits(*place))
             return
         rung, part = ladder.start, count
         while part > 0 and rung < ladder.stop:
             rungs = range(rung, ladder.stop)
-            rung += bisect.bisect_left(rungs, True, key=lambda r, p=part - 1: self._at(layout, r, p).fits)
+            rung += bisect.bisect_left(rungs, True, key=lambda r, p=part - 1: self._fits(layout, r, p))
             if rung == ladder.stop:
                 return
-            part = bisect.bisect_left(
-                range(part - 1), True, key=lambda p, r=rung: self._at(layout, r, p).fits
-            )
+            part = bisect.bisect_left(range(part - 1), True, key=lambda p, r=rung: self._fits(layout, r, p))
             yield from self._while_faster([(layout, rung, p) for p in range(part, count)])
             yield from self._while_faster([(layout, r, part) for r in range(rung, ladder.stop)])
 
@@ -221,17 +229,31 @@ class _Search:
         if layout in self._hopeless:
             return False
         last = len(self._space.parts(self._space.layouts[layout])) - 1
-        smallest = min((self._at(layout, end, last) for end in ends), key=lambda one: one.estimate.peak_bytes)
-        if not smallest.fits:
+        smallest = min(((layout, end, last) for end in ends), key=lambda place: self._sized(*place))
+        fits = self._fits(*smallest)
+        if not fits:
             self._hopeless[layout] = smallest
-        return smallest.fits
+        return fits
+
+    def _candidate(self, layout: int, remat: int, parts: int) -> Candidate:
+        base = self._space.layouts[layout]
+        return self._space.remats[remat].on(base, self._space.parts(base)[parts])
+
+    def _fits(self, layout: int, remat: int, parts: int) -> bool:
+        return self._sized(layout, remat, parts) <= self._capacity
+
+    def _sized(self, layout: int, remat: int, parts: int) -> float:
+        key = (layout, remat, parts)
+        if key not in self._sizes:
+            self._sizes[key] = self._size(self._candidate(*key))
+        return self._sizes[key]
 
     def _at(self, layout: int, remat: int, parts: int) -> Priced:
         key = (layout, remat, parts)
         if key not in self._seen:
-            base = self._space.layouts[layout]
-            candidate = self._space.remats[remat].on(base, self._space.parts(base)[parts])
+            candidate = self._candidate(*key)
             estimate = self._price(candidate)
+            self._sizes[key] = estimate.peak_bytes
             self._seen[key] = Priced(
                 candidate=candidate, estimate=estimate, fits=bool(estimate.peak_bytes <= self._capacity)
             )
