@@ -139,7 +139,7 @@ def _programs(mesh: Any) -> dict[str, Callable[[], Any]]:
         def program(x: Any, w: Any) -> Any:
             moved = jax.lax.ppermute(x, last, [(i, (i + 1) % size) for i in range(size)])
             y = x
-            for _ in range(4):
+            for _ in range(8):
                 y = jnp.tanh(y @ w)
             return moved + y
 
