@@ -89,10 +89,26 @@ def _torus_positions(names: Sequence[str], sizes: Sequence[int], topology: Topol
     # XLA knows an all-gather over several torus axes by members that count like digits, and drives the links
     # of all of them; in any other order it fills with zeros and all-reduces, for four times the wire bytes.
     for axis, name in enumerate(names):
-        if name in _NEIGHBOURS:
-            chips = np.take(chips, _snake(chips, axis, shape), axis=axis)
+        order = _snake if name in _NEIGHBOURS else _count
+        chips = np.take(chips, order(chips, axis, shape), axis=axis)
     by_core = chips[..., None] * cores + np.arange(cores)
     return np.moveaxis(by_core, -1, inside + 1).reshape(sizes)
+
+
+def _count(chips: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the order along `axis` that counts through its torus axes, two alike being the major ones.
+
+    XLA has a reduce-scatter over a plane of two torus axes that are alike (`meshwright.sharding.reduction`).
+    """
+    where = np.stack(np.unravel_index(_line(chips, axis), shape))
+    extents = [len(np.unique(row)) for row in where]
+    pairs = [n for n in extents if n > 1 and extents.count(n) > 1]
+    major_first = sorted(range(len(shape)), key=lambda n: (extents[n] not in pairs, n))
+    return np.lexsort([where[n] for n in reversed(major_first)])
+
+
+def _line(chips: np.ndarray, axis: int) -> np.ndarray:
+    return np.moveaxis(chips, axis, 0).reshape(chips.shape[axis], -1)[:, 0]
 
 
 def _snake(chips: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -101,7 +117,7 @@ def _snake(chips: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
     mesh_utils counts through the torus axes that a mesh axis covers like digits; neighbours along the mesh
     axis, which exchange blocks in a ring or a pipeline, would be far apart at each carry.
     """
-    line = np.moveaxis(chips, axis, 0).reshape(chips.shape[axis], -1)[:, 0]
+    line = _line(chips, axis)
     rank = np.zeros(len(line), int)
     for coordinate in np.unravel_index(line, shape):
         steps, digit = np.unique(coordinate, return_inverse=True)

@@ -127,6 +127,8 @@ class Plan:
 
     def apply(self, loss: Callable[..., Any], mesh: Mesh | AbstractMesh | None = None) -> Callable[..., Any]:
         """Return `loss(params, batch)` worked through as planned on `mesh`: same signature, same values."""
+        from ..reduction import reduction_steps
+        from ..topology import Topology
         from ..transform.accumulate import accumulate
         from ..transform.constrain import constrain
         from ..transform.name import name_values
@@ -143,6 +145,7 @@ class Plan:
             self.specs_of_moments,
             kernels=self.kernels,
             platform=self._platform(mesh),
+            steps=reduction_steps(self.mesh, Topology.parse(self.topology)),
         )
         return accumulate(remat(sharded, self.remat, self.saved), self.microbatches)
 

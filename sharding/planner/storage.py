@@ -13,6 +13,9 @@ from ..program.record import Argument, Program
 # costs its latency in every layer and saves nothing.
 _LEAST_VECTOR = 0.01
 
+# Rows that a part must keep to be cut by rows: a TPU's tile of two-byte values (8 sublanes, two packed).
+_TILE_ROWS = 16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stored:
@@ -92,13 +95,24 @@ def _cut(
     axis: str,
     mesh: Mapping[str, int],
 ) -> list[tuple[str, ...]]:
-    """Store over one more axis: on a dimension that no other axis cuts, else below the axes that do."""
+    """Store over one more axis: on a dimension that no other axis cuts, else below the axes that do.
+
+    Of several a dimension before the last goes first: parts are whole rows then, and libtpu gathers and
+    scatters them as they lie. Parts of rows it gathers by way of a transposition, and does not scatter at all
+    over more than one torus axis: it all-reduces and keeps a part.
+    """
     cut = list(storage)
     if mesh.get(axis, 1) == 1 or any(axis in axes for axes in storage):
         return cut
     whole = [n for n in choices if shape[n] % (_parts(storage[n], mesh) * mesh[axis]) == 0]
     if whole:
-        best = max(whole, key=lambda n: (not storage[n] or axis == "data", shape[n], -n))
+
+        def worth(n: int) -> tuple[bool, bool, int, int]:
+            rows = shape[n] // (_parts(storage[n], mesh) * mesh[axis])
+            by_rows = n < len(shape) - 1 and rows >= _TILE_ROWS
+            return not storage[n] or axis == "data", by_rows, shape[n], -n
+
+        best = max(whole, key=worth)
         cut[best] = (*cut[best], axis)
     return cut
 

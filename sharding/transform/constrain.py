@@ -16,6 +16,7 @@ from ..program.record import Dims, Equation, Scope
 from ..program.tracing import read
 from .attention import AttentionKernel
 from .evaluate import checkpoint_again, evaluate, run, scan_again
+from .scatter import Scattering
 
 # What gives an array whose sharding XLA would otherwise have to guess; the others follow their operands.
 _ANCHORS = frozenset(
@@ -61,6 +62,7 @@ def constrain(
     reduced: Callable[[Any], Any] | None = None,
     kernels: Mapping[str, Mapping[str, Any]] | None = None,
     platform: str = "cpu",
+    steps: Mapping[str, Sequence[int]] | None = None,
 ) -> Callable[[Any, Any], Any]:
     """Return `loss(params, batch)` with sharding constraints wherever XLA would have to guess.
 
@@ -70,7 +72,8 @@ def constrain(
     the stored spec, or to that of `reduced(params)` where optimizer states are stored otherwise. Results of
     products, convolutions and look-ups, and what a scan carries, are constrained to the specs of their dims.
     `kernels` are a plan's: calls of `ops.attention` are carried out by the one for ``attention``, if any, as
-    `platform` runs it.
+    `platform` runs it. `steps` are mesh axes over which gradients are scattered in steps of these factors,
+    one after the other (`meshwright.sharding.reduction`).
     Values are those of `loss`.
     """
 
@@ -80,7 +83,7 @@ def constrain(
         of_parameters = frozenset(dim for a in named.parameters for c in a.dims for dim in c)
         settings = (kernels or {}).get("attention")
         kernel = None if settings is None else AttentionKernel(mesh, settings, platform)
-        walk = _Walk(mesh, axes_of(named), of_parameters, kernel)
+        walk = _Walk(mesh, axes_of(named), of_parameters, kernel, Scattering(mesh, steps or {}))
         specs = _flat(stored(params))
         goals = specs if reduced is None else _flat(reduced(params))
         leaves = [
@@ -100,11 +103,13 @@ class _Walk:
         axes: Mapping[int, tuple[str, ...]],
         of_parameters: frozenset[int],
         attention: AttentionKernel | None,
+        scattering: Scattering,
     ) -> None:
         self._mesh = mesh
         self._axes = axes
         self._of_parameters = of_parameters
         self._attention = attention
+        self._scattering = scattering
         self._in_loop = False
 
     def scope(self, consts: Sequence[Any], scope: Scope, args: Sequence[Any]) -> list[Any]:
@@ -214,7 +219,9 @@ class _Walk:
             return value.value
         if not jax.numpy.issubdtype(value.value.dtype, jax.numpy.inexact):
             return jax.lax.with_sharding_constraint(value.value, NamedSharding(self._mesh, used))
-        return _gathered(value.value, NamedSharding(self._mesh, used), NamedSharding(self._mesh, reduced))
+        return _gathered(
+            value.value, NamedSharding(self._mesh, used), self._scattering.shardings(used, reduced)
+        )
 
     def _constrain(self, value: Any, dims: Dims) -> Any:
         if not getattr(value, "ndim", 0):
@@ -246,17 +253,17 @@ def _flat(specs: Any) -> list[Any]:
     return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
-def _gathered(value: Any, used: NamedSharding, reduced: NamedSharding) -> Any:
-    """Bring a stored parameter to where it is used; its gradient goes back reduced to how that is stored."""
+def _gathered(value: Any, used: NamedSharding, reduced: Sequence[NamedSharding]) -> Any:
+    """Bring a stored parameter to where it is used; its gradient is brought to `reduced`, one by one."""
 
     @jax.custom_vjp
     def gather(value: Any) -> Any:
         return jax.lax.with_sharding_constraint(value, used)
 
     def backward(_: None, gradient: Any) -> tuple[Any]:
-        # First where it was computed: asked for the stored sharding at once, XLA would move the activations.
-        gradient = jax.lax.with_sharding_constraint(gradient, used)
-        return (jax.lax.with_sharding_constraint(gradient, reduced),)
+        for sharding in reduced:
+            gradient = jax.lax.with_sharding_constraint(gradient, sharding)
+        return (gradient,)
 
     gather.defvjp(lambda value: (gather(value), None), backward)
     return gather(value)

@@ -1,0 +1,151 @@
+"""Our compiled steps beside MaxText's: `python benchmarks/maxtext.py [--only WORD] [--json]`.
+
+Each row of maxtext_rows.toml is planned with MaxText's mesh, batch and nearest rematerialisation, compiled
+for its slice, which is not here, and read: peak memory of a device, every collective's bytes and the seconds
+that its links are busy. MaxText's bytes, as its compiled steps had them, become seconds by the same links.
+`--layers N` compiles a shallower model, for looking at its collectives, not for comparing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import optax
+from meshwright.models import decoder, preset
+from meshwright.sharding import Topology, UserError, plan
+from meshwright.sharding.chips import Chip
+from meshwright.sharding.compiled.record import CompiledCollective
+from meshwright.sharding.compiled.verify import verify
+
+_ROWS = Path(__file__).with_name("maxtext_rows.toml")
+_BATCH = ("tokens", "targets", "segment_ids", "positions")
+# How often the whole of what a group holds passes through each device, per byte of result.
+_PASSES = {"all_gather": 1.0, "all_reduce": 2.0, "collective_permute": 1.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One configuration, ours and MaxText's; seconds are those that links are busy, of one step."""
+
+    name: str
+    outcome: str
+    peak_gb: float
+    maxtext_peak_gb: float
+    seconds: float
+    exposed_seconds: float
+    maxtext_seconds: float
+    step_seconds: float
+    compile_seconds: float
+    collectives: tuple[CompiledCollective, ...]
+    maxtext_bytes: Mapping[str, float]
+    message: str = ""
+
+
+def measure(row: Mapping[str, Any], layers: int | None) -> Row:
+    """Plan and compile one row."""
+    changes = {**row.get("overrides", {}), **({} if layers is None else {"layers": layers})}
+    model = decoder(preset(row["model"], compute_dtype="bfloat16", **changes))
+    loss = jax.jit(model.loss)
+    params = jax.eval_shape(jax.jit(model.init), jax.random.key(0))
+    batch = {key: jax.ShapeDtypeStruct((row["rows"], row["sequence"]), "int32") for key in _BATCH}
+    optimizer = optax.adamw(3e-4)
+    made = plan(
+        loss,
+        params,
+        batch,
+        topology=row["topology"],
+        optimizer=optimizer,
+        names=model.names,
+        mesh=row["mesh"],
+        remat=row["remat"],
+        microbatches=1,
+    )
+    verdict = verify(made, loss, params, batch, optimizer)
+    found = verdict.proof.collectives if verdict.proof is not None else ()
+    return Row(
+        name=row["name"],
+        outcome=verdict.outcome,
+        peak_gb=verdict.peak_bytes / 1e9,
+        maxtext_peak_gb=row["peak_gb"],
+        seconds=sum(one.seconds for one in found),
+        exposed_seconds=sum(one.exposed_seconds for one in found),
+        maxtext_seconds=sum(maxtext_seconds(row, one) for one in row["collectives"]),
+        step_seconds=0.0 if verdict.proof is None else verdict.proof.step_seconds,
+        compile_seconds=0.0 if verdict.proof is None else verdict.proof.compile_seconds,
+        collectives=found,
+        maxtext_bytes={f"{one['kind']}/{'×'.join(one['axes'])}": one["bytes"] for one in row["collectives"]},
+        message=verdict.message,
+    )
+
+
+def maxtext_seconds(row: Mapping[str, Any], one: Mapping[str, Any]) -> float:
+    """Return the seconds of one kind of MaxText's collectives over the links that the row gives it.
+
+    The starts of its single collectives, which are not known, are left out.
+    """
+    chip: Chip = Topology.parse(row["topology"]).chip
+    size = 1
+    for axis in one["axes"]:
+        size *= row["mesh"][axis]
+    share = 1.0 if one["kind"] == "collective_permute" else (size - 1) / size
+    # The result of a reduce-scatter is one device's part of what went in.
+    passes = size if one["kind"] == "reduce_scatter" else _PASSES[one["kind"]]
+    return passes * share * one["bytes"] / (one["links"] * (chip.link_bytes_per_second or 0.0))
+
+
+def show(row: Row) -> None:
+    """Print a row and the collectives it consists of."""
+    print(
+        f"{row.name:16} peak {row.peak_gb:6.2f} GB of MaxText's {row.maxtext_peak_gb:6.2f} "
+        f"({row.peak_gb / row.maxtext_peak_gb:.2f}), communication {row.seconds:6.3f} s of "
+        f"{row.maxtext_seconds:6.3f} ({row.seconds / row.maxtext_seconds:.2f}), "
+        f"exposed {row.exposed_seconds:6.3f}, step {row.step_seconds:6.3f} s, {row.outcome} {row.message}"
+    )
+    for one in sorted(row.collectives, key=lambda one: -one.seconds):
+        if one.seconds > 0.01 * row.seconds:
+            print(
+                f"    {one.kind:18} {'×'.join(one.axes) or '-':12} {one.count:6.0f} x "
+                f"{one.bytes / 1e9:8.2f} GB "
+                f"{one.seconds:7.4f} s, exposed {one.exposed_seconds:7.4f}  {one.algorithm}"
+            )
+    theirs = ", ".join(f"{name} {bytes_ / 1e9:.1f} GB" for name, bytes_ in row.maxtext_bytes.items())
+    print(f"    MaxText: {theirs}", flush=True)
+
+
+def main() -> int:
+    """Print every row, or all as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--layers", type=int, help="compile so many layers instead")
+    parser.add_argument("--json", action="store_true")
+    words = parser.parse_args()
+    found = []
+    for row in tomllib.loads(_ROWS.read_text(encoding="utf-8"))["row"]:
+        if words.only in row["name"]:
+            try:
+                found.append(measure(row, words.layers))
+            except UserError as error:
+                print(f"{row['name']}: {error}", file=sys.stderr)
+                continue
+            if not words.json:
+                show(found[-1])
+    if words.json:
+        print(json.dumps([dataclasses.asdict(row) for row in found], indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Over three torus axes gradients are scattered in two steps, a plane of two equal ones first."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from meshwright.sharding import Topology, plan
+from meshwright.sharding.arrange import arrange
+from meshwright.sharding.compiled.verify import verify
+from meshwright.sharding.reduction import reduction_steps
+
+
+@pytest.mark.parametrize(
+    ("text", "mesh", "steps"),
+    [
+        ("v5p:4x4x4", {"fsdp": 64}, {"fsdp": (16, 4)}),
+        ("v5p:4x4x8", {"fsdp": 128}, {"fsdp": (16, 8)}),
+        ("v4:8x4x4", {"data": 1, "fsdp": 128}, {"fsdp": (16, 8)}),
+        ("2*v5p:8x8x16", {"data": 2, "fsdp": 1024}, {"fsdp": (64, 16)}),
+        # No two axes alike, a part of the torus, no wraparound, two axes only, two devices a chip, no torus.
+        ("v5p:4x8x16", {"fsdp": 512}, {}),
+        ("v5p:4x4x4", {"fsdp": 16, "tensor": 4}, {}),
+        ("v5p:2x2x4", {"fsdp": 16}, {}),
+        ("v5e:16x16", {"fsdp": 256}, {}),
+        ("tpu7x:4x4x4", {"fsdp": 128}, {}),
+        ("h100:4x8", {"fsdp": 32}, {}),
+    ],
+)
+def test_steps(text, mesh, steps):
+    assert reduction_steps(mesh, Topology.parse(text)) == steps
+
+
+@pytest.mark.parametrize("text", ["v5p:4x4x8", "v4:8x4x4", "v5p:4x8x4"])
+def test_each_step_stays_on_its_torus_axes(text):
+    topology = Topology.parse(text)
+    mesh = {"fsdp": topology.num_devices}
+    first, second = reduction_steps(mesh, topology)["fsdp"]
+    where = np.stack(np.unravel_index(arrange(mesh, topology).reshape(first, second), topology.shape))
+    extents = sorted(len(np.unique(row)) for row in where[:, :, 0])
+    assert extents == [1, 4, 4]
+    assert sorted(len(np.unique(row)) for row in where[:, 0, :]) == [1, 1, second]
+
+
+def loss(params, batch):
+    def layer(x, weights):
+        hidden = jax.nn.silu(x @ weights["up"].astype(x.dtype))
+        return x + hidden @ weights["down"].astype(x.dtype), None
+
+    x, _ = jax.lax.scan(layer, batch["x"], params)
+    return jnp.square(x.astype(jnp.float32)).mean()
+
+
+@pytest.mark.slow
+def test_libtpu_scatters_and_never_reduces_the_whole():
+    """Two layers of 4096 x 14336 on 64 v5p: gradients go over a plane, then the last axis."""
+    width, hidden = 4096, 14_336
+    params = {
+        "up": jax.ShapeDtypeStruct((2, width, hidden), "float32"),
+        "down": jax.ShapeDtypeStruct((2, hidden, width), "float32"),
+    }
+    batch = {"x": jax.ShapeDtypeStruct((64, 4096, width), "bfloat16")}
+    optimizer = optax.sgd(1e-3)
+    made = plan(loss, params, batch, topology="v5p:4x4x4", optimizer=optimizer, mesh={"fsdp": 64})
+    proof = verify(made, loss, params, batch, optimizer, use_cache=False).proof
+    assert proof is not None
+    matrix = 2 * width * hidden
+    moved = dict.fromkeys(("all_gather", "all_reduce", "reduce_scatter"), 0.0)
+    for one in proof.collectives:
+        moved[one.kind] = moved.get(one.kind, 0.0) + one.bytes
+    # Two matrices a layer, gathered forward and backward, in bfloat16.
+    assert moved["all_gather"] == pytest.approx(8 * matrix, rel=0.01)
+    assert moved["all_reduce"] < 0.01 * matrix
+    # A sixteenth is left after the plane, a sixty-fourth after the last axis.
+    assert moved["reduce_scatter"] == pytest.approx(4 * matrix * (1 / 16 + 1 / 64), rel=0.01)
+    gathers = {one.algorithm for one in proof.collectives if one.kind == "all_gather"}
+    assert all("3DAllGather" in name for name in gathers)
