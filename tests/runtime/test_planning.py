@@ -176,3 +176,17 @@ def test_processes_search_for_one_plan(small_config: pathlib.Path, tmp_path: pat
     assert done.returncode == 0, done.stdout
     assert Plan.load(tmp_path / "run" / "plan.json").estimate is not None
     assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_attention_is_what_the_config_says(small_config: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    words = ("topology=v5e:2x4", "data.sequence=128", "train.global_batch=16", "mesh=null", "plan=auto")
+    found = plan_config(load(small_config, words)).plan
+    assert found.kernels["attention"]["implementation"] == "splash"
+    assert not plan_config(load(small_config, (*words, "attention=xla"))).plan.kernels
+    with pytest.raises(UserError, match="attention='cudnn' is no kernel of v5e; known for it: splash, xla"):
+        plan_config(load(small_config, (*words, "attention=cudnn")))
+    with pytest.raises(UserError, match="attention: input should be 'auto', 'xla', 'splash' or 'cudnn'"):
+        load(small_config, (*words, "attention=flash"))
+    found.save(saved := tmp_path / "x.plan.json")
+    with pytest.raises(UserError, match=r"declares attention=xla and .* has splash; leave one of them out"):
+        plan_config(load(small_config, (*words[:-1], f"plan={saved}", "attention=xla")))
