@@ -136,6 +136,8 @@ class Sites:
         permutes = collective.kind == "collective_permute"
         axes = axes_of_pairs(groups, self._mesh) if permutes else axes_of_groups(groups, self._mesh)
         span = self._fabric.span(groups)
+        if not whole:  # an operand that is handed over in pieces or by reference
+            whole = result * span.size if collective.kind == "reduce_scatter" else result
         named = algorithm(start)
         if named is ASSUMED:
             named = algorithm(inner)
