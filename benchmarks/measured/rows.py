@@ -20,6 +20,8 @@ from .layouts import read_layout
 from .shapes import Architecture, NotExpressible, read_shape, whole
 
 _HERE = Path(__file__).parent
+# No step's share of what its largest products alone reach is above this.
+_WHOLE_STEP = 0.85
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,13 +71,13 @@ def parse(row: Mapping[str, str]) -> Run:
     frameworks = _table("frameworks.toml")
     framework = {**frameworks["default"], **frameworks.get(row["framework"], {})}
     precision = row["precision"].lower()
-    low = "fp8" in precision or "float8" in precision
+    topology = _topology(row)
+    low = "fp8" in precision or "float8" in precision or (not precision and _beyond_wide(row, topology))
     if "nvfp4" in precision:
         raise NotExpressible("4-bit products")
     framework = {**framework, "calibration": framework["calibration"] + _variant(row, low)}
     if "LoRA" in row["model"]:
         raise NotExpressible("LoRA: most parameters are frozen")
-    topology = _topology(row)
     return Run(
         source=re.sub(r" (line|L)\s?\d.*", "", row["source"]),
         cell=tuple(row[k] for k in ("model", "hardware", "n_devices", "global_batch_seqs", "seq_len")),
@@ -88,6 +90,13 @@ def parse(row: Mapping[str, str]) -> Run:
         seconds=_seconds(row, architecture, framework),
         peak_bytes=float(row["peak_mem_GB_per_device"]) * 2**30 if row["peak_mem_GB_per_device"] else None,
     )
+
+
+def _beyond_wide(row: Mapping[str, str], topology: Topology) -> bool:
+    """Whether a row's model flops are more than a whole step reaches where products are in 16 bits."""
+    ceiling = topology.chip.measured_matmul_bf16_flops
+    stated = row["measured_tflops_per_device"]
+    return bool(stated and ceiling and float(stated) * 1e12 > _WHOLE_STEP * ceiling)
 
 
 def _variant(row: Mapping[str, str], low: bool) -> str:

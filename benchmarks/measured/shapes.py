@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _HERE = Path(__file__).parent
+# Megatron pads its vocabulary to a multiple of this (make_vocab_size_divisible_by).
+_VOCAB_MULTIPLE = 128
 # A mixture of experts whose shape is not published, or is no decoder of attention and MLP alone.
 _OTHER_MIXTURES = r"nemotron_3|deepseek.?v4|gpt.oss|moe|a3b|a22b|mixtral"
 # Rows of these say neither a gate nor d_ff: their MLP is four times as wide as the stream.
@@ -102,6 +104,8 @@ def read_shape(row: Mapping[str, str]) -> Architecture:
         tied=not gated,
         extra=tuple(sorted(fallback.get("extra", {}).items())),
     )
+    if "Megatron" in row["framework"]:
+        found = dataclasses.replace(found, vocab=-(-found.vocab // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE)
     if "maxtext" in name:
         return _by_size(found, row)
     return dataclasses.replace(found, tied=_is_tied(found, row)) if gated and not found.extra else found

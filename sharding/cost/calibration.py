@@ -20,6 +20,7 @@ class Calibration:
 
     matmul_efficiency:     of the peak, for products large in every role.
     matmul_half_size:      the size of a role at which a product is half as fast as for a large one.
+    unaligned_efficiency:  of what an aligned product reaches, for one with a role that is no multiple of eight.
     attention_efficiency:  of the peak, for a fused attention kernel.
     attention_share:       of all scores, how many are computed (1/2: the hidden half is skipped).
     attention_gradient:    the work of the kernel's backward pass over that of its forward pass.
@@ -60,6 +61,7 @@ class Calibration:
 
     matmul_efficiency: float = 1.0
     matmul_half_size: float = 0.0
+    unaligned_efficiency: float = 1.0
     attention_efficiency: float = 1.0
     attention_share: float = 1.0
     attention_gradient: float = 2.0

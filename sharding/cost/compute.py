@@ -17,6 +17,8 @@ from .recompute import Kept
 # Kinds of work, and passes over it; the axes of `Busy.seconds`.
 KINDS = ("matmul", "attention", "elementwise")
 PASSES = ("forward", "backward", "recompute")
+# Elements of a role that matrix units of GPUs read at once, of 16 bits each.
+_ALIGNED = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,13 +129,18 @@ def product_seconds(
     """Return the seconds of one run of each product [M].
 
     An efficiency of e / prod(1 + h / size) over its rows, columns and contraction: each role is cut into
-    tiles and has a ramp. The gradients of a product swap its roles, so they are as efficient.
+    tiles and has a ramp. The gradients of a product swap its roles, so they are as efficient. Matrix units
+    read 16 bytes at a time: a role that is no multiple of eight elements is worked through otherwise.
     """
     products = profile.products
     sizes = np.maximum(products.role_sizes * placement.role_fraction, 1.0)
     flops = products.flops * np.prod(placement.role_fraction, axis=1)
     ramp = np.prod(1.0 + calibration.matmul_half_size / sizes[:, 1:], axis=1)
     peak = peak_flops(chip, dtype) * calibration.matmul_efficiency
+    if calibration.unaligned_efficiency < 1.0:
+        whole = np.rint(sizes[:, 1:])
+        unaligned = ((whole % _ALIGNED != 0) & (whole > _ALIGNED)).any(axis=1)
+        peak = peak * np.where(unaligned, calibration.unaligned_efficiency, 1.0)
     moved = (profile.values.bytes * placement.value_fraction)[products.values].sum(axis=1)
     rate = (chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency
     computed = np.maximum(flops * ramp / peak, moved / rate)

@@ -19,6 +19,7 @@ from .placement import Placement
 RANGES: dict[str, tuple[float, float]] = {
     "matmul_efficiency": (0.2, 1.0),
     "matmul_half_size": (1.0, 1024.0),
+    "unaligned_efficiency": (0.02, 1.0),
     "attention_efficiency": (0.03, 1.0),
     "loss_passes": (1.0, 10.0),
     "memory_efficiency": (0.05, 1.0),
