@@ -78,9 +78,7 @@ def choose(program: Program, topology: Topology, declared: str | None = None) ->
                 "meshwright.sharding.ops.attention"
             )
         return Chosen()
-    reasons = [
-        f"{equation.where}: {why}" for equation, call in calls if (why := _why_not(wanted, equation, call))
-    ]
+    reasons = [why for equation, call in calls if (why := _why_not(wanted, equation, call))]
     blocks = _blocks(facts[wanted], calls, chip) if not reasons else {}
     if blocks is None:
         reasons = [
