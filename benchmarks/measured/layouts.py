@@ -49,8 +49,8 @@ def read_layout(
     microbatches = _microbatches(row, arch.batch // replicas, stage, framework)
     if tensor > 1 and arch.kv_heads % tensor and (arch.heads // arch.kv_heads) % tensor:
         raise NotExpressible(f"tp={tensor} divides neither {arch.kv_heads} kv heads nor what shares them")
-    # Experts are spread over replicas, those that share their parameters first; where they are spread over the
-    # devices of a tensor group too, each device of it has part of an expert's width instead.
+    # Experts are spread over replicas, those that share their parameters first; where over the devices of a
+    # tensor group too, each of these has part of an expert's width instead.
     expert = math.gcd(_degree(row, "ep"), replicas) if dict(arch.extra).get("experts") else 1
     data = replicas // math.lcm(fsdp, expert) if fsdp % expert else replicas // fsdp
     return {

@@ -15,6 +15,16 @@ def test_a_file_comes_back_as_it_was_written(tmp_path):
     assert calibration_for("v5e", "somebody's", tmp_path / "c.toml") == base
 
 
+def test_a_variant_is_its_framework_where_nothing_else_is_known(tmp_path):
+    own = Calibration(matmul_efficiency=0.7)
+    write(
+        tmp_path / "c.toml",
+        {"default": {"default": Calibration()}, "h100": {"default": Calibration(), "x": own}},
+    )
+    assert calibration_for("h100", "x-fp8-async", tmp_path / "c.toml") == own
+    assert calibration_for("h100", "y-fp8", tmp_path / "c.toml") == Calibration()
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match=r"matmul_eficiency.*matmul_efficiency"):
         from_dict({"matmul_eficiency": 0.5})

@@ -159,3 +159,42 @@ def test_an_indivisible_dim_is_padded(program, pricer):
     assert found.time["compute/elementwise"] == pytest.approx(
         22 / 64 * whole.time["compute/elementwise"], rel=0.05
     )
+
+
+def test_the_peak_alone_is_what_the_price_says(program, pricer):
+    dims = at(program, batch=("data",), mlp=("tensor",))
+    for remat in ("none", "full"):
+        candidate = Candidate(mesh={"data": 2, "tensor": 4}, dims=dims, remat=remat, microbatches=2)
+        assert pricer.peak_bytes(candidate) == pytest.approx(pricer.price(candidate).peak_bytes)
+
+
+def test_an_optimizers_shares_hide_apart_from_whole_gradients(program):
+    dims = at(program, batch=("data",))
+    index = {a.path: a.index for a in program.parameters}
+    shared = {index[path]: (("data",), (), ()) for path in index}
+    whole = Candidate(mesh={"data": 8}, dims=dims)
+    shares = Candidate(mesh={"data": 8}, dims=dims, optimizer=shared)
+
+    def moved(candidate, **overlaps):
+        calibration = dataclasses.replace(PERFECT, **overlaps)
+        time = Pricer(program, TOPOLOGY, calibration=calibration).price(candidate).time
+        return sum(seconds for name, seconds in time.items() if name.endswith("/data"))
+
+    assert moved(whole, overlap_gradients=0.5) < moved(whole)
+    assert moved(whole, overlap_shards=0.5) == pytest.approx(moved(whole))
+    assert moved(shares, overlap_shards=0.5) < moved(shares)
+    assert moved(shares, overlap_gradients=0.5) == pytest.approx(moved(shares))
+
+
+def test_products_that_matrix_units_cannot_read_whole_are_slower():
+    def product(params, batch):
+        return jnp.sum(jnp.dot(batch, params).astype(jnp.float32))
+
+    def seconds(width, efficiency):
+        shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((4096, width), (4096, 4096))]
+        calibration = dataclasses.replace(PERFECT, unaligned_efficiency=efficiency)
+        pricer = Pricer(trace(product, *shapes), TOPOLOGY, calibration=calibration)
+        return pricer.price(Candidate(mesh={}, dims={})).time["compute/matmul"]
+
+    assert seconds(4104, 0.1) == pytest.approx(seconds(4104, 1.0))
+    assert seconds(4100, 0.1) == pytest.approx(10 * seconds(4100, 1.0))

@@ -53,7 +53,7 @@ def test_it_finds_what_brute_force_finds(name: str, topology: str, mesh: dict[st
             for candidate, estimate in priced
             if estimate.peak_bytes <= capacity
         ]
-        found = search(offered, pricer.price, capacity, runners_up=3, each_size=False)
+        found = search(offered, pricer.price, capacity, size=pricer.peak_bytes, runners_up=3, each_size=False)
         assert found.best is not None
         assert found.best.estimate.step_seconds == min(seconds for seconds, _ in fitting)
         # Runners-up are the best of other layouts, in order.
