@@ -20,7 +20,7 @@ class Calibration:
 
     matmul_efficiency:     of the peak, for products large in every role.
     matmul_half_size:      the size of a role at which a product is half as fast as for a large one.
-    unaligned_efficiency:  of what an aligned product reaches, for one with a role that is no multiple of eight.
+    unaligned_efficiency:  of what an aligned product reaches, for one with a role not a multiple of eight.
     attention_efficiency:  of the peak, for a fused attention kernel.
     attention_share:       of all scores, how many are computed (1/2: the hidden half is skipped).
     attention_gradient:    the work of the kernel's backward pass over that of its forward pass.
@@ -43,8 +43,9 @@ class Calibration:
     fabric_group_exponent: of the group's share of its domain, in the efficiency: small groups use few links.
     fabric_seconds, network_seconds: start of a collective for each device it visits; each domain besides.
     pipelined_starts:      how much longer exchanging activations takes to start while stages talk as well.
-    overlap_parameters, overlap_gradients, overlap_shards, overlap_activations, overlap_stages: the share of
-                           the computing beside it that can hide gathering parameters, reducing gradients
+    overlap_parameters, overlap_host, overlap_gradients, overlap_shards, overlap_activations, overlap_stages:
+                           the share of the computing beside it that can hide gathering parameters, sending
+                           values to the host and back, reducing gradients
                            once a step, the same where each device updates its share (ZeRO-1), exchanging
                            activations (a share of these), passing them to the next stage.
     optimizer_efficiency:  of the HBM's rate, for the optimizer.
@@ -84,6 +85,7 @@ class Calibration:
     network_seconds: float = 0.0
     pipelined_starts: float = 1.0
     overlap_parameters: float = 0.0
+    overlap_host: float = 0.0
     overlap_gradients: float = 0.0
     overlap_shards: float = 0.0
     overlap_activations: float = 0.0

@@ -16,6 +16,9 @@ from .placement import FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, Profile
 from .recompute import Kept
 
+# Axes that cut what is passed on between layers and gather it where it is worked with.
+_STREAM = ("tensor", "context")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Standing:
@@ -68,14 +71,14 @@ def peak_memory(
         held = in_flight(stage, stages, candidate.microbatches, candidate.schedule, candidate.interleave)
         outside = float(saved[AFTER]) * last + float(saved[BEFORE]) * first
         items["saved_activations"] = held * share * float(saved[LAYERS]) + outside
-        items["temporaries"] = max(float(scratch[LAYERS]), float(scratch[AFTER]) * last)
+        # A layer's backward pass and that of the loss come one after the other.
+        passing = np.array([0.0, 1.0, last])
+        fullest = int(np.argmax((scratch + stored.gathered) * passing))
+        items["temporaries"] = float(scratch[fullest] * passing[fullest])
+        items["communication"] = float(stored.gathered[fullest] * passing[fullest])
         items["batch"] = batch
-        gathered = stored.gathered
-        items["communication"] = max(
-            float(gathered[LAYERS]), float(gathered[BEFORE]) * first, float(gathered[AFTER]) * last
-        )
-        passing = items["saved_activations"] + items["temporaries"] + items["communication"]
-        items["framework"] += calibration.reserved_bytes + calibration.memory_overhead * passing
+        counted = items["saved_activations"] + items["temporaries"] + items["communication"]
+        items["framework"] += calibration.reserved_bytes + calibration.memory_overhead * counted
         if sum(items.values()) > sum(best.values()):
             best = items
     return best
@@ -133,10 +136,19 @@ def worked(
                 size[traffic.values] *= mesh[traffic.axis]
     if calibration.fused_attention:
         size = size * ~profile.saved.on_chip
+    # What is passed on in parts is whole while it is worked with.
+    used = size.copy()
+    if not calibration.gathered_residuals:
+        for traffic in placement.traffic:
+            if traffic.kind == "all_gather" and traffic.phase == FORWARD and traffic.axis in _STREAM:
+                used[traffic.values] *= mesh[traffic.axis]
     largest = np.zeros(3)
-    np.maximum.at(largest, values.section, size)
+    np.maximum.at(largest, values.section, used)
     largest[AFTER] *= calibration.loss_copies
-    live = np.bincount(values.section, weights=size * profile.saved.by_policy["none/fused"], minlength=3)
+    # Casts of parameters are with what is gathered.
+    rows = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else True
+    fused = profile.saved.by_policy["none/fused"] & rows
+    live = np.bincount(values.section, weights=used * fused, minlength=3)
     return Worked(size=size, saved=size * values.runs, live=live, largest=largest, batch=batch)
 
 
@@ -144,21 +156,25 @@ def _activations(
     profile: Profile, candidate: Candidate, work: Worked, kept: Kept
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what a microbatch saves by section, for all layers, and one layer's working set."""
-    saved = np.bincount(profile.values.section, weights=work.saved * kept.device, minlength=3)
+    saved = np.bincount(
+        profile.values.section, weights=work.saved * (1.0 * kept.device + kept.twice), minlength=3
+    )
     scratch = work.largest.copy()
     # A layer worked through again holds what fused kernels would have saved, and the gradients that meet it.
     if candidate.remat != "none":
         scratch[LAYERS] += work.live[LAYERS]
-    # One layer's values on their way to the host and another's on their way back.
-    scratch[LAYERS] += 2.0 * float(work.size @ kept.host)
     return saved, scratch
 
 
 def _gathered(profile: Profile, placement: Placement, mesh: Mapping[str, int], lying: Stored) -> np.ndarray:
-    """Return the bytes of two layers' gathered parameters (one in use, one on its way) by section."""
+    """Return the bytes of gathered parameters by section: two layers' (one in use, one on its way).
+
+    After the layers it is with the gradients before they are reduced.
+    """
     table = profile.parameters
     extra = np.array([bool(s - c) for s, c in zip(lying.parameters, lying.computed, strict=True)], float)
-    size = table.elements * table.used_bytes * placement.parameter_fraction * extra / table.runs
-    both = np.bincount(table.section, weights=size, minlength=3)
+    elements = table.elements * placement.parameter_fraction * extra / table.runs
+    both = np.bincount(table.section, weights=elements * table.used_bytes, minlength=3)
     both[LAYERS] *= 2.0
+    both[AFTER] = float(elements @ (table.after_bytes + table.item_bytes * (table.after_bytes > 0)))
     return both

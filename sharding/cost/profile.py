@@ -71,13 +71,15 @@ class Products:
 class Parameters:
     """The parameters, P: argument index, elements, bytes of one, dims [P, D], section, runs of their use.
 
-    used_bytes: of one as it is used: a cast comes before the gather.
+    used_bytes: of one as it is used: a cast comes before the gather. after_bytes: likewise after the layers,
+    0 where it is not used there: a table of embeddings may be, too.
     """
 
     argument: np.ndarray
     elements: np.ndarray
     item_bytes: np.ndarray
     used_bytes: np.ndarray
+    after_bytes: np.ndarray
     dims: np.ndarray
     section: np.ndarray
     runs: np.ndarray
@@ -247,11 +249,14 @@ def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
 
 def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
     used: dict[int, tuple[int, int, int]] = {}
+    after: dict[int, int] = {}
     for leaf in flat.leaves:
         if leaf.equation.primitive == "convert_element_type":
             continue
         for index in leaf.ins:
             parameter = flat.values[index].parameter
+            if parameter >= 0 and leaf.section == AFTER:
+                after.setdefault(parameter, flat.values[index].item_bytes)
             if parameter >= 0 and parameter not in used:
                 used[parameter] = (leaf.section, leaf.runs, flat.values[index].item_bytes)
     rows = []
@@ -266,6 +271,7 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
         elements=np.array([math.prod(a.shape) for a, *_ in rows], float),
         item_bytes=np.array([a.dtype.itemsize for a, *_ in rows], float),
         used_bytes=np.array([size for _, _, size, *_ in rows], float),
+        after_bytes=np.array([after.get(a.index, 0) for a, *_ in rows], float),
         dims=_stack([mask for _, mask, *_ in rows], count),
         section=np.array([section for *_, section, _ in rows], int),
         runs=np.array([runs for *_, runs in rows], float),

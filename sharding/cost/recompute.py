@@ -12,10 +12,14 @@ from .flatten import LAYERS, Flat
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Kept:
-    """Masks over values: kept on the device, on its host; and over equations: run again."""
+    """Masks over values: kept on the device, on its host, with a factor of their gradient beside them.
+
+    And over equations: run again.
+    """
 
     device: np.ndarray
     host: np.ndarray
+    twice: np.ndarray
     again: np.ndarray
 
 
@@ -38,9 +42,12 @@ class Flow:
             in_layers=tuple(leaf.section == LAYERS for leaf in flat.leaves),
         )
 
-    def again(self, kept: np.ndarray, needed: np.ndarray) -> np.ndarray:
-        """Return the equations of layers [E] that give the `needed` values from those `kept`."""
-        found = np.zeros(len(self.ins), bool)
+    def again(self, kept: np.ndarray, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the equations of layers [E] that give the `needed` values, and what they are made from.
+
+        The latter are those of the kept values [V] that are needed or give what is.
+        """
+        found, read = np.zeros(len(self.ins), bool), kept & needed
         left = np.flatnonzero(needed & ~kept).tolist()
         seen = set(left)
         while left:
@@ -54,10 +61,12 @@ class Flow:
             else:
                 continue
             for other in before:
-                if other >= 0 and other not in seen and not kept[other]:
+                if other >= 0 and kept[other]:
+                    read[other] = True
+                elif other >= 0 and other not in seen:
                     seen.add(other)
                     left.append(other)
-        return found
+        return found, read
 
 
 def named_values(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> dict[str, np.ndarray]:

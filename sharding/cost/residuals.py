@@ -18,6 +18,9 @@ from .recompute import Flow, Kept, named_values
 # Primitives whose gradient is read off their result.
 _BY_RESULT = frozenset(["exp", "tanh", "logistic", "rsqrt", "sqrt", "max", "exp2"])
 
+# Of those, the ones whose gradient multiplies by a function of the result that is computed with it.
+_BY_FACTOR = frozenset(["logistic", "tanh"])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Saved:
@@ -25,12 +28,14 @@ class Saved:
 
     named: the values of a layer by name, see `meshwright.sharding.program.saved`.
     on_chip: what never reaches memory when attention is one kernel; core: the scores themselves.
+    factors: results of layers whose gradient is a product with another array of their size.
     """
 
     by_policy: dict[str, np.ndarray]
     named: dict[str, np.ndarray]
     on_chip: np.ndarray
     core: np.ndarray
+    factors: np.ndarray
     flow: Flow
     layers: np.ndarray
     cache: dict[object, Kept] = dataclasses.field(default_factory=dict)
@@ -63,7 +68,12 @@ class Saved:
         needed = self.by_policy["none"] & self.layers
         if fused_attention:
             needed = needed & ~self.core
-        return Kept(device=device & ~host, host=host, again=self.flow.again(device, needed))
+        again, read = self.flow.again(device, needed)
+        # What a policy would keep and no gradient comes from is dropped; the stream goes on in any case.
+        device &= read | ~self.layers | self.by_policy["full"]
+        # JAX keeps f'(x) where it keeps everything; f(x) is there too if something else reads it.
+        twice = self.factors & device if candidate.remat == "none" and not fused else np.zeros_like(device)
+        return Kept(device=device & ~host, host=host, twice=twice, again=again)
 
 
 def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
@@ -98,6 +108,7 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
             masks["none"][index] = masks["none/fused"][index] = True
     kept = np.array([_is_kept(flat, n) for n in range(count)], bool)
     return Saved(
+        factors=_factors(flat),
         by_policy={policy: mask & kept for policy, mask in masks.items()},
         named=named_values(flat, names),
         core=np.array([value.core or value.call >= 0 for value in flat.values], bool),
@@ -105,6 +116,14 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
         layers=np.array([value.section == LAYERS for value in flat.values], bool),
         on_chip=np.array([_is_on_chip(flat, n) for n in range(count)], bool),
     )
+
+
+def _factors(flat: Flat) -> np.ndarray:
+    found = np.zeros(len(flat.values), bool)
+    for leaf in flat.leaves:
+        if leaf.equation.primitive in _BY_FACTOR and leaf.section == LAYERS and not leaf.rematted:
+            found[list(leaf.outs)] = True
+    return found
 
 
 def _is_on_chip(flat: Flat, index: int) -> bool:

@@ -119,7 +119,7 @@ def _microbatch(
         for (kind, axis), row in fetching.items():
             items[f"{kind}/{axis}"] += row * seen
     if host.link:
-        seen = exposed(host.link, float(computing.sum()), calibration.overlap_parameters) + host.memory
+        seen = exposed(host.link, float(computing.sum()), calibration.overlap_host) + host.memory
         items["offload/host"] += np.array([0.0, seen, 0.0])
     # Kernels and collectives are issued ahead of the device: only where that takes longer does it show.
     issued = work.kernels.sum(axis=0) * calibration.kernel_seconds + starting

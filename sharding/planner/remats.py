@@ -83,10 +83,10 @@ def _worth_keeping(profile: Profile) -> list[str]:
     flops = products.flops * profile.steps.runs[products.equation]
     nothing = saved.by_policy["full"]
     needed = saved.by_policy["none"] & saved.layers & ~saved.core
-    all_again = saved.flow.again(nothing, needed)
+    all_again, _ = saved.flow.again(nothing, needed)
     worth = {}
     for name, mask in saved.named.items():
-        spared = all_again & ~saved.flow.again(nothing | mask, needed)
+        spared = all_again & ~saved.flow.again(nothing | mask, needed)[0]
         work = float(flops[spared[products.equation]].sum())
         size = float((values.bytes * values.runs)[mask].sum())
         if work > 0:
