@@ -29,7 +29,7 @@ def user_line(program: Program, instruction: Instruction) -> SourceLine | None:
 
 def _compiles(file: str) -> bool:
     """Whether a file is of the child process that compiles, which is in every frame and asks for nothing."""
-    return file.startswith(_COMPILER)
+    return file.startswith((_COMPILER, "<frozen "))
 
 
 def is_library(file: str) -> bool:
