@@ -167,18 +167,23 @@ class _Walk:
         return jax.checkpoint(use, prevent_cse=not self._in_loop)(values)
 
     def _scan(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-        """Keep stacked parameters stored; their slices are gathered inside, one layer at a time."""
+        """Keep stacked parameters stored; their slices are gathered inside, one layer at a time.
+
+        What every turn uses is gathered once before them, and its gradient, which the turns sum, reduced once
+        after: an output projection whose loss goes in chunks would be reduced for each of them.
+        """
         eqn, scope = equation.eqn, equation.scopes[0]
         parts = generations.scan_parts(eqn)
         first_xs = parts.num_consts + parts.num_carry
         specs: list[tuple[Any, ...] | None] = []
         values = []
         for index, (value, dims) in enumerate(zip(inputs, equation.ins, strict=True)):
-            in_carry = parts.num_consts <= index < first_xs
-            if isinstance(value, _Stored) and not in_carry:
-                specs.append((value.spec, value.reduced) if index < first_xs else value.row())
+            if isinstance(value, _Stored) and index >= first_xs:
+                specs.append(value.row())
                 values.append(value.value)
             else:
+                if isinstance(value, _Stored) and (cast := _cast(scope.jaxpr, index)) is not None:
+                    value = dataclasses.replace(value, value=value.value.astype(cast))
                 specs.append(None)
                 values.append(self._gather(value, dims))
 
@@ -243,6 +248,24 @@ class _Walk:
         while entries and entries[-1] is None:
             entries.pop()
         return PartitionSpec(*entries)
+
+
+def _cast(jaxpr: core.Jaxpr, index: int) -> Any:
+    """Return the smaller type that all uses of an argument cast it to, or None."""
+    variable = jaxpr.invars[index]
+    found = set()
+    for eqn in jaxpr.eqns:
+        for place in (n for n, atom in enumerate(eqn.invars) if atom is variable):
+            if eqn.primitive.name == "convert_element_type":
+                found.add(eqn.params["new_dtype"])
+            elif eqn.primitive.name in ("remat2", "jit"):
+                inner = eqn.params["jaxpr"]
+                found.add(_cast(getattr(inner, "jaxpr", inner), place))
+            else:
+                found.add(None)
+    cast = found.pop() if len(found) == 1 and variable not in jaxpr.outvars else None
+    own: Any = variable.aval
+    return cast if cast is not None and cast.itemsize < own.dtype.itemsize else None
 
 
 def _permuted(spec: tuple[Any, ...], order: Sequence[int]) -> tuple[Any, ...]:
