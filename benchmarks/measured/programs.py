@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 from meshwright.sharding.cost.profile import Profile, profile
 from meshwright.sharding.program import Program
 
 from .shapes import Architecture
+
+if TYPE_CHECKING:
+    from meshwright.models.transformer.config import DecoderConfig
 
 # Any batch will do: all of a decoder's arrays and products grow with it in proportion.
 _BATCH = 8
@@ -45,11 +49,21 @@ def _traced(arch: Architecture) -> tuple[Program, Profile]:
     import jax
     import jax.numpy as jnp
     from meshwright.models.transformer.build import decoder
-    from meshwright.models.transformer.config import DecoderConfig
     from meshwright.sharding.program import trace
 
+    model = decoder(decoder_config(arch))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    shape = jax.ShapeDtypeStruct((arch.batch, arch.sequence), jnp.int32)
+    program = trace(model.loss, params, {"targets": shape, "tokens": shape}, names=model.names)
+    return program, profile(program)
+
+
+def decoder_config(arch: Architecture) -> DecoderConfig:
+    """Return the decoder of a measured row, attention and loss in one piece, in bfloat16."""
+    from meshwright.models.transformer.config import DecoderConfig
+
     plain = not arch.gated
-    config = DecoderConfig(
+    return DecoderConfig(
         layers=arch.layers,
         embed=arch.embed,
         heads=arch.heads,
@@ -68,8 +82,3 @@ def _traced(arch: Architecture) -> tuple[Program, Profile]:
         attention_chunk=arch.sequence,
         loss_chunk=arch.sequence,
     )
-    model = decoder(config)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    shape = jax.ShapeDtypeStruct((arch.batch, arch.sequence), jnp.int32)
-    program = trace(model.loss, params, {"targets": shape, "tokens": shape}, names=model.names)
-    return program, profile(program)

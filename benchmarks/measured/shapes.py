@@ -85,7 +85,7 @@ def read_shape(row: Mapping[str, str]) -> Architecture:
     if not row["seq_len"]:
         raise NotExpressible("no sequence length")
     embed, heads = number("d_model", "embed"), number("n_heads", "heads")
-    gated = bool(re.search(_GATED, name))
+    gated = bool(fallback.get("gated", re.search(_GATED, name)))
     if not row["d_ff"] and gated and "mlp" not in fallback:
         raise NotExpressible("no d_ff")
     if not row["vocab"] and "gpt" not in name and "vocab" not in fallback:
@@ -106,7 +106,7 @@ def read_shape(row: Mapping[str, str]) -> Architecture:
     )
     if "Megatron" in row["framework"]:
         found = dataclasses.replace(found, vocab=-(-found.vocab // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE)
-    if "maxtext" in name:
+    if "maxtext" in name and known is None:
         return _by_size(found, row)
     return dataclasses.replace(found, tied=_is_tied(found, row)) if gated and not found.extra else found
 

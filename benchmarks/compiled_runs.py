@@ -1,0 +1,195 @@
+"""Compiled step times against measured ones: `python benchmarks/compiled_runs.py [--only WORD] [--json]`.
+
+Each run of MaxText on one TPU slice that measured_runs.csv has a rate for is planned with its model, mesh,
+batch and nearest rematerialisation, compiled for its slice, which is not here, and read. Printed are the
+seconds of a step as measured, as the Estimate has them (by the chip's default calibration, and by MaxText's,
+which was fitted to such rows), and as the compiler has them; at the end the median absolute errors. What was
+compiled before comes from the cache of proofs. Rows of several slices repeat the program of one with a
+reduction over the network after it, and are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import accuracy
+import jax
+import optax
+from measured.programs import decoder_config
+from measured.rows import Run, parse
+from measured.shapes import NotExpressible
+from meshwright.models import decoder
+from meshwright.sharding import UserError, plan
+from meshwright.sharding.compiled.child import Limits
+from meshwright.sharding.compiled.verify import verify
+
+_RUNS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "measured_runs.csv"
+_BATCH = ("tokens", "targets", "segment_ids", "positions")
+_OFFLOADED = ("attention/query", "attention/key", "attention/value")
+# MaxText's policies as we say them; `minimal` keeps the results of products without a batch dimension.
+_POLICIES: Mapping[str, str | dict[str, str]] = {
+    "full": "full",
+    "minimal": "dots",
+    "qkv_proj_offloaded": dict.fromkeys(_OFFLOADED, "host"),
+}
+# Both compilers that may be at work on one machine need about this much.
+_LIMITS = Limits(seconds=1800.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run; seconds are of a step, 0 where nothing compiled; `time` is the compiled step's, by item."""
+
+    name: str
+    outcome: str
+    measured_seconds: float
+    estimated_seconds: float
+    maxtext_estimated_seconds: float
+    compiled_seconds: float
+    compile_seconds: float
+    time: Mapping[str, float]
+    flops: float
+    peak_flops: float
+    message: str = ""
+
+    def error(self, seconds: float) -> float:
+        """Return the relative error of `seconds`."""
+        return seconds / self.measured_seconds - 1.0
+
+
+def runs(path: Path, only: str) -> Iterator[tuple[str, Run, str]]:
+    """Yield name, run and rematerialisation policy of each row on one TPU slice, the smallest work first."""
+    found = []
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            name = f"{row['model']} {row['hardware'].removeprefix('TPU ').removesuffix(' x1 slices')}"
+            if row["framework"] != "MaxText" or row["recompute"] not in _POLICIES or only not in name:
+                continue
+            try:
+                run = parse(row)
+            except NotExpressible:
+                continue
+            if run.topology.is_torus and run.topology.num_slices == 1 and run.seconds is not None:
+                found.append((name, run, row["recompute"]))
+    return iter(sorted(found, key=lambda one: one[1].architecture.weights))
+
+
+def measure(name: str, run: Run, policy: str) -> Row:
+    """Plan and compile one run. Raises UserError where it cannot be planned."""
+    arch = run.architecture
+    config = dataclasses.replace(
+        decoder_config(arch),
+        # MaxText's decoder, whatever its MLP: parameters in float32, computing in bfloat16.
+        param_dtype="float32",
+        compute_dtype="bfloat16",
+        bias="none",
+        norm="rms",
+        position_embedding="rope",
+        tied_embeddings=False,
+        attention_chunk=None,
+        loss_chunk=None,
+    )
+    model = decoder(config)
+    loss = jax.jit(model.loss)
+    params = jax.eval_shape(jax.jit(model.init), jax.random.key(0))
+    batch = {key: jax.ShapeDtypeStruct((arch.batch, arch.sequence), "int32") for key in _BATCH}
+    optimizer = optax.adamw(3e-4)
+    made = plan(
+        loss,
+        params,
+        batch,
+        topology=str(run.topology),
+        optimizer=optimizer,
+        names=model.names,
+        mesh={axis: size for axis, size in run.layout["mesh"].items() if size > 1},
+        remat=_POLICIES[policy],
+        microbatches=1,
+    )
+    verdict = verify(made, loss, params, batch, optimizer, limits=_LIMITS)
+    proof = verdict.proof
+    assert run.seconds is not None
+    assert made.estimate is not None
+    return Row(
+        name=name,
+        outcome=verdict.outcome,
+        measured_seconds=run.seconds,
+        estimated_seconds=made.estimate.step_seconds,
+        maxtext_estimated_seconds=accuracy.estimate(run).step_seconds,
+        compiled_seconds=0.0 if proof is None else proof.step_seconds,
+        compile_seconds=0.0 if proof is None else proof.compile_seconds,
+        time={} if proof is None else dict(proof.time),
+        flops=0.0 if proof is None else proof.flops,
+        peak_flops=run.topology.chip.peak_flops("bfloat16") or 0.0,
+        message=verdict.message,
+    )
+
+
+def show(row: Row) -> None:
+    """Print a row, and what its compiled step's time consists of."""
+    guesses = (row.estimated_seconds, row.maxtext_estimated_seconds, row.compiled_seconds)
+    figures = "  ".join(f"{seconds:8.3f} {100 * row.error(seconds):+6.1f}%" for seconds in guesses)
+    print(f"{row.name:30} {row.measured_seconds:8.3f}  {figures}  {row.outcome} {row.message}")
+    items = sorted(row.time.items(), key=lambda item: -item[1])
+    print(
+        "    "
+        + ", ".join(
+            f"{name} {seconds:.3f}" for name, seconds in items if seconds > 0.002 * row.compiled_seconds
+        )
+        + f"; products at the peak {row.flops / row.peak_flops:.3f}",
+        flush=True,
+    )
+
+
+def summary(rows: list[Row]) -> dict[str, float]:
+    """Return the median absolute errors over the rows that compiled."""
+    done = [row for row in rows if row.compiled_seconds]
+    columns = ("estimated_seconds", "maxtext_estimated_seconds", "compiled_seconds")
+    found: dict[str, Any] = {"rows": len(done)}
+    for column in columns if done else ():
+        errors = [row.error(getattr(row, column)) for row in done]
+        found[column] = statistics.median(abs(error) for error in errors)
+        found[f"{column}_bias"] = statistics.median(errors)
+    return found
+
+
+def main() -> int:
+    """Print every row and the medians, or all as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, default=_RUNS, help="measured_runs.csv")
+    parser.add_argument("--only", default="", help="runs whose name contains this, such as 32B or v5p")
+    parser.add_argument("--json", action="store_true")
+    words = parser.parse_args()
+    if not words.json:
+        print(f"{'':30} measured  {'Estimate':>16}  {'MaxText-fitted':>16}  {'compiled':>16}")
+    rows = []
+    for name, run, policy in runs(words.runs, words.only):
+        try:
+            rows.append(measure(name, run, policy))
+        except UserError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        if not words.json:
+            show(rows[-1])
+    found = summary(rows)
+    if words.json:
+        print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], "summary": found}, indent=2))
+    else:
+        print({key: round(value, 4) for key, value in found.items()})
+    return 0 if rows else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
