@@ -21,15 +21,14 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
-import optax
-from meshwright.models import decoder, preset
-from meshwright.sharding import UserError, plan
-from meshwright.sharding.compiled.verify import Verdict, verify
+from meshwright.runtime.config import load
+from meshwright.runtime.planning import plan_config
+from meshwright.sharding import UserError
+from meshwright.sharding.compiled.verify import verify
 from meshwright.sharding.planner.reasons import layout_in_words
 
 _GRID = Path(__file__).with_name("compiled_grid.toml")
-_BATCH = ("tokens", "targets", "segment_ids", "positions")
+_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 _GIB = 2.0**30
 
 
@@ -59,40 +58,32 @@ class Row:
 def cells(only: str, first: bool) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yield each cell of the grid with the declared parts of one of its plans."""
     for cell in tomllib.loads(_GRID.read_text())["cell"]:
-        if only in f"{cell['model']} {cell['topology']}":
+        if only in f"{name_of(cell)} {cell['topology']}":
             for declared in cell["plans"]:
                 if not first or not declared:
                     yield cell, declared
 
 
+def name_of(cell: Mapping[str, Any]) -> str:
+    """Return the model of a cell."""
+    presets = (word.partition("=")[2] for word in cell.get("words", ()) if word.startswith("model.preset="))
+    return next(presets, cell["config"])
+
+
 def measure(cell: Mapping[str, Any], declared: Mapping[str, Any]) -> Row:
     """Plan and compile one."""
-    model = decoder(preset(cell["model"], compute_dtype="bfloat16"))
-    init = jax.jit(model.init)
-    params = jax.eval_shape(init, jax.random.key(0))
-    batch = {key: jax.ShapeDtypeStruct((cell["rows"], cell["sequence"]), "int32") for key in _BATCH}
-    optimizer = optax.adamw(3e-4)
-    loss = jax.jit(model.loss)
-    words = dict(declared)
-    mesh = words.pop("mesh", None)
-    made = plan(
-        loss,
-        params,
-        batch,
-        topology=cell["topology"],
-        optimizer=optimizer,
-        names=model.names,
-        mesh=None if mesh is None else {"data": -1, **mesh} if "fsdp" in mesh else {"fsdp": -1, **mesh},
-        **words,
-    )
-    verdict = verify(made, loss, params, batch, optimizer)
-    return _row(cell, declared, made, verdict)
-
-
-def _row(cell: Mapping[str, Any], declared: Mapping[str, Any], made: Any, verdict: Verdict) -> Row:
+    words = [f"topology={cell['topology']}", *cell.get("words", ())]
+    for key, value in declared.items():
+        if key == "mesh":
+            value = {"data": -1, **value} if "fsdp" in value else {"fsdp": -1, **value}
+        words.append(f"{key}={json.dumps(value)}")
+    planned = plan_config(load(_CONFIGS / f"{cell['config']}.yaml", words))
+    made, shapes = planned.plan, planned.shapes
+    verdict = verify(made, shapes.loss, shapes.params, shapes.batch, planned.optimizer)
     proof = verdict.proof
+    assert made.estimate is not None
     return Row(
-        model=cell["model"],
+        model=name_of(cell),
         topology=cell["topology"],
         first_choice=not declared,
         layout=layout_in_words(made.mesh, made.remat, made.microbatches, made.saved),
@@ -149,7 +140,7 @@ def main() -> int:
         try:
             rows.append(measure(cell, declared))
         except UserError as error:
-            print(f"{cell['model']} on {cell['topology']}, {declared}: {error}", file=sys.stderr)
+            print(f"{name_of(cell)} on {cell['topology']}, {declared}: {error}", file=sys.stderr)
             continue
         if not words.json:
             print(line(rows[-1]), flush=True)

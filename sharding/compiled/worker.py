@@ -13,6 +13,7 @@ import pathlib
 import re
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,15 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def main(folder: pathlib.Path) -> None:
     """Compile what `folder` asks for and write the answer there."""
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    from jax.errors import JaxRuntimeError
+
     try:
         answer = compile_request(request, (folder / "program.bin").read_bytes(), folder)
-    except Exception as error:  # whatever a compiler raises is an answer for the parent to tell apart
+    except JaxRuntimeError as error:  # what a compiler raises is an answer for the parent to tell apart
         answer = failure(str(error))
+    except Exception as error:  # anything else is ours, and says nothing lasting of the plan
+        answer = {"outcome": "died", "message": f"{type(error).__name__}: {_first_lines(str(error))}"}
+        traceback.print_exc()
     unfinished = folder / "answer.part"
     unfinished.write_text(json.dumps(answer), encoding="utf-8")
     unfinished.rename(folder / "answer.json")
