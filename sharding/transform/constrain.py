@@ -182,10 +182,14 @@ class _Walk:
                 specs.append(value.row())
                 values.append(value.value)
             else:
-                if isinstance(value, _Stored) and (cast := _cast(scope.jaxpr, index)) is not None:
-                    value = dataclasses.replace(value, value=value.value.astype(cast))
                 specs.append(None)
-                values.append(self._gather(value, dims))
+                cast = _cast(scope.jaxpr, index) if isinstance(value, _Stored) else None
+                if cast is None:
+                    values.append(self._gather(value, dims))
+                    continue
+                # It travels in the smaller type; cast back, its gradient is summed as the loop sums it.
+                travelling = dataclasses.replace(value, value=value.value.astype(cast))
+                values.append(self._gather(travelling, dims).astype(value.value.dtype))
 
         def body(args: list[Any]) -> list[Any]:
             entering = [
