@@ -175,6 +175,8 @@ def _gathered(profile: Profile, placement: Placement, mesh: Mapping[str, int], l
     extra = np.array([bool(s - c) for s, c in zip(lying.parameters, lying.computed, strict=True)], float)
     elements = table.elements * placement.parameter_fraction * extra / table.runs
     both = np.bincount(table.section, weights=elements * table.used_bytes, minlength=3)
-    both[LAYERS] *= 2.0
-    both[AFTER] = float(elements @ (table.after_bytes + table.item_bytes * (table.after_bytes > 0)))
+    # What the loss uses is gathered and its gradient summed before the layers' pass, and reduced at the end.
+    after = float(elements @ (table.item_bytes * (table.after_bytes > 0)))
+    both[LAYERS] = 2.0 * both[LAYERS] + after
+    both[AFTER] = 2.0 * after
     return both
