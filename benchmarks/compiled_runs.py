@@ -1,7 +1,8 @@
 """Compiled step times against measured ones: `python benchmarks/compiled_runs.py [--only WORD] [--json]`.
 
 Each run of MaxText on one TPU slice that measured_runs.csv has a rate for is planned with its model, mesh,
-batch and nearest rematerialisation, compiled for its slice, which is not here, and read. Printed are the
+batch and nearest rematerialisation, compiled for its slice, which is not here, with its recipe's options
+(compiled_runs.toml; `--plain`: with the compiler's own), and read. Printed are the
 seconds of a step as measured, as the Estimate has them (by the chip's default calibration, and by MaxText's,
 which was fitted to such rows), and as the compiler has them; at the end the median absolute errors. What was
 compiled before comes from the cache of proofs. Rows of several slices repeat the program of one with a
@@ -17,6 +18,7 @@ import json
 import os
 import statistics
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from meshwright.sharding.compiled.child import Limits
 from meshwright.sharding.compiled.verify import verify
 
 _RUNS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "measured_runs.csv"
+_RECIPES = Path(__file__).with_suffix(".toml")
 _BATCH = ("tokens", "targets", "segment_ids", "positions")
 _OFFLOADED = ("attention/query", "attention/key", "attention/value")
 # MaxText's policies as we say them; `minimal` keeps the results of products without a batch dimension.
@@ -85,9 +88,10 @@ def runs(path: Path, only: str) -> Iterator[tuple[str, Run, str]]:
     return iter(sorted(found, key=lambda one: one[1].architecture.weights))
 
 
-def measure(name: str, run: Run, policy: str) -> Row:
-    """Plan and compile one run. Raises UserError where it cannot be planned."""
+def measure(name: str, run: Run, policy: str, plain: bool) -> Row:
+    """Plan and compile one run, `plain` without options. Raises UserError where it cannot be planned."""
     arch = run.architecture
+    recipe = tomllib.loads(_RECIPES.read_text(encoding="utf-8"))[run.topology.chip.name]
     config = dataclasses.replace(
         decoder_config(arch),
         # MaxText's decoder, whatever its MLP: parameters in float32, computing in bfloat16.
@@ -115,7 +119,10 @@ def measure(name: str, run: Run, policy: str) -> Row:
         mesh={axis: size for axis, size in run.layout["mesh"].items() if size > 1},
         remat=_POLICIES[policy],
         microbatches=1,
+        attention=recipe["attention"],
     )
+    if not plain:
+        made = dataclasses.replace(made, compiler_options=recipe["options"])
     verdict = verify(made, loss, params, batch, optimizer, limits=_LIMITS)
     proof = verdict.proof
     assert run.seconds is not None
@@ -170,6 +177,7 @@ def main() -> int:
     )
     parser.add_argument("--runs", type=Path, default=_RUNS, help="measured_runs.csv")
     parser.add_argument("--only", default="", help="runs whose name contains this, such as 32B or v5p")
+    parser.add_argument("--plain", action="store_true", help="compile without the recipe's options")
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
     if not words.json:
@@ -177,7 +185,7 @@ def main() -> int:
     rows = []
     for name, run, policy in runs(words.runs, words.only):
         try:
-            rows.append(measure(name, run, policy))
+            rows.append(measure(name, run, policy, words.plain))
         except UserError as error:
             print(f"{name}: {error}", file=sys.stderr)
             continue

@@ -3,7 +3,8 @@
 The link model is the planner's (`meshwright.sharding.cost.collectives`), asked for the devices that are in a
 group rather than for a mesh axis, and held to the links that the algorithm uses at once. A permute does not
 go round a ring: on a torus each of its pairs takes the shortest way, one torus axis after the other, and the
-fullest link carries as many times the bytes.
+fullest link carries as many times the bytes. A link carries one direction, so that a permute leaves the other
+free, for one that goes the other way.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def wire_bytes(kind: str, size: int, whole_bytes: float) -> float:
 class Span:
     """Where the devices of a group lie.
 
-    `resources` are the links that its traffic uses, ``("torus", 0)``, ``("network",)``: what is open at once
-    over the same ones shares them.
+    `resources` are the links that its traffic uses, ``("torus", 0, 1)`` (an axis and a direction),
+    ``("network",)``: what is open at once over the same ones shares them.
     """
 
     size: int
@@ -59,6 +60,18 @@ class Span:
     inside: int
     sharing: int
     resources: frozenset[tuple[object, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Load:
+    """What a permute's pairs ask of the links: the most pairs over one link, and which they use.
+
+    `crossing` is a pair that leaves its slice or domain, if any does.
+    """
+
+    most: float
+    resources: frozenset[tuple[object, ...]] = frozenset()
+    crossing: Groups = ()
 
 
 class Fabric:
@@ -72,7 +85,7 @@ class Fabric:
         self._domain = domain[position]
         self._within = tuple(coordinate[position] for coordinate in within)
         self._spans: dict[Groups, Span] = {}
-        self._loads: dict[Groups, tuple[float, Groups]] = {}
+        self._loads: dict[Groups, _Load] = {}
 
     def span(self, groups: Groups) -> Span:
         """Return where the first group lies; the groups of one collective are alike."""
@@ -88,6 +101,12 @@ class Fabric:
         """Return the groups of devices that stand at the same place of each slice, in mesh order."""
         rows = [np.flatnonzero(self._domain == domain) for domain in np.unique(self._domain)]
         return tuple(tuple(int(place) for place in group) for group in zip(*rows, strict=True))
+
+    def resources(self, kind: str, groups: Groups) -> frozenset[tuple[object, ...]]:
+        """Return the links that one collective uses; a permute only those of the ways its pairs take."""
+        if kind == "collective_permute" and (used := self._load(groups).resources):
+            return used
+        return self.span(groups).resources
 
     def seconds(self, kind: str, groups: Groups, algorithm: Algorithm, whole_bytes: float) -> float:
         """Return the seconds that one collective keeps its links busy; `whole_bytes` as for `wire_bytes`."""
@@ -110,7 +129,9 @@ class Fabric:
         topology = self.topology
         chips = math.prod(extent) if extent else len(first)
         cores = max(1, len(first) // max(1, chips * len(domains))) if topology.is_torus else 1
-        used: list[tuple[object, ...]] = [("torus", axis) for axis, n in enumerate(extent) if n > 1]
+        used: list[tuple[object, ...]] = [
+            ("torus", axis, way) for axis, n in enumerate(extent) if n > 1 for way in (1, -1)
+        ]
         if len(domains) > 1:
             used.append(("network",))
         if not topology.is_torus:
@@ -140,32 +161,35 @@ class Fabric:
         )
 
     def _permute(self, pairs: Groups, bytes_: float) -> float:
-        if pairs not in self._loads:
-            self._loads[pairs] = self._load(pairs)
-        load, crossing = self._loads[pairs]
-        if not load:
+        load = self._load(pairs)
+        if not load.most:
             return 0.0
-        link = self._link(self.span(crossing or pairs), None)
-        if crossing:
-            return bytes_ * load / link.point_bytes_per_second + link.seconds
+        link = self._link(self.span(load.crossing or pairs), None)
+        if load.crossing:
+            return bytes_ * load.most / link.point_bytes_per_second + link.seconds
         one = self._one() if self.topology.is_torus else link.bytes_per_second
-        return bytes_ * load / one + self.calibration.fabric_seconds * load
+        return bytes_ * load.most / one + self.calibration.fabric_seconds * load.most
 
     def _one(self) -> float:
         return (self.topology.chip.link_bytes_per_second or math.inf) * self.calibration.fabric_efficiency
 
-    def _load(self, pairs: Groups) -> tuple[float, Groups]:
-        """Return how many pairs the fullest link carries, and a pair that leaves its domain, if any does."""
+    def _load(self, pairs: Groups) -> _Load:
+        if pairs not in self._loads:
+            self._loads[pairs] = self._find_load(pairs)
+        return self._loads[pairs]
+
+    def _find_load(self, pairs: Groups) -> _Load:
         moving = np.asarray([pair for pair in pairs if pair[0] != pair[1]], int).reshape(-1, 2)
         if not len(moving):
-            return 0.0, ()
+            return _Load(most=0.0)
         source, target = moving[:, 0], moving[:, 1]
         leaving = moving[self._domain[source] != self._domain[target]]
         if len(leaving):
-            return 1.0, ((int(leaving[0, 0]), int(leaving[0, 1])),)
+            return _Load(most=1.0, crossing=((int(leaving[0, 0]), int(leaving[0, 1])),))
         if not self.topology.is_torus:
-            return 1.0, ()
+            return _Load(most=1.0)
         loads: dict[tuple[int, ...], int] = {}
+        used: set[tuple[object, ...]] = set()
         shape, wrap = self.topology.shape, self.topology.wrap
         starts = np.stack([c[source] for c in self._within], axis=1)
         ends = np.stack([c[target] for c in self._within], axis=1)
@@ -176,9 +200,10 @@ class Fabric:
                 for _ in range(steps):
                     link = (int(domain), *here, axis, way)
                     loads[link] = loads.get(link, 0) + 1
+                    used.add(("torus", axis, way))
                     here[axis] = (here[axis] + way) % n
         # Two cores of a chip that swap with each other use no link between chips.
-        return float(max(loads.values(), default=1)), ()
+        return _Load(most=float(max(loads.values(), default=1)), resources=frozenset(used))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -155,7 +155,7 @@ class Sites:
             wire_bytes=wire_bytes(collective.kind, span.size, whole),
             seconds=self._fabric.seconds(collective.kind, groups, named, whole),
             algorithm=named,
-            resources=span.resources,
+            resources=self._fabric.resources(collective.kind, groups),
             members=members,
             inner=inner.name,
         )

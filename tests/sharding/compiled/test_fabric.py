@@ -86,6 +86,21 @@ def test_a_permute_takes_as_long_as_its_fullest_link():
     assert (next_, far, none) == pytest.approx((1e-3, 2e-3, 0.0))
 
 
+def test_a_permute_leaves_the_other_direction_of_its_links_free():
+    mesh = {"fsdp": 16, "tensor": 4}
+    fabric = Fabric(Topology.parse("v5p:4x4x4"), mesh, PLAIN)
+    rings = _groups(mesh, "tensor")
+    on, back = (
+        fabric.resources(
+            "collective_permute", tuple((ring[n], ring[(n + by) % 4]) for ring in rings for n in range(4))
+        )
+        for by in (1, -1)
+    )
+    assert len(on) == len(back) == 1
+    assert not on & back
+    assert fabric.resources("all_gather", rings) == on | back
+
+
 def test_between_slices_and_hosts_the_network_tells():
     v5e = _seconds("2*v5e:4x4", {"data": 2, "fsdp": 16}, ["data"], kind="all_reduce")
     assert v5e == pytest.approx(64 * MIB / 3.125e9)
