@@ -63,7 +63,7 @@ def score(runs: list[Run], estimates: list[Estimate]) -> dict[str, Any]:
         "sources": {source: found for source, found in sources.items() if found},
         "cells": cells,
         "choices": _choices(by_cell),
-        "summary": _summary(sources, cells),
+        "summary": _summary(sources, cells) | _spread(runs),
         "worst": [
             {
                 "run": run.label,
@@ -164,6 +164,23 @@ def _summary(
             "misses": sum(not np.isfinite(regret) for regret in regrets),
         }
     return found
+
+
+def _spread(runs: list[Run]) -> dict[str, float | int]:
+    """Return by how much rows differ that state the same layout of the same cell: no model orders those."""
+    alike: dict[str, list[float]] = collections.defaultdict(list)
+    for run in runs:
+        if run.seconds is not None:
+            key = (run.cell, sorted(run.layout.items(), key=repr), run.framework["calibration"], run.dtype)
+            alike[repr(key)].append(run.seconds)
+    spreads = [max(times) / min(times) - 1.0 for times in alike.values() if len(times) > 1]
+    if not spreads:
+        return {}
+    return {
+        "equal_layouts": len(spreads),
+        "equal_layouts_spread_median": float(np.median(spreads)),
+        "equal_layouts_spread_worst": float(np.max(spreads)),
+    }
 
 
 def show(name: str, scores: dict[str, Any], left: list[tuple[str, str, str]]) -> None:
