@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import tomllib
@@ -21,17 +22,19 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
 import optax
 from meshwright.models import decoder, preset
 from meshwright.sharding import Topology, UserError, plan
-from meshwright.sharding.chips import Chip
+from meshwright.sharding.compiled.algorithm import Algorithm
+from meshwright.sharding.compiled.fabric import Fabric
+from meshwright.sharding.compiled.options import options_for
 from meshwright.sharding.compiled.record import CompiledCollective
 from meshwright.sharding.compiled.verify import verify
+from meshwright.sharding.cost.calibration import calibration_for
 
 _ROWS = Path(__file__).with_name("maxtext_rows.toml")
 _BATCH = ("tokens", "targets", "segment_ids", "positions")
-# How often the whole of what a group holds passes through each device, per byte of result.
-_PASSES = {"all_gather": 1.0, "all_reduce": 2.0, "collective_permute": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,8 @@ class Row:
     message: str = ""
 
 
-def measure(row: Mapping[str, Any], layers: int | None) -> Row:
-    """Plan and compile one row."""
+def measure(row: Mapping[str, Any], layers: int | None, plain: bool) -> Row:
+    """Plan and compile one row, with the compiler's own defaults if `plain`."""
     changes = {**row.get("overrides", {}), **({} if layers is None else {"layers": layers})}
     model = decoder(preset(row["model"], compute_dtype="bfloat16", **changes))
     loss = jax.jit(model.loss)
@@ -71,6 +74,8 @@ def measure(row: Mapping[str, Any], layers: int | None) -> Row:
         remat=row["remat"],
         microbatches=1,
     )
+    if not plain:
+        made = dataclasses.replace(made, compiler_options=options_for(Topology.parse(row["topology"])))
     verdict = verify(made, loss, params, batch, optimizer)
     found = verdict.proof.collectives if verdict.proof is not None else ()
     return Row(
@@ -92,16 +97,22 @@ def measure(row: Mapping[str, Any], layers: int | None) -> Row:
 def maxtext_seconds(row: Mapping[str, Any], one: Mapping[str, Any]) -> float:
     """Return the seconds of one kind of MaxText's collectives over the links that the row gives it.
 
-    The starts of its single collectives, which are not known, are left out.
+    By the model that ours are read with; the starts of single collectives, which are not known, are left out.
     """
-    chip: Chip = Topology.parse(row["topology"]).chip
-    size = 1
-    for axis in one["axes"]:
-        size *= row["mesh"][axis]
-    share = 1.0 if one["kind"] == "collective_permute" else (size - 1) / size
+    topology = Topology.parse(row["topology"])
+    mesh = row["mesh"]
+    fabric = Fabric(topology, mesh, calibration_for(topology.chip.name))
+    devices = np.arange(topology.num_devices).reshape(tuple(mesh.values()))
+    last = [list(mesh).index(axis) for axis in one["axes"]]
+    groups = np.moveaxis(devices, last, range(-len(last), 0))
+    groups = groups.reshape(-1, math.prod(mesh[axis] for axis in one["axes"]))
+    if one["kind"] == "collective_permute":
+        groups = np.stack([groups, np.roll(groups, -1, axis=1)], axis=-1).reshape(-1, 2)
+    written = tuple(tuple(group) for group in groups.tolist())
     # The result of a reduce-scatter is one device's part of what went in.
-    passes = size if one["kind"] == "reduce_scatter" else _PASSES[one["kind"]]
-    return passes * share * one["bytes"] / (one["links"] * (chip.link_bytes_per_second or 0.0))
+    parts = len(written[0]) if one["kind"] == "reduce_scatter" else 1
+    algorithm = Algorithm(name="that of ours", drives=one["links"])
+    return fabric.seconds(one["kind"], written, algorithm, one["bytes"] * parts)
 
 
 def show(row: Row) -> None:
@@ -130,13 +141,14 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--layers", type=int, help="compile so many layers instead")
+    parser.add_argument("--plain", action="store_true", help="without our compiler options")
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
     found = []
     for row in tomllib.loads(_ROWS.read_text(encoding="utf-8"))["row"]:
         if words.only in row["name"]:
             try:
-                found.append(measure(row, words.layers))
+                found.append(measure(row, words.layers, words.plain))
             except UserError as error:
                 print(f"{row['name']}: {error}", file=sys.stderr)
                 continue

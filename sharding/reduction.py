@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from .arrange import arrange
+from .compiled.options import scatters_over_several_axes
 from .topology import Topology
 
 
-def reduction_steps(mesh: Mapping[str, int], topology: Topology) -> dict[str, tuple[int, ...]]:
+def reduction_steps(
+    mesh: Mapping[str, int], topology: Topology, options: Mapping[str, Any] | None = None
+) -> dict[str, tuple[int, ...]]:
     """Return mesh axis → factors of its size, major first, in which to scatter; other axes go at once.
+
+    `options` are those of the compiler: some let it scatter over all three axes at once, which is better
+    still (`meshwright.sharding.compiled.options`).
 
     libtpu scatters over a whole three-dimensional torus by an all-reduce, of which it keeps a part: in units
     of the array over one link, 2 / 6 on six links. Over a plane of two equal torus axes it has a true
@@ -20,6 +27,8 @@ def reduction_steps(mesh: Mapping[str, int], topology: Topology) -> dict[str, tu
     and 0.0.50 on v4 and v5p; on a torus of two axes, where one after the other is no less than both at once
     by all-reduce, there is nothing to win.
     """
+    if scatters_over_several_axes(options or {}):
+        return {}
     return dict(_steps(tuple(mesh.items()), topology))
 
 
@@ -27,7 +36,7 @@ def reduction_steps(mesh: Mapping[str, int], topology: Topology) -> dict[str, tu
 def _steps(mesh: tuple[tuple[str, int], ...], topology: Topology) -> tuple[tuple[str, tuple[int, ...]], ...]:
     if not topology.is_torus or len(topology.shape) < 3 or not all(topology.wrap):
         return ()
-    # The cores of tpu7x's chips hand their collectives to the SparseCores, which go about them in another way.
+    # tpu7x, of two devices a chip, leaves collectives to its SparseCores, which go about them in another way.
     if topology.chip.devices_per_chip > 1:
         return ()
     laid = arrange(dict(mesh), topology)

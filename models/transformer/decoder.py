@@ -108,7 +108,7 @@ class Decoder(nnx.Module):
         config = self.config
         # A token that is not in the vocabulary reads NaN, so that the loss says so; clamping would hide it.
         look_up = {"mode": "fill", "fill_value": jnp.nan, "wrap_negative_indices": False}
-        x = self.table[...].at[tokens].get(**look_up).astype(config.compute_dtype)
+        x = self.table[...].astype(config.compute_dtype).at[tokens].get(**look_up)
         if config.scale_embeddings:
             x = x * jnp.asarray(config.embed**0.5, x.dtype)
         if config.position_embedding == "learned":

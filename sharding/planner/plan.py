@@ -145,7 +145,7 @@ class Plan:
             self.specs_of_moments,
             kernels=self.kernels,
             platform=self._platform(mesh),
-            steps=reduction_steps(self.mesh, Topology.parse(self.topology)),
+            steps=reduction_steps(self.mesh, Topology.parse(self.topology), self.compiler_options),
         )
         return accumulate(remat(sharded, self.remat, self.saved), self.microbatches)
 

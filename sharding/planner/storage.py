@@ -13,7 +13,7 @@ from ..program.record import Argument, Program
 # costs its latency in every layer and saves nothing.
 _LEAST_VECTOR = 0.01
 
-# Rows that a part must keep to be cut by rows: a TPU's tile of two-byte values (8 sublanes, two packed).
+# Rows of a TPU's tile of two-byte values (8 sublanes, two packed): parts of whole tiles travel as they lie.
 _TILE_ROWS = 16
 
 
@@ -97,9 +97,9 @@ def _cut(
 ) -> list[tuple[str, ...]]:
     """Store over one more axis: on a dimension that no other axis cuts, else below the axes that do.
 
-    Of several a dimension before the last goes first: parts are whole rows then, and libtpu gathers and
-    scatters them as they lie. Parts of rows it gathers by way of a transposition, and does not scatter at all
-    over more than one torus axis: it all-reduces and keeps a part.
+    Of several those that leave whole tiles go first, and of these one before the last: parts are whole rows
+    then, and libtpu gathers and scatters them as they lie. Other parts it pads or transposes, or it does not
+    scatter at all over more than one torus axis: it all-reduces and keeps a part.
     """
     cut = list(storage)
     if mesh.get(axis, 1) == 1 or any(axis in axes for axes in storage):
@@ -107,10 +107,10 @@ def _cut(
     whole = [n for n in choices if shape[n] % (_parts(storage[n], mesh) * mesh[axis]) == 0]
     if whole:
 
-        def worth(n: int) -> tuple[bool, bool, int, int]:
-            rows = shape[n] // (_parts(storage[n], mesh) * mesh[axis])
-            by_rows = n < len(shape) - 1 and rows >= _TILE_ROWS
-            return not storage[n] or axis == "data", by_rows, shape[n], -n
+        def worth(n: int) -> tuple[bool, bool, bool, int, int]:
+            whole_tiles = shape[n] // (_parts(storage[n], mesh) * mesh[axis]) % _TILE_ROWS == 0
+            by_rows = whole_tiles and n < len(shape) - 1
+            return not storage[n] or axis == "data", whole_tiles, by_rows, shape[n], -n
 
         best = max(whole, key=worth)
         cut[best] = (*cut[best], axis)

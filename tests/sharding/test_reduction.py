@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import optax
 import pytest
 from meshwright.sharding import Topology, plan
 from meshwright.sharding.arrange import arrange
+from meshwright.sharding.compiled.options import options_for
 from meshwright.sharding.compiled.verify import verify
 from meshwright.sharding.reduction import reduction_steps
 
@@ -44,6 +47,14 @@ def test_each_step_stays_on_its_torus_axes(text):
     assert sorted(len(np.unique(row)) for row in where[:, 0, :]) == [1, 1, second]
 
 
+def test_a_compiler_that_scatters_over_all_axes_at_once_needs_no_steps():
+    topology = Topology.parse("v5p:4x4x4")
+    options = options_for(topology)
+    assert reduction_steps({"fsdp": 64}, topology, options) == {}
+    part = dict(list(options.items())[:-1])
+    assert reduction_steps({"fsdp": 64}, topology, part) == {"fsdp": (16, 4)}
+
+
 def loss(params, batch):
     def layer(x, weights):
         hidden = jax.nn.silu(x @ weights["up"].astype(x.dtype))
@@ -54,8 +65,9 @@ def loss(params, batch):
 
 
 @pytest.mark.slow
-def test_libtpu_scatters_and_never_reduces_the_whole():
-    """Two layers of 4096 x 14336 on 64 v5p: gradients go over a plane, then the last axis."""
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_libtpu_scatters_and_never_reduces_the_whole(offloaded):
+    """Two layers of 4096 x 14336 on 64 v5p: a plane, then the last axis; with SparseCores all at once."""
     width, hidden = 4096, 14_336
     params = {
         "up": jax.ShapeDtypeStruct((2, width, hidden), "float32"),
@@ -64,6 +76,8 @@ def test_libtpu_scatters_and_never_reduces_the_whole():
     batch = {"x": jax.ShapeDtypeStruct((64, 4096, width), "bfloat16")}
     optimizer = optax.sgd(1e-3)
     made = plan(loss, params, batch, topology="v5p:4x4x4", optimizer=optimizer, mesh={"fsdp": 64})
+    options = options_for(Topology.parse("v5p:4x4x4")) if offloaded else {}
+    made = dataclasses.replace(made, compiler_options=options)
     proof = verify(made, loss, params, batch, optimizer, use_cache=False).proof
     assert proof is not None
     matrix = 2 * width * hidden
@@ -74,6 +88,12 @@ def test_libtpu_scatters_and_never_reduces_the_whole():
     assert moved["all_gather"] == pytest.approx(8 * matrix, rel=0.01)
     assert moved["all_reduce"] < 0.01 * matrix
     # A sixteenth is left after the plane, a sixty-fourth after the last axis.
-    assert moved["reduce_scatter"] == pytest.approx(4 * matrix * (1 / 16 + 1 / 64), rel=0.01)
-    gathers = {one.algorithm for one in proof.collectives if one.kind == "all_gather"}
-    assert all("3DAllGather" in name for name in gathers)
+    left = 1 / 64 if offloaded else 1 / 16 + 1 / 64
+    assert moved["reduce_scatter"] == pytest.approx(4 * matrix * left, rel=0.01)
+    large = [one for one in proof.collectives if one.bytes > 0.01 * matrix]
+    assert all(one.asynchronous == offloaded for one in large)
+    # All six links: the whole of an array over each of them in a sixth of the time.
+    link = 90e9
+    for one in large:
+        if one.kind == "all_gather":
+            assert one.bytes / one.seconds > 4 * link

@@ -1,0 +1,34 @@
+"""Options of compilers: from data, for the chips that they were seen to help."""
+
+from __future__ import annotations
+
+import pytest
+from meshwright.sharding import Topology
+from meshwright.sharding.compiled.options import options_for, scatters_over_several_axes
+
+
+@pytest.mark.parametrize("text", ["v5p:4x4x8", "2*v6e:16x16"])
+def test_chips_with_sparse_cores_scatter_over_all_axes(text):
+    options = options_for(Topology.parse(text))
+    assert options["xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter"] is True
+    assert scatters_over_several_axes(options)
+    assert scatters_over_several_axes({**options, "xla_tpu_scoped_vmem_limit_kib": 98304})
+
+
+@pytest.mark.parametrize("text", ["v4:4x4x4", "v5e:16x16", "tpu7x:4x4x4", "h100:4x8", "cpu:8"])
+def test_other_chips_keep_the_defaults(text):
+    options = options_for(Topology.parse(text))
+    assert options == {}
+    assert not scatters_over_several_axes(options)
+
+
+def test_an_option_turned_off_is_not_taken_for_on():
+    options = options_for(Topology.parse("v5p:4x4x4"))
+    off = dict.fromkeys(options, False)
+    assert not scatters_over_several_axes(off)
+
+
+def test_what_is_handed_out_is_the_callers_own():
+    first = options_for(Topology.parse("v6e:16x16"))
+    first.clear()
+    assert options_for(Topology.parse("v6e:16x16"))
