@@ -108,7 +108,9 @@ def _cut(
     if whole:
 
         def worth(n: int) -> tuple[bool, bool, bool, int, int]:
-            whole_tiles = shape[n] // (_parts(storage[n], mesh) * mesh[axis]) % _TILE_ROWS == 0
+            rows = shape[n] // (_parts(storage[n], mesh) * mesh[axis])
+            # Tiles lie in the last two dimensions.
+            whole_tiles = n < len(shape) - 2 or rows % _TILE_ROWS == 0
             by_rows = whole_tiles and n < len(shape) - 1
             return not storage[n] or axis == "data", whole_tiles, by_rows, shape[n], -n
 
