@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,12 +26,13 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Compiled:
-    """The text of an optimised program and the compiler's own figures for its memory."""
+    """The text of an optimised program, its schedules, and the compiler's own figures for its memory."""
 
     text: str
     topology: str
     mesh: dict[str, int]
     memory: dict[str, float]
+    bundles: dict[str, int]
 
     @property
     def peak_bytes(self) -> float:
@@ -232,9 +234,12 @@ def _programs(mesh: Any) -> dict[str, Callable[[], Any]]:
 
 def _main(folder: str, specs: list[str]) -> None:
     from meshwright.sharding import Topology
+    from meshwright.sharding.compiled.schedule import dump_arguments, read_bundles
     from meshwright.sharding.compiled.targets import describe
     from meshwright.sharding.mesh import make_mesh
 
+    schedules = pathlib.Path(folder) / "schedules"
+    os.environ["LIBTPU_INIT_ARGS"] = dump_arguments(schedules)
     for number, spec in enumerate(specs):
         text, axes, wanted = spec.split("/")
         sizes = {name: int(size) for name, size in (axis.split("=") for axis in axes.split(","))}
@@ -242,12 +247,15 @@ def _main(folder: str, specs: list[str]) -> None:
         mesh = make_mesh(sizes, topology, devices=describe(topology).devices)
         programs = _programs(mesh)
         for name in wanted.split(","):
+            shutil.rmtree(schedules, ignore_errors=True)
+            schedules.mkdir()
             compiled = programs[name]().compile()
             sizes_of = compiled.memory_analysis()
             memory = {key: getattr(sizes_of, key) for key in dir(sizes_of) if key.endswith("_in_bytes")}
             path = pathlib.Path(folder) / f"{number}-{name}"
             path.with_suffix(".hlo").write_text(compiled.as_text())
             record = {"name": f"{text}/{name}", "topology": text, "mesh": sizes, "memory": memory}
+            record["bundles"] = read_bundles(schedules)
             path.with_suffix(".json").write_text(json.dumps(record))
 
 

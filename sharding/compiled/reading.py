@@ -16,6 +16,7 @@ from .hlo import Program, SourceLine, parse_program
 from .loops import loops, weights
 from .memory import memory as memory_of
 from .record import CompiledCollective, LineCost, Proof
+from .schedule import for_all_alike
 from .sites import Sites
 from .timeline import Timeline, Turn
 
@@ -34,6 +35,7 @@ def read_proof(
     versions: Mapping[str, str],
     planned: Plan | None = None,
     calibration: Calibration | None = None,
+    bundles: Mapping[str, int] | None = None,
 ) -> Proof:
     """Return what the compiler says of a step.
 
@@ -47,6 +49,7 @@ def read_proof(
       versions: of what compiled it.
       planned: the plan that it was compiled from; findings compare with it.
       calibration: of links and of kernels without cycles; the chip's shipped one if not given.
+      bundles: instruction → length of its schedule, as `schedule.read_bundles` has them.
 
     Raises:
       ValueError: `text` is not the text of an HLO module, or is one that no mesh of these axes can run.
@@ -55,7 +58,9 @@ def read_proof(
     program = parse_program(text)
     found = loops(program)
     fabric = Fabric(topology, mesh, efficiencies)
-    line = Timeline(program, found, Sites(program, topology, mesh, fabric), topology.chip, efficiencies)
+    sites = Sites(program, topology, mesh, fabric)
+    schedules = for_all_alike(program, bundles or {})
+    line = Timeline(program, found, sites, topology.chip, efficiencies, schedules)
     step = line.turn(program.entry)
     runs = weights(program, found, line.worst_branch)
     evidence = Evidence(

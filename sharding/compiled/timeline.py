@@ -58,12 +58,14 @@ class Timeline:
         sites: Sites,
         chip: Chip,
         calibration: Calibration,
+        bundles: Mapping[str, int] | None = None,
     ) -> None:
         self._program = program
         self._loops = loops
         self._sites = sites
         self._chip = chip
         self._calibration = calibration
+        self._bundles = bundles or {}
         self.turns: dict[str, Turn] = {}
 
     def turn(self, computation: str) -> Turn:
@@ -156,7 +158,8 @@ class _Walk:
         self._now += seconds
 
     def _compute(self, instruction: Instruction) -> None:
-        done = work(self._program, instruction, self._line._chip, self._line._calibration)
+        line = self._line
+        done = work(self._program, instruction, line._chip, line._calibration, line._bundles)
         if done is not NOTHING:
             self._turn.works[instruction.name] = done
             self._spend(COMPUTE, done.seconds)

@@ -1,15 +1,16 @@
 """Seconds of one instruction on its device: the compiler's own cycles, or a roofline where it gives none.
 
 libtpu writes ``estimated_cycles`` for every fusion, product and copy: cycles of one core, both cores of a
-megacore working at once on their halves (`chips.toml` has the clocks; a large product on v5p comes to 95 % of
-the peak in them). What has none (Pallas kernels, everything on a GPU) takes as long as its flops at the
-chip's peak or its bytes at the memory's rate, whichever is more, both at the efficiency that the chip's
-calibration has.
+megacore working at once on their halves (`chips.toml` has the clocks). Those of products say too much, and
+give way to its schedule where that is known (`schedule.py`). What has none (Pallas kernels, everything on a
+GPU) takes as long as its flops at the chip's peak or its bytes at the memory's rate, whichever is more, both
+at the efficiency that the chip's calibration has.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..chips import Chip
@@ -17,6 +18,7 @@ from ..cost.calibration import Calibration
 from .attention import attention_flops
 from .flops import flops, moved_bytes
 from .hlo import Instruction, Program
+from .schedule import scheduled_cycles
 from .shapes import HOST_SPACE, leaves, parse_shape
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -44,7 +46,7 @@ _NOTES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What an instruction costs: seconds and where they come from: ``cycles``, ``roofline``, ``unknown``."""
+    """What an instruction costs: seconds, by ``cycles``, ``schedule``, ``roofline``, or ``unknown``."""
 
     seconds: float
     basis: str
@@ -65,14 +67,23 @@ def rendezvous(instruction: Instruction) -> str:
     return found[1] if found and "megascale" in instruction.attributes else ""
 
 
-def work(program: Program, instruction: Instruction, chip: Chip, calibration: Calibration) -> Work:
-    """Return what one run of `instruction` costs its device; nothing for what only moves names about."""
+def work(
+    program: Program,
+    instruction: Instruction,
+    chip: Chip,
+    calibration: Calibration,
+    bundles: Mapping[str, int],
+) -> Work:
+    """Return what one run of `instruction` costs its device; nothing for what only moves names about.
+
+    `bundles` are the lengths of the schedules that are known, by instruction.
+    """
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(("-start", "-done", "-update")) or target(instruction) in _NOTES:
         return NOTHING
     cycles = _CYCLES.search(instruction.attributes)
     if cycles is not None and chip.clock_hz:
-        return Work(seconds=int(cycles[1]) / chip.clock_hz, basis="cycles")
+        return _by_cycles(program, instruction, int(cycles[1]), chip, bundles)
     done, moved = flops(program, instruction), moved_bytes(program, instruction)
     if instruction.collective is not None:
         if not done:
@@ -88,6 +99,26 @@ def work(program: Program, instruction: Instruction, chip: Chip, calibration: Ca
     seconds = max(done / (peak * share), moved / rate)
     unknown = target(instruction) == "tpu_custom_call" and not done
     return Work(seconds=seconds, basis="unknown" if unknown else "roofline")
+
+
+def _by_cycles(
+    program: Program, instruction: Instruction, estimated: int, chip: Chip, bundles: Mapping[str, int]
+) -> Work:
+    """Return the compiler's own seconds: of a product by its schedule, if that is shorter than estimated.
+
+    Never less than the matrix units need at the chip's peak, or its memory for going over the arrays once.
+    """
+    assert chip.clock_hz
+    seconds = estimated / chip.clock_hz
+    scheduled = scheduled_cycles(instruction, bundles, chip)
+    if scheduled is None or not (done := flops(program, instruction)):
+        return Work(seconds=seconds, basis="cycles")
+    least = max(
+        scheduled / chip.clock_hz,
+        done / (chip.peak_flops("bfloat16") or float("inf")),
+        moved_bytes(program, instruction) / (chip.hbm_bytes_per_second or float("inf")),
+    )
+    return Work(seconds=min(seconds, least), basis="cycles" if seconds <= least else "schedule")
 
 
 def _in_f32(program: Program, instruction: Instruction) -> bool:

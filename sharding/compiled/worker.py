@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pathlib
 import re
 import sys
@@ -57,9 +58,15 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
     from ..planner.plan import Plan
     from ..topology import Topology
     from .reading import read_proof
+    from .schedule import dump_arguments, read_bundles
 
     plan = Plan.from_dict(request["plan"])
     topology = Topology.parse(plan.topology)
+    schedules = folder / "schedules"
+    schedules.mkdir()
+    if topology.is_torus:
+        started_with = (os.environ.get("LIBTPU_INIT_ARGS", ""), dump_arguments(schedules))
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join(started_with).strip()
     exported = export.deserialize(bytearray(program))
     mesh = plan.make_mesh(devices=_devices(topology))
     jitted = jax.jit(
@@ -87,6 +94,7 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
         compile_seconds=seconds,
         versions=request["versions"],
         planned=plan,
+        bundles=read_bundles(schedules),
     )
     return {"outcome": "compiled", "proof": proof.to_dict()}
 

@@ -1,0 +1,64 @@
+"""Products by the schedule of the real compiler: between what matrix units need and what it estimated."""
+
+from __future__ import annotations
+
+import pytest
+from compiled_programs import LARGE, Compiled, texts
+from meshwright.sharding import Topology
+from meshwright.sharding.compiled.hlo import parse_program
+from meshwright.sharding.compiled.reading import read_proof
+from meshwright.sharding.compiled.schedule import scheduled_cycles
+from meshwright.sharding.compiled.targets import missing
+
+CASES = {"v5p:2x2x1": "fsdp=4", "v5e:2x2": "fsdp=4", "v6e:2x2": "fsdp=4"}
+
+
+def _compiled(topology: str) -> Compiled:
+    reason = missing(Topology.parse(topology))
+    if reason is not None:
+        pytest.skip(reason)
+    return texts(*(f"{name}/{mesh}/product" for name, mesh in CASES.items()))[f"{topology}/product"]
+
+
+def _seconds(found: Compiled, bundles: dict[str, int]) -> float:
+    return read_proof(
+        found.text,
+        topology=Topology.parse(found.topology),
+        mesh=found.mesh,
+        peak_bytes=found.peak_bytes,
+        memory={},
+        compile_seconds=0.0,
+        versions={},
+        bundles=bundles,
+    ).time["compute"]
+
+
+@pytest.mark.parametrize("topology", CASES)
+def test_a_product_takes_as_long_as_its_schedule(topology):
+    found = _compiled(topology)
+    chip = Topology.parse(topology).chip
+    assert found.bundles
+    needed = 2 * LARGE**3 / chip.peak_flops("bfloat16")
+    estimated, scheduled = _seconds(found, {}), _seconds(found, found.bundles)
+    assert needed <= scheduled <= estimated
+    if topology == "v6e:2x2":  # where the estimate is further from what was measured of such products
+        assert scheduled < 0.95 * estimated
+    # One that is longer than estimated changes nothing, an empty one leaves what the matrix units need.
+    long = dict.fromkeys(found.bundles, 10**9)
+    short = dict.fromkeys(found.bundles, 0)
+    assert _seconds(found, long) == estimated
+    assert needed <= _seconds(found, short) <= scheduled
+
+
+def test_both_cores_of_a_megacore_share_the_windows():
+    found = _compiled("v5p:2x2x1")
+    program = parse_program(found.text)
+    chip = Topology.parse("v5p:2x2x1").chip
+    cycles = [
+        cycles
+        for instruction in program.instructions.values()
+        if (cycles := scheduled_cycles(instruction, found.bundles, chip)) is not None
+    ]
+    # Eight matrix units of 128 x 128 in two cores; a schedule may wait for them, but not for twice as long.
+    needed = LARGE**3 / (8 * 128 * 128)
+    assert 0.5 * needed < sum(cycles) < 1.5 * needed
