@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -42,6 +43,8 @@ class Chip:
     measured_matmul_bf16_flops: float | None = None
     measured_matmul_fp8_flops: float | None = None
     hbm_bytes: int | None = None
+    memory_share: float = 1.0
+    """Of hbm_bytes, what JAX lets programs have by default."""
     hbm_bytes_per_second: float | None = None
     vmem_bytes: int | None = None
     kernel_vmem_bytes: int | None = None
@@ -84,6 +87,11 @@ class Chip:
             raise ValueError(f"{self.name}: platform {self.platform!r} is none of tpu, gpu, cpu")
         if bool(self.torus_dims) != (self.fabric == "torus"):
             raise ValueError(f"{self.name}: fabric {self.fabric!r} with torus_dims={self.torus_dims}")
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of a device's memory, what a program may have; infinite where that is not known."""
+        return math.inf if self.hbm_bytes is None else self.hbm_bytes * self.memory_share
 
     @property
     def fabric_bytes_per_second_per_chip(self) -> float | None:

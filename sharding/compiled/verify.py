@@ -133,7 +133,7 @@ def environment(topology: Topology) -> dict[str, str]:
 def capacity_of(topology: Topology) -> float:
     """Return the bytes of a device that a step may take."""
     chip = topology.chip
-    return math.inf if chip.nominal else float(chip.hbm_bytes or math.inf)
+    return math.inf if chip.nominal else chip.usable_bytes
 
 
 def _judge(answer: Mapping[str, Any], topology: Topology, cached: bool) -> Verdict:

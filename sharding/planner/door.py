@@ -190,7 +190,7 @@ class Problem:
         pricer = self.pricer(topology, declared)
         capacity = capacity_bytes
         if capacity is None:
-            capacity = float(topology.chip.hbm_bytes or math.inf) * pricer.calibration.usable_memory
+            capacity = topology.chip.usable_bytes * pricer.calibration.usable_memory
         sizes = build.parameter_bytes(program)
         elements = sum(math.prod(argument.shape) for argument in program.parameters)
         slots = pricer.slot_bytes * elements / max(sum(sizes.values()), 1)

@@ -96,7 +96,7 @@ def view(plan: Plan) -> View:
         mfu="" if estimate is None else f"{estimate.mfu:.1%}",
         peak="" if estimate is None else gib(estimate.peak_bytes),
         peak_bytes=0.0 if estimate is None else estimate.peak_bytes,
-        capacity_bytes=None if topology.chip.nominal else topology.chip.hbm_bytes,
+        capacity_bytes=None if topology.chip.nominal else topology.chip.usable_bytes,
         time=() if estimate is None else _bars(estimate.time, seconds),
         memory=() if estimate is None else _bars(estimate.memory, gib),
         dims=tuple((name, dim.size, dim.axes) for name, dim in plan.dims.items()),
