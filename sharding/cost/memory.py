@@ -173,7 +173,9 @@ def _gathered(profile: Profile, placement: Placement, mesh: Mapping[str, int], l
     """
     table = profile.parameters
     extra = np.array([bool(s - c) for s, c in zip(lying.parameters, lying.computed, strict=True)], float)
-    elements = table.elements * placement.parameter_fraction * extra / table.runs
+    # Of layers one at a time; what stands outside is whole, however often it is used.
+    turns = np.where(table.section == LAYERS, table.runs, 1.0)
+    elements = table.elements * placement.parameter_fraction * extra / turns
     both = np.bincount(table.section, weights=elements * table.used_bytes, minlength=3)
     # What the loss uses is gathered and its gradient summed before the layers' pass, and reduced at the end.
     after = float(elements @ (table.item_bytes * (table.after_bytes > 0)))
