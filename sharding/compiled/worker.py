@@ -64,7 +64,7 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
     topology = Topology.parse(plan.topology)
     schedules = folder / "schedules"
     schedules.mkdir()
-    if topology.is_torus:
+    if topology.is_torus and request["schedules"]:
         started_with = (os.environ.get("LIBTPU_INIT_ARGS", ""), dump_arguments(schedules))
         os.environ["LIBTPU_INIT_ARGS"] = " ".join(started_with).strip()
     exported = export.deserialize(bytearray(program))

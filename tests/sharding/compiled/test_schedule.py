@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 from compiled_programs import LARGE, Compiled, texts
-from meshwright.sharding import Topology
+from meshwright.sharding import Topology, plan
 from meshwright.sharding.compiled.hlo import parse_program
 from meshwright.sharding.compiled.reading import read_proof
 from meshwright.sharding.compiled.schedule import scheduled_cycles
 from meshwright.sharding.compiled.targets import missing
+from meshwright.sharding.compiled.verify import verify
 
 CASES = {"v5p:2x2x1": "fsdp=4", "v5e:2x2": "fsdp=4", "v6e:2x2": "fsdp=4"}
 
@@ -62,3 +66,23 @@ def test_both_cores_of_a_megacore_share_the_windows():
     # Eight matrix units of 128 x 128 in two cores; a schedule may wait for them, but not for twice as long.
     needed = LARGE**3 / (8 * 128 * 128)
     assert 0.5 * needed < sum(cycles) < 1.5 * needed
+
+
+@pytest.mark.slow
+def test_a_plan_is_verified_by_schedules_where_they_are_asked_for(tmp_path, monkeypatch):
+    if (reason := missing(Topology.parse("v6e:2x2"))) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def loss(params, batch):
+        return jnp.mean(jnp.square((batch["x"] @ params["w"]).astype(jnp.float32)))
+
+    params = {"w": jax.ShapeDtypeStruct((LARGE, LARGE), jnp.bfloat16)}
+    batch = {"x": jax.ShapeDtypeStruct((4 * LARGE, LARGE), jnp.bfloat16)}
+    made = plan(loss, params, batch, topology="v6e:2x2", mesh={"fsdp": 4}, optimizer=optax.sgd(1e-3))
+    estimated, scheduled = (
+        verify(made, loss, params, batch, optax.sgd(1e-3), schedules=schedules).proof.time["compute"]
+        for schedules in (False, True)
+    )
+    needed = 4 * LARGE**3 / 918e12
+    assert needed < scheduled < estimated
