@@ -185,7 +185,7 @@ def test_what_is_too_large_is_said_and_remembered(topology: str) -> None:
     made = small.resized(params, batch)
     verdict = verify(made, huge, params, batch, optimizer)
     assert verdict.outcome == "out_of_memory"
-    assert verdict.peak_bytes > verdict.capacity_bytes > 0.8 * capacity
+    assert verdict.peak_bytes > verdict.capacity_bytes > 0.7 * capacity
     assert "too much" in verdict.message
     assert verify(made, huge, params, batch, optimizer).cached
 
