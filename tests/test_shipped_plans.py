@@ -44,11 +44,11 @@ def test_it_compiles_for_its_topology(path: pathlib.Path) -> None:
     assert small.proof is not None
     assert small.proof.peak_bytes < made.proof.peak_bytes
     if small.proof.versions == made.proof.versions:
-        assert kinds(small) == kinds(made)
+        assert kinds(made, share=0.05) <= kinds(small, share=0.0)
 
 
-def kinds(plan: Plan) -> set[tuple[str, tuple[str, ...]]]:
-    """Return the collectives that move more than a thousandth of all bytes."""
+def kinds(plan: Plan, *, share: float) -> set[tuple[str, tuple[str, ...]]]:
+    """Return the collectives that move more than a `share` of all bytes."""
     assert plan.proof is not None
     total = sum(row.bytes for row in plan.proof.collectives)
-    return {(row.kind, row.axes) for row in plan.proof.collectives if row.bytes > total / 1000}
+    return {(row.kind, row.axes) for row in plan.proof.collectives if row.bytes > share * total}
