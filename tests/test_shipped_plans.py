@@ -21,6 +21,11 @@ def test_there_are_plans() -> None:
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+def test_it_names_no_place_of_a_machine(path: pathlib.Path) -> None:
+    assert '"file": "/' not in path.read_text()
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
 def test_it_is_the_plan_of_its_config(path: pathlib.Path) -> None:
     config = CONFIGS / f"{path.name.partition('.')[0]}.yaml"
     made = Plan.load(path)

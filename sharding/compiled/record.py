@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,6 +96,20 @@ class Proof:
     host_bytes: float = 0.0
     cached: bool = dataclasses.field(default=False, compare=False)
 
+    def portable(self) -> Proof:
+        """Return the proof with files named as `nearby` does: plans are committed and read elsewhere."""
+
+        def renamed(rows: Any) -> tuple[Any, ...]:
+            return tuple(dataclasses.replace(row, source=_nearby_line(row.source)) for row in rows)
+
+        return dataclasses.replace(
+            self,
+            collectives=renamed(self.collectives),
+            findings=renamed(self.findings),
+            buffers=renamed(self.buffers),
+            lines=renamed(self.lines),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the proof as plain values."""
         return dataclasses.asdict(self)
@@ -115,6 +130,26 @@ class Proof:
                 "timeline": tuple(record["timeline"]),
             }
         )
+
+
+def nearby(file: str) -> str:
+    """Return a file's path without what only this machine has of it.
+
+    It is relative to the working directory if it lies below, else its name with one folder.
+
+    >>> nearby("/somewhere/else/models/mlp.py"), nearby("models/transformer/mlp.py")
+    ('models/mlp.py', 'models/transformer/mlp.py')
+    """
+    path, here = pathlib.PurePath(file), pathlib.Path.cwd()
+    if not path.is_absolute():
+        return path.as_posix()
+    return (
+        path.relative_to(here) if path.is_relative_to(here) else pathlib.PurePath(*path.parts[-2:])
+    ).as_posix()
+
+
+def _nearby_line(source: SourceLine | None) -> SourceLine | None:
+    return None if source is None else dataclasses.replace(source, file=nearby(source.file))
 
 
 def _source(row: Mapping[str, Any]) -> Any:

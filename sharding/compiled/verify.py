@@ -145,7 +145,7 @@ def _judge(answer: Mapping[str, Any], topology: Topology, cached: bool) -> Verdi
     capacity = capacity_of(topology)
     outcome, message = answer["outcome"], str(answer.get("message", ""))
     if outcome == "compiled":
-        proof = dataclasses.replace(Proof.from_dict(answer["proof"]), cached=cached)
+        proof = dataclasses.replace(Proof.from_dict(answer["proof"]).portable(), cached=cached)
         fits = proof.peak_bytes <= capacity
         return Verdict(
             outcome="fits" if fits else "out_of_memory",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..compiled.record import nearby
 from ..planner.reasons import gib, seconds
 
 if TYPE_CHECKING:
@@ -127,11 +127,8 @@ def place(source: SourceLine | None, *, function: bool = False) -> str:
     """
     if source is None:
         return ""
-    path = pathlib.PurePath(source.file)
-    here = pathlib.Path.cwd()
-    short = path.relative_to(here) if path.is_relative_to(here) else pathlib.PurePath(*path.parts[-2:])
     of = f" {source.function}" if function and source.function else ""
-    return f"{short.as_posix()}:{source.line}{of}"
+    return f"{nearby(source.file)}:{source.line}{of}"
 
 
 def over(axes: Sequence[str]) -> str:

@@ -85,6 +85,17 @@ def test_a_proof_is_kept_in_the_plan(tmp_path: pathlib.Path) -> None:
     assert Plan.load(tmp_path / "x.plan.json").proof == made.proof
 
 
+def test_a_saved_proof_names_no_place_of_this_machine(tmp_path: pathlib.Path) -> None:
+    made = planned().verify()
+    assert made.proof is not None
+    sources = [row.source for row in (*made.proof.buffers, *made.proof.lines) if row.source is not None]
+    assert any(source.file.endswith("test_verify.py") for source in sources)
+    made.save(tmp_path / "x.plan.json")
+    written = (tmp_path / "x.plan.json").read_text()
+    assert '"file": "/' not in written
+    assert str(pathlib.Path(__file__).parents[3]) not in written
+
+
 def test_a_loaded_plan_is_given_its_program(tmp_path: pathlib.Path) -> None:
     planned().save(tmp_path / "x.plan.json")
     loaded = Plan.load(tmp_path / "x.plan.json")
