@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import sys
@@ -57,13 +58,13 @@ def score(runs: list[Run], estimates: list[Estimate]) -> dict[str, Any]:
         by_source[pair[0].source].append(pair)
         by_cell[(pair[0].source, *pair[0].cell)].append(pair)
     sources = {source: _errors(pairs) for source, pairs in by_source.items()}
-    cells = {" ".join(cell[1:]): found for cell, pairs in by_cell.items() if (found := _cell(pairs))}
+    cells = {" ".join(cell[1:]): found for cell, pairs in by_cell.items() if (found := choice(pairs))}
     worst = sorted(zip(runs, estimates, strict=True), key=lambda pair: -(_error(*pair) or 0.0))[:10]
     return {
         "sources": {source: found for source, found in sources.items() if found},
         "cells": cells,
         "choices": _choices(by_cell),
-        "summary": _summary(sources, cells) | _spread(runs),
+        "summary": _summary(sources, cells) | _spread(runs) | _inverted(runs),
         "worst": [
             {
                 "run": run.label,
@@ -81,7 +82,7 @@ def _choices(by_cell: dict[tuple[str, ...], list[tuple[Run, Estimate]]]) -> dict
     """Return source → how well layouts are chosen and ranked in its cells."""
     found: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
     for cell, pairs in by_cell.items():
-        if row := _cell(pairs):
+        if row := choice(pairs):
             found[cell[0]].append(row)
     return {
         source: {
@@ -116,14 +117,20 @@ def _errors(pairs: list[tuple[Run, Estimate]]) -> dict[str, float]:
     return row
 
 
-def _cell(pairs: list[tuple[Run, Estimate]]) -> dict[str, float] | None:
+def choice(pairs: list[tuple[Run, Estimate]], usable: float | None = None) -> dict[str, float] | None:
+    """Return how well a cell's layouts are ranked and chosen; None with fewer than five that completed.
+
+    `usable` is the share of a device's memory that a layout may take, that of the shipped calibration by
+    default.
+    """
     done = [(r.seconds, g.step_seconds) for r, g in pairs if r.seconds is not None]
     if len(done) < 5:
         return None
     measured, predicted = np.array(done).T
     first = pairs[0][0]
-    facts = calibration_for(first.topology.chip.name, first.framework["calibration"])
-    capacity = (first.topology.chip.hbm_bytes or np.inf) * facts.usable_memory
+    if usable is None:
+        usable = calibration_for(first.topology.chip.name, first.framework["calibration"]).usable_memory
+    capacity = (first.topology.chip.hbm_bytes or np.inf) * usable
     fits = [pair for pair in pairs if pair[1].peak_bytes <= capacity]
     chosen = min(fits or pairs, key=lambda pair: pair[1].step_seconds if fits else pair[1].peak_bytes)[0]
     regret = chosen.seconds / measured.min() - 1.0 if chosen.seconds else float("inf")
@@ -180,6 +187,31 @@ def _spread(runs: list[Run]) -> dict[str, float | int]:
         "equal_layouts": len(spreads),
         "equal_layouts_spread_median": float(np.median(spreads)),
         "equal_layouts_spread_worst": float(np.max(spreads)),
+    }
+
+
+def _inverted(runs: list[Run]) -> dict[str, float | int]:
+    """Return how often a layout takes less time for a larger batch: no model in which work costs does that.
+
+    Pairs of rows are alike in everything but the sequences of a microbatch; those are counted.
+    """
+    alike: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
+    for run in runs:
+        if run.seconds is not None:
+            key = (run.source, run.cell[:3], run.cell[4], sorted(run.layout.items(), key=repr), run.dtype)
+            alike[repr(key)].append((run.architecture.batch, run.seconds))
+    pairs = [
+        fewer[1] / more[1] - 1.0
+        for rows in alike.values()
+        for fewer, more in itertools.combinations(sorted(rows), 2)
+        if fewer[0] < more[0]
+    ]
+    if not pairs:
+        return {}
+    return {
+        "larger_batches": len(pairs),
+        "larger_batches_faster": sum(pair > 0.0 for pair in pairs),
+        "larger_batches_faster_worst": float(max(max(pairs), 0.0)),
     }
 
 

@@ -46,11 +46,12 @@ def groups(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
     found: dict[tuple[str, str], list[Run]] = collections.defaultdict(list)
     for run in runs:
         if run.seconds is not None:
-            found[_group(run)].append(run)
+            found[group(run)].append(run)
     return found
 
 
-def _group(run: Run) -> tuple[str, str]:
+def group(run: Run) -> tuple[str, str]:
+    """Return the (chip, framework) that a run is counted with."""
     return run.topology.chip.name, run.framework["calibration"]
 
 
@@ -148,9 +149,9 @@ def main(arguments: list[str]) -> int:
         before = error(samples, start)
         fitted = calibrate(samples, start, names, given.rounds)
         after = error(samples, fitted)
-        fitted = with_memory([run for run in runs if _is_like(_group(run), (chip, framework))], fitted)
+        fitted = with_memory([run for run in runs if _is_like(group(run), (chip, framework))], fitted)
         print(f"{chip}.{framework}: {len(samples)} rows, error {before:.3f} -> {after:.3f}", flush=True)
-        fitted = with_limit([run for run in runs if _group(run) == (chip, framework)], fitted)
+        fitted = with_limit([run for run in runs if group(run) == (chip, framework)], fitted)
         tables.setdefault(chip, {"default": calibration_for(chip)})[framework] = fitted
         write(_FILE, tables, _NOTE)
     return 0
