@@ -51,6 +51,8 @@ class Chip:
     """What one kernel gets of it unless a compiler option says otherwise."""
     attention_kernel: str | None = None
     """What carries out attention on it, of `planner/kernels.toml`; None leaves it to XLA."""
+    lanes: int = 1
+    """Elements of the rows of tiles that arrays lie in; a shorter last axis is padded to them."""
     clock_hz: float | None = None
     """Of one core, in which the compiler counts its cycles; two cores of a megacore work at once."""
 

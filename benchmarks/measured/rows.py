@@ -70,6 +70,9 @@ def parse(row: Mapping[str, str]) -> Run:
     architecture = read_shape(row)
     frameworks = _table("frameworks.toml")
     framework = {**frameworks["default"], **frameworks.get(row["framework"], {})}
+    replicated = framework.pop("replicated", {})
+    if row["fsdp_zero_stage"] in ("", "0") and not framework["zero"]:
+        framework |= replicated
     precision = row["precision"].lower()
     topology = _topology(row)
     low = "fp8" in precision or "float8" in precision or (not precision and _beyond_wide(row, topology))

@@ -29,7 +29,7 @@ def read_proof(
     *,
     topology: Topology,
     mesh: Mapping[str, int],
-    peak_bytes: float,
+    peak_bytes: float | None,
     memory: Mapping[str, float],
     compile_seconds: float,
     versions: Mapping[str, str],
@@ -43,7 +43,8 @@ def read_proof(
       text: of the optimised program, `compiled.as_text()`; scheduled, as accelerators' programs are.
       topology: what it was compiled for.
       mesh: axis → size; the program's devices are those of ``mesh.devices.flat``.
-      peak_bytes: the compiler's own figure, kept as it is.
+      peak_bytes: the compiler's own figure, kept as it is; None where it states none of the device's, and the
+        schedule's is taken.
       memory: bytes by what they are for, as `Proof.memory` has them.
       compile_seconds: how long the compiler took.
       versions: of what compiled it.
@@ -63,6 +64,8 @@ def read_proof(
     line = Timeline(program, found, sites, topology.chip, efficiencies, schedules)
     step = line.turn(program.entry)
     runs = weights(program, found, line.worst_branch)
+    held = memory_of(program, found, topology.chip.platform)
+    peak = held.peak_bytes if peak_bytes is None else peak_bytes
     evidence = Evidence(
         program=program,
         topology=topology,
@@ -70,15 +73,15 @@ def read_proof(
         loops=found,
         weights=runs,
         turns=line.turns,
-        memory=memory_of(program, found, topology.chip.platform),
-        peak_bytes=peak_bytes,
+        memory=held,
+        peak_bytes=peak,
         step_seconds=step.seconds,
         planned=planned,
     )
     return Proof(
         topology=str(topology),
         versions=dict(versions),
-        peak_bytes=peak_bytes,
+        peak_bytes=peak,
         step_seconds=step.seconds,
         compile_seconds=compile_seconds,
         time=dict(step.items),

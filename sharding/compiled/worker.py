@@ -30,6 +30,8 @@ _USED = re.compile(
 )
 # How JAX calls the arguments of a function that takes ``*args``.
 _ARGUMENT = re.compile(r"\bargs\[(\d+)\]")
+# By which share two sizes of one program may differ for alignment.
+_SLACK = 1e-3
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -109,16 +111,19 @@ def _named(text: str, arguments: Sequence[str]) -> str:
     return _ARGUMENT.sub(path, text)
 
 
-def _peak(sizes: Any, topology: Topology) -> float:
-    """Return the compiler's peak of a device's memory.
+def _peak(sizes: Any, topology: Topology) -> float | None:
+    """Return the compiler's peak of a device's memory; None where it states that of the host's.
 
     XLA's figure for GPUs holds what lies on the host too; there the sum of all arguments and temporaries,
-    which one allocation covers, is the device's share.
+    which one allocation covers, is the device's share. For TPUs it is that of the fullest memory, be it the
+    host's.
     """
-    held = memory_of(sizes)
-    if not topology.is_torus and held["host"] > 0:
+    held, stated = memory_of(sizes), float(sizes.peak_memory_in_bytes)
+    if held["host"] == 0:
+        return stated
+    if not topology.is_torus:
         return held["arguments"] + held["temporaries"] + held["outputs"]
-    return float(sizes.peak_memory_in_bytes)
+    return None if abs(stated - held["arguments"] - held["host"]) <= _SLACK * stated else stated
 
 
 def memory_of(sizes: Any) -> dict[str, float]:

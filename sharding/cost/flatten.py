@@ -38,6 +38,7 @@ _ALIASES = frozenset(
 class Value:
     """An array of the program: bytes for one run, dims, and what it comes from.
 
+    `width` is the length of rows that stay rows, a head's in an array of four or more axes; 0 of others.
     `parameter` is the index of the argument that it is a view of (a cast, a layer's slice), or -1; `source`
     the value that it stands for inside or outside of a loop, or -1; `call` the kernel that it is inside of,
     or -1.
@@ -55,6 +56,7 @@ class Value:
     source: int = -1
     core: bool = False
     call: int = -1
+    width: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -131,6 +133,7 @@ class _Reader:
                 core=len(flat) != sum(len(composition) for composition in dims)
                 and (self._call >= 0 or not self._kernels),
                 call=self._call,
+                width=shape[-1] if len(shape) >= 4 else 0,
             )
         )
         return len(self.values) - 1

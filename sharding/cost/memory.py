@@ -13,7 +13,7 @@ from .compute import kept_by
 from .exchange import Stored, parts
 from .pipeline import deal, in_flight
 from .placement import FORWARD, Placement
-from .profile import AFTER, BEFORE, LAYERS, Profile
+from .profile import AFTER, LAYERS, Profile
 from .recompute import Kept
 
 # Axes that cut what is passed on between layers and gather it where it is worked with.
@@ -24,11 +24,13 @@ _STREAM = ("tensor", "context")
 class Standing:
     """What a storage asks for whatever is kept or run again.
 
-    items: name → bytes [section]; gathered [section]: of parameters gathered at use.
+    items: name → bytes [section]; gathered: of a layer's parameters, gathered at use; after: of those the
+    loss uses, gathered, and of their gradient before it is reduced.
     """
 
     items: Mapping[str, np.ndarray]
-    gathered: np.ndarray
+    gathered: float
+    after: float
 
 
 def standing(
@@ -41,9 +43,11 @@ def standing(
     calibration: Calibration,
 ) -> Standing:
     """Return what `candidate` stores all through a step."""
+    gathered, after = _gathered(profile, placement, lying)
     return Standing(
         items=_state(profile, candidate, lying, slot_bytes, gradient_bytes, calibration.copy_bytes),
-        gathered=_gathered(profile, placement, candidate.mesh, lying),
+        gathered=gathered,
+        after=after,
     )
 
 
@@ -57,30 +61,34 @@ def peak_memory(
     """Return item → bytes on the fullest pipeline stage."""
     stages = candidate.mesh.get("stage", 1)
     dealt = deal(profile.layers, stages, profile.loss_layers if calibration.balanced_stages else 0.0)
-    saved, scratch = _activations(profile, candidate, work, kept_by(profile, candidate, calibration))
+    kept = kept_by(profile, candidate, calibration)
+    saved, scratch = _activations(profile, candidate, work, kept)
+    # What the loss used lies there until the layers' pass is over; where values come back from the host XLA
+    # runs a layer outside of the loop, and reduces the loss's gradients beside it.
+    lingering = 0.0 if kept.host.any() else stored.after
+    gathered = {LAYERS: stored.gathered + lingering, AFTER: stored.after}
     # All of it, whatever is worked through at a time.
     batch = work.batch * candidate.microbatches
     best: dict[str, float] = {}
     for stage in dict.fromkeys((0, stages - 1)):
         share = (dealt.last if stage == stages - 1 else dealt.most) / profile.layers
         first, last = float(stage == 0), float(stage == stages - 1)
-        items = {
-            name: float(row[BEFORE]) * first + float(row[LAYERS]) * share + float(row[AFTER]) * last
-            for name, row in stored.items.items()
-        }
+        here = np.array([first, share, last])
         held = in_flight(stage, stages, candidate.microbatches, candidate.schedule, candidate.interleave)
-        outside = float(saved[AFTER]) * last + float(saved[BEFORE]) * first
-        items["saved_activations"] = held * share * float(saved[LAYERS]) + outside
         # A layer's backward pass and that of the loss come one after the other.
-        passing = np.array([0.0, 1.0, last])
-        fullest = int(np.argmax((scratch + stored.gathered) * passing))
-        items["temporaries"] = float(scratch[fullest] * passing[fullest])
-        items["communication"] = float(stored.gathered[fullest] * passing[fullest])
-        items["batch"] = batch
-        counted = items["saved_activations"] + items["temporaries"] + items["communication"]
-        items["framework"] += calibration.reserved_bytes + calibration.memory_overhead * counted
-        if sum(items.values()) > sum(best.values()):
-            best = items
+        for phase in (LAYERS, AFTER) if last else (LAYERS,):
+            items = {name: float(row @ here) for name, row in stored.items.items()}
+            if phase == AFTER and candidate.microbatches == 1:
+                # Those of the layers are still to come.
+                items["gradients"] = float(stored.items["gradients"][AFTER])
+            items["saved_activations"] = float(saved @ (here * np.array([1.0, held, 1.0])))
+            items["temporaries"] = float(scratch[phase])
+            items["communication"] = gathered[phase] if last or phase == AFTER else stored.gathered
+            items["batch"] = batch
+            counted = items["saved_activations"] + items["temporaries"] + items["communication"]
+            items["framework"] += calibration.reserved_bytes + calibration.memory_overhead * counted
+            if sum(items.values()) > sum(best.values()):
+                best = items
     return best
 
 
@@ -124,9 +132,16 @@ class Worked:
 
 
 def worked(
-    profile: Profile, placement: Placement, mesh: Mapping[str, int], calibration: Calibration
+    profile: Profile,
+    placement: Placement,
+    mesh: Mapping[str, int],
+    calibration: Calibration,
+    lanes: int = 1,
 ) -> Worked:
-    """Return what `placement`'s values weigh, whatever is kept of them."""
+    """Return what `placement`'s values weigh, whatever is kept of them.
+
+    Rows of heads that are kept are padded to whole `lanes`.
+    """
     values = profile.values
     size = values.bytes * placement.value_fraction
     batch = float(size[list(profile.inputs)].sum())
@@ -149,7 +164,9 @@ def worked(
     rows = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else True
     fused = profile.saved.by_policy["none/fused"] & rows
     live = np.bincount(values.section, weights=used * fused, minlength=3)
-    return Worked(size=size, saved=size * values.runs, live=live, largest=largest, batch=batch)
+    rows = np.maximum(values.width, 1.0)
+    padded = np.where(values.width > 0, np.ceil(rows / lanes) * lanes / rows, 1.0)
+    return Worked(size=size, saved=size * padded * values.runs, live=live, largest=largest, batch=batch)
 
 
 def _activations(
@@ -166,19 +183,16 @@ def _activations(
     return saved, scratch
 
 
-def _gathered(profile: Profile, placement: Placement, mesh: Mapping[str, int], lying: Stored) -> np.ndarray:
-    """Return the bytes of gathered parameters by section: two layers' (one in use, one on its way).
+def _gathered(profile: Profile, placement: Placement, lying: Stored) -> tuple[float, float]:
+    """Return the bytes of one layer's gathered parameters, and of those that are used after the layers.
 
-    After the layers it is with the gradients before they are reduced.
+    The latter are held whole with their gradient, which is summed over the loss and then reduced.
     """
     table = profile.parameters
     extra = np.array([bool(s - c) for s, c in zip(lying.parameters, lying.computed, strict=True)], float)
     # Of layers one at a time; what stands outside is whole, however often it is used.
     turns = np.where(table.section == LAYERS, table.runs, 1.0)
     elements = table.elements * placement.parameter_fraction * extra / turns
-    both = np.bincount(table.section, weights=elements * table.used_bytes, minlength=3)
-    # What the loss uses is gathered and its gradient summed before the layers' pass, and reduced at the end.
-    after = float(elements @ (table.item_bytes * (table.after_bytes > 0)))
-    both[LAYERS] = 2.0 * both[LAYERS] + after
-    both[AFTER] = 2.0 * after
-    return both
+    layer = float(elements @ (table.used_bytes * (table.section == LAYERS)))
+    after = float(elements @ ((table.used_bytes + table.item_bytes) * (table.after_bytes > 0)))
+    return layer, after

@@ -30,6 +30,7 @@ class Values:
     core: np.ndarray
     section: np.ndarray
     runs: np.ndarray
+    width: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -187,6 +188,7 @@ def _values(flat: Flat, count: int) -> Values:
         core=np.array([v.core for v in values], bool),
         section=np.array([v.section for v in values], int),
         runs=np.array([v.trips for v in values], float),
+        width=np.array([v.width for v in values], float),
     )
 
 
