@@ -30,6 +30,8 @@ class Calibration:
     fused_residuals:       whether what is saved is what fused kernels read rather than each operation.
     reruns_layers:         whether all of a layer that is not kept is run again, needed or not.
     gathered_residuals:    whether what was gathered for a product is kept gathered for its gradient.
+    accumulates_in_place:  whether a microbatch's gradients are added up where they are made; otherwise those of
+                           one and their sum lie in memory.
     memory_efficiency:     of the HBM's rate, for elementwise work.
     loss_passes:           how often a loss that is no single kernel goes over the logits for each time that
                            one would.
@@ -71,6 +73,7 @@ class Calibration:
     fused_residuals: bool = False
     reruns_layers: bool = False
     gathered_residuals: bool = False
+    accumulates_in_place: bool = False
     memory_efficiency: float = 1.0
     loss_passes: float = 1.0
     loss_copies: float = 1.0

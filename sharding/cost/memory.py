@@ -13,7 +13,7 @@ from .compute import kept_by
 from .exchange import Stored, parts
 from .pipeline import deal, in_flight
 from .placement import FORWARD, Placement
-from .profile import AFTER, LAYERS, Profile
+from .profile import AFTER, BEFORE, LAYERS, Profile
 from .recompute import Kept
 
 # Axes that cut what is passed on between layers and gather it where it is worked with.
@@ -24,13 +24,28 @@ _STREAM = ("tensor", "context")
 class Standing:
     """What a storage asks for whatever is kept or run again.
 
-    items: name → bytes [section]; gathered: of a layer's parameters, gathered at use; after: of those the
-    loss uses, gathered, and of their gradient before it is reduced.
+    items: name → bytes [section]; layer: of one layer's parameters, gathered at use; after: of those the loss
+    uses, gathered, and of their gradient before it is reduced; before: of the gradient of those used before
+    the layers (a table of embeddings), and of its copy.
     """
 
     items: Mapping[str, np.ndarray]
-    gathered: float
+    layer: float
     after: float
+    before: float
+
+    def gathered(self, phase: int, *, last: bool, returning: bool) -> float:
+        """Return the bytes of whole parameters and gradients in the backward pass of a section.
+
+        What the loss used lingers until the layers are done, on the `last` stage; where values are
+        `returning` from the host, XLA reduces it before the layers.
+        """
+        after = self.after if last else 0.0
+        if phase == AFTER:
+            return after
+        if phase == BEFORE:
+            return self.before + after
+        return self.layer + (0.0 if returning else after)
 
 
 def standing(
@@ -43,11 +58,12 @@ def standing(
     calibration: Calibration,
 ) -> Standing:
     """Return what `candidate` stores all through a step."""
-    gathered, after = _gathered(profile, placement, lying)
+    layer, after, before = _gathered(profile, placement, lying)
     return Standing(
         items=_state(profile, candidate, lying, slot_bytes, gradient_bytes, calibration.copy_bytes),
-        gathered=gathered,
+        layer=layer,
         after=after,
+        before=before,
     )
 
 
@@ -63,27 +79,29 @@ def peak_memory(
     dealt = deal(profile.layers, stages, profile.loss_layers if calibration.balanced_stages else 0.0)
     kept = kept_by(profile, candidate, calibration)
     saved, scratch = _activations(profile, candidate, work, kept)
-    # What the loss used lies there until the layers' pass is over; where values come back from the host XLA
-    # runs a layer outside of the loop, and reduces the loss's gradients beside it.
-    lingering = 0.0 if kept.host.any() else stored.after
-    gathered = {LAYERS: stored.gathered + lingering, AFTER: stored.after}
+    returning = bool(kept.host.any())
     # All of it, whatever is worked through at a time.
     batch = work.batch * candidate.microbatches
     best: dict[str, float] = {}
     for stage in dict.fromkeys((0, stages - 1)):
         share = (dealt.last if stage == stages - 1 else dealt.most) / profile.layers
-        first, last = float(stage == 0), float(stage == stages - 1)
-        here = np.array([first, share, last])
+        first, last = stage == 0, stage == stages - 1
+        here = np.array([float(first), share, float(last)])
         held = in_flight(stage, stages, candidate.microbatches, candidate.schedule, candidate.interleave)
-        # A layer's backward pass and that of the loss come one after the other.
-        for phase in (LAYERS, AFTER) if last else (LAYERS,):
+        holding = saved * here * np.array([1.0, held, 1.0])
+        # The backward passes of the loss, the layers and what comes before them follow one another.
+        for phase in [AFTER] * last + [LAYERS] + [BEFORE] * first:
             items = {name: float(row @ here) for name, row in stored.items.items()}
             if phase == AFTER and candidate.microbatches == 1:
                 # Those of the layers are still to come.
                 items["gradients"] = float(stored.items["gradients"][AFTER])
-            items["saved_activations"] = float(saved @ (here * np.array([1.0, held, 1.0])))
-            items["temporaries"] = float(scratch[phase])
-            items["communication"] = gathered[phase] if last or phase == AFTER else stored.gathered
+            elif phase != AFTER and candidate.microbatches > 1 and not calibration.accumulates_in_place:
+                items["gradients"] *= 2.0
+            items["saved_activations"] = float(holding[: phase + 1].sum())
+            # XLA runs the last layer to come back from the host outside of the loop, beside what follows.
+            beside = scratch[LAYERS] if returning else 0.0
+            items["temporaries"] = float(beside if phase == BEFORE else scratch[phase])
+            items["communication"] = stored.gathered(phase, last=last, returning=returning)
             items["batch"] = batch
             counted = items["saved_activations"] + items["temporaries"] + items["communication"]
             items["framework"] += calibration.reserved_bytes + calibration.memory_overhead * counted
@@ -183,11 +201,8 @@ def _activations(
     return saved, scratch
 
 
-def _gathered(profile: Profile, placement: Placement, lying: Stored) -> tuple[float, float]:
-    """Return the bytes of one layer's gathered parameters, and of those that are used after the layers.
-
-    The latter are held whole with their gradient, which is summed over the loss and then reduced.
-    """
+def _gathered(profile: Profile, placement: Placement, lying: Stored) -> tuple[float, float, float]:
+    """Return the bytes of `Standing`'s layer, after and before."""
     table = profile.parameters
     extra = np.array([bool(s - c) for s, c in zip(lying.parameters, lying.computed, strict=True)], float)
     # Of layers one at a time; what stands outside is whole, however often it is used.
@@ -195,4 +210,5 @@ def _gathered(profile: Profile, placement: Placement, lying: Stored) -> tuple[fl
     elements = table.elements * placement.parameter_fraction * extra / turns
     layer = float(elements @ (table.used_bytes * (table.section == LAYERS)))
     after = float(elements @ ((table.used_bytes + table.item_bytes) * (table.after_bytes > 0)))
-    return layer, after
+    before = float(elements @ (2.0 * table.used_bytes * (table.section == BEFORE)))
+    return layer, after, before
