@@ -30,8 +30,8 @@ class Calibration:
     fused_residuals:       whether what is saved is what fused kernels read rather than each operation.
     reruns_layers:         whether all of a layer that is not kept is run again, needed or not.
     gathered_residuals:    whether what was gathered for a product is kept gathered for its gradient.
-    accumulates_in_place:  whether a microbatch's gradients are added up where they are made; otherwise those of
-                           one and their sum lie in memory.
+    accumulates_in_place:  whether a microbatch's gradients are added up where they are made; otherwise those
+                           of one and their sum lie in memory.
     memory_efficiency:     of the HBM's rate, for elementwise work.
     loss_passes:           how often a loss that is no single kernel goes over the logits for each time that
                            one would.
@@ -58,6 +58,8 @@ class Calibration:
                            gradient and the optimizer's arrays: buckets, flat copies.
     memory_overhead:       bytes over those counted of what comes and goes within a step, as a share: what an
                            allocator cannot use again.
+    fragmentation:         places that an allocator leaves free between arrays, as a share of what comes and
+                           goes within a step; they are needed and hold nothing.
     usable_memory:         of a device's memory, before what allocates it thrashes or gives up.
     reserved_bytes:        what the framework holds on each device besides.
     """
@@ -99,6 +101,7 @@ class Calibration:
     copy_bytes: float = 0.0
     memory_overhead: float = 0.0
     reserved_bytes: float = 0.0
+    fragmentation: float = 0.0
     usable_memory: float = 1.0
 
     def __post_init__(self) -> None:

@@ -32,7 +32,8 @@ class Estimate:
 
     mfu is the share of the chip's peak that the program's own flops, forward and backward without
     recomputation, come to. The items of `time` (seconds) and `memory` (bytes) add up to `step_seconds` and
-    `peak_bytes`.
+    `peak_bytes`. `heap_bytes` is what arrays of that peak are laid out in, with the places between them that
+    stay free; None where there are none.
     """
 
     step_seconds: float
@@ -40,6 +41,12 @@ class Estimate:
     peak_bytes: float
     time: Mapping[str, float]
     memory: Mapping[str, float]
+    heap_bytes: float | None = None
+
+    @property
+    def needed_bytes(self) -> float:
+        """Bytes that a device must offer."""
+        return self.peak_bytes if self.heap_bytes is None else self.heap_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as plain values."""
@@ -49,6 +56,7 @@ class Estimate:
             "peak_bytes": self.peak_bytes,
             "time": dict(self.time),
             "memory": dict(self.memory),
+            "heap_bytes": self.heap_bytes,
         }
 
 
@@ -111,13 +119,18 @@ class Pricer:
             peak_bytes=sum(memory.values()),
             time=time,
             memory=memory,
+            heap_bytes=self._heap(memory) if self.calibration.fragmentation else None,
         )
 
-    def peak_bytes(self, candidate: Candidate) -> float:
-        """Return the peak memory that `price` would give, without what the step takes."""
+    def needed_bytes(self, candidate: Candidate) -> float:
+        """Return the memory that `price` would say is needed, without what the step takes."""
         if self._other is not None and (other := self._other(candidate)) is not None:
-            return other.peak_bytes(candidate)
-        return sum(self.memory(candidate, self.place(candidate), self._lying(candidate)).values())
+            return other.needed_bytes(candidate)
+        return self._heap(self.memory(candidate, self.place(candidate), self._lying(candidate)))
+
+    def _heap(self, memory: Mapping[str, float]) -> float:
+        passing = memory["temporaries"] + memory["communication"]
+        return sum(memory.values()) + self.calibration.fragmentation * passing
 
     def _lying(self, candidate: Candidate) -> Stored:
         """Return where everything is stored; candidates made of one another share their storage."""

@@ -25,7 +25,7 @@ _LEAST_BATCH = 64
 def nothing_fits(problem: Problem, topology: Topology, declared: Declared, answer: Answer) -> str:
     """Return the sentence for a problem whose every layout is too large for a device's memory."""
     nearest = answer.found.misfits[0]
-    over = nearest.estimate.peak_bytes - answer.capacity_bytes
+    over = nearest.estimate.needed_bytes - answer.capacity_bytes
     one = nearest.candidate
     item, size = max(nearest.estimate.memory.items(), key=lambda row: row[1])
     fixes = [
@@ -39,7 +39,7 @@ def nothing_fits(problem: Problem, topology: Topology, declared: Declared, answe
         if fix
     ]
     layout = layout_in_words(one.mesh, one.remat, one.microbatches, one.saved)
-    needs = f"{gib(nearest.estimate.peak_bytes)} of a device's {gib(answer.capacity_bytes)}"
+    needs = f"{gib(nearest.estimate.needed_bytes)} of a device's {gib(answer.capacity_bytes)}"
     advice = (
         f"what fits: {', or '.join(fixes)}" if fixes else "no larger slice, smaller batch or bfloat16 does"
     )

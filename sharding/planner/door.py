@@ -195,7 +195,7 @@ class Problem:
         elements = sum(math.prod(argument.shape) for argument in program.parameters)
         slots = pricer.slot_bytes * elements / max(sum(sizes.values()), 1)
         stored = stored_bytes(sizes, slots) if topology.chip.nominal else None
-        found = search(offered, pricer.price, capacity, size=pricer.peak_bytes, stored=stored)
+        found = search(offered, pricer.price, capacity, size=pricer.needed_bytes, stored=stored)
         return Answer(program=program, space=offered, found=found, capacity_bytes=capacity, stored=stored)
 
 

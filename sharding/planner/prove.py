@@ -81,7 +81,7 @@ def _candidates(plan: Plan, attempts: Sequence[Attempt]) -> Iterator[Plan]:
         too_large = last.outcome == "out_of_memory" and last.peak_bytes > 0
         if too_large and estimate is not None and rounds < _ROUNDS:
             rounds += 1
-            underestimated = last.peak_bytes / estimate.peak_bytes
+            underestimated = last.peak_bytes / estimate.needed_bytes
             offered = last.capacity_bytes / search.answer.capacity_bytes
             search = search.with_memory(min(_MARGIN, _MARGIN * offered / underestimated))
         found = search.answer.found

@@ -63,7 +63,7 @@ def misfit(one: Priced, capacity_bytes: float) -> str:
     """Say by how much a layout at its smallest does not fit, and what takes most."""
     item, size = max(one.estimate.memory.items(), key=lambda row: row[1])
     return (
-        f"does not fit: {gib(one.estimate.peak_bytes)} of {gib(capacity_bytes)} a device even with "
+        f"does not fit: {gib(one.estimate.needed_bytes)} of {gib(capacity_bytes)} a device even with "
         f"{remat_in_words(one.candidate.remat, one.candidate.saved)} and "
         f"microbatches={one.candidate.microbatches}; {item} takes {gib(size)}"
     )

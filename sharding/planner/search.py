@@ -91,7 +91,7 @@ def search(
         each_size: also return the best for every size of every mesh axis, or a bound on it where that is far
             from the best of all.
     """
-    sized = size or (lambda candidate: price(candidate).peak_bytes)
+    sized = size or (lambda candidate: price(candidate).needed_bytes)
     searching = _Search(space, price, sized, capacity_bytes, stored or (lambda _: 0.0))
     ranked = list(itertools.islice(searching.ranked(range(len(space.layouts))), 1 + runners_up))
     if ranked and each_size:
@@ -253,10 +253,9 @@ class _Search:
         if key not in self._seen:
             candidate = self._candidate(*key)
             estimate = self._price(candidate)
-            self._sizes[key] = estimate.peak_bytes
-            self._seen[key] = Priced(
-                candidate=candidate, estimate=estimate, fits=bool(estimate.peak_bytes <= self._capacity)
-            )
+            self._sizes[key] = estimate.needed_bytes
+            fits = bool(estimate.needed_bytes <= self._capacity)
+            self._seen[key] = Priced(candidate=candidate, estimate=estimate, fits=fits)
         return self._seen[key]
 
 

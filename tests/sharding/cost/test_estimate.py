@@ -165,7 +165,7 @@ def test_the_peak_alone_is_what_the_price_says(program, pricer):
     dims = at(program, batch=("data",), mlp=("tensor",))
     for remat in ("none", "full"):
         candidate = Candidate(mesh={"data": 2, "tensor": 4}, dims=dims, remat=remat, microbatches=2)
-        assert pricer.peak_bytes(candidate) == pytest.approx(pricer.price(candidate).peak_bytes)
+        assert pricer.needed_bytes(candidate) == pytest.approx(pricer.price(candidate).needed_bytes)
 
 
 def test_an_optimizers_shares_hide_apart_from_whole_gradients(program):
