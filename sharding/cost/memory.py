@@ -26,13 +26,14 @@ class Standing:
 
     items: name → bytes [section]; layer: of one layer's parameters, gathered at use; after: of those the loss
     uses, gathered, and of their gradient before it is reduced; before: of the gradient of those used before
-    the layers (a table of embeddings), and of its copy.
+    the layers (a table of embeddings), and of its copy; sent: of what goes to other slices.
     """
 
     items: Mapping[str, np.ndarray]
     layer: float
     after: float
     before: float
+    sent: float
 
     def gathered(self, phase: int, *, last: bool, returning: bool) -> float:
         """Return the bytes of whole parameters and gradients in the backward pass of a section.
@@ -40,12 +41,12 @@ class Standing:
         What the loss used lingers until the layers are done, on the `last` stage; where values are
         `returning` from the host, XLA reduces it before the layers.
         """
-        after = self.after if last else 0.0
+        after = self.sent + (self.after if last else 0.0)
         if phase == AFTER:
             return after
         if phase == BEFORE:
             return self.before + after
-        return self.layer + (0.0 if returning else after)
+        return self.layer + (self.sent if returning else after)
 
 
 def standing(
@@ -56,14 +57,19 @@ def standing(
     slot_bytes: float,
     gradient_bytes: float | None,
     calibration: Calibration,
+    slices: int = 1,
 ) -> Standing:
-    """Return what `candidate` stores all through a step."""
+    """Return what `candidate` stores all through a step on so many `slices`."""
     layer, after, before = _gathered(profile, placement, lying)
+    items = _state(profile, candidate, lying, slot_bytes, gradient_bytes, calibration.copy_bytes)
+    # What a slice sends to the others lies in buffers that nothing else uses: its part of each gradient.
+    sent = float(items["gradients"].sum()) / slices if slices > 1 else 0.0
     return Standing(
-        items=_state(profile, candidate, lying, slot_bytes, gradient_bytes, calibration.copy_bytes),
+        items=items,
         layer=layer,
         after=after,
         before=before,
+        sent=sent,
     )
 
 

@@ -203,14 +203,23 @@ class _Search:
             each = ((layout, remat, part) for remat in ladder for part in range(count))
             yield from (self._at(*place) for place in each if self._fits(*place))
             return
-        rung, part = ladder.start, count
-        while part > 0 and rung < ladder.stop:
+        # With more than one microbatch their gradients lie beside their sum: only among those is more less.
+        for parts in (range(min(count, 1)), range(1, count)):
+            yield from self._stairs(layout, ladder, parts)
+
+    def _stairs(self, layout: int, ladder: range, parts: range) -> Iterator[Priced]:
+        """Yield what `_descend` does of numbers of microbatches of which each takes less than the one before."""
+        rung, part = ladder.start, parts.stop
+        while part > parts.start and rung < ladder.stop:
             rungs = range(rung, ladder.stop)
             rung += bisect.bisect_left(rungs, True, key=lambda r, p=part - 1: self._fits(layout, r, p))
             if rung == ladder.stop:
                 return
-            part = bisect.bisect_left(range(part - 1), True, key=lambda p, r=rung: self._fits(layout, r, p))
-            yield from self._while_faster([(layout, rung, p) for p in range(part, count)])
+            fewer = range(parts.start, part - 1)
+            part = fewer.start + bisect.bisect_left(
+                fewer, True, key=lambda p, r=rung: self._fits(layout, r, p)
+            )
+            yield from self._while_faster([(layout, rung, p) for p in range(part, parts.stop)])
             yield from self._while_faster([(layout, r, part) for r in range(rung, ladder.stop)])
 
     def _while_faster(self, places: Sequence[tuple[int, int, int]]) -> Iterator[Priced]:
@@ -225,11 +234,12 @@ class _Search:
                 yield one
 
     def _can_fit(self, layout: int, ends: list[int]) -> bool:
-        """Whether the layout fits when it keeps least and takes the batch in the most parts."""
+        """Whether the layout fits when it keeps least and takes the batch in the most parts, or in one."""
         if layout in self._hopeless:
             return False
         last = len(self._space.parts(self._space.layouts[layout])) - 1
-        smallest = min(((layout, end, last) for end in ends), key=lambda place: self._sized(*place))
+        places = [(layout, end, part) for end in ends for part in {0, last}]
+        smallest = min(places, key=lambda place: self._sized(*place))
         fits = self._fits(*smallest)
         if not fits:
             self._hopeless[layout] = smallest

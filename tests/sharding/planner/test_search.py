@@ -45,15 +45,17 @@ def layout_of(candidate: Candidate) -> Any:
 def test_it_finds_what_brute_force_finds(name: str, topology: str, mesh: dict[str, int]) -> None:
     offered, pricer = problem(name, topology, mesh=mesh)
     priced = [(candidate, pricer.price(candidate)) for candidate in offered.candidates()]
-    sizes = sorted(estimate.peak_bytes for _, estimate in priced)
+    sizes = sorted(estimate.needed_bytes for _, estimate in priced)
     for share in (0.0, 0.05, 0.3, 0.7, 1.0):
         capacity = sizes[int(share * (len(sizes) - 1))]
         fitting = [
             (estimate.step_seconds, candidate)
             for candidate, estimate in priced
-            if estimate.peak_bytes <= capacity
+            if estimate.needed_bytes <= capacity
         ]
-        found = search(offered, pricer.price, capacity, size=pricer.peak_bytes, runners_up=3, each_size=False)
+        found = search(
+            offered, pricer.price, capacity, size=pricer.needed_bytes, runners_up=3, each_size=False
+        )
         assert found.best is not None
         assert found.best.estimate.step_seconds == min(seconds for seconds, _ in fitting)
         # Runners-up are the best of other layouts, in order.
@@ -69,11 +71,11 @@ def test_it_finds_what_brute_force_finds(name: str, topology: str, mesh: dict[st
 
 def test_it_says_what_does_not_fit_and_by_how_much() -> None:
     offered, pricer = problem("state_space", "v5e:2x2")
-    smallest = min(pricer.price(candidate).peak_bytes for candidate in offered.candidates())
+    smallest = min(pricer.price(candidate).needed_bytes for candidate in offered.candidates())
     found = search(offered, pricer.price, smallest - 1)
     assert found.best is None
     assert found.others == ()
-    assert found.misfits[0].estimate.peak_bytes == smallest
+    assert found.misfits[0].estimate.needed_bytes == smallest
 
 
 def test_every_size_of_every_axis_is_accounted_for() -> None:
