@@ -1,7 +1,8 @@
-"""Plan, prove and write what stands in configs/plans: `python benchmarks/ship_plans.py [--only WORD]`.
+"""Plan, prove and write configs/plans: `python benchmarks/ship_plans.py [--only WORD] [--top N]`.
 
 Each config is planned for each of its slices, compiled whole by the real compiler and saved with its proof,
-as CONFIG.TOPOLOGY.plan.json. A config is trained by one with `plan=configs/plans/…`.
+as CONFIG.TOPOLOGY.plan.json; with --top N it is the fastest of so many by the compiler's word. A config is
+trained by one with `plan=configs/plans/…`.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="plans whose file's name contains this")
-    only, failed = parser.parse_args().only, 0
+    parser.add_argument("--top", type=int, default=1, help="plans to compile and choose from")
+    given = parser.parse_args()
+    only, failed = given.only, 0
     for config, topologies in SHIPPED.items():
         for topology in topologies:
             path = path_of(config, topology)
             if only not in path.name:
                 continue
             try:
-                made = (
-                    plan_config(load(_CONFIGS / f"{config}.yaml", [f"topology={topology}"])).verified().plan
-                )
+                planned = plan_config(load(_CONFIGS / f"{config}.yaml", [f"topology={topology}"]))
+                made = planned.verified(given.top).plan
             except UserError as error:
                 failed += 1
                 print(f"{path.name}: {error}", flush=True)

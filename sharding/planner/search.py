@@ -208,7 +208,7 @@ class _Search:
             yield from self._stairs(layout, ladder, parts)
 
     def _stairs(self, layout: int, ladder: range, parts: range) -> Iterator[Priced]:
-        """Yield what `_descend` does of numbers of microbatches of which each takes less than the one before."""
+        """Yield what `_descend` does of `parts`, each of which takes less than the one before."""
         rung, part = ladder.start, parts.stop
         while part > parts.start and rung < ladder.stop:
             rungs = range(rung, ladder.stop)
