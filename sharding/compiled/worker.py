@@ -91,7 +91,7 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
         _named(text, request["arguments"]),
         topology=topology,
         mesh=plan.mesh,
-        peak_bytes=_peak(sizes, topology),
+        peak_bytes=peak_of(sizes, topology),
         memory=memory_of(sizes),
         compile_seconds=seconds,
         versions=request["versions"],
@@ -111,7 +111,7 @@ def _named(text: str, arguments: Sequence[str]) -> str:
     return _ARGUMENT.sub(path, text)
 
 
-def _peak(sizes: Any, topology: Topology) -> float | None:
+def peak_of(sizes: Any, topology: Topology) -> float | None:
     """Return the compiler's peak of a device's memory; None where it states that of the host's.
 
     XLA's figure for GPUs holds what lies on the host too; there the sum of all arguments and temporaries,

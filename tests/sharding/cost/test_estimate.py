@@ -199,3 +199,44 @@ def test_products_that_matrix_units_cannot_read_whole_are_slower():
 
     assert seconds(4104, 0.1) == pytest.approx(seconds(4104, 1.0))
     assert seconds(4100, 0.1) == pytest.approx(10 * seconds(4100, 1.0))
+
+
+def test_places_that_stay_free_are_needed_but_not_in_the_peak(program):
+    calibration = dataclasses.replace(PERFECT, fragmentation=0.5)
+    candidate = Candidate(mesh={"fsdp": 8}, dims=at(program, batch=("fsdp",)), stored=stored_over("fsdp"))
+    plain = Pricer(program, TOPOLOGY, calibration=PERFECT).price(candidate)
+    found = Pricer(program, TOPOLOGY, calibration=calibration).price(candidate)
+    assert (found.peak_bytes, plain.needed_bytes) == (plain.peak_bytes, plain.peak_bytes)
+    passing = found.memory["temporaries"] + found.memory["communication"]
+    assert found.needed_bytes == pytest.approx(found.peak_bytes + passing / 2)
+
+
+def test_gradients_summed_in_place_take_no_more_for_more_microbatches(program):
+    candidate = Candidate(mesh={"data": 8}, dims=at(program, batch=("data",)), microbatches=2)
+    gradients = [
+        Pricer(program, TOPOLOGY, calibration=dataclasses.replace(PERFECT, accumulates_in_place=inside))
+        .price(candidate)
+        .memory["gradients"]
+        for inside in (True, False)
+    ]
+    assert gradients == pytest.approx([2 * WEIGHTS, 2 * 2 * WEIGHTS])
+
+
+def test_rows_of_heads_that_are_kept_fill_whole_tiles():
+    def loss(params, batch):
+        def layer(x, w):
+            heads = jnp.tanh((x @ w).reshape(4, 32, 2, 64))
+            return jnp.sin(heads).reshape(4, 32, 128), None
+
+        return jnp.sum(jax.lax.scan(layer, batch, params)[0])
+
+    shape = jax.ShapeDtypeStruct
+    program = trace(loss, shape((LAYERS, 128, 128), jnp.bfloat16), shape((4, 32, 128), jnp.bfloat16))
+    kept = [
+        Pricer(program, Topology.parse(where), calibration=PERFECT)
+        .price(Candidate(mesh={}, dims={}))
+        .memory["saved_activations"]
+        for where in ("v5e:1x1", "h100:1")
+    ]
+    # A tile's row has 128 elements, a head's 64: of what tanh gives, and its gradient's factor, half is empty.
+    assert kept[0] - kept[1] == pytest.approx(2 * LAYERS * 4 * 32 * 128 * 2)
