@@ -238,5 +238,5 @@ def test_rows_of_heads_that_are_kept_fill_whole_tiles():
         .memory["saved_activations"]
         for where in ("v5e:1x1", "h100:1")
     ]
-    # A tile's row has 128 elements, a head's 64: of what tanh gives, and its gradient's factor, half is empty.
+    # A tile's row has 128 elements, a head's 64: half of what tanh gives, and of its factor, is empty.
     assert kept[0] - kept[1] == pytest.approx(2 * LAYERS * 4 * 32 * 128 * 2)
