@@ -34,7 +34,11 @@ _GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One compiled plan of the grid; `error` is (estimated - compiled) / compiled of the peak."""
+    """One compiled plan of the grid; `error` is (estimated - compiled) / compiled of the peak.
+
+    Of what is too large the compiler states what its heap would need, which is compared with what the
+    estimate says of that.
+    """
 
     model: str
     topology: str
@@ -88,7 +92,9 @@ def measure(cell: Mapping[str, Any], declared: Mapping[str, Any]) -> Row:
         first_choice=not declared,
         layout=layout_in_words(made.mesh, made.remat, made.microbatches, made.saved),
         outcome=verdict.outcome,
-        estimated_peak_bytes=made.estimate.peak_bytes,
+        estimated_peak_bytes=(
+            made.estimate.needed_bytes if verdict.outcome == "out_of_memory" else made.estimate.peak_bytes
+        ),
         compiled_peak_bytes=verdict.peak_bytes,
         estimated_seconds=made.estimate.step_seconds,
         compiled_seconds=0.0 if proof is None else proof.step_seconds,

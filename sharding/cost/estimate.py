@@ -168,7 +168,7 @@ class Pricer:
                 self.slot_bytes,
                 self.gradient_bytes,
                 self.calibration,
-                self.topology.num_slices,
+                self.topology,
             )
             known = _remembered(self._standing, key, (found, (lying, self.calibration)))
         layers = self._worked.get(key := (id(placement), id(self.calibration)))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..topology import Topology
 from .calibration import Calibration
 from .candidate import Candidate
 from .compute import kept_by
@@ -27,6 +28,7 @@ class Standing:
     items: name → bytes [section]; layer: of one layer's parameters, gathered at use; after: of those the loss
     uses, gathered, and of their gradient before it is reduced; before: of the gradient of those used before
     the layers (a table of embeddings), and of its copy; sent: of what goes to other slices.
+    `peels` tells that the compiler runs the last layer to come back from the host outside of the loop.
     """
 
     items: Mapping[str, np.ndarray]
@@ -34,6 +36,7 @@ class Standing:
     after: float
     before: float
     sent: float
+    peels: bool
 
     def gathered(self, phase: int, *, last: bool, returning: bool) -> float:
         """Return the bytes of whole parameters and gradients in the backward pass of a section.
@@ -57,19 +60,20 @@ def standing(
     slot_bytes: float,
     gradient_bytes: float | None,
     calibration: Calibration,
-    slices: int = 1,
+    topology: Topology,
 ) -> Standing:
-    """Return what `candidate` stores all through a step on so many `slices`."""
+    """Return what `candidate` stores all through a step on `topology`."""
     layer, after, before = _gathered(profile, placement, lying)
     items = _state(profile, candidate, lying, slot_bytes, gradient_bytes, calibration.copy_bytes)
     # What a slice sends to the others lies in buffers that nothing else uses: its part of each gradient.
-    sent = float(items["gradients"].sum()) / slices if slices > 1 else 0.0
+    sent = float(items["gradients"].sum()) / topology.num_slices if topology.num_slices > 1 else 0.0
     return Standing(
         items=items,
         layer=layer,
         after=after,
         before=before,
         sent=sent,
+        peels=topology.chip.platform == "tpu",
     )
 
 
@@ -85,7 +89,7 @@ def peak_memory(
     dealt = deal(profile.layers, stages, profile.loss_layers if calibration.balanced_stages else 0.0)
     kept = kept_by(profile, candidate, calibration)
     saved, scratch = _activations(profile, candidate, work, kept)
-    returning = bool(kept.host.any())
+    returning = stored.peels and bool(kept.host.any())
     # All of it, whatever is worked through at a time.
     batch = work.batch * candidate.microbatches
     best: dict[str, float] = {}
@@ -103,8 +107,10 @@ def peak_memory(
                 items["gradients"] = float(stored.items["gradients"][AFTER])
             elif phase != AFTER and candidate.microbatches > 1 and not calibration.accumulates_in_place:
                 items["gradients"] *= 2.0
-            items["saved_activations"] = float(holding[: phase + 1].sum())
-            # XLA runs the last layer to come back from the host outside of the loop, beside what follows.
+            # A layer that runs outside of the loop does so beside what follows, and in a loop over
+            # microbatches keeps the others' values there.
+            lasting = LAYERS if phase == BEFORE and returning and candidate.microbatches > 1 else phase
+            items["saved_activations"] = float(holding[: lasting + 1].sum())
             beside = scratch[LAYERS] if returning else 0.0
             items["temporaries"] = float(beside if phase == BEFORE else scratch[phase])
             items["communication"] = stored.gathered(phase, last=last, returning=returning)
