@@ -37,7 +37,7 @@ def test_json_has_what_was_promised(small_config: pathlib.Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert {"topology", "mesh", "specs", "estimate", "alternatives", "planning_seconds"} <= set(found)
-    assert set(found["estimate"]) == {"step_seconds", "mfu", "peak_bytes", "time", "memory"}
+    assert set(found["estimate"]) == {"step_seconds", "mfu", "peak_bytes", "time", "memory", "heap_bytes"}
     assert found["topology"] == "v5e:2x4"
     assert found["planning_seconds"] > 0
     assert "tensor=2" in found["why"]
