@@ -35,7 +35,9 @@ _SLOW = 2.0
 _NOTE = """Efficiencies that datasheets do not give, for each chip under each framework; see calibration.py.
 Fitted by benchmarks/calibrate.py to measured_runs.csv and measured_sweeps.csv; which attention kernel a
 framework runs and what it saves are facts of the framework, set by hand. What hides sending values to the
-host, and what is left free of a device's memory, are as compiled programs show (benchmarks/compiled.py)."""
+host, and what is left free of a device's memory, are as compiled programs show (benchmarks/compiled.py).
+a100.deepspeed-replicated was fitted together with a100.megatron-deepspeed, before they were told apart, and
+kept: of five fits it chose best on the rows it was fitted to, by ties that other fits break otherwise."""
 
 # A layout so much slower than the best of its cell counts less: a choice is among the fast ones.
 _SLOWER = 0.5
