@@ -191,7 +191,7 @@ def _spread(runs: list[Run]) -> dict[str, float | int]:
 
 
 def _inverted(runs: list[Run]) -> dict[str, float | int]:
-    """Return how often a layout takes less time for a larger batch: no model in which work costs does that.
+    """Return how often a layout takes less time for a larger batch, as no model says in which work costs.
 
     Pairs of rows are alike in everything but the sequences of a microbatch; those are counted.
     """

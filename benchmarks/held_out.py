@@ -32,7 +32,7 @@ def neutral(chip: str, framework: str) -> Calibration:
     A share lies in the middle of what is possible; seconds, where something shows of them: at their least,
     a fit sees no slope.
     """
-    known, default = calibration_for(chip, framework), calibration_for("none")
+    known, default = calibration_for(chip, framework), calibration_for("default")
     middle = {name: getattr(default, name) for name in RANGES}
     for name, (low, high) in RANGES.items():
         if name.endswith("_seconds"):

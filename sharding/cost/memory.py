@@ -194,8 +194,8 @@ def worked(
     rows = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else True
     fused = profile.saved.by_policy["none/fused"] & rows
     live = np.bincount(values.section, weights=used * fused, minlength=3)
-    rows = np.maximum(values.width, 1.0)
-    padded = np.where(values.width > 0, np.ceil(rows / lanes) * lanes / rows, 1.0)
+    width = np.maximum(values.width, 1.0)
+    padded = np.where(values.width > 0, np.ceil(width / lanes) * lanes / width, 1.0)
     return Worked(size=size, saved=size * padded * values.runs, live=live, largest=largest, batch=batch)
 
 

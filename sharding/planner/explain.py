@@ -51,6 +51,8 @@ def _whole(plan: Plan) -> str:
             + _items(estimate.time, seconds)
         )
         lines.append(f"a device holds {gib(estimate.peak_bytes)} at most: {_items(estimate.memory, gib)}")
+        if estimate.heap_bytes is not None:
+            lines.append(f"laid out with free places between, that needs {gib(estimate.heap_bytes)} of it")
     lines += proved.of_plan(plan)
     lines += [f"not {_name(other)}: {other.lost}" for other in distinct(plan.alternatives)[:_SHOWN]]
     return "\n".join([*lines, *plan.notes])

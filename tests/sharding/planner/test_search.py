@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -76,6 +77,20 @@ def test_it_says_what_does_not_fit_and_by_how_much() -> None:
     assert found.best is None
     assert found.others == ()
     assert found.misfits[0].estimate.needed_bytes == smallest
+
+
+def test_what_fits_in_one_microbatch_alone_is_found() -> None:
+    """Where a microbatch's gradients lie beside their sum, one microbatch may take less than many."""
+    offered, pricer = problem("state_space", "h100:4")
+
+    def price(candidate: Candidate) -> Estimate:
+        least = candidate.microbatches == 1 and candidate.remat == "full"
+        return dataclasses.replace(pricer.price(candidate), peak_bytes=1.0 if least else 2.0)
+
+    assert any(candidate.microbatches > 1 for candidate in offered.candidates())
+    found = search(offered, price, 1.0)
+    assert found.best is not None
+    assert (found.best.candidate.microbatches, found.best.candidate.remat) == (1, "full")
 
 
 def test_every_size_of_every_axis_is_accounted_for() -> None:
