@@ -32,6 +32,13 @@ from meshwright.sharding.cost.calibration import calibration_for
 _DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 
+def csv_file(text: str) -> Path:
+    """Return the path of a CSV that an argument names, or say that there is none."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"no file {text}")
+    return Path(text)
+
+
 def pricer(run: Run, calibration: str | None = None) -> Pricer:
     """Return what prices the layouts of `run`'s program on its topology."""
     facts = run.framework

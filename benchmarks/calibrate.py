@@ -14,7 +14,7 @@ import random
 import sys
 from pathlib import Path
 
-from accuracy import _DATA, pricer
+from accuracy import _DATA, pricer, csv_file
 from measured.layouts import candidate
 from measured.programs import traced
 from measured.rows import Run, load
@@ -135,8 +135,8 @@ def _start(tables: dict[str, dict[str, Calibration]], chip: str, framework: str)
 def main(arguments: list[str]) -> int:
     """Fit and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--runs", type=Path, default=_DATA / "measured_runs.csv")
-    parser.add_argument("--sweeps", type=Path, default=_DATA / "measured_sweeps.csv")
+    parser.add_argument("--runs", type=csv_file, default=str(_DATA / "measured_runs.csv"))
+    parser.add_argument("--sweeps", type=csv_file, default=str(_DATA / "measured_sweeps.csv"))
     parser.add_argument("--only", default="")
     parser.add_argument("--rounds", type=int, default=12)
     given = parser.parse_args(arguments)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accuracy import _DATA, choice, pricer
+from accuracy import _DATA, choice, pricer, csv_file
 from calibrate import group, groups, measured, with_limit, with_memory
 from measured.layouts import candidate
 from measured.programs import traced
@@ -84,8 +84,8 @@ def _scores(pairs: list[tuple[Run, Estimate]], fitted: Calibration) -> dict[str,
 def main(arguments: list[str]) -> int:
     """Print a line for each sweep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--runs", type=Path, default=_DATA / "measured_runs.csv")
-    parser.add_argument("--sweeps", type=Path, default=_DATA / "measured_sweeps.csv")
+    parser.add_argument("--runs", type=csv_file, default=str(_DATA / "measured_runs.csv"))
+    parser.add_argument("--sweeps", type=csv_file, default=str(_DATA / "measured_sweeps.csv"))
     parser.add_argument("--folds", type=int, default=4)
     parser.add_argument("--only", default="")
     given = parser.parse_args(arguments)
