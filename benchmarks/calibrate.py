@@ -14,7 +14,7 @@ import random
 import sys
 from pathlib import Path
 
-from accuracy import _DATA, pricer, csv_file
+from accuracy import _DATA, csv_file, pricer
 from measured.layouts import candidate
 from measured.programs import traced
 from measured.rows import Run, load

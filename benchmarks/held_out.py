@@ -12,11 +12,10 @@ import dataclasses
 import math
 import random
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accuracy import _DATA, choice, pricer, csv_file
+from accuracy import _DATA, choice, csv_file, pricer
 from calibrate import group, groups, measured, with_limit, with_memory
 from measured.layouts import candidate
 from measured.programs import traced
