@@ -108,9 +108,11 @@ def _line(rows: list[dict[str, Any]]) -> str:
         return np.array([row[name] for row in rows])
 
     ran = of("regret")[np.isfinite(of("regret"))]
+    stated = of("memory")[np.isfinite(of("memory"))]
+    memory = f"memory {100 * np.median(stated):.1f} %" if len(stated) else "memory not stated"
     return (
         f"{len(rows)} cells held out; step time {100 * np.median(of('time')):.1f} %, "
-        f"memory {100 * np.nanmedian(of('memory')):.1f} %, "
+        f"{memory}, "
         f"Spearman {np.median(of('spearman')):.2f} (least {of('spearman').min():.2f}), "
         f"regret {100 * np.median(of('regret')):.1f} %, worst {100 * ran.max():.1f} %, "
         f"{len(rows) - len(ran)} did not run, {np.mean(of('regret') <= 0.01):.0%} within 1 %"
