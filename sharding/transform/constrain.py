@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,42 +15,17 @@ from ..program.record import Dims, Equation, Scope
 from ..program.tracing import read
 from .attention import AttentionKernel
 from .evaluate import checkpoint_again, evaluate, run, scan_again
+from .lookup import Lookup, looks_up_rows
 from .scatter import Scattering
+from .stored import PASSING, Stored, before_gradients, gathered, raw, settled, stored_like
 
 # What gives an array whose sharding XLA would otherwise have to guess; the others follow their operands.
 _ANCHORS = frozenset(
     {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "gather", "scatter-add"}
 )
 
-# What a stored parameter goes through before it is gathered.
-_PASSING = frozenset({"convert_element_type", "transpose"})
-
 # Find the mesh axes that shard each dim of a traced program, by the dim's number.
 AxesOf = Callable[[Any], Mapping[int, tuple[str, ...]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """A parameter, or a layer's slice of one, as it is stored; `spec` says how. Gathered when used.
-
-    `reduced` is the spec that its gradient is brought to.
-    """
-
-    value: Any
-    spec: tuple[Any, ...]
-    reduced: tuple[Any, ...]
-
-    def row(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Return the specs of a slice along the first dimension."""
-        return self.spec[1:], self.reduced[1:]
-
-    def passed(self, eqn: core.JaxprEqn) -> _Stored:
-        """Return what a cast or a transposition of it gives, stored still."""
-        value = run(eqn, [self.value])[0]
-        if eqn.primitive.name != "transpose":
-            return dataclasses.replace(self, value=value)
-        order = eqn.params["permutation"]
-        return _Stored(value, _permuted(self.spec, order), _permuted(self.reduced, order))
 
 
 def constrain(
@@ -87,10 +61,11 @@ def constrain(
         specs = _flat(stored(params))
         goals = specs if reduced is None else _flat(reduced(params))
         leaves = [
-            _Stored(leaf, tuple(spec), tuple(goal))
+            Stored(leaf, tuple(spec), tuple(goal))
             for leaf, spec, goal in zip(jax.tree.leaves(params), specs, goals, strict=True)
         ]
-        outputs = walk.scope(program.consts, named.scope, [*leaves, *jax.tree.leaves(batch)])
+        value, *others = walk.scope(program.consts, named.scope, [*leaves, *jax.tree.leaves(batch)])
+        outputs = [before_gradients(value), *others]
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return constrained
@@ -111,6 +86,8 @@ class _Walk:
         self._attention = attention
         self._scattering = scattering
         self._in_loop = False
+        # Behind a loop over layers. Of layers written out, one's gradients travel beside the next one's work.
+        self._after_layers = False
 
     def scope(self, consts: Sequence[Any], scope: Scope, args: Sequence[Any]) -> list[Any]:
         """Evaluate a scope's program with constraints; stored parameters that leave it are gathered."""
@@ -127,7 +104,7 @@ class _Walk:
     def _visit(self, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
         eqn = equation.eqn
         name = eqn.primitive.name
-        if name in _PASSING and isinstance(inputs[0], _Stored):
+        if name in PASSING and isinstance(inputs[0], Stored):
             return [inputs[0].passed(eqn)]
         if self._attention is not None and name in ("jit", "name"):
             outputs = self._attention.visit(equation, inputs, self._gather, self._spec)
@@ -149,22 +126,27 @@ class _Walk:
         """Run an equation on stored parameters, which its gradient gathers again rather than keeps whole."""
 
         def use(values: list[Any]) -> list[Any]:
-            entering = [
-                dataclasses.replace(like, value=value) if isinstance(like, _Stored) else value
-                for like, value in zip(inputs, values, strict=True)
-            ]
-            rows = zip(entering, equation.ins, strict=True)
-            return list(run(equation.eqn, [self._gather(value, dims) for value, dims in rows]))
+            rows = zip(stored_like(inputs, values), equation.ins, strict=True)
+            return list(self._compute(equation, [self._gather(value, dims) for value, dims in rows]))
 
-        values = [value.value if isinstance(value, _Stored) else value for value in inputs]
         moves = any(
-            isinstance(value, _Stored) and self._spec(dims, value.value.shape) != PartitionSpec(*value.spec)
+            isinstance(value, Stored) and self._spec(dims, value.value.shape) != PartitionSpec(*value.spec)
             for value, dims in zip(inputs, equation.ins, strict=True)
         )
         if not moves:
-            return use(values)
+            return use(raw(inputs))
+        if self._after_layers and not self._in_loop:
+            inputs = settled(inputs)
         # In a loop the barriers that keep XLA from undoing this are not needed.
-        return jax.checkpoint(use, prevent_cse=not self._in_loop)(values)
+        return jax.checkpoint(use, prevent_cse=not self._in_loop)(raw(inputs))
+
+    def _compute(self, equation: Equation, values: list[Any]) -> Sequence[Any]:
+        if looks_up_rows(equation.eqn):
+            of_table, of_ids = (self._spec(d, v.shape) for d, v in zip(equation.ins, values, strict=True))
+            if of_table and of_table[0] is not None:
+                of_rows = self._spec(equation.outs[0], equation.eqn.outvars[0].aval.shape)
+                return [Lookup(equation.eqn, self._mesh, of_table, of_ids, of_rows).read(*values)]
+        return run(equation.eqn, values)
 
     def _scan(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
         """Keep stacked parameters stored; their slices are gathered inside, one layer at a time.
@@ -175,44 +157,49 @@ class _Walk:
         eqn, scope = equation.eqn, equation.scopes[0]
         parts = generations.scan_parts(eqn)
         first_xs = parts.num_consts + parts.num_carry
+        outermost = not self._in_loop
+        if outermost and any(isinstance(value, Stored) for value in inputs[: parts.num_consts]):
+            inputs = settled(inputs)
         specs: list[tuple[Any, ...] | None] = []
         values = []
         for index, (value, dims) in enumerate(zip(inputs, equation.ins, strict=True)):
-            if isinstance(value, _Stored) and index >= first_xs:
+            if isinstance(value, Stored) and index >= first_xs:
                 specs.append(value.row())
                 values.append(value.value)
             else:
                 specs.append(None)
-                cast = _cast(scope.jaxpr, index) if isinstance(value, _Stored) else None
+                cast = _cast(scope.jaxpr, index) if isinstance(value, Stored) else None
                 if cast is None:
                     values.append(self._gather(value, dims))
                     continue
                 # It travels in the smaller type; cast back, its gradient is summed as the loop sums it.
-                travelling = dataclasses.replace(value, value=value.value.astype(cast))
+                travelling = value.holding(value.value.astype(cast))
                 values.append(self._gather(travelling, dims).astype(value.value.dtype))
 
         def body(args: list[Any]) -> list[Any]:
             entering = [
-                _Stored(value, *spec) if spec is not None else value
+                Stored(value, *spec) if spec is not None else value
                 for value, spec in zip(args, specs, strict=True)
             ]
             for index in range(parts.num_consts, first_xs):
                 entering[index] = self._constrain(args[index], scope.dims_of(scope.jaxpr.invars[index]))
-            outside, self._in_loop = self._in_loop, True
+            self._in_loop = True
             try:
                 return self.scope(parts.body.consts, scope, entering)
             finally:
-                self._in_loop = outside
+                self._in_loop = not outermost
 
-        return scan_again(eqn, values, body)
+        outputs = scan_again(eqn, values, body)
+        self._after_layers |= outermost and any(spec is not None for spec in specs)
+        return outputs
 
     def _checkpoint(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-        specs = [(value.spec, value.reduced) if isinstance(value, _Stored) else None for value in inputs]
-        values = [value.value if isinstance(value, _Stored) else value for value in inputs]
+        specs = [(value.spec, value.reduced) if isinstance(value, Stored) else None for value in inputs]
+        values = raw(inputs)
 
         def body(args: list[Any]) -> list[Any]:
             entering = [
-                _Stored(value, *spec) if spec is not None else value
+                Stored(value, *spec) if spec is not None else value
                 for value, spec in zip(args, specs, strict=True)
             ]
             return self.scope((), equation.scopes[0], entering)
@@ -220,7 +207,7 @@ class _Walk:
         return checkpoint_again(equation.eqn, values, body)
 
     def _gather(self, value: Any, dims: Dims) -> Any:
-        if not isinstance(value, _Stored):
+        if not isinstance(value, Stored):
             return value
         used, stored = self._spec(dims, value.value.shape), PartitionSpec(*value.spec)
         reduced = PartitionSpec(*value.reduced)
@@ -228,7 +215,7 @@ class _Walk:
             return value.value
         if not jax.numpy.issubdtype(value.value.dtype, jax.numpy.inexact):
             return jax.lax.with_sharding_constraint(value.value, NamedSharding(self._mesh, used))
-        return _gathered(
+        return gathered(
             value.value, NamedSharding(self._mesh, used), self._scattering.shardings(used, reduced)
         )
 
@@ -272,25 +259,5 @@ def _cast(jaxpr: core.Jaxpr, index: int) -> Any:
     return cast if cast is not None and cast.itemsize < own.dtype.itemsize else None
 
 
-def _permuted(spec: tuple[Any, ...], order: Sequence[int]) -> tuple[Any, ...]:
-    return tuple(spec[n] if n < len(spec) else None for n in order)
-
-
 def _flat(specs: Any) -> list[Any]:
     return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-
-
-def _gathered(value: Any, used: NamedSharding, reduced: Sequence[NamedSharding]) -> Any:
-    """Bring a stored parameter to where it is used; its gradient is brought to `reduced`, one by one."""
-
-    @jax.custom_vjp
-    def gather(value: Any) -> Any:
-        return jax.lax.with_sharding_constraint(value, used)
-
-    def backward(_: None, gradient: Any) -> tuple[Any]:
-        for sharding in reduced:
-            gradient = jax.lax.with_sharding_constraint(gradient, sharding)
-        return (gradient,)
-
-    gather.defvjp(lambda value: (gather(value), None), backward)
-    return gather(value)
