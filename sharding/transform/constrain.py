@@ -17,7 +17,7 @@ from .attention import AttentionKernel
 from .evaluate import checkpoint_again, evaluate, run, scan_again
 from .lookup import Lookup, looks_up_rows
 from .scatter import Scattering
-from .stored import PASSING, Stored, before_gradients, gathered, raw, settled, stored_like
+from .stored import PASSING, Stored, before_gradients, gathered, learning, raw, settled, stored_like, sums_of
 
 # What gives an array whose sharding XLA would otherwise have to guess; the others follow their operands.
 _ANCHORS = frozenset(
@@ -57,7 +57,7 @@ def constrain(
         of_parameters = frozenset(dim for a in named.parameters for c in a.dims for dim in c)
         settings = (kernels or {}).get("attention")
         kernel = None if settings is None else AttentionKernel(mesh, settings, platform)
-        walk = _Walk(mesh, axes_of(named), of_parameters, kernel, Scattering(mesh, steps or {}))
+        walk = _Walk(mesh, axes_of(named), of_parameters, kernel, Scattering(mesh, steps or {}), platform)
         specs = _flat(stored(params))
         goals = specs if reduced is None else _flat(reduced(params))
         leaves = [
@@ -79,12 +79,14 @@ class _Walk:
         of_parameters: frozenset[int],
         attention: AttentionKernel | None,
         scattering: Scattering,
+        platform: str,
     ) -> None:
         self._mesh = mesh
         self._axes = axes
         self._of_parameters = of_parameters
         self._attention = attention
         self._scattering = scattering
+        self._platform = platform
         self._in_loop = False
         # Behind a loop over layers. Of layers written out, one's gradients travel beside the next one's work.
         self._after_layers = False
@@ -144,7 +146,8 @@ class _Walk:
         if looks_up_rows(equation.eqn):
             of_table, of_ids = (self._spec(d, v.shape) for d, v in zip(equation.ins, values, strict=True))
             if of_table and of_table[0] is not None:
-                of_rows = self._spec(equation.outs[0], equation.eqn.outvars[0].aval.shape)
+                aval: Any = equation.eqn.outvars[0].aval
+                of_rows = self._spec(equation.outs[0], aval.shape)
                 return [Lookup(equation.eqn, self._mesh, of_table, of_ids, of_rows).read(*values)]
         return run(equation.eqn, values)
 
@@ -162,6 +165,7 @@ class _Walk:
             inputs = settled(inputs)
         specs: list[tuple[Any, ...] | None] = []
         values = []
+        summed: dict[int, Any] = {}
         for index, (value, dims) in enumerate(zip(inputs, equation.ins, strict=True)):
             if isinstance(value, Stored) and index >= first_xs:
                 specs.append(value.row())
@@ -172,15 +176,19 @@ class _Walk:
                 if cast is None:
                     values.append(self._gather(value, dims))
                     continue
-                # It travels in the smaller type; cast back, its gradient is summed as the loop sums it.
-                travelling = value.holding(value.value.astype(cast))
-                values.append(self._gather(travelling, dims).astype(value.value.dtype))
+                # It travels, and is read, in the smaller type; its gradient is summed as the loop sums it.
+                used, sums = self._cast_once(value, dims, cast)
+                values.append(used)
+                summed[index] = sums
 
         def body(args: list[Any]) -> list[Any]:
             entering = [
                 Stored(value, *spec) if spec is not None else value
                 for value, spec in zip(args, specs, strict=True)
             ]
+            for index, sums in summed.items():
+                spec = self._spec(scope.dims_of(scope.jaxpr.invars[index]), args[index].shape)
+                entering[index] = Stored(learning(args[index], sums), tuple(spec), tuple(spec))
             for index in range(parts.num_consts, first_xs):
                 entering[index] = self._constrain(args[index], scope.dims_of(scope.jaxpr.invars[index]))
             self._in_loop = True
@@ -205,6 +213,15 @@ class _Walk:
             return self.scope((), equation.scopes[0], entering)
 
         return checkpoint_again(equation.eqn, values, body)
+
+    def _cast_once(self, value: Stored, dims: Dims, dtype: Any) -> tuple[Any, Any]:
+        used, reduced = self._spec(dims, value.value.shape), PartitionSpec(*value.reduced)
+        shardings = self._scattering.shardings(used, reduced)
+        # The barrier keeps a compiler from casting what has travelled.
+        cast = jax.lax.optimization_barrier(jax.lax.stop_gradient(value.value).astype(dtype))
+        cast = jax.lax.with_sharding_constraint(cast, NamedSharding(self._mesh, used))
+        # GPUs' compilers sum in the larger type whatever the type that travels.
+        return cast, sums_of(value.value, shardings, dtype if self._platform == "tpu" else None)
 
     def _gather(self, value: Any, dims: Dims) -> Any:
         if not isinstance(value, Stored):

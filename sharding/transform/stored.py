@@ -66,12 +66,51 @@ def gathered(value: Any, used: NamedSharding, reduced: Sequence[NamedSharding]) 
         return jax.lax.with_sharding_constraint(value, used)
 
     def backward(_: None, gradient: Any) -> tuple[Any]:
-        for sharding in reduced:
-            gradient = jax.lax.with_sharding_constraint(gradient, sharding)
-        return (gradient,)
+        return (_brought(gradient, reduced),)
 
     gather.defvjp(lambda value: (gather(value), None), backward)
     return gather(value)
+
+
+def sums_of(value: Any, reduced: Sequence[NamedSharding], travels: Any = None) -> Any:
+    """Return an array of zeros whose gradient becomes that of a stored parameter, brought to `reduced`.
+
+    A loop that reads the parameter in a smaller type adds its gradient up there, in the parameter's own type
+    (`learning`); it is brought in the type `travels`, if given.
+    """
+
+    @jax.custom_vjp
+    def zeros(value: Any) -> Any:
+        return jnp.zeros_like(value, device=reduced[0])
+
+    def backward(_: None, gradient: Any) -> tuple[Any]:
+        sent = gradient if travels is None else gradient.astype(travels)
+        return (_brought(sent, reduced).astype(gradient.dtype),)
+
+    zeros.defvjp(lambda value: (zeros(value), None), backward)
+    return zeros(value)
+
+
+def learning(value: Any, sums: Any) -> Any:
+    """Return `value`; its gradient is that of `sums` (`sums_of`), in the type of `sums`."""
+    dtype = sums.dtype
+
+    @jax.custom_vjp
+    def learn(value: Any, sums: Any) -> Any:
+        del sums
+        return value
+
+    learn.defvjp(
+        lambda value, sums: (value, None),
+        lambda _, gradient: (jnp.zeros_like(gradient), gradient.astype(dtype)),
+    )
+    return learn(value, sums)
+
+
+def _brought(gradient: Any, shardings: Sequence[NamedSharding]) -> Any:
+    for sharding in shardings:
+        gradient = jax.lax.with_sharding_constraint(gradient, sharding)
+    return gradient
 
 
 def settled(inputs: Sequence[Any]) -> list[Any]:

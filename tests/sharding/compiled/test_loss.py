@@ -1,0 +1,77 @@
+"""What the weights of a loss cost in compiled programs: they are large, and used once a step."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+
+import jax
+import jax.numpy as jnp
+import optax
+from meshwright.models import decoder
+from meshwright.models.transformer.config import DecoderConfig
+from meshwright.sharding.compiled.verify import verify
+from meshwright.sharding import plan
+from meshwright.sharding.compiled.record import Proof
+
+EMBED, VOCAB, SEQUENCE, ROWS = 1024, 65_536, 2048, 16
+TABLE = EMBED * VOCAB
+
+
+@functools.cache
+def proof(topology: str, fsdp: int) -> Proof:
+    """A decoder whose output projection outweighs its layers, compiled for a slice."""
+    model = decoder(
+        DecoderConfig(
+            layers=4,
+            embed=EMBED,
+            heads=8,
+            kv_heads=8,
+            head_dim=128,
+            mlp=2048,
+            vocab=VOCAB,
+            max_sequence=SEQUENCE,
+            compute_dtype="bfloat16",
+        )
+    )
+    loss = jax.jit(model.loss)
+    params = jax.eval_shape(jax.jit(model.init), jax.random.key(0))
+    batch = {
+        name: jax.ShapeDtypeStruct((ROWS, SEQUENCE), jnp.int32)
+        for name in ("tokens", "targets", "segment_ids", "positions")
+    }
+    optimizer = optax.adamw(1e-3)
+    made = plan(
+        loss,
+        params,
+        batch,
+        topology=topology,
+        optimizer=optimizer,
+        names=model.names,
+        mesh={"fsdp": fsdp},
+        remat="full",
+        microbatches=1,
+    )
+    found = verify(made, loss, params, batch, optimizer).proof
+    assert found is not None
+    return found
+
+
+def test_a_tpu_keeps_neither_them_nor_their_gradient_through_the_layers() -> None:
+    """Nor what the loss's forward pass reads until the end."""
+    found = proof("v5e:4x4", 16)
+    fullest = found.timeline.index(max(found.timeline))
+    # Gathered in 2 bytes, summed in 4.
+    assert max(found.timeline) > found.timeline[0] + 6 * TABLE
+    # Behind it come the layers: of whole tables nothing is left beside what was there at first.
+    assert statistics.median(found.timeline[fullest:]) < found.timeline[0] + TABLE
+
+
+def test_a_gpu_gathers_them_in_two_bytes_and_scatters_their_gradient() -> None:
+    found = proof("h100:2x8", 16)
+    of_tables = [one for one in found.collectives if one.bytes >= 0.9 * TABLE * 2 / 16]
+    gathers = [one for one in of_tables if one.kind == "all_gather"]
+    assert gathers
+    layers = 4 * (4 * EMBED * EMBED + 3 * EMBED * 2048)
+    assert sum(one.bytes for one in gathers) <= 1.05 * 2 * (2 * TABLE + 2 * layers)
+    assert not [one for one in of_tables if one.kind == "all_reduce"]
