@@ -38,18 +38,9 @@ class Standing:
     sent: float
     peels: bool
 
-    def gathered(self, phase: int, *, last: bool, returning: bool) -> float:
-        """Return the bytes of whole parameters and gradients in the backward pass of a section.
-
-        What the loss used lingers until the layers are done, on the `last` stage; where values are
-        `returning` from the host, XLA reduces it before the layers.
-        """
-        after = self.sent + (self.after if last else 0.0)
-        if phase == AFTER:
-            return after
-        if phase == BEFORE:
-            return self.before + after
-        return self.layer + (self.sent if returning else after)
+    def gathered(self, phase: int) -> float:
+        """Return the bytes of whole parameters and gradients in the backward pass of a section."""
+        return self.sent + {BEFORE: self.before, LAYERS: self.layer, AFTER: self.after}[phase]
 
 
 def standing(
@@ -113,7 +104,7 @@ def peak_memory(
             items["saved_activations"] = float(holding[: lasting + 1].sum())
             beside = scratch[LAYERS] if returning else 0.0
             items["temporaries"] = float(beside if phase == BEFORE else scratch[phase])
-            items["communication"] = stored.gathered(phase, last=last, returning=returning)
+            items["communication"] = stored.gathered(phase)
             items["batch"] = batch
             counted = items["saved_activations"] + items["temporaries"] + items["communication"]
             items["framework"] += calibration.reserved_bytes + calibration.memory_overhead * counted

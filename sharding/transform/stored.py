@@ -81,7 +81,7 @@ def sums_of(value: Any, reduced: Sequence[NamedSharding], travels: Any = None) -
 
     @jax.custom_vjp
     def zeros(value: Any) -> Any:
-        return jnp.zeros_like(value, device=reduced[0])
+        return jax.lax.with_sharding_constraint(jnp.zeros_like(value), reduced[0])
 
     def backward(_: None, gradient: Any) -> tuple[Any]:
         sent = gradient if travels is None else gradient.astype(travels)

@@ -1,0 +1,201 @@
+"""What is to be planned, and the search for it on a topology."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from ..cost.calibration import Calibration, calibration_for
+from ..cost.candidate import Candidate
+from ..cost.estimate import Pricer
+from ..cost.profile import Profile, profile
+from ..program.flops import work
+from ..program.record import Program
+from ..program.tracing import trace
+from ..topology import Topology
+from . import build, kernels
+from .declared import Declared, names_of_data
+from .microbatches import batch_rows, why_not, why_untraceable
+from .remats import check_names, ladders, read
+from .search import Found, Stored, search, stored_bytes
+from .space import Space, space
+
+# Bytes of moments for each parameter element where no optimizer is given: Adam's two, in float32.
+_ADAM_BYTES = 8.0
+# What an allocator leaves free between arrays counts; by half where nothing fits so, and then not at all.
+ROOMS = (1.0, 0.5, 0.0)
+
+# Give the Pricer for a candidate that another one is not for, None where that one is.
+_Other = Callable[[Candidate], Pricer | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A search and what it was over. `stored` is given where storage decides before time does.
+
+    `room` is the share of what an allocator leaves free between arrays that was counted.
+    """
+
+    program: Program
+    space: Space
+    found: Found
+    capacity_bytes: float
+    stored: Stored | None
+    room: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is to be planned, apart from where and with which parts declared."""
+
+    loss: Callable[[Any, Any], Any]
+    params: Any
+    batch: Any
+    optimizer: Any
+    names: Any
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The traced loss, with the names of parameters and data."""
+        names = {1: names_of_data(self.batch)} | ({} if self.names is None else {0: self.names})
+        return trace(self.loss, self.params, self.batch, names=names)
+
+    @functools.cached_property
+    def whole_batch(self) -> str | None:
+        """Why the batch cannot be worked through in parts; None if it can."""
+        if reason := why_not(self.program):
+            return reason
+        return why_untraceable(self.loss, self.params, self.batch, batch_rows(self.program))
+
+    @functools.cached_property
+    def profile(self) -> Profile:
+        """The program in tables."""
+        return profile(self.program)
+
+    @functools.cached_property
+    def kernel_profiles(self) -> dict[bool, Profile]:
+        """The program in tables, with its attention carried out by kernels, as they were asked for so far."""
+        return {}
+
+    def table(self, kernel: kernels.Chosen) -> Profile:
+        """Return the program in tables, with its attention carried out by `kernel`."""
+        if kernel.implementation is None:
+            return self.profile
+        kept = kernel.kept_by_name
+        if kept not in self.kernel_profiles:
+            self.kernel_profiles[kept] = profile(self.program, kernels=True, kept_by_name=kept)
+        return self.kernel_profiles[kept]
+
+    def kernel(self, topology: Topology, declared: Declared) -> kernels.Chosen:
+        """Return the kernel of the program's attention."""
+        return kernels.choose(self.program, topology, declared.attention)
+
+    def space(self, topology: Topology, declared: Declared) -> Space:
+        """Return what is worth considering."""
+        table = self.table(self.kernel(topology, declared))
+        if declared.remat is not None:
+            check_names(read(declared.remat), table)
+        return space(
+            self.program,
+            topology,
+            declared,
+            params=self.params,
+            names=self.names,
+            whole_batch=self.whole_batch,
+            ladders=ladders(table, host=_has_host(topology)),
+        )
+
+    def pricer(self, topology: Topology, declared: Declared | None = None, room: float = 1.0) -> Pricer:
+        """Return what prices candidates, with attention by its kernel where they let it run.
+
+        `room` is the share to count of what an allocator leaves free.
+        """
+        slots = _ADAM_BYTES if self.optimizer is None else slot_bytes(self.optimizer, self.params)
+        dtype = _product_dtype(self.program)
+
+        def priced_by(table: Profile, record: Calibration, other: _Other | None) -> Pricer:
+            record = dataclasses.replace(record, fragmentation=room * record.fragmentation)
+            return Pricer(
+                table, topology, optimizer_slots=slots, dtype=dtype, calibration=record, other=other
+            )
+
+        @functools.cache
+        def plain() -> Pricer:
+            return priced_by(self.profile, calibration_for(topology.chip.name), None)
+
+        kernel = self.kernel(topology, declared or Declared())
+        if kernel.implementation is None:
+            return plain()
+        return priced_by(
+            self.table(kernel),
+            kernels.calibration(topology.chip.name, kernel),
+            lambda candidate: None if kernel.can(candidate.dims) else plain(),
+        )
+
+    def solve(
+        self,
+        topology: Topology,
+        declared: Declared,
+        capacity_bytes: float | None = None,
+        rooms: Sequence[float] = ROOMS[:1],
+    ) -> Answer:
+        """Return the best that `topology` can do, in `capacity_bytes` a device if that is given.
+
+        Of `rooms`, shares of what an allocator leaves free, the first counts that lets anything fit.
+        """
+        offered = self.space(topology, declared)
+        answer = self._answer(topology, declared, offered, capacity_bytes, rooms[0])
+        for room in rooms[1:]:
+            if answer.found.best is not None:
+                break
+            answer = self._answer(topology, declared, offered, capacity_bytes, room)
+        return answer
+
+    def _answer(
+        self, topology: Topology, declared: Declared, offered: Space, capacity: float | None, room: float
+    ) -> Answer:
+        sizes = build.parameter_bytes(self.program)
+        elements = sum(math.prod(argument.shape) for argument in self.program.parameters)
+        pricer = self.pricer(topology, declared, room)
+        if capacity is None:
+            capacity = topology.chip.usable_bytes * pricer.calibration.usable_memory
+        slots = pricer.slot_bytes * elements / max(sum(sizes.values()), 1)
+        stored = stored_bytes(sizes, slots) if topology.chip.nominal else None
+        return Answer(
+            program=self.program,
+            space=offered,
+            found=search(offered, pricer.price, capacity, size=pricer.needed_bytes, stored=stored),
+            capacity_bytes=capacity,
+            stored=stored,
+            room=room,
+        )
+
+
+def _has_host(topology: Topology) -> bool:
+    """Whether what a device keeps can be sent to its host: simulated devices share one memory with it."""
+    return not topology.chip.nominal and topology.chip.host_link_bytes_per_second_per_chip is not None
+
+
+def slot_bytes(optimizer: optax.GradientTransformation, params: Any) -> float:
+    """Return the bytes of an optimizer's arrays for each element of the parameters."""
+    state = jax.eval_shape(optimizer.init, params)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
+    return total / max(sum(leaf.size for leaf in jax.tree.leaves(params)), 1)
+
+
+def _product_dtype(program: Program) -> str:
+    """Return the type of the operands of most matrix work; whatever is not bfloat16 counts as float32."""
+    done: dict[str, float] = {}
+    for equation in program.equations():
+        one = work(equation)
+        if one.unit == "matmul":
+            dtype = str(getattr(equation.eqn.invars[0].aval, "dtype", "float32"))
+            done[dtype] = done.get(dtype, 0.0) + one.flops * equation.multiplicity
+    most = max(done, key=lambda dtype: done[dtype], default="float32")
+    return "bfloat16" if most in ("bfloat16", "float16") else "float32"
