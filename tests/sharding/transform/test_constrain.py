@@ -262,6 +262,30 @@ def test_compute_in_bfloat16_gathers_what_it_computes_with() -> None:
 
 
 @pytest.mark.devices(8)
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_weights_that_a_loop_casts_learn_in_their_own_type(mesh: dict[str, int]) -> None:
+    """Read in bfloat16 by every chunk, their gradient is the sum of the chunks' in float32."""
+    chunks, width, vocab = 64, 16, 32
+
+    def loss(params: Any, batch: Any) -> Any:
+        def add(total: Any, chunk: Any) -> tuple[Any, None]:
+            scores = chunk.astype(jnp.bfloat16) @ params["out"].astype(jnp.bfloat16)
+            return total + scores.astype(jnp.float32).mean(), None
+
+        return jax.lax.scan(add, jnp.float32(0), batch["x"].swapaxes(0, 1))[0] / chunks
+
+    params = {"out": np.random.default_rng(4).normal(size=(width, vocab)).astype(np.float32)}
+    # A sum in bfloat16 would lose them: each chunk's share is a 512th of the first one's.
+    x = np.full((ROWS, chunks, width), 1 / 512, np.float32)
+    x[:, -1] = 1.0
+    _, sharded, *placed = planned(loss, params, {"x": x}, {"out": ("embed", "vocab")}, mesh)
+    value, gradients = value_and_gradients(sharded, *placed)
+    expected, _ = value_and_gradients(loss, params, {"x": x})
+    np.testing.assert_allclose(value, expected, rtol=2e-2)
+    np.testing.assert_allclose(gradients["out"], (1 + (chunks - 1) / 512) / vocab / chunks, rtol=1e-6)
+
+
+@pytest.mark.devices(8)
 def test_fsdp_gathers_parameters_and_never_activations() -> None:
     batch = text()
     plan, loss, params, placed = planned(
