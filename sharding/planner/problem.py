@@ -6,10 +6,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import optax
 
 from ..cost.calibration import Calibration, calibration_for
 from ..cost.candidate import Candidate
@@ -25,6 +24,9 @@ from .microbatches import batch_rows, why_not, why_untraceable
 from .remats import check_names, ladders, read
 from .search import Found, Stored, search, stored_bytes
 from .space import Space, space
+
+if TYPE_CHECKING:
+    import optax
 
 # Bytes of moments for each parameter element where no optimizer is given: Adam's two, in float32.
 _ADAM_BYTES = 8.0
