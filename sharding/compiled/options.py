@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tomllib
 from collections.abc import Mapping
@@ -27,6 +28,28 @@ def options_for(topology: Topology) -> dict[str, bool | int | str]:
         for chosen in facts["chips"].get(topology.chip.name, ())
         for name, value in facts["sets"][chosen]["options"].items()
     }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A set of options to compile a step with and see; `ran`: devices have run it, by its sources."""
+
+    name: str
+    options: Options
+    ran: bool
+
+
+def trials_for(topology: Topology) -> list[Trial]:
+    """Return the sets that are worth compiling a step for `topology` with, one by one.
+
+    >>> [trial.name for trial in trials_for(Topology.parse("v5e:16x16"))]
+    ['async_collectives']
+    """
+    facts = _facts()
+    return [
+        Trial(name=name, options=dict(facts["sets"][name]["options"]), ran=facts["sets"][name]["ran"])
+        for name in facts["trials"].get(topology.chip.name, ())
+    ]
 
 
 def scatters_over_several_axes(options: Mapping[str, Any]) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..topology import Topology
 from .reasons import gib, layout_in_words, seconds
 
 if TYPE_CHECKING:
@@ -53,9 +54,13 @@ def prove(
     if top < 1:
         raise UserError(f"top={top} plans cannot be compiled; nearest: 1")
     program = _program(plan, given)
+
+    def judge(made: Plan) -> Verdict:
+        return verify(made, *program, limits=limits, use_cache=use_cache)
+
     attempts: list[Attempt] = []
     for candidate in _candidates(plan, attempts):
-        verdict = verify(candidate, *program, limits=limits, use_cache=use_cache)
+        verdict = judge(candidate)
         attempts.append(Attempt(plan=candidate, verdict=verdict))
         if not verdict.fits and verdict.outcome not in _OF_THE_PLAN:
             raise UserError(f"{_name(candidate)} could not be verified: {verdict.message}")
@@ -64,7 +69,8 @@ def prove(
             break
     fitting = [attempt for attempt in attempts if attempt.verdict.fits]
     if fitting:
-        return _chosen(min(fitting, key=_seconds), attempts)
+        chosen = _chosen(min(fitting, key=_seconds), attempts)
+        return chosen if top == 1 or plan.compiler_options else _with_options(chosen, judge)
     told = "; ".join(f"{_name(attempt.plan)}: {attempt.verdict.message}" for attempt in attempts)
     raise UserError(f"nothing that was compiled for {plan.topology} fits: {told}")
 
@@ -118,6 +124,28 @@ def _chosen(chosen: Attempt, attempts: Sequence[Attempt]) -> Plan:
         alternatives=tuple(rows),
         notes=(*chosen.plan.notes, *notes),
     )
+
+
+def _with_options(chosen: Plan, judge: Callable[[Plan], Verdict]) -> Plan:
+    """Return `chosen`, or it with those of its chip's options that the compiler shows to make it faster."""
+    from ..compiled.options import trials_for
+
+    assert chosen.proof is not None
+    plain, best, notes = chosen.proof.step_seconds, chosen, []
+    for trial in trials_for(Topology.parse(chosen.topology)):
+        tried = dataclasses.replace(chosen, compiler_options=trial.options)
+        verdict = judge(tried)
+        if not verdict.fits or verdict.proof is None:
+            notes.append(f"compiler options {trial.name}: {verdict.message}")
+            continue
+        took = verdict.proof.step_seconds
+        doubt = "" if trial.ran else "; no device has run them yet"
+        notes.append(
+            f"compiler options {trial.name}: {seconds(took)} compiled, {seconds(plain)} without{doubt}"
+        )
+        if took < best.proof.step_seconds:  # type: ignore[union-attr]
+            best = dataclasses.replace(tried, proof=verdict.proof)
+    return dataclasses.replace(best, notes=(*best.notes, *notes))
 
 
 def _program(plan: Plan, given: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:

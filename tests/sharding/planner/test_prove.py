@@ -1,0 +1,120 @@
+"""The compiler's word decides: what does not fit makes way, and of several plans the fastest stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from meshwright.models import DecoderConfig, decoder
+from meshwright.sharding import Plan, UserError, plan
+from meshwright.sharding.compiled.options import trials_for
+from meshwright.sharding.topology import Topology
+
+ROWS, NARROW, WIDTH, BRANCHES, LAYERS = 2**21, 64, 2048, 32, 8
+
+
+def decoder_plan(topology: str, **declared: Any) -> Plan:
+    model = decoder(
+        DecoderConfig(
+            layers=4,
+            embed=1024,
+            heads=8,
+            kv_heads=8,
+            head_dim=128,
+            mlp=4096,
+            vocab=8192,
+            max_sequence=2048,
+            compute_dtype="bfloat16",
+        )
+    )
+    params = jax.eval_shape(jax.jit(model.init), jax.random.key(0))
+    batch = {
+        name: jax.ShapeDtypeStruct((64, 2048), jnp.int32)
+        for name in ("tokens", "targets", "segment_ids", "positions")
+    }
+    return plan(
+        jax.jit(model.loss),
+        params,
+        batch,
+        topology=topology,
+        optimizer=optax.adamw(1e-3),
+        names=model.names,
+        **declared,
+    )
+
+
+def wide_plan(**declared: Any) -> Plan:
+    """A loss all of whose branches are alive at once, while the Estimate counts the largest of them."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        @jax.checkpoint
+        def branches(x: Any) -> Any:
+            found = jax.lax.optimization_barrier([jnp.sin(x @ weight) for weight in params["branches"]])
+            return sum(a * b for a, b in zip(found, reversed(found), strict=True))
+
+        def layer(x: Any, weight: Any) -> tuple[Any, None]:
+            return jnp.tanh(x @ weight), None
+
+        return jax.lax.scan(layer, branches(batch["x"]), params["layers"])[0].astype(jnp.float32).mean()
+
+    params = {
+        "branches": [jax.ShapeDtypeStruct((NARROW, WIDTH), jnp.bfloat16)] * BRANCHES,
+        "layers": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.bfloat16),
+    }
+    batch = {"x": jax.ShapeDtypeStruct((ROWS, NARROW), jnp.bfloat16)}
+    return plan(
+        loss,
+        params,
+        batch,
+        topology="h100:1x8",
+        optimizer=optax.sgd(1e-3),
+        mesh={"data": 8},
+        remat="none",
+        **declared,
+    )
+
+
+def test_a_plan_that_does_not_fit_makes_way() -> None:
+    first = wide_plan()
+    proved = first.verify()
+    assert proved.proof is not None
+    assert proved.microbatches > first.microbatches
+    assert any("compiled and not taken" in note and "too much" in note for note in proved.notes)
+
+
+def test_what_is_declared_does_not_make_way() -> None:
+    with pytest.raises(UserError, match=r"nothing that was compiled for h100:8 fits: .*too much"):
+        wide_plan(microbatches=1).verify()
+
+
+def test_of_several_the_fastest_as_compiled_is_kept() -> None:
+    made = decoder_plan("h100:2x8")
+    proved = made.verify(top=3)
+    assert proved.proof is not None
+    told = [row.lost for row in proved.alternatives if row.lost.startswith("compiled, it takes")]
+    assert len(told) == 2
+    assert all(re.search(r", \d+\.\d% longer", lost) for lost in told)
+
+
+def test_options_are_tried_with_several_and_kept_where_they_help() -> None:
+    made = decoder_plan("h100:2x8")
+    assert not any("options" in note for note in made.verify().notes)
+    proved = made.verify(top=2)
+    assert proved.proof is not None
+    (trial,) = trials_for(Topology.parse("h100:2x8"))
+    (told,) = [note for note in proved.notes if note.startswith(f"compiler options {trial.name}: ")]
+    took, without = (float(found) for found in re.findall(r"([\d.]+) ", told)[:2])
+    assert proved.compiler_options == (trial.options if took < without else {})
+
+
+def test_declared_options_are_left_alone() -> None:
+
+    made = dataclasses.replace(
+        decoder_plan("h100:2x8"), compiler_options={"xla_gpu_enable_triton_gemm": True}
+    )
+    assert made.verify(top=2).compiler_options == made.compiler_options
