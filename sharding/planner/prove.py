@@ -101,7 +101,7 @@ def _candidates(plan: Plan, attempts: Sequence[Attempt]) -> Iterator[Plan]:
         if following is None:
             return
         seen.add(_identity(following))
-        yield following
+        yield dataclasses.replace(following, compiler_options=plan.compiler_options)
 
 
 def _chosen(chosen: Attempt, attempts: Sequence[Attempt]) -> Plan:

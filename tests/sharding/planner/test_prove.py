@@ -113,8 +113,11 @@ def test_options_are_tried_with_several_and_kept_where_they_help() -> None:
 
 
 def test_declared_options_are_left_alone() -> None:
-
-    made = dataclasses.replace(
-        decoder_plan("h100:2x8"), compiler_options={"xla_gpu_enable_triton_gemm": True}
-    )
-    assert made.verify(top=2).compiler_options == made.compiler_options
+    """By whatever plan is chosen, with no others tried."""
+    options = {"xla_gpu_enable_triton_gemm": True}
+    proved = dataclasses.replace(decoder_plan("h100:2x8"), compiler_options=options).verify(top=2)
+    assert proved.compiler_options == options
+    assert not any("compiler options" in note for note in proved.notes)
+    too_large = dataclasses.replace(wide_plan(), compiler_options=options).verify()
+    assert too_large.microbatches > 1
+    assert too_large.compiler_options == options
