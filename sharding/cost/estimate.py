@@ -168,14 +168,15 @@ class Pricer:
                 self.slot_bytes,
                 self.gradient_bytes,
                 self.calibration,
-                self.topology,
+                self.topology.num_slices,
             )
             known = _remembered(self._standing, key, (found, (lying, self.calibration)))
         layers = self._worked.get(key := (id(placement), id(self.calibration)))
         if layers is None:
             made = worked(self.profile, placement, candidate.mesh, self.calibration, self.topology.chip.lanes)
             layers = _remembered(self._worked, key, (made, (placement, self.calibration)))
-        items = peak_memory(self.profile, candidate, known[0], layers[0], self.calibration)
+        platform = self.topology.chip.platform
+        items = peak_memory(self.profile, candidate, known[0], layers[0], self.calibration, platform)
         return {name: float(size) for name, size in items.items()}
 
     def time(

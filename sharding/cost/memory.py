@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..topology import Topology
 from .calibration import Calibration
 from .candidate import Candidate
 from .compute import kept_by
@@ -28,7 +27,6 @@ class Standing:
     items: name → bytes [section]; layer: of one layer's parameters, gathered at use; after: of those the loss
     uses, gathered, and of their gradient before it is reduced; before: of the gradient of those used before
     the layers (a table of embeddings), and of its copy; sent: of what goes to other slices.
-    `peels` tells that the compiler runs the last layer to come back from the host outside of the loop.
     """
 
     items: Mapping[str, np.ndarray]
@@ -36,7 +34,6 @@ class Standing:
     after: float
     before: float
     sent: float
-    peels: bool
 
     def gathered(self, phase: int) -> float:
         """Return the bytes of whole parameters and gradients in the backward pass of a section."""
@@ -51,21 +48,14 @@ def standing(
     slot_bytes: float,
     gradient_bytes: float | None,
     calibration: Calibration,
-    topology: Topology,
+    slices: int,
 ) -> Standing:
-    """Return what `candidate` stores all through a step on `topology`."""
+    """Return what `candidate` stores all through a step on so many `slices`."""
     layer, after, before = _gathered(profile, placement, lying)
     items = _state(profile, candidate, lying, slot_bytes, gradient_bytes, calibration.copy_bytes)
     # What a slice sends to the others lies in buffers that nothing else uses: its part of each gradient.
-    sent = float(items["gradients"].sum()) / topology.num_slices if topology.num_slices > 1 else 0.0
-    return Standing(
-        items=items,
-        layer=layer,
-        after=after,
-        before=before,
-        sent=sent,
-        peels=topology.chip.platform == "tpu",
-    )
+    sent = float(items["gradients"].sum()) / slices if slices > 1 else 0.0
+    return Standing(items=items, layer=layer, after=after, before=before, sent=sent)
 
 
 def peak_memory(
@@ -74,13 +64,15 @@ def peak_memory(
     stored: Standing,
     work: Worked,
     calibration: Calibration,
+    platform: str,
 ) -> dict[str, float]:
     """Return item → bytes on the fullest pipeline stage."""
     stages = candidate.mesh.get("stage", 1)
     dealt = deal(profile.layers, stages, profile.loss_layers if calibration.balanced_stages else 0.0)
     kept = kept_by(profile, candidate, calibration)
     saved, scratch = _activations(profile, candidate, work, kept)
-    returning = stored.peels and bool(kept.host.any())
+    # A TPU's compiler runs the last layer to come back from the host outside of the loop.
+    returning = platform == "tpu" and bool(kept.host.any())
     # All of it, whatever is worked through at a time.
     batch = work.batch * candidate.microbatches
     best: dict[str, float] = {}
