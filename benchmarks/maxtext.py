@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from meshwright.sharding.compiled.verify import verify
 from meshwright.sharding.cost.calibration import calibration_for
 
 _ROWS = Path(__file__).with_name("maxtext_rows.toml")
+# Kinds whose results are whole arrays, so that their bytes compare.
+_WHOLE = ("all_gather", "all_reduce")
 _BATCH = ("tokens", "targets", "segment_ids", "positions")
 
 
@@ -85,7 +87,7 @@ def measure(row: Mapping[str, Any], layers: int | None, plain: bool) -> Row:
         maxtext_peak_gb=row["peak_gb"],
         seconds=sum(one.seconds for one in found),
         exposed_seconds=sum(one.exposed_seconds for one in found),
-        maxtext_seconds=sum(maxtext_seconds(row, one) for one in row["collectives"]),
+        maxtext_seconds=sum(maxtext_seconds(row, one, _size(one, found)) for one in row["collectives"]),
         step_seconds=0.0 if verdict.proof is None else verdict.proof.step_seconds,
         compile_seconds=0.0 if verdict.proof is None else verdict.proof.compile_seconds,
         collectives=found,
@@ -94,10 +96,21 @@ def measure(row: Mapping[str, Any], layers: int | None, plain: bool) -> Row:
     )
 
 
-def maxtext_seconds(row: Mapping[str, Any], one: Mapping[str, Any]) -> float:
+def _size(one: Mapping[str, Any], ours: Sequence[CompiledCollective]) -> float:
+    """Return the bytes of one of our collectives over the axes of MaxText's `one`, on average.
+
+    Into how many collectives MaxText's bytes go was not recorded: each is taken to be as large as ours.
+    """
+    large = [found for found in ours if found.axes == tuple(one["axes"]) and found.kind in _WHOLE]
+    whole = sum(found.bytes for found in large if found.kind == one["kind"]) or sum(f.bytes for f in large)
+    count = sum(f.count for f in large if f.kind == one["kind"]) or sum(f.count for f in large)
+    return whole / count if count else one["bytes"]
+
+
+def maxtext_seconds(row: Mapping[str, Any], one: Mapping[str, Any], size: float) -> float:
     """Return the seconds of one kind of MaxText's collectives over the links that the row gives it.
 
-    By the model that ours are read with; the starts of single collectives, which are not known, are left out.
+    By the model that ours are read with, in collectives of `size` bytes each.
     """
     topology = Topology.parse(row["topology"])
     mesh = row["mesh"]
@@ -112,7 +125,8 @@ def maxtext_seconds(row: Mapping[str, Any], one: Mapping[str, Any]) -> float:
     # The result of a reduce-scatter is one device's part of what went in.
     parts = len(written[0]) if one["kind"] == "reduce_scatter" else 1
     algorithm = Algorithm(name="that of ours", drives=one["links"])
-    return fabric.seconds(one["kind"], written, algorithm, one["bytes"] * parts)
+    count = max(one["bytes"] / size, 1.0)
+    return count * fabric.seconds(one["kind"], written, algorithm, one["bytes"] * parts / count)
 
 
 def show(row: Row) -> None:
