@@ -30,14 +30,18 @@ def is_layer_scan(equation: core.JaxprEqn) -> bool:
 
 
 def is_checkpointed(body: core.ClosedJaxpr) -> bool:
-    """Whether a layer scan's body is under `jax.checkpoint` already."""
-    return all(equation.primitive.name == "remat2" for equation in body.jaxpr.eqns)
+    """Whether a layer scan's body is under `jax.checkpoint` already: all of its products are."""
+    return not any(
+        equation.primitive.name != "remat2" and _multiplies(equation) for equation in body.jaxpr.eqns
+    )
 
 
 def works(jaxpr: Any) -> bool:
     """Whether a program holds a matrix product or a convolution."""
-    return any(
-        equation.primitive.name in PRODUCTS
-        or any(works(inner) for inner in core.jaxprs_in_params(equation.params))
-        for equation in jaxpr.eqns
+    return any(_multiplies(equation) for equation in jaxpr.eqns)
+
+
+def _multiplies(equation: core.JaxprEqn) -> bool:
+    return equation.primitive.name in PRODUCTS or any(
+        works(inner) for inner in core.jaxprs_in_params(equation.params)
     )

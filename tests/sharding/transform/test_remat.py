@@ -53,6 +53,17 @@ def test_a_users_own_checkpoint_is_left_alone(arrays):
     assert program.count("remat2") == 1
 
 
+def test_a_users_own_checkpoint_is_left_alone_beside_what_is_cheap(arrays):
+    """As constraints on what a loop carries are, which stand there when layers are chosen."""
+
+    def own(params, x):
+        layer = jax.checkpoint(lambda x, weight: x + jnp.tanh(x @ weight))
+        return jnp.square(jax.lax.scan(lambda x, w: (layer(jnp.sin(x), w), None), x, params)[0]).mean()
+
+    program = str(jax.make_jaxpr(remat(own, "dots"))(*arrays))
+    assert program.count("remat2") == 1
+
+
 def test_a_function_without_scanned_layers_is_refused(arrays):
     with pytest.raises(UserError, match="remat='full' works on scanned layers"):
         remat(lambda params, x: (x @ params[0]).sum(), "full")(*arrays)
