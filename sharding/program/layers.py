@@ -29,10 +29,17 @@ def is_layer_scan(equation: core.JaxprEqn) -> bool:
     return scan.num_xs > 0 and works(scan.body.jaxpr)
 
 
+def gathering_again(*_: Any, **__: Any) -> bool:
+    """Keep nothing: the policy of checkpoints around one product, which gathers its parameter again."""
+    return False
+
+
 def is_checkpointed(body: core.ClosedJaxpr) -> bool:
     """Whether a layer scan's body is under `jax.checkpoint` already: all of its products are."""
     return not any(
-        equation.primitive.name != "remat2" and _multiplies(equation) for equation in body.jaxpr.eqns
+        _multiplies(equation)
+        for equation in body.jaxpr.eqns
+        if equation.primitive.name != "remat2" or equation.params["policy"] is gathering_again
     )
 
 

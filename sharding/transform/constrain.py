@@ -11,6 +11,7 @@ from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..program import generations
+from ..program.layers import gathering_again
 from ..program.record import Dims, Equation, Scope
 from ..program.tracing import read
 from .attention import AttentionKernel
@@ -140,7 +141,8 @@ class _Walk:
         if self._after_layers and not self._in_loop:
             inputs = settled(inputs)
         # In a loop the barriers that keep XLA from undoing this are not needed.
-        return jax.checkpoint(use, prevent_cse=not self._in_loop)(raw(inputs))
+        again = jax.checkpoint(use, policy=gathering_again, prevent_cse=not self._in_loop)
+        return again(raw(inputs))
 
     def _compute(self, equation: Equation, values: list[Any]) -> Sequence[Any]:
         if looks_up_rows(equation.eqn):

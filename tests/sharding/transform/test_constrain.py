@@ -365,6 +365,28 @@ def test_no_device_ever_holds_all_parameters() -> None:
     assert memory.temp_size_in_bytes < whole * 0.6
 
 
+@pytest.mark.devices(8)
+def test_layers_of_gathered_parameters_are_worked_again_as_planned() -> None:
+    """That each product gathers its parameter again is no checkpoint of the layer."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        def layer(x: Any, weight: Any) -> tuple[Any, None]:
+            return jnp.sin(jnp.tanh(jnp.cos(x)) @ weight), None
+
+        return jnp.square(jax.lax.scan(layer, batch["x"], params["w"])[0]).mean()
+
+    params = {"w": np.zeros((16, 32, 32), np.float32)}
+    batch = {"x": np.zeros((8192, 32), np.float32)}
+    held = {}
+    for remat in ("none", "full"):
+        _, sharded, *placed = planned(
+            loss, params, batch, {"w": ("layers", "embed", "mlp")}, {"fsdp": 8}, remat=remat
+        )
+        memory = jax.jit(jax.grad(sharded)).lower(*placed).compile().memory_analysis()
+        held[remat] = memory.temp_size_in_bytes
+    assert held["full"] < 0.6 * held["none"]
+
+
 @pytest.mark.processes(2, devices=4, timeout_seconds=120)
 def test_two_processes() -> None:
     compare_on_all_processes(stacked_loss, stacked_params(), stacked_batch(), STACKED_NAMES)
