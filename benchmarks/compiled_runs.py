@@ -2,7 +2,7 @@
 
 Each run of MaxText on one TPU slice that measured_runs.csv has a rate for is planned with its model, mesh,
 batch and nearest rematerialisation, compiled for its slice, which is not here, with its recipe's options
-(compiled_runs.toml; `--plain`: with the compiler's own), and read. Printed are the
+(compiled_runs.toml; `--plain`: with the compiler's own), and read as `meshwright plan --verify` reads it. Printed are the
 seconds of a step as measured, as the Estimate has them (by the chip's default calibration, and by MaxText's,
 which was fitted to such rows), and as the compiler has them; at the end the median absolute errors. What was
 compiled before comes from the cache of proofs. Rows of several slices repeat the program of one with a
@@ -88,7 +88,7 @@ def runs(path: Path, only: str) -> Iterator[tuple[str, Run, str]]:
     return iter(sorted(found, key=lambda one: one[1].architecture.weights))
 
 
-def measure(name: str, run: Run, policy: str, plain: bool) -> Row:
+def measure(name: str, run: Run, policy: str, plain: bool, schedules: bool) -> Row:
     """Plan and compile one run, `plain` without options. Raises UserError where it cannot be planned."""
     arch = run.architecture
     recipe = tomllib.loads(_RECIPES.read_text(encoding="utf-8"))[run.topology.chip.name]
@@ -123,7 +123,7 @@ def measure(name: str, run: Run, policy: str, plain: bool) -> Row:
     )
     if not plain:
         made = dataclasses.replace(made, compiler_options=recipe["options"])
-    verdict = verify(made, loss, params, batch, optimizer, limits=_LIMITS, schedules=True)
+    verdict = verify(made, loss, params, batch, optimizer, limits=_LIMITS, schedules=schedules)
     proof = verdict.proof
     assert run.seconds is not None
     assert made.estimate is not None
@@ -178,6 +178,9 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=_RUNS, help="measured_runs.csv")
     parser.add_argument("--only", default="", help="runs whose name contains this, such as 32B or v5p")
     parser.add_argument("--plain", action="store_true", help="compile without the recipe's options")
+    parser.add_argument(
+        "--schedules", action="store_true", help="time products by libtpu's schedules: twice the work"
+    )
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
     if not words.json:
@@ -185,7 +188,7 @@ def main() -> int:
     rows = []
     for name, run, policy in runs(words.runs, words.only):
         try:
-            rows.append(measure(name, run, policy, words.plain))
+            rows.append(measure(name, run, policy, words.plain, words.schedules))
         except UserError as error:
             print(f"{name}: {error}", file=sys.stderr)
             continue

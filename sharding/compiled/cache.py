@@ -19,7 +19,7 @@ T = TypeVar("T")
 _FORMAT = 1
 _ANSWER, _PROGRAM = "answer.json", "program.hlo.gz"
 # The code that makes the step from a plan and reads what comes out.
-_MAKERS = ("transform", "ops", "compiled", "program", "cost/collectives", "cost/calibration")
+_MAKERS = ("transform", "ops", "compiled", "program", "cost/collectives")
 
 
 def folder_of(key: str) -> pathlib.Path:

@@ -1,10 +1,10 @@
 """Seconds of one instruction on its device: the compiler's own cycles, or a roofline where it gives none.
 
 libtpu writes ``estimated_cycles`` for every fusion, product and copy: cycles of one core, both cores of a
-megacore working at once on their halves (`chips.toml` has the clocks). Those of products say too much, and
-give way to its schedule where that is known (`schedule.py`). What has none (Pallas kernels, everything on a
-GPU) takes as long as its flops at the chip's peak or its bytes at the memory's rate, whichever is more, both
-at the efficiency that the chip's calibration has.
+megacore working at once on their halves (`chips.toml` has the clocks). Those of products say too much: they
+give way to its schedule where that is known (`schedule.py`), else to the share of them that schedules take on
+their chip. What has none (Pallas kernels, everything on a GPU) takes as long as its flops at the chip's peak
+or its bytes at the memory's rate, whichever is more, both at the efficiency that the chip's calibration has.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def work(
         return NOTHING
     cycles = _CYCLES.search(instruction.attributes)
     if cycles is not None and chip.clock_hz:
-        return _by_cycles(program, instruction, int(cycles[1]), chip, bundles)
+        return _by_cycles(program, instruction, int(cycles[1]), chip, calibration, bundles)
     done, moved = flops(program, instruction), moved_bytes(program, instruction)
     if instruction.collective is not None:
         if not done:
@@ -102,23 +102,29 @@ def work(
 
 
 def _by_cycles(
-    program: Program, instruction: Instruction, estimated: int, chip: Chip, bundles: Mapping[str, int]
+    program: Program,
+    instruction: Instruction,
+    estimated: int,
+    chip: Chip,
+    calibration: Calibration,
+    bundles: Mapping[str, int],
 ) -> Work:
-    """Return the compiler's own seconds: of a product by its schedule, if that is shorter than estimated.
+    """Return the compiler's own seconds: of a product by its schedule, or by what schedules take on its chip.
 
     Never less than the matrix units need at the chip's peak, or its memory for going over the arrays once.
     """
     assert chip.clock_hz
     seconds = estimated / chip.clock_hz
-    scheduled = scheduled_cycles(instruction, bundles, chip)
-    if scheduled is None or not (done := flops(program, instruction)):
+    if not (done := flops(program, instruction)):
         return Work(seconds=seconds, basis="cycles")
+    scheduled = scheduled_cycles(instruction, bundles, chip)
     least = max(
-        scheduled / chip.clock_hz,
+        seconds * calibration.product_cycles if scheduled is None else scheduled / chip.clock_hz,
         done / (chip.peak_flops("bfloat16") or float("inf")),
         moved_bytes(program, instruction) / (chip.hbm_bytes_per_second or float("inf")),
     )
-    return Work(seconds=min(seconds, least), basis="cycles" if seconds <= least else "schedule")
+    by_schedule = scheduled is not None and least < seconds
+    return Work(seconds=min(seconds, least), basis="schedule" if by_schedule else "cycles")
 
 
 def _in_f32(program: Program, instruction: Instruction) -> bool:

@@ -51,6 +51,8 @@ class Calibration:
                            once a step, the same where each device updates its share (ZeRO-1), exchanging
                            activations (a share of these), passing them to the next stage.
     optimizer_efficiency:  of the HBM's rate, for the optimizer.
+    product_cycles:        of the cycles that a TPU's compiler estimates for products, how many its
+                           schedules of them take.
     imbalance_per_doubling: how much slower the slowest device makes a step each time their number doubles.
     balanced_stages:       whether layers are dealt to stages so that the loss's products count as layers do,
                            rather than evenly.
@@ -96,6 +98,7 @@ class Calibration:
     overlap_activations: float = 0.0
     overlap_stages: float = 0.0
     optimizer_efficiency: float = 1.0
+    product_cycles: float = 1.0
     imbalance_per_doubling: float = 0.0
     balanced_stages: bool = False
     copy_bytes: float = 0.0

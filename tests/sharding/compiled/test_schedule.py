@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,6 +15,7 @@ from meshwright.sharding.compiled.reading import read_proof
 from meshwright.sharding.compiled.schedule import scheduled_cycles
 from meshwright.sharding.compiled.targets import missing
 from meshwright.sharding.compiled.verify import verify
+from meshwright.sharding.cost.calibration import calibration_for
 
 CASES = {"v5p:2x2x1": "fsdp=4", "v5e:2x2": "fsdp=4", "v6e:2x2": "fsdp=4"}
 
@@ -24,10 +27,13 @@ def _compiled(topology: str) -> Compiled:
     return texts(*(f"{name}/{mesh}/product" for name, mesh in CASES.items()))[f"{topology}/product"]
 
 
-def _seconds(found: Compiled, bundles: dict[str, int]) -> float:
+def _seconds(found: Compiled, bundles: dict[str, int], product_cycles: float = 1.0) -> float:
+    topology = Topology.parse(found.topology)
+    record = dataclasses.replace(calibration_for(topology.chip.name), product_cycles=product_cycles)
     return read_proof(
         found.text,
-        topology=Topology.parse(found.topology),
+        topology=topology,
+        calibration=record,
         mesh=found.mesh,
         peak_bytes=found.peak_bytes,
         memory={},
@@ -52,6 +58,16 @@ def test_a_product_takes_as_long_as_its_schedule(topology):
     short = dict.fromkeys(found.bundles, 0)
     assert _seconds(found, long) == estimated
     assert needed <= _seconds(found, short) <= scheduled
+
+
+@pytest.mark.parametrize("topology", CASES)
+def test_without_a_schedule_a_product_takes_what_schedules_do_on_its_chip(topology):
+    found = _compiled(topology)
+    needed = 2 * LARGE**3 / Topology.parse(topology).chip.peak_flops("bfloat16")
+    whole, share = _seconds(found, {}), _seconds(found, {}, product_cycles=0.95)
+    assert share == pytest.approx(max(0.95 * whole, needed), rel=0.01)
+    assert needed <= _seconds(found, {}, product_cycles=0.01) <= share
+    assert _seconds(found, found.bundles, product_cycles=0.95) == _seconds(found, found.bundles)
 
 
 def test_both_cores_of_a_megacore_share_the_windows():
@@ -85,4 +101,5 @@ def test_a_plan_is_verified_by_schedules_where_they_are_asked_for(tmp_path, monk
         for schedules in (False, True)
     )
     needed = 4 * LARGE**3 / 918e12
-    assert needed < scheduled < estimated
+    assert needed < min(scheduled, estimated)
+    assert scheduled != estimated
