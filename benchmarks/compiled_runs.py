@@ -2,11 +2,11 @@
 
 Each run of MaxText on one TPU slice that measured_runs.csv has a rate for is planned with its model, mesh,
 batch and nearest rematerialisation, compiled for its slice, which is not here, with its recipe's options
-(compiled_runs.toml; `--plain`: with the compiler's own), and read as `meshwright plan --verify` reads it. Printed are the
-seconds of a step as measured, as the Estimate has them (by the chip's default calibration, and by MaxText's,
-which was fitted to such rows), and as the compiler has them; at the end the median absolute errors. What was
-compiled before comes from the cache of proofs. Rows of several slices repeat the program of one with a
-reduction over the network after it, and are left out.
+(compiled_runs.toml; `--plain`: with the compiler's own), and read as `meshwright plan --verify` reads it.
+Printed are the seconds of a step as measured, as the Estimate has them (by the chip's default calibration,
+and by MaxText's, which was fitted to such rows), and as the compiler has them; at the end the median absolute
+errors. What was compiled before comes from the cache of proofs. Rows of several slices repeat the program of
+one with a reduction over the network after it, and are left out.
 """
 
 from __future__ import annotations
