@@ -30,6 +30,8 @@ class Calibration:
     fused_residuals:       whether what is saved is what fused kernels read rather than each operation.
     reruns_layers:         whether all of a layer that is not kept is run again, needed or not.
     gathered_residuals:    whether what was gathered for a product is kept gathered for its gradient.
+    reduces_whole:         whether a gradient that is a partial sum over several axes is reduced whole over
+                           all of them each microbatch, as XLA does for GPUs, rather than axis by axis.
     accumulates_in_place:  whether a microbatch's gradients are added up where they are made; otherwise those
                            of one and their sum lie in memory.
     memory_efficiency:     of the HBM's rate, for elementwise work.
@@ -77,6 +79,7 @@ class Calibration:
     fused_residuals: bool = False
     reruns_layers: bool = False
     gathered_residuals: bool = False
+    reduces_whole: bool = False
     accumulates_in_place: bool = False
     memory_efficiency: float = 1.0
     loss_passes: float = 1.0

@@ -226,7 +226,15 @@ class Pricer:
         key = (tuple(candidate.mesh.items()), id(candidate.dims), id(lying))
         known = self._exchanges.get(key) if calibration is self.calibration else None
         if known is None:
-            found = exchange(self.profile, placement, candidate, lying, wires, self.gradient_bytes)
+            found = exchange(
+                self.profile,
+                placement,
+                candidate,
+                lying,
+                wires,
+                self.gradient_bytes,
+                reduces_whole=calibration.reduces_whole,
+            )
             if calibration is not self.calibration:
                 return found
             known = _remembered(self._exchanges, key, (found, (candidate.dims, lying)))

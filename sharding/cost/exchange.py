@@ -63,8 +63,20 @@ def parts(axes: list[frozenset[str]], mesh: Mapping[str, int]) -> np.ndarray:
     return np.array([known[one] for one in axes], float)
 
 
-# Parameters that travel alike: section, axes to gather over, axes to reduce over, of gradients, of moments.
-_Alike = tuple[int, tuple[str, ...], tuple[str, ...], frozenset[str], frozenset[str]]
+@dataclasses.dataclass(frozen=True)
+class _Alike:
+    """What parameters that travel alike have in common: mesh axes.
+
+    gather: to gather over when used; reduce: over which a gradient is a partial sum; gradients, moments: over
+    which these are stored; renewed: over which new parameters are gathered, each device having made its part.
+    """
+
+    section: int
+    gather: tuple[str, ...]
+    reduce: tuple[str, ...]
+    gradients: frozenset[str]
+    moments: frozenset[str]
+    renewed: frozenset[str]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -83,13 +95,16 @@ def exchange(
     lying: Stored,
     links: Mapping[str, Link],
     gradient_bytes: float | None,
+    *,
+    reduces_whole: bool = False,
 ) -> Exchange:
     """Return how long parameters and gradients travel, were one device's stage to hold all layers.
 
     A parameter stored over more axes than it is computed with is gathered for the forward and again for the
     backward pass, in the type that it is used in. A gradient that is a partial sum over an axis is scattered
-    over it each microbatch where gradients are stored so, and reduced once a step where they are not; an
-    optimizer that shares the work out (ZeRO-1) scatters instead and gathers the new parameters.
+    over it each microbatch where gradients are stored so, and reduced once a step where they are not, or, if
+    it `reduces_whole`, each microbatch over all axes where there are several. An optimizer that shares the
+    work out (ZeRO-1) scatters instead of reducing, and gathers the new parameters.
     """
     found = Exchange(gathers=_table(), scatters=_table(), step=_table())
     table = profile.parameters
@@ -101,16 +116,17 @@ def exchange(
     for n, count in enumerate(elements):
         gather = tuple(sorted(lying.parameters[n] - lying.computed[n], key=AXES_BY_WEIGHT.index))
         reduce = tuple(sorted((axis for axis, mask in partial.items() if mask[n]), key=AXES_BY_WEIGHT.index))
-        key = (sections[n], gather, reduce, lying.gradients[n], lying.optimizer[n])
+        stored, moments = lying.parameters[n], lying.optimizer[n]
+        key = _Alike(sections[n], gather, reduce, lying.gradients[n], moments, moments - stored)
         row = plans[key]
         row[0] += count * item_bytes[n]
         row[1] += count * (used_bytes[n] if gradient_bytes is None else gradient_bytes)
         # Parameters of a layer are gathered and reduced together.
         row[2] = max(row[2], runs[n])
         row[3] += count * used_bytes[n]
-    for (section, gather, reduce, grads, moments), (size, gradient, times, used) in plans.items():
-        _gather(found.gathers, links, candidate.mesh, section, gather, used, times)
-        _reduce(found, links, candidate.mesh, section, reduce, grads, moments, size, gradient, times)
+    for alike, (size, gradient, times, used) in plans.items():
+        _gather(found.gathers, links, candidate.mesh, alike, used, times)
+        _reduce(found, links, candidate.mesh, alike, size, gradient, times, reduces_whole)
     return found
 
 
@@ -122,41 +138,41 @@ def _gather(
     into: dict[tuple[str, str], list[float]],
     links: Mapping[str, Link],
     mesh: Mapping[str, int],
-    section: int,
-    axes: tuple[str, ...],
+    alike: _Alike,
     size: float,
     times: float,
 ) -> None:
-    left = math.prod(mesh[axis] for axis in axes)
-    for axis in axes:
+    left = math.prod(mesh[axis] for axis in alike.gather)
+    for axis in alike.gather:
         left //= mesh[axis]
-        into["all_gather", axis][section] += links[axis].collective("all_gather", size / left, times)
+        into["all_gather", axis][alike.section] += links[axis].collective("all_gather", size / left, times)
 
 
 def _reduce(
     found: Exchange,
     links: Mapping[str, Link],
     mesh: Mapping[str, int],
-    section: int,
-    axes: tuple[str, ...],
-    grads: frozenset[str],
-    moments: frozenset[str],
+    alike: _Alike,
     size: float,
     gradient: float,
     times: float,
+    reduces_whole: bool,
 ) -> None:
-    share = 1.0
-    for axis in reversed([axis for axis in axes if axis in grads]):
-        seconds = links[axis].collective("reduce_scatter", gradient * share, times)
-        found.scatters["reduce_scatter", axis][section] += seconds
-        share /= mesh[axis]
-    for axis in reversed([axis for axis in axes if axis not in grads]):
-        link = links[axis]
-        if axis in moments:
-            scatter = link.collective("reduce_scatter", gradient * share)
-            gather = link.collective("all_gather", size * share)
-            found.step["reduce_scatter", axis][section] += scatter
-            found.step["all_gather", axis][section] += gather
-            share /= mesh[axis]
+    share, section = 1.0, alike.section
+    whole = reduces_whole and len(alike.reduce) > 1
+    late = [axis for axis in alike.reduce if axis not in alike.gradients]
+    early = [axis for axis in alike.reduce if axis in alike.gradients]
+    for axis in (*reversed(early), *reversed(late)):
+        link, part = links[axis], gradient * share
+        if whole:
+            found.scatters["all_reduce", axis][section] += link.collective("all_reduce", part, times)
+        elif axis in alike.gradients:
+            found.scatters["reduce_scatter", axis][section] += link.collective("reduce_scatter", part, times)
+        elif axis in alike.moments:
+            found.step["reduce_scatter", axis][section] += link.collective("reduce_scatter", part)
         else:
-            found.step["all_reduce", axis][section] += link.collective("all_reduce", gradient * share)
+            found.step["all_reduce", axis][section] += link.collective("all_reduce", part)
+        if axis in alike.renewed:
+            found.step["all_gather", axis][section] += link.collective("all_gather", size * share)
+        if whole or axis in alike.gradients or axis in alike.moments:
+            share /= mesh[axis]

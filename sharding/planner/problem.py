@@ -180,8 +180,14 @@ class Problem:
 
 
 def _has_host(topology: Topology) -> bool:
-    """Whether what a device keeps can be sent to its host: simulated devices share one memory with it."""
-    return not topology.chip.nominal and topology.chip.host_link_bytes_per_second_per_chip is not None
+    """Whether sending what a device keeps to its host is worth considering.
+
+    Simulated devices share one memory with it. XLA's compiler for GPUs counts what lies on the host as the
+    device's own and computes layers again to make room for it: such steps compile to no less work.
+    """
+    if topology.chip.nominal or not topology.is_torus:
+        return False
+    return topology.chip.host_link_bytes_per_second_per_chip is not None
 
 
 def slot_bytes(optimizer: optax.GradientTransformation, params: Any) -> float:
