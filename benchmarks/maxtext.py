@@ -97,14 +97,13 @@ def measure(row: Mapping[str, Any], layers: int | None, plain: bool) -> Row:
 
 
 def _size(one: Mapping[str, Any], ours: Sequence[CompiledCollective]) -> float:
-    """Return the bytes of one of our collectives over the axes of MaxText's `one`, on average.
+    """Return the bytes of one of our collectives of whole arrays over the axes of MaxText's `one`.
 
     Into how many collectives MaxText's bytes go was not recorded: each is taken to be as large as ours.
     """
     large = [found for found in ours if found.axes == tuple(one["axes"]) and found.kind in _WHOLE]
-    whole = sum(found.bytes for found in large if found.kind == one["kind"]) or sum(f.bytes for f in large)
-    count = sum(f.count for f in large if f.kind == one["kind"]) or sum(f.count for f in large)
-    return whole / count if count else one["bytes"]
+    total = sum(found.bytes for found in large)
+    return sum(found.bytes * found.bytes / found.count for found in large) / total if total else one["bytes"]
 
 
 def maxtext_seconds(row: Mapping[str, Any], one: Mapping[str, Any], size: float) -> float:
