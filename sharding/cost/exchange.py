@@ -116,8 +116,10 @@ def exchange(
     for n, count in enumerate(elements):
         gather = tuple(sorted(lying.parameters[n] - lying.computed[n], key=AXES_BY_WEIGHT.index))
         reduce = tuple(sorted((axis for axis, mask in partial.items() if mask[n]), key=AXES_BY_WEIGHT.index))
-        stored, moments = lying.parameters[n], lying.optimizer[n]
-        key = _Alike(sections[n], gather, reduce, lying.gradients[n], moments, moments - stored)
+        moments, gradients = lying.optimizer[n], lying.gradients[n]
+        # Where gradients are stored in parts too, frameworks gather parameters beside the next forward pass.
+        renewed = moments - lying.parameters[n] - (frozenset() if reduces_whole else gradients)
+        key = _Alike(sections[n], gather, reduce, gradients, moments, renewed)
         row = plans[key]
         row[0] += count * item_bytes[n]
         row[1] += count * (used_bytes[n] if gradient_bytes is None else gradient_bytes)

@@ -122,7 +122,12 @@ class Problem:
         dtype = _product_dtype(self.program)
 
         def priced_by(table: Profile, record: Calibration, other: _Other | None) -> Pricer:
-            record = dataclasses.replace(record, fragmentation=room * record.fragmentation)
+            record = dataclasses.replace(
+                record,
+                fragmentation=room * record.fragmentation,
+                # A fact of the compiler, which other frameworks' records on the chip do not inherit.
+                reduces_whole=topology.chip.platform == "gpu",
+            )
             return Pricer(
                 table, topology, optimizer_slots=slots, dtype=dtype, calibration=record, other=other
             )
