@@ -35,7 +35,10 @@ _SLOW = 2.0
 _NOTE = """Efficiencies that datasheets do not give, for each chip under each framework; see calibration.py.
 Fitted by benchmarks/calibrate.py to measured_runs.csv and measured_sweeps.csv; which attention kernel a
 framework runs and what it saves are facts of the framework, set by hand. What hides sending values to the
-host, and what is left free of a device's memory, are as compiled programs show (benchmarks/compiled.py).
+host, what is left free of a device's memory, and what GPUs' own records hide of FSDP's gathers and
+reductions are as compiled programs show (benchmarks/compiled.py). By product_cycles, steps read without
+schedules come out as with them (benchmarks/compiled_runs.py, with --schedules and without); tpu7x has the
+others' by assumption.
 a100.deepspeed-replicated was fitted together with a100.megatron-deepspeed, before they were told apart, and
 kept: of five fits it chose best on the rows it was fitted to, by ties that other fits break otherwise."""
 

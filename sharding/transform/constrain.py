@@ -217,6 +217,7 @@ class _Walk:
         return checkpoint_again(equation.eqn, values, body)
 
     def _cast_once(self, value: Stored, dims: Dims, dtype: Any) -> tuple[Any, Any]:
+        """Return a parameter cast and then gathered, and the array that its gradient is summed in."""
         used, reduced = self._spec(dims, value.value.shape), PartitionSpec(*value.reduced)
         shardings = self._scattering.shardings(used, reduced)
         # The barrier keeps a compiler from casting what has travelled.

@@ -53,7 +53,6 @@ class Lookup:
         avals: list[Any] = [atom.aval for atom in eqn.invars]
         table, ids = avals
         self._mode, self._fill = eqn.params["mode"], eqn.params["fill_value"]
-        self._eqn = eqn
         self._mesh = mesh
         self._whole = table.shape[0]
         self._of_table = of_table
@@ -118,9 +117,9 @@ class Lookup:
             ids = jax.lax.dynamic_slice_in_dim(ids, jax.lax.axis_index(self._axes) * own, own, place)
         if self._mode != _Mode.FILL_OR_DROP:
             return found
-        fill = self._fill
+        fill = jnp.nan if self._fill is None else self._fill
         inside = (ids[..., 0] >= 0) & (ids[..., 0] < self._whole)
-        return jnp.where(inside[wide], found, jnp.asarray(jnp.nan if fill is None else fill, found.dtype))
+        return jnp.where(inside[wide], found, jnp.asarray(fill, found.dtype))
 
     def _learn(self, ids: Any, gradient: Any) -> Any:
         place, mine = self._own(ids)

@@ -87,6 +87,16 @@ def test_what_fits_only_tightly_is_planned_and_said() -> None:
     assert tight.estimate.peak_bytes < 31.25 * 2**30
 
 
+def test_only_tpus_send_values_to_their_hosts() -> None:
+    """XLA counts what a GPU's host holds as the GPU's, and computes layers again to make room for it."""
+    tpu, gpu = (
+        plan_config(load(CONFIGS / "llama3-405b.yaml", [f"topology={topology}"])).plan
+        for topology in ("v5p:8x8x16", "h100:128x8")
+    )
+    assert "host" in tpu.saved.values()
+    assert not any("host" in one.saved.values() for one in (gpu, *gpu.alternatives))
+
+
 @pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b", "llama3-70b", "llama3-405b", "deepseek-v3"])
 def test_shipped_configs_plan_and_fit(name: str) -> None:
     planned = plan_config(load(CONFIGS / f"{name}.yaml"))

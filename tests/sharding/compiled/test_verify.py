@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -17,6 +18,7 @@ from meshwright.sharding import Plan, Topology, UserError, plan
 from meshwright.sharding.compiled import cache, child
 from meshwright.sharding.compiled.child import Limits
 from meshwright.sharding.compiled.verify import verify
+from meshwright.sharding.cost.calibration import calibration_for
 
 WIDTH, ROWS = 512, 256
 
@@ -77,6 +79,20 @@ def test_another_program_plan_or_optimizer_is_another_entry(own_cache: pathlib.P
     made = planned()
     assert not verify(made, *program()[:3], optax.sgd(0.1)).cached
     assert len(list(own_cache.rglob("answer.json"))) == 4
+
+
+def test_an_entry_is_known_by_the_efficiencies_it_was_read_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by no others: what is left free of a device's memory changes nothing of what was compiled."""
+    planned().verify()
+    record = calibration_for("cpu")
+
+    def known(**changed: float) -> bool:
+        replaced = dataclasses.replace(record, **changed)
+        monkeypatch.setattr("meshwright.sharding.compiled.verify.calibration_for", lambda _: replaced)
+        return verify(planned(), *program()).cached
+
+    assert known(usable_memory=0.5)
+    assert not known(memory_efficiency=0.5 * record.memory_efficiency)
 
 
 def test_a_proof_is_kept_in_the_plan(tmp_path: pathlib.Path) -> None:

@@ -111,6 +111,38 @@ def test_fsdp_gathers_twice_and_scatters_once_a_microbatch(program, pricer):
         assert found.memory[item] == pytest.approx(size * WEIGHTS / 8)
 
 
+def test_what_is_partial_over_two_axes_may_be_reduced_whole_each_microbatch(program):
+    """Over all axes, not scattered; new parameters are gathered over those that only moments lie over."""
+    both = dict.fromkeys(range(2), ((), ("fsdp", "data"), ()))
+    candidate = Candidate(
+        mesh={"data": 2, "fsdp": 4},
+        dims=at(program, batch=("data", "fsdp")),
+        stored=stored_over("fsdp"),
+        gradients=both,
+        optimizer=both,
+        microbatches=2,
+    )
+    times = [
+        Pricer(
+            program,
+            TOPOLOGY,
+            optimizer_slots=8.0,
+            calibration=dataclasses.replace(PERFECT, reduces_whole=whole),
+        )
+        .price(candidate)
+        .time
+        for whole in (False, True)
+    ]
+    scattered, whole = times
+    once = 2 * WEIGHTS / 450e9
+    assert scattered["reduce_scatter/fsdp"] == pytest.approx(2 * 3 / 4 * once)
+    assert not any(name.startswith("all_reduce") for name in scattered)
+    assert whole["all_reduce/fsdp"] == pytest.approx(2 * 2 * 3 / 4 * once)
+    assert whole["all_reduce/data"] == pytest.approx(2 * 2 * 1 / 2 * once / 4)
+    assert not any(name.startswith("reduce_scatter") for name in whole)
+    assert whole["all_gather/data"] == pytest.approx(1 / 2 * once / 4)
+
+
 def test_zero_stages_share_out_one_item_after_the_other(program, pricer):
     whole = Candidate(mesh={"data": 8}, dims=at(program, batch=("data",)))
     one = dataclasses.replace(whole, optimizer=stored_over("data"))
