@@ -22,6 +22,7 @@ ROWS, COLUMNS = 1024, 1024
 LAYERS, WIDTH, HIDDEN, BATCH = 4, 512, 2048, 512
 LARGE = 4096
 STEPS = 3
+SEQUENCE, EMBED, MLP = 4096, 4096, 16384
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,28 @@ def _programs(mesh: Any) -> dict[str, Callable[[], Any]]:
             array((LAYERS, 1024, 1024)), array((4096 * mesh.size, 1024), axes)
         )
 
+    def carried() -> Any:
+        """The gradients of a product: one is scattered while it is made, the other needs `x` whole.
+
+        The gather of `x` goes on beside the turns of the loop that makes the first.
+        """
+        first = axes[0]
+
+        def program(x: Any, w: Any, slope: Any) -> Any:
+            def project(x: Any, w: Any) -> Any:
+                y = jnp.einsum("bse,em->bsm", x, w)
+                return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, P(first, None, last)))
+
+            of_x, of_w = jax.vjp(project, x, w)[1](slope)
+            return jax.lax.with_sharding_constraint(of_x, NamedSharding(mesh, P(first, last))), of_w
+
+        rows = 4 * mesh.shape[first]
+        return jax.jit(program).lower(
+            array((rows, SEQUENCE, EMBED), first, last),
+            array((EMBED, MLP), None, last),
+            array((rows, SEQUENCE, MLP), first, None, last),
+        )
+
     turned = [(i, (i + 1) % size) for i in range(size)]
     return {
         "all_gather": collective(lambda x: jax.lax.all_gather(x, last, tiled=True), P(axes), P(rest or None)),
@@ -229,7 +252,20 @@ def _programs(mesh: Any) -> dict[str, Callable[[], Any]]:
         "replicated": replicated,
         "padded": padded,
         "offloaded": offloaded,
+        "carried": carried,
     }
+
+
+# Program → options to compile it with: gathers inside of products.
+_OPTIONS = {
+    "carried": {
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+    }
+}
 
 
 def _main(folder: str, specs: list[str]) -> None:
@@ -249,7 +285,7 @@ def _main(folder: str, specs: list[str]) -> None:
         for name in wanted.split(","):
             shutil.rmtree(schedules, ignore_errors=True)
             schedules.mkdir()
-            compiled = programs[name]().compile()
+            compiled = programs[name]().compile(compiler_options=_OPTIONS.get(name))
             sizes_of = compiled.memory_analysis()
             memory = {key: getattr(sizes_of, key) for key in dir(sizes_of) if key.endswith("_in_bytes")}
             path = pathlib.Path(folder) / f"{number}-{name}"

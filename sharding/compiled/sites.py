@@ -2,8 +2,8 @@
 
 A collective is one instruction, or a start and a done, or a chain of fusions that libtpu works it into beside
 products (asynchronous collective fusion: the fusions with its channel number; the first begins and the last
-ends it). Between TPU slices it is a send and a receive through the hosts that carry the collective's kind and
-name.
+ends it, and those in the bodies of loops between the two carry it on). Between TPU slices it is a send and a
+receive through the hosts that carry the collective's kind and name.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .work import rendezvous
 
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_BEGINS = 'custom_call_target="AsyncCollectiveStart"'
 _SYNC = re.compile(r'"is_sync":true')
 # How many hops of an asynchronous operation there may be between its start and its done.
 _LONGEST_CHAIN = 64
@@ -73,6 +74,14 @@ class Sites:
             plain = instruction.calls is None and not instruction.opcode.endswith(("-done", "-update"))
             if instruction.collective is not None and plain:
                 self._inner.setdefault(instruction.computation, name)
+        # Channel → the computations in which a chain of fusions with it begins.
+        self._begun: dict[str, set[str]] = {}
+        for instruction in program.instructions.values():
+            if instruction.opcode == "fusion" and instruction.collective is not None:
+                inside = program.inside(instruction)
+                names = () if inside is None else inside.instructions
+                if any(_BEGINS in program.instructions[name].attributes for name in names):
+                    self._begun.setdefault(self._channel(instruction), set()).add(instruction.computation)
 
     def of(self, computation: str) -> list[Site]:
         """Return the collectives of one computation's schedule, in its order."""
@@ -102,8 +111,10 @@ class Sites:
             elif instruction.collective is None or opcode.endswith(("-done", "-update")):
                 continue
             elif opcode == "fusion":
-                chain = channels[self._channel(instruction)]
-                if instruction is chain[0]:
+                channel = self._channel(instruction)
+                chain = channels[channel]
+                carried_on = computation not in self._begun.get(channel, {computation})
+                if instruction is chain[0] and not carried_on:
                     found.append(self._site(instruction, chain[-1].name, tuple(i.name for i in chain)))
             elif opcode.endswith("-start"):
                 end = name if _SYNC.search(instruction.attributes) else dones.get(name, name)

@@ -4,7 +4,8 @@ Computing goes in the order of the schedule, one instruction after the other. A 
 it. An asynchronous one holds its links from its start (or from when those before it leave them) for as long
 as the link model says; at its done the device waits for what is left. So do copies between HBM and the vector
 memory and those to and from the host. What a wait comes to is exposed; everything else ran beside computing.
-Loop bodies are gone through by themselves: what is open around a loop goes on beside it.
+Loop bodies are gone through by themselves: what is open around a loop goes on beside it, while the loop's own
+do not hold its links.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Turn:
     """One run of a computation: its seconds, of which `exposed` by item; they add up with what it calls.
 
     `sites` are its own collectives with their exposed seconds, `works` its own instructions' costs, `hosts`
-    its own transfers to or from the host in bytes.
+    its own transfers to or from the host in bytes; `held` is how long it holds each link or lane.
     """
 
     seconds: float = 0.0
@@ -37,10 +38,7 @@ class Turn:
     sites: list[tuple[Site, float]] = field(default_factory=list)
     works: dict[str, Work] = field(default_factory=dict)
     hosts: dict[str, float] = field(default_factory=dict)
-
-    def add(self, item: str, seconds: float) -> None:
-        self.seconds += seconds
-        self.items[item] = self.items.get(item, 0.0) + seconds
+    held: dict[tuple[object, ...], float] = field(default_factory=dict)
 
 
 def item_of(site: Site) -> str:
@@ -92,6 +90,7 @@ class _Walk:
         self._free: dict[tuple[object, ...], tuple[float, str]] = {}
         # Start → when it ends, of what has begun and not been waited for.
         self._open: dict[str, float] = {}
+        self._links: dict[str, tuple[tuple[object, ...], ...]] = {}
         self._items: dict[str, str] = {}
         self._exposed: dict[str, float] = {}
         # Start → the start that held its links when it wanted to begin.
@@ -151,7 +150,20 @@ class _Walk:
         inner = self._line.turn(computation)
         for item, seconds in inner.items.items():
             self._turn.items[item] = self._turn.items.get(item, 0.0) + seconds * times
+        for link, seconds in inner.held.items():
+            self._turn.held[link] = self._turn.held.get(link, 0.0) + seconds * times
+        self._put_off({link: seconds * times for link, seconds in inner.held.items()})
         self._now += inner.seconds * times
+
+    def _put_off(self, held: Mapping[tuple[object, ...], float]) -> None:
+        """Let what is open end later by the seconds for which others, that are called now, hold its links."""
+        for start, finish in self._open.items():
+            taken = max((held.get(link, 0.0) for link in self._links[start]), default=0.0)
+            if taken and finish > self._now:
+                self._open[start] = finish + taken
+                for link in self._links[start]:
+                    if self._free[link][1] == start:
+                        self._free[link] = (finish + taken, start)
 
     def _spend(self, item: str, seconds: float) -> None:
         self._turn.items[item] = self._turn.items.get(item, 0.0) + seconds
@@ -173,13 +185,15 @@ class _Walk:
     def _hold(self, start: str, item: str, seconds: float, links: Iterable[tuple[object, ...]]) -> None:
         """Let an operation take its links when they are free."""
         begin = self._now
-        for link in links:
+        self._links[start] = tuple(links)
+        for link in self._links[start]:
             free, holder = self._free.get(link, (0.0, ""))
             if free > begin:
                 begin, self._before[start] = free, holder
         finish = begin + seconds
-        for link in links:
+        for link in self._links[start]:
             self._free[link] = (finish, start)
+            self._turn.held[link] = self._turn.held.get(link, 0.0) + seconds
         self._open[start] = finish
         self._items[start] = item
 

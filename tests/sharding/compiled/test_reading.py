@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from compiled_programs import BATCH, COLUMNS, HIDDEN, LARGE, LAYERS, ROWS, STEPS, WIDTH, Compiled, texts
+from compiled_programs import (
+    BATCH,
+    COLUMNS,
+    EMBED,
+    HIDDEN,
+    LARGE,
+    LAYERS,
+    ROWS,
+    SEQUENCE,
+    STEPS,
+    WIDTH,
+    Compiled,
+    texts,
+)
 from meshwright.sharding import Topology
 from meshwright.sharding.compiled.hlo import parse_program
 from meshwright.sharding.compiled.loops import loops
@@ -20,6 +33,7 @@ TPUS = (
     "v6e:4x4/data=2,fsdp=8/all_gather,all_to_all,product",
     "tpu7x:2x2x1/fsdp=8/all_gather,all_reduce,reduce_scatter,product",
     "2*v5e:2x2/fsdp=4,data=2/all_reduce",
+    "v5p:4x4x8/fsdp=16,tensor=8/carried",
 )
 GPUS = (
     "h100:2x8/data=2,fsdp=8/all_gather,all_reduce,reduce_scatter,all_to_all,collective_permute,perceptron,"
@@ -147,6 +161,24 @@ def test_a_transfer_runs_beside_products_that_do_not_need_it():
     assert row.asynchronous
     assert row.exposed_seconds < 0.75 * row.seconds
     assert proof.step_seconds < proof.time["compute"] + row.seconds
+
+
+def test_a_gather_that_goes_on_through_the_turns_of_a_loop_is_one():
+    found = _compiled("v5p:4x4x8/carried")
+    loop = next(
+        name for name in parse_program(found.text).computations if "windowed_dot_general_body" in name
+    )
+    assert (
+        "async_collective_fusion" in found.text.split(f"%{loop} ")[1].split("\n}")[0]
+    )  # else this shows nothing
+    proof = _proof("v5p:4x4x8/carried")
+    gather = next(c for c in proof.collectives if c.kind == "all_gather" and c.axes == ("tensor",))
+    assert gather.asynchronous
+    assert (gather.count, gather.bytes) == (1, 4 * SEQUENCE * EMBED * 2)
+    # The loop's permutes, half of them each way, and the gather, which goes both ways, use the same links.
+    permutes = next(c for c in proof.collectives if c.kind == "collective_permute")
+    last = proof.flops / 2 / Topology.parse("v5p:4x4x8").chip.peak_flops("bfloat16")
+    assert proof.step_seconds > gather.seconds + permutes.seconds / 2 + last
 
 
 @pytest.mark.slow
