@@ -38,7 +38,7 @@ framework runs and what it saves are facts of the framework, set by hand. What h
 host, what is left free of a device's memory, and what GPUs' own records hide of FSDP's gathers and
 reductions are as compiled programs show (benchmarks/compiled.py). By product_cycles, steps read without
 schedules come out as with them (benchmarks/compiled_runs.py, with --schedules and without); tpu7x has the
-others' by assumption.
+others' by assumption. fusion_efficiency is what libtpu's cycles come to (tests/sharding/compiled).
 a100.deepspeed-replicated was fitted together with a100.megatron-deepspeed, before they were told apart, and
 kept: of five fits it chose best on the rows it was fitted to, by ties that other fits break otherwise."""
 

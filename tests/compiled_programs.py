@@ -136,6 +136,10 @@ def _programs(mesh: Any) -> dict[str, Callable[[], Any]]:
     def product() -> Any:
         return jax.jit(lambda a, b: a @ b).lower(array((LARGE, LARGE)), array((LARGE, LARGE)))
 
+    def scaled(dtype: Any) -> Callable[[], Any]:
+        """Elementwise work, which reads and writes one array."""
+        return lambda: jax.jit(lambda x: x * 2 + 1).lower(array((LARGE, LARGE), dtype=dtype))
+
     def overlapped() -> Any:
         """A shift of `x` with products beside it that do not need it."""
 
@@ -246,6 +250,8 @@ def _programs(mesh: Any) -> dict[str, Callable[[], Any]]:
         "nested": nested,
         "endless": endless,
         "product": product,
+        "scaled": scaled(jnp.bfloat16),
+        "scaled_float32": scaled(jnp.float32),
         "overlapped": overlapped,
         "zeros": zeros,
         "sliced": sliced,

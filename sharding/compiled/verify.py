@@ -29,6 +29,7 @@ _READ_WITH = (
     "fabric_efficiency",
     "fabric_group_exponent",
     "fabric_seconds",
+    "fusion_efficiency",
     "matmul_efficiency",
     "memory_efficiency",
     "network_efficiency",

@@ -3,8 +3,10 @@
 libtpu writes ``estimated_cycles`` for every fusion, product and copy: cycles of one core, both cores of a
 megacore working at once on their halves (`chips.toml` has the clocks). Those of products say too much: they
 give way to its schedule where that is known (`schedule.py`), else to the share of them that schedules take on
-their chip. What has none (Pallas kernels, everything on a GPU) takes as long as its flops at the chip's peak
-or its bytes at the memory's rate, whichever is more, both at the efficiency that the chip's calibration has.
+their chip. Those of elementwise work are as many for bfloat16 as for float32, and give way to what the arrays
+take at the memory's rate that they stand for in float32, but to no less than half of them. What has none
+(Pallas kernels, everything on a GPU) takes as long as its flops at the chip's peak or its bytes at the
+memory's rate, whichever is more, both at the efficiency that the chip's calibration has.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from .hlo import Instruction, Program
 from .schedule import scheduled_cycles
 from .shapes import HOST_SPACE, leaves, parse_shape
 
+# The part of elementwise work's cycles that elements of half the width keep.
+_HALF_WIDTH = 0.5
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TARGET = re.compile(r'\bcustom_call_target="([^"]*)"')
 _RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
@@ -111,11 +115,16 @@ def _by_cycles(
 ) -> Work:
     """Return the compiler's own seconds: of a product by its schedule, or by what schedules take on its chip.
 
-    Never less than the matrix units need at the chip's peak, or its memory for going over the arrays once.
+    Never less than the matrix units need at the chip's peak, or its memory for going over the arrays once; of
+    elementwise work what its arrays take at the memory's rate, which is between half and all of its cycles.
     """
     assert chip.clock_hz
     seconds = estimated / chip.clock_hz
     if not (done := flops(program, instruction)):
+        if instruction.opcode == "fusion":
+            rate = (chip.hbm_bytes_per_second or float("inf")) * calibration.fusion_efficiency
+            least = max(seconds * _HALF_WIDTH, moved_bytes(program, instruction) / rate)
+            seconds = min(seconds, least)
         return Work(seconds=seconds, basis="cycles")
     scheduled = scheduled_cycles(instruction, bundles, chip)
     least = max(

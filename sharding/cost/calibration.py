@@ -55,6 +55,7 @@ class Calibration:
     optimizer_efficiency:  of the HBM's rate, for the optimizer.
     product_cycles:        of the cycles that a TPU's compiler estimates for products, how many its
                            schedules of them take.
+    fusion_efficiency:     of the HBM's rate, what a TPU's compiler counts on for elementwise work in float32.
     imbalance_per_doubling: how much slower the slowest device makes a step each time their number doubles.
     balanced_stages:       whether layers are dealt to stages so that the loss's products count as layers do,
                            rather than evenly.
@@ -102,6 +103,7 @@ class Calibration:
     overlap_stages: float = 0.0
     optimizer_efficiency: float = 1.0
     product_cycles: float = 1.0
+    fusion_efficiency: float = 0.8
     imbalance_per_doubling: float = 0.0
     balanced_stages: bool = False
     copy_bytes: float = 0.0

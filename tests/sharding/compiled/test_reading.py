@@ -24,14 +24,15 @@ from meshwright.sharding.compiled.memory import memory
 from meshwright.sharding.compiled.reading import read_proof
 from meshwright.sharding.compiled.record import Proof
 from meshwright.sharding.compiled.targets import missing
+from meshwright.sharding.cost.calibration import calibration_for
 
 TPUS = (
     "v5p:4x4x4/fsdp=16,tensor=4/all_gather,all_reduce,reduce_scatter,all_to_all,collective_permute,perceptron,"
-    "nested,endless,product,overlapped,zeros,sliced,replicated,padded",
-    "v4:2x2x2/fsdp=8/all_gather,reduce_scatter,product",
-    "v5e:4x4/data=2,fsdp=8/all_gather,all_reduce,collective_permute,product",
-    "v6e:4x4/data=2,fsdp=8/all_gather,all_to_all,product",
-    "tpu7x:2x2x1/fsdp=8/all_gather,all_reduce,reduce_scatter,product",
+    "nested,endless,product,scaled,scaled_float32,overlapped,zeros,sliced,replicated,padded",
+    "v4:2x2x2/fsdp=8/all_gather,reduce_scatter,product,scaled,scaled_float32",
+    "v5e:4x4/data=2,fsdp=8/all_gather,all_reduce,collective_permute,product,scaled,scaled_float32",
+    "v6e:4x4/data=2,fsdp=8/all_gather,all_to_all,product,scaled,scaled_float32",
+    "tpu7x:2x2x1/fsdp=8/all_gather,all_reduce,reduce_scatter,product,scaled,scaled_float32",
     "2*v5e:2x2/fsdp=4,data=2/all_reduce",
     "v5p:4x4x8/fsdp=16,tensor=8/carried",
 )
@@ -153,6 +154,16 @@ def test_cycles_over_the_clock_come_near_the_peak_and_never_above(case):
     assert peak is not None
     assert proof.flops == 2 * LARGE**3
     assert 0.6 < proof.flops / peak / proof.time["compute"] <= 1.0
+
+
+@pytest.mark.parametrize("case", [case for case in _cases(TPUS) if "/scaled" in case])
+def test_elementwise_work_takes_as_long_as_its_bytes(case):
+    topology, _, dtype = case.partition("/scaled")
+    chip = Topology.parse(topology).chip
+    moved = 2 * LARGE**2 * (4 if dtype else 2)
+    assert chip.hbm_bytes_per_second is not None
+    seconds = moved / chip.hbm_bytes_per_second / calibration_for(chip.name).fusion_efficiency
+    assert _proof(case).time["compute"] == pytest.approx(seconds, rel=0.04)
 
 
 def test_a_transfer_runs_beside_products_that_do_not_need_it():
