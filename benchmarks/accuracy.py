@@ -27,7 +27,7 @@ from measured.layouts import candidate
 from measured.programs import traced
 from measured.rows import Run, load
 from meshwright.sharding.cost import Estimate, Pricer
-from meshwright.sharding.cost.calibration import calibration_for
+from meshwright.sharding.cost.calibration import Calibration, calibration_for
 
 _DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -39,16 +39,18 @@ def csv_file(text: str) -> Path:
     return Path(text)
 
 
-def pricer(run: Run, calibration: str | None = None) -> Pricer:
-    """Return what prices the layouts of `run`'s program on its topology."""
+def pricer(run: Run, calibration: str | Calibration | None = None) -> Pricer:
+    """Return what prices the layouts of `run`'s program on its topology; a calibration may be a file."""
     facts = run.framework
+    if not isinstance(calibration, Calibration):
+        calibration = calibration_for(run.topology.chip.name, facts["calibration"], calibration)
     return Pricer(
         traced(run.architecture)[1],
         run.topology,
         optimizer_slots=facts["optimizer_bytes"],
         gradient_bytes=facts["gradient_bytes"],
         dtype=run.dtype,
-        calibration=calibration_for(run.topology.chip.name, facts["calibration"], calibration),
+        calibration=calibration,
     )
 
 

@@ -3,10 +3,11 @@
 Each run of MaxText on one TPU slice that measured_runs.csv has a rate for is planned with its model, mesh,
 batch and nearest rematerialisation, compiled for its slice, which is not here, with its recipe's options
 (compiled_runs.toml; `--plain`: with the compiler's own), and read as `meshwright plan --verify` reads it.
-Printed are the seconds of a step as measured, as the Estimate has them (by the chip's default calibration,
-and by MaxText's, which was fitted to such rows), and as the compiler has them; at the end the median absolute
-errors. What was compiled before comes from the cache of proofs. Rows of several slices repeat the program of
-one with a reduction over the network after it, and are left out.
+Printed are the seconds of a step as measured, as the Estimate has them, and as the compiler has them; at the
+end the median absolute errors. The Estimate comes three times: by the chip's default calibration and by
+MaxText's, which were fitted to such rows, and by one that was fitted to no run, as the compiler's reading was
+not. What was compiled before comes from the cache of proofs. Rows of several slices repeat the program of one
+with a reduction over the network after it, and are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import accuracy
 import jax
 import optax
-from measured.programs import decoder_config
+from held_out import neutral
+from measured.layouts import candidate
+from measured.programs import decoder_config, traced
 from measured.rows import Run, parse
 from measured.shapes import NotExpressible
 from meshwright.models import decoder
@@ -46,6 +49,12 @@ _POLICIES: Mapping[str, str | dict[str, str]] = {
     "minimal": "dots",
     "qkv_proj_offloaded": dict.fromkeys(_OFFLOADED, "host"),
 }
+_COLUMNS = (
+    "estimated_seconds",
+    "maxtext_estimated_seconds",
+    "unfitted_estimated_seconds",
+    "compiled_seconds",
+)
 # On a machine that is busy with other compilers too.
 _LIMITS = Limits(seconds=1800.0)
 
@@ -59,6 +68,7 @@ class Row:
     measured_seconds: float
     estimated_seconds: float
     maxtext_estimated_seconds: float
+    unfitted_estimated_seconds: float
     compiled_seconds: float
     compile_seconds: float
     time: Mapping[str, float]
@@ -133,6 +143,7 @@ def measure(name: str, run: Run, policy: str, plain: bool, schedules: bool) -> R
         measured_seconds=run.seconds,
         estimated_seconds=made.estimate.step_seconds,
         maxtext_estimated_seconds=accuracy.estimate(run).step_seconds,
+        unfitted_estimated_seconds=_unfitted(run),
         compiled_seconds=0.0 if proof is None else proof.step_seconds,
         compile_seconds=0.0 if proof is None else proof.compile_seconds,
         time={} if proof is None else dict(proof.time),
@@ -142,9 +153,15 @@ def measure(name: str, run: Run, policy: str, plain: bool, schedules: bool) -> R
     )
 
 
+def _unfitted(run: Run) -> float:
+    """Return the Estimate's seconds of a run by a calibration that knows of no measured one."""
+    pricer = accuracy.pricer(run, neutral(run.topology.chip.name, run.framework["calibration"]))
+    return pricer.price(candidate(run, traced(run.architecture)[0])).step_seconds
+
+
 def show(row: Row) -> None:
     """Print a row, and what its compiled step's time consists of."""
-    guesses = (row.estimated_seconds, row.maxtext_estimated_seconds, row.compiled_seconds)
+    guesses = (getattr(row, column) for column in _COLUMNS)
     figures = "  ".join(f"{seconds:8.3f} {100 * row.error(seconds):+6.1f}%" for seconds in guesses)
     print(f"{row.name:30} {row.measured_seconds:8.3f}  {figures}  {row.outcome} {row.message}")
     items = sorted(row.time.items(), key=lambda item: -item[1])
@@ -161,9 +178,8 @@ def show(row: Row) -> None:
 def summary(rows: list[Row]) -> dict[str, float]:
     """Return the median absolute errors over the rows that compiled."""
     done = [row for row in rows if row.compiled_seconds]
-    columns = ("estimated_seconds", "maxtext_estimated_seconds", "compiled_seconds")
     found: dict[str, Any] = {"rows": len(done)}
-    for column in columns if done else ():
+    for column in _COLUMNS if done else ():
         errors = [row.error(getattr(row, column)) for row in done]
         found[column] = statistics.median(abs(error) for error in errors)
         found[f"{column}_bias"] = statistics.median(errors)
@@ -184,7 +200,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
     if not words.json:
-        print(f"{'':30} measured  {'Estimate':>16}  {'MaxText-fitted':>16}  {'compiled':>16}")
+        heads = ("Estimate", "MaxText-fitted", "fitted to none", "compiled")
+        print(f"{'':30} measured" + "".join(f"  {head:>16}" for head in heads))
     rows = []
     for name, run, policy in runs(words.runs, words.only):
         try:

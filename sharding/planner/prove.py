@@ -127,25 +127,27 @@ def _chosen(chosen: Attempt, attempts: Sequence[Attempt]) -> Plan:
 
 
 def _with_options(chosen: Plan, judge: Callable[[Plan], Verdict]) -> Plan:
-    """Return `chosen`, or it with those of its chip's options that the compiler shows to make it faster."""
+    """Return `chosen`, or it with those of its chip's options that the compiler shows to make it faster.
+
+    Set by set, each with those that helped before it.
+    """
     from ..compiled.options import trials_for
 
-    assert chosen.proof is not None
-    plain = fastest = chosen.proof.step_seconds
     best, notes = chosen, []
     for trial in trials_for(Topology.parse(chosen.topology)):
-        tried = dataclasses.replace(chosen, compiler_options=trial.options)
+        tried = dataclasses.replace(best, compiler_options={**best.compiler_options, **trial.options})
         verdict = judge(tried)
         if not verdict.fits or verdict.proof is None:
             notes.append(f"compiler options {trial.name}: {verdict.message}")
             continue
-        took = verdict.proof.step_seconds
+        assert best.proof is not None
+        took, without = verdict.proof.step_seconds, best.proof.step_seconds
         doubt = "" if trial.ran else "; no device has run them yet"
         notes.append(
-            f"compiler options {trial.name}: {seconds(took)} compiled, {seconds(plain)} without{doubt}"
+            f"compiler options {trial.name}: {seconds(took)} compiled, {seconds(without)} without{doubt}"
         )
-        if took < fastest:
-            fastest, best = took, dataclasses.replace(tried, proof=verdict.proof)
+        if took < without:
+            best = dataclasses.replace(tried, proof=verdict.proof)
     return dataclasses.replace(best, notes=(*best.notes, *notes))
 
 
