@@ -55,10 +55,27 @@ def trials_for(topology: Topology) -> list[Trial]:
 def scatters_over_several_axes(options: Mapping[str, Any]) -> bool:
     """Whether a program compiled with `options` scatters a gradient over several torus axes at once."""
     return any(
-        one.get("scatters_over_several_axes", False)
-        and all(options.get(name) == value for name, value in one["options"].items())
+        one.get("scatters_over_several_axes", False) and _holds(one, options)
         for one in _facts()["sets"].values()
     )
+
+
+def product_cycles(options: Mapping[str, Any], usual: float) -> float:
+    """Return the share of products' estimated cycles that schedules take with `options`; `usual` without.
+
+    >>> product_cycles({"xla_tpu_scoped_vmem_limit_kib": 98304}, usual=0.8)
+    1.0
+    """
+    shares = [
+        float(one["product_cycles"])
+        for one in _facts()["sets"].values()
+        if "product_cycles" in one and _holds(one, options)
+    ]
+    return max(shares, default=usual)
+
+
+def _holds(one: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    return all(options.get(name) == value for name, value in one["options"].items())
 
 
 @functools.cache

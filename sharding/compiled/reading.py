@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from .frames import nearest_line
 from .hlo import Program, SourceLine, parse_program
 from .loops import loops, weights
 from .memory import memory as memory_of
+from .options import product_cycles
 from .record import CompiledCollective, LineCost, Proof
 from .schedule import for_all_alike
 from .sites import Sites
@@ -56,6 +58,9 @@ def read_proof(
       ValueError: `text` is not the text of an HLO module, or is one that no mesh of these axes can run.
     """
     efficiencies = calibration_for(topology.chip.name) if calibration is None else calibration
+    if planned is not None:
+        share = product_cycles(planned.compiler_options, efficiencies.product_cycles)
+        efficiencies = dataclasses.replace(efficiencies, product_cycles=share)
     program = parse_program(text)
     found = loops(program)
     fabric = Fabric(topology, mesh, efficiencies)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 from meshwright.sharding import Topology
-from meshwright.sharding.compiled.options import options_for, scatters_over_several_axes
+from meshwright.sharding.compiled.options import (
+    options_for,
+    product_cycles,
+    scatters_over_several_axes,
+    trials_for,
+)
 
 
 @pytest.mark.parametrize("text", ["v5p:4x4x8", "2*v6e:16x16"])
@@ -32,3 +37,15 @@ def test_what_is_handed_out_is_the_callers_own():
     first = options_for(Topology.parse("v6e:16x16"))
     first.clear()
     assert options_for(Topology.parse("v6e:16x16"))
+
+
+def test_sets_to_try_are_those_of_the_chip():
+    names = [trial.name for trial in trials_for(Topology.parse("v6e:16x16"))]
+    assert names == ["scoped_vmem", "async_collectives", "sparse_cores"]
+    assert trials_for(Topology.parse("cpu:8")) == []
+
+
+def test_products_are_read_by_the_windows_that_options_allow():
+    (first, *_) = trials_for(Topology.parse("v6e:16x16"))
+    assert product_cycles({**first.options, "xla_enable_async_all_gather": True}, usual=0.8) == 1.0
+    assert product_cycles({"xla_tpu_scoped_vmem_limit_kib": 65536}, usual=0.8) == 0.8
