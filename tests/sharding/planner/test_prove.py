@@ -12,7 +12,8 @@ import optax
 import pytest
 from meshwright.models import DecoderConfig, decoder
 from meshwright.sharding import Plan, UserError, plan
-from meshwright.sharding.compiled.options import trials_for
+from meshwright.sharding.compiled.options import Trial, trials_for
+from meshwright.sharding.compiled.verify import Verdict, verify
 from meshwright.sharding.topology import Topology
 
 ROWS, NARROW, WIDTH, BRANCHES, LAYERS = 2**21, 64, 2048, 32, 8
@@ -110,6 +111,46 @@ def test_options_are_tried_with_several_and_kept_where_they_help() -> None:
     (told,) = [note for note in proved.notes if note.startswith(f"compiler options {trial.name}: ")]
     took, without = (float(found) for found in re.findall(r"([\d.]+) ", told)[:2])
     assert proved.compiler_options == (trial.options if took < without else {})
+
+
+def test_what_helps_is_kept_when_the_next_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real compiles, whose seconds are made to depend on the options alone."""
+    harmful, helpful, further = (
+        Trial(name=f"set {n}", options={option: True}, ran=True)
+        for n, option in enumerate(
+            (
+                "xla_gpu_enable_triton_gemm",
+                "xla_gpu_enable_while_loop_double_buffering",
+                "xla_gpu_enable_latency_hiding_scheduler",
+            )
+        )
+    )
+    took = {
+        frozenset(): 4.0,
+        frozenset(helpful.options): 3.0,
+        frozenset(helpful.options) | set(further.options): 2.0,
+    }
+
+    def timed(made: Plan, *program: Any, **others: Any) -> Verdict:
+        verdict = verify(made, *program, **others)
+        assert verdict.proof is not None
+        seconds = took.get(frozenset(made.compiler_options), 5.0)
+        return dataclasses.replace(verdict, proof=dataclasses.replace(verdict.proof, step_seconds=seconds))
+
+    monkeypatch.setattr("meshwright.sharding.compiled.verify.verify", timed)
+    monkeypatch.setattr(
+        "meshwright.sharding.compiled.options.trials_for", lambda topology: [harmful, helpful, further]
+    )
+    proved = decoder_plan("h100:2x8").verify(top=2)
+    assert proved.compiler_options == {**helpful.options, **further.options}
+    assert proved.proof is not None
+    assert proved.proof.step_seconds == 2.0
+    told = [note for note in proved.notes if note.startswith("compiler options")]
+    assert [re.findall(r"([\d.]+) s", note) for note in told] == [
+        ["5", "4"],
+        ["3", "4"],
+        ["2", "3"],
+    ]
 
 
 def test_declared_options_are_left_alone() -> None:
