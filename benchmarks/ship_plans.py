@@ -1,13 +1,15 @@
-"""Plan, prove and write configs/plans: `python benchmarks/ship_plans.py [--only WORD] [--top N]`.
+"""Plan, prove and write configs/plans: `benchmarks/ship_plans.py [--only WORD] [--top N] [--with SET]`.
 
 Each config is planned for each of its slices, compiled whole by the real compiler and saved with its proof,
-as CONFIG.TOPOLOGY.plan.json; with --top N it is the fastest of so many by the compiler's word. A config is
-trained by one with `plan=configs/plans/…`.
+as CONFIG.TOPOLOGY.plan.json; with --top N it is the fastest of so many by the compiler's word, as that of
+`meshwright plan --verify --top N`. --with compiles with one set of its chip's options (options.toml), where
+trying them all takes too long. A config is trained by one with `plan=configs/plans/…`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -16,7 +18,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from meshwright.runtime.config import load
 from meshwright.runtime.planning import plan_config
-from meshwright.sharding import UserError
+from meshwright.sharding import Topology, UserError
+from meshwright.sharding.compiled.options import Options, trials_for
 from meshwright.sharding.planner.reasons import gib, layout_in_words, seconds
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -32,6 +35,13 @@ def path_of(config: str, topology: str) -> Path:
     return _CONFIGS / "plans" / f"{config}.{topology.replace(':', '-').replace('*', 'x')}.plan.json"
 
 
+def _options(name: str, topology: str) -> Options:
+    sets = {trial.name: trial.options for trial in trials_for(Topology.parse(topology))}
+    if name not in sets:
+        raise UserError(f"{topology} has no options {name!r}; it has {', '.join(sets)}")
+    return sets[name]
+
+
 def main() -> int:
     """Write each plan and say what it is."""
     parser = argparse.ArgumentParser(
@@ -39,6 +49,7 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="plans whose file's name contains this")
     parser.add_argument("--top", type=int, default=1, help="plans to compile and choose from")
+    parser.add_argument("--with", dest="options", default="", help="a set of options to compile with")
     given = parser.parse_args()
     only, failed = given.only, 0
     for config, topologies in SHIPPED.items():
@@ -48,6 +59,10 @@ def main() -> int:
                 continue
             try:
                 planned = plan_config(load(_CONFIGS / f"{config}.yaml", [f"topology={topology}"]))
+                if given.options:
+                    options = _options(given.options, topology)
+                    chosen = dataclasses.replace(planned.plan, compiler_options=options)
+                    planned = dataclasses.replace(planned, plan=chosen)
                 made = planned.verified(given.top).plan
             except UserError as error:
                 failed += 1
