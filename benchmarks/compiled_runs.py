@@ -5,8 +5,9 @@ batch and nearest rematerialisation, compiled for its slice, which is not here, 
 (compiled_runs.toml; `--plain`: with the compiler's own), and read as `meshwright plan --verify` reads it.
 Printed are the seconds of a step as measured, as the Estimate has them, and as the compiler has them; at the
 end the median absolute errors. The Estimate comes three times: by the chip's default calibration and by
-MaxText's, which were fitted to such rows, and by one that was fitted to no run, as the compiler's reading was
-not. What was compiled before comes from the cache of proofs. Rows of several slices repeat the program of one
+MaxText's, which were fitted to such rows, and by one that was fitted to no run. The compiler's reading takes
+its cycles, and from the chip's default calibration the rates of links and of kernels without cycles.
+What was compiled before comes from the cache of proofs. Rows of several slices repeat the program of one
 with a reduction over the network after it, and are left out.
 """
 
@@ -71,6 +72,8 @@ class Row:
     unfitted_estimated_seconds: float
     compiled_seconds: float
     compile_seconds: float
+    peak_bytes: float
+    usable_bytes: float
     time: Mapping[str, float]
     flops: float
     peak_flops: float
@@ -146,6 +149,8 @@ def measure(name: str, run: Run, policy: str, plain: bool, schedules: bool) -> R
         unfitted_estimated_seconds=_unfitted(run),
         compiled_seconds=0.0 if proof is None else proof.step_seconds,
         compile_seconds=0.0 if proof is None else proof.compile_seconds,
+        peak_bytes=verdict.peak_bytes,
+        usable_bytes=verdict.capacity_bytes,
         time={} if proof is None else dict(proof.time),
         flops=0.0 if proof is None else proof.flops,
         peak_flops=run.topology.chip.peak_flops("bfloat16") or 0.0,
@@ -163,7 +168,8 @@ def show(row: Row) -> None:
     """Print a row, and what its compiled step's time consists of."""
     guesses = (getattr(row, column) for column in _COLUMNS)
     figures = "  ".join(f"{seconds:8.3f} {100 * row.error(seconds):+6.1f}%" for seconds in guesses)
-    print(f"{row.name:30} {row.measured_seconds:8.3f}  {figures}  {row.outcome} {row.message}")
+    held = f"{row.peak_bytes / 1e9:.1f} of {row.usable_bytes / 1e9:.1f} GB"
+    print(f"{row.name:30} {row.measured_seconds:8.3f}  {figures}  {row.outcome}, {held} {row.message}")
     items = sorted(row.time.items(), key=lambda item: -item[1])
     print(
         "    "

@@ -38,7 +38,7 @@ def path_of(config: str, topology: str) -> Path:
 def _options(name: str, topology: str) -> Options:
     sets = {trial.name: trial.options for trial in trials_for(Topology.parse(topology))}
     if name not in sets:
-        raise UserError(f"{topology} has no options {name!r}; it has {', '.join(sets)}")
+        raise UserError(f"{topology} has no options {name!r}; it has {', '.join(sets) or 'none'}")
     return sets[name]
 
 

@@ -60,22 +60,28 @@ def scatters_over_several_axes(options: Mapping[str, Any]) -> bool:
     )
 
 
-def product_cycles(options: Mapping[str, Any], usual: float) -> float:
+def product_cycles(options: Mapping[str, Any], topology: Topology, usual: float) -> float:
     """Return the share of products' estimated cycles that schedules take with `options`; `usual` without.
 
-    >>> product_cycles({"xla_tpu_scoped_vmem_limit_kib": 98304}, usual=0.8)
+    >>> product_cycles({"xla_tpu_scoped_vmem_limit_kib": 98304}, Topology.parse("v6e:16x16"), usual=0.8)
     1.0
     """
-    shares = [
-        float(one["product_cycles"])
-        for one in _facts()["sets"].values()
-        if "product_cycles" in one and _holds(one, options)
-    ]
+    facts = _facts()
+    sets = [facts["sets"][name] for name in facts["trials"].get(topology.chip.name, ())]
+    shares = [one["product_cycles"] for one in sets if "product_cycles" in one and _holds(one, options)]
     return max(shares, default=usual)
 
 
 def _holds(one: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-    return all(options.get(name) == value for name, value in one["options"].items())
+    """Whether `options` have all of a set's: a flag as it is, a size of at least as much."""
+
+    def holds(name: str, wanted: bool | int) -> bool:
+        given = options.get(name)
+        if isinstance(wanted, bool):
+            return given == wanted
+        return given is not None and int(given) >= wanted
+
+    return all(holds(name, wanted) for name, wanted in one["options"].items())
 
 
 @functools.cache

@@ -57,9 +57,11 @@ def read_proof(
     Raises:
       ValueError: `text` is not the text of an HLO module, or is one that no mesh of these axes can run.
     """
-    efficiencies = calibration_for(topology.chip.name) if calibration is None else calibration
-    if planned is not None:
-        share = product_cycles(planned.compiler_options, efficiencies.product_cycles)
+    efficiencies = calibration
+    if efficiencies is None:
+        efficiencies = calibration_for(topology.chip.name)
+        options = {} if planned is None else planned.compiler_options
+        share = product_cycles(options, topology, efficiencies.product_cycles)
         efficiencies = dataclasses.replace(efficiencies, product_cycles=share)
     program = parse_program(text)
     found = loops(program)

@@ -156,14 +156,21 @@ class _Walk:
         self._now += inner.seconds * times
 
     def _put_off(self, held: Mapping[tuple[object, ...], float]) -> None:
-        """Let what is open end later by the seconds for which others, that are called now, hold its links."""
+        """Let what is open end later by the seconds for which others, that are called now, hold its links.
+
+        So does what waits for one of these to leave its links.
+        """
+        late: dict[str, float] = {}
         for start, finish in self._open.items():
             taken = max((held.get(link, 0.0) for link in self._links[start]), default=0.0)
-            if taken and finish > self._now:
-                self._open[start] = finish + taken
-                for link in self._links[start]:
-                    if self._free[link][1] == start:
-                        self._free[link] = (finish + taken, start)
+            late[start] = max(taken, late.get(self._before.get(start, ""), 0.0))
+            if not late[start] or finish <= self._now:
+                late[start] = 0.0
+                continue
+            self._open[start] = finish + late[start]
+            for link in self._links[start]:
+                if self._free[link][1] == start:
+                    self._free[link] = (finish + late[start], start)
 
     def _spend(self, item: str, seconds: float) -> None:
         self._turn.items[item] = self._turn.items.get(item, 0.0) + seconds

@@ -1,12 +1,14 @@
 """Seconds of one instruction on its device: the compiler's own cycles, or a roofline where it gives none.
 
 libtpu writes ``estimated_cycles`` for every fusion, product and copy: cycles of one core, both cores of a
-megacore working at once on their halves (`chips.toml` has the clocks). Those of products say too much: they
+megacore working at once on their halves (`chips.toml` has the clocks). Some say too much. Those of products
 give way to its schedule where that is known (`schedule.py`), else to the share of them that schedules take on
-their chip. Those of elementwise work are as many for bfloat16 as for float32, and give way to what the arrays
-take at the memory's rate that they stand for in float32, but to no less than half of them. What has none
-(Pallas kernels, everything on a GPU) takes as long as its flops at the chip's peak or its bytes at the
-memory's rate, whichever is more, both at the efficiency that the chip's calibration has.
+their chip. Those of elementwise work are as many for bfloat16 as for float32, and for an array that is only
+read as for one that is written too: they give way to what the arrays take at the memory's rate that they
+stand for in float32, but to no less than half of them, and not where memory explains so little that the rest
+must be arithmetic. What has none (Pallas kernels, everything on a GPU) takes as long as its flops at the
+chip's peak or its bytes at the memory's rate, whichever is more, both at the efficiency that the chip's
+calibration has.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from .hlo import Instruction, Program
 from .schedule import scheduled_cycles
 from .shapes import HOST_SPACE, leaves, parse_shape
 
-# The part of elementwise work's cycles that elements of half the width keep.
-_HALF_WIDTH = 0.5
+# Of the cycles of elementwise work: the part that stays, and the part that memory must explain.
+_KEPT, _EXPLAINED = 0.5, 0.25
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TARGET = re.compile(r'\bcustom_call_target="([^"]*)"')
 _RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
@@ -123,8 +125,9 @@ def _by_cycles(
     if not (done := flops(program, instruction)):
         if instruction.opcode == "fusion":
             rate = (chip.hbm_bytes_per_second or float("inf")) * calibration.fusion_efficiency
-            least = max(seconds * _HALF_WIDTH, moved_bytes(program, instruction) / rate)
-            seconds = min(seconds, least)
+            by_memory = moved_bytes(program, instruction) * _padding(program, instruction) / rate
+            if by_memory > _EXPLAINED * seconds:
+                seconds = min(seconds, max(_KEPT * seconds, by_memory))
         return Work(seconds=seconds, basis="cycles")
     scheduled = scheduled_cycles(instruction, bundles, chip)
     least = max(
@@ -134,6 +137,15 @@ def _by_cycles(
     )
     by_schedule = scheduled is not None and least < seconds
     return Work(seconds=min(seconds, least), basis="schedule" if by_schedule else "cycles")
+
+
+def _padding(program: Program, instruction: Instruction) -> float:
+    """Return how much more its arrays take with their tiles whole."""
+    names = [name for name in instruction.operands if name in program.instructions]
+    shapes = [instruction.shape, *(program.instructions[name].shape for name in names)]
+    arrays = [array for shape in shapes for array in leaves(parse_shape(shape))]
+    unpadded = sum(array.bytes for array in arrays)
+    return sum(array.padded_bytes for array in arrays) / unpadded if unpadded else 1.0
 
 
 def _in_f32(program: Program, instruction: Instruction) -> bool:

@@ -129,11 +129,11 @@ def _chosen(chosen: Attempt, attempts: Sequence[Attempt]) -> Plan:
 def _with_options(chosen: Plan, judge: Callable[[Plan], Verdict]) -> Plan:
     """Return `chosen`, or it with those of its chip's options that the compiler shows to make it faster.
 
-    Set by set, each with those that helped before it.
+    Set by set, each with those that helped before it, so that not every combination is compiled.
     """
     from ..compiled.options import trials_for
 
-    best, notes = chosen, []
+    best, names, notes = chosen, [], []
     for trial in trials_for(Topology.parse(chosen.topology)):
         tried = dataclasses.replace(best, compiler_options={**best.compiler_options, **trial.options})
         verdict = judge(tried)
@@ -142,12 +142,12 @@ def _with_options(chosen: Plan, judge: Callable[[Plan], Verdict]) -> Plan:
             continue
         assert best.proof is not None
         took, without = verdict.proof.step_seconds, best.proof.step_seconds
+        what = " beside ".join((trial.name, *names))
         doubt = "" if trial.ran else "; no device has run them yet"
-        notes.append(
-            f"compiler options {trial.name}: {seconds(took)} compiled, {seconds(without)} without{doubt}"
-        )
+        notes.append(f"compiler options {what}: {seconds(took)} compiled, {seconds(without)} without{doubt}")
         if took < without:
             best = dataclasses.replace(tried, proof=verdict.proof)
+            names.append(trial.name)
     return dataclasses.replace(best, notes=(*best.notes, *notes))
 
 

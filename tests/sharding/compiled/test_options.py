@@ -46,6 +46,9 @@ def test_sets_to_try_are_those_of_the_chip():
 
 
 def test_products_are_read_by_the_windows_that_options_allow():
-    (first, *_) = trials_for(Topology.parse("v6e:16x16"))
-    assert product_cycles({**first.options, "xla_enable_async_all_gather": True}, usual=0.8) == 1.0
-    assert product_cycles({"xla_tpu_scoped_vmem_limit_kib": 65536}, usual=0.8) == 0.8
+    v6e, v5p = Topology.parse("v6e:16x16"), Topology.parse("v5p:4x4x8")
+    (first, *_) = trials_for(v6e)
+    assert product_cycles({**first.options, "xla_enable_async_all_gather": True}, v6e, usual=0.8) == 1.0
+    assert product_cycles({"xla_tpu_scoped_vmem_limit_kib": "131072"}, v6e, usual=0.8) == 1.0
+    assert product_cycles({"xla_tpu_scoped_vmem_limit_kib": 65536}, v6e, usual=0.8) == 0.8
+    assert product_cycles(first.options, v5p, usual=0.8) == 0.8

@@ -11,6 +11,7 @@ import pytest
 from compiled_programs import LARGE, Compiled, texts
 from meshwright.sharding import Topology, plan
 from meshwright.sharding.compiled.hlo import parse_program
+from meshwright.sharding.compiled.options import trials_for
 from meshwright.sharding.compiled.reading import read_proof
 from meshwright.sharding.compiled.schedule import scheduled_cycles
 from meshwright.sharding.compiled.targets import missing
@@ -68,6 +69,31 @@ def test_without_a_schedule_a_product_takes_what_schedules_do_on_its_chip(topolo
     assert share == pytest.approx(max(0.95 * whole, needed), rel=0.01)
     assert needed <= _seconds(found, {}, product_cycles=0.01) <= share
     assert _seconds(found, found.bundles, product_cycles=0.95) == _seconds(found, found.bundles)
+
+
+def test_products_with_the_windows_of_a_plans_options_take_what_was_estimated():
+    found = _compiled("v6e:2x2")
+    loss = jax.jit(lambda params, batch: jnp.mean((batch @ params) ** 2))
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    made = plan(loss, shape, shape, topology="v6e:2x2", optimizer=optax.sgd(0.1))
+    (trial,) = [trial for trial in trials_for(Topology.parse("v6e:2x2")) if trial.name == "scoped_vmem"]
+    taken = {}
+    for options in ({}, trial.options):
+        planned = dataclasses.replace(made, compiler_options=options)
+        taken[len(options)] = read_proof(
+            found.text,
+            topology=Topology.parse(found.topology),
+            mesh=found.mesh,
+            peak_bytes=found.peak_bytes,
+            memory={},
+            compile_seconds=0.0,
+            versions={},
+            planned=planned,
+        ).time["compute"]
+    usual = calibration_for("v6e").product_cycles
+    assert usual < 1.0
+    assert taken[0] == _seconds(found, {}, product_cycles=usual)
+    assert taken[1] == _seconds(found, {}, product_cycles=1.0) > taken[0]
 
 
 def test_both_cores_of_a_megacore_share_the_windows():

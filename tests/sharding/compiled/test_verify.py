@@ -92,7 +92,8 @@ def test_an_entry_is_known_by_the_efficiencies_it_was_read_with(monkeypatch: pyt
         return verify(planned(), *program()).cached
 
     assert known(usable_memory=0.5)
-    assert not known(memory_efficiency=0.5 * record.memory_efficiency)
+    for name in ("memory_efficiency", "fusion_efficiency", "product_cycles", "fabric_efficiency"):
+        assert not known(**{name: 0.5 * getattr(record, name)})
 
 
 def test_a_proof_is_kept_in_the_plan(tmp_path: pathlib.Path) -> None:
