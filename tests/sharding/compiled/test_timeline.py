@@ -1,0 +1,118 @@
+"""When everything runs: programs written by hand, whose seconds follow from their collectives'."""
+
+from __future__ import annotations
+
+import pytest
+from meshwright.sharding import Topology
+from meshwright.sharding.compiled.reading import read_proof
+from meshwright.sharding.compiled.record import Proof
+
+ALL, ROWS, COLUMNS = (
+    f"replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true"
+    for groups in ("{{0,1,2,3}}", "{{0,1},{2,3}}", "{{0,2},{1,3}}")
+)
+LOOP = """
+%condition.{n} (c: (s32[], bf16[1024,1024])) -> pred[] {{
+  %c.{n} = (s32[], bf16[1024,1024]) parameter(0)
+  %i.{n} = s32[] get-tuple-element(%c.{n}), index=0
+  %bound.{n} = s32[] constant({turns})
+  ROOT %less.{n} = pred[] compare(%i.{n}, %bound.{n}), direction=LT
+}}
+
+%body.{n} (b: (s32[], bf16[1024,1024])) -> (s32[], bf16[1024,1024]) {{
+  %b.{n} = (s32[], bf16[1024,1024]) parameter(0)
+  %j.{n} = s32[] get-tuple-element(%b.{n}), index=0
+  %one.{n} = s32[] constant(1)
+  %next.{n} = s32[] add(%j.{n}, %one.{n})
+  %x.{n} = bf16[1024,1024] get-tuple-element(%b.{n}), index=1
+  {work}
+  ROOT %again.{n} = (s32[], bf16[1024,1024]) tuple(%next.{n}, %x.{n})
+}}
+"""
+WHILE = (
+    "%while.{n} = (s32[], bf16[1024,1024]) while({start}), condition=%condition.{n}, body=%body.{n}, "
+    'backend_config={{"known_trip_count":{{"n":"{turns}"}}}}'
+)
+GATHERED = f"%inner = bf16[4096,1024] all-gather(%x.1), channel_id=9, {ALL}"
+
+
+def _gather(name: str, channel: int, groups: str = ALL, rows: int = 4096) -> tuple[str, str]:
+    """Return the start and the done of an all-gather of the entry's parameter."""
+    shape = f"bf16[{rows},1024]"
+    return (
+        f"%{name}-start = (bf16[1024,1024], {shape}) all-gather-start(%p), channel_id={channel}, {groups}",
+        f"%{name}-done = {shape} all-gather-done(%{name}-start)",
+    )
+
+
+def _read(computations: str, *lines: str) -> Proof:
+    body = "\n  ".join(lines)
+    text = f"""HloModule timed, is_scheduled=true, num_partitions=4
+{computations}
+ENTRY %main (p: bf16[1024,1024]) -> bf16[1024,1024] {{
+  %p = bf16[1024,1024] parameter(0)
+  %zero = s32[] constant(0)
+  %first = (s32[], bf16[1024,1024]) tuple(%zero, %p)
+  {body}
+  ROOT %out = bf16[1024,1024] copy(%p)
+}}
+"""
+    return read_proof(
+        text,
+        topology=Topology.parse("v5e:2x2"),
+        mesh={"data": 2, "fsdp": 2},
+        peak_bytes=1.0,
+        memory={},
+        compile_seconds=0.0,
+        versions={},
+    )
+
+
+def _seconds(proof: Proof) -> float:
+    """What the links were waited for."""
+    return sum(seconds for item, seconds in proof.time.items() if item.startswith("all_gather"))
+
+
+@pytest.fixture
+def one() -> float:
+    """Seconds of one gather that nothing runs beside."""
+    return _seconds(_read("", f"%alone = bf16[4096,1024] all-gather(%p), channel_id=1, {ALL}"))
+
+
+@pytest.mark.parametrize("queued", [1, 2])
+def test_what_is_open_around_a_loop_waits_for_the_links_that_the_loop_holds(one: float, queued: int) -> None:
+    gathers = [_gather(f"open{n}", n + 1) for n in range(queued)]
+    loop = LOOP.format(n=1, turns=3, work=GATHERED)
+    proof = _read(
+        loop,
+        *(start for start, _ in gathers),
+        WHILE.format(n=1, turns=3, start="%first"),
+        *(done for _, done in gathers),
+    )
+    assert _seconds(proof) == pytest.approx((3 + queued) * one)
+
+
+def test_what_waits_for_links_of_what_is_put_off_is_put_off_too() -> None:
+    """The first holds the links of both axes, the second those of one; the loop those of the other."""
+    half = f"%inner = bf16[2048,1024] all-gather(%x.1), channel_id=9, {ROWS}"
+    whole, part = _gather("whole", 1), _gather("part", 2, COLUMNS, 2048)
+    loop, run = LOOP.format(n=1, turns=5, work=half), WHILE.format(n=1, turns=5, start="%first")
+    apart = [_seconds(_read("", start, done)) for start, done in (whole, part)]
+    apart.append(_seconds(_read(loop, run)))
+    proof = _read(loop, whole[0], part[0], run, whole[1], part[1])
+    assert _seconds(proof) == pytest.approx(sum(apart))
+
+
+def test_loops_hold_links_for_all_the_turns_of_those_around_them(one: float) -> None:
+    start, done = _gather("open", 1)
+    inner = LOOP.format(n=1, turns=3, work=GATHERED)
+    outer = LOOP.format(n=2, turns=2, work=WHILE.format(n=1, turns=3, start="%b.2"))
+    proof = _read(inner + outer, start, WHILE.format(n=2, turns=2, start="%first"), done)
+    assert _seconds(proof) == pytest.approx((2 * 3 + 1) * one)
+
+
+def test_what_ended_before_a_loop_is_not_put_off(one: float) -> None:
+    start, done = _gather("open", 1)
+    loop = LOOP.format(n=1, turns=3, work=GATHERED)
+    proof = _read(loop, start, done, WHILE.format(n=1, turns=3, start="%first"))
+    assert _seconds(proof) == pytest.approx(4 * one)
