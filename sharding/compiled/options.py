@@ -43,7 +43,7 @@ def trials_for(topology: Topology) -> list[Trial]:
     """Return the sets that are worth compiling a step for `topology` with, one by one.
 
     >>> [trial.name for trial in trials_for(Topology.parse("v5e:16x16"))]
-    ['async_collectives']
+    ['async_collectives', 'scheduler_memory']
     """
     facts = _facts()
     return [

@@ -41,8 +41,16 @@ def test_what_is_handed_out_is_the_callers_own():
 
 def test_sets_to_try_are_those_of_the_chip():
     names = [trial.name for trial in trials_for(Topology.parse("v6e:16x16"))]
-    assert names == ["scoped_vmem", "async_collectives", "sparse_cores"]
+    assert names == ["scoped_vmem", "scheduler_memory", "sparse_cores"]
     assert trials_for(Topology.parse("cpu:8")) == []
+
+
+@pytest.mark.parametrize("text", ["v4:4x4x4", "v5p:4x4x8", "v6e:16x16", "tpu7x:4x4x4"])
+def test_gathers_are_fused_into_products_only_where_libtpu_supports_it(text):
+    """Newer ones refuse it on other chips, and warn of wrong results."""
+    offered = {name for trial in trials_for(Topology.parse(text)) for name, on in trial.options.items() if on}
+    assert "xla_tpu_enable_async_collective_fusion" not in offered
+    assert "async_collectives" in [trial.name for trial in trials_for(Topology.parse("v5e:16x16"))]
 
 
 def test_products_are_read_by_the_windows_that_options_allow():

@@ -36,7 +36,7 @@ TPUS = (
     "v6e:4x4/data=2,fsdp=8/all_gather,all_to_all,product,scaled,scaled_float32",
     "tpu7x:2x2x1/fsdp=8/all_gather,all_reduce,reduce_scatter,product,scaled,scaled_float32",
     "2*v5e:2x2/fsdp=4,data=2/all_reduce",
-    "v5p:4x4x8/fsdp=16,tensor=8/carried",
+    "v5e:8x16/fsdp=16,tensor=8/carried",
 )
 GPUS = (
     "h100:2x8/data=2,fsdp=8/all_gather,all_reduce,reduce_scatter,all_to_all,collective_permute,perceptron,"
@@ -184,19 +184,19 @@ def test_a_transfer_runs_beside_products_that_do_not_need_it():
 
 
 def test_a_gather_that_goes_on_through_the_turns_of_a_loop_is_one():
-    found = _compiled("v5p:4x4x8/carried")
+    found = _compiled("v5e:8x16/carried")
     (name,) = {
         name for name in parse_program(found.text).computations if "windowed_dot_general_body" in name
     } & set(re.findall(r"body=%([\w.\-]+)", found.text))
     body = found.text.split(f"%{name} ")[1].split("\n}")[0]
     assert "async_collective_fusion" in body
-    proof = _proof("v5p:4x4x8/carried")
+    proof = _proof("v5e:8x16/carried")
     gather = next(c for c in proof.collectives if c.kind == "all_gather" and c.axes == ("tensor",))
     assert gather.asynchronous
     assert (gather.count, gather.bytes) == (1, 4 * SEQUENCE * EMBED * 2)
     # The loop's permutes, half of them each way, and the gather, which goes both ways, use the same links.
     permutes = next(c for c in proof.collectives if c.kind == "collective_permute")
-    last = proof.flops / 2 / Topology.parse("v5p:4x4x8").chip.peak_flops("bfloat16")
+    last = proof.flops / 2 / Topology.parse("v5e:8x16").chip.peak_flops("bfloat16")
     assert proof.step_seconds > gather.seconds + permutes.seconds / 2 + last
 
 
