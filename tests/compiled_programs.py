@@ -16,7 +16,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meshwright.sharding.compiled.record import Proof
 
 ROWS, COLUMNS = 1024, 1024
 LAYERS, WIDTH, HIDDEN, BATCH = 4, 512, 2048, 512
@@ -38,6 +41,22 @@ class Compiled:
     @property
     def peak_bytes(self) -> float:
         return self.memory["peak_memory_in_bytes"]
+
+    def proof(self, **others: Any) -> Proof:
+        """Return what is read of it; `others` as `read_proof` takes them."""
+        from meshwright.sharding import Topology
+        from meshwright.sharding.compiled.reading import read_proof
+
+        return read_proof(
+            self.text,
+            topology=Topology.parse(self.topology),
+            mesh=self.mesh,
+            peak_bytes=self.peak_bytes,
+            memory={},
+            compile_seconds=0.0,
+            versions={},
+            **others,
+        )
 
 
 @functools.cache

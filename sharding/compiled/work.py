@@ -25,7 +25,7 @@ from .hlo import Instruction, Program
 from .schedule import scheduled_cycles
 from .shapes import HOST_SPACE, leaves, parse_shape
 
-# Of the cycles of elementwise work: the part that stays, and the part that memory must explain.
+# Of the cycles of elementwise work: the part that stays, and the least part that memory must explain.
 _KEPT, _EXPLAINED = 0.5, 0.25
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TARGET = re.compile(r'\bcustom_call_target="([^"]*)"')

@@ -23,7 +23,6 @@ from meshwright.sharding import Topology
 from meshwright.sharding.compiled.hlo import parse_program
 from meshwright.sharding.compiled.loops import loops
 from meshwright.sharding.compiled.memory import memory
-from meshwright.sharding.compiled.reading import read_proof
 from meshwright.sharding.compiled.record import Proof
 from meshwright.sharding.compiled.targets import missing
 from meshwright.sharding.cost.calibration import calibration_for
@@ -65,16 +64,7 @@ def _compiled(case: str) -> Compiled:
 
 
 def _proof(case: str) -> Proof:
-    found = _compiled(case)
-    return read_proof(
-        found.text,
-        topology=Topology.parse(found.topology),
-        mesh=found.mesh,
-        peak_bytes=found.peak_bytes,
-        memory={},
-        compile_seconds=0.0,
-        versions={},
-    )
+    return _compiled(case).proof()
 
 
 ALONE = [

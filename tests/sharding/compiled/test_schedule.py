@@ -12,7 +12,6 @@ from compiled_programs import LARGE, Compiled, texts
 from meshwright.sharding import Topology, plan
 from meshwright.sharding.compiled.hlo import parse_program
 from meshwright.sharding.compiled.options import trials_for
-from meshwright.sharding.compiled.reading import read_proof
 from meshwright.sharding.compiled.schedule import scheduled_cycles
 from meshwright.sharding.compiled.targets import missing
 from meshwright.sharding.compiled.verify import verify
@@ -29,19 +28,9 @@ def _compiled(topology: str) -> Compiled:
 
 
 def _seconds(found: Compiled, bundles: dict[str, int], product_cycles: float = 1.0) -> float:
-    topology = Topology.parse(found.topology)
-    record = dataclasses.replace(calibration_for(topology.chip.name), product_cycles=product_cycles)
-    return read_proof(
-        found.text,
-        topology=topology,
-        calibration=record,
-        mesh=found.mesh,
-        peak_bytes=found.peak_bytes,
-        memory={},
-        compile_seconds=0.0,
-        versions={},
-        bundles=bundles,
-    ).time["compute"]
+    record = calibration_for(Topology.parse(found.topology).chip.name)
+    record = dataclasses.replace(record, product_cycles=product_cycles)
+    return found.proof(calibration=record, bundles=bundles).time["compute"]
 
 
 @pytest.mark.parametrize("topology", CASES)
@@ -77,23 +66,14 @@ def test_products_with_the_windows_of_a_plans_options_take_what_was_estimated():
     shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     made = plan(loss, shape, shape, topology="v6e:2x2", optimizer=optax.sgd(0.1))
     (trial,) = [trial for trial in trials_for(Topology.parse("v6e:2x2")) if trial.name == "scoped_vmem"]
-    taken = {}
-    for options in ({}, trial.options):
-        planned = dataclasses.replace(made, compiler_options=options)
-        taken[len(options)] = read_proof(
-            found.text,
-            topology=Topology.parse(found.topology),
-            mesh=found.mesh,
-            peak_bytes=found.peak_bytes,
-            memory={},
-            compile_seconds=0.0,
-            versions={},
-            planned=planned,
-        ).time["compute"]
+    plain, wide = (
+        found.proof(planned=dataclasses.replace(made, compiler_options=options)).time["compute"]
+        for options in ({}, trial.options)
+    )
     usual = calibration_for("v6e").product_cycles
     assert usual < 1.0
-    assert taken[0] == _seconds(found, {}, product_cycles=usual)
-    assert taken[1] == _seconds(found, {}, product_cycles=1.0) > taken[0]
+    assert plain == _seconds(found, {}, product_cycles=usual)
+    assert wide == _seconds(found, {}, product_cycles=1.0) > plain
 
 
 def test_both_cores_of_a_megacore_share_the_windows():
