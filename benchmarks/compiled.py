@@ -25,7 +25,7 @@ from meshwright.runtime.config import load
 from meshwright.runtime.planning import plan_config
 from meshwright.sharding import UserError
 from meshwright.sharding.compiled.verify import verify
-from meshwright.sharding.planner.reasons import layout_in_words
+from meshwright.sharding.words import layout_in_words
 
 _GRID = Path(__file__).with_name("compiled_grid.toml")
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"

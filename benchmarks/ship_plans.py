@@ -20,7 +20,7 @@ from meshwright.runtime.config import load
 from meshwright.runtime.planning import plan_config
 from meshwright.sharding import Topology, UserError
 from meshwright.sharding.compiled.options import Options, trials_for
-from meshwright.sharding.planner.reasons import gib, layout_in_words, seconds
+from meshwright.sharding.words import gib, layout_in_words, seconds
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = {

@@ -26,9 +26,9 @@ from meshwright.sharding.cost import Pricer
 from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.problem import Problem, slot_bytes
-from meshwright.sharding.planner.reasons import remat_in_words
 from meshwright.sharding.planner.search import Priced, search
 from meshwright.sharding.program.saved import INPUT
+from meshwright.sharding.words import remat_in_words
 
 _DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tuned_layouts.csv"
 _OPTIMIZER = optax.adamw(3e-4)

@@ -67,7 +67,7 @@ def use_compilation_cache(folder: str | None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         return
     if folder == "auto":
-        from ..sharding.user_cache import user_cache
+        from ..sharding.files import user_cache
 
         folder = str(user_cache() / "compiled")
     jax.config.update("jax_compilation_cache_dir", folder)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...sharding.errors import UserError
-from ...sharding.user_cache import user_cache
+from ...sharding.files import user_cache
 
 _META = "meta.json"
 _BLOCK_BYTES = 1 << 20

@@ -55,7 +55,7 @@ def _gib(size: int) -> str:
 
 def cache() -> Iterator[Finding]:
     """Look at the folder that keeps compiled programs."""
-    from ...sharding.user_cache import user_cache
+    from ...sharding.files import user_cache
 
     folder = user_cache() / "compiled"
     home = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from ..user_cache import user_cache
+from ..files import user_cache
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from ..errors import UserError
-from ..tree_paths import by_path
+from ..paths import by_path
 
 if TYPE_CHECKING:
     import optax

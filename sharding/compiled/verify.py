@@ -195,7 +195,7 @@ def _judge(answer: Mapping[str, Any], topology: Topology, cached: bool) -> Verdi
 
 
 def _too_much(peak: float, capacity: float) -> str:
-    from ..planner.reasons import gib
+    from ..words import gib
 
     return f"compiled, it needs {gib(peak)} of a device's {gib(capacity)}, {gib(peak - capacity)} too much"
 
@@ -204,7 +204,7 @@ def _too_large_already(
     plan: Plan, params: Any, batch: Any, optimizer: optax.GradientTransformation, topology: Topology
 ) -> Verdict | None:
     """Return the verdict on a plan that need not be compiled to know that it does not fit."""
-    from ..planner.reasons import gib
+    from ..words import gib
 
     capacity = capacity_of(topology)
     stored = stored_bytes(plan, params, batch, optimizer)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..topology import Topology
+from ..words import gib, layout_in_words
 from .declared import Declared
-from .reasons import gib, layout_in_words
 from .search import Priced
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any
 from ..cost.candidate import Candidate, Storage
 from ..program.record import Argument, Program
 from ..topology import Topology
+from ..words import storage_of, why_lost
 from .alternative import Alternative, Origin
 from .plan import ArrayPlan, DimPlan, Plan, Spec
-from .reasons import storage_of, why_lost
 from .search import Priced, Stored
 from .storage import computed
 

@@ -10,11 +10,11 @@ import jax
 
 from ..axes import resolve_axes
 from ..errors import UserError, nearest_divisors
+from ..paths import by_path
 from ..program.record import Dim, Program
 from ..program.tracing import trace
 from ..rules import Rules
 from ..topology import Topology
-from ..tree_paths import by_path
 from .kernels import choose
 from .plan import ArrayPlan, DimPlan, Plan
 from .remats import read

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
-from ..tree_paths import by_suffix
+from ..paths import by_suffix
+from ..words import gib, layout_in_words, seconds
 from . import proved
 from .alternative import distinct
-from .reasons import gib, layout_in_words, seconds
 from .wellformed import axes_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
-from ..tree_paths import by_path, by_suffix, path_of
+from ..paths import by_path, by_suffix, path_of
 from . import plan_file
 from .wellformed import axes_of, check_plan, check_runs
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..topology import Topology
-from .reasons import gib, layout_in_words, seconds
+from ..words import gib, layout_in_words, seconds
 
 if TYPE_CHECKING:
     from ..compiled.child import Limits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .reasons import gib, seconds
+from ..words import gib, seconds
 
 if TYPE_CHECKING:
     from ..compiled.record import CompiledCollective, Finding

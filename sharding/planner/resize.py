@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
-from ..tree_paths import by_path
+from ..paths import by_path
 
 if TYPE_CHECKING:
     from .plan import ArrayPlan, Plan

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from ..errors import UserError, nearest
-from ..tree_paths import by_path, path_of
+from ..paths import by_path, path_of
 from .record import Argument
 
 AxisNames = tuple[str | None, ...]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ..errors import UserError
-from ..tree_paths import path_of
+from ..paths import path_of
 from . import dims as named
 from .labels import axis_names, names_of
 from .record import Argument, Program, Result, Unknown

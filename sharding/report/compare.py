@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..planner.reasons import layout_in_words
+from ..words import layout_in_words
 from .compiled_view import compiler_of, over
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ..planner.reasons import gib, seconds
+from ..words import gib, seconds
 from .compiled_view import Compiled, Pair, cost, how, kind_of, over, place, size_text, time_text
 from .memory_drawing import memory_drawing
 

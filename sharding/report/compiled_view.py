@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..compiled.record import nearby
-from ..planner.reasons import gib, seconds
+from ..words import gib, seconds
 
 if TYPE_CHECKING:
     from ..compiled.hlo import SourceLine

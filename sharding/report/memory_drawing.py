@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ..planner.reasons import gib
+from ..words import gib
 from .compiled_view import Compiled
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 720, 260, 74, 26, 18

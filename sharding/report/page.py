@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from ..planner.reasons import gib, seconds
+from ..words import gib, seconds
 from .compiled_page import compiled_sections
 from .compiled_view import Compiled, compiled_view
 from .mesh_drawing import mesh_drawings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..planner.reasons import gib, seconds
+from ..words import gib, seconds
 from .compiled_table import compiled_parts
 from .compiled_view import compiled_view
 from .view import Bar, View, view, written

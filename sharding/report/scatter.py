@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from ..planner.reasons import gib, seconds
+from ..words import gib, seconds
 from .view import Rival
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 680, 260, 84, 46, 12

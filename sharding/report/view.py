@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..planner.alternative import distinct
-from ..planner.reasons import gib, layout_in_words, seconds
 from ..planner.wellformed import axes_of
 from ..topology import Topology
+from ..words import gib, layout_in_words, seconds
 
 if TYPE_CHECKING:
     from ..cost.estimate import Estimate

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..cost.candidate import Candidate
-from ..program.record import Program
-from .search import Priced
-from .storage import computed
+from .cost.candidate import Candidate
+from .planner.search import Priced
+from .planner.storage import computed
+from .program.record import Program
 
 _GIB = 2**30
 _NAMES_SHOWN = 3
