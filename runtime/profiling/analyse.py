@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from ...sharding.compiled.hlo import COLLECTIVES, Instruction
 from ...sharding.errors import UserError
+from ...sharding.hlo.text import COLLECTIVES, Instruction
 from .account import CollectiveKey, Ledger, account
 from .events import OpEvent, Trace
 from .executions import StepWindow, busiest_module, step_windows

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...sharding.compiled.groups import MeshAxes, axes_of_groups, axes_of_pairs
-from ...sharding.compiled.hlo import Instruction, Program, parse_program
 from ...sharding.errors import UserError
+from ...sharding.hlo.replica_groups import MeshAxes, axes_of_groups, axes_of_pairs
+from ...sharding.hlo.text import Instruction, Program, parse_program
 
 if TYPE_CHECKING:
     import jax

@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .hlo import Instruction
+from ..hlo.text import Instruction
 
 _EMITTER = re.compile(r'"collective_algorithm_config":\{"emitter":"(\w+)"(?:,"strategy":"(\w+)")?')
 _COLORS = re.compile(r"(?:Strategy\w*|\w+Strategy)\{colors:(\d+)")

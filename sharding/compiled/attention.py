@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 
+from ..hlo.shapes import leaves, parse_shape
+from ..hlo.text import Instruction, Program
 from ..ops.attention import visible_pairs
-from .hlo import Instruction, Program
-from .shapes import leaves, parse_shape
 
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)")
 _CUDNN = re.compile(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"')

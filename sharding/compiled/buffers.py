@@ -14,9 +14,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from .hlo import Instruction, Program
-from .loops import Loop, branches, callees
-from .shapes import HBM_SPACES, HOST_SPACE, Array, leaves, parse_shape
+from ..hlo.loops import Loop, branches, callees
+from ..hlo.shapes import HBM_SPACES, HOST_SPACE, Array, leaves, parse_shape
+from ..hlo.text import Instruction, Program
 from .sharing import Sharing, entry_aliases
 from .work import target
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..hlo.frames import nearest_line, user_line
+from ..hlo.loops import Loop
+from ..hlo.shapes import leaves, parse_shape
+from ..hlo.text import Instruction, Program, SourceLine
 from ..topology import Topology
 from .flops import fusion_slices
-from .frames import nearest_line, user_line
-from .hlo import Instruction, Program, SourceLine
-from .loops import Loop
 from .memory import Memory
-from .shapes import leaves, parse_shape
 from .sites import Site
 from .timeline import Turn, item_of
 from .work import Work

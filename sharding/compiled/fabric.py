@@ -19,10 +19,10 @@ import numpy as np
 from ..arrange import arrange
 from ..cost.calibration import Calibration
 from ..cost.collectives import Link, switched_link, torus_link
+from ..hlo.replica_groups import Groups
 from ..reach import homes
 from ..topology import Topology
 from .algorithm import Algorithm
-from .groups import Groups
 
 #: What a device sends of the result (all-gather), the operand (the others), as a share; n devices a group.
 _SENT = {

@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
+from ..hlo.shapes import Array, leaves, parse_shape
+from ..hlo.text import Instruction, Program
 from .attention import attention_flops
-from .hlo import Instruction, Program
-from .shapes import Array, leaves, parse_shape
 
 _CONTRACTING = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")

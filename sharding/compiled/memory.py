@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..hlo.frames import nearest_line
+from ..hlo.loops import Loop
+from ..hlo.text import Program
 from .buffers import Block, in_hbm, on_host, replay
-from .frames import nearest_line
-from .hlo import Program
-from .loops import Loop
 from .record import Buffer
 
 #: Points of the timeline that a Proof keeps, and buffers: as many as a page can show.

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..cost.calibration import Calibration, calibration_for
+from ..hlo.frames import nearest_line
+from ..hlo.loops import loops, weights
+from ..hlo.text import Program, SourceLine, parse_program
 from ..topology import Topology
 from .evidence import Evidence, Seen
 from .fabric import Fabric
 from .findings import findings
 from .flops import flops
-from .frames import nearest_line
-from .hlo import Program, SourceLine, parse_program
-from .loops import loops, weights
 from .memory import memory as memory_of
 from .options import product_cycles
 from .record import CompiledCollective, LineCost, Proof

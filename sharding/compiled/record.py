@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from .hlo import SourceLine
+from ..hlo.text import SourceLine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 
 from ..chips import Chip
-from .hlo import Instruction, Program
+from ..hlo.text import Instruction, Program
 
 _NAME = re.compile(r"%([\w.\-]+) = ")
 _TOTAL = re.compile(r"total scheduled bundles:\s*(\d+)")

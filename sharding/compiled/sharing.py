@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from .hlo import Instruction, Program
-from .shapes import leaves, parse_shape
+from ..hlo.shapes import leaves, parse_shape
+from ..hlo.text import Instruction, Program
 
 _ALIASES = re.compile(r"\{([\d, ]*)\}: \((\d+), \{([\d, ]*)\}")
 _MAY_SHARE = '"aliasing_operands":{"lists":['

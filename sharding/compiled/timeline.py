@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 from ..chips import Chip
 from ..cost.calibration import Calibration
-from .hlo import Instruction, Program
-from .loops import Loop, branches, callees
-from .shapes import leaves, parse_shape
+from ..hlo.loops import Loop, branches, callees
+from ..hlo.shapes import leaves, parse_shape
+from ..hlo.text import Instruction, Program
 from .sites import Site, Sites
 from .work import NOTHING, Work, host_bytes, to_host, work
 

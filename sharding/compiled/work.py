@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 from ..chips import Chip
 from ..cost.calibration import Calibration
+from ..hlo.shapes import HOST_SPACE, leaves, parse_shape
+from ..hlo.text import Instruction, Program
 from .attention import attention_flops
 from .flops import flops, moved_bytes
-from .hlo import Instruction, Program
 from .schedule import scheduled_cycles
-from .shapes import HOST_SPACE, leaves, parse_shape
 
 # Of the cycles of elementwise work: the part that stays, and the least part that memory must explain.
 _KEPT, _EXPLAINED = 0.5, 0.25

@@ -10,9 +10,9 @@ from ..compiled.record import nearby
 from ..words import gib, seconds
 
 if TYPE_CHECKING:
-    from ..compiled.hlo import SourceLine
     from ..compiled.record import CompiledCollective, Finding, Proof
     from ..cost.estimate import Estimate
+    from ..hlo.text import SourceLine
     from ..planner.plan import Plan
 
 # Items below this part of the whole, estimated and compiled, are one line together.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ...hlo.text import Program, SourceLine
 from ...planner.wellformed import axes_of
 from ..evidence import Evidence, Seen
-from ..hlo import Program, SourceLine
 from ..record import Finding
 
 #: Less than this share of a step is not worth a person's time: estimates are no better than a per cent.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ...hlo.frames import nearest_line
+from ...hlo.text import SourceLine
 from ..evidence import Evidence
-from ..frames import nearest_line
-from ..hlo import SourceLine
 from ..record import Finding
 from ..work import target
 from .communication import MATTERS

@@ -6,12 +6,12 @@ import math
 import re
 from typing import TYPE_CHECKING
 
+from ...hlo.frames import nearest_line
+from ...hlo.shapes import Array, parse_shape
+from ...hlo.text import SourceLine
 from ...planner.wellformed import axes_of
 from ..evidence import Evidence
-from ..frames import nearest_line
-from ..hlo import SourceLine
 from ..record import Finding
-from ..shapes import Array, parse_shape
 from .communication import MATTERS
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ import pytest
 from meshwright.runtime.profiling.analyse import analyse
 from meshwright.runtime.profiling.events import HostSpan, OpEvent, Trace
 from meshwright.runtime.profiling.program import SavedProgram
-from meshwright.sharding.compiled.hlo import parse_program
 from meshwright.sharding.errors import UserError
+from meshwright.sharding.hlo.text import parse_program
 
 PROGRAM = """HloModule jit_step, num_partitions=4
 

@@ -13,8 +13,8 @@ import optax
 import pytest
 from meshwright.sharding import Plan, plan
 from meshwright.sharding.compiled.attention import attention_flops
-from meshwright.sharding.compiled.hlo import Program, parse_program
 from meshwright.sharding.compiled.verify import Verdict, verify
+from meshwright.sharding.hlo.text import Program, parse_program
 from meshwright.sharding.ops import attention
 
 BATCH, SEQUENCE, EMBED, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 512, 256, 4, 2, 128, 2

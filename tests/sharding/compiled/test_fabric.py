@@ -4,9 +4,9 @@ import pytest
 from meshwright.sharding import Topology
 from meshwright.sharding.compiled.algorithm import ASSUMED, Algorithm, algorithm
 from meshwright.sharding.compiled.fabric import Fabric, wire_bytes
-from meshwright.sharding.compiled.groups import axes_of_groups
-from meshwright.sharding.compiled.hlo import parse_program
 from meshwright.sharding.cost.calibration import Calibration
+from meshwright.sharding.hlo.replica_groups import axes_of_groups
+from meshwright.sharding.hlo.text import parse_program
 
 MIB = 2.0**20
 PLAIN = Calibration()

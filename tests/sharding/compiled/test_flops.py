@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 from meshwright.sharding.compiled.flops import flops, moved_bytes
-from meshwright.sharding.compiled.hlo import parse_program
+from meshwright.sharding.hlo.text import parse_program
 
 CONVOLUTION = """HloModule f, is_scheduled=true
 

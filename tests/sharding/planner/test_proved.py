@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 from meshwright.sharding import Plan, plan
-from meshwright.sharding.compiled.hlo import SourceLine
 from meshwright.sharding.compiled.record import CompiledCollective, Finding, Proof
+from meshwright.sharding.hlo.text import SourceLine
 
 MIB = 2.0**20
 

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from meshwright.models import DecoderConfig, Model, decoder
 from meshwright.sharding import Plan, declare
-from meshwright.sharding.compiled.groups import axes_of_groups
-from meshwright.sharding.compiled.hlo import parse_program
+from meshwright.sharding.hlo.replica_groups import axes_of_groups
+from meshwright.sharding.hlo.text import parse_program
 
 # Of the arrays only activations have sizes that are no powers of 2.
 ROWS, SEQUENCE, VOCAB = 32, 12, 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .hlo import Instruction, Program, SourceLine
+from .text import Instruction, Program, SourceLine
 
 # Installed packages, the standard library and frozen modules are nobody's model.
 _LIBRARY = re.compile(r"(^|[/\\])(site-packages|dist-packages|lib[/\\]python3[^/\\]*)[/\\]|^<frozen ")

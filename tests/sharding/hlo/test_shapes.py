@@ -1,7 +1,7 @@
 """Shapes as compilers write them, and the bytes that tiles make of them."""
 
 import pytest
-from meshwright.sharding.compiled.shapes import Array, leaves, parse_shape, total_bytes
+from meshwright.sharding.hlo.shapes import Array, leaves, parse_shape, total_bytes
 
 
 @pytest.mark.parametrize(

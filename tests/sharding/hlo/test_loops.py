@@ -1,8 +1,8 @@
 """Turns of loops, read from what a compiler wrote or from the numbers that steer them."""
 
 import pytest
-from meshwright.sharding.compiled.hlo import parse_program
-from meshwright.sharding.compiled.loops import loops, weights
+from meshwright.sharding.hlo.loops import loops, weights
+from meshwright.sharding.hlo.text import parse_program
 
 LOOP = """HloModule jit_f, is_scheduled=true
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .hlo import Instruction, Program
+from .text import Instruction, Program
 
 #: A loop that has not ended after so many turns is taken as one whose count nobody can read off: the longest
 #: loops of training steps (a scan over tokens) have some ten thousand turns.

@@ -1,7 +1,7 @@
 """Device groups in every way XLA writes them, and the mesh axes they stand for."""
 
 import pytest
-from meshwright.sharding.compiled.groups import (
+from meshwright.sharding.hlo.replica_groups import (
     axes_of_groups,
     axes_of_pairs,
     parse_pairs,

@@ -3,8 +3,8 @@
 import inspect
 
 import pytest
-from meshwright.sharding.compiled.groups import axes_of_groups, axes_of_pairs
-from meshwright.sharding.compiled.hlo import collective_kind, parse_program
+from meshwright.sharding.hlo.replica_groups import axes_of_groups, axes_of_pairs
+from meshwright.sharding.hlo.text import collective_kind, parse_program
 
 ACCELERATOR = """HloModule jit_step, is_scheduled=true, num_partitions=4
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from .groups import Groups, parse_pairs, parse_replica_groups
+from .replica_groups import Groups, parse_pairs, parse_replica_groups
 
 #: XLA's opcodes for communication between devices → the names used in reports.
 COLLECTIVES = {

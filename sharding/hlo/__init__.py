@@ -1,0 +1,1 @@
+"""A compiled program's text, read: instructions, shapes, loops, groups of devices, source lines."""
