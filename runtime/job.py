@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..models import Model
     from ..sharding import Plan
-    from ..sharding.topology import Topology
+    from ..sharding.hardware.topology import Topology
     from ..sharding.transform.step import Step
     from .data import Data
 

@@ -15,7 +15,7 @@ from .config import Config
 if TYPE_CHECKING:
     from ..models import Model
     from ..sharding import Plan
-    from ..sharding.topology import Topology
+    from ..sharding.hardware.topology import Topology
 
 # Arrays of a batch, each int32 [global_batch, sequence].
 BATCH = ("tokens", "targets", "segment_ids", "positions")

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ..sharding.attached import quiet_absent
+from ..sharding.hardware.attached import quiet_absent
 from .pytest_processes import FOLDER, RANK, Rank, run_in_processes
 from .simulated import enough_threads
 

@@ -5,32 +5,32 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from .attached import quiet_absent
+from .hardware.attached import quiet_absent
 
 if TYPE_CHECKING:
     from .errors import UserError as UserError
-    from .mesh import make_mesh as make_mesh
+    from .hardware.mesh import make_mesh as make_mesh
+    from .hardware.topology import Chip as Chip
+    from .hardware.topology import Topology as Topology
     from .planner.declare import declare as declare
     from .planner.door import plan as plan
     from .planner.plan import Plan as Plan
     from .report.picture import picture as picture
     from .rules import DEFAULT_RULES as DEFAULT_RULES
     from .rules import Rules as Rules
-    from .topology import Chip as Chip
-    from .topology import Topology as Topology
     from .transform.step import train_step as train_step
 
 # Name → module that defines it. Loaded on first use, so that `import meshwright.sharding` costs nothing.
 _HOMES = {
-    "Chip": "topology",
+    "Chip": "hardware.topology",
     "Plan": "planner.plan",
     "declare": "planner.declare",
     "plan": "planner.door",
     "DEFAULT_RULES": "rules",
     "Rules": "rules",
-    "Topology": "topology",
+    "Topology": "hardware.topology",
     "UserError": "errors",
-    "make_mesh": "mesh",
+    "make_mesh": "hardware.mesh",
     "picture": "report.picture",
     "train_step": "transform.step",
 }

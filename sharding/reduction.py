@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .arrange import arrange
 from .compiled.options import scatters_over_several_axes
-from .topology import Topology
+from .hardware.arrange import arrange
+from .hardware.topology import Topology
 
 
 def reduction_steps(

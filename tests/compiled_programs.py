@@ -297,7 +297,7 @@ def _main(folder: str, specs: list[str]) -> None:
     from meshwright.sharding import Topology
     from meshwright.sharding.compiled.schedule import dump_arguments, read_bundles
     from meshwright.sharding.compiled.targets import describe
-    from meshwright.sharding.mesh import make_mesh
+    from meshwright.sharding.hardware.mesh import make_mesh
 
     schedules = pathlib.Path(folder) / "schedules"
     os.environ["LIBTPU_INIT_ARGS"] = dump_arguments(schedules)

@@ -84,7 +84,7 @@ def test_the_wheel_holds_all_code_and_all_data_and_nothing_else(wheel: pathlib.P
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == expected
-    assert {"meshwright/models/presets.toml", "meshwright/sharding/chips.toml"} <= held
+    assert {"meshwright/models/presets.toml", "meshwright/sharding/hardware/chips.toml"} <= held
     assert {f"meshwright/{folder}/py.typed" for folder in FOLDERS} <= held
 
 

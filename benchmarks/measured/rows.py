@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.sharding import Topology
-from meshwright.sharding.chips import chip_named
 from meshwright.sharding.errors import UserError
-from meshwright.sharding.topology_text import read as read_topology
+from meshwright.sharding.hardware.chip import chip_named
+from meshwright.sharding.hardware.topology import read as read_topology
 
 from .layouts import read_layout
 from .shapes import Architecture, NotExpressible, read_shape, whole

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...sharding.attached import attached_accelerators
+from ...sharding.hardware.attached import attached_accelerators
 from .finding import Finding
 
 # Asked in the child; its last line of output is the answer.

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..hardware.topology import Topology
 from ..hlo.frames import nearest_line, user_line
 from ..hlo.loops import Loop
 from ..hlo.shapes import leaves, parse_shape
 from ..hlo.text import Instruction, Program, SourceLine
-from ..topology import Topology
 from .flops import fusion_slices
 from .memory import Memory
 from .sites import Site

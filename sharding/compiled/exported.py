@@ -15,8 +15,8 @@ from ..paths import by_path
 if TYPE_CHECKING:
     import optax
 
+    from ..hardware.topology import Topology
     from ..planner.plan import Plan
-    from ..topology import Topology
 
 # XLA's names of platforms → those that programs are lowered for.
 _PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cuda": "cuda", "cpu": "cpu"}

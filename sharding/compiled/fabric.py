@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..arrange import arrange
 from ..cost.calibration import Calibration
 from ..cost.collectives import Link, switched_link, torus_link
+from ..hardware.arrange import arrange
+from ..hardware.links import homes
+from ..hardware.topology import Topology
 from ..hlo.replica_groups import Groups
-from ..reach import homes
-from ..topology import Topology
 from .algorithm import Algorithm
 
 #: What a device sends of the result (all-gather), the operand (the others), as a share; n devices a group.

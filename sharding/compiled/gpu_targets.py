@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..chips import Chip, chips
+from ..hardware.chip import Chip, chips
 
 _FACTS = Path(__file__).with_name("gpu_targets.toml")
 

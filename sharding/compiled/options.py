@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..topology import Topology
+from ..hardware.topology import Topology
 
 _FACTS = Path(__file__).with_name("options.toml")
 

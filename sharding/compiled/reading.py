@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..cost.calibration import Calibration, calibration_for
+from ..hardware.topology import Topology
 from ..hlo.frames import nearest_line
 from ..hlo.loops import loops, weights
 from ..hlo.text import Program, SourceLine, parse_program
-from ..topology import Topology
 from .evidence import Evidence, Seen
 from .fabric import Fabric
 from .findings import findings

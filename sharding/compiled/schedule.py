@@ -15,7 +15,7 @@ import pathlib
 import re
 from collections.abc import Mapping
 
-from ..chips import Chip
+from ..hardware.chip import Chip
 from ..hlo.text import Instruction, Program
 
 _NAME = re.compile(r"%([\w.\-]+) = ")

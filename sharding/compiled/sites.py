@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..hardware.topology import Topology
 from ..hlo.replica_groups import Groups, axes_of_groups, axes_of_pairs
 from ..hlo.shapes import leaves, parse_shape
 from ..hlo.text import Collective, Instruction, Program
-from ..topology import Topology
 from .algorithm import ASSUMED, FUSED, POINT_TO_POINT, Algorithm, algorithm
 from .fabric import Fabric, wire_bytes
 from .work import rendezvous

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from ..errors import UserError
-from ..topology import Topology
+from ..hardware.topology import Topology
 from .gpu_targets import gpu_target, gpu_target_names
 
 INSTALL = 'pip install "meshwright[verify]"'

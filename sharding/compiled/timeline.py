@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..chips import Chip
 from ..cost.calibration import Calibration
+from ..hardware.chip import Chip
 from ..hlo.loops import Loop, branches, callees
 from ..hlo.shapes import leaves, parse_shape
 from ..hlo.text import Instruction, Program

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cost.calibration import calibration_for
 from ..errors import UserError
-from ..topology import Topology
+from ..hardware.topology import Topology
 from . import cache
 from .child import Limits, run_worker
 from .record import Proof

@@ -6,7 +6,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..topology import Topology
+    from ..hardware.topology import Topology
 
 # Distributions that decide what comes out of a compiler, by platform.
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-pjrt", "jax-cuda12-pjrt"), "cpu": ()}

@@ -17,8 +17,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..chips import Chip
 from ..cost.calibration import Calibration
+from ..hardware.chip import Chip
 from ..hlo.shapes import HOST_SPACE, leaves, parse_shape
 from ..hlo.text import Instruction, Program
 from .attention import attention_flops

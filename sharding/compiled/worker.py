@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..topology import Topology
+    from ..hardware.topology import Topology
 
 # ``Ran out of memory in memory space hbm. Used 122.75G of 95.74G hbm.``, and when it is known early:
 # ``Ran out of memory on HBM, the total … for HLO temporaries (68.50G) exceeds available HBM (15.75G).``
@@ -57,8 +57,8 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
     import jax
     from jax import export
 
+    from ..hardware.topology import Topology
     from ..planner.plan import Plan
-    from ..topology import Topology
     from .reading import read_proof
     from .schedule import dump_arguments, read_bundles
 

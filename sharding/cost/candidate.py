@@ -6,8 +6,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from ..axes import AXES
 from ..errors import UserError, nearest
+from ..hardware.axes import AXES
 
 # The mesh axes of each dimension of an array, major first.
 Storage = tuple[tuple[str, ...], ...]

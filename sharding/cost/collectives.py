@@ -7,9 +7,9 @@ import functools
 import math
 from collections.abc import Mapping
 
-from ..axes import AXES_BY_WEIGHT
-from ..reach import reaches
-from ..topology import Topology
+from ..hardware.axes import AXES_BY_WEIGHT
+from ..hardware.links import reaches
+from ..hardware.topology import Topology
 from .calibration import Calibration
 
 # Axes over which activations are exchanged in every layer.

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from ..chips import Chip
 from ..errors import UserError
+from ..hardware.chip import Chip
 from .calibration import Calibration
 from .candidate import Candidate
 from .placement import Placement

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from ..hardware.topology import Topology
 from ..program.record import Program
-from ..topology import Topology
 from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link, links

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..axes import AXES_BY_WEIGHT
+from ..hardware.axes import AXES_BY_WEIGHT
 from .candidate import Candidate, Storage
 from .collectives import Link
 from .placement import Placement

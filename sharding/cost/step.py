@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..chips import Chip
 from ..errors import UserError
+from ..hardware.chip import Chip
 from .calibration import Calibration
 from .candidate import Candidate
 from .collectives import Link

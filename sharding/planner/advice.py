@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..topology import Topology
+from ..hardware.topology import Topology
 from ..words import gib, layout_in_words
 from .declared import Declared
 from .search import Priced

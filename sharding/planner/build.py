@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..cost.candidate import Candidate, Storage
+from ..hardware.topology import Topology
 from ..program.record import Argument, Program
-from ..topology import Topology
 from ..words import storage_of, why_lost
 from .alternative import Alternative, Origin
 from .plan import ArrayPlan, DimPlan, Plan, Spec

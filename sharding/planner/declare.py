@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from ..axes import resolve_axes
 from ..errors import UserError, nearest_divisors
+from ..hardware.axes import resolve_axes
+from ..hardware.topology import Topology
 from ..paths import by_path
 from ..program.record import Dim, Program
 from ..program.tracing import trace
 from ..rules import Rules
-from ..topology import Topology
 from .kernels import choose
 from .plan import ArrayPlan, DimPlan, Plan
 from .remats import read

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..topology import Topology
+from ..hardware.topology import Topology
 from . import build
 from .advice import nothing_fits
 from .declared import Declared

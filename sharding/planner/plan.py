@@ -99,8 +99,8 @@ class Plan:
 
     def make_mesh(self, devices: Any = None) -> Mesh:
         """Return the plan's mesh over the topology's devices, or over `devices`."""
-        from ..mesh import make_mesh
-        from ..topology import Topology
+        from ..hardware.mesh import make_mesh
+        from ..hardware.topology import Topology
 
         return make_mesh(self.mesh, Topology.parse(self.topology), devices=devices)
 
@@ -127,8 +127,8 @@ class Plan:
 
     def apply(self, loss: Callable[..., Any], mesh: Mesh | AbstractMesh | None = None) -> Callable[..., Any]:
         """Return `loss(params, batch)` worked through as planned on `mesh`: same signature, same values."""
+        from ..hardware.topology import Topology
         from ..reduction import reduction_steps
-        from ..topology import Topology
         from ..transform.accumulate import accumulate
         from ..transform.constrain import constrain
         from ..transform.name import name_values
@@ -292,7 +292,7 @@ class Plan:
         """Return what is compiled for: what the mesh's devices are, or those described if it has none."""
         from jax.sharding import Mesh
 
-        from ..topology import Topology
+        from ..hardware.topology import Topology
 
         if isinstance(mesh, Mesh):
             return mesh.devices.flat[0].platform

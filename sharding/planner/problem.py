@@ -14,10 +14,10 @@ from ..cost.calibration import Calibration, calibration_for
 from ..cost.candidate import Candidate
 from ..cost.estimate import Pricer
 from ..cost.profile import Profile, profile
+from ..hardware.topology import Topology
 from ..program.flops import work
 from ..program.record import Program
 from ..program.tracing import trace
-from ..topology import Topology
 from . import build, kernels
 from .declared import Declared, names_of_data
 from .microbatches import batch_rows, why_not, why_untraceable

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..topology import Topology
+from ..hardware.topology import Topology
 from ..words import gib, layout_in_words, seconds
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..cost.candidate import Candidate
 from ..errors import UserError
+from ..hardware.topology import Topology
 from ..program.generations import scan_parts
 from ..program.layers import is_checkpointed, layer_scans
 from ..program.record import Program
-from ..topology import Topology
 from . import microbatches as parts_of_batch
 from . import stages
 from .declared import Declared, Kept, keep, parts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..axes import AXES
 from ..errors import UserError, nearest, nearest_divisors
+from ..hardware.axes import AXES
 
 if TYPE_CHECKING:
     from .plan import ArrayPlan, Plan

@@ -7,8 +7,8 @@ from html import escape
 
 import numpy as np
 
-from ..arrange import arrange
-from ..topology import Topology
+from ..hardware.arrange import arrange
+from ..hardware.topology import Topology
 
 _CELL, _GAP, _BETWEEN = 14, 3, 14
 # More than this many planes, or hosts in a plane, say no more than the first few do.

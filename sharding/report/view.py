@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..hardware.topology import Topology
 from ..planner.alternative import distinct
 from ..planner.wellformed import axes_of
-from ..topology import Topology
 from ..words import gib, layout_in_words, seconds
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class View:
 
 def view(plan: Plan) -> View:
     """Return what `plan` shows."""
-    from ..reach import describe
+    from ..hardware.links import describe
 
     topology = Topology.parse(plan.topology)
     estimate = plan.estimate

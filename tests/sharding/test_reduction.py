@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 from meshwright.sharding import Topology, plan
-from meshwright.sharding.arrange import arrange
 from meshwright.sharding.compiled.options import options_for
 from meshwright.sharding.compiled.verify import verify
+from meshwright.sharding.hardware.arrange import arrange
 from meshwright.sharding.reduction import reduction_steps
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from meshwright.sharding import Topology, UserError
-from meshwright.sharding.chips import chips
 from meshwright.sharding.compiled.gpu_targets import gpu_target_names
 from meshwright.sharding.compiled.targets import describe, domains, missing
+from meshwright.sharding.hardware.chip import chips
 
 # Read by nobody but a process that has no accelerator, so they would hide what `describe` has to set itself.
 QUIETING = ("TPU_", "JAX_SKIP_CUDA", "ALLOW_MULTIPLE_LIBTPU")

@@ -14,7 +14,7 @@ from meshwright.models import DecoderConfig, decoder
 from meshwright.sharding import Plan, UserError, plan
 from meshwright.sharding.compiled.options import Trial, trials_for
 from meshwright.sharding.compiled.verify import Verdict, verify
-from meshwright.sharding.topology import Topology
+from meshwright.sharding.hardware.topology import Topology
 
 ROWS, NARROW, WIDTH, BRANCHES, LAYERS = 2**21, 64, 2048, 32, 8
 

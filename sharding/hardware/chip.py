@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .errors import UserError, nearest
+from ..errors import UserError, nearest
 
 _FACTS = Path(__file__).with_name("chips.toml")
 

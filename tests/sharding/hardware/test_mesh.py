@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from meshwright.sharding import Topology, UserError, make_mesh
-from meshwright.sharding.mesh import arrange, describe, reaches, resolve_axes
+from meshwright.sharding.hardware.mesh import arrange, describe, reaches, resolve_axes
 
 EVERY_KIND = [
     ("cpu:2x4", {"data": 2, "tensor": 4}),
@@ -154,7 +154,7 @@ def test_mesh_over_other_devices_than_asked():
 
 
 def test_real_devices_are_found_by_what_they_say_of_themselves():
-    from meshwright.sharding.devices import by_position
+    from meshwright.sharding.hardware.attached import by_position
 
     def device(index, process, machine):
         return SimpleNamespace(id=index, process_index=process, slice_index=machine, platform="gpu",

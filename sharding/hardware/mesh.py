@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
 from .arrange import arrange as arrange
 from .axes import AXES as AXES
 from .axes import resolve_axes as resolve_axes
-from .errors import UserError
-from .reach import Reach as Reach
-from .reach import describe as describe
-from .reach import reaches as reaches
+from .links import Reach as Reach
+from .links import describe as describe
+from .links import reaches as reaches
 from .topology import Topology
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def make_mesh(
     """
     from jax.sharding import AxisType, Mesh
 
-    from .devices import by_position
+    from .attached import by_position
 
     wanted = Topology.parse(topology) if isinstance(topology, str) else topology
     if devices is None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from meshwright.sharding import attached
+from meshwright.sharding.hardware import attached
 
 USES_DEVICES = "from meshwright.sharding import Topology; print(Topology.local())"
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from meshwright.sharding import Topology, UserError
-from meshwright.sharding.chips import chip_named, chip_of_device_kind, chips
+from meshwright.sharding.hardware.chip import chip_named, chip_of_device_kind, chips
 
 
 @pytest.mark.parametrize(

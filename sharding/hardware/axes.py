@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from .errors import UserError, nearest, nearest_divisors
+from ..errors import UserError, nearest, nearest_divisors
 
 # From the lightest traffic to the heaviest. Gradients cross `data` once a step; `stage` passes one activation
 # a microbatch, point to point; `fsdp` gathers every layer's parameters, ahead of their use; `expert` and

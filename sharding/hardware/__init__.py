@@ -1,0 +1,1 @@
+"""Chips, topologies, the links between devices, meshes and their axes."""
