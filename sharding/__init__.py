@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .planner.door import plan as plan
     from .planner.plan import Plan as Plan
     from .report.picture import picture as picture
-    from .rules import DEFAULT_RULES as DEFAULT_RULES
-    from .rules import Rules as Rules
+    from .rules.rules import DEFAULT_RULES as DEFAULT_RULES
+    from .rules.rules import Rules as Rules
     from .transform.step import train_step as train_step
 
 # Name → module that defines it. Loaded on first use, so that `import meshwright.sharding` costs nothing.
@@ -26,8 +26,8 @@ _HOMES = {
     "Plan": "planner.plan",
     "declare": "planner.declare",
     "plan": "planner.door",
-    "DEFAULT_RULES": "rules",
-    "Rules": "rules",
+    "DEFAULT_RULES": "rules.rules",
+    "Rules": "rules.rules",
     "Topology": "hardware.topology",
     "UserError": "errors",
     "make_mesh": "hardware.mesh",

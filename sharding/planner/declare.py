@@ -14,7 +14,7 @@ from ..hardware.topology import Topology
 from ..paths import by_path
 from ..program.record import Dim, Program
 from ..program.tracing import trace
-from ..rules import Rules
+from ..rules.rules import Rules
 from .kernels import choose
 from .plan import ArrayPlan, DimPlan, Plan
 from .remats import read

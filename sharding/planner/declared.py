@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import UserError
 from ..paths import by_path, matches
 from ..program.record import Program
-from ..rule_application import is_pattern
-from ..rules import Rules
+from ..rules.application import is_pattern
+from ..rules.rules import Rules
 
 # What the first two dimensions of an array of the data are called in rules.
 DATA_NAMES = ("batch", "sequence")

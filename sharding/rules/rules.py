@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
-from .rule_application import Application, Axes, axis_sizes, is_pattern, mentioned
+from ..errors import UserError
+from .application import Application, Axes, axis_sizes, is_pattern, mentioned
 
 if TYPE_CHECKING:
     from jax.sharding import PartitionSpec

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from . import paths as tree_paths
-from .errors import UserError, nearest, nearest_divisors
-from .paths import Leaf
+from .. import paths as tree_paths
+from ..errors import UserError, nearest, nearest_divisors
+from ..paths import Leaf
 
 if TYPE_CHECKING:
     from jax.sharding import PartitionSpec
