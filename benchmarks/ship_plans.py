@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from meshwright.runtime.config import load
 from meshwright.runtime.planning import plan_config
 from meshwright.sharding import Topology, UserError
-from meshwright.sharding.compiled.options import Options, trials_for
 from meshwright.sharding.words import gib, layout_in_words, seconds
+from meshwright.sharding.xla.options import Options, trials_for
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = {

@@ -296,8 +296,8 @@ _OPTIONS = {
 def _main(folder: str, specs: list[str]) -> None:
     from meshwright.sharding import Topology
     from meshwright.sharding.compiled.schedule import dump_arguments, read_bundles
-    from meshwright.sharding.compiled.targets import describe
     from meshwright.sharding.hardware.mesh import make_mesh
+    from meshwright.sharding.xla.targets import describe
 
     schedules = pathlib.Path(folder) / "schedules"
     os.environ["LIBTPU_INIT_ARGS"] = dump_arguments(schedules)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterator
 
-from ...sharding.compiled.targets import INSTALL
+from ...sharding.xla.targets import INSTALL
 from .finding import Finding
 from .versions import version_of
 

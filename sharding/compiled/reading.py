@@ -11,12 +11,12 @@ from ..hardware.topology import Topology
 from ..hlo.frames import nearest_line
 from ..hlo.loops import loops, weights
 from ..hlo.text import Program, SourceLine, parse_program
+from ..xla.options import product_cycles
 from .evidence import Evidence, Seen
 from .fabric import Fabric
 from .findings import findings
 from .flops import flops
 from .memory import memory as memory_of
-from .options import product_cycles
 from .record import CompiledCollective, LineCost, Proof
 from .schedule import for_all_alike
 from .sites import Sites

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ..cost.calibration import calibration_for
 from ..errors import UserError
 from ..hardware.topology import Topology
+from ..xla.versions import versions
 from . import cache
 from .child import Limits, run_worker
 from .record import Proof
-from .versions import versions
 
 if TYPE_CHECKING:
     import optax
@@ -134,7 +134,7 @@ def refuse_missing(topology: Topology) -> None:
     """Raise UserError, saying what to install, if no compiler for `topology` is here."""
     if topology.chip.platform == "cpu":
         return
-    from .targets import missing
+    from ..xla.targets import missing
 
     sentence = missing(topology)
     if sentence is not None:

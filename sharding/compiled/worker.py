@@ -172,7 +172,7 @@ def _devices(topology: Any) -> Any:
 
     if topology.chip.platform == "cpu":
         return jax.devices()
-    from .targets import describe
+    from ..xla.targets import describe
 
     return describe(topology).devices
 

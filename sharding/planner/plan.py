@@ -128,11 +128,11 @@ class Plan:
     def apply(self, loss: Callable[..., Any], mesh: Mesh | AbstractMesh | None = None) -> Callable[..., Any]:
         """Return `loss(params, batch)` worked through as planned on `mesh`: same signature, same values."""
         from ..hardware.topology import Topology
-        from ..reduction import reduction_steps
         from ..transform.accumulate import accumulate
         from ..transform.constrain import constrain
         from ..transform.name import name_values
         from ..transform.remat import remat
+        from ..xla.reduction import reduction_steps
 
         check_runs(self)
         mesh = self.make_mesh() if mesh is None else mesh

@@ -131,7 +131,7 @@ def _with_options(chosen: Plan, judge: Callable[[Plan], Verdict]) -> Plan:
 
     Set by set, each with those that helped before it, so that not every combination is compiled.
     """
-    from ..compiled.options import trials_for
+    from ..xla.options import trials_for
 
     best, names, notes = chosen, [], []
     for trial in trials_for(Topology.parse(chosen.topology)):

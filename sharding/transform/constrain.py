@@ -48,7 +48,7 @@ def constrain(
     products, convolutions and look-ups, and what a scan carries, are constrained to the specs of their dims.
     `kernels` are a plan's: calls of `ops.attention` are carried out by the one for ``attention``, if any, as
     `platform` runs it. `steps` are mesh axes over which gradients are scattered in steps of these factors,
-    one after the other (`meshwright.sharding.reduction`).
+    one after the other (`meshwright.sharding.xla.reduction`).
     Values are those of `loss`.
     """
 

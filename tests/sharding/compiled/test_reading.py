@@ -22,10 +22,10 @@ from compiled_programs import (
 from meshwright.sharding import Topology
 from meshwright.sharding.compiled.memory import memory
 from meshwright.sharding.compiled.record import Proof
-from meshwright.sharding.compiled.targets import missing
 from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.hlo.loops import loops
 from meshwright.sharding.hlo.text import parse_program
+from meshwright.sharding.xla.targets import missing
 
 TPUS = (
     "v5p:4x4x4/fsdp=16,tensor=4/all_gather,all_reduce,reduce_scatter,all_to_all,collective_permute,perceptron,"

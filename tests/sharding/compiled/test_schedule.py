@@ -10,12 +10,12 @@ import optax
 import pytest
 from compiled_programs import LARGE, Compiled, texts
 from meshwright.sharding import Topology, plan
-from meshwright.sharding.compiled.options import trials_for
 from meshwright.sharding.compiled.schedule import scheduled_cycles
-from meshwright.sharding.compiled.targets import missing
 from meshwright.sharding.compiled.verify import verify
 from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.hlo.text import parse_program
+from meshwright.sharding.xla.options import trials_for
+from meshwright.sharding.xla.targets import missing
 
 CASES = {"v5p:2x2x1": "fsdp=4", "v5e:2x2": "fsdp=4", "v6e:2x2": "fsdp=4"}
 

@@ -12,9 +12,9 @@ import optax
 import pytest
 from meshwright.models import DecoderConfig, decoder
 from meshwright.sharding import Plan, UserError, plan
-from meshwright.sharding.compiled.options import Trial, trials_for
 from meshwright.sharding.compiled.verify import Verdict, verify
 from meshwright.sharding.hardware.topology import Topology
+from meshwright.sharding.xla.options import Trial, trials_for
 
 ROWS, NARROW, WIDTH, BRANCHES, LAYERS = 2**21, 64, 2048, 32, 8
 
@@ -139,7 +139,7 @@ def test_what_helps_is_kept_when_the_next_is_tried(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("meshwright.sharding.compiled.verify.verify", timed)
     monkeypatch.setattr(
-        "meshwright.sharding.compiled.options.trials_for", lambda topology: [harmful, helpful, further]
+        "meshwright.sharding.xla.options.trials_for", lambda topology: [harmful, helpful, further]
     )
     proved = decoder_plan("h100:2x8").verify(top=2)
     assert proved.compiler_options == {**helpful.options, **further.options}

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from meshwright.sharding import Topology, UserError
-from meshwright.sharding.compiled.gpu_targets import gpu_target_names
-from meshwright.sharding.compiled.targets import describe, domains, missing
 from meshwright.sharding.hardware.chip import chips
+from meshwright.sharding.xla.gpu_targets import gpu_target_names
+from meshwright.sharding.xla.targets import describe, domains, missing
 
 # Read by nobody but a process that has no accelerator, so they would hide what `describe` has to set itself.
 QUIETING = ("TPU_", "JAX_SKIP_CUDA", "ALLOW_MULTIPLE_LIBTPU")
@@ -22,7 +22,7 @@ QUIETING = ("TPU_", "JAX_SKIP_CUDA", "ALLOW_MULTIPLE_LIBTPU")
 DESCRIBED = """
 import json, sys
 from meshwright.sharding import Topology
-from meshwright.sharding.compiled.targets import describe
+from meshwright.sharding.xla.targets import describe
 
 # Devices of a single slice may not say which it is.
 def slice_of(device):
@@ -50,7 +50,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from meshwright.sharding import Topology
-from meshwright.sharding.compiled.targets import describe
+from meshwright.sharding.xla.targets import describe
 
 def loss(weight, batch):
     weight = jax.lax.all_gather(weight, "fsdp", axis=1, tiled=True)

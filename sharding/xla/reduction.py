@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .compiled.options import scatters_over_several_axes
-from .hardware.arrange import arrange
-from .hardware.topology import Topology
+from ..hardware.arrange import arrange
+from ..hardware.topology import Topology
+from .options import scatters_over_several_axes
 
 
 def reduction_steps(
@@ -19,7 +19,7 @@ def reduction_steps(
     """Return mesh axis → factors of its size, major first, in which to scatter; other axes go at once.
 
     `options` are those of the compiler: some let it scatter over all three axes at once, which is better
-    still (`meshwright.sharding.compiled.options`).
+    still (`meshwright.sharding.xla.options`).
 
     libtpu scatters over a whole three-dimensional torus by an all-reduce, of which it keeps a part: in units
     of the array over one link, 2 / 6 on six links. Over a plane of two equal torus axes it has a true

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from meshwright.sharding import Topology
-from meshwright.sharding.compiled.options import (
+from meshwright.sharding.xla.options import (
     options_for,
     product_cycles,
     scatters_over_several_axes,

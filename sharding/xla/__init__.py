@@ -1,0 +1,1 @@
+"""XLA's compilers: what is compiled for, with which options, and what each compiler does."""
