@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from meshwright.runtime.config import load
 from meshwright.runtime.planning import plan_config
 from meshwright.sharding import UserError
-from meshwright.sharding.compiled.verify import verify
+from meshwright.sharding.verify.verify import verify
 from meshwright.sharding.words import layout_in_words
 
 _GRID = Path(__file__).with_name("compiled_grid.toml")

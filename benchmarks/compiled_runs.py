@@ -37,8 +37,8 @@ from measured.rows import Run, parse
 from measured.shapes import NotExpressible
 from meshwright.models import decoder
 from meshwright.sharding import UserError, plan
-from meshwright.sharding.compiled.child import Limits
-from meshwright.sharding.compiled.verify import verify
+from meshwright.sharding.verify.process import Limits
+from meshwright.sharding.verify.verify import verify
 
 _RUNS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "measured_runs.csv"
 _RECIPES = Path(__file__).with_suffix(".toml")

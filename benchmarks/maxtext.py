@@ -29,8 +29,8 @@ from meshwright.sharding import Topology, UserError, plan
 from meshwright.sharding.compiled.algorithm import Algorithm
 from meshwright.sharding.compiled.fabric import Fabric
 from meshwright.sharding.compiled.record import CompiledCollective
-from meshwright.sharding.compiled.verify import verify
 from meshwright.sharding.cost.calibration import calibration_for
+from meshwright.sharding.verify.verify import verify
 from meshwright.sharding.xla.options import options_for
 
 _ROWS = Path(__file__).with_name("maxtext_rows.toml")

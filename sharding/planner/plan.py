@@ -16,11 +16,11 @@ from .wellformed import axes_of, check_plan, check_runs
 if TYPE_CHECKING:
     from jax.sharding import AbstractMesh, Mesh
 
-    from ..compiled.child import Limits
     from ..compiled.record import Proof
     from ..cost.estimate import Estimate
     from ..program.record import Program
     from ..report.compare import Comparison
+    from ..verify.process import Limits
     from .alternative import Alternative, Origin
     from .door import Search
 

@@ -11,8 +11,8 @@ from ..hardware.topology import Topology
 from ..words import gib, layout_in_words, seconds
 
 if TYPE_CHECKING:
-    from ..compiled.child import Limits
-    from ..compiled.verify import Verdict
+    from ..verify.process import Limits
+    from ..verify.verify import Verdict
     from .alternative import Alternative
     from .plan import Plan
 
@@ -49,7 +49,7 @@ def prove(
     use_cache: bool = True,
 ) -> Plan:
     """Return `plan`, or what the compiler shows to be better, with its proof; see `Plan.verify`."""
-    from ..compiled.verify import verify
+    from ..verify.verify import verify
 
     if top < 1:
         raise UserError(f"top={top} plans cannot be compiled; nearest: 1")

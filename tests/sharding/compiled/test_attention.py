@@ -13,9 +13,9 @@ import optax
 import pytest
 from meshwright.sharding import Plan, plan
 from meshwright.sharding.compiled.attention import attention_flops
-from meshwright.sharding.compiled.verify import Verdict, verify
 from meshwright.sharding.hlo.text import Program, parse_program
 from meshwright.sharding.ops import attention
+from meshwright.sharding.verify.verify import Verdict, verify
 
 BATCH, SEQUENCE, EMBED, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 512, 256, 4, 2, 128, 2
 

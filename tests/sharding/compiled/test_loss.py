@@ -12,7 +12,7 @@ from meshwright.models import decoder
 from meshwright.models.transformer.config import DecoderConfig
 from meshwright.sharding import plan
 from meshwright.sharding.compiled.record import Proof
-from meshwright.sharding.compiled.verify import verify
+from meshwright.sharding.verify.verify import verify
 
 EMBED, VOCAB, SEQUENCE, ROWS = 1024, 65_536, 2048, 16
 TABLE = EMBED * VOCAB

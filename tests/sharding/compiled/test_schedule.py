@@ -11,9 +11,9 @@ import pytest
 from compiled_programs import LARGE, Compiled, texts
 from meshwright.sharding import Topology, plan
 from meshwright.sharding.compiled.schedule import scheduled_cycles
-from meshwright.sharding.compiled.verify import verify
 from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.hlo.text import parse_program
+from meshwright.sharding.verify.verify import verify
 from meshwright.sharding.xla.options import trials_for
 from meshwright.sharding.xla.targets import missing
 

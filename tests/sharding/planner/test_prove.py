@@ -12,8 +12,8 @@ import optax
 import pytest
 from meshwright.models import DecoderConfig, decoder
 from meshwright.sharding import Plan, UserError, plan
-from meshwright.sharding.compiled.verify import Verdict, verify
 from meshwright.sharding.hardware.topology import Topology
+from meshwright.sharding.verify.verify import Verdict, verify
 from meshwright.sharding.xla.options import Trial, trials_for
 
 ROWS, NARROW, WIDTH, BRANCHES, LAYERS = 2**21, 64, 2048, 32, 8
@@ -137,7 +137,7 @@ def test_what_helps_is_kept_when_the_next_is_tried(monkeypatch: pytest.MonkeyPat
         seconds = took.get(frozenset(made.compiler_options), 5.0)
         return dataclasses.replace(verdict, proof=dataclasses.replace(verdict.proof, step_seconds=seconds))
 
-    monkeypatch.setattr("meshwright.sharding.compiled.verify.verify", timed)
+    monkeypatch.setattr("meshwright.sharding.verify.verify.verify", timed)
     monkeypatch.setattr(
         "meshwright.sharding.xla.options.trials_for", lambda topology: [harmful, helpful, further]
     )

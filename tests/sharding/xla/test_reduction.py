@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 from meshwright.sharding import Topology, plan
-from meshwright.sharding.compiled.verify import verify
 from meshwright.sharding.hardware.arrange import arrange
+from meshwright.sharding.verify.verify import verify
 from meshwright.sharding.xla.options import options_for
 from meshwright.sharding.xla.reduction import reduction_steps
 

@@ -1,4 +1,4 @@
-"""The child process that compiles one step: `python -m meshwright.sharding.compiled.worker FOLDER`.
+"""The child process that compiles one step: `python -m meshwright.sharding.verify.worker FOLDER`.
 
 FOLDER holds ``request.json`` and ``program.bin``; the child leaves ``program.hlo.gz`` and ``answer.json``
 there.
@@ -57,10 +57,10 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
     import jax
     from jax import export
 
+    from ..compiled.reading import read_proof
+    from ..compiled.schedule import dump_arguments, read_bundles
     from ..hardware.topology import Topology
     from ..planner.plan import Plan
-    from .reading import read_proof
-    from .schedule import dump_arguments, read_bundles
 
     plan = Plan.from_dict(request["plan"])
     topology = Topology.parse(plan.topology)

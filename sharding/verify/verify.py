@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..compiled.record import Proof
 from ..cost.calibration import calibration_for
 from ..errors import UserError
 from ..hardware.topology import Topology
 from ..xla.versions import versions
 from . import cache
-from .child import Limits, run_worker
-from .record import Proof
+from .process import Limits, run_worker
 
 if TYPE_CHECKING:
     import optax
@@ -106,7 +106,7 @@ def verify(
     known = cache.load(key, lambda kept: _judge(kept, topology, cached=True)) if use_cache else None
     if known is not None:
         return known
-    from .exported import export_step
+    from .export import export_step
 
     plan.check(params, batch, loss)
     exported = export_step(plan, loss, params, batch, optimizer, topology)

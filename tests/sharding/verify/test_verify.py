@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import optax
 import pytest
 from meshwright.sharding import Plan, Topology, UserError, plan
-from meshwright.sharding.compiled import cache, child
-from meshwright.sharding.compiled.child import Limits
-from meshwright.sharding.compiled.verify import verify
 from meshwright.sharding.cost.calibration import calibration_for
+from meshwright.sharding.verify import cache
+from meshwright.sharding.verify import process as child
+from meshwright.sharding.verify.process import Limits
+from meshwright.sharding.verify.verify import verify
 
 WIDTH, ROWS = 512, 256
 
@@ -88,7 +89,7 @@ def test_an_entry_is_known_by_the_efficiencies_it_was_read_with(monkeypatch: pyt
 
     def known(**changed: float) -> bool:
         replaced = dataclasses.replace(record, **changed)
-        monkeypatch.setattr("meshwright.sharding.compiled.verify.calibration_for", lambda _: replaced)
+        monkeypatch.setattr("meshwright.sharding.verify.verify.calibration_for", lambda _: replaced)
         return verify(planned(), *program()).cached
 
     assert known(usable_memory=0.5)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from meshwright.sharding import Topology
-from meshwright.sharding.compiled.worker import peak_of
+from meshwright.sharding.verify.worker import peak_of
 
 
 def sizes(*, peak: float, host: float) -> SimpleNamespace:

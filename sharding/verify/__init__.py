@@ -1,0 +1,1 @@
+"""Plans compiled by the real compiler of their topology, in processes of their own."""
