@@ -45,7 +45,7 @@ class Compiled:
     def proof(self, **others: Any) -> Proof:
         """Return what is read of it; `others` as `read_proof` takes them."""
         from meshwright.sharding import Topology
-        from meshwright.sharding.compiled.reading import read_proof
+        from meshwright.sharding.compiled.read import read_proof
 
         return read_proof(
             self.text,

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from ..hlo.loops import Loop, branches, callees
 from ..hlo.shapes import HBM_SPACES, HOST_SPACE, Array, leaves, parse_shape
 from ..hlo.text import Instruction, Program
-from .sharing import Sharing, entry_aliases
-from .work import target
+from .aliasing import Sharing, entry_aliases
+from .roofline import target
 
 _INDEX = re.compile(r"\bindex=(\d+)")
 _BARRIERS = frozenset({"optimization-barrier", "opt-barrier", "add-dependency", "domain"})

@@ -12,11 +12,11 @@ from ..hlo.frames import nearest_line, user_line
 from ..hlo.loops import Loop
 from ..hlo.shapes import leaves, parse_shape
 from ..hlo.text import Instruction, Program, SourceLine
+from .collectives import Site
 from .flops import fusion_slices
 from .memory import Memory
-from .sites import Site
+from .roofline import Work
 from .timeline import Turn, item_of
-from .work import Work
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan

@@ -18,8 +18,8 @@ from ..hardware.chip import Chip
 from ..hlo.loops import Loop, branches, callees
 from ..hlo.shapes import leaves, parse_shape
 from ..hlo.text import Instruction, Program
-from .sites import Site, Sites
-from .work import NOTHING, Work, host_bytes, to_host, work
+from .collectives import Site, Sites
+from .roofline import NOTHING, Work, host_bytes, to_host, work
 
 #: Items of `Proof.time` that are no collectives.
 COMPUTE, PREFETCH, HOST = "compute", "prefetch", "host"

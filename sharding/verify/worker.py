@@ -57,7 +57,7 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
     import jax
     from jax import export
 
-    from ..compiled.reading import read_proof
+    from ..compiled.read import read_proof
     from ..compiled.schedule import dump_arguments, read_bundles
     from ..hardware.topology import Topology
     from ..planner.plan import Plan

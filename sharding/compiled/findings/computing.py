@@ -6,7 +6,7 @@ from ...hlo.frames import nearest_line
 from ...hlo.text import SourceLine
 from ..evidence import Evidence
 from ..record import Finding
-from ..work import target
+from ..roofline import target
 from .communication import MATTERS
 
 # XLA's own rematerialisation, when a program would not fit otherwise, names its copies so.

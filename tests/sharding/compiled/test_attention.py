@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from meshwright.sharding import Plan, plan
-from meshwright.sharding.compiled.attention import attention_flops
+from meshwright.sharding.compiled.flops import attention_flops
 from meshwright.sharding.hlo.text import Program, parse_program
 from meshwright.sharding.ops import attention
 from meshwright.sharding.verify.verify import Verdict, verify

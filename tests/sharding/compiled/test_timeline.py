@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from meshwright.sharding import Topology
-from meshwright.sharding.compiled.reading import read_proof
+from meshwright.sharding.compiled.read import read_proof
 from meshwright.sharding.compiled.record import Proof
 
 ALL, ROWS, COLUMNS = (

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from ..hardware.arrange import arrange
 from ..hardware.links import homes
 from ..hardware.topology import Topology
 from ..hlo.replica_groups import Groups
-from .algorithm import Algorithm
+from ..hlo.text import Instruction
 
 #: What a device sends of the result (all-gather), the operand (the others), as a share; n devices a group.
 _SENT = {
@@ -213,3 +214,75 @@ def _shortest(begin: int, end: int, size: int, wraps: bool) -> tuple[int, int]:
         return abs(forward), 1 if forward > 0 else -1
     ahead, back = forward % size, -forward % size
     return (ahead, 1) if ahead <= back else (back, -1)
+
+
+_EMITTER = re.compile(r'"collective_algorithm_config":\{"emitter":"(\w+)"(?:,"strategy":"(\w+)")?')
+_COLORS = re.compile(r"(?:Strategy\w*|\w+Strategy)\{colors:(\d+)")
+_USED = re.compile(r"dim_used:((?:\{[\d ]*\},?)+)")
+_RING = re.compile(r'"ring_type":"(\w+)"')
+_BACKEND = re.compile(r'"backend":"(\w+)"')
+_KERNEL = re.compile(r'"kernel_strategy":"KERNEL_STRATEGY_(\w+)"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """How a collective is carried out.
+
+    Attributes:
+      name: as the compiler names it: emitter, strategy, colors; ``ring (assumed)`` where it names none.
+      drives: directed links that a device sends over at once; None where that is not said.
+      axes_order: for each color the torus axes in the order gone through, as ``dim_used`` has them.
+    """
+
+    name: str
+    drives: int | None = None
+    axes_order: tuple[tuple[int, ...], ...] = ()
+
+
+ASSUMED = Algorithm(name="ring (assumed)")
+POINT_TO_POINT = Algorithm(name="point to point", drives=1)
+#: Pieces of an all-gather between products: libtpu names no algorithm for them, and its kernel is a ring.
+FUSED = Algorithm(name="asynchronous collective fusion, ring (assumed)", drives=2)
+
+
+def algorithm(instruction: Instruction) -> Algorithm:
+    """Return the algorithm that `instruction`'s configuration names."""
+    text = instruction.attributes
+    rings = [_RING.search(color) for color in text.split('"phase_rings"')[1:]]
+    if rings:
+        drives = sum(1 if ring is not None and "UNIDIR" in ring[1] else 2 for ring in rings)
+        return Algorithm(name=f"SparseCore offload colors:{len(rings)}", drives=drives)
+    named = _EMITTER.search(text)
+    if named is None:
+        return _gpu(text)
+    emitter, strategy = named[1], named[2] or ""
+    found = _COLORS.search(text)
+    colors = int(found[1]) if found else None
+    name = emitter
+    if strategy:
+        name += f"/{strategy}" + (f" colors:{colors}" if colors is not None else "")
+    return Algorithm(name=name, drives=_drives(emitter, strategy, colors), axes_order=_order(text))
+
+
+def _drives(emitter: str, strategy: str, colors: int | None) -> int | None:
+    if emitter.startswith("1D") or emitter == "SinglePhaseRingSumEmitter":
+        return 2
+    if colors is None:
+        return None
+    return colors if strategy.startswith("UniDirection") else 2 * colors
+
+
+def _order(text: str) -> tuple[tuple[int, ...], ...]:
+    used = _USED.search(text)
+    if used is None:
+        return ()
+    return tuple(tuple(int(d) for d in one.split()) for one in re.findall(r"\{([\d ]*)\}", used[1]))
+
+
+def _gpu(text: str) -> Algorithm:
+    kernel, backend = _KERNEL.search(text), _BACKEND.search(text)
+    if kernel is not None and kernel[1] != "DEFAULT":
+        return Algorithm(name=kernel[1].lower().replace("_", " "))
+    if backend is not None:
+        return Algorithm(name="NCCL ring (assumed)" if backend[1] == "DEFAULT" else backend[1])
+    return ASSUMED

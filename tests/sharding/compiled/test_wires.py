@@ -2,8 +2,7 @@
 
 import pytest
 from meshwright.sharding import Topology
-from meshwright.sharding.compiled.algorithm import ASSUMED, Algorithm, algorithm
-from meshwright.sharding.compiled.fabric import Fabric, wire_bytes
+from meshwright.sharding.compiled.wires import ASSUMED, Algorithm, Fabric, algorithm, wire_bytes
 from meshwright.sharding.cost.calibration import Calibration
 from meshwright.sharding.hlo.replica_groups import axes_of_groups
 from meshwright.sharding.hlo.text import parse_program

@@ -12,15 +12,15 @@ from ..hlo.frames import nearest_line
 from ..hlo.loops import loops, weights
 from ..hlo.text import Program, SourceLine, parse_program
 from ..xla.options import product_cycles
+from .collectives import Sites
 from .evidence import Evidence, Seen
-from .fabric import Fabric
 from .findings import findings
 from .flops import flops
 from .memory import memory as memory_of
 from .record import CompiledCollective, LineCost, Proof
 from .schedule import for_all_alike
-from .sites import Sites
 from .timeline import Timeline, Turn
+from .wires import Fabric
 
 if TYPE_CHECKING:
     from ..planner.plan import Plan

@@ -21,8 +21,7 @@ from ..cost.calibration import Calibration
 from ..hardware.chip import Chip
 from ..hlo.shapes import HOST_SPACE, leaves, parse_shape
 from ..hlo.text import Instruction, Program
-from .attention import attention_flops
-from .flops import flops, moved_bytes
+from .flops import attention_flops, flops, moved_bytes
 from .schedule import scheduled_cycles
 
 # Of the cycles of elementwise work: the part that stays, and the least part that memory must explain.

@@ -18,9 +18,8 @@ from ..hardware.topology import Topology
 from ..hlo.replica_groups import Groups, axes_of_groups, axes_of_pairs
 from ..hlo.shapes import leaves, parse_shape
 from ..hlo.text import Collective, Instruction, Program
-from .algorithm import ASSUMED, FUSED, POINT_TO_POINT, Algorithm, algorithm
-from .fabric import Fabric, wire_bytes
-from .work import rendezvous
+from .roofline import rendezvous
+from .wires import ASSUMED, FUSED, POINT_TO_POINT, Algorithm, Fabric, algorithm, wire_bytes
 
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
