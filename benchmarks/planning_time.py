@@ -19,7 +19,7 @@ from meshwright.models import decoder, preset
 from meshwright.sharding import Topology
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.door import plan
-from meshwright.sharding.planner.problem import Problem
+from meshwright.sharding.planner.inputs import Problem
 
 # Preset, topology, rows of the global batch, tokens of a row, target in seconds.
 CASES = (

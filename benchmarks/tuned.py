@@ -25,7 +25,7 @@ from meshwright.sharding import UserError
 from meshwright.sharding.cost import Pricer
 from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.planner.declared import Declared
-from meshwright.sharding.planner.problem import Problem, slot_bytes
+from meshwright.sharding.planner.inputs import Problem, slot_bytes
 from meshwright.sharding.planner.search import Priced, search
 from meshwright.sharding.program.saved import INPUT
 from meshwright.sharding.words import remat_in_words

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .cost.candidate import Candidate
+from .planner.choices.storage import computed
 from .planner.search import Priced
-from .planner.storage import computed
 from .program.record import Program
 
 _GIB = 2**30

@@ -14,7 +14,7 @@ from .declared import Declared
 from .search import Priced
 
 if TYPE_CHECKING:
-    from .problem import Answer, Problem
+    from .inputs import Answer, Problem
 
 # How many times as many devices, how many slices, and how small a part of the batch are looked at.
 _MOST_DEVICES = 64
@@ -86,7 +86,7 @@ def _stored_bytes(problem: Problem) -> float:
     """Return the bytes of all parameters and moments together, which no layout makes fewer."""
     import jax
 
-    from .problem import slot_bytes
+    from .inputs import slot_bytes
 
     leaves = jax.tree.leaves(problem.params)
     slots = 0.0 if problem.optimizer is None else slot_bytes(problem.optimizer, problem.params)

@@ -11,9 +11,9 @@ from ..hardware.topology import Topology
 from ..program.record import Argument, Program
 from ..words import storage_of, why_lost
 from .alternative import Alternative, Origin
+from .choices.storage import computed
 from .plan import ArrayPlan, DimPlan, Plan, Spec
 from .search import Priced, Stored
-from .storage import computed
 
 # A parameter that is more than this part of all is worth a note if it lies whole on every device.
 _MATTERS = 0.01

@@ -15,9 +15,9 @@ from ..paths import by_path
 from ..program.record import Dim, Program
 from ..program.tracing import trace
 from ..rules.rules import Rules
-from .kernels import choose
+from .choices.attention import choose
+from .choices.remat import read
 from .plan import ArrayPlan, DimPlan, Plan
-from .remats import read
 from .wellformed import axes_of
 
 # What the first two dimensions of an array of the data are called in rules.

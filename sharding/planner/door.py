@@ -11,8 +11,8 @@ from ..hardware.topology import Topology
 from . import build
 from .advice import nothing_fits
 from .declared import Declared
+from .inputs import ROOMS, Answer, Problem
 from .plan import Plan
-from .problem import ROOMS, Answer, Problem
 from .search import Priced
 
 if TYPE_CHECKING:

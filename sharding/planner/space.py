@@ -15,14 +15,14 @@ from ..hardware.topology import Topology
 from ..program.generations import scan_parts
 from ..program.layers import is_checkpointed, layer_scans
 from ..program.record import Program
-from . import microbatches as parts_of_batch
-from . import stages
+from .choices import microbatches as parts_of_batch
+from .choices import stages
+from .choices.mesh import meshes
+from .choices.remat import PLAIN, DeclaredRemat, Policy, read
+from .choices.sequence import stream_dim
+from .choices.storage import store
+from .choices.tensor import TensorGroups
 from .declared import Declared, Kept, keep, parts
-from .groups import TensorGroups
-from .meshes import meshes
-from .remats import PLAIN, DeclaredRemat, Policy, read
-from .storage import store
-from .stream import stream_dim
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ def check_plan(plan: Plan) -> None:
     """Raise UserError, one sentence, for the first thing in `plan` that cannot be carried out."""
     from ..cost.candidate import SCHEDULES
     from ..transform.remat import NAMES, PLACES, POLICIES
-    from .kernels import check_kernels
+    from .choices.attention import check_kernels
 
     if plan.remat not in (*POLICIES, NAMES):
         raise UserError(f"remat={plan.remat!r} is not a policy; {nearest(plan.remat, POLICIES)}")

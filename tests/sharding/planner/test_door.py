@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from meshwright.sharding import Plan, Topology, UserError, plan
 from meshwright.sharding.planner.build import plan_of
 from meshwright.sharding.planner.declared import Declared
-from meshwright.sharding.planner.problem import Problem
+from meshwright.sharding.planner.inputs import Problem
 
 ADAM = optax.adamw(1e-2)
 

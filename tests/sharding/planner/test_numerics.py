@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from meshwright.sharding import Topology
 from meshwright.sharding.planner.build import plan_of
 from meshwright.sharding.planner.declared import Declared
-from meshwright.sharding.planner.problem import Problem
+from meshwright.sharding.planner.inputs import Problem
 
 # Rows and widths are multiples of 8, so that most of them can be cut.
 ROWS, LENGTH, WIDTH = 16, 8, 16

@@ -12,8 +12,8 @@ from meshwright.sharding import Topology
 from meshwright.sharding.cost import Estimate, Pricer
 from meshwright.sharding.cost.candidate import Candidate
 from meshwright.sharding.cost.profile import profile
+from meshwright.sharding.planner.choices.remat import ladders
 from meshwright.sharding.planner.declared import Declared
-from meshwright.sharding.planner.remats import ladders
 from meshwright.sharding.planner.search import search
 from meshwright.sharding.planner.space import Space, space
 from meshwright.sharding.program import trace

@@ -11,8 +11,8 @@ import pytest
 import zoo
 from meshwright.models import DecoderConfig, decoder
 from meshwright.sharding import Topology, UserError
+from meshwright.sharding.planner.choices.mesh import meshes
 from meshwright.sharding.planner.declared import Declared
-from meshwright.sharding.planner.meshes import meshes
 from meshwright.sharding.planner.space import Space, space
 from meshwright.sharding.program import Program, trace
 

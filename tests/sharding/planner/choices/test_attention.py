@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from meshwright.sharding import Plan, UserError, declare, plan
 from meshwright.sharding.ops import attention
-from meshwright.sharding.planner.kernels import vmem_bytes
+from meshwright.sharding.planner.choices.attention import vmem_bytes
 
 SPLASH = {"attention": {"implementation": "splash", "block_q": 1024, "block_kv": 1024}}
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cost.calibration import Calibration, calibration_for
-from ..errors import UserError, nearest
-from ..hardware.chip import Chip
-from ..hardware.topology import Topology
-from ..ops.attention import AttentionCall, attention_call
-from ..ops.kernels import LANES, block_that_divides
-from ..program.record import Equation, Program
+from ...cost.calibration import Calibration, calibration_for
+from ...errors import UserError, nearest
+from ...hardware.chip import Chip
+from ...hardware.topology import Topology
+from ...ops.attention import AttentionCall, attention_call
+from ...ops.kernels import LANES, block_that_divides
+from ...program.record import Equation, Program
 
 _FACTS = Path(__file__).with_name("kernels.toml")
 

@@ -18,10 +18,11 @@ from ..hardware.topology import Topology
 from ..program.flops import work
 from ..program.record import Program
 from ..program.tracing import trace
-from . import build, kernels
+from . import build
+from .choices import attention as kernels
+from .choices.microbatches import batch_rows, why_not, why_untraceable
+from .choices.remat import check_names, ladders, read
 from .declared import Declared, names_of_data
-from .microbatches import batch_rows, why_not, why_untraceable
-from .remats import check_names, ladders, read
 from .search import Found, Stored, search, stored_bytes
 from .space import Space, space
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from meshwright.sharding.planner.storage import store
+from meshwright.sharding.planner.choices.storage import store
 from meshwright.sharding.program import trace
 
 

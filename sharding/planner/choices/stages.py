@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from ..cost.candidate import SCHEDULES, Candidate
-from ..errors import UserError, nearest, nearest_divisors
-from ..program.record import Program
+from ...cost.candidate import SCHEDULES, Candidate
+from ...errors import UserError, nearest, nearest_divisors
+from ...program.record import Program
 
 # Model chunks a stage holds are no more than this: each divides the bubble and repeats every send.
 _MOST_CHUNKS = 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..errors import UserError, nearest
-from ..hardware.axes import AXES, resolve_axes
-from ..hardware.topology import Topology
+from ...errors import UserError, nearest
+from ...hardware.axes import AXES, resolve_axes
+from ...hardware.topology import Topology
 
 # What the search may choose. The other axes are taken when declared: nothing spreads them by itself yet.
 OFFERED = ("data", "fsdp", "tensor")

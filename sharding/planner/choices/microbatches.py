@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import UserError, nearest_divisors
-from ..program import batch_mixing, batch_reduction
-from ..program.record import Program
-from .meshes import divisors
+from ...errors import UserError, nearest_divisors
+from ...program import batch_mixing, batch_reduction
+from ...program.record import Program
+from .mesh import divisors
 
 
 def why_not(program: Program) -> str | None:

@@ -1,0 +1,1 @@
+"""What the search chooses among, one file a choice."""
