@@ -26,9 +26,9 @@ import numpy as np
 import optax
 from meshwright.models import decoder, preset
 from meshwright.sharding import Topology, UserError, plan
-from meshwright.sharding.compiled.record import CompiledCollective
 from meshwright.sharding.compiled.wires import Algorithm, Fabric
 from meshwright.sharding.cost.calibration import calibration_for
+from meshwright.sharding.plans.proof import CompiledCollective
 from meshwright.sharding.verify.verify import verify
 from meshwright.sharding.xla.options import options_for
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .hardware.topology import Topology as Topology
     from .planner.declare import declare as declare
     from .planner.door import plan as plan
-    from .planner.plan import Plan as Plan
+    from .plans.record import Plan as Plan
     from .report.picture import picture as picture
     from .rules.rules import DEFAULT_RULES as DEFAULT_RULES
     from .rules.rules import Rules as Rules
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Name → module that defines it. Loaded on first use, so that `import meshwright.sharding` costs nothing.
 _HOMES = {
     "Chip": "hardware.topology",
-    "Plan": "planner.plan",
+    "Plan": "plans.record",
     "declare": "planner.declare",
     "plan": "planner.door",
     "DEFAULT_RULES": "rules.rules",

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from meshwright.sharding.compiled.record import Proof
+    from meshwright.sharding.plans.proof import Proof
 
 ROWS, COLUMNS = 1024, 1024
 LAYERS, WIDTH, HIDDEN, BATCH = 4, 512, 2048, 512

@@ -19,7 +19,7 @@ from .roofline import Work
 from .timeline import Turn, item_of
 
 if TYPE_CHECKING:
-    from ..planner.plan import Plan
+    from ..plans.record import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ import numpy as np
 from ..hlo.frames import nearest_line
 from ..hlo.loops import Loop
 from ..hlo.text import Program
+from ..plans.proof import Buffer
 from .buffers import Block, in_hbm, on_host, replay
-from .record import Buffer
 
 #: Points of the timeline that a Proof keeps, and buffers: as many as a page can show.
 MOST_POINTS, MOST_BUFFERS = 200, 40

@@ -11,19 +11,19 @@ from ..hardware.topology import Topology
 from ..hlo.frames import nearest_line
 from ..hlo.loops import loops, weights
 from ..hlo.text import Program, SourceLine, parse_program
+from ..plans.proof import CompiledCollective, LineCost, Proof
 from ..xla.options import product_cycles
 from .collectives import Sites
 from .evidence import Evidence, Seen
 from .findings import findings
 from .flops import flops
 from .memory import memory as memory_of
-from .record import CompiledCollective, LineCost, Proof
 from .schedule import for_all_alike
 from .timeline import Timeline, Turn
 from .wires import Fabric
 
 if TYPE_CHECKING:
-    from ..planner.plan import Plan
+    from ..plans.record import Plan
 
 
 def read_proof(

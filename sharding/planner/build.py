@@ -8,11 +8,11 @@ from typing import Any
 
 from ..cost.candidate import Candidate, Storage
 from ..hardware.topology import Topology
+from ..plans.origin import Alternative, Origin
+from ..plans.record import ArrayPlan, DimPlan, Plan, Spec
 from ..program.record import Argument, Program
 from ..words import storage_of, why_lost
-from .alternative import Alternative, Origin
 from .choices.storage import computed
-from .plan import ArrayPlan, DimPlan, Plan, Spec
 from .search import Priced, Stored
 
 # A parameter that is more than this part of all is worth a note if it lies whole on every device.

@@ -12,13 +12,12 @@ from ..errors import UserError, nearest_divisors
 from ..hardware.axes import resolve_axes
 from ..hardware.topology import Topology
 from ..paths import by_path
+from ..plans.record import ArrayPlan, DimPlan, Plan, axes_of
 from ..program.record import Dim, Program
 from ..program.tracing import trace
 from ..rules.rules import Rules
 from .choices.attention import choose
 from .choices.remat import read
-from .plan import ArrayPlan, DimPlan, Plan
-from .wellformed import axes_of
 
 # What the first two dimensions of an array of the data are called in rules.
 _DATA_NAMES = ("batch", "sequence")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..hardware.topology import Topology
+from ..plans.record import Plan
 from . import build
 from .advice import nothing_fits
 from .declared import Declared
 from .inputs import ROOMS, Answer, Problem
-from .plan import Plan
 from .search import Priced
 
 if TYPE_CHECKING:

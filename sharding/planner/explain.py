@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError, nearest
 from ..paths import by_suffix
+from ..plans.origin import distinct
+from ..plans.record import axes_of
 from ..words import gib, layout_in_words, seconds
 from . import proved
-from .alternative import distinct
-from .wellformed import axes_of
 
 if TYPE_CHECKING:
-    from .alternative import Alternative
-    from .plan import ArrayPlan, Plan
+    from ..plans.origin import Alternative
+    from ..plans.record import ArrayPlan, Plan
 
 # Items of time or memory below this part of the whole are summed up.
 _WORTH_A_LINE = 0.02

@@ -11,10 +11,10 @@ from ..hardware.topology import Topology
 from ..words import gib, layout_in_words, seconds
 
 if TYPE_CHECKING:
+    from ..plans.origin import Alternative
+    from ..plans.record import Plan
     from ..verify.process import Limits
     from ..verify.verify import Verdict
-    from .alternative import Alternative
-    from .plan import Plan
 
 # Outcomes that another plan may not share.
 _OF_THE_PLAN = ("out_of_memory", "vmem_overflow", "failed")

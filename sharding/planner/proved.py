@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ..words import gib, seconds
 
 if TYPE_CHECKING:
-    from ..compiled.record import CompiledCollective, Finding
-    from .plan import Plan
+    from ..plans.proof import CompiledCollective, Finding
+    from ..plans.record import Plan
 
 # Collectives below this part of all that run over an axis are summed up.
 _WORTH_NAMING = 0.01

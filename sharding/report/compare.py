@@ -13,7 +13,7 @@ from .compiled_view import compiler_of, over
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..planner.plan import ArrayPlan, Plan
+    from ..plans.record import ArrayPlan, Plan
 
 #: A figure of both plans; None where one does not know it or has no such thing.
 Both = tuple[Any, Any]

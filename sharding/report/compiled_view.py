@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..compiled.record import nearby
+from ..plans.proof import nearby
 from ..words import gib, seconds
 
 if TYPE_CHECKING:
-    from ..compiled.record import CompiledCollective, Finding, Proof
     from ..cost.estimate import Estimate
     from ..hlo.text import SourceLine
-    from ..planner.plan import Plan
+    from ..plans.proof import CompiledCollective, Finding, Proof
+    from ..plans.record import Plan
 
 # Items below this part of the whole, estimated and compiled, are one line together.
 _WORTH_A_LINE = 0.004

@@ -15,7 +15,7 @@ from .scatter import scatter
 from .view import Bar, Parameter, View, view
 
 if TYPE_CHECKING:
-    from ..planner.plan import Plan
+    from ..plans.record import Plan
 
 _STYLE = pathlib.Path(__file__).with_name("page.css")
 _PARAMETERS = 200

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from ..planner.plan import Plan
+    from ..plans.record import Plan
 
 _BAR_WIDTH = 24
 _RIVALS = 6

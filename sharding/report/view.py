@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..hardware.topology import Topology
-from ..planner.alternative import distinct
-from ..planner.wellformed import axes_of
+from ..plans.origin import distinct
+from ..plans.record import axes_of
 from ..words import gib, layout_in_words, seconds
 
 if TYPE_CHECKING:
     from ..cost.estimate import Estimate
-    from ..planner.plan import ArrayPlan, Plan
+    from ..plans.record import ArrayPlan, Plan
 
 # Items below this part of the whole are one line together.
 _WORTH_A_LINE = 0.004

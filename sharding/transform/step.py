@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import optax
     from jax.sharding import AbstractMesh, Mesh
 
-    from ..planner.plan import Plan
+    from ..plans.record import Plan
 
 State = dict[str, Any]
 Measure = Callable[[State], dict[str, Any]]

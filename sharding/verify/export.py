@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import optax
 
     from ..hardware.topology import Topology
-    from ..planner.plan import Plan
+    from ..plans.record import Plan
 
 # XLA's names of platforms → those that programs are lowered for.
 _PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cuda": "cuda", "cpu": "cpu"}

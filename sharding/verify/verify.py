@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..compiled.record import Proof
 from ..cost.calibration import calibration_for
 from ..errors import UserError
 from ..hardware.topology import Topology
+from ..plans.proof import Proof
 from ..xla.versions import versions
 from . import cache
 from .process import Limits, run_worker
@@ -19,7 +19,7 @@ from .process import Limits, run_worker
 if TYPE_CHECKING:
     import optax
 
-    from ..planner.plan import Plan
+    from ..plans.record import Plan
 
 # Outcomes that the same compiler gives again, so that they are kept on disk.
 _LASTING = ("compiled", "out_of_memory", "failed")
@@ -222,7 +222,7 @@ def stored_bytes(plan: Plan, params: Any, batch: Any, optimizer: optax.GradientT
     """Return the bytes of a device that the state and the batch take, exactly, apart from padding."""
     import jax
 
-    from ..planner.wellformed import axes_of
+    from ..plans.record import axes_of
     from ..transform.step import abstract_state
 
     total = 0.0

@@ -60,7 +60,7 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
     from ..compiled.read import read_proof
     from ..compiled.schedule import dump_arguments, read_bundles
     from ..hardware.topology import Topology
-    from ..planner.plan import Plan
+    from ..plans.record import Plan
 
     plan = Plan.from_dict(request["plan"])
     topology = Topology.parse(plan.topology)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...plans.proof import Finding
 from ..evidence import Evidence
-from ..record import Finding
 from .communication import (
     gathered_by_reduction,
     overlaps_nothing,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...hlo.text import Program, SourceLine
-from ...planner.wellformed import axes_of
+from ...plans.proof import Finding
+from ...plans.record import axes_of
 from ..evidence import Evidence, Seen
-from ..record import Finding
 
 #: Less than this share of a step is not worth a person's time: estimates are no better than a per cent.
 MATTERS = 0.01

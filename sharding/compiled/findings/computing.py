@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ...hlo.frames import nearest_line
 from ...hlo.text import SourceLine
+from ...plans.proof import Finding
 from ..evidence import Evidence
-from ..record import Finding
 from ..roofline import target
 from .communication import MATTERS
 

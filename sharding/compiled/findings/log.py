@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..record import Finding
+from ...plans.proof import Finding
 
 # XLA's SPMD partitioner warns so since 2023; the sharding texts are its own.
 _INVOLUNTARY = re.compile(

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from ...hlo.frames import nearest_line
 from ...hlo.shapes import Array, parse_shape
 from ...hlo.text import SourceLine
-from ...planner.wellformed import axes_of
+from ...plans.proof import Finding
+from ...plans.record import axes_of
 from ..evidence import Evidence
-from ..record import Finding
 from .communication import MATTERS
 
 if TYPE_CHECKING:
-    from ...planner.plan import Spec
+    from ...plans.record import Spec
 
 #: Padding below this share of the peak is the price of tiles on odd sizes, and no step fits or fails by it.
 PADDING = 0.05

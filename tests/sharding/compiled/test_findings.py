@@ -8,7 +8,7 @@ import pytest
 from meshwright.sharding import Plan, Topology
 from meshwright.sharding.compiled.findings import findings_in_log
 from meshwright.sharding.compiled.read import read_proof
-from meshwright.sharding.planner.plan import ArrayPlan, DimPlan
+from meshwright.sharding.plans.record import ArrayPlan, DimPlan
 
 TOPOLOGY = Topology.parse("v5p:2x2x2")
 

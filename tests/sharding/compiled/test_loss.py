@@ -11,7 +11,7 @@ import optax
 from meshwright.models import decoder
 from meshwright.models.transformer.config import DecoderConfig
 from meshwright.sharding import plan
-from meshwright.sharding.compiled.record import Proof
+from meshwright.sharding.plans.proof import Proof
 from meshwright.sharding.verify.verify import verify
 
 EMBED, VOCAB, SEQUENCE, ROWS = 1024, 65_536, 2048, 16

@@ -21,10 +21,10 @@ from compiled_programs import (
 )
 from meshwright.sharding import Topology
 from meshwright.sharding.compiled.memory import memory
-from meshwright.sharding.compiled.record import Proof
 from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.hlo.loops import loops
 from meshwright.sharding.hlo.text import parse_program
+from meshwright.sharding.plans.proof import Proof
 from meshwright.sharding.xla.targets import missing
 
 TPUS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from meshwright.sharding import Topology
 from meshwright.sharding.compiled.read import read_proof
-from meshwright.sharding.compiled.record import Proof
+from meshwright.sharding.plans.proof import Proof
 
 ALL, ROWS, COLUMNS = (
     f"replica_groups={groups}, dimensions={{0}}, use_global_device_ids=true"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 from meshwright.sharding import Plan, plan
-from meshwright.sharding.compiled.record import CompiledCollective, Finding, Proof
 from meshwright.sharding.hlo.text import SourceLine
+from meshwright.sharding.plans.proof import CompiledCollective, Finding, Proof
 
 MIB = 2.0**20
 

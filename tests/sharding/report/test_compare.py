@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from meshwright.sharding import Plan, plan
-from meshwright.sharding.compiled.record import CompiledCollective, Finding, Proof
+from meshwright.sharding.plans.proof import CompiledCollective, Finding, Proof
 from meshwright.sharding.report.compare import compare, compare_dict, compare_table
 from rich.console import Console
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 from meshwright.sharding import Plan, plan
-from meshwright.sharding.compiled.record import Buffer, CompiledCollective, Finding, LineCost, Proof
 from meshwright.sharding.hlo.text import SourceLine
+from meshwright.sharding.plans.proof import Buffer, CompiledCollective, Finding, LineCost, Proof
 from meshwright.sharding.report.compiled_view import compiled_view, compiler_of, place
 from meshwright.sharding.report.page import page
 from meshwright.sharding.report.plan_table import plan_table

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from .plan import ArrayPlan, DimPlan, Plan, Spec
+    from .record import ArrayPlan, DimPlan, Plan, Spec
 
 # A version of the file format: a reader refuses one that it does not know.
 FORMAT = 1
@@ -78,7 +78,7 @@ def read(path: str | pathlib.Path) -> Plan:
 
 def from_dict(record: Mapping[str, Any]) -> Plan:
     """Rebuild a plan from plain values."""
-    from .plan import Plan
+    from .record import Plan
 
     values = {**record, "notes": tuple(record.get("notes", ()))}
     if (found := values.pop("format", None)) != FORMAT:
@@ -89,7 +89,7 @@ def from_dict(record: Mapping[str, Any]) -> Plan:
     if "moments" in values:
         values["moments"] = {name: _spec(row) for name, row in values["moments"].items()}
     if "origin" in values:
-        from .alternative import Origin
+        from .origin import Origin
 
         values["origin"] = Origin(**values["origin"])
     if "estimate" in values:
@@ -97,24 +97,24 @@ def from_dict(record: Mapping[str, Any]) -> Plan:
 
         values["estimate"] = Estimate(**values["estimate"])
     if "proof" in values:
-        from ..compiled.record import Proof
+        from .proof import Proof
 
         values["proof"] = Proof.from_dict(values["proof"])
     if "alternatives" in values:
-        from .alternative import alternative_from
+        from .origin import alternative_from
 
         values["alternatives"] = tuple(alternative_from(row) for row in values["alternatives"])
     return Plan(**values)
 
 
 def _dim_plan(row: Mapping[str, Any]) -> DimPlan:
-    from .plan import DimPlan
+    from .record import DimPlan
 
     return DimPlan(**{**row, "axes": tuple(row["axes"])})
 
 
 def _array_plan(row: Mapping[str, Any]) -> ArrayPlan:
-    from .plan import ArrayPlan
+    from .record import ArrayPlan
 
     return ArrayPlan(shape=tuple(row["shape"]), dtype=row["dtype"], spec=_spec(row["spec"]))
 

@@ -9,7 +9,7 @@ from ..errors import UserError, nearest
 from ..paths import by_path
 
 if TYPE_CHECKING:
-    from .plan import ArrayPlan, Plan
+    from .record import ArrayPlan, Plan
 
 
 def resized(plan: Plan, params: Any, batch: Any) -> Plan:

@@ -1,0 +1,1 @@
+"""Plans as data: the decision, its estimate, its proof and where it came from."""
