@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from .cost.candidate import Candidate
 from .planner.choices.storage import computed
 from .planner.search import Priced
-from .program.record import Program
+from .program.program import Program
 
 _GIB = 2**30
 _NAMES_SHOWN = 3

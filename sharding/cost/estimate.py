@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..hardware.topology import Topology
-from ..program.record import Program
+from ..program.program import Program
 from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link, links

@@ -10,10 +10,9 @@ import numpy as np
 from jax.extend import core
 
 from ..ops.attention import attention_call
-from ..program.control import while_parts
 from ..program.flops import work
-from ..program.generations import scan_parts
-from ..program.record import Dims, Equation, Program, Scope
+from ..program.jaxpr import scan_parts, while_parts
+from ..program.program import Dims, Equation, Program, Scope
 
 # Where an equation stands towards the scan over layers, for pipeline stages.
 BEFORE, LAYERS, AFTER = 0, 1, 2

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from ..program.flops import matmul_roles, work
-from ..program.record import Program
+from ..program.program import Program
 from ..program.saved import saved_values
 from .flatten import AFTER, BEFORE, LAYERS, Flat, Leaf, flatten
 from .fusion import Groups, fuse

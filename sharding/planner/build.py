@@ -10,7 +10,7 @@ from ..cost.candidate import Candidate, Storage
 from ..hardware.topology import Topology
 from ..plans.origin import Alternative, Origin
 from ..plans.record import ArrayPlan, DimPlan, Plan, Spec
-from ..program.record import Argument, Program
+from ..program.program import Argument, Program
 from ..words import storage_of, why_lost
 from .choices.storage import computed
 from .search import Priced, Stored

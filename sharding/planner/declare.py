@@ -13,7 +13,7 @@ from ..hardware.axes import resolve_axes
 from ..hardware.topology import Topology
 from ..paths import by_path
 from ..plans.record import ArrayPlan, DimPlan, Plan, axes_of
-from ..program.record import Dim, Program
+from ..program.program import Dim, Program
 from ..program.tracing import trace
 from ..rules.rules import Rules
 from .choices.attention import choose

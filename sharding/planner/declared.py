@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..paths import by_path, matches
-from ..program.record import Program
+from ..program.program import Program
 from ..rules.application import is_pattern
 from ..rules.rules import Rules
 

@@ -16,7 +16,7 @@ from ..cost.estimate import Pricer
 from ..cost.profile import Profile, profile
 from ..hardware.topology import Topology
 from ..program.flops import work
-from ..program.record import Program
+from ..program.program import Program
 from ..program.tracing import trace
 from . import build
 from .choices import attention as kernels

@@ -12,9 +12,9 @@ from typing import Any
 from ..cost.candidate import Candidate
 from ..errors import UserError
 from ..hardware.topology import Topology
-from ..program.generations import scan_parts
+from ..program.jaxpr import scan_parts
 from ..program.layers import is_checkpointed, layer_scans
-from ..program.record import Program
+from ..program.program import Program
 from .choices import microbatches as parts_of_batch
 from .choices import stages
 from .choices.mesh import meshes

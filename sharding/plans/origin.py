@@ -11,7 +11,7 @@ from ..cost.estimate import Estimate
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from ..program.record import Program
+    from ..program.program import Program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

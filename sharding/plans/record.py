@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..cost.estimate import Estimate
     from ..planner.door import Search
-    from ..program.record import Program
+    from ..program.program import Program
     from ..report.compare import Comparison
     from ..verify.process import Limits
     from .origin import Alternative, Origin

@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from .op_rules.rule import Op as Op
     from .op_rules.rule import OpRule as OpRule
     from .op_rules.rule import einsum_rule as einsum_rule
-    from .record import Conflict as Conflict
-    from .record import Dim as Dim
-    from .record import Equation as Equation
-    from .record import Factor as Factor
-    from .record import Program as Program
-    from .record import Scope as Scope
+    from .program import Conflict as Conflict
+    from .program import Dim as Dim
+    from .program import Equation as Equation
+    from .program import Factor as Factor
+    from .program import Program as Program
+    from .program import Scope as Scope
     from .tracing import trace as trace
 
 # Name → module that defines it. No module has the name of what it defines, so that importing one cannot
 # shadow the other.
 _HOMES = {
-    "Conflict": "record",
-    "Dim": "record",
-    "Equation": "record",
-    "Factor": "record",
+    "Conflict": "program",
+    "Dim": "program",
+    "Equation": "program",
+    "Factor": "program",
     "Mixing": "mixing",
     "Op": "op_rules.rule",
     "OpRule": "op_rules.rule",
-    "Program": "record",
-    "Scope": "record",
+    "Program": "program",
+    "Scope": "program",
     "Work": "flops",
     "batch_mixing": "mixing",
     "batch_reduction": "mixing",

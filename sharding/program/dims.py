@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from .labels import label_votes, unique
-from .record import Argument, Dim, Place
+from .program import Argument, Dim, Place
 from .resolve import Resolver, Use
 
 

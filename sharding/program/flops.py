@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 from .op_rules.rule import words
-from .record import Equation, Factor, Program, Scope
+from .program import Equation, Factor, Program, Scope
 
 # matmul runs on the matrix unit, vector on the vector unit; move computes nothing.
 Unit = Literal["matmul", "vector", "move"]

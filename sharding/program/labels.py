@@ -10,7 +10,7 @@ import jax
 
 from ..errors import UserError, nearest
 from ..paths import by_path, path_of
-from .record import Argument
+from .program import Argument
 
 AxisNames = tuple[str | None, ...]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.extend import core
 
-from . import generations
+from . import jaxpr as generations
 
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
 

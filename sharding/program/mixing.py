@@ -17,9 +17,9 @@ from typing import Any, Literal
 from jax.extend import core
 
 from ..errors import UserError, nearest
-from .generations import scan_parts
+from .jaxpr import scan_parts
 from .op_rules.rule import words
-from .record import Dims, Equation, Factor, Program, Scope
+from .program import Dims, Equation, Factor, Program, Scope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .op_rules.rule import Kind, places
-from .record import Conflict, Dims, Equation, Factor, Scope
+from .program import Conflict, Dims, Equation, Factor, Scope
 from .walk import Raw, RawEquation, RawScope, Walk, shape_of
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from jax.extend import core
 
 from .layers import PRODUCTS, is_layer_scan, works
-from .record import Equation, Program, Scope
+from .program import Equation, Program, Scope
 
 INPUT = "layer:in"
 

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..paths import path_of
 from . import dims as named
 from .labels import axis_names, names_of
-from .record import Argument, Program, Result, Unknown
+from .program import Argument, Program, Result, Unknown
 from .resolve import Resolver
 from .walk import Walk, shape_of
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from jax.extend import core
 
-from . import control, generations
+from . import jaxpr as control
+from . import jaxpr as generations
 from .factors import Factors, Seq
 from .op_rules import builtin_rules, users_rule, whole_rule
 from .op_rules.rule import Kind, Op, OpRule, Shape, words

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ..ops import cudnn
 from ..ops.attention import AttentionCall, attention_call
 from ..ops.kernels import block_that_divides, dot_product, splash, splash_kernel
-from ..program.record import Dims, Equation
+from ..program.program import Dims, Equation
 
 # What an array goes through and is still the same numbers.
 _VIEWS = frozenset({"convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim", "copy"})

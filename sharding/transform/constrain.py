@@ -10,12 +10,12 @@ import jax
 from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ..program import generations
+from ..program import jaxpr as generations
+from ..program.jaxpr import checkpoint_again, evaluate, run, scan_again
 from ..program.layers import gathering_again
-from ..program.record import Dims, Equation, Scope
+from ..program.program import Dims, Equation, Scope
 from ..program.tracing import read
 from .attention import AttentionKernel
-from .evaluate import checkpoint_again, evaluate, run, scan_again
 from .lookup import Lookup, looks_up_rows
 from .scatter import Scattering
 from .stored import PASSING, Stored, before_gradients, gathered, learning, raw, settled, stored_like, sums_of

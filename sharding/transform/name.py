@@ -11,12 +11,12 @@ from jax.extend import core
 
 from ..errors import UserError, nearest
 from ..ops.attention import attention_call
-from ..program import generations
+from ..program import jaxpr as generations
+from ..program.jaxpr import evaluate, run, scan_again
 from ..program.layers import is_layer_scan
-from ..program.record import Equation, Scope
+from ..program.program import Equation, Scope
 from ..program.saved import INPUT, saved_values
 from ..program.tracing import read
-from .evaluate import evaluate, run, scan_again
 
 
 def name_values(loss: Callable[[Any, Any], Any], names: Collection[str]) -> Callable[[Any, Any], Any]:

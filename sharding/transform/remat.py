@@ -9,9 +9,9 @@ import jax
 from jax.extend import core
 
 from ..errors import UserError, nearest
-from ..program import generations
+from ..program import jaxpr as generations
+from ..program.jaxpr import evaluate, scan_again
 from ..program.layers import is_checkpointed, is_layer_scan
-from .evaluate import evaluate, scan_again
 
 # The policy of keeping named values; where one may be kept, and JAX's word for that memory.
 NAMES = "names"

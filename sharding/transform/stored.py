@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import NamedSharding
 
-from .evaluate import run
+from ..program.jaxpr import run
 
 # What a stored parameter goes through before it is gathered.
 PASSING = frozenset({"convert_element_type", "transpose"})

@@ -15,7 +15,7 @@ from ...hardware.chip import Chip
 from ...hardware.topology import Topology
 from ...ops.attention import AttentionCall, attention_call
 from ...ops.kernels import LANES, block_that_divides
-from ...program.record import Equation, Program
+from ...program.program import Equation, Program
 
 _FACTS = Path(__file__).with_name("kernels.toml")
 

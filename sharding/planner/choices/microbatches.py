@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import UserError, nearest_divisors
 from ...program import batch_mixing, batch_reduction
-from ...program.record import Program
+from ...program.program import Program
 from .mesh import divisors
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from ...program import generations
-from ...program.record import Dims, Equation, Program
+from ...program import jaxpr as generations
+from ...program.program import Dims, Equation, Program
 
 
 def stream_dim(program: Program, layer_dim: int, taken: Collection[int]) -> int | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ...cost.candidate import SCHEDULES, Candidate
 from ...errors import UserError, nearest, nearest_divisors
-from ...program.record import Program
+from ...program.program import Program
 
 # Model chunks a stage holds are no more than this: each divides the bubble and repeats every send.
 _MOST_CHUNKS = 8

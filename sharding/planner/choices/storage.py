@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ...cost.candidate import Storage
-from ...program.record import Argument, Program
+from ...program.program import Argument, Program
 
 # A vector is stored whole unless it is more than this part of all parameters: a gather of so few bytes
 # costs its latency in every layer and saves nothing.

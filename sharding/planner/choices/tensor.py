@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from ...program.flops import matmul_roles, work
-from ...program.record import Dim, Dims, Program
+from ...program.program import Dim, Dims, Program
 
 # Alternatives that start from a dimension dividing less than this part of the work are not worth a look.
 _WORTHWHILE = 0.1
