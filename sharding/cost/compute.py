@@ -10,9 +10,9 @@ from ..errors import UserError
 from ..hardware.chip import Chip
 from .calibration import Calibration
 from .candidate import Candidate
+from .kept import Kept
 from .placement import Placement
 from .profile import AFTER, LAYERS, Profile
-from .recompute import Kept
 
 # Kinds of work, and passes over it; the axes of `Busy.seconds`.
 KINDS = ("matmul", "attention", "elementwise")

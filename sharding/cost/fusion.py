@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 
 from ..program.flops import matmul_roles
-from .flatten import Flat, Leaf
+from .tables import Flat, Leaf
 
 _NEVER_FUSED = frozenset({"index", "window", "group", "whole"})
 # Their gradients need none of their operands.

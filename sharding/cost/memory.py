@@ -11,10 +11,10 @@ from .calibration import Calibration
 from .candidate import Candidate
 from .compute import kept_by
 from .exchange import Stored, parts
+from .kept import Kept
 from .pipeline import deal, in_flight
 from .placement import FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, Profile
-from .recompute import Kept
 
 # Axes that cut what is passed on between layers and gather it where it is worked with.
 _STREAM = ("tensor", "context")

@@ -11,9 +11,9 @@ import numpy as np
 from ..program.flops import matmul_roles, work
 from ..program.program import Program
 from ..program.saved import saved_values
-from .flatten import AFTER, BEFORE, LAYERS, Flat, Leaf, flatten
 from .fusion import Groups, fuse
-from .residuals import Saved, residuals
+from .kept import Saved, residuals
+from .tables import AFTER, BEFORE, LAYERS, Flat, Leaf, flatten
 
 # Kinds of factor that a device can have a part of.
 _DIVISIBLE = ("map", "contract", "reduce", "index", "group", "resize")

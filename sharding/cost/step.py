@@ -15,11 +15,10 @@ from .candidate import Candidate
 from .collectives import Link
 from .compute import KINDS, Busy
 from .exchange import Exchange
-from .overlap import exposed
+from .kept import Kept
 from .pipeline import Stages, bubble_seconds, deal
 from .placement import BACKWARD, FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, Profile
-from .recompute import Kept
 
 
 def step_seconds(
@@ -184,3 +183,13 @@ def _reductions(
         seen = exposed(total, window, share) / total if total else 0.0
         for kind, axis in keys:
             time[f"{kind}/{axis}"] += rows[kind, axis] * seen
+
+
+def exposed(communication: float, work: float, share: float) -> float:
+    """Return the seconds of `communication` that stay visible beside `work`.
+
+    `share` of the work can hide communication: gathering a layer's parameters runs beside the layer before,
+    reducing its gradients beside the backward pass of the next one, sending to the next stage beside the
+    microbatch after.
+    """
+    return max(0.0, communication - share * work)

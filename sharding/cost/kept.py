@@ -11,9 +11,8 @@ import numpy as np
 from ..program.flops import matmul_roles
 from ..program.saved import INPUT
 from .candidate import Candidate
-from .flatten import LAYERS, Flat, Leaf
 from .fusion import _roots, is_fusible, is_linear
-from .recompute import Flow, Kept, named_values
+from .tables import LAYERS, Flat, Leaf
 
 # Primitives whose gradient is read off their result.
 _BY_RESULT = frozenset(["exp", "tanh", "logistic", "rsqrt", "sqrt", "max", "exp2"])
@@ -189,3 +188,76 @@ def _read_by_kernels(flat: Flat) -> set[int]:
             if inside or flat.values[index].section != LAYERS:
                 kept.add(index)
     return kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """Masks over values: kept on the device, on its host, with a factor of their gradient beside them.
+
+    And over equations: run again.
+    """
+
+    device: np.ndarray
+    host: np.ndarray
+    twice: np.ndarray
+    again: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Flow:
+    """What each equation reads, and which equation, or view of another value, gives each value; -1: none."""
+
+    ins: tuple[tuple[int, ...], ...]
+    producer: tuple[int, ...]
+    source: tuple[int, ...]
+    in_layers: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, flat: Flat) -> Flow:
+        """Read the flow of `flat`."""
+        return cls(
+            ins=tuple(tuple(leaf.ins) for leaf in flat.leaves),
+            producer=tuple(value.producer for value in flat.values),
+            source=tuple(value.source for value in flat.values),
+            in_layers=tuple(leaf.section == LAYERS for leaf in flat.leaves),
+        )
+
+    def again(self, kept: np.ndarray, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the equations of layers [E] that give the `needed` values, and what they are made from.
+
+        The latter are those of the kept values [V] that are needed or give what is.
+        """
+        found, read = np.zeros(len(self.ins), bool), kept & needed
+        left = np.flatnonzero(needed & ~kept).tolist()
+        seen = set(left)
+        while left:
+            index = left.pop()
+            maker = self.producer[index]
+            if maker < 0:
+                before = (self.source[index],)
+            elif self.in_layers[maker]:
+                found[maker] = True
+                before = self.ins[maker]
+            else:
+                continue
+            for other in before:
+                if other >= 0 and kept[other]:
+                    read[other] = True
+                elif other >= 0 and other not in seen:
+                    seen.add(other)
+                    left.append(other)
+        return found, read
+
+
+def named_values(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> dict[str, np.ndarray]:
+    """Return name → mask over values, from name → (equation's index, operand or None for its result)."""
+    leaves = {leaf.equation.index: leaf for leaf in flat.leaves}
+    masks = {}
+    for name, (equation, operand) in names.items():
+        leaf = leaves.get(equation)
+        if leaf is None:
+            continue
+        mask = np.zeros(len(flat.values), bool)
+        mask[leaf.outs[0] if operand is None else leaf.ins[operand]] = True
+        masks[name] = mask
+    return masks
