@@ -16,9 +16,9 @@ from ..program.layers import gathering_again
 from ..program.program import Dims, Equation, Scope
 from ..program.tracing import read
 from .attention import AttentionKernel
+from .gather import PASSING, Stored, before_gradients, gathered, learning, raw, settled, stored_like, sums_of
 from .lookup import Lookup, looks_up_rows
 from .scatter import Scattering
-from .stored import PASSING, Stored, before_gradients, gathered, learning, raw, settled, stored_like, sums_of
 
 # What gives an array whose sharding XLA would otherwise have to guess; the others follow their operands.
 _ANCHORS = frozenset(
