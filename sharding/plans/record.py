@@ -200,7 +200,7 @@ class Plan:
 
         Raises UserError if `subject` is none of these.
         """
-        from ..planner.explain import explain
+        from ..report.explain import explain
 
         return explain(self, subject)
 
