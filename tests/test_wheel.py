@@ -95,7 +95,7 @@ def test_the_wheel_declares_its_command_its_plugin_and_its_licence(wheel: pathli
         points.read_string(archive.read(entries).decode())
         assert any(name.endswith("LICENSE") for name in archive.namelist())
     assert dict(points["console_scripts"]) == {"meshwright": "meshwright.runtime.cli:main"}
-    assert dict(points["pytest11"]) == {"meshwright": "meshwright.runtime.pytest_plugin"}
+    assert dict(points["pytest11"]) == {"meshwright": "meshwright.runtime.testing.plugin"}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_installed_it_is_three_packages_with_their_data(installed: pathlib.Path)
     assert all(pathlib.Path(file).is_relative_to(installed) for file in found["files"]), found["files"]
     assert found["presets"] >= 10
     assert found["chip"] == 64
-    assert ["meshwright", "meshwright.runtime.pytest_plugin"] in found["plugins"]
+    assert ["meshwright", "meshwright.runtime.testing.plugin"] in found["plugins"]
     assert found["version"] == project()["project"]["version"]  # pyright: ignore[reportIndexIssue]
 
 

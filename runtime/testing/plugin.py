@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from ..sharding.hardware.attached import quiet_absent
-from .pytest_processes import FOLDER, RANK, Rank, run_in_processes
-from .simulated import enough_threads
+from ...sharding.hardware.attached import quiet_absent
+from ..simulated import enough_threads
+from .processes import FOLDER, RANK, Rank, run_in_processes
 
 _DEVICES_USE = "devices(count): run with exactly `count` simulated CPU devices"
 _PROCESSES_USE = (
@@ -140,7 +140,7 @@ def _whole(item: pytest.Item, mark: pytest.Mark, name: str, default: int | None 
 
 
 def _no_other_keywords(item: pytest.Item, mark: pytest.Mark, known: tuple[str, ...]) -> None:
-    from ..sharding.errors import nearest
+    from ...sharding.errors import nearest
 
     for keyword in mark.kwargs:
         if keyword not in known:

@@ -1,0 +1,1 @@
+"""Pytest markers for tests on simulated devices and in several processes."""
