@@ -21,7 +21,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from meshwright.runtime.config import load
+from meshwright.runtime.config.config.config import load
 from meshwright.runtime.planning import plan_config
 from meshwright.sharding import UserError
 from meshwright.sharding.verify.verify import verify

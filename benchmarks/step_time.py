@@ -111,7 +111,7 @@ def _meshwright() -> Any:
 
     import jax
     from meshwright.runtime.checkpoint import Checkpoints
-    from meshwright.runtime.config import parse
+    from meshwright.runtime.config.config.config import parse
     from meshwright.runtime.distributed import initialize
     from meshwright.runtime.faults import StepWatchdog, StopSignal
     from meshwright.runtime.job import build_job

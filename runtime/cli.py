@@ -37,7 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train a model; the same command again goes on where it stopped."""
-    from .config import load
+    from .config.config import load
     from .train import train as run
 
     raise typer.Exit(run(load(config, overrides or [])))
@@ -75,7 +75,7 @@ def plan(
         return
     if config is None:
         raise UserError("give a CONFIG to plan for, or --compare with two saved plans")
-    from .config import load
+    from .config.config import load
 
     if top != 1 and not verify:
         raise UserError(f"--top {top} chooses among compiled plans; add --verify")
@@ -151,16 +151,16 @@ def config(
     presets: Annotated[bool, typer.Option("--presets", help="List the models' presets.")] = False,
 ) -> None:
     """Print every setting with its type, default and meaning, or a config file as resolved."""
-    from .config import dump, load
+    from .config.config import dump, load
 
     if presets:
-        from .describe import describe_presets
+        from .config.describe import describe_presets
 
         _show(describe_presets())
     elif file is not None:
         print(dump(load(file, overrides or [])), end="")
     else:
-        from .describe import describe_settings
+        from .config.describe import describe_settings
 
         print(describe_settings())
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..sharding.errors import UserError
-from .config import Config
+from .config.config import Config
 from .job import Job
 
 

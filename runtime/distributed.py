@@ -18,7 +18,7 @@ import warnings
 
 from ..sharding.errors import UserError
 from . import clusters
-from .hosts_config import HostsConfig
+from .config.hosts import HostsConfig
 from .roll_call import Entry, is_loopback, roll_call, split_address
 from .simulated import enough_threads
 

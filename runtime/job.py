@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..sharding.errors import UserError, nearest
-from .config import Config, ModelConfig
+from .config.config import Config, ModelConfig
 from .planning import Shapes, described_topology, plan_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .checkpoint import Checkpoints
-from .config import Config
+from .config.config import Config
 from .data.prefetch import Prefetch
 from .faults import StepWatchdog, StopSignal
 from .job import Job

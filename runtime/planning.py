@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..sharding.errors import UserError
-from .config import Config
+from .config.config import Config
 
 if TYPE_CHECKING:
     from ..models import Model

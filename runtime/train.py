@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..sharding.errors import UserError
-from .config import Config
+from .config.config import Config
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 from meshwright.runtime import optimizer
-from meshwright.runtime.config import load
+from meshwright.runtime.config.config.config import load
 from meshwright.runtime.job import build_model
 from meshwright.runtime.planning import Shapes, plan_config
 from meshwright.sharding import Plan

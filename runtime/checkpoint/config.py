@@ -7,7 +7,7 @@ from typing import Literal
 import pydantic
 from pydantic import Field
 
-from ..section import Section
+from ..config.section import Section
 
 
 class CheckpointConfig(Section):

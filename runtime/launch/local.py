@@ -42,7 +42,7 @@ def launch_training(config: str | os.PathLike[str], overrides: Sequence[str], nu
 
     Raises UserError, before any process starts, for what is wrong in the config itself.
     """
-    from ..config import load
+    from ..config.config import load
 
     load(os.fspath(config), overrides)
     train = [sys.executable, "-m", "meshwright.runtime.cli", "train", os.fspath(config), *overrides]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from ..section import Section
+from ..config.section import Section
 
 #: A trace grows by thousands of events a step on every device: more steps make files that no viewer opens.
 MAX_STEPS = 20

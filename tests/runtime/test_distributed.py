@@ -7,15 +7,15 @@ import subprocess
 import sys
 
 import pytest
+from meshwright.runtime.config.config.hosts import HostsConfig
 from meshwright.runtime.distributed import initialize, simulate
-from meshwright.runtime.hosts_config import HostsConfig
 from meshwright.runtime.loopback import reserved_port
 from meshwright.sharding.errors import UserError
 
 SCRIPT = """
 import sys, json
 from meshwright.runtime.distributed import initialize
-from meshwright.runtime.hosts_config import HostsConfig
+from meshwright.runtime.config.hosts import HostsConfig
 from meshwright.sharding.errors import UserError
 words = json.loads(sys.argv[1])
 total = words.pop("total", None)

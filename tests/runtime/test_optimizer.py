@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 from meshwright.runtime import optimizer
-from meshwright.runtime.config import parse
-from meshwright.runtime.optimizer_config import OptimizerConfig
+from meshwright.runtime.config.config.config import parse
+from meshwright.runtime.config.config.optimizer import OptimizerConfig
 from meshwright.sharding import UserError
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")

@@ -9,7 +9,7 @@ import subprocess
 from typing import Any
 
 import pytest
-from meshwright.runtime.config import load
+from meshwright.runtime.config.config.config import load
 from meshwright.runtime.planning import plan_config
 from meshwright.runtime.train import train
 from meshwright.sharding import Plan, UserError

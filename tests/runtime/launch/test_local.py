@@ -19,7 +19,7 @@ TRAIN = """
 import os, sys, time
 from meshwright.runtime.distributed import initialize
 from meshwright.runtime.faults import StepWatchdog, StopSignal, fail_fast
-from meshwright.runtime.hosts_config import HostsConfig
+from meshwright.runtime.config.hosts import HostsConfig
 from meshwright.sharding.errors import UserError
 hosts = initialize(HostsConfig(heartbeat_seconds=10))
 import jax, jax.numpy as jnp

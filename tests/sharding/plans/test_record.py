@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from meshwright.models import DecoderConfig, decoder
 from meshwright.runtime import optimizer
-from meshwright.runtime.config import parse
+from meshwright.runtime.config.config.config import parse
 from meshwright.sharding import Plan, UserError, declare
 
 MODEL_CONFIG = DecoderConfig(

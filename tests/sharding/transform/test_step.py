@@ -11,7 +11,7 @@ import optax
 import pytest
 from meshwright.models import mlp
 from meshwright.runtime import optimizer
-from meshwright.runtime.config import parse
+from meshwright.runtime.config.config.config import parse
 from meshwright.sharding import UserError, declare, train_step
 from meshwright.sharding.transform.step import Step, with_aux
 

@@ -15,12 +15,12 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from ..sharding.errors import UserError, nearest
-from .checkpoint.config import CheckpointConfig
-from .data.config import DataConfig
-from .hosts_config import HostsConfig
-from .optimizer_config import OptimizerConfig
-from .profiling.config import ProfileConfig
+from ...sharding.errors import UserError, nearest
+from ..checkpoint.config import CheckpointConfig
+from ..data.config import DataConfig
+from ..profiling.config import ProfileConfig
+from .hosts import HostsConfig
+from .optimizer import OptimizerConfig
 from .section import Section
 
 Count = Annotated[int, Field(ge=1)]

@@ -29,7 +29,7 @@ def describe_presets() -> Any:
     """Return a rich table of the model presets."""
     from rich.table import Table
 
-    from ..models import preset, presets
+    from ...models import preset, presets
 
     table = Table("preset", "layers", "embed", "heads", "kv heads", "mlp", "vocab", box=None)
     for name in presets():
