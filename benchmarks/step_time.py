@@ -112,8 +112,8 @@ def _meshwright() -> Any:
     import jax
     from meshwright.runtime.checkpoint import Checkpoints
     from meshwright.runtime.config.config.config import parse
-    from meshwright.runtime.distributed import initialize
-    from meshwright.runtime.faults import StepWatchdog, StopSignal
+    from meshwright.runtime.faults.faults.faults import StepWatchdog, StopSignal
+    from meshwright.runtime.hosts.distributed import initialize
     from meshwright.runtime.job import build_job
     from meshwright.runtime.loop import Loop
     from meshwright.runtime.metrics import Collector, JsonLines, TensorBoard

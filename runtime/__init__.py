@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .distributed import simulate as simulate
+    from .hosts.distributed import simulate as simulate
 
 # Name → module that defines it, loaded on first use.
-_HOMES = {"simulate": "distributed"}
+_HOMES = {"simulate": "hosts.distributed"}
 
 __all__ = list(_HOMES)
 

@@ -11,7 +11,7 @@ from typing import Any
 from .checkpoint import Checkpoints
 from .config.config import Config
 from .data.prefetch import Prefetch
-from .faults import StepWatchdog, StopSignal
+from .faults.faults import StepWatchdog, StopSignal
 from .job import Job
 from .metrics import Collector
 from .profiling import ProfileWindow

@@ -13,7 +13,7 @@ from .run_folder import RunFolder
 if TYPE_CHECKING:
     from jax.stages import Lowered
 
-    from .distributed import Hosts
+    from .hosts.distributed import Hosts
     from .job import Job
     from .metrics import Sink
 
@@ -24,8 +24,8 @@ def train(config: Config) -> int:
     Returns the exit code: 0 when the run ended, or was asked to stop and saved its state.
     Raises UserError for what the user has to change; then nothing has been written.
     """
-    from . import faults
-    from .distributed import initialize
+    from .faults import faults
+    from .hosts.distributed import initialize
 
     folder = RunFolder(config.run_folder)
     folder.check(config)
@@ -80,7 +80,7 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
 
     from .checkpoint import Checkpoints
     from .conclude import conclude
-    from .faults import StepWatchdog, StopSignal, fail_fast
+    from .faults.faults import StepWatchdog, StopSignal, fail_fast
     from .loop import Loop
     from .metrics import Collector
     from .profiling import ProfileWindow, save_program

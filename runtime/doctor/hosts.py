@@ -11,7 +11,7 @@ from .versions import version_of
 
 def hosts() -> Iterator[Finding]:
     """Look for what started this process among others."""
-    from .. import clusters
+    from ..hosts import clusters
 
     found = clusters.present()
     value = ", ".join(found) or "one process (no Slurm, MPI, Kubernetes or Cloud TPU)"

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, TextIO
 
 from ...sharding.errors import UserError
-from .. import clusters
-from ..loopback import LOOPBACK, end_all, reserved_port
+from ..hosts import clusters
+from ..hosts.loopback import LOOPBACK, end_all, reserved_port
 
 # Runs in front of each command: has the kernel end it when the launcher ends, then becomes the command.
 _TIED_TO_PARENT = """

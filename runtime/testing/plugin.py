@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import pytest
 
 from ...sharding.hardware.attached import quiet_absent
-from ..simulated import enough_threads
+from ..hosts.simulated import enough_threads
 from .processes import FOLDER, RANK, Rank, run_in_processes
 
 _DEVICES_USE = "devices(count): run with exactly `count` simulated CPU devices"

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ..loopback import LOOPBACK, die_with_parent, end_all, reserved_port, signal_group, wait_all
-from ..simulated import enough_threads
+from ..hosts.loopback import LOOPBACK, die_with_parent, end_all, reserved_port, signal_group, wait_all
+from ..hosts.simulated import enough_threads
 
 RANK = "MESHWRIGHT_TEST_RANK"
 FOLDER = "MESHWRIGHT_TEST_FOLDER"

@@ -17,8 +17,8 @@ from meshwright.sharding.errors import UserError
 # Joins the others, then sums over all devices again and again; stops when asked to.
 TRAIN = """
 import os, sys, time
-from meshwright.runtime.distributed import initialize
-from meshwright.runtime.faults import StepWatchdog, StopSignal, fail_fast
+from meshwright.runtime.hosts.distributed import initialize
+from meshwright.runtime.faults.faults import StepWatchdog, StopSignal, fail_fast
 from meshwright.runtime.config.hosts import HostsConfig
 from meshwright.sharding.errors import UserError
 hosts = initialize(HostsConfig(heartbeat_seconds=10))

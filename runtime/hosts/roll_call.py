@@ -16,7 +16,7 @@ import socket
 import time
 from typing import Any
 
-from ..sharding.errors import UserError
+from ...sharding.errors import UserError
 
 Entry = dict[str, Any]
 

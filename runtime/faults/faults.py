@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from ..sharding.errors import UserError
-from .errors import RunError
+from ...sharding.errors import UserError
+from ..errors import RunError
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from meshwright.runtime.faults import StepWatchdog, StopSignal, is_lost_peer
+from meshwright.runtime.faults.faults.faults import StepWatchdog, StopSignal, is_lost_peer
 from meshwright.sharding.errors import UserError
 
 
@@ -25,7 +25,7 @@ def start(source: str) -> subprocess.Popen[str]:
 
 LOOP = """
 import time
-from meshwright.runtime.faults import StopSignal
+from meshwright.runtime.faults.faults import StopSignal
 with StopSignal() as stop:
     for step in range(10_000):
         print("step", step, flush=True)
@@ -105,7 +105,7 @@ def test_hung_step_ends_with_stacks() -> None:
     process = start(
         """
 import threading
-from meshwright.runtime.faults import StepWatchdog
+from meshwright.runtime.faults.faults import StepWatchdog
 def wait_for_a_peer():
     threading.Event().wait()
 with StepWatchdog(0.5) as watchdog:
@@ -145,7 +145,7 @@ def test_lost_peer_is_told_from_other_errors() -> None:
 
 
 def test_an_error_of_a_single_process_is_raised_as_ever() -> None:
-    from meshwright.runtime.faults import fail_fast
+    from meshwright.runtime.faults.faults.faults import fail_fast
 
     with pytest.raises(ZeroDivisionError), fail_fast():
         _ = 1 / 0

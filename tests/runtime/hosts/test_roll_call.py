@@ -6,8 +6,8 @@ import concurrent.futures
 import socket
 
 import pytest
-from meshwright.runtime.loopback import reserved_port
-from meshwright.runtime.roll_call import roll_call, split_address
+from meshwright.runtime.hosts.loopback import reserved_port
+from meshwright.runtime.hosts.roll_call import roll_call, split_address
 from meshwright.sharding.errors import UserError
 
 

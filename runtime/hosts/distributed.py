@@ -16,9 +16,9 @@ import pathlib
 import socket
 import warnings
 
-from ..sharding.errors import UserError
+from ...sharding.errors import UserError
+from ..config.hosts import HostsConfig
 from . import clusters
-from .config.hosts import HostsConfig
 from .roll_call import Entry, is_loopback, roll_call, split_address
 from .simulated import enough_threads
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..sharding.errors import UserError
+from ...sharding.errors import UserError
 
 # Set by `meshwright launch` for each process it starts.
 COORDINATOR = "MESHWRIGHT_COORDINATOR"

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 from meshwright.runtime.config.config.hosts import HostsConfig
-from meshwright.runtime.distributed import initialize, simulate
-from meshwright.runtime.loopback import reserved_port
+from meshwright.runtime.hosts.distributed import initialize, simulate
+from meshwright.runtime.hosts.loopback import reserved_port
 from meshwright.sharding.errors import UserError
 
 SCRIPT = """
 import sys, json
-from meshwright.runtime.distributed import initialize
+from meshwright.runtime.hosts.distributed import initialize
 from meshwright.runtime.config.hosts import HostsConfig
 from meshwright.sharding.errors import UserError
 words = json.loads(sys.argv[1])

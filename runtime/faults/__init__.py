@@ -1,0 +1,1 @@
+"""Signals, hangs and failures, and how a run ends on them."""

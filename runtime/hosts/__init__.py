@@ -1,0 +1,1 @@
+"""Processes that form one run: how they find and greet one another."""
