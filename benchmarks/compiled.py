@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from meshwright.runtime.config.config.config import load
-from meshwright.runtime.planning import plan_config
+from meshwright.runtime.train.train.planning import plan_config
 from meshwright.sharding import UserError
 from meshwright.sharding.verify.verify import verify
 from meshwright.sharding.words import layout_in_words

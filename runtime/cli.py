@@ -38,7 +38,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train a model; the same command again goes on where it stopped."""
     from .config.config import load
-    from .train import train as run
+    from .train.train import train as run
 
     raise typer.Exit(run(load(config, overrides or [])))
 
@@ -68,7 +68,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Find the fastest layout of a config's model on a topology, say why, and have the compiler prove it."""
-    from .planning import compare_plans, facts, plan_config, write_files
+    from .train.planning import compare_plans, facts, plan_config, write_files
 
     if compare is not None:
         _print(compare_plans(*compare, as_json=as_json))

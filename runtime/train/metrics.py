@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from ..sharding.errors import UserError
-from .errors import RunError
+from ...sharding.errors import UserError
+from ..errors import RunError
 
 # Steps that may be under way on the devices before the loop waits: enough to hide its own work, and few
 # enough that a stop or an error is seen soon.

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..sharding.errors import UserError
-from .config.config import Config
+from ...sharding.errors import UserError
+from ..config.config import Config
 
 if TYPE_CHECKING:
-    from ..models import Model
-    from ..sharding import Plan
-    from ..sharding.hardware.topology import Topology
+    from ...models import Model
+    from ...sharding import Plan
+    from ...sharding.hardware.topology import Topology
 
 # Arrays of a batch, each int32 [global_batch, sequence].
 BATCH = ("tokens", "targets", "segment_ids", "positions")
@@ -53,7 +53,7 @@ class Shapes:
 
 def described_topology(config: Config) -> Topology | None:
     """Return the topology that a config or its plan file names; None where it takes what is attached."""
-    from ..sharding import Plan, Topology
+    from ...sharding import Plan, Topology
 
     if config.topology is not None:
         return Topology.parse(config.topology)
@@ -68,7 +68,7 @@ def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) 
     Raises UserError where the declared parts, the program, the topology and a plan file do not agree.
     """
     if config.plan == "declared":
-        from ..sharding import declare
+        from ...sharding import declare
 
         return declare(
             shapes.loss,
@@ -89,7 +89,7 @@ def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) 
 
 def search(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -> Plan:
     """Return the best plan on `topology` that keeps whatever `config` declares."""
-    from ..sharding import plan
+    from ...sharding import plan
 
     return plan(
         shapes.loss,
@@ -129,8 +129,8 @@ def plan_config(config: Config, topology: str | None = None) -> Planned:
     any other is planned, with what it declares kept. The seconds are those of tracing and searching, without
     imports. Raises UserError for whatever cannot work together, and if nothing fits.
     """
-    from ..sharding import Topology
-    from ..sharding.planner import door as _  # noqa: F401  # imported before the clock starts
+    from ...sharding import Topology
+    from ...sharding.planner import door as _  # noqa: F401  # imported before the clock starts
     from . import optimizer
     from .job import build_model
 
@@ -171,8 +171,8 @@ def facts(plan: Plan, planning_seconds: float, why: str | None = None) -> dict[s
 
 def compare_plans(a: pathlib.Path, b: pathlib.Path, *, as_json: bool) -> Any:
     """Return two saved plans side by side: a renderable, or JSON's text."""
-    from ..sharding import Plan
-    from ..sharding.report.compare import compare_dict, compare_table
+    from ...sharding import Plan
+    from ...sharding.report.compare import compare_dict, compare_table
 
     first, second = Plan.load(a), Plan.load(b)
     if as_json:
@@ -182,7 +182,7 @@ def compare_plans(a: pathlib.Path, b: pathlib.Path, *, as_json: bool) -> Any:
 
 def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Path | None) -> None:
     """Write the plan as JSON and as a page, where asked for. Raises UserError where that cannot be done."""
-    from ..sharding.report.page import write_page
+    from ...sharding.report.page import write_page
 
     try:
         if plan_file is not None:
@@ -194,7 +194,7 @@ def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Pat
 
 
 def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
-    from ..sharding import Plan, Topology
+    from ...sharding import Plan, Topology
 
     found = Plan.load(config.plan)
     if not Topology.parse(found.topology).is_met_by(topology):

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ..sharding.errors import UserError
-from .config.config import Config
+from ...sharding.errors import UserError
+from ..config.config import Config
 from .job import Job
 
 
@@ -45,7 +45,7 @@ def check_sample(config: Config, job: Job) -> None:
     """Raise UserError before the training for a sample that could not be drawn after it."""
     if config.train.sample is None:
         return
-    from ..models.sampling import check_prompt
+    from ...models.sampling import check_prompt
 
     if job.data.tokenizer is None:
         raise UserError("train.sample needs a tokenizer, and data.tokenizer is null; set train.sample=null")
@@ -69,7 +69,7 @@ def _sample(config: Config, job: Job, params: Any) -> str:
     import jax
     import numpy as np
 
-    from ..models import generate
+    from ...models import generate
 
     assert job.data.tokenizer is not None
     tokens = generate(

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..sharding.errors import UserError, nearest
-from .config.config import Config, ModelConfig
+from ...sharding.errors import UserError, nearest
+from ..config.config import Config, ModelConfig
 from .planning import Shapes, described_topology, plan_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from ..models import Model
-    from ..sharding import Plan
-    from ..sharding.hardware.topology import Topology
-    from ..sharding.transform.step import Step
-    from .data import Data
+    from ...models import Model
+    from ...sharding import Plan
+    from ...sharding.hardware.topology import Topology
+    from ...sharding.transform.step import Step
+    from ..data import Data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,11 +51,11 @@ def build_job(config: Config) -> Job:
     """
     import jax
 
-    from ..sharding import Topology
-    from ..sharding.transform.step import train_step
+    from ...sharding import Topology
+    from ...sharding.transform.step import train_step
+    from ..data import open_corpus, open_data
+    from ..data.corpus import to_stderr
     from . import optimizer
-    from .data import open_corpus, open_data
-    from .data.corpus import to_stderr
 
     topology = described_topology(config) or Topology.local()
     model = build_model(config.model)
@@ -109,14 +109,14 @@ def build_model(config: ModelConfig) -> Model:
     """Return the model that a config names. Raises UserError if there is none such."""
     if config.build is not None:
         return _users_model(config.build, config.arguments)
-    from ..models import decoder, preset
+    from ...models import decoder, preset
 
     assert config.preset is not None
     return decoder(preset(config.preset, **config.overrides))
 
 
 def _users_model(where: str, arguments: dict[str, Any]) -> Model:
-    from ..models import Model
+    from ...models import Model
 
     module_name, _, function_name = where.partition(":")
     # Where `python -m` looks too; an installed command looks only beside itself and in the libraries.

@@ -11,7 +11,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from meshwright.runtime.metrics import IN_FLIGHT, Collector, JsonLines, NotFinite, TensorBoard, read_lines
+from meshwright.runtime.train.train.metrics import (
+    IN_FLIGHT,
+    Collector,
+    JsonLines,
+    NotFinite,
+    TensorBoard,
+    read_lines,
+)
 
 
 class Kept:

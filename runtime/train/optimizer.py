@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..sharding.errors import UserError
-from .config.optimizer import OptimizerConfig
+from ...sharding.errors import UserError
+from ..config.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
     import optax

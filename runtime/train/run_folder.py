@@ -8,8 +8,8 @@ from typing import IO, Any
 
 import yaml
 
-from ..sharding.errors import UserError
-from .config.config import Config, dump
+from ...sharding.errors import UserError
+from ..config.config import Config, dump
 
 # Settings that do not change what a step computes, so that a run may go on with others: sections and keys.
 # The layout is among them, since a checkpoint restores onto any mesh.

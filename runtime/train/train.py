@@ -6,14 +6,14 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..sharding.errors import UserError
-from .config.config import Config
+from ...sharding.errors import UserError
+from ..config.config import Config
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
     from jax.stages import Lowered
 
-    from .hosts.distributed import Hosts
+    from ..hosts.distributed import Hosts
     from .job import Job
     from .metrics import Sink
 
@@ -24,8 +24,8 @@ def train(config: Config) -> int:
     Returns the exit code: 0 when the run ended, or was asked to stop and saved its state.
     Raises UserError for what the user has to change; then nothing has been written.
     """
-    from .faults import faults
-    from .hosts.distributed import initialize
+    from ..faults import faults
+    from ..hosts.distributed import initialize
 
     folder = RunFolder(config.run_folder)
     folder.check(config)
@@ -67,7 +67,7 @@ def use_compilation_cache(folder: str | None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         return
     if folder == "auto":
-        from ..sharding.files import user_cache
+        from ...sharding.files import user_cache
 
         folder = str(user_cache() / "compiled")
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -78,12 +78,12 @@ def use_compilation_cache(folder: str | None) -> None:
 def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Hosts) -> int:
     import jax
 
-    from .checkpoint import Checkpoints
+    from ..checkpoint import Checkpoints
+    from ..faults.faults import StepWatchdog, StopSignal, fail_fast
+    from ..profiling import ProfileWindow, save_program
     from .conclude import conclude
-    from .faults.faults import StepWatchdog, StopSignal, fail_fast
     from .loop import Loop
     from .metrics import Collector
-    from .profiling import ProfileWindow, save_program
 
     keep, profile = config.checkpoint, config.profile
     with contextlib.ExitStack() as stack:

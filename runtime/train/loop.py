@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .checkpoint import Checkpoints
-from .config.config import Config
-from .data.prefetch import Prefetch
-from .faults.faults import StepWatchdog, StopSignal
+from ..checkpoint import Checkpoints
+from ..config.config import Config
+from ..data.prefetch import Prefetch
+from ..faults.faults import StepWatchdog, StopSignal
+from ..profiling import ProfileWindow
 from .job import Job
 from .metrics import Collector
-from .profiling import ProfileWindow
 
 
 @dataclasses.dataclass(kw_only=True)
