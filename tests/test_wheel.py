@@ -94,7 +94,7 @@ def test_the_wheel_declares_its_command_its_plugin_and_its_licence(wheel: pathli
         points = configparser.ConfigParser()
         points.read_string(archive.read(entries).decode())
         assert any(name.endswith("LICENSE") for name in archive.namelist())
-    assert dict(points["console_scripts"]) == {"meshwright": "meshwright.runtime.cli:main"}
+    assert dict(points["console_scripts"]) == {"meshwright": "meshwright.runtime.cli.main:main"}
     assert dict(points["pytest11"]) == {"meshwright": "meshwright.runtime.testing.plugin"}
 
 

@@ -128,7 +128,7 @@ MISTAKES = {
 # All mistakes are made in one process, since a process for each would spend its time importing JAX.
 CHILD = """
 import contextlib, io, json, sys, traceback
-from meshwright.runtime.cli import main
+from meshwright.runtime.cli.main import main
 
 for words, missing in json.load(sys.stdin):
     sys.argv = ["meshwright", *words]

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..sharding.errors import UserError
-from .errors import RunError
+from ...sharding.errors import UserError
+from ..errors import RunError
 
 app = typer.Typer(
     name="meshwright",
@@ -37,8 +37,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train a model; the same command again goes on where it stopped."""
-    from .config.config import load
-    from .train.train import train as run
+    from ..config.config import load
+    from ..train.train import train as run
 
     raise typer.Exit(run(load(config, overrides or [])))
 
@@ -68,14 +68,14 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Find the fastest layout of a config's model on a topology, say why, and have the compiler prove it."""
-    from .train.planning import compare_plans, facts, plan_config, write_files
+    from ..train.planning import compare_plans, facts, plan_config, write_files
 
     if compare is not None:
         _print(compare_plans(*compare, as_json=as_json))
         return
     if config is None:
         raise UserError("give a CONFIG to plan for, or --compare with two saved plans")
-    from .config.config import load
+    from ..config.config import load
 
     if top != 1 and not verify:
         raise UserError(f"--top {top} chooses among compiled plans; add --verify")
@@ -89,7 +89,7 @@ def plan(
     elif answer is not None:
         print(answer)
     else:
-        from ..sharding.report.plan_table import plan_table
+        from ...sharding.report.plan_table import plan_table
 
         _show(plan_table(found))
 
@@ -101,7 +101,7 @@ def launch(
     processes: Annotated[int, typer.Option(help="Real processes on this machine.")] = 1,
 ) -> None:
     """Train in several real processes on this machine, joined over loopback."""
-    from .launch.local import launch_training
+    from ..launch.local import launch_training
 
     raise typer.Exit(launch_training(config, overrides or [], processes))
 
@@ -109,7 +109,7 @@ def launch(
 @app.command()
 def profile(run: RunFolderPath, as_json: Json = False) -> None:
     """Say where the steps' time went in the trace that a run captured."""
-    from .profiling import print_report, profile_run
+    from ..profiling import print_report, profile_run
 
     found = profile_run(run)
     if as_json:
@@ -127,8 +127,8 @@ def checkpoint(
     as_json: Json = False,
 ) -> None:
     """List the checkpoints of a run."""
-    from .checkpoint import list_checkpoints
-    from .checkpoint.table import plain, table
+    from ..checkpoint import list_checkpoints
+    from ..checkpoint.table import plain, table
 
     if not run.is_dir():
         raise UserError(f"there is no run folder at {run}")
@@ -151,16 +151,16 @@ def config(
     presets: Annotated[bool, typer.Option("--presets", help="List the models' presets.")] = False,
 ) -> None:
     """Print every setting with its type, default and meaning, or a config file as resolved."""
-    from .config.config import dump, load
+    from ..config.config import dump, load
 
     if presets:
-        from .config.describe import describe_presets
+        from ..config.describe import describe_presets
 
         _show(describe_presets())
     elif file is not None:
         print(dump(load(file, overrides or [])), end="")
     else:
-        from .config.describe import describe_settings
+        from ..config.describe import describe_settings
 
         print(describe_settings())
 
@@ -168,7 +168,7 @@ def config(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is here (versions, devices, hosts, compilers, cache) and what is wrong."""
-    from .doctor import examine, render
+    from ..doctor import examine, render
 
     findings = examine()
     if as_json:
