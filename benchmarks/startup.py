@@ -52,13 +52,13 @@ def main() -> None:
 def _measure(scratch: pathlib.Path, rounds: int) -> dict[str, list[float]]:
     config = scratch / "config.yaml"
     config.write_text(yaml.safe_dump(CONFIG))
-    train = [sys.executable, "-m", "meshwright.runtime.cli.main", "train", str(config), "train.steps=1"]
+    train = [sys.executable, "-m", "meshwright.runtime.cli", "train", str(config), "train.steps=1"]
     train += [f"run={scratch}/run", "metrics.console=lines", f"compilation_cache={scratch}/ours"]
     bare = [sys.executable, str(HERE / "bare.py"), "0", "--cache", str(scratch / "bare")]
     imports = {
         "import jax": [sys.executable, "-c", "import jax"],
         "import meshwright.sharding": [sys.executable, "-c", "import jax, meshwright.sharding"],
-        "--help": [sys.executable, "-m", "meshwright.runtime.cli.main", "--help"],
+        "--help": [sys.executable, "-m", "meshwright.runtime.cli", "--help"],
     }
     seconds: dict[str, list[float]] = defaultdict(list)
     _first_step(train)  # Tokenises the text once and brings every file into the page cache.

@@ -111,13 +111,13 @@ def _meshwright() -> Any:
 
     import jax
     from meshwright.runtime.checkpoint import Checkpoints
-    from meshwright.runtime.config.config.config import parse
-    from meshwright.runtime.faults.faults.faults import StepWatchdog, StopSignal
+    from meshwright.runtime.config.config import parse
+    from meshwright.runtime.faults.faults import StepWatchdog, StopSignal
     from meshwright.runtime.hosts.distributed import initialize
     from meshwright.runtime.profiling import ProfileWindow
-    from meshwright.runtime.train.train.job import build_job
-    from meshwright.runtime.train.train.loop import Loop
-    from meshwright.runtime.train.train.metrics import Collector, JsonLines, TensorBoard
+    from meshwright.runtime.train.job import build_job
+    from meshwright.runtime.train.loop import Loop
+    from meshwright.runtime.train.metrics import Collector, JsonLines, TensorBoard
 
     config = parse(CONFIG)
     initialize(config.hosts, simulated_devices=8)

@@ -21,7 +21,7 @@ def test_the_python_example_runs_and_prints_the_picture_that_is_shown(tmp_path):
 
 def test_every_command_and_file_that_is_named_exists():
     text = README.read_text()
-    from meshwright.runtime.cli.main.main import app
+    from meshwright.runtime.cli.main import app
 
     known = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert set(re.findall(r"^\$ meshwright (\w+)", text, re.MULTILINE)) == known

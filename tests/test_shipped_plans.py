@@ -5,10 +5,10 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-from meshwright.runtime.config.config.config import load
-from meshwright.runtime.train.train import optimizer
-from meshwright.runtime.train.train.job import build_model
-from meshwright.runtime.train.train.planning import Shapes, plan_config
+from meshwright.runtime.config.config import load
+from meshwright.runtime.train import optimizer
+from meshwright.runtime.train.job import build_model
+from meshwright.runtime.train.planning import Shapes, plan_config
 from meshwright.sharding import Plan
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

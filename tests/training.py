@@ -50,7 +50,7 @@ def write_config(home: pathlib.Path) -> pathlib.Path:
 
 def command(*words: object) -> list[str]:
     """The command line that runs `meshwright` with `words`."""
-    return [sys.executable, "-m", "meshwright.runtime.cli.main", *map(str, words)]
+    return [sys.executable, "-m", "meshwright.runtime.cli", *map(str, words)]
 
 
 def meshwright(*words: object) -> subprocess.CompletedProcess[str]:

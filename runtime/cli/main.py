@@ -223,7 +223,3 @@ def _show(renderable: Any) -> None:
     from rich.console import Console
 
     Console().print(renderable)
-
-
-if __name__ == "__main__":
-    main()

@@ -45,7 +45,7 @@ def launch_training(config: str | os.PathLike[str], overrides: Sequence[str], nu
     from ..config.config import load
 
     load(os.fspath(config), overrides)
-    train = [sys.executable, "-m", "meshwright.runtime.cli.main", "train", os.fspath(config), *overrides]
+    train = [sys.executable, "-m", "meshwright.runtime.cli", "train", os.fspath(config), *overrides]
     return launch(train, num_processes)
 
 

@@ -98,7 +98,7 @@ def _torus_positions(names: Sequence[str], sizes: Sequence[int], topology: Topol
 def _count(chips: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
     """Return the order along `axis` that counts through its torus axes, two alike being the major ones.
 
-    XLA has a reduce-scatter over a plane of two torus axes that are alike (`meshwright.sharding.xla.reduction`).
+    XLA has a reduce-scatter over a plane of two torus axes that are alike (`sharding.xla.reduction`).
     """
     where = np.stack(np.unravel_index(_line(chips, axis), shape))
     extents = [len(np.unique(row)) for row in where]

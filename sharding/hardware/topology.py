@@ -48,8 +48,6 @@ class Topology:
         Raises:
           UserError: the text is malformed, the chip unknown, or there is no such slice; names the nearest.
         """
-        pass__
-
         return read(text)
 
     @staticmethod

@@ -13,7 +13,8 @@ _LIBRARY = re.compile(r"(^|[/\\])(site-packages|dist-packages|lib[/\\]python3[^/
 _OWN = re.compile(r"(^|[/\\])meshwright[/\\](sharding|runtime)[/\\]")
 _HERE = Path(__file__).resolve().parents[1]
 _FOLDERS = (f"{_HERE}/", f"{_HERE.with_name('runtime')}/")
-_COMPILER = str(Path(__file__).resolve().parent) + "/"
+# The process that compiles stands in every frame of its program and asks for nothing.
+_COMPILER = f"{_HERE / 'verify'}/"
 
 
 def user_line(program: Program, instruction: Instruction) -> SourceLine | None:
@@ -28,7 +29,7 @@ def user_line(program: Program, instruction: Instruction) -> SourceLine | None:
 
 
 def _compiles(file: str) -> bool:
-    """Whether a file is of the child process that compiles, which is in every frame and asks for nothing."""
+    """Whether a file is of the process that compiles, or frozen into Python."""
     return file.startswith((_COMPILER, "<frozen "))
 
 

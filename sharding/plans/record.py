@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .origin import Alternative, Origin
     from .proof import Proof
 
-    pass__
 
 # One entry an array dimension: no axis, one, or several with the major one first.
 Spec = tuple[str | tuple[str, ...] | None, ...]

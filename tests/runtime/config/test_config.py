@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 import yaml
-from meshwright.runtime.config.config.config import Config, dump, fields, load, parse
-from meshwright.runtime.config.config.describe import describe_settings
+from meshwright.runtime.config.config import Config, dump, fields, load, parse
+from meshwright.runtime.config.describe import describe_settings
 from meshwright.sharding import UserError
 
 QUICKSTART = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.yaml"

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from meshwright.runtime.faults.faults.faults import StepWatchdog, StopSignal, is_lost_peer
+from meshwright.runtime.faults.faults import StepWatchdog, StopSignal, is_lost_peer
 from meshwright.sharding.errors import UserError
 
 
@@ -145,7 +145,7 @@ def test_lost_peer_is_told_from_other_errors() -> None:
 
 
 def test_an_error_of_a_single_process_is_raised_as_ever() -> None:
-    from meshwright.runtime.faults.faults.faults import fail_fast
+    from meshwright.runtime.faults.faults import fail_fast
 
     with pytest.raises(ZeroDivisionError), fail_fast():
         _ = 1 / 0

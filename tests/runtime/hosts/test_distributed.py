@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from meshwright.runtime.config.config.hosts import HostsConfig
+from meshwright.runtime.config.hosts import HostsConfig
 from meshwright.runtime.hosts.distributed import initialize, simulate
 from meshwright.runtime.hosts.loopback import reserved_port
 from meshwright.sharding.errors import UserError

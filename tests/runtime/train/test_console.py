@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from meshwright.runtime.train.train.console import console
+from meshwright.runtime.train.console import console
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from meshwright.runtime.train.train.metrics import (
+from meshwright.runtime.train.metrics import (
     IN_FLIGHT,
     Collector,
     JsonLines,

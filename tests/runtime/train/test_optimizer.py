@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from meshwright.runtime.config.config.config import parse
-from meshwright.runtime.config.config.optimizer import OptimizerConfig
-from meshwright.runtime.train.train import optimizer
+from meshwright.runtime.config.config import parse
+from meshwright.runtime.config.optimizer import OptimizerConfig
+from meshwright.runtime.train import optimizer
 from meshwright.sharding import UserError
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")

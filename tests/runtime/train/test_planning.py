@@ -9,9 +9,9 @@ import subprocess
 from typing import Any
 
 import pytest
-from meshwright.runtime.config.config.config import load
-from meshwright.runtime.train.train.planning import plan_config
-from meshwright.runtime.train.train.train import train
+from meshwright.runtime.config.config import load
+from meshwright.runtime.train.planning import plan_config
+from meshwright.runtime.train.train import train
 from meshwright.sharding import Plan, UserError
 from training import command, metrics
 

@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 import yaml
-from meshwright.runtime.config.config.config import Config, load, parse
-from meshwright.runtime.train.train.run_folder import RunFolder, differing_settings
+from meshwright.runtime.config.config import Config, load, parse
+from meshwright.runtime.train.run_folder import RunFolder, differing_settings
 from meshwright.sharding import Plan, UserError
 
 PLAN = Plan(topology="cpu:1", mesh={"data": 1}, dims={}, params={}, batch={})

@@ -13,8 +13,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from meshwright.models import DecoderConfig, decoder
-from meshwright.runtime.config.config.config import parse
-from meshwright.runtime.train.train import optimizer
+from meshwright.runtime.config.config import parse
+from meshwright.runtime.train import optimizer
 from meshwright.sharding import Plan, UserError, declare
 
 MODEL_CONFIG = DecoderConfig(

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshwright.sharding import Rules, UserError, make_mesh
-from meshwright.sharding.rules.rules.rules import DEFAULT_RULES
+from meshwright.sharding.rules.rules import DEFAULT_RULES
 
 MESH = {"data": 1, "fsdp": 4, "tensor": 2}
 NAMES = {
