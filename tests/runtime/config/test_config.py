@@ -10,7 +10,7 @@ from meshwright.runtime.config.config import Config, dump, fields, load, parse
 from meshwright.runtime.config.describe import describe_settings
 from meshwright.sharding import UserError
 
-QUICKSTART = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+QUICKSTART = pathlib.Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
 
 def write(folder: pathlib.Path, text: str) -> pathlib.Path:

@@ -15,7 +15,7 @@ from meshwright.runtime.train.train import train
 from meshwright.sharding import Plan, UserError
 from training import command, metrics
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
 pytestmark = pytest.mark.usefixtures("compilation_cache_as_it_was")
 TINY = ("topology=v5e:2x4", "data.sequence=64", "train.global_batch=16")
 
