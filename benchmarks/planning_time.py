@@ -17,8 +17,8 @@ import jax
 import optax
 from meshwright.models import decoder, preset
 from meshwright.sharding import Topology
+from meshwright.sharding.api import plan
 from meshwright.sharding.planner.declared import Declared
-from meshwright.sharding.planner.door import plan
 from meshwright.sharding.planner.inputs import Problem
 
 # Preset, topology, rows of the global batch, tokens of a row, target in seconds.

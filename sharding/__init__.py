@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from .hardware.attached import quiet_absent
 
 if TYPE_CHECKING:
+    from .api import Plan as Plan
+    from .api import declare as declare
+    from .api import plan as plan
     from .errors import UserError as UserError
     from .hardware.mesh import make_mesh as make_mesh
     from .hardware.topology import Chip as Chip
     from .hardware.topology import Topology as Topology
-    from .planner.declare import declare as declare
-    from .planner.door import plan as plan
-    from .plans.record import Plan as Plan
     from .report.picture import picture as picture
     from .rules.rules import DEFAULT_RULES as DEFAULT_RULES
     from .rules.rules import Rules as Rules
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 # Name → module that defines it. Loaded on first use, so that `import meshwright.sharding` costs nothing.
 _HOMES = {
     "Chip": "hardware.topology",
-    "Plan": "plans.record",
-    "declare": "planner.declare",
-    "plan": "planner.door",
+    "Plan": "api",
+    "declare": "api",
+    "plan": "api",
     "DEFAULT_RULES": "rules.rules",
     "Rules": "rules.rules",
     "Topology": "hardware.topology",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ...sharding.cost.estimate import Estimate
+    from ...sharding.plans.estimate import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ def read_profile(directory: str | Path) -> Profile:
 
 
 def _with_estimate(profile: Profile, path: Path) -> Profile:
-    from ...sharding import Plan, Topology
+    from ...sharding import Plan
 
     plan = Plan.load(path)
     if plan.estimate is None:
@@ -65,7 +65,7 @@ def _with_estimate(profile: Profile, path: Path) -> Profile:
         note = "the run has gone on by another plan since; what this one was to cost is not known"
         return dataclasses.replace(profile, notes=(*profile.notes, note))
     notes = profile.notes
-    if Topology.parse(plan.topology).chip.nominal:
+    if plan.topology.chip.nominal:
         notes += (
             "the estimate is for devices of nominal speed, since simulated ones have none of their own",
         )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from ...sharding.cost.estimate import Estimate
+    from ...sharding.plans.estimate import Estimate
 
 
 def report(profile: Profile, *, top: int = 12) -> Group:

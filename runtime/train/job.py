@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...sharding.errors import UserError, nearest
+from ...sharding.plans.file import to_dict
 from ..config.config import Config, ModelConfig
 from .planning import Shapes, described_topology, plan_of
 
@@ -153,10 +154,8 @@ def _check_same_text(fingerprint: str) -> None:
 
 def _check_same_plan(plan: Plan) -> None:
     """Refuse hosts that would compile different programs, such as those with other files of one name."""
-    record = plan.to_dict()
     # Estimates are sums of floats, which may differ in their last digits from one processor to the next.
-    decided = [record.get(key) for key in ("mesh", "dims", "params", "batch", "moments", "remat", "saved")]
-    odd = _differing_process(json.dumps([*decided, plan.microbatches], sort_keys=True))
+    odd = _differing_process(json.dumps(to_dict(plan.decision()), sort_keys=True))
     if odd is not None:
         raise UserError(
             f"process {odd} has another plan than process 0; save one with meshwright plan --save FILE and "

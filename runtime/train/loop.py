@@ -96,7 +96,7 @@ class Loop:
         return {
             "config": self.config.model_dump(mode="json"),
             "mesh": dict(self.job.plan.mesh),
-            "topology": self.job.plan.topology,
+            "topology": str(self.job.plan.topology),
             "data": {"step": step, "seed": self.config.seed, "fingerprint": self.job.data.fingerprint},
             "versions": {
                 name: importlib.metadata.version(name) for name in ("meshwright", "jax", "orbax-checkpoint")

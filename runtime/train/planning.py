@@ -59,7 +59,7 @@ def described_topology(config: Config) -> Topology | None:
         return Topology.parse(config.topology)
     if config.plan in ("declared", "auto"):
         return None
-    return Topology.parse(Plan.load(config.plan).topology)
+    return Plan.load(config.plan).topology
 
 
 def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -> Plan:
@@ -78,6 +78,7 @@ def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) 
             mesh=DEFAULT_MESH if config.mesh is None else config.mesh,
             rules=config.rules,
             names=shapes.names,
+            optimizer=optimizer,
             remat=config.remat or "none",
             microbatches=config.microbatches or 1,
             attention=config.attention,
@@ -123,14 +124,16 @@ class Planned:
 
 
 def plan_config(config: Config, topology: str | None = None) -> Planned:
-    """Return the plan of a config for described or attached devices.
+    """Return the plan that a config trains by on described or attached devices.
 
-    `topology` takes the place of the config's. A config that names a plan file gives the plan of that file;
-    any other is planned, with what it declares kept. The seconds are those of tracing and searching, without
-    imports. Raises UserError for whatever cannot work together, and if nothing fits.
+    `topology` takes the place of the config's. A plan that is declared also notes what a search would take
+    instead. The seconds are those of tracing and planning, without imports and without that search. Raises
+    UserError for whatever cannot work together, and if nothing fits.
     """
     from ...sharding import Topology
-    from ...sharding.planner import door as _  # noqa: F401  # imported before the clock starts
+
+    # Imported before the clock starts.
+    from ...sharding.planner.outcome import searched_instead
     from . import optimizer
     from .job import build_model
 
@@ -140,18 +143,19 @@ def plan_config(config: Config, topology: str | None = None) -> Planned:
     rate = optimizer.schedule(config.optimizer, config.train.steps)
     made = optimizer.build(config.optimizer, rate, model.names)
     start = time.perf_counter()
-    if config.plan in ("declared", "auto"):
-        found = search(config, shapes, where, made)
-    else:
-        found = _from_file(config, shapes, where)
-    return Planned(plan=found, seconds=time.perf_counter() - start, shapes=shapes, optimizer=made)
+    found = plan_of(config, shapes, where, made)
+    seconds = time.perf_counter() - start
+    if config.plan == "declared":
+        assert found.problem is not None
+        found = dataclasses.replace(found, notes=(*found.notes, searched_instead(found.problem, found)))
+    return Planned(plan=found, seconds=seconds, shapes=shapes, optimizer=made)
 
 
 def facts(plan: Plan, planning_seconds: float, why: str | None = None) -> dict[str, Any]:
     """Return what `meshwright plan --json` prints; `why` is what was answered, where something was asked."""
     estimate = plan.estimate
     return {
-        "topology": plan.topology,
+        "topology": str(plan.topology),
         "mesh": dict(plan.mesh),
         "specs": {
             path: [*row.spec, *[None] * (len(row.shape) - len(row.spec))] for path, row in plan.params.items()
@@ -194,10 +198,10 @@ def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Pat
 
 
 def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
-    from ...sharding import Plan, Topology
+    from ...sharding import Plan
 
     found = Plan.load(config.plan)
-    if not Topology.parse(found.topology).is_met_by(topology):
+    if not found.topology.is_met_by(topology):
         raise UserError(f"{config.plan} is a plan for {found.topology}, not for {topology}; {_again(config)}")
     for axis, size in (config.mesh or {}).items():
         if size not in (-1, found.mesh.get(axis, 1)):

@@ -5,21 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..hardware.topology import Topology
 from ..hlo.frames import nearest_line, user_line
 from ..hlo.loops import Loop
 from ..hlo.shapes import leaves, parse_shape
 from ..hlo.text import Instruction, Program, SourceLine
+from ..plans.record import Record
 from .collectives import Site
 from .flops import fusion_slices
 from .memory import Memory
 from .roofline import Work
 from .timeline import Turn, item_of
-
-if TYPE_CHECKING:
-    from ..plans.record import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +61,7 @@ class Evidence:
     memory: Memory
     peak_bytes: float
     step_seconds: float
-    planned: Plan | None = None
+    planned: Record | None = None
 
     @functools.cached_property
     def collectives(self) -> tuple[Seen, ...]:

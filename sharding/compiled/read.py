@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from ..cost.calibration import Calibration, calibration_for
 from ..hardware.topology import Topology
@@ -12,6 +11,7 @@ from ..hlo.frames import nearest_line
 from ..hlo.loops import loops, weights
 from ..hlo.text import Program, SourceLine, parse_program
 from ..plans.proof import CompiledCollective, LineCost, Proof
+from ..plans.record import Record
 from ..xla.options import product_cycles
 from .collectives import Sites
 from .evidence import Evidence, Seen
@@ -21,9 +21,6 @@ from .memory import memory as memory_of
 from .schedule import for_all_alike
 from .timeline import Timeline, Turn
 from .wires import Fabric
-
-if TYPE_CHECKING:
-    from ..plans.record import Plan
 
 
 def read_proof(
@@ -35,7 +32,7 @@ def read_proof(
     memory: Mapping[str, float],
     compile_seconds: float,
     versions: Mapping[str, str],
-    planned: Plan | None = None,
+    planned: Record | None = None,
     calibration: Calibration | None = None,
     bundles: Mapping[str, int] | None = None,
 ) -> Proof:

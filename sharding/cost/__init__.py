@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..plans.estimate import Estimate as Estimate
     from .calibration import Calibration as Calibration
     from .candidate import Candidate as Candidate
-    from .estimate import Estimate as Estimate
     from .estimate import Pricer as Pricer
 
 # Name → module that defines it.
 _HOMES = {
     "Calibration": "calibration",
     "Candidate": "candidate",
-    "Estimate": "estimate",
+    "Estimate": ".plans.estimate",
     "Pricer": "estimate",
 }
 

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 
 from ..errors import UserError, nearest
 from ..hardware.axes import AXES
+from ..plans.vocabulary import NAMES, REMATS, SCHEDULES
 
 # The mesh axes of each dimension of an array, major first.
 Storage = tuple[tuple[str, ...], ...]
-
-REMATS = ("none", "dots", "full")
-SCHEDULES = ("1f1b", "gpipe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,7 @@ class Candidate:
         for axis in self.mesh:
             if axis not in AXES:
                 raise UserError(f"{axis!r} is no mesh axis; {nearest(axis, AXES)}")
-        if self.remat not in (*REMATS, "names"):
+        if self.remat not in (*REMATS, NAMES):
             raise UserError(f"remat={self.remat!r} is not a policy; {nearest(self.remat, REMATS)}")
         if self.schedule not in SCHEDULES:
             raise UserError(f"schedule={self.schedule!r} is unknown; {nearest(self.schedule, SCHEDULES)}")

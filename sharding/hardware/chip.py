@@ -50,7 +50,7 @@ class Chip:
     kernel_vmem_bytes: int | None = None
     """What one kernel gets of it unless a compiler option says otherwise."""
     attention_kernel: str | None = None
-    """What carries out attention on it, of `planner/kernels.toml`; None leaves it to XLA."""
+    """What carries out attention on it, of `ops/kernels.toml`; None leaves it to XLA."""
     lanes: int = 1
     """Elements of the rows of tiles that arrays lie in; a shorter last axis is padded to them."""
     clock_hz: float | None = None

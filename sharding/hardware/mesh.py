@@ -38,7 +38,7 @@ def make_mesh(
 
     from .attached import by_position
 
-    wanted = Topology.parse(topology) if isinstance(topology, str) else topology
+    wanted = None if topology is None else Topology.parse(topology)
     if devices is None:
         import jax
 

@@ -40,15 +40,16 @@ class Topology:
             )
 
     @staticmethod
-    def parse(text: str) -> Topology:
+    def parse(text: str | Topology) -> Topology:
         """Read ``[slices*]chip:AxB[xC]``: chips along each torus axis, or hosts x devices of a host.
 
-        One size alone, as in ``cpu:8`` or ``h100:8``, is the devices of a single host.
+        One size alone, as in ``cpu:8`` or ``h100:8``, is the devices of a single host. A Topology is returned
+        as it is.
 
         Raises:
           UserError: the text is malformed, the chip unknown, or there is no such slice; names the nearest.
         """
-        return read(text)
+        return text if isinstance(text, Topology) else read(text)
 
     @staticmethod
     def local() -> Topology:

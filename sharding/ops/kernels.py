@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import functools
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ..errors import UserError, nearest
 from .attention import AttentionCall, scaled
+
+_FACTS = Path(__file__).with_name("kernels.toml")
 
 # Rows and columns of splash's blocks are multiples of this: the lanes of a TPU's vector registers.
 LANES = 128
+
+
+@functools.cache
+def kernel_facts() -> Mapping[str, Mapping[str, Any]]:
+    """Return kernel → what it can do, from ``kernels.toml``."""
+    with _FACTS.open("rb") as file:
+        return tomllib.load(file)
+
+
+def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError for kernels of a plan that are not known, or blocks that are none."""
+    for operation, settings in written.items():
+        if operation != "attention":
+            raise UserError(f"kernels: {operation!r} has no kernels; known: attention")
+        name, facts = str(settings.get("implementation")), kernel_facts()
+        if name not in facts:
+            raise UserError(
+                f"kernels: attention: implementation={name!r} is no kernel; {nearest(name, facts)}"
+            )
+        blocks = ("block_q", "block_kv") if "blocks" in facts[name] else ()
+        for key in {*settings, *blocks} - {"implementation"}:
+            if key not in blocks:
+                raise UserError(f"kernels: attention: {name} has no {key!r}; {nearest(key, blocks)}")
+            size = settings.get(key)
+            if not isinstance(size, int) or size < LANES or size % LANES:
+                raise UserError(f"kernels: attention: {key}={size!r} must be a multiple of {LANES}")
 
 
 def block_that_divides(size: int, most: int) -> int | None:

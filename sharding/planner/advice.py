@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from ..errors import UserError
 from ..hardware.topology import Topology
 from ..words import gib, layout_in_words
 from .declared import Declared
+from .inputs import Answer, Problem, slot_bytes
 from .search import Priced
-
-if TYPE_CHECKING:
-    from .inputs import Answer, Problem
 
 # How many times as many devices, how many slices, and how small a part of the batch are looked at.
 _MOST_DEVICES = 64
@@ -84,18 +85,12 @@ def _larger_slice(problem: Problem, topology: Topology, declared: Declared) -> s
 
 def _stored_bytes(problem: Problem) -> float:
     """Return the bytes of all parameters and moments together, which no layout makes fewer."""
-    import jax
-
-    from .inputs import slot_bytes
-
     leaves = jax.tree.leaves(problem.params)
     slots = 0.0 if problem.optimizer is None else slot_bytes(problem.optimizer, problem.params)
     return sum(leaf.size * (leaf.dtype.itemsize + slots) for leaf in leaves)
 
 
 def _smaller_batch(problem: Problem, topology: Topology, declared: Declared) -> str | None:
-    import jax
-
     rows = max((leaf.shape[0] for leaf in jax.tree.leaves(problem.batch) if leaf.shape), default=1)
     part = 2
     while part <= _LEAST_BATCH and rows % part == 0:
@@ -112,8 +107,6 @@ def _smaller_batch(problem: Problem, topology: Topology, declared: Declared) -> 
 
 
 def _with_rows(batch: Any, old: int, new: int) -> Any:
-    import jax
-
     def resized(leaf: Any) -> Any:
         shape = (new, *leaf.shape[1:]) if leaf.shape and leaf.shape[0] == old else leaf.shape
         return jax.ShapeDtypeStruct(shape, leaf.dtype)
@@ -122,9 +115,6 @@ def _with_rows(batch: Any, old: int, new: int) -> Any:
 
 
 def _lower_precision(problem: Problem, topology: Topology, declared: Declared) -> str | None:
-    import jax
-    import jax.numpy as jnp
-
     if not any(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(problem.params)):
         return None
     params = jax.tree.map(

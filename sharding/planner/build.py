@@ -1,4 +1,4 @@
-"""From a candidate, in the numbers of one traced program, to a Plan, in names and paths."""
+"""Plans of candidates: numbers of one traced program become names, paths and sentences."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from ..cost.candidate import Candidate, Storage
 from ..hardware.topology import Topology
 from ..plans.origin import Alternative, Origin
-from ..plans.record import ArrayPlan, DimPlan, Plan, Spec
+from ..plans.record import ArrayPlan, DimPlan, Record
+from ..plans.specs import Spec, spec_of
 from ..program.program import Argument, Program
-from ..words import storage_of, why_lost
+from ..words import gib, remat_in_words, seconds
 from .choices.storage import computed
 from .search import Priced, Stored
 
@@ -19,14 +20,24 @@ from .search import Priced, Stored
 _MATTERS = 0.01
 
 
-def plan_of(program: Program, topology: Topology, candidate: Candidate, **remembered: Any) -> Plan:
-    """Return the Plan that runs `program` as `candidate` says; `remembered` are further fields of it."""
-    return Plan(
-        topology=str(topology),
+def record_of(
+    program: Program,
+    topology: Topology,
+    candidate: Candidate,
+    *,
+    batch: Mapping[str, ArrayPlan] | None = None,
+    **remembered: Any,
+) -> Record:
+    """Return the plan that runs `program` as `candidate` says; `remembered` are further fields of it.
+
+    `batch` says how the data lies where that is not as it is computed with.
+    """
+    return Record(
+        topology=topology,
         mesh=dict(candidate.mesh),
         dims=dims_of(program, candidate),
         params=params_of(program, candidate),
-        batch=batch_of(program, candidate),
+        batch=batch_of(program, candidate) if batch is None else batch,
         remat=candidate.remat,
         saved=dict(candidate.saved),
         microbatches=candidate.microbatches,
@@ -85,7 +96,7 @@ def alternatives_of(
         Alternative(
             mesh=dict(other.candidate.mesh),
             sharded={program.dims[dim].name: axes for dim, axes in other.candidate.dims.items()},
-            storage=storage_of(program, other.candidate),
+            storage=storage_in_words(program, other.candidate),
             remat=other.candidate.remat,
             saved=dict(other.candidate.saved),
             microbatches=other.candidate.microbatches,
@@ -116,16 +127,6 @@ def notes_of(program: Program, layout: Candidate) -> tuple[str, ...]:
     )
 
 
-def spec_of(storage: Storage | Sequence[tuple[str, ...]]) -> Spec:
-    """Return axes of each dimension as a PartitionSpec's entries, without trailing Nones."""
-    entries: list[Any] = [
-        None if not axes else axes[0] if len(axes) == 1 else tuple(axes) for axes in storage
-    ]
-    while entries and entries[-1] is None:
-        entries.pop()
-    return tuple(entries)
-
-
 def parameter_bytes(program: Program) -> Mapping[int, int]:
     """Return parameter argument index → bytes."""
     return {argument.index: _bytes(argument) for argument in program.parameters}
@@ -137,3 +138,48 @@ def _bytes(argument: Argument) -> int:
 
 def _array(argument: Argument, storage: Storage | Sequence[tuple[str, ...]]) -> ArrayPlan:
     return ArrayPlan(shape=argument.shape, dtype=str(argument.dtype), spec=spec_of(storage))
+
+
+def storage_in_words(program: Program, layout: Candidate) -> str:
+    """Say how parameters and moments are stored: replicated, fsdp, zero-1 or fsdp + zero-1."""
+    gathered = any(
+        tuple(computed(argument, layout.dims, layout.mesh)) != layout.stored[argument.index]
+        for argument in program.parameters
+    )
+    further = any(layout.optimizer[index] != stored for index, stored in layout.stored.items())
+    kinds = [kind for kind, found in (("fsdp", gathered), ("zero-1", further)) if found]
+    return " + ".join(kinds) or "replicated"
+
+
+def why_lost(best: Priced, other: Priced, capacity_bytes: float, stored: tuple[float, float] | None) -> str:
+    """Say in one sentence why `other` lost to `best`.
+
+    `stored` are the bytes that each stores on a device, given where those decide before time does.
+    """
+    if not other.fits and not other.bound:
+        return misfit(other, capacity_bytes)
+    if stored is not None and stored[1] > 1.1 * stored[0]:
+        return f"stores {gib(stored[1])} of parameters and moments on a device instead of {gib(stored[0])}"
+    ours, theirs = best.estimate, other.estimate
+    slower = theirs.step_seconds / ours.step_seconds - 1
+    if slower < 1e-4:
+        return f"takes as long, and {gib(theirs.peak_bytes)} instead of {gib(ours.peak_bytes)}"
+    item, more = _largest_gain(ours.time, theirs.time)
+    share = f"{slower:.1%}" if slower < 0.1 else f"{slower:.0%}" if slower < 2 else f"{1 + slower:.1f} times"
+    least = "at least " if other.bound else ""
+    return f"{least}{share} {'as long' if slower >= 2 else 'slower'}: {item} takes {seconds(more)} more"
+
+
+def misfit(one: Priced, capacity_bytes: float) -> str:
+    """Say by how much a layout at its smallest does not fit, and what takes most."""
+    item, size = max(one.estimate.memory.items(), key=lambda row: row[1])
+    return (
+        f"does not fit: {gib(one.estimate.needed_bytes)} of {gib(capacity_bytes)} a device even with "
+        f"{remat_in_words(one.candidate.remat, one.candidate.saved)} and "
+        f"microbatches={one.candidate.microbatches}; {item} takes {gib(size)}"
+    )
+
+
+def _largest_gain(ours: Mapping[str, float], theirs: Mapping[str, float]) -> tuple[str, float]:
+    gains = {item: size - ours.get(item, 0.0) for item, size in theirs.items()}
+    return max(gains.items(), key=lambda row: row[1])

@@ -1,17 +1,26 @@
-"""What the user has decided already, on one mesh: dims and arrays whose axes are kept."""
+"""What the user has decided: the whole of a layout by rules, or parts that a search keeps."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import UserError
+import jax
+from jax.sharding import PartitionSpec
+
+from ..cost.candidate import Candidate
+from ..errors import UserError, nearest_divisors
+from ..hardware.axes import resolve_axes
+from ..hardware.topology import Topology
 from ..paths import by_path, matches
-from ..program.program import Program
+from ..plans.record import ArrayPlan
+from ..plans.specs import Spec, axes_in, by_dimension, cut_into
+from ..program.program import Dim, Program
 from ..rules.application import is_pattern
 from ..rules.rules import Rules
+from .choices.remat import read
 
 # What the first two dimensions of an array of the data are called in rules.
 DATA_NAMES = ("batch", "sequence")
@@ -47,8 +56,6 @@ class Kept:
 
 def names_of_data(batch: Any) -> Any:
     """Return a tree like `batch` of the names that rules may use for it."""
-    import jax
-
     return jax.tree.map(lambda leaf: (DATA_NAMES + (None,) * leaf.ndim)[: leaf.ndim], batch)
 
 
@@ -61,12 +68,12 @@ def keep(program: Program, declared: Declared, mesh: Mapping[str, int], params: 
     if not rules:
         return Kept()
     checked = Rules(rules)
-    axes_of = {key: axes for key, axes in checked.declared.items() if not is_pattern(key)}
-    batch = axes_of.get("batch")
+    by_label = {key: axes for key, axes in checked.declared.items() if not is_pattern(key)}
+    batch = by_label.get("batch")
     return Kept(
         batch=None if batch is None else _long(batch, mesh),
-        dims=_dims(program, axes_of, mesh, set(batch if batch is not None else ("data", "fsdp"))),
-        arrays=_arrays(program, rules, mesh, params, names),
+        dims=_kept_dims(program, by_label, mesh, set(batch if batch is not None else ("data", "fsdp"))),
+        arrays=_kept_arrays(program, rules, mesh, params, names),
     )
 
 
@@ -80,17 +87,17 @@ def _long(axes: tuple[str, ...], mesh: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if mesh.get(axis, 1) > 1)
 
 
-def _dims(
-    program: Program, axes_of: Mapping[str, tuple[str, ...]], mesh: Mapping[str, int], of_batch: set[str]
+def _kept_dims(
+    program: Program, by_label: Mapping[str, tuple[str, ...]], mesh: Mapping[str, int], of_batch: set[str]
 ) -> dict[int, tuple[str, ...]]:
     """Return how ruled dims are computed with: an axis that shards the batch shards nothing else by then."""
     found: dict[int, tuple[str, ...]] = {}
     said: dict[int, str] = {}
     for argument in program.arguments:
         for name, composition in zip(argument.names, argument.dims, strict=True):
-            if name is None or name not in axes_of or name == "batch" or not composition:
+            if name is None or name not in by_label or name == "batch" or not composition:
                 continue
-            axes = tuple(axis for axis in _long(axes_of[name], mesh) if axis not in of_batch)
+            axes = tuple(axis for axis in _long(by_label[name], mesh) if axis not in of_batch)
             dim = composition[0]
             if found.setdefault(dim, axes) != axes:
                 raise UserError(
@@ -101,7 +108,7 @@ def _dims(
     return found
 
 
-def _arrays(
+def _kept_arrays(
     program: Program, rules: Mapping[str, Any], mesh: Mapping[str, int], params: Any, names: Any
 ) -> dict[int, dict[int, tuple[str, ...]]]:
     of_params = {key: rule for key, rule in rules.items() if key not in DATA_NAMES}
@@ -113,10 +120,9 @@ def _arrays(
     flat = _flat_specs(specs)
     for argument, path, spec in zip(program.parameters, by_path(params), flat, strict=True):
         whole = any(matches(pattern, path) for pattern in patterns)
-        entries = (*spec, *(None,) * (len(argument.shape) - len(spec)))
         kept = {
-            n: _long((entry,) if isinstance(entry, str) else tuple(entry or ()), mesh)
-            for n, entry in enumerate(entries)
+            n: _long(axes, mesh)
+            for n, axes in enumerate(by_dimension(spec, len(argument.shape)))
             if whole or argument.names[n] in of_params
         }
         if kept:
@@ -125,12 +131,116 @@ def _arrays(
 
 
 def _flat_specs(specs: Any) -> list[Any]:
-    import jax
-    from jax.sharding import PartitionSpec
-
     return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
-def parts(axes: tuple[str, ...], mesh: Mapping[str, int]) -> int:
-    """Return into how many parts `axes` cut."""
-    return math.prod(mesh[axis] for axis in axes)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ruled:
+    """The one layout that rules make of a program: what yielded is in `notes`, `batch` says how data lies."""
+
+    candidate: Candidate
+    batch: Mapping[str, ArrayPlan]
+    notes: tuple[str, ...]
+
+
+def ruled(
+    program: Program, topology: Topology, declared: Declared, *, params: Any, batch: Any, names: Any
+) -> Ruled:
+    """Return the layout of `program` by the declared mesh and rules, over the default rules.
+
+    What is not declared is as plain as can be: moments lie as their parameters, layers keep what JAX keeps,
+    the batch is taken whole. Raises UserError if a rule cannot hold, an axis shards nothing, or the batch
+    does not divide.
+    """
+    sizes = resolve_axes(declared.mesh, topology.num_devices)
+    rules = Rules(declared.rules).with_defaults()
+    count = 1 if declared.microbatches is None else declared.microbatches
+    _check_batch(batch, rules, sizes, count)
+    # A rule for a dimension of the data holds for no parameter, and so would count as matching nothing.
+    of_params = Rules(
+        {key: rule for key, rule in declared.rules.items() if key not in DATA_NAMES}, defaults=rules.defaults
+    )
+    flat = _flat_specs(of_params.specs(params, sizes, names))
+    stored = {
+        argument.index: by_dimension(spec, len(argument.shape))
+        for argument, spec in zip(program.parameters, flat, strict=True)
+    }
+    policy = read(declared.remat or "none")
+    candidate = Candidate(
+        mesh=sizes,
+        dims=_ruled_dims(program, rules, sizes),
+        stored=stored,
+        optimizer=stored,
+        gradients=stored,
+        remat=policy.remat,
+        saved=policy.saved,
+        microbatches=count,
+    )
+    rows = _arrays(batch, _flat_specs(rules.specs(batch, sizes, names_of_data(batch), partial=True)))
+    _check_axes_work(candidate, rows)
+    return Ruled(candidate=candidate, batch=rows, notes=tuple(of_params.notes(params, sizes, names)))
+
+
+def _arrays(tree: Any, specs: Sequence[Spec]) -> dict[str, ArrayPlan]:
+    return {
+        path: ArrayPlan(shape=tuple(leaf.shape), dtype=str(leaf.dtype), spec=tuple(spec))
+        for (path, leaf), spec in zip(by_path(tree).items(), specs, strict=True)
+    }
+
+
+def _ruled_dims(program: Program, rules: Rules, sizes: Mapping[str, int]) -> dict[int, tuple[str, ...]]:
+    """Say how each dim is sharded while computing.
+
+    An axis that shards the batch holds different rows on each of its devices, so that no other dimension
+    can be spread over it while computing: parameters that are stored over it are gathered first.
+    """
+    of_batch = set(axes_in(rules.spec(("batch",), (cut_into(sizes, sizes),), sizes)))
+    planned = {}
+    for dim in program.dims:
+        label = _ruled_label(dim, rules)
+        if not dim.places or label is None or dim.whole is not None:
+            continue
+        axes = _long(axes_in(rules.spec((label,), (dim.size,), sizes)), sizes)
+        if label != "batch":
+            axes = tuple(axis for axis in axes if axis not in of_batch)
+        if axes:
+            planned[dim.id] = axes
+    return planned
+
+
+def _ruled_label(dim: Dim, rules: Rules) -> str | None:
+    """Return the first of the dim's labels that some rule speaks of."""
+    return next((label for label in dim.labels if label in rules.declared or label in rules.defaults), None)
+
+
+def _check_axes_work(layout: Candidate, batch: Mapping[str, ArrayPlan]) -> None:
+    """Refuse a mesh axis that shards nothing: the devices along it would repeat each other's work."""
+    working = {axis for storage in layout.stored.values() for axes in storage for axis in axes}
+    working.update(axis for row in batch.values() for axis in axes_in(row.spec))
+    working.update(axis for axes in layout.dims.values() for axis in axes)
+    for axis, size in layout.mesh.items():
+        if size > 1 and axis not in working:
+            raise UserError(
+                f"mesh axis {axis}={size} shards nothing in this program; give it a rule, "
+                f"or its devices to another axis, e.g. {axis}=1, data=-1"
+            )
+
+
+def _check_batch(batch: Any, rules: Rules, sizes: Mapping[str, int], microbatches: int) -> None:
+    spread = rules.declared.get("batch", rules.defaults.get("batch", ()))
+    parts = {axis: sizes[axis] for axis in spread if axis in sizes}
+    devices = math.prod(parts.values())
+    if microbatches < 1:
+        raise UserError(f"microbatches={microbatches} must be a whole number of at least 1")
+    needed = devices * microbatches
+    for leaf in jax.tree.leaves(batch):
+        rows = leaf.shape[0] if leaf.ndim else 0
+        if rows and rows % needed == 0:
+            continue
+        factors = {**parts, "microbatches": microbatches}
+        written = " x ".join(f"{name}={size}" for name, size in factors.items())
+        below = rows // needed * needed
+        near = f"{below} or {below + needed} rows" if below else f"{needed} rows"
+        if microbatches > 1 and rows and rows % devices == 0:
+            near += f", or microbatches={nearest_divisors(rows // devices, microbatches)}"
+        raise UserError(f"a batch of {rows} rows does not divide by {written} = {needed}; nearest: {near}")

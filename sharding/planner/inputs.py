@@ -172,7 +172,7 @@ class Problem:
         elements = sum(math.prod(argument.shape) for argument in self.program.parameters)
         pricer = self.pricer(topology, declared, room)
         if capacity is None:
-            capacity = topology.chip.usable_bytes * pricer.calibration.usable_memory
+            capacity = capacity_of(topology, pricer)
         slots = pricer.slot_bytes * elements / max(sum(sizes.values()), 1)
         stored = stored_bytes(sizes, slots) if topology.chip.nominal else None
         return Answer(
@@ -183,6 +183,17 @@ class Problem:
             stored=stored,
             room=room,
         )
+
+    def notes(self) -> tuple[str, ...]:
+        """Say what was assumed for want of an input."""
+        if self.optimizer is not None:
+            return ()
+        return (f"no optimizer was given: {_ADAM_BYTES:g} bytes of moments for each parameter are assumed",)
+
+
+def capacity_of(topology: Topology, pricer: Pricer) -> float:
+    """Return the bytes of a device that a step may take, as far as it is planned for."""
+    return topology.chip.usable_bytes * pricer.calibration.usable_memory
 
 
 def _has_host(topology: Topology) -> bool:

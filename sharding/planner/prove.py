@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from ..errors import UserError
-from ..hardware.topology import Topology
+from ..plans.origin import Alternative
+from ..plans.record import Record
+from ..verify import verify
+from ..verify.process import Limits
+from ..verify.verify import Verdict
 from ..words import gib, layout_in_words, seconds
-
-if TYPE_CHECKING:
-    from ..plans.origin import Alternative
-    from ..plans.record import Plan
-    from ..verify.process import Limits
-    from ..verify.verify import Verdict
+from ..xla import options
+from .outcome import Search
 
 # Outcomes that another plan may not share.
 _OF_THE_PLAN = ("out_of_memory", "vmem_overflow", "failed")
@@ -26,9 +26,10 @@ _MARGIN = 0.98
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """A plan that was compiled, and what became of it."""
+    """A plan that was compiled, the search that it came out of, and what became of it."""
 
-    plan: Plan
+    plan: Record
+    search: Search | None
     verdict: Verdict
 
     def sentence(self, chosen: Attempt) -> str:
@@ -41,27 +42,39 @@ class Attempt:
 
 
 def prove(
-    plan: Plan,
-    given: tuple[Any, Any, Any, Any] = (None, None, None, None),
+    plan: Record,
+    search: Search | None,
+    program: Mapping[str, Any],
     *,
+    fingerprint: str | None = None,
     top: int = 1,
     limits: Limits | None = None,
     use_cache: bool = True,
-) -> Plan:
-    """Return `plan`, or what the compiler shows to be better, with its proof; see `Plan.verify`."""
-    from ..verify.verify import verify
+) -> tuple[Record, Search | None]:
+    """Return `plan`, or what the compiler shows to be better, with its proof, and the search it came out of.
 
+    Args:
+        plan: compiled first.
+        search: what it came out of; without one nothing else is tried.
+        program: its ``loss``, ``params``, ``batch`` and ``optimizer``.
+        fingerprint: of the traced loss, where it is known.
+        top: layouts to compile, of which the fastest is taken.
+        limits: time and memory of each compile.
+        use_cache: whether an answer from before will do.
+
+    Raises:
+        UserError: nothing compiled fits, or there is no compiler for the topology.
+    """
     if top < 1:
         raise UserError(f"top={top} plans cannot be compiled; nearest: 1")
-    program = _program(plan, given)
 
-    def judge(made: Plan) -> Verdict:
-        return verify(made, *program, limits=limits, use_cache=use_cache)
+    def judge(made: Record) -> Verdict:
+        return verify.verify(made, **program, fingerprint=fingerprint, limits=limits, use_cache=use_cache)
 
     attempts: list[Attempt] = []
-    for candidate in _candidates(plan, attempts):
+    for candidate, found_by in _candidates(plan, search, attempts):
         verdict = judge(candidate)
-        attempts.append(Attempt(plan=candidate, verdict=verdict))
+        attempts.append(Attempt(plan=candidate, search=found_by, verdict=verdict))
         if not verdict.fits and verdict.outcome not in _OF_THE_PLAN:
             raise UserError(f"{_name(candidate)} could not be verified: {verdict.message}")
         enough = any(attempt.verdict.fits for attempt in attempts) and len(attempts) >= top
@@ -69,18 +82,23 @@ def prove(
             break
     fitting = [attempt for attempt in attempts if attempt.verdict.fits]
     if fitting:
-        chosen = _chosen(min(fitting, key=_seconds), attempts)
-        return chosen if top == 1 or plan.compiler_options else _with_options(chosen, judge)
+        best = min(fitting, key=_seconds)
+        chosen = _chosen(best, attempts)
+        if top > 1 and not plan.compiler_options:
+            chosen = _with_options(chosen, judge)
+        return chosen, best.search
     told = "; ".join(f"{_name(attempt.plan)}: {attempt.verdict.message}" for attempt in attempts)
     raise UserError(f"nothing that was compiled for {plan.topology} fits: {told}")
 
 
-def _candidates(plan: Plan, attempts: Sequence[Attempt]) -> Iterator[Plan]:
+def _candidates(
+    plan: Record, search: Search | None, attempts: Sequence[Attempt]
+) -> Iterator[tuple[Record, Search | None]]:
     """Yield `plan`, then the next best; after one that was too large, the best of what needs less memory."""
-    yield plan
-    if plan.search is None:
+    yield plan, search
+    if search is None:
         return
-    search, seen, rounds = plan.search, {_identity(plan)}, 0
+    tried, rounds = [plan.decision()], 0
     while True:
         last = attempts[-1].verdict
         estimate = attempts[-1].plan.estimate
@@ -94,17 +112,17 @@ def _candidates(plan: Plan, attempts: Sequence[Attempt]) -> Iterator[Plan]:
         ranked = [
             one for one in (found.best, *found.others) if one is not None and one.fits and not one.bound
         ]
-        following = next(
-            (one for one in map(search.plan, ranked) if _identity(one) not in seen),
-            None,
+        offered_plans = (
+            dataclasses.replace(search.plan(one), compiler_options=plan.compiler_options) for one in ranked
         )
+        following = next((one for one in offered_plans if one.decision() not in tried), None)
         if following is None:
             return
-        seen.add(_identity(following))
-        yield dataclasses.replace(following, compiler_options=plan.compiler_options)
+        tried.append(following.decision())
+        yield following, search
 
 
-def _chosen(chosen: Attempt, attempts: Sequence[Attempt]) -> Plan:
+def _chosen(chosen: Attempt, attempts: Sequence[Attempt]) -> Record:
     """Return the plan of `chosen` with its proof, and what the compiler said of the others."""
     told = {
         _identity(attempt.plan): attempt.sentence(chosen) for attempt in attempts if attempt is not chosen
@@ -126,15 +144,13 @@ def _chosen(chosen: Attempt, attempts: Sequence[Attempt]) -> Plan:
     )
 
 
-def _with_options(chosen: Plan, judge: Callable[[Plan], Verdict]) -> Plan:
+def _with_options(chosen: Record, judge: Callable[[Record], Verdict]) -> Record:
     """Return `chosen`, or it with those of its chip's options that the compiler shows to make it faster.
 
     Set by set, each with those that helped before it, so that not every combination is compiled.
     """
-    from ..xla.options import trials_for
-
     best, names, notes = chosen, [], []
-    for trial in trials_for(Topology.parse(chosen.topology)):
+    for trial in options.trials_for(chosen.topology):
         tried = dataclasses.replace(best, compiler_options={**best.compiler_options, **trial.options})
         verdict = judge(tried)
         if not verdict.fits or verdict.proof is None:
@@ -151,21 +167,8 @@ def _with_options(chosen: Plan, judge: Callable[[Plan], Verdict]) -> Plan:
     return dataclasses.replace(best, notes=(*best.notes, *notes))
 
 
-def _program(plan: Plan, given: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
-    """Return loss, params, batch and optimizer: those given, or those that the plan was searched for."""
-    problem = None if plan.search is None else plan.search.problem
-    known = (
-        (None,) * 4 if problem is None else (problem.loss, problem.params, problem.batch, problem.optimizer)
-    )
-    found = [known[n] if one is None else one for n, one in enumerate(given)]
-    for name, one in zip(("loss", "params", "batch", "optimizer"), found, strict=True):
-        if one is None:
-            raise UserError(f"this plan knows no {name}; write plan.verify(loss, params, batch, optimizer)")
-    return found[0], found[1], found[2], found[3]
-
-
-def _identity(plan: Plan | Alternative) -> tuple[Any, ...]:
-    """Return what tells layouts apart that a search found; an Alternative's is that of its plan."""
+def _identity(plan: Record | Alternative) -> tuple[Any, ...]:
+    """Return what an Alternative and the plan of the same layout have in common."""
     estimate = plan.estimate
     priced = () if estimate is None else (estimate.step_seconds, estimate.peak_bytes)
     return (tuple(plan.mesh.items()), plan.remat, tuple(plan.saved.items()), plan.microbatches, priced)
@@ -176,5 +179,5 @@ def _seconds(attempt: Attempt) -> float:
     return float("inf") if proof is None else proof.step_seconds
 
 
-def _name(plan: Plan) -> str:
+def _name(plan: Record) -> str:
     return layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)

@@ -21,7 +21,7 @@ from ..cost.candidate import Candidate
 from .space import Space
 
 if TYPE_CHECKING:
-    from ..cost.estimate import Estimate
+    from ..plans.estimate import Estimate
 
 # What a candidate costs; the smaller the better.
 Price = Callable[[Candidate], "Estimate"]

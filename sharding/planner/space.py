@@ -12,6 +12,7 @@ from typing import Any
 from ..cost.candidate import Candidate
 from ..errors import UserError
 from ..hardware.topology import Topology
+from ..plans.specs import cut_into
 from ..program.jaxpr import scan_parts
 from ..program.layers import is_checkpointed, layer_scans
 from ..program.program import Program
@@ -22,7 +23,7 @@ from .choices.remat import PLAIN, DeclaredRemat, Policy, read
 from .choices.sequence import stream_dim
 from .choices.storage import store
 from .choices.tensor import TensorGroups
-from .declared import Declared, Kept, keep, parts
+from .declared import Declared, Kept, keep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def _offered(
 
 def _batch_parts(layout: Candidate) -> int:
     return max(
-        (parts(axes, layout.mesh) for axes in layout.dims.values() if "data" in axes or "fsdp" in axes),
+        (cut_into(axes, layout.mesh) for axes in layout.dims.values() if "data" in axes or "fsdp" in axes),
         default=1,
     )
 
@@ -229,7 +230,7 @@ class _Builder:
         if dim is None:
             return {}
         before = computing.get(dim, ())
-        if before not in ((), ("context",)) or self._program.dims[dim].size % (parts(before, mesh) * size):
+        if before not in ((), ("context",)) or self._program.dims[dim].size % (cut_into(before, mesh) * size):
             return {}
         return {dim: (*before, "tensor")}
 
@@ -295,7 +296,7 @@ def _indivisible_dim(
         dim = program.dims[number]
         if dim.whole:
             return f"{dim.name} cannot be sharded: {dim.whole}"
-        if dim.size % parts(axes, mesh):
+        if dim.size % cut_into(axes, mesh):
             written = " x ".join(f"{axis}={mesh[axis]}" for axis in axes)
             return f"{written} does not divide {dim.name}={dim.size}"
     return None

@@ -6,45 +6,52 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from .record import ArrayPlan, DimPlan, Plan, Spec
+from .estimate import Estimate
+from .origin import Origin, alternative_from
+from .proof import Proof
+from .record import ArrayPlan, Decision, DimPlan, Record
+from .specs import Spec
 
 # A version of the file format: a reader refuses one that it does not know.
 FORMAT = 1
 
-# What plans that were searched for have besides; left out of a file where there is none.
-_SEARCHED = (
-    "saved",
-    "moments",
-    "kernels",
-    "origin",
-    "estimate",
-    "alternatives",
-    "refused",
-    "compiler_options",
-    "proof",
-)
-# What plans of pipeline stages have besides.
-_STAGED = ("schedule", "interleave")
+# Written even where they are as usual, so that a reader of a file need not know what is usual.
+_ALWAYS = ("remat", "microbatches", "notes")
+# Written only of plans that have pipeline stages.
+_OF_STAGES = ("schedule", "interleave")
+
 # One line for each of their entries.
 _TABLES = ("dims", "params", "batch", "moments", "refused")
 
-
-def to_dict(plan: Plan) -> dict[str, Any]:
-    """Return the plan as plain values."""
-    record = dataclasses.asdict(dataclasses.replace(plan, optimizer=None, search=None))
-    for passing in ("optimizer", "search"):
-        del record[passing]
-    spared = (*_SEARCHED, *(() if plan.schedule else _STAGED))
-    kept = {key: value for key, value in record.items() if key not in spared or (key in _SEARCHED and value)}
-    return {"format": FORMAT, **kept}
+_Made = TypeVar("_Made", bound=Record)
 
 
-def write(plan: Plan, path: str | pathlib.Path) -> None:
+def to_dict(plan: Decision) -> dict[str, Any]:
+    """Return a decision or a record as plain values, without what is empty."""
+    fields = dataclasses.fields(Record if isinstance(plan, Record) else Decision)
+    values = {field.name: _plain(getattr(plan, field.name)) for field in fields}
+    required = {field.name for field in fields if field.default is field.default_factory}
+    values["topology"] = str(plan.topology)
+    left_out = () if plan.schedule else _OF_STAGES
+    return {"format": FORMAT} | {
+        name: value
+        for name, value in values.items()
+        if name not in left_out and (value or name in required or name in _ALWAYS)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return tuple(_plain(item) for item in value) if isinstance(value, tuple) else value
+
+
+def write(plan: Record, path: str | pathlib.Path) -> None:
     """Write the plan with one line an array, a dimension and an alternative."""
     lines = []
     for key, value in to_dict(plan).items():
@@ -64,10 +71,10 @@ def _block(start: str, rows: list[str], end: str) -> str:
     return f"{start}\n" + ",\n".join(rows) + f"\n  {end}" if rows else start + end
 
 
-def read(path: str | pathlib.Path) -> Plan:
-    """Read a plan that `write` wrote. Raises UserError for a missing or malformed file."""
+def read(path: str | pathlib.Path, kind: type[_Made]) -> _Made:
+    """Read a plan that `write` wrote, as a `kind` of record. Raises UserError for a bad or missing file."""
     try:
-        return from_dict(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+        return from_dict(json.loads(pathlib.Path(path).read_text(encoding="utf-8")), kind)
     except FileNotFoundError:
         raise UserError(f"no plan file {path}") from None
     except UserError as error:
@@ -76,48 +83,38 @@ def read(path: str | pathlib.Path) -> Plan:
         raise UserError(f"{path} is not a plan: {type(error).__name__}: {error}") from None
 
 
-def from_dict(record: Mapping[str, Any]) -> Plan:
-    """Rebuild a plan from plain values."""
-    from .record import Plan
-
-    values = {**record, "notes": tuple(record.get("notes", ()))}
-    if (found := values.pop("format", None)) != FORMAT:
+def from_dict(values: Mapping[str, Any], kind: type[_Made]) -> _Made:
+    """Rebuild a plan from plain values, as a `kind` of record."""
+    if (found := values.get("format")) != FORMAT:
         raise UserError(f"the plan has format {found}; this version reads format {FORMAT}")
-    values["dims"] = {name: _dim_plan(row) for name, row in values["dims"].items()}
-    for key in ("params", "batch"):
-        values[key] = {name: _array_plan(row) for name, row in values[key].items()}
-    if "moments" in values:
-        values["moments"] = {name: _spec(row) for name, row in values["moments"].items()}
-    if "origin" in values:
-        from .origin import Origin
-
-        values["origin"] = Origin(**values["origin"])
-    if "estimate" in values:
-        from ..cost.estimate import Estimate
-
-        values["estimate"] = Estimate(**values["estimate"])
-    if "proof" in values:
-        from .proof import Proof
-
-        values["proof"] = Proof.from_dict(values["proof"])
-    if "alternatives" in values:
-        from .origin import alternative_from
-
-        values["alternatives"] = tuple(alternative_from(row) for row in values["alternatives"])
-    return Plan(**values)
+    read = {name: _READERS.get(name, _same)(value) for name, value in values.items() if name != "format"}
+    return kind(**read)
 
 
-def _dim_plan(row: Mapping[str, Any]) -> DimPlan:
-    from .record import DimPlan
-
-    return DimPlan(**{**row, "axes": tuple(row["axes"])})
-
-
-def _array_plan(row: Mapping[str, Any]) -> ArrayPlan:
-    from .record import ArrayPlan
-
-    return ArrayPlan(shape=tuple(row["shape"]), dtype=row["dtype"], spec=_spec(row["spec"]))
+def _same(value: Any) -> Any:
+    return value
 
 
 def _spec(entries: Any) -> Spec:
     return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in entries)
+
+
+def _arrays(rows: Mapping[str, Any]) -> dict[str, ArrayPlan]:
+    return {
+        path: ArrayPlan(shape=tuple(row["shape"]), dtype=row["dtype"], spec=_spec(row["spec"]))
+        for path, row in rows.items()
+    }
+
+
+# Field → what makes it of plain values, where they are not the field itself.
+_READERS: Mapping[str, Any] = {
+    "dims": lambda rows: {name: DimPlan(**{**row, "axes": tuple(row["axes"])}) for name, row in rows.items()},
+    "params": _arrays,
+    "batch": _arrays,
+    "moments": lambda rows: {path: _spec(row) for path, row in rows.items()},
+    "notes": tuple,
+    "origin": lambda row: Origin(**row),
+    "estimate": lambda row: Estimate(**row),
+    "alternatives": lambda rows: tuple(alternative_from(row) for row in rows),
+    "proof": Proof.from_dict,
+}

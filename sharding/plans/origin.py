@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..cost.estimate import Estimate
+import jax
+
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from ..program.program import Program
+from ..program.program import Program
+from ..program.tracing import trace
+from .estimate import Estimate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,6 @@ class Origin:
     @classmethod
     def of(cls, program: Program) -> Origin:
         """Return the origin that `program` is."""
-        import jax
-
         counts = Counter(equation.primitive for equation in program.equations())
         return cls(
             fingerprint=program.fingerprint, jax=jax.__version__, primitives=dict(sorted(counts.items()))
@@ -56,10 +55,6 @@ class Origin:
 
     def check_loss(self, loss: Callable[..., Any], params: Any, batch: Any) -> None:
         """Raise UserError, naming what differs, if ``loss(params, batch)`` is another program."""
-        import jax
-
-        from ..program.tracing import trace
-
         # Where the arrays lie is no part of the program, so that it is traced on shapes alone.
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, batch))
         self.check(trace(loss, *shapes))

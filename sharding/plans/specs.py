@@ -1,51 +1,64 @@
-"""One layout for arrays of other sizes."""
+"""Specs: one entry an array dimension, of the mesh axes that cut it. Their algebra, apart from any plan."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
-from ..errors import UserError, nearest
-from ..paths import by_path
-
-if TYPE_CHECKING:
-    from .record import ArrayPlan, Plan
+# One entry an array dimension: no axis, one, or several with the major one first.
+Spec = tuple[str | tuple[str, ...] | None, ...]
 
 
-def resized(plan: Plan, params: Any, batch: Any) -> Plan:
-    """Return `plan` for `params` and `batch`, see `Plan.resized`."""
-    rows = {
-        "params": _rows("parameter", plan.params, params),
-        "batch": _rows("batch array", plan.batch, batch),
-    }
-    dims = {}
-    for name, dim in plan.dims.items():
-        whole = (plan.params, plan.batch)[dim.argument][dim.path].shape[dim.dimension]
-        size = rows["params" if dim.argument == 0 else "batch"][dim.path].shape[dim.dimension]
-        if whole * dim.size % size and size * dim.size % whole:
-            raise UserError(f"{name}={dim.size} of {dim.path!r} does not keep its share of {whole} in {size}")
-        # A part of a dimension that is several in one grows and shrinks with the whole.
-        dims[name] = dataclasses.replace(dim, size=dim.size * size // whole)
-    return dataclasses.replace(
-        plan,
-        **rows,
-        dims=dims,
-        origin=None,
-        estimate=None,
-        proof=None,
-        alternatives=(),
-        refused={},
-        search=None,
-    )
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the mesh axes that one entry of a spec names.
+
+    >>> axes_of(None), axes_of("fsdp"), axes_of(("data", "fsdp"))
+    ((), ('fsdp',), ('data', 'fsdp'))
+    """
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _rows(kind: str, planned: Any, tree: Any) -> dict[str, ArrayPlan]:
-    have = {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()}
-    for path in [*planned, *have]:
-        if path not in have:
-            raise UserError(f"the plan has a {kind} {path!r} that is not given; {nearest(path, have)}")
-        if path not in planned:
-            raise UserError(f"the plan has no {kind} {path!r}; {nearest(path, planned)}")
-        if len(have[path]) != len(planned[path].shape):
-            raise UserError(f"{kind} {path!r} has shape {have[path]}, not one like {planned[path].shape}")
-    return {path: dataclasses.replace(row, shape=have[path]) for path, row in planned.items()}
+def spec_of(storage: Iterable[Sequence[str]]) -> Spec:
+    """Return the axes of each dimension as a spec, without trailing Nones.
+
+    >>> spec_of([("data", "fsdp"), (), ("tensor",), ()])
+    (('data', 'fsdp'), None, 'tensor')
+    """
+    entries = [None if not axes else axes[0] if len(axes) == 1 else tuple(axes) for axes in storage]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return tuple(entries)
+
+
+def by_dimension(spec: Spec, rank: int) -> tuple[tuple[str, ...], ...]:
+    """Return a spec as the axes of each of `rank` dimensions.
+
+    >>> by_dimension((None, "tensor"), 3)
+    ((), ('tensor',), ())
+    """
+    return tuple(axes_of(entry) for entry in spec) + ((),) * (rank - len(spec))
+
+
+def axes_in(spec: Iterable[str | tuple[str, ...] | None]) -> tuple[str, ...]:
+    """Return all mesh axes of a spec, or of a PartitionSpec, in its order."""
+    return tuple(axis for entry in spec for axis in axes_of(entry))
+
+
+def cut_into(axes: Iterable[str], mesh: Mapping[str, int]) -> int:
+    """Return the number of parts that `axes` of `mesh` cut into."""
+    return math.prod(mesh[axis] for axis in axes)
+
+
+def derived(spec: Spec, shape: tuple[int, ...], other: tuple[int, ...]) -> Spec:
+    """Return the spec of an array of shape `other` that belongs to one of `shape` with `spec`.
+
+    An array of the same shape lies alike; one that lacks a single dimension of it (factored moments) keeps
+    the rest of the spec; any other is whole.
+    """
+    if other == shape:
+        return spec
+    padded = spec + (None,) * (len(shape) - len(spec))
+    for lost in range(len(shape)):
+        if shape[:lost] + shape[lost + 1 :] == other:
+            return padded[:lost] + padded[lost + 1 :]
+    return ()

@@ -13,7 +13,7 @@ from .compiled_view import compiler_of, over
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..plans.record import ArrayPlan, Plan
+    from ..plans.record import ArrayPlan, Record
 
 #: A figure of both plans; None where one does not know it or has no such thing.
 Both = tuple[Any, Any]
@@ -84,7 +84,7 @@ class Comparison:
         return comparison_fragment(self)
 
 
-def compare(first: Plan, second: Plan, names: tuple[str, str] = ("A", "B")) -> Comparison:
+def compare(first: Record, second: Record, names: tuple[str, str] = ("A", "B")) -> Comparison:
     """Return `first` and `second` side by side; plans for other programs or topologies are said to be so."""
     return Comparison(
         names=names,
@@ -98,21 +98,21 @@ def compare(first: Plan, second: Plan, names: tuple[str, str] = ("A", "B")) -> C
     )
 
 
-def compare_table(first: Plan, second: Plan, names: tuple[str, str] = ("A", "B")) -> RenderableType:
+def compare_table(first: Record, second: Record, names: tuple[str, str] = ("A", "B")) -> RenderableType:
     """Return a renderable of rich that shows two plans side by side in 80 columns."""
     return compare(first, second, names).__rich__()
 
 
-def compare_dict(first: Plan, second: Plan, names: tuple[str, str] = ("A", "B")) -> dict[str, Any]:
+def compare_dict(first: Record, second: Record, names: tuple[str, str] = ("A", "B")) -> dict[str, Any]:
     """Return two plans side by side as plain values, see `Comparison`; None is what a plan does not know."""
     return compare(first, second, names).to_dict()
 
 
-def _layout(plan: Plan) -> str:
+def _layout(plan: Record) -> str:
     return f"{plan.topology}: {layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)}"
 
 
-def _unlike(first: Plan, second: Plan) -> list[str]:
+def _unlike(first: Record, second: Record) -> list[str]:
     found = []
     if (program := _programs(first, second)) is not None:
         found.append(f"they are for different programs: {program}")
@@ -129,7 +129,7 @@ def _unlike(first: Plan, second: Plan) -> list[str]:
     return found
 
 
-def _programs(first: Plan, second: Plan) -> str | None:
+def _programs(first: Record, second: Record) -> str | None:
     """Return what tells the plans' programs apart; None where nothing does."""
     for kind in ("params", "batch"):
         one, other = ({p: _shape(row) for p, row in getattr(plan, kind).items()} for plan in (first, second))
@@ -154,7 +154,7 @@ def _shape(row: ArrayPlan) -> str:
     return f"{row.dtype}[{', '.join(map(str, row.shape))}]"
 
 
-def _differs(first: Plan, second: Plan) -> dict[str, dict[str, Both]]:
+def _differs(first: Record, second: Record) -> dict[str, dict[str, Both]]:
     tables = {
         "mesh": ({axis: size for axis, size in plan.mesh.items() if size > 1} for plan in (first, second)),
         "dims": ({n: list(dim.axes) for n, dim in plan.dims.items() if dim.axes} for plan in (first, second)),
@@ -209,7 +209,7 @@ def _item(table: Mapping[str, float] | None, key: str) -> float | None:
     return None if table is None else table.get(key, 0.0)
 
 
-def _collectives(first: Plan, second: Plan) -> dict[str, dict[str, Both]]:
+def _collectives(first: Record, second: Record) -> dict[str, dict[str, Both]]:
     sides: list[dict[str, dict[str, float]] | None] = []
     for plan in (first, second):
         if plan.proof is None:
@@ -237,5 +237,5 @@ def _collectives(first: Plan, second: Plan) -> dict[str, dict[str, Both]]:
 _SUMS = ("count", "bytes", "seconds", "exposed_seconds")
 
 
-def _findings(plan: Plan) -> tuple[str, ...]:
+def _findings(plan: Record) -> tuple[str, ...]:
     return () if plan.proof is None else tuple(row.what for row in plan.proof.findings)

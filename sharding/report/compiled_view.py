@@ -10,10 +10,10 @@ from ..plans.proof import nearby
 from ..words import gib, seconds
 
 if TYPE_CHECKING:
-    from ..cost.estimate import Estimate
     from ..hlo.text import SourceLine
+    from ..plans.estimate import Estimate
     from ..plans.proof import CompiledCollective, Finding, Proof
-    from ..plans.record import Plan
+    from ..plans.record import Record
 
 # Items below this part of the whole, estimated and compiled, are one line together.
 _WORTH_A_LINE = 0.004
@@ -71,7 +71,7 @@ class Compiled:
     peak_bytes: float
 
 
-def compiled_view(plan: Plan) -> Compiled | None:
+def compiled_view(plan: Record) -> Compiled | None:
     """Return what the proof of `plan` shows; None without one."""
     proof, estimate = plan.proof, plan.estimate
     if proof is None:

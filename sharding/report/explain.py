@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from ..errors import UserError, nearest
 from ..paths import by_suffix
 from ..plans.origin import distinct
-from ..plans.record import axes_of
+from ..plans.specs import axes_of
 from ..words import gib, layout_in_words, seconds
 from . import proved
 
 if TYPE_CHECKING:
     from ..plans.origin import Alternative
-    from ..plans.record import ArrayPlan, Plan
+    from ..plans.record import ArrayPlan, Record
 
 # Items of time or memory below this part of the whole are summed up.
 _WORTH_A_LINE = 0.02
@@ -23,7 +23,7 @@ _WORTH_A_LINE = 0.02
 _SHOWN = 5
 
 
-def explain(plan: Plan, subject: str | None = None) -> str:
+def explain(plan: Record, subject: str | None = None) -> str:
     """Return why `plan` is as it is: as a whole, or a mesh axis, dimension or parameter of it.
 
     Raises UserError if `subject` is none of these.
@@ -42,7 +42,7 @@ def explain(plan: Plan, subject: str | None = None) -> str:
     raise UserError(f"{subject!r} is no axis, dimension or parameter of the plan; {nearest(subject, known)}")
 
 
-def _whole(plan: Plan) -> str:
+def _whole(plan: Record) -> str:
     lines = [f"{plan.topology}: {layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)}"]
     if plan.estimate is not None:
         estimate = plan.estimate
@@ -67,7 +67,7 @@ def _items(table: Mapping[str, float], write) -> str:
     return ", ".join([*parts, f"the rest {write(rest)}"] if rest > 0 else parts)
 
 
-def _axis(plan: Plan, axis: str, size: str) -> str:
+def _axis(plan: Record, axis: str, size: str) -> str:
     if not size:
         return "\n".join([_work_of(plan, axis), *proved.of_axis(plan, axis), *_other_sizes(plan, axis)])
     if not size.isdigit():
@@ -77,7 +77,7 @@ def _axis(plan: Plan, axis: str, size: str) -> str:
     return _not_this_size(plan, axis, int(size))
 
 
-def _work_of(plan: Plan, axis: str) -> str:
+def _work_of(plan: Record, axis: str) -> str:
     size = plan.mesh[axis]
     if size == 1:
         return f"{axis}=1: nothing is sharded over {axis}"
@@ -96,12 +96,12 @@ def _work_of(plan: Plan, axis: str) -> str:
     return f"{lines[0]}: " + "; ".join(lines[1:])
 
 
-def _other_sizes(plan: Plan, axis: str) -> list[str]:
+def _other_sizes(plan: Record, axis: str) -> list[str]:
     sizes = sorted({row.mesh[axis] for row in plan.alternatives if axis in row.mesh} - {plan.mesh[axis]})
     return [_not_this_size(plan, axis, size) for size in sizes]
 
 
-def _not_this_size(plan: Plan, axis: str, size: int) -> str:
+def _not_this_size(plan: Record, axis: str, size: int) -> str:
     found = [row for row in plan.alternatives if row.mesh.get(axis, 1) == size]
     if found:
         best = min(found, key=lambda row: (not row.fits, row.estimate.step_seconds))
@@ -126,7 +126,7 @@ def _name(row: Alternative) -> str:
     return f"{layout_in_words(row.mesh, row.remat, row.microbatches, row.saved)}, {row.storage}"
 
 
-def _dimension(plan: Plan, name: str) -> str:
+def _dimension(plan: Record, name: str) -> str:
     dim = plan.dims[name]
     where = [path for path, row in plan.params.items() if dim.argument == 0 and path == dim.path]
     of = f" (in {where[0]}, for one)" if where else ""
@@ -142,7 +142,7 @@ def _dimension(plan: Plan, name: str) -> str:
     return f"{name}={dim.size}{of} is whole while computing"
 
 
-def _parameter(plan: Plan, path: str) -> str:
+def _parameter(plan: Record, path: str) -> str:
     row = plan.params[path]
     axes = _spec_axes(row)
     parts = math.prod(plan.mesh[axis] for axis in axes)

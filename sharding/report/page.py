@@ -15,29 +15,29 @@ from .scatter import scatter
 from .view import Bar, Parameter, View, view
 
 if TYPE_CHECKING:
-    from ..plans.record import Plan
+    from ..plans.record import Record
 
 _STYLE = pathlib.Path(__file__).with_name("page.css")
 _PARAMETERS = 200
 
 
-def page(plan: Plan) -> str:
+def page(plan: Record) -> str:
     """Return a whole HTML document that shows `plan`."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Plan for {escape(plan.topology)}</title>"
+        f"<title>Plan for {escape(str(plan.topology))}</title>"
         "<style>body{margin:0;padding:2rem 1rem}.meshwright-plan{max-width:72rem;margin:auto}</style>"
         f"</head><body>{fragment(plan)}</body></html>\n"
     )
 
 
-def write_page(plan: Plan, path: str | pathlib.Path) -> None:
+def write_page(plan: Record, path: str | pathlib.Path) -> None:
     """Write `page(plan)` to `path`. Raises OSError where that cannot be written."""
     pathlib.Path(path).write_text(page(plan), encoding="utf-8")
 
 
-def fragment(plan: Plan) -> str:
+def fragment(plan: Record) -> str:
     """Return the part of a document that shows `plan`; its style holds for nothing outside of it."""
     shown, compiled = view(plan), compiled_view(plan)
     estimated = "" if compiled is None else ", estimated"

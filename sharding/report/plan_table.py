@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from ..plans.record import Plan
+    from ..plans.record import Record
 
 _BAR_WIDTH = 24
 _RIVALS = 6
@@ -22,7 +22,7 @@ _PARAMETERS = 16
 _PATH = 25
 
 
-def plan_table(plan: Plan) -> RenderableType:
+def plan_table(plan: Record) -> RenderableType:
     """Return a renderable of rich that shows `plan` in 80 columns."""
     from rich.console import Group
     from rich.text import Text

@@ -9,7 +9,7 @@ from ..words import gib, seconds
 
 if TYPE_CHECKING:
     from ..plans.proof import CompiledCollective, Finding
-    from ..plans.record import Plan
+    from ..plans.record import Record
 
 # Collectives below this part of all that run over an axis are summed up.
 _WORTH_NAMING = 0.01
@@ -17,7 +17,7 @@ _WORTH_NAMING = 0.01
 _SHOWN = 3
 
 
-def of_plan(plan: Plan) -> list[str]:
+def of_plan(plan: Record) -> list[str]:
     """Return what the compiler says of the whole of `plan`; nothing without a proof."""
     proof = plan.proof
     if proof is None:
@@ -32,7 +32,7 @@ def of_plan(plan: Plan) -> list[str]:
     return [*lines, *(f"found: {_sentence(row)}" for row in costliest[:_SHOWN])]
 
 
-def of_axis(plan: Plan, axis: str) -> list[str]:
+def of_axis(plan: Record, axis: str) -> list[str]:
     """Return what runs over a mesh axis in the compiled step; nothing without a proof or of one device."""
     proof = plan.proof
     if proof is None or plan.mesh[axis] == 1:
@@ -45,7 +45,7 @@ def of_axis(plan: Plan, axis: str) -> list[str]:
     return [f"compiled: {', '.join(_summed(rows))}; {waits}, of a step of {seconds(proof.step_seconds)}"]
 
 
-def of_parameter(plan: Plan, path: str) -> list[str]:
+def of_parameter(plan: Record, path: str) -> list[str]:
     """Return what the compiler's findings say of a parameter; nothing if they do not name it."""
     if plan.proof is None:
         return []

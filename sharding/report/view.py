@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from ..hardware.topology import Topology
 from ..plans.origin import distinct
-from ..plans.record import axes_of
+from ..plans.specs import axes_of
 from ..words import gib, layout_in_words, seconds
 
 if TYPE_CHECKING:
-    from ..cost.estimate import Estimate
-    from ..plans.record import ArrayPlan, Plan
+    from ..plans.estimate import Estimate
+    from ..plans.record import ArrayPlan, Record
 
 # Items below this part of the whole are one line together.
 _WORTH_A_LINE = 0.004
@@ -76,11 +76,11 @@ class View:
     notes: tuple[str, ...]
 
 
-def view(plan: Plan) -> View:
+def view(plan: Record) -> View:
     """Return what `plan` shows."""
     from ..hardware.links import describe
 
-    topology = Topology.parse(plan.topology)
+    topology = plan.topology
     estimate = plan.estimate
     layout = layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)
     if plan.schedule is not None:
@@ -117,7 +117,7 @@ def _bars(items: Mapping[str, float], write) -> tuple[Bar, ...]:
     return tuple(Bar(name=name, size=size, text=write(size), share=size / total) for name, size in shown)
 
 
-def _parameter(plan: Plan, path: str, row: ArrayPlan) -> Parameter:
+def _parameter(plan: Record, path: str, row: ArrayPlan) -> Parameter:
     import jax.numpy as jnp
 
     cuts = tuple(axes_of(entry) for entry in row.spec) + ((),) * (len(row.shape) - len(row.spec))
@@ -134,7 +134,7 @@ def _parameter(plan: Plan, path: str, row: ArrayPlan) -> Parameter:
     )
 
 
-def _rivals(plan: Plan, layout: str, estimate: Estimate | None) -> tuple[Rival, ...]:
+def _rivals(plan: Record, layout: str, estimate: Estimate | None) -> tuple[Rival, ...]:
     if estimate is None:
         return ()
     chosen = Rival(

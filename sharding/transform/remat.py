@@ -9,12 +9,12 @@ import jax
 from jax.extend import core
 
 from ..errors import UserError, nearest
+from ..plans.vocabulary import NAMES
 from ..program import jaxpr as generations
 from ..program.jaxpr import evaluate, scan_again
 from ..program.layers import is_checkpointed, is_layer_scan
 
-# The policy of keeping named values; where one may be kept, and JAX's word for that memory.
-NAMES = "names"
+# Place of a kept value → JAX's word for that memory.
 PLACES = {"device": "device", "host": "pinned_host"}
 
 # Policy → which results the backward pass keeps, as `jax.checkpoint` understands it; ``none`` is without one.

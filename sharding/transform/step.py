@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from ..plans import arrays
+from ..plans.record import Record
+from .compose import apply
+
 if TYPE_CHECKING:
     import optax
     from jax.sharding import AbstractMesh, Mesh
 
-    from ..plans.record import Plan
 
 State = dict[str, Any]
 Measure = Callable[[State], dict[str, Any]]
@@ -38,7 +41,7 @@ class Step:
 
 
 def train_step(
-    plan: Plan,
+    plan: Record,
     loss: Callable[[Any, Any], Any],
     init: Callable[[Any], Any],
     batch: Any,
@@ -56,9 +59,9 @@ def train_step(
     plain = with_aux(loss)
     first = _first(init, optimizer)
     shapes = jax.eval_shape(first, jax.random.key(0))
-    plan.check(shapes["params"], batch)
-    state_shardings = plan.shardings(shapes, mesh)
-    batch_shardings = plan.shardings(batch, mesh, "batch")
+    arrays.check(plan, shapes["params"], batch)
+    state_shardings = arrays.shardings(plan, shapes, mesh)
+    batch_shardings = arrays.shardings(plan, batch, mesh, "batch")
     return Step(
         init=jax.jit(first, out_shardings=state_shardings),
         update=jax.jit(
@@ -79,7 +82,7 @@ def train_step(
 
 
 def jitted_update(
-    plan: Plan, loss: Callable[[Any, Any], Any], optimizer: optax.GradientTransformation, *, mesh: Mesh
+    plan: Record, loss: Callable[[Any, Any], Any], optimizer: optax.GradientTransformation, *, mesh: Mesh
 ) -> Callable[[State, Any], tuple[State, dict[str, Any]]]:
     """Return the jitted ``(state, batch) -> (state, metrics)``; it learns the state's structure when called.
 
@@ -88,16 +91,16 @@ def jitted_update(
     update = planned_update(plan, loss, optimizer, mesh)
 
     def constrained(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
-        plan.check(state["params"], batch, loss)
-        batch = jax.lax.with_sharding_constraint(batch, plan.shardings(batch, mesh, "batch"))
+        arrays.check(plan, state["params"], batch, loss)
+        batch = jax.lax.with_sharding_constraint(batch, arrays.shardings(plan, batch, mesh, "batch"))
         state, metrics = update(state, batch)
-        return jax.lax.with_sharding_constraint(state, plan.shardings(state, mesh)), metrics
+        return jax.lax.with_sharding_constraint(state, arrays.shardings(plan, state, mesh)), metrics
 
     return jax.jit(constrained, donate_argnums=0, compiler_options=dict(plan.compiler_options) or None)
 
 
 def first_state(
-    plan: Plan,
+    plan: Record,
     init: Callable[[Any], Any],
     key: Any,
     optimizer: optax.GradientTransformation,
@@ -107,8 +110,8 @@ def first_state(
     """Create the state ``{"step", "params", "optimizer"}``, every array on the devices that hold it."""
     first = _first(init, optimizer)
     shapes = jax.eval_shape(first, key)
-    plan.check_arrays("parameter", shapes["params"])
-    return jax.jit(first, out_shardings=plan.shardings(shapes, mesh))(key)
+    arrays.check_arrays(plan, "parameter", shapes["params"])
+    return jax.jit(first, out_shardings=arrays.shardings(plan, shapes, mesh))(key)
 
 
 def _first(init: Callable[[Any], Any], optimizer: optax.GradientTransformation) -> Callable[[Any], State]:
@@ -130,14 +133,14 @@ def abstract_state(params: Any, optimizer: optax.GradientTransformation) -> Stat
 
 
 def planned_update(
-    plan: Plan,
+    plan: Record,
     loss: Callable[[Any, Any], Any],
     optimizer: optax.GradientTransformation,
     mesh: Mesh | AbstractMesh,
     measure: Measure | None = None,
 ) -> Callable[[State, Any], tuple[State, dict[str, Any]]]:
     """Return ``(state, batch) -> (state, metrics)`` under `plan`, not jitted."""
-    planned = with_aux(plan.apply(loss, mesh))
+    planned = with_aux(apply(plan, loss, mesh))
 
     def update(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         (value, aux), gradients = jax.value_and_grad(planned, has_aux=True)(state["params"], batch)

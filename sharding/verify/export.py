@@ -8,15 +8,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax import export
+from jax.sharding import AbstractMesh, AxisType
 
 from ..errors import UserError
+from ..hardware.topology import Topology
+from ..ops.cudnn import CUSTOM_CALLS, described
 from ..paths import by_path
+from ..plans import arrays
+from ..plans.record import Record
+from ..transform.step import abstract_state, planned_update
 
 if TYPE_CHECKING:
     import optax
-
-    from ..hardware.topology import Topology
-    from ..plans.record import Plan
 
 # XLA's names of platforms → those that programs are lowered for.
 _PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cuda": "cuda", "cpu": "cpu"}
@@ -32,7 +36,7 @@ class Exported:
 
 
 def export_step(
-    plan: Plan,
+    plan: Record,
     loss: Callable[[Any, Any], Any],
     params: Any,
     batch: Any,
@@ -44,16 +48,11 @@ def export_step(
     The program takes the leaves of the state, then those of the batch, and gives the leaves of the new state,
     then the metrics. No compiler is loaded. Raises UserError if it cannot be lowered.
     """
-    from jax import export
-
-    from ..ops.cudnn import CUSTOM_CALLS, described
-    from ..transform.step import abstract_state, planned_update
-
     mesh = abstract_mesh(plan)
     state = abstract_state(params, optimizer)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, batch))
     leaves, tree = jax.tree.flatten(shapes)
-    kept = jax.tree.leaves(plan.shardings(state, mesh))
+    kept = jax.tree.leaves(arrays.shardings(plan, state, mesh))
     update = planned_update(plan, loss, optimizer, mesh)
 
     def step(*arrays: Any) -> list[Any]:
@@ -63,7 +62,7 @@ def export_step(
     metrics = len(jax.eval_shape(step, *leaves)) - count
     jitted = jax.jit(
         step,
-        in_shardings=(*kept, *jax.tree.leaves(plan.shardings(batch, mesh, "batch"))),
+        in_shardings=(*kept, *jax.tree.leaves(arrays.shardings(plan, batch, mesh, "batch"))),
         out_shardings=[*kept, *[None] * metrics],
         donate_argnums=tuple(range(count)),
     )
@@ -81,10 +80,8 @@ def export_step(
     return Exported(program=bytes(exported.serialize()), donated=count, arguments=paths)
 
 
-def abstract_mesh(plan: Plan) -> jax.sharding.AbstractMesh:
+def abstract_mesh(plan: Record) -> AbstractMesh:
     """Return the plan's mesh without devices."""
-    from jax.sharding import AbstractMesh, AxisType
-
     return AbstractMesh(
         tuple(plan.mesh.values()), tuple(plan.mesh), axis_types=(AxisType.Auto,) * len(plan.mesh)
     )

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ..cost.calibration import calibration_for
 from ..errors import UserError
 from ..hardware.topology import Topology
+from ..plans import arrays, file
 from ..plans.proof import Proof
+from ..plans.record import Record
+from ..plans.specs import axes_in, cut_into
 from ..xla.versions import versions
 from . import cache
 from .process import Limits, run_worker
@@ -19,7 +22,6 @@ from .process import Limits, run_worker
 if TYPE_CHECKING:
     import optax
 
-    from ..plans.record import Plan
 
 # Outcomes that the same compiler gives again, so that they are kept on disk.
 _LASTING = ("compiled", "out_of_memory", "failed")
@@ -69,12 +71,13 @@ class Verdict:
 
 
 def verify(
-    plan: Plan,
+    plan: Record,
     loss: Callable[[Any, Any], Any],
     params: Any,
     batch: Any,
     optimizer: optax.GradientTransformation,
     *,
+    fingerprint: str | None = None,
     limits: Limits | None = None,
     use_cache: bool = True,
     schedules: bool = False,
@@ -83,10 +86,10 @@ def verify(
 
     Nothing runs; devices need not be here. With `schedules` a TPU's products are timed by the compiler's own
     schedule rather than by what it estimated before (see `schedule.py`): nearer to measured steps by a tenth
-    or two, for about twice the compiler's work. Raises UserError if the topology's compiler is not installed
-    or the plan is for another program.
+    or two, for about twice the compiler's work. `fingerprint` is that of the traced loss, where it is known.
+    Raises UserError if the topology's compiler is not installed or the plan is for another program.
     """
-    topology = Topology.parse(plan.topology)
+    topology = plan.topology
     refuse_missing(topology)
     early = _too_large_already(plan, params, batch, optimizer, topology)
     if early is not None:
@@ -94,8 +97,8 @@ def verify(
     here = versions(topology)
     key = cache.key_of(
         {
-            "plan": _what_is_compiled(plan),
-            "program": _program_of(plan, loss, params, batch),
+            "plan": file.to_dict(plan.decision()),
+            "program": fingerprint or _fingerprint_of(loss, params, batch),
             "written": _where(loss),
             "optimizer": _optimizer_of(optimizer, params),
             "versions": here,
@@ -108,10 +111,10 @@ def verify(
         return known
     from .export import export_step
 
-    plan.check(params, batch, loss)
+    arrays.check(plan, params, batch, loss)
     exported = export_step(plan, loss, params, batch, optimizer, topology)
     request = {
-        "plan": plan.to_dict(),
+        "plan": file.to_dict(plan),
         "donated": exported.donated,
         "arguments": exported.arguments,
         "options": dict(plan.compiler_options),
@@ -201,7 +204,7 @@ def _too_much(peak: float, capacity: float) -> str:
 
 
 def _too_large_already(
-    plan: Plan, params: Any, batch: Any, optimizer: optax.GradientTransformation, topology: Topology
+    plan: Record, params: Any, batch: Any, optimizer: optax.GradientTransformation, topology: Topology
 ) -> Verdict | None:
     """Return the verdict on a plan that need not be compiled to know that it does not fit."""
     from ..words import gib
@@ -218,36 +221,24 @@ def _too_large_already(
     return None
 
 
-def stored_bytes(plan: Plan, params: Any, batch: Any, optimizer: optax.GradientTransformation) -> float:
+def stored_bytes(plan: Record, params: Any, batch: Any, optimizer: optax.GradientTransformation) -> float:
     """Return the bytes of a device that the state and the batch take, exactly, apart from padding."""
     import jax
 
-    from ..plans.record import axes_of
     from ..transform.step import abstract_state
 
     total = 0.0
     for kind, tree in (("params", abstract_state(params, optimizer)), ("batch", batch)):
         specs = jax.tree.leaves(
-            plan.specs(tree, kind), is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)
+            arrays.specs(plan, tree, kind), is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)
         )
         for leaf, spec in zip(jax.tree.leaves(tree), specs, strict=True):
-            parts = math.prod(plan.mesh[axis] for entry in spec for axis in axes_of(entry))
-            total += math.prod(leaf.shape) * leaf.dtype.itemsize / parts
+            total += math.prod(leaf.shape) * leaf.dtype.itemsize / cut_into(axes_in(spec), plan.mesh)
     return total
 
 
-def _what_is_compiled(plan: Plan) -> dict[str, Any]:
-    """Return what of a plan's record decides about the program: not what it remembers of its making."""
-    record = plan.to_dict()
-    for key in ("estimate", "alternatives", "refused", "notes", "proof", "origin"):
-        record.pop(key, None)
-    return record
-
-
-def _program_of(plan: Plan, loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> str:
-    """Return the fingerprint of the traced loss, from the plan's search where it was just traced."""
-    if plan.search is not None and plan.search.problem.loss is loss:
-        return plan.search.problem.program.fingerprint
+def _fingerprint_of(loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> str:
+    """Return the fingerprint of the traced loss."""
     import jax
 
     from ..program.tracing import trace

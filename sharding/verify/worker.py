@@ -59,18 +59,18 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
 
     from ..compiled.read import read_proof
     from ..compiled.schedule import dump_arguments, read_bundles
-    from ..hardware.topology import Topology
-    from ..plans.record import Plan
+    from ..plans import arrays, file
+    from ..plans.record import Record
 
-    plan = Plan.from_dict(request["plan"])
-    topology = Topology.parse(plan.topology)
+    plan = file.from_dict(request["plan"], Record)
+    topology = plan.topology
     schedules = folder / "schedules"
     schedules.mkdir()
     if topology.is_torus and request["schedules"]:
         started_with = (os.environ.get("LIBTPU_INIT_ARGS", ""), dump_arguments(schedules))
         os.environ["LIBTPU_INIT_ARGS"] = " ".join(started_with).strip()
     exported = export.deserialize(bytearray(program))
-    mesh = plan.make_mesh(devices=_devices(topology))
+    mesh = arrays.mesh_of(plan, devices=_devices(topology))
     jitted = jax.jit(
         exported.call,
         in_shardings=exported.in_shardings_jax(mesh),

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ...hlo.text import Program, SourceLine
 from ...plans.proof import Finding
-from ...plans.record import axes_of
+from ...plans.specs import axes_in
 from ..evidence import Evidence, Seen
 
 #: Less than this share of a step is not worth a person's time: estimates are no better than a per cent.
@@ -210,7 +210,7 @@ def _expected(evidence: Evidence) -> set[tuple[str, str]]:
     planned = evidence.planned
     assert planned is not None
     found: set[tuple[str, str]] = set()
-    stored = {axis for array in planned.params.values() for entry in array.spec for axis in axes_of(entry)}
+    stored = {axis for array in planned.params.values() for axis in axes_in(array.spec)}
     moved = {axis for axis in planned.mesh if axis in _ACTIVATIONS}
     found |= {("all_gather", axis) for axis in stored | moved}
     found |= {(kind, axis) for kind in _GATHERING for axis in moved}

@@ -10,12 +10,12 @@ from ...hlo.frames import nearest_line
 from ...hlo.shapes import Array, parse_shape
 from ...hlo.text import SourceLine
 from ...plans.proof import Finding
-from ...plans.record import axes_of
+from ...plans.specs import axes_in, cut_into
 from ..evidence import Evidence
 from .communication import MATTERS
 
 if TYPE_CHECKING:
-    from ...plans.record import Spec
+    from ...plans.specs import Spec
 
 #: Padding below this share of the peak is the price of tiles on odd sizes, and no step fits or fails by it.
 PADDING = 0.05
@@ -117,7 +117,7 @@ def spilled_to_host(evidence: Evidence) -> list[Finding]:
 
 def _factor(evidence: Evidence, spec: Spec) -> int:
     assert evidence.planned is not None
-    return math.prod(evidence.planned.mesh[axis] for entry in spec for axis in axes_of(entry))
+    return cut_into(axes_in(spec), evidence.planned.mesh)
 
 
 def _tiles(attributes: str, rank: int) -> tuple[int, ...]:

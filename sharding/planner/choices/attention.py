@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import tomllib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ...cost.calibration import Calibration, calibration_for
@@ -14,10 +11,8 @@ from ...errors import UserError, nearest
 from ...hardware.chip import Chip
 from ...hardware.topology import Topology
 from ...ops.attention import AttentionCall, attention_call
-from ...ops.kernels import LANES, block_that_divides
+from ...ops.kernels import block_that_divides, kernel_facts
 from ...program.program import Equation, Program
-
-_FACTS = Path(__file__).with_name("kernels.toml")
 
 # What may be declared: what the chip wants, plain XLA, or one of the kernels.
 AUTO, PLAIN = "auto", "xla"
@@ -61,7 +56,7 @@ def choose(program: Program, topology: Topology, declared: str | None = None) ->
     kernel. Raises UserError for a declared kernel that the chip does not have, or that cannot do it.
     """
     declared = AUTO if declared is None else declared
-    facts, chip = _facts(), topology.chip
+    facts, chip = kernel_facts(), topology.chip
     if declared not in (AUTO, PLAIN, *facts):
         raise UserError(f"attention={declared!r} is no kernel; {nearest(declared, [AUTO, PLAIN, *facts])}")
     wanted = chip.attention_kernel if declared == AUTO else declared
@@ -98,29 +93,10 @@ def choose(program: Program, topology: Topology, declared: str | None = None) ->
     )
 
 
-def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise UserError for kernels of a plan that are not known, or blocks that are none."""
-    for operation, settings in written.items():
-        if operation != "attention":
-            raise UserError(f"kernels: {operation!r} has no kernels; known: attention")
-        name, facts = str(settings.get("implementation")), _facts()
-        if name not in facts:
-            raise UserError(
-                f"kernels: attention: implementation={name!r} is no kernel; {nearest(name, facts)}"
-            )
-        blocks = ("block_q", "block_kv") if "blocks" in facts[name] else ()
-        for key in {*settings, *blocks} - {"implementation"}:
-            if key not in blocks:
-                raise UserError(f"kernels: attention: {name} has no {key!r}; {nearest(key, blocks)}")
-            size = settings.get(key)
-            if not isinstance(size, int) or size < LANES or size % LANES:
-                raise UserError(f"kernels: attention: {key}={size!r} must be a multiple of {LANES}")
-
-
 def calibration(chip: str, chosen: Chosen) -> Calibration:
     """Return the chip's efficiencies with those of the kernel, as runs of another framework with it tell."""
     assert chosen.implementation is not None
-    facts = _facts()[chosen.implementation]
+    facts = kernel_facts()[chosen.implementation]
     of_kernel = calibration_for(chip, facts["measured_with"])
     return dataclasses.replace(
         calibration_for(chip),
@@ -131,15 +107,9 @@ def calibration(chip: str, chosen: Chosen) -> Calibration:
     )
 
 
-@functools.cache
-def _facts() -> Mapping[str, Mapping[str, Any]]:
-    with _FACTS.open("rb") as file:
-        return tomllib.load(file)
-
-
 def _why_not(kernel: str, equation: Equation, call: AttentionCall) -> str | None:
     """Return why `kernel` cannot carry out `call`, None if it can."""
-    facts = _facts()[kernel]
+    facts = kernel_facts()[kernel]
     query, key, value = _arrays(equation)
     queries, keys, head_dim, value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     if call.windowed:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ...cost.candidate import REMATS, Candidate
+from ...cost.candidate import Candidate
 from ...cost.profile import Profile
 from ...errors import UserError, nearest
+from ...plans.vocabulary import NAMES, PLACES, REMATS
 from ...program.saved import INPUT
-from ...transform.remat import NAMES, PLACES
 
 # A policy, or the values that are kept → ``device`` or ``host``.
 DeclaredRemat = str | Mapping[str, str]

@@ -6,8 +6,9 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from ...cost.candidate import SCHEDULES, Candidate
+from ...cost.candidate import Candidate
 from ...errors import UserError, nearest, nearest_divisors
+from ...plans.vocabulary import SCHEDULES
 from ...program.program import Program
 
 # Model chunks a stage holds are no more than this: each divides the bubble and repeats every send.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ...cost.candidate import Storage
+from ...plans.specs import cut_into
 from ...program.program import Argument, Program
 
 # A vector is stored whole unless it is more than this part of all parameters: a gather of so few bytes
@@ -104,11 +105,11 @@ def _cut(
     cut = list(storage)
     if mesh.get(axis, 1) == 1 or any(axis in axes for axes in storage):
         return cut
-    whole = [n for n in choices if shape[n] % (_parts(storage[n], mesh) * mesh[axis]) == 0]
+    whole = [n for n in choices if shape[n] % (cut_into(storage[n], mesh) * mesh[axis]) == 0]
     if whole:
 
         def worth(n: int) -> tuple[bool, bool, bool, int, int]:
-            rows = shape[n] // (_parts(storage[n], mesh) * mesh[axis])
+            rows = shape[n] // (cut_into(storage[n], mesh) * mesh[axis])
             # Tiles lie in the last two dimensions.
             whole_tiles = n < len(shape) - 2 or rows % _TILE_ROWS == 0
             by_rows = whole_tiles and n < len(shape) - 1
@@ -117,7 +118,3 @@ def _cut(
         best = max(whole, key=worth)
         cut[best] = (*cut[best], axis)
     return cut
-
-
-def _parts(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
-    return math.prod(mesh[axis] for axis in axes)

@@ -71,7 +71,7 @@ def test_it_writes_what_it_shows(small_config: pathlib.Path, tmp_path: pathlib.P
     assert done.returncode == 0, done.stderr
     assert "fsdp=" in done.stdout
     assert "h100:8" in files["--html"].read_text()
-    assert Plan.load(files["--save"]).topology == "h100:8"
+    assert str(Plan.load(files["--save"]).topology) == "h100:8"
 
 
 def test_what_fits_only_tightly_is_planned_and_said() -> None:

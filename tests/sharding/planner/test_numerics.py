@@ -12,8 +12,8 @@ import pytest
 from compiled_memory import measure
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from meshwright.sharding import Topology
-from meshwright.sharding.planner.build import plan_of
+from meshwright.sharding import Plan, Topology
+from meshwright.sharding.planner.build import record_of
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.inputs import Problem
 
@@ -137,7 +137,7 @@ def holds(names: list[str], pick: int) -> None:
     where = Topology.parse("cpu:8")
     problem = Problem(loss=loss, params=params, batch=batch, optimizer=optax.sgd(0.1), names=None)
     candidates = list(problem.space(where, Declared()).candidates())
-    made = plan_of(problem.program, where, candidates[pick % len(candidates)])
+    made = Plan.of(record_of(problem.program, where, candidates[pick % len(candidates)]))
     mesh = made.make_mesh()
     placed = jax.device_put(
         (params, batch), (made.shardings(params, mesh), made.shardings(batch, mesh, "batch"))

@@ -226,5 +226,5 @@ def test_a_layout_holds_for_fewer_layers(plan: Plan) -> None:
     one_row = {key: jax.ShapeDtypeStruct((1, 8), jnp.int32) for key in BATCH}
     with pytest.raises(UserError, match="does not divide a dimension of size 1"):
         plan.resized(params, one_row)
-    with pytest.raises(UserError, match="that is not given"):
+    with pytest.raises(UserError, match="that the program lacks"):
         plan.resized(params, {"tokens": BATCH["tokens"]})

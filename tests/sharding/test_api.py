@@ -16,7 +16,7 @@ import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from meshwright.sharding import Plan, Topology, UserError, plan
-from meshwright.sharding.planner.build import plan_of
+from meshwright.sharding.planner.build import record_of
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.inputs import Problem
 
@@ -72,7 +72,7 @@ def small(name: str) -> Any:
 def test_any_candidate_of_the_space_keeps_values(name: str, data: Any) -> None:
     case, params, batch, program, candidates = small(name)
     candidate = candidates[data.draw(st.integers(0, len(candidates) - 1))]
-    agrees(case.loss, plan_of(program, Topology.parse("cpu:8"), candidate), params, batch)
+    agrees(case.loss, Plan.of(record_of(program, Topology.parse("cpu:8"), candidate)), params, batch)
 
 
 @pytest.mark.devices(8)
@@ -229,7 +229,7 @@ def test_a_stream_cut_over_the_tensor_axis_keeps_values(name: str) -> None:
         if any("tensor" in axes and dim not in of_parameters for dim, axes in layout.dims.items())
     ]
     assert cut
-    agrees(case.loss, plan_of(problem.program, where, cut[0]), params, batch)
+    agrees(case.loss, Plan.of(record_of(problem.program, where, cut[0])), params, batch)
 
 
 @pytest.mark.devices(8)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from meshwright.models import DecoderConfig, decoder
 from meshwright.sharding import Plan, UserError, declare
@@ -46,12 +47,18 @@ def declare_mlp(**changes: Any) -> Plan:
         "topology": "cpu:8",
         "mesh": MESH,
         "names": MLP_NAMES,
+        "optimizer": optax.adam(1e-3),
     } | changes
     return declare(mlp_loss, given.pop("params"), given.pop("batch"), **given)
 
 
 def declare_decoder(**changes: Any) -> Plan:
-    given: dict[str, Any] = {"topology": "cpu:8", "mesh": MESH, "names": DECODER.names} | changes
+    given: dict[str, Any] = {
+        "topology": "cpu:8",
+        "mesh": MESH,
+        "names": DECODER.names,
+        "optimizer": optax.adam(1e-3),
+    } | changes
     batch = {key: jax.ShapeDtypeStruct((ROWS, SEQUENCE), jnp.int32) for key in ("tokens", "targets")}
     return declare(DECODER.loss, jax.eval_shape(DECODER.init, jax.random.key(0)), batch, **given)
 
@@ -188,7 +195,10 @@ def test_defaults_that_yield_are_noted() -> None:
         ({"topology": "cpu"}, "cpu"),
         ({"topology": "v9p:4"}, "v9p"),
         ({"names": {"up": ("embed", "mlp", "heads")}}, "up"),
-        ({"names": {"upp": ("embed", "mlp")}}, "names has 'upp', which no array has; did you mean 'up'"),
+        (
+            {"names": {"upp": ("embed", "mlp")}},
+            "names are given at 'upp', where argument 0 has no array; did you mean 'up'",
+        ),
     ],
 )
 def test_declarations_that_cannot_hold_are_one_sentence(changes: dict[str, Any], sentence: str) -> None:

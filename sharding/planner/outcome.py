@@ -1,0 +1,128 @@
+"""Plans that come out of the planner: the best of a search, or the one that was declared."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..errors import UserError
+from ..hardware.topology import Topology
+from ..plans.record import Record
+from ..words import gib, layout_in_words, seconds
+from . import build
+from .advice import nothing_fits
+from .declared import Declared, ruled
+from .inputs import ROOMS, Answer, Problem, capacity_of
+from .search import Priced
+
+# How many of the layouts that do not fit a plan tells of.
+_MISFITS_SHOWN = 3
+# Said of a plan that fits only by less than the usual room.
+_TIGHT = (
+    "it fits only if the compiler leaves less memory free between arrays than it usually does: "
+    "have it compiled (--verify) before it is booked"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+    """What a plan came out of, for who asks further: the next best, or the best in less memory."""
+
+    problem: Problem
+    topology: Topology
+    declared: Declared
+    answer: Answer
+
+    def plan(self, chosen: Priced) -> Record:
+        """Return `chosen`, one of what was found, as a plan; all else that was found are its alternatives."""
+        answer = self.answer
+        program, layout = answer.program, chosen.candidate
+        found = (answer.found.best, *answer.found.others, *answer.found.misfits[:_MISFITS_SHOWN])
+        others = [one for one in found if one is not None and one is not chosen]
+        kernel = self.problem.kernel(self.topology, self.declared)
+        notes = build.notes_of(program, layout) + kernel.notes_on(layout.dims)
+        if answer.room < 1.0 and chosen.fits:
+            notes += (_TIGHT,)
+        return build.record_of(
+            program,
+            self.topology,
+            layout,
+            notes=notes + self.problem.notes(),
+            estimate=chosen.estimate,
+            alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
+            refused=answer.space.refused,
+            kernels=kernel.kernels if kernel.can(layout.dims) else {},
+        )
+
+    def with_memory(self, share: float) -> Search:
+        """Return the search again, with `share` of the memory that this one planned for."""
+        capacity = self.answer.capacity_bytes * share
+        rooms = tuple(room for room in ROOMS if room <= self.answer.room)
+        answer = self.problem.solve(self.topology, self.declared, capacity, rooms)
+        return dataclasses.replace(self, answer=answer)
+
+
+def best_of(problem: Problem, topology: Topology, declared: Declared) -> tuple[Record, Search]:
+    """Return the fastest plan on `topology` that fits its memory and keeps what is declared.
+
+    Raises UserError, saying by how much and what would help, if nothing fits.
+    """
+    answer = problem.solve(topology, declared, rooms=ROOMS)
+    if answer.found.best is None:
+        raise UserError(nothing_fits(problem, topology, declared, answer))
+    search = Search(problem=problem, topology=topology, declared=declared, answer=answer)
+    return search.plan(answer.found.best), search
+
+
+def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> Record:
+    """Return the plan of a layout that is wholly declared, estimated as one that was searched for is.
+
+    Raises UserError if a rule cannot hold, never for what is estimated: a note says what will not fit.
+    """
+    laid = ruled(
+        problem.program,
+        topology,
+        declared,
+        params=problem.params,
+        batch=problem.batch,
+        names=problem.names,
+    )
+    kernel = problem.kernel(topology, declared)
+    pricer = problem.pricer(topology, declared)
+    estimate = pricer.price(laid.candidate)
+    notes = (*laid.notes, *kernel.notes_on(laid.candidate.dims))
+    capacity = capacity_of(topology, pricer)
+    if estimate.needed_bytes > capacity and not topology.chip.nominal:
+        notes += (
+            f"it is estimated to need {gib(estimate.needed_bytes)} of a device's {gib(capacity)}: "
+            "have it compiled (--verify) before it is booked",
+        )
+    return build.record_of(
+        problem.program,
+        topology,
+        laid.candidate,
+        batch=laid.batch,
+        notes=(*notes, *problem.notes()),
+        estimate=estimate,
+        kernels=kernel.kernels if kernel.can(laid.candidate.dims) else {},
+    )
+
+
+def searched_instead(problem: Problem, record: Record) -> str:
+    """Say what a search on the same devices would take in place of `record`, and what that would win."""
+    try:
+        found, search = best_of(problem, record.topology, Declared())
+    except UserError as error:
+        return f"plan: auto has nothing to offer: {error}"
+    best, own = found.estimate, record.estimate
+    assert best is not None
+    assert own is not None
+    layout = layout_in_words(found.mesh, found.remat, found.microbatches, found.saved)
+    if search.answer.stored is not None:
+        sizes = [one.memory["params"] + one.memory.get("optimizer", 0.0) for one in (best, own)]
+        what = f"stores {gib(sizes[0])} of parameters and moments on a device instead of {gib(sizes[1])}"
+    else:
+        what = (
+            f"is estimated to take {seconds(best.step_seconds)} a step instead of {seconds(own.step_seconds)}"
+        )
+    peaks = f"needs {gib(best.needed_bytes)} of a device's memory instead of {gib(own.needed_bytes)}"
+    return f"plan: auto would take {layout}, which {what} and {peaks}"
