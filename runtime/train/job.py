@@ -65,7 +65,7 @@ def build_job(config: Config) -> Job:
     rate = optimizer.schedule(config.optimizer, config.train.steps)
     transformation = optimizer.build(config.optimizer, rate, model.names)
     plan = plan_of(config, shapes, topology, transformation)
-    _check_same_plan(plan)
+    check_same_plan(plan)
     mesh = plan.make_mesh()
     # One process says what there is to say of text that all of them read.
     corpus = open_corpus(config.data, to_stderr if jax.process_index() == 0 else lambda _: None)
@@ -152,7 +152,7 @@ def _check_same_text(fingerprint: str) -> None:
         )
 
 
-def _check_same_plan(plan: Plan) -> None:
+def check_same_plan(plan: Plan) -> None:
     """Refuse hosts that would compile different programs, such as those with other files of one name."""
     # Estimates are sums of floats, which may differ in their last digits from one processor to the next.
     odd = _differing_process(json.dumps(to_dict(plan.decision()), sort_keys=True))

@@ -20,8 +20,6 @@ FORMAT = 1
 
 # Written even where they are as usual, so that a reader of a file need not know what is usual.
 _ALWAYS = ("remat", "microbatches", "notes")
-# Written only of plans that have pipeline stages.
-_OF_STAGES = ("schedule", "interleave")
 
 # One line for each of their entries.
 _TABLES = ("dims", "params", "batch", "moments", "refused")
@@ -30,17 +28,19 @@ _Made = TypeVar("_Made", bound=Record)
 
 
 def to_dict(plan: Decision) -> dict[str, Any]:
-    """Return a decision or a record as plain values, without what is empty."""
+    """Return a decision or a record as plain values, without what is as it is by default."""
     fields = dataclasses.fields(Record if isinstance(plan, Record) else Decision)
-    values = {field.name: _plain(getattr(plan, field.name)) for field in fields}
-    required = {field.name for field in fields if field.default is field.default_factory}
-    values["topology"] = str(plan.topology)
-    left_out = () if plan.schedule else _OF_STAGES
-    return {"format": FORMAT} | {
-        name: value
-        for name, value in values.items()
-        if name not in left_out and (value or name in required or name in _ALWAYS)
+    values = {
+        field.name: _plain(value)
+        for field in fields
+        if (value := getattr(plan, field.name)) != _default(field) or field.name in _ALWAYS
     }
+    return {"format": FORMAT, **values, "topology": str(plan.topology)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
 
 
 def _plain(value: Any) -> Any:

@@ -107,17 +107,22 @@ MISTAKES = {
     "plan of no config": typed("plan", "{home}/confg.yaml", says="'config.yaml'"),
     "plan for an unknown chip": planned("--topology", "v5q:2x2", says="did you mean 'v5p'"),
     "plan for a slice that is not made": planned("--topology", "v5p:4x4x9", says="nearest: v5p:4x4x8"),
-    "why of nothing there": planned("--why", "tensr", says="did you mean 'tensor'"),
+    "why of nothing there": planned("plan=auto", "--why", "tensr", says="did you mean 'tensor'"),
     "plan saved nowhere": planned("--save", "{home}/no/x.json", says="{home}/no/x.json cannot be written"),
     "page written to a folder": planned("--html", "{home}/text", says="{home}/text cannot be written: Is a"),
     "plan file that is missing": planned("plan={home}/x.json", says="no plan file {home}/x.json"),
     "plan file that is none": planned("plan={home}/list.json", says="{home}/list.json"),
-    "plan on an axis that does not divide": planned("mesh={tensor: 3}", says="nearest: tensor=2 or 4"),
+    "plan on an axis that does not divide": planned(
+        "plan=auto", "mesh={tensor: 3}", says="nearest: tensor=2 or 4"
+    ),
     "plan on an unknown axis": planned("mesh={tensr: 2}", says="did you mean 'tensor'"),
     "plan with a rule for nothing": planned("rules={embd: fsdp}", says="did you mean 'embed'"),
     "plan in parts that do not divide": planned("microbatches=5", says="a batch of 16 rows does not divide"),
     "plan that does not fit": planned(
-        "model={preset: llama3-70b}", "topology=v5e:4x4", says=("nothing fits v5e:4x4", "too much", "fits:")
+        "plan=auto",
+        "model={preset: llama3-70b}",
+        "topology=v5e:4x4",
+        says=("nothing fits v5e:4x4", "too much", "fits:"),
     ),
     "profile of no folder": typed("profile", "{home}/nowhere", says="{home}/nowhere"),
     "profile of a run without one": typed("profile", "{home}/text", says="profile"),

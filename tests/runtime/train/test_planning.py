@@ -17,7 +17,7 @@ from training import command, metrics
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
 pytestmark = pytest.mark.usefixtures("compilation_cache_as_it_was")
-TINY = ("topology=v5e:2x4", "data.sequence=64", "train.global_batch=16")
+TINY = ("plan=auto", "topology=v5e:2x4", "data.sequence=64", "train.global_batch=16")
 
 
 def meshwright(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -67,7 +67,7 @@ def test_the_table_keeps_to_a_narrow_terminal(small_config: pathlib.Path) -> Non
 def test_it_writes_what_it_shows(small_config: pathlib.Path, tmp_path: pathlib.Path) -> None:
     files = {"--save": tmp_path / "x.plan.json", "--html": tmp_path / "x.html"}
     words = [word for flag, path in files.items() for word in (flag, str(path))]
-    done = meshwright(small_config, *TINY, "--topology", "h100:8", "--why", "fsdp", *words)
+    done = meshwright(small_config, *TINY, "mesh=null", "--topology", "h100:8", "--why", "fsdp", *words)
     assert done.returncode == 0, done.stderr
     assert "fsdp=" in done.stdout
     assert "h100:8" in files["--html"].read_text()
