@@ -1,19 +1,40 @@
-"""Which meshes are worth considering: factorisations of the devices over the axes that can be carried out."""
+"""Meshes: factorisations of the devices over the axes that can be carried out."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from ...errors import UserError, nearest
 from ...hardware.axes import AXES, resolve_axes
 from ...hardware.topology import Topology
+from ...plans.specs import cut_into
+from ...program.program import Program
+from ..declared import keep
+from .draft import Draft, Given, Refused
+from .microbatches import divisors
 
 # What the search may choose. The other axes are taken when declared: nothing spreads them by itself yet.
 OFFERED = ("data", "fsdp", "tensor")
 
 # Axes whose traffic is light enough for the network between slices.
 _TOLERATE_DCN = ("data", "stage")
+
+
+def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
+    """Yield every mesh worth considering, with what the user's rules fix on it."""
+    for mesh in meshes(given.topology, given.declared.mesh):
+        try:
+            kept = keep(given.program, given.declared, mesh, given.params, given.names)
+        except UserError as error:
+            yield Refused(sizes=mesh, reason=str(error))
+            continue
+        fixed = {dim: axes for dim, axes in kept.dims.items() if axes}
+        if bad := _indivisible(given.program, fixed, mesh):
+            yield Refused(sizes=mesh, reason=bad)
+            continue
+        yield dataclasses.replace(draft, mesh=mesh, kept=kept, dims=fixed)
 
 
 def meshes(topology: Topology, declared: Mapping[str, int]) -> list[dict[str, int]]:
@@ -62,12 +83,6 @@ def _factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
             yield (first, *rest)
 
 
-def divisors(number: int) -> Sequence[int]:
-    """Return the divisors of `number`, smallest first."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return small + [number // d for d in reversed(small) if d * d != number]
-
-
 def _ordered(sizes: Mapping[str, int]) -> dict[str, int]:
     """Return the offered axes, of size 1 where not given, and the others that are given."""
     return {axis: sizes.get(axis, 1) for axis in AXES if axis in OFFERED or axis in sizes}
@@ -76,3 +91,16 @@ def _ordered(sizes: Mapping[str, int]) -> dict[str, int]:
 def _crosses_lightly(mesh: Mapping[str, int], topology: Topology) -> bool:
     light = math.prod(mesh.get(axis, 1) for axis in _TOLERATE_DCN)
     return light % topology.num_slices == 0
+
+
+def _indivisible(
+    program: Program, dims: Mapping[int, tuple[str, ...]], mesh: Mapping[str, int]
+) -> str | None:
+    for number, axes in dims.items():
+        dim = program.dims[number]
+        if dim.whole:
+            return f"{dim.name} cannot be sharded: {dim.whole}"
+        if dim.size % cut_into(axes, mesh):
+            written = " x ".join(f"{axis}={mesh[axis]}" for axis in axes)
+            return f"{written} does not divide {dim.name}={dim.size}"
+    return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...errors import UserError, nearest_divisors
 from ...program import batch_mixing, batch_reduction
 from ...program.program import Program
-from .mesh import divisors
 
 
 def why_not(program: Program) -> str | None:
@@ -80,3 +80,9 @@ def indivisible(rows: int, parts: Mapping[str, int], microbatches: int, needed: 
     if microbatches > 1 and rows and rows % devices == 0:
         near += f", or microbatches={nearest_divisors(rows // devices, microbatches)}"
     return f"a batch of {rows} rows does not divide by {written}; nearest: {near}"
+
+
+def divisors(number: int) -> Sequence[int]:
+    """Return the divisors of `number`, smallest first."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]

@@ -1,4 +1,4 @@
-"""Which dimension of what layers hand on may share an axis with the parameters: sequence parallelism.
+"""Sequence parallelism: the dimension of what layers hand on that may share an axis with the parameters.
 
 Between the products that a tensor axis divides, a layer's stream is the same on all its devices. Sharded over
 that axis too, on a dimension that no parameter has, it costs no more traffic (the all-reduce after a product
@@ -8,14 +8,32 @@ becomes a reduce-scatter, and an all-gather before the next) and every device ke
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
+from ...plans.specs import cut_into
 from ...program import jaxpr as generations
 from ...program.program import Dims, Equation, Program
+from .draft import Draft, Given, Refused
 
 
-def stream_dim(program: Program, layer_dim: int, taken: Collection[int]) -> int | None:
+def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
+    """Yield the draft, then the draft with the stream between layers cut over ``tensor`` too."""
+    yield draft
+    layers, taken = given.layers, {*given.leads, *given.program.batch_dims}
+    if not draft.group or layers is None:
+        return
+    dim = given.once(_stream_dim, lambda: _stream_dim(given.program, layers.dim, taken))
+    if dim is None:
+        return
+    before = draft.dims.get(dim, ())
+    cut = (*before, "tensor")
+    if before in ((), ("context",)) and given.program.dims[dim].size % cut_into(cut, draft.mesh) == 0:
+        yield dataclasses.replace(draft, dims={**draft.dims, dim: cut})
+
+
+def _stream_dim(program: Program, layer_dim: int, taken: Collection[int]) -> int | None:
     """Return the largest dim, not one of `taken`, that the stream of the scan over `layer_dim` can be cut at.
 
     None if the stream has none but those of parameters and of the batch.

@@ -1,14 +1,15 @@
-"""How parameters, gradients and moments are stored: as computed with, and cut further over the data axes."""
+"""Storage of parameters, gradients and moments: as computed with, and cut further over the data axes."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ...cost.candidate import Storage
 from ...plans.specs import cut_into
 from ...program.program import Argument, Program
+from .draft import Draft, Given, Refused
 
 # A vector is stored whole unless it is more than this part of all parameters: a gather of so few bytes
 # costs its latency in every layer and saves nothing.
@@ -16,6 +17,29 @@ _LEAST_VECTOR = 0.01
 
 # Rows of a TPU's tile of two-byte values (8 sublanes, two packed): parts of whole tiles travel as they lie.
 _TILE_ROWS = 16
+
+
+def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
+    """Yield moments and gradients stored as parameters are, then cut over ``data`` too where that differs."""
+    seen = []
+    for moments_over in ((), ("data",)):
+        stored = store(
+            given.program,
+            draft.mesh,
+            draft.dims,
+            over=("fsdp",),
+            moments_over=moments_over,
+            declared=draft.kept.arrays,
+        )
+        if stored in seen:
+            continue
+        seen.append(stored)
+        made = dataclasses.replace(draft, stored=stored.params, optimizer=stored.optimizer)
+        if idle := _idle(made):
+            size = draft.mesh[idle]
+            yield Refused(sizes={idle: size}, reason=f"{idle}={size} would shard nothing in this program")
+            continue
+        yield made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,3 +142,10 @@ def _cut(
         best = max(whole, key=worth)
         cut[best] = (*cut[best], axis)
     return cut
+
+
+def _idle(draft: Draft) -> str | None:
+    """Return an axis that shards nothing: the devices along it would repeat each other's work."""
+    working = {axis for axes in draft.dims.values() for axis in axes}
+    working |= {axis for storage in draft.stored.values() for axes in storage for axis in axes}
+    return next((axis for axis, size in draft.mesh.items() if size > 1 and axis not in working), None)

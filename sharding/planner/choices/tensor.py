@@ -8,19 +8,37 @@ sharded over such a dim, the next contracts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ...program.flops import matmul_roles, work
 from ...program.program import Dim, Dims, Program
+from .draft import Draft, Given, Refused
 
 # Alternatives that start from a dimension dividing less than this part of the work are not worth a look.
 _WORTHWHILE = 0.1
 _MOST_GROUPS = 3
 # A dimension that divides no work (a table's rows) counts if it divides this part of the parameters.
 _LEAST_PARAMETERS = 0.001
+
+
+def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
+    """Yield the dims that ``tensor`` shards, group by group; none where it has one device or a rule."""
+    size = draft.mesh["tensor"]
+    if size == 1 or any("tensor" in axes for axes in draft.kept.dims.values()):
+        yield draft
+        return
+    kept = frozenset(draft.kept.dims)
+    groups = given.once((TensorGroups, kept), lambda: TensorGroups(given.program, kept)).of(size)
+    if not groups:
+        reason = f"no dimension of the parameters is one that {size} divides"
+        yield Refused(sizes={"tensor": size}, reason=reason)
+    for group in groups:
+        dims = {**draft.dims, **dict.fromkeys(group, ("tensor",))}
+        yield dataclasses.replace(draft, group=group, dims=dims)
 
 
 class TensorGroups:
