@@ -16,7 +16,7 @@ from .planner.inputs import Problem
 from .planner.outcome import Search, best_of, declared_plan
 from .planner.prove import prove
 from .plans import arrays, file
-from .plans.record import Record
+from .plans.record import Record, check_runs
 from .program.program import Program
 from .report.compare import Comparison, compare
 from .report.explain import explain
@@ -80,6 +80,7 @@ class Plan(Record):
 
     def apply(self, loss: Callable[..., Any], mesh: Mesh | AbstractMesh | None = None) -> Callable[..., Any]:
         """Return `loss(params, batch)` worked through as planned on `mesh`: same signature, same values."""
+        check_runs(self)
         return apply(self, loss, self.make_mesh() if mesh is None else mesh)
 
     def train_step(
