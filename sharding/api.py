@@ -20,7 +20,8 @@ from .plans.record import Record, check_runs
 from .program.program import Program
 from .report.compare import Comparison, compare
 from .report.explain import explain
-from .report.page import fragment
+from .report.html import fragment
+from .report.plan import plan_document
 from .transform import step
 from .transform.compose import apply
 from .verify.process import Limits
@@ -159,7 +160,7 @@ class Plan(Record):
 
     def _repr_html_(self) -> str:
         """Show the plan in a notebook: mesh, time, memory, parameters, what else there was."""
-        return fragment(self)
+        return fragment(plan_document(self))
 
     def check(self, params: Any, batch: Any, loss: Callable[..., Any] | None = None) -> None:
         """Raise UserError, naming what differs, if the plan was made for other arrays or another `loss`."""

@@ -89,9 +89,10 @@ def plan(
     elif answer is not None:
         print(answer)
     else:
-        from ...sharding.report.plan_table import plan_table
+        from ...sharding.report.plan import plan_document
+        from ...sharding.report.terminal import Printed
 
-        _show(plan_table(found))
+        _show(Printed(plan_document(found)))
 
 
 @app.command()

@@ -176,23 +176,22 @@ def facts(plan: Plan, planning_seconds: float, why: str | None = None) -> dict[s
 def compare_plans(a: pathlib.Path, b: pathlib.Path, *, as_json: bool) -> Any:
     """Return two saved plans side by side: a renderable, or JSON's text."""
     from ...sharding import Plan
-    from ...sharding.report.compare import compare_dict, compare_table
+    from ...sharding.report.compare import compare
 
-    first, second = Plan.load(a), Plan.load(b)
-    if as_json:
-        return json.dumps(compare_dict(first, second, (a.name, b.name)))
-    return compare_table(first, second, (a.name, b.name))
+    found = compare(Plan.load(a), Plan.load(b), (a.name, b.name))
+    return json.dumps(found.to_dict()) if as_json else found
 
 
 def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Path | None) -> None:
     """Write the plan as JSON and as a page, where asked for. Raises UserError where that cannot be done."""
-    from ...sharding.report.page import write_page
+    from ...sharding.report.html import page as page_of
+    from ...sharding.report.plan import plan_document
 
     try:
         if plan_file is not None:
             plan.save(plan_file)
         if page is not None:
-            write_page(plan, page)
+            page.write_text(page_of(plan_document(plan)), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
 

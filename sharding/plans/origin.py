@@ -17,7 +17,7 @@ from .estimate import Estimate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Alternative:
-    """Another way of running the program, at its best, and one sentence why it lost.
+    """Another way of running the program, at its best or as a bound on it, and one sentence why it lost.
 
     `sharded` maps dimension → mesh axes while computing, `storage` says how parameters and moments are
     stored (``replicated``, ``zero-1``, ``fsdp``, ``fsdp + zero-1``), `fits` whether memory holds it.
@@ -84,6 +84,15 @@ def distinct(alternatives: Iterable[Alternative]) -> tuple[Alternative, ...]:
         others = tuple(item for item in row.mesh.items() if item[0] not in ("data", "fsdp"))
         first.setdefault((others, row.storage, row.remat, row.fits), row)
     return tuple(first.values())
+
+
+def is_bound(row: Alternative) -> bool:
+    """Whether a row's time bounds what its mesh can do, rather than being that of a layout that fits.
+
+    Where the search need not work a size out, it gives the fastest layout with it whatever that holds: it
+    does not fit, and is said to be slower all the same. What was worked out and does not fit is said so.
+    """
+    return not row.fits and not row.lost.startswith("does not fit")
 
 
 def alternative_from(row: Mapping[str, Any]) -> Alternative:

@@ -1,19 +1,37 @@
-"""Two plans side by side, as data: what they do differently, and what each costs, estimated and compiled."""
+"""Two plans side by side: what they do differently, and what each costs, estimated and compiled."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..words import layout_in_words
-from .compiled_view import compiler_of, over
+from ..plans.record import ArrayPlan, Record
+from .document import (
+    Bar,
+    Bars,
+    Chapter,
+    Column,
+    Document,
+    Entry,
+    Figure,
+    List,
+    Segment,
+    Table,
+    Tone,
+    size_text,
+    spec_in_words,
+    time_text,
+    worth_a_line,
+)
+from .html import fragment
+from .plan import layout_of
+from .proof import SUMS, by_kind, compiler_of
+from .terminal import Printed, plain_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from ..plans.record import ArrayPlan, Record
 
 #: A figure of both plans; None where one does not know it or has no such thing.
 Both = tuple[Any, Any]
@@ -21,6 +39,13 @@ Both = tuple[Any, Any]
 # Choices that are one value each; those of pipeline stages count where there are stages.
 _VALUES = ("remat", "microbatches", "schedule", "interleave")
 _EXAMPLES = 3
+# As many rows of one table (parameters, dimensions, …) as say more than their number does.
+_CHOICES, _FINDINGS = 12, 8
+# Differences below this part of a figure are none.
+_ALIKE = 5e-4
+_HEAD = ("A", "B", "B - A", "B / A")
+# Colours of the plans' bars.
+_LEGEND = {"before": "A", "compute": "B"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,36 +84,27 @@ class Comparison:
     findings: tuple[tuple[str, ...], tuple[str, ...]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as plain values."""
+        """Return the comparison as plain values; None is what a plan does not know."""
         return dataclasses.asdict(self)
 
     def __rich__(self) -> RenderableType:
         """Show the comparison in a terminal."""
-        from .compare_table import comparison_table
-
-        return comparison_table(self)
+        return Printed(comparison_document(self))
 
     def __repr__(self) -> str:
         """Write what a terminal of 80 columns shows."""
-        from rich.console import Console
-
-        console = Console(width=80, color_system=None)
-        with console.capture() as written:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in written.get().splitlines())
+        return plain_text(comparison_document(self))
 
     def _repr_html_(self) -> str:
         """Show the comparison in a notebook."""
-        from .compare_page import comparison_fragment
-
-        return comparison_fragment(self)
+        return fragment(comparison_document(self))
 
 
 def compare(first: Record, second: Record, names: tuple[str, str] = ("A", "B")) -> Comparison:
     """Return `first` and `second` side by side; plans for other programs or topologies are said to be so."""
     return Comparison(
         names=names,
-        layouts=(_layout(first), _layout(second)),
+        layouts=(layout_of(first), layout_of(second)),
         unlike=tuple(_unlike(first, second)),
         differs=_differs(first, second),
         estimated=_costs(first.estimate, second.estimate),
@@ -98,18 +114,122 @@ def compare(first: Record, second: Record, names: tuple[str, str] = ("A", "B")) 
     )
 
 
-def compare_table(first: Record, second: Record, names: tuple[str, str] = ("A", "B")) -> RenderableType:
-    """Return a renderable of rich that shows two plans side by side in 80 columns."""
-    return compare(first, second, names).__rich__()
+def comparison_document(shown: Comparison) -> Document:
+    """Return what a comparison shows in a terminal, in a notebook and as a page."""
+    sides = zip("AB", shown.names, shown.layouts, strict=True)
+    figures = tuple(
+        Figure(name=letter, value=layout)
+        if name == letter
+        else Figure(name=letter, value=name, detail=layout)
+        for letter, name, layout in sides
+    )
+    chapters = [_choices(shown)]
+    for title, costs in (("estimated", shown.estimated), ("compiled", shown.compiled)):
+        if costs is not None:
+            chapters.append(Chapter(title=title, blocks=(_cost_bars(costs),)))
+    if shown.collectives:
+        chapters.append(_collective_bars(shown.collectives))
+    for letter, mine, others in zip("AB", shown.findings, reversed(shown.findings), strict=True):
+        if alone := tuple(what for what in mine if what not in others):
+            chapters.append(
+                Chapter(title=f"found in {letter} alone", blocks=(List(items=alone, most=_FINDINGS),))
+            )
+    return Document(
+        name="Two plans", title="Two plans", figures=figures, warnings=shown.unlike, chapters=tuple(chapters)
+    )
 
 
-def compare_dict(first: Record, second: Record, names: tuple[str, str] = ("A", "B")) -> dict[str, Any]:
-    """Return two plans side by side as plain values, see `Comparison`; None is what a plan does not know."""
-    return compare(first, second, names).to_dict()
+def _choices(shown: Comparison) -> Chapter:
+    entries = []
+    for table, rows in shown.differs.items():
+        # An axis that a mesh lacks has size 1, a dimension that no axis shards is whole.
+        absent = {"mesh": "1", "dims": "whole"}.get(table, "-")
+        for name, both in rows.items():
+            label = name if table == "values" else f"{table.replace('_', ' ')} {name}"
+            entries.append(Entry(cells=(label, *(_choice(one, absent) for one in both)), group=table))
+    if not entries:
+        return Chapter(title="they choose alike", blocks=())
+    columns = (Column(), Column(name="A"), Column(name="B"))
+    block = Table(columns=columns, entries=tuple(entries), most=_CHOICES)
+    return Chapter(title="what they do differently", blocks=(block,))
 
 
-def _layout(plan: Record) -> str:
-    return f"{plan.topology}: {layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)}"
+def _choice(value: Any, absent: str) -> str:
+    """Write a choice: a spec as ``[fsdp, -]``, a table as ``name=value``, nothing as `absent`."""
+    if value is None:
+        return absent
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={one}" for name, one in value.items()) or absent
+    return spec_in_words(value) if isinstance(value, list) else str(value)
+
+
+def _cost_bars(costs: Costs) -> Bars:
+    bars = []
+    for name, whole, items, write in (
+        ("step", costs.step_seconds, costs.time, time_text),
+        ("memory", costs.peak_bytes, costs.memory, size_text),
+    ):
+        most = max(size or 0.0 for size in whole)
+        bars.append(_bar(name, whole, write, most, tone="strong"))
+        bars += [_bar(item, pair, write, most, depth=1) for item, pair in worth_a_line(items, most)]
+    return Bars(bars=tuple(bars), head=_HEAD, legend=_LEGEND)
+
+
+def _collective_bars(collectives: Mapping[str, Mapping[str, Both]]) -> Chapter:
+    seconds = {name: max(size or 0.0 for size in sums["seconds"]) for name, sums in collectives.items()}
+    most = max(seconds.values())
+    bars = []
+    for name in sorted(collectives, key=lambda name: -seconds[name]):
+        sums = collectives[name]
+        bars += [
+            _bar(name, sums["seconds"], time_text, most),
+            _bar("exposed", sums["exposed_seconds"], time_text, most, depth=1, tone="soft"),
+            _bar("bytes", sums["bytes"], size_text, depth=1, tone="soft"),
+            _bar("times", sums["count"], "{:,.0f}".format, depth=1, tone="soft"),
+        ]
+    block = Bars(bars=tuple(bars), head=_HEAD, legend=_LEGEND)
+    return Chapter(title="collectives as compiled, of one device in a step", blocks=(block,))
+
+
+def _bar(
+    name: str,
+    pair: Sequence[float | None],
+    write: Callable[[float], str],
+    most: float = 0.0,
+    *,
+    depth: int = 0,
+    tone: Tone = "",
+) -> Bar:
+    """Return both figures, and bars of which `most` is as long as there is place; without it none."""
+    one, other = pair
+    tracks = tuple(
+        (Segment(part=min(size / most, 1.0), kind=kind, words=f"{letter}: {write(size)}"),)
+        if size and most
+        else ()
+        for size, (kind, letter) in zip(pair, _LEGEND.items(), strict=True)
+    )
+    figures = pair_texts((one, other), write)
+    return Bar(name=name, figures=figures, tracks=tracks if most else (), depth=depth, tone=tone)
+
+
+def pair_texts(pair: Both, write: Callable[[float], str]) -> tuple[str, str, str, str]:
+    """Return both figures, their difference and their ratio in words; ``-`` and nothing where one is missing.
+
+    >>> pair_texts((2.0, 3.0), "{:g} s".format)
+    ('2 s', '3 s', '+1 s', '1.50')
+    """
+    one, other = pair
+    first, second = ("-" if size is None else write(size) for size in pair)
+    if one is None or other is None:
+        return first, second, "", ""
+    # Figures as alike as this are written alike, and differ by rounding.
+    if abs(other - one) <= _ALIKE * max(one, other):
+        return first, second, "same", "1.00" if one else ""
+    more = ("+" if other > one else "-") + write(abs(other - one))
+    ratio = other / one if one else 0.0
+    # Two digits that say something, whatever the ratio.
+    written = f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+    return first, second, more, written if one else ""
 
 
 def _unlike(first: Record, second: Record) -> list[str]:
@@ -210,31 +330,15 @@ def _item(table: Mapping[str, float] | None, key: str) -> float | None:
 
 
 def _collectives(first: Record, second: Record) -> dict[str, dict[str, Both]]:
-    sides: list[dict[str, dict[str, float]] | None] = []
-    for plan in (first, second):
-        if plan.proof is None:
-            sides.append(None)
-            continue
-        found: dict[str, dict[str, float]] = {}
-        for row in plan.proof.collectives:
-            sums = found.setdefault(f"{row.kind}/{over(row.axes)}", dict.fromkeys(_SUMS, 0.0))
-            for name in _SUMS:
-                sums[name] += getattr(row, name)
-        sides.append(found)
-    keys = {key: None for side in sides for key in side or {}}
-    return {
-        key: {
-            name: (
-                None if sides[0] is None else sides[0].get(key, {}).get(name, 0.0),
-                None if sides[1] is None else sides[1].get(key, {}).get(name, 0.0),
-            )
-            for name in _SUMS
-        }
-        for key in keys
-    }
+    sides = [None if plan.proof is None else by_kind(plan.proof.collectives) for plan in (first, second)]
+    nothing: dict[str, float] = dict.fromkeys(SUMS, 0.0)
 
+    def both(key: str, name: str) -> Both:
+        one, other = (None if side is None else side.get(key, nothing)[name] for side in sides)
+        return one, other
 
-_SUMS = ("count", "bytes", "seconds", "exposed_seconds")
+    keys = dict.fromkeys(key for side in sides for key in side or {})
+    return {key: {name: both(key, name) for name in SUMS} for key in keys}
 
 
 def _findings(plan: Record) -> tuple[str, ...]:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
 
 from ..errors import UserError, nearest
 from ..paths import by_suffix
-from ..plans.origin import distinct
-from ..plans.specs import axes_of
-from ..words import gib, layout_in_words, seconds
-from . import proved
+from ..plans.origin import Alternative, distinct, is_bound
+from ..plans.proof import Proof
+from ..plans.record import Record
+from ..words import gib, seconds
+from .document import spec_in_words, worth_a_line
+from .plan import alternative_in_words, bytes_of, cut_of, layout_of, usable_bytes
+from .proof import by_kind, costliest, finding_in_words
 
-if TYPE_CHECKING:
-    from ..plans.origin import Alternative
-    from ..plans.record import ArrayPlan, Record
-
-# Items of time or memory below this part of the whole are summed up.
-_WORTH_A_LINE = 0.02
-# Runners-up named where nobody asked for a certain one.
-_SHOWN = 5
+# Runners-up and findings named where nobody asked for a certain one.
+_OTHERS, _FINDINGS = 5, 3
 
 
 def explain(plan: Record, subject: str | None = None) -> str:
@@ -43,38 +39,47 @@ def explain(plan: Record, subject: str | None = None) -> str:
 
 
 def _whole(plan: Record) -> str:
-    lines = [f"{plan.topology}: {layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)}"]
+    lines = [layout_of(plan)]
     if plan.estimate is not None:
         estimate = plan.estimate
-        lines.append(
+        lines += [
             f"a step takes {seconds(estimate.step_seconds)} at {estimate.mfu:.1%} of the peak: "
-            + _items(estimate.time, seconds)
-        )
-        lines.append(f"a device holds {gib(estimate.peak_bytes)} at most: {_items(estimate.memory, gib)}")
+            + _items(estimate.time, seconds),
+            f"a device holds {gib(estimate.peak_bytes)} at most: {_items(estimate.memory, gib)}",
+        ]
         if estimate.heap_bytes is not None:
-            lines.append(f"laid out with free places between, that needs {gib(estimate.heap_bytes)} of it")
-    lines += proved.of_plan(plan)
-    lines += [f"not {_name(other)}: {other.lost}" for other in distinct(plan.alternatives)[:_SHOWN]]
+            heap = gib(estimate.heap_bytes)
+            lines.append(f"as laid out, with places between that stay free, it takes {heap}")
+    if plan.proof is not None:
+        lines += _proved(plan.proof)
+    lines += [
+        f"not {alternative_in_words(other)}: {other.lost}" for other in distinct(plan.alternatives)[:_OTHERS]
+    ]
     return "\n".join([*lines, *plan.notes])
 
 
-def _items(table: Mapping[str, float], write) -> str:
-    total = sum(table.values())
-    large = {name: size for name, size in table.items() if size >= _WORTH_A_LINE * total}
-    shown = sorted(large.items(), key=lambda row: -row[1])
-    rest = total - sum(large.values())
-    parts = [f"{name} {write(size)}" for name, size in shown]
-    return ", ".join([*parts, f"the rest {write(rest)}"] if rest > 0 else parts)
+def _items(table: Mapping[str, float], write: Callable[[float], str]) -> str:
+    rows = worth_a_line({name: (size,) for name, size in table.items()}, sum(table.values()))
+    return ", ".join(f"{name} {write(size or 0.0)}" for name, (size,) in rows)
+
+
+def _proved(proof: Proof) -> list[str]:
+    """Return what the compiler says of the whole of a plan."""
+    return [
+        f"compiled, a step takes {seconds(proof.step_seconds)}: {_items(proof.time, seconds)}",
+        f"compiled, a device holds {gib(proof.peak_bytes)} at most",
+        *(f"found: {finding_in_words(row)}" for row in costliest(proof.findings)[:_FINDINGS]),
+    ]
 
 
 def _axis(plan: Record, axis: str, size: str) -> str:
-    if not size:
-        return "\n".join([_work_of(plan, axis), *proved.of_axis(plan, axis), *_other_sizes(plan, axis)])
-    if not size.isdigit():
+    if size and not size.isdigit():
         raise UserError(f"{axis}={size} is no axis size; write for example {axis}={plan.mesh[axis] * 2}")
-    if plan.mesh[axis] == int(size):
-        return "\n".join([_work_of(plan, axis), *proved.of_axis(plan, axis)])
-    return _not_this_size(plan, axis, int(size))
+    if size and plan.mesh[axis] != int(size):
+        return _not_this_size(plan, axis, int(size))
+    others = {row.mesh[axis] for row in plan.alternatives if axis in row.mesh} - {plan.mesh[axis]}
+    lines = [_not_this_size(plan, axis, other) for other in sorted(others)] if not size else []
+    return "\n".join([_work_of(plan, axis), *_compiled_over(plan, axis), *lines])
 
 
 def _work_of(plan: Record, axis: str) -> str:
@@ -82,31 +87,46 @@ def _work_of(plan: Record, axis: str) -> str:
     if size == 1:
         return f"{axis}=1: nothing is sharded over {axis}"
     dims = [name for name, dim in plan.dims.items() if axis in dim.axes]
-    stored = [row for row in plan.params.values() if axis in _spec_axes(row)]
-    share = sum(_elements(row) for row in stored) / max(sum(map(_elements, plan.params.values())), 1)
-    lines = [f"{axis}={size}"]
+    elements = {path: math.prod(row.shape) for path, row in plan.params.items()}
+    stored = [path for path, row in plan.params.items() if any(axis in axes for axes in cut_of(row).axes)]
+    parts = []
     if dims:
-        lines.append(f"shards {', '.join(dims)} while computing")
+        parts.append(f"shards {', '.join(dims)} while computing")
     if stored:
-        lines.append(f"stores {share:.1%} of the parameters in {size} parts")
+        share = sum(elements[path] for path in stored) / max(sum(elements.values()), 1)
+        parts.append(f"stores {share:.1%} of the parameters in {size} parts")
     if plan.estimate is not None:
         costs = {name: cost for name, cost in plan.estimate.time.items() if name.endswith(f"/{axis}")}
         if costs:
-            lines.append(f"costs {_items(costs, seconds)} of {seconds(plan.estimate.step_seconds)}")
-    return f"{lines[0]}: " + "; ".join(lines[1:])
+            parts.append(f"costs {_items(costs, seconds)} of {seconds(plan.estimate.step_seconds)}")
+    return f"{axis}={size}: " + "; ".join(parts)
 
 
-def _other_sizes(plan: Record, axis: str) -> list[str]:
-    sizes = sorted({row.mesh[axis] for row in plan.alternatives if axis in row.mesh} - {plan.mesh[axis]})
-    return [_not_this_size(plan, axis, size) for size in sizes]
+def _compiled_over(plan: Record, axis: str) -> list[str]:
+    """Return what runs over a mesh axis in the compiled step; nothing without a proof or of one device."""
+    proof = plan.proof
+    if proof is None or plan.mesh[axis] == 1:
+        return []
+    rows = [row for row in proof.collectives if axis in row.axes]
+    if not rows:
+        return [f"compiled: no collective runs over {axis}"]
+    sums = by_kind(rows)
+    busy = {name: (one["seconds"],) for name, one in sums.items()}
+    told = [
+        f"{name} {sums[name]['count']:,.0f} times, {gib(sums[name]['bytes'])} in {seconds(time or 0.0)}"
+        if name in sums
+        else f"{name} in {seconds(time or 0.0)}"
+        for name, (time,) in worth_a_line(busy, sum(one["seconds"] for one in sums.values()))
+    ]
+    exposed = sum(one["exposed_seconds"] for one in sums.values())
+    waits = f"computing waits for {seconds(exposed) if exposed else 'none'} of it"
+    return [f"compiled: {', '.join(told)}; {waits}, of a step of {seconds(proof.step_seconds)}"]
 
 
 def _not_this_size(plan: Record, axis: str, size: int) -> str:
     found = [row for row in plan.alternatives if row.mesh.get(axis, 1) == size]
     if found:
-        best = min(found, key=lambda row: (not row.fits, row.estimate.step_seconds))
-        took = f"{seconds(best.estimate.step_seconds)}, {gib(best.estimate.peak_bytes)}"
-        return f"not {axis}={size}: at its best ({_name(best)}; {took}) it {_as_verb(best.lost)}"
+        return f"not {axis}={size}: {_why_not(found, f'{axis}={size}', usable_bytes(plan))}"
     for written, reason in plan.refused.items():
         if f"{axis}={size}" in written.split(" x "):
             return f"not {axis}={size}: {reason}"
@@ -118,69 +138,82 @@ def _not_this_size(plan: Record, axis: str, size: int) -> str:
     return f"not {axis}={size}: the declared parts of the plan leave no room for it"
 
 
+def _why_not(rows: Iterable[Alternative], what: str, capacity_bytes: float | None) -> str:
+    """Say what the layouts with `what`, a size of an axis, come to: the best of them, or a bound on it."""
+    by_time = sorted(rows, key=lambda row: row.estimate.step_seconds)
+    fitting = [row for row in by_time if row.fits]
+    bounds = [row for row in by_time if is_bound(row)]
+    least = bounds[0].estimate if bounds else None
+    if fitting:
+        costs = f"{_costing(fitting[0])}) it {_as_verb(fitting[0].lost)}"
+        if least is None or fitting[0].estimate.step_seconds <= least.step_seconds:
+            return f"at its best ({costs}"
+        return (
+            f"as far as it was worked out ({costs}; no layout with {what} takes less than "
+            f"{seconds(least.step_seconds)}"
+        )
+    if least is None:
+        return f"at its smallest ({_costing(by_time[0])}) it {by_time[0].lost}"
+    needs = gib(least.needed_bytes) + (f" of a device's {gib(capacity_bytes)}" if capacity_bytes else "")
+    return (
+        f"it {_as_verb(bounds[0].lost)}; {seconds(least.step_seconds)} is a lower bound for every layout "
+        f"with {what} and no time to be had: the layout that would take it "
+        f"({alternative_in_words(bounds[0])}) does not fit, it needs {needs}"
+    )
+
+
+def _costing(row: Alternative) -> str:
+    return (
+        f"{alternative_in_words(row)}; {seconds(row.estimate.step_seconds)}, {gib(row.estimate.peak_bytes)}"
+    )
+
+
 def _as_verb(lost: str) -> str:
     return lost if lost.startswith(("takes", "stores", "does")) else f"is {lost}"
 
 
-def _name(row: Alternative) -> str:
-    return f"{layout_in_words(row.mesh, row.remat, row.microbatches, row.saved)}, {row.storage}"
-
-
 def _dimension(plan: Record, name: str) -> str:
     dim = plan.dims[name]
-    where = [path for path, row in plan.params.items() if dim.argument == 0 and path == dim.path]
-    of = f" (in {where[0]}, for one)" if where else ""
+    where = f" (in {dim.path}, for one)" if dim.argument == 0 and dim.path in plan.params else ""
     if dim.axes:
         written = " x ".join(f"{axis}={plan.mesh[axis]}" for axis in dim.axes)
-        parts = math.prod(plan.mesh[axis] for axis in dim.axes)
-        return (
-            f"{name}={dim.size}{of} is sharded over {written} while computing: {dim.size // parts} a device"
-        )
-    others = [n for n, row in plan.dims.items() if "tensor" in row.axes]
-    if plan.mesh.get("tensor", 1) > 1 and others:
-        return f"{name}={dim.size}{of} is whole while computing; tensor shards {', '.join(others)} instead"
-    return f"{name}={dim.size}{of} is whole while computing"
+        part = dim.size // math.prod(plan.mesh[axis] for axis in dim.axes)
+        return f"{name}={dim.size}{where} is sharded over {written} while computing: {part} a device"
+    others = [other for other, row in plan.dims.items() if "tensor" in row.axes]
+    instead = f"; tensor shards {', '.join(others)} instead" if others and plan.mesh["tensor"] > 1 else ""
+    return f"{name}={dim.size}{where} is whole while computing{instead}"
 
 
 def _parameter(plan: Record, path: str) -> str:
-    row = plan.params[path]
-    axes = _spec_axes(row)
-    parts = math.prod(plan.mesh[axis] for axis in axes)
+    row, cut = plan.params[path], cut_of(plan.params[path])
+    on_device, whole = bytes_of(plan, row)
     computing = {axis for dim in plan.dims.values() for axis in dim.axes if "tensor" in dim.axes}
-    lines = [f"{path} {list(row.shape)} {row.dtype} is stored as {_written(row)}: {_bytes(row, parts)}"]
-    for n, entry in enumerate(row.spec):
-        for axis in axes_of(entry):
+    parts = [
+        f"{path} {list(row.shape)} {row.dtype} is stored as {spec_in_words(cut.axes)}: "
+        f"{gib(on_device)} a device of {gib(whole)}"
+    ]
+    for n, (size, axes) in enumerate(zip(cut.shape, cut.axes, strict=True)):
+        for axis in axes:
+            over = f"in {plan.mesh[axis]} parts over {axis}"
             use = (
-                f"is computed with in {plan.mesh[axis]} parts over {axis}"
+                "computed with " + over
                 if axis in computing
-                else f"is stored in {plan.mesh[axis]} parts over {axis} and gathered where it is used"
+                else f"stored {over} and gathered where it is used"
             )
-            lines.append(f"dimension {n} of size {row.shape[n]} {use}")
-    if not axes:
-        lines.append("every device holds all of it")
+            parts.append(f"dimension {n} of size {size} is {use}")
+    if not any(cut.axes):
+        parts.append("every device holds all of it")
     if path in plan.moments:
-        lines.append(f"its gradient and moments are stored as {plan.moments[path]}")
-    return "\n".join(["; ".join(lines), *proved.of_parameter(plan, path)])
+        parts.append(f"its gradient and moments are stored as {plan.moments[path]}")
+    return "\n".join(["; ".join(parts), *_found_of(plan, path)])
 
 
-def _written(row: ArrayPlan) -> str:
-    entries = [*row.spec, *(None,) * (len(row.shape) - len(row.spec))]
-    return "[" + ", ".join("x".join(axes_of(entry)) or "-" for entry in entries) + "]"
-
-
-def _bytes(row: ArrayPlan, parts: int) -> str:
-    import jax.numpy as jnp
-
-    total = _elements(row) * jnp.dtype(row.dtype).itemsize
-    return f"{gib(total / parts)} a device of {gib(total)}"
-
-
-def _spec_axes(row: ArrayPlan) -> list[str]:
-    return [axis for entry in row.spec for axis in axes_of(entry)]
-
-
-def _elements(row: ArrayPlan) -> int:
-    return math.prod(row.shape)
+def _found_of(plan: Record, path: str) -> list[str]:
+    """Return what the compiler's findings say of a parameter; nothing if they do not name it."""
+    # As JAX writes a leaf's place in a tree: ``params['layers']['up']``.
+    keys = "".join(f"['{key}']" for key in path.split("/"))
+    rows = () if plan.proof is None else plan.proof.findings
+    return [f"found: {finding_in_words(row)}" for row in rows if keys in row.what or path in row.what.split()]
 
 
 def _ending(subject: str, paths: Iterable[str]) -> str | None:

@@ -1,8 +1,10 @@
-"""What `explain` answers where the compiler has been asked."""
+"""What `explain` answers, from the search and from the compiler."""
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import re
 from typing import Any
 
 import jax
@@ -10,10 +12,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 from meshwright.sharding import Plan, plan
+from meshwright.sharding.cost.estimate import Estimate
 from meshwright.sharding.hlo.text import SourceLine
+from meshwright.sharding.plans.origin import Alternative, is_bound
 from meshwright.sharding.plans.proof import CompiledCollective, Finding, Proof
 
 MIB = 2.0**20
+PLANS = sorted((pathlib.Path(__file__).parents[3] / "configs" / "plans").glob("*.json"))
 
 
 def loss(params: Any, batch: Any) -> Any:
@@ -106,7 +111,8 @@ def test_a_parameter_tells_what_was_found_of_it_alone(proved: Plan) -> None:
 
 def test_the_whole_plan_tells_compiled_figures_and_the_costliest_findings(proved: Plan) -> None:
     answer = proved.explain().splitlines()
-    assert "compiled, a step takes 500 ms: compute 300 ms, all_reduce/fsdp×tensor 199 ms" in answer
+    items = "compute 300 ms, all_reduce/fsdp×tensor 199 ms, all_gather/fsdp 1 ms"
+    assert f"compiled, a step takes 500 ms: {items}" in answer
     assert "compiled, a device holds 0.3 GiB at most" in answer
     told = [line for line in answer if line.startswith("found")]
     assert [line.split(",")[0] for line in told[:1]] == ["found: an all-reduce"]
@@ -118,3 +124,90 @@ def test_without_a_proof_nothing_is_claimed(proved: Plan) -> None:
     for subject in (None, "fsdp", "mlp/up"):
         assert "compiled" not in bare.explain(subject)
         assert "found" not in bare.explain(subject)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Plan:
+    (path,) = (path for path in PLANS if path.name == "llama3-8b.v5p-4x4x8.plan.json")
+    return Plan.load(path)
+
+
+def test_a_bound_is_not_told_as_a_time_to_be_had(shipped: Plan) -> None:
+    answer = shipped.explain("tensor=8")
+    (bound,) = [row for row in shipped.alternatives if row.mesh["tensor"] == 8]
+    assert bound.estimate.peak_bytes > 900 * 2**30
+    assert "at its best" not in answer
+    assert "10.5 s is a lower bound for every layout with tensor=8" in answer
+    assert "does not fit, it needs 919.3 GiB of a device's 95.0 GiB" in answer
+    assert bound.lost in answer
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+def test_what_is_told_as_the_best_of_a_size_fits(path: pathlib.Path) -> None:
+    planned = Plan.load(path)
+    lines = [line for axis in planned.mesh for line in planned.explain(axis).splitlines()]
+    rows = planned.alternatives
+    for line in lines:
+        if (size := re.match(r"not (\w+)=(\d+): (at its best|at its smallest|it|as far)", line)) is None:
+            continue
+        same = [row for row in rows if row.mesh.get(size[1], 1) == int(size[2])]
+        best = min((row for row in same if row.fits), key=seconds_of, default=None)
+        assert (best is not None) == (size[3] in ("at its best", "as far")), line
+        if size[3] == "at its best":
+            assert best is not None
+            # Nothing that it was compared with bounds the size below it.
+            assert all(seconds_of(row) >= seconds_of(best) for row in same if is_bound(row))
+            assert f"; {best.estimate.step_seconds:.3g} s," in line
+
+
+def seconds_of(row: Alternative) -> float:
+    return row.estimate.step_seconds
+
+
+def alternative(seconds: float, *, fits: bool, lost: str) -> Alternative:
+    return Alternative(
+        mesh={"data": 8, "tensor": 2},
+        sharded={},
+        storage="fsdp",
+        remat="none",
+        saved={},
+        microbatches=1,
+        estimate=Estimate(step_seconds=seconds, mfu=0.1, peak_bytes=200 * 2**30, time={}, memory={}),
+        fits=fits,
+        lost=lost,
+    )
+
+
+def test_the_fastest_that_fits_is_told_with_what_bounds_it(proved: Plan) -> None:
+    slow = alternative(3.0, fits=True, lost="200% slower: host takes 2 s more")
+    bound = alternative(2.0, fits=False, lost="at least 100% slower: host takes 1 s more")
+    large = alternative(1.0, fits=False, lost="does not fit: 200.0 GiB of 95.0 GiB a device")
+    layout = "data=8 x tensor=2, remat=none, microbatches=1, fsdp"
+    for rows, words in (
+        ((slow,), f"at its best ({layout}; 3 s, 200.0 GiB) it is 200% slower: host takes 2 s more"),
+        ((slow, bound), f"as far as it was worked out ({layout}; 3 s, 200.0 GiB) it is 200% slower"),
+        ((slow, bound), "no layout with data=8 takes less than 2 s"),
+        ((bound, large), "it is at least 100% slower: host takes 1 s more; 2 s is a lower bound"),
+        ((large,), f"at its smallest ({layout}; 1 s, 200.0 GiB) it does not fit"),
+    ):
+        assert words in dataclasses.replace(proved, alternatives=rows).explain("data=8")
+
+
+def test_a_bound_of_the_search_is_known_from_what_a_plan_keeps() -> None:
+    shapes = {"up": (8192, 32768), "down": (32768, 8192)}
+    params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    batch = {"x": jax.ShapeDtypeStruct((2**20, 8192), "float32")}
+
+    def deep(params: Any, batch: Any) -> Any:
+        def layer(x: Any, _: Any) -> Any:
+            return jax.nn.gelu(x @ params["up"]) @ params["down"], None
+
+        x, _ = jax.lax.scan(layer, batch["x"], None, length=8)
+        return jnp.mean(x**2)
+
+    found = plan(deep, params, batch, topology="v5p:4x4x4", optimizer=optax.adamw(1e-3))
+    assert found.search is not None
+    answer = found.search.answer.found
+    bounds = [one.estimate.step_seconds for one in answer.others if one.bound]
+    assert bounds
+    assert sorted(bounds) == sorted(seconds_of(row) for row in found.alternatives if is_bound(row))

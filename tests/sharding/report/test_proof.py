@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import pathlib
 import re
 from html.parser import HTMLParser
@@ -16,9 +17,12 @@ import pytest
 from meshwright.sharding import Plan, plan
 from meshwright.sharding.hlo.text import SourceLine
 from meshwright.sharding.plans.proof import Buffer, CompiledCollective, Finding, LineCost, Proof
-from meshwright.sharding.report.compiled_view import compiled_view, compiler_of, place
-from meshwright.sharding.report.page import page
-from meshwright.sharding.report.plan_table import plan_table
+from meshwright.sharding.report import html
+from meshwright.sharding.report.costs import memory_chapter, time_chapter
+from meshwright.sharding.report.document import Bar, Bars, Chapter, Document
+from meshwright.sharding.report.plan import plan_document
+from meshwright.sharding.report.proof import compiler_of, place
+from meshwright.sharding.report.terminal import Printed
 from rich.console import Console
 
 GIB = 2.0**30
@@ -94,39 +98,76 @@ def proved() -> Plan:
 
 def terminal(shown: Plan, width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(plan_table(shown))
+    console.print(Printed(plan_document(shown)))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def page(shown: Plan) -> str:
+    return html.page(plan_document(shown))
+
+
 def line_with(text: str, words: str) -> str:
-    return next(line for line in text.splitlines() if words in line)
+    """Return the first line with `words`, without its bars."""
+    return re.sub("[█▀▄░▏]", " ", next(line for line in text.splitlines() if words in line))
+
+
+def chapter(document: Document, title: str) -> Chapter:
+    return next(one for one in document.chapters if title in one.title)
+
+
+def bars_of(one: Chapter) -> dict[str, Bar]:
+    (block,) = (block for block in one.blocks if isinstance(block, Bars))
+    return {bar.name: bar for bar in block.bars}
+
+
+def parts(bar: Bar, kind: str) -> float:
+    """Return how much of the full width a bar's segments of a kind take."""
+    return sum(one.part for track in bar.tracks for one in track if one.kind == kind)
 
 
 def test_estimated_and_compiled_items_stand_beside_each_other(proved: Plan) -> None:
-    shown = compiled_view(proved)
-    assert shown is not None
     assert proved.estimate is not None
-    time = {pair.name: pair for pair in shown.time}
-    assert sum(pair.compiled or 0.0 for pair in shown.time) == pytest.approx(PROOF.step_seconds)
-    assert sum(pair.estimated or 0.0 for pair in shown.time) == pytest.approx(proved.estimate.step_seconds)
-    assert time["all_gather/fsdp"].hidden == pytest.approx(GATHER.seconds - GATHER.exposed_seconds)
-    assert time["all_reduce/data×fsdp"].hidden == 0.0
-    assert sum(pair.compiled or 0.0 for pair in shown.memory) == PROOF.peak_bytes
-    assert sum(pair.estimated or 0.0 for pair in shown.memory) == pytest.approx(proved.estimate.peak_bytes)
+    time = bars_of(time_chapter(proved.estimate, proved.proof))
+    whole = [bar for bar in time.values() if bar.depth == 0]
+    estimated = sum(parts(bar, "before") for bar in whole)
+    compiled = sum(parts(bar, "compute") + parts(bar, "talk") for bar in whole)
+    assert estimated / compiled == pytest.approx(proved.estimate.step_seconds / PROOF.step_seconds)
+    hidden = parts(time["all_gather/fsdp"], "talk hidden") / parts(time["all_gather/fsdp"], "talk")
+    assert hidden == pytest.approx((GATHER.seconds - GATHER.exposed_seconds) / GATHER.exposed_seconds)
+    assert parts(time["all_reduce/data×fsdp"], "talk hidden") == 0.0
+    memory = bars_of(memory_chapter(proved.estimate, proved.proof, None))
+    whole = [bar for bar in memory.values() if bar.depth == 0]
+    ratio = sum(parts(bar, "before") for bar in whole) / sum(parts(bar, "compute") for bar in whole)
+    assert ratio == pytest.approx(proved.estimate.peak_bytes / PROOF.peak_bytes)
+
+
+def test_what_only_the_estimate_takes_apart_stands_below_its_sum(proved: Plan) -> None:
+    for one in (
+        time_chapter(proved.estimate, proved.proof),
+        memory_chapter(proved.estimate, proved.proof, None),
+    ):
+        rows = list(bars_of(one).values())
+        for place_, bar in enumerate(rows):
+            below = list(itertools.takewhile(lambda row: row.depth, rows[place_ + 1 :]))
+            if bar.depth == 0 and below:
+                within = sum(segment.part for row in below for segment in row.tracks[0])
+                assert within == pytest.approx(parts(bar, "before"))
+                assert all(row.figures[1] == "" for row in below)
+    assert proved.estimate is not None
+    text = terminal(proved)
+    for name in [*proved.estimate.time, *proved.estimate.memory]:
+        if name.startswith("compute/") or name == "saved_activations":
+            assert name in text
 
 
 def test_what_no_compiler_knows_is_not_shown_as_nothing(proved: Plan) -> None:
     assert proved.estimate is not None
     slow = dataclasses.replace(proved.estimate, time={**proved.estimate.time, "bubble": 2.0})
-    shown = compiled_view(dataclasses.replace(proved, estimate=slow))
-    assert shown is not None
-    (bubble,) = [pair for pair in shown.time if pair.name == "bubble"]
-    assert bubble.texts() == ("2 s", "-", "")
+    assert bars_of(time_chapter(slow, proved.proof))["bubble"].figures == ("2 s", "-", "")
 
 
 def test_a_plan_without_a_proof_shows_none(proved: Plan) -> None:
     bare = dataclasses.replace(proved, proof=None)
-    assert compiled_view(bare) is None
     assert "compiled" not in terminal(bare)
     assert "ompiled" not in Words.of(page(bare))
 
@@ -135,6 +176,8 @@ def test_the_terminal_says_it_in_80_columns(proved: Plan) -> None:
     text = terminal(proved)
     assert max(map(len, text.splitlines())) <= 80
     assert "compiled by libtpu 0.0.42.1 in 3.2 s" in text
+    assert line_with(text, "step, compiled").split()[2:4] == ["500", "ms"]
+    assert line_with(text, "memory, compiled").split()[2:4] == ["48.0", "GiB"]
     assert line_with(text, "all_gather/fsdp  ").split()[1:] != []
     found = line_with(text[text.index("collectives") :], "all_gather/fsdp").split()
     assert found == ["all_gather/fsdp", "6", "3.0", "GiB", "40", "ms", "10", "ms"]
@@ -145,27 +188,47 @@ def test_the_terminal_says_it_in_80_columns(proved: Plan) -> None:
 
 
 def test_findings_and_buffers_come_by_cost(proved: Plan) -> None:
-    shown = compiled_view(proved)
-    assert shown is not None
-    assert [row.kind for row in shown.findings] == ["all_reduce", "kept_whole"]
-    assert [row.kind for row in shown.collectives] == ["all_reduce", "all_gather"]
-    assert [size for _, _, size in shown.buffers] == [20 * GIB, 16 * GIB]
+    document = plan_document(proved)
+    found = chapter(document, "findings").blocks[0]
+    assert isinstance(found, Bars)
+    # What costs no time has its bar and its share by its bytes.
+    assert [(bar.name, *bar.figures) for bar in found.bars] == [
+        ("all reduce", "90 ms", "18.0% of the step"),
+        ("kept whole", "1.0 GiB", "2.1% of the memory"),
+    ]
+    talk = chapter(document, "collectives").blocks[0]
+    assert isinstance(talk, Bars)
+    assert [bar.name for bar in talk.bars] == ["all_reduce/data×fsdp", "all_gather/fsdp"]
+    held = terminal(proved)
+    held = held[held.index("largest when memory is fullest") :]
+    assert held.index("20.0 GiB") < held.index("16.0 GiB")
+
+
+def test_collectives_beyond_those_printed_are_added_up(proved: Plan) -> None:
+    many = tuple(dataclasses.replace(GATHER, axes=(f"axis{n}",), seconds=0.1 - n / 1e3) for n in range(10))
+    text = terminal(dataclasses.replace(proved, proof=dataclasses.replace(PROOF, collectives=many)))
+    rest = line_with(text, "and 2 more").split()
+    assert rest == ["and", "2", "more", "12", "6.0", "GiB", "183", "ms", "20", "ms"]
+    assert "axis7" in text
+    assert "all_gather/axis8" not in text[text.index("collectives as compiled") :]
 
 
 def test_a_declared_plan_shows_the_compiled_figures_alone(proved: Plan) -> None:
     text = terminal(dataclasses.replace(proved, estimate=None, alternatives=()))
-    assert line_with(text, "  step ").split() == ["step", "-", "500", "ms"]
+    assert line_with(text, "step, compiled").split() == ["step,", "compiled", "500", "ms"]
+    assert "step, estimated" not in text
+    assert line_with(text, "  compute ").split() == ["compute", "-", "400", "ms"]
 
 
 def test_an_answer_from_the_cache_is_said_to_be_one(proved: Plan) -> None:
     cached = dataclasses.replace(proved, proof=dataclasses.replace(PROOF, cached=True))
-    assert "in 3.2 s, known from before" in terminal(cached)
+    assert "in 3.2 s, known from before" in " ".join(terminal(cached).split())
 
 
 class Words(HTMLParser):
     """Gathers what a document says, and checks that what is opened is closed."""
 
-    VOID = ("meta", "rect", "line", "circle", "br", "polygon")
+    VOID = ("meta", "rect", "line", "circle", "polygon", "input")
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,9 +236,9 @@ class Words(HTMLParser):
         self.said: list[str] = []
 
     @classmethod
-    def of(cls, html: str) -> str:
+    def of(cls, markup: str) -> str:
         parser = cls()
-        parser.feed(html)
+        parser.feed(markup)
         parser.close()
         assert not parser.open
         return " ".join(parser.said)
@@ -194,12 +257,12 @@ class Words(HTMLParser):
 
 
 def test_the_page_says_the_same(proved: Plan) -> None:
-    html = page(proved)
-    said = Words.of(html)
-    for words in ("Compiled by libtpu 0.0.42.1", "<up> is kept whole", "try fsdp=4", "models/mlp.py:12"):
+    written = page(proved)
+    said = Words.of(written)
+    for words in ("compiled by libtpu 0.0.42.1", "<up> is kept whole", "try fsdp=4", "models/mlp.py:12"):
         assert words in said
-    assert "<up>" not in html
-    assert not re.search(r"https?://|src=|href=|<script|@import|url\(", html)
+    assert "<up>" not in written
+    assert not re.search(r"https?://|src=|href=|<script|@import|url\(", written)
 
 
 def test_the_timeline_is_drawn_to_scale(proved: Plan) -> None:
@@ -241,7 +304,7 @@ def test_a_remedy_is_told_once(proved: Plan) -> None:
 
 
 def test_hidden_parts_of_collectives_are_told_apart(proved: Plan) -> None:
-    rows = page(proved).split("Collectives as compiled")[1].split("</section>")[0].split("<tr>")
+    rows = page(proved).split("Collectives as compiled")[1].split("</section>")[0].split("<tr ")
     gather = next(row for row in rows if "all_gather/fsdp" in row)
     widths = re.findall(r'<i class="([\w ]+)" style="width:([\d.]+)%', gather)
     assert [(kind, float(width)) for kind, width in widths] == [
@@ -277,4 +340,4 @@ def test_a_step_that_was_really_compiled_is_shown_whole() -> None:
         assert f"{row.kind}/{'×'.join(row.axes)}" in text
     said = Words.of(page(compiled))
     assert "Memory through the step" in said
-    assert "test_compiled_view.py:" in said
+    assert "test_proof.py:" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pathlib
 import re
@@ -13,11 +14,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 from meshwright.sharding import Plan, declare, plan
-from meshwright.sharding.report.page import fragment, page, write_page
-from meshwright.sharding.report.plan_table import plan_table
+from meshwright.sharding.plans.origin import is_bound
+from meshwright.sharding.report import html
+from meshwright.sharding.report.plan import plan_document
+from meshwright.sharding.report.terminal import Printed
 from rich.console import Console
 
-VOID = {"meta", "rect", "line", "circle"}
+CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
+VOID = {"meta", "rect", "line", "circle", "input"}
 
 
 def loss(params: Any, batch: Any) -> Any:
@@ -57,9 +61,13 @@ class Balanced(HTMLParser):
         self.text.append(data)
 
 
-def words(html: str) -> str:
+def page(planned: Plan) -> str:
+    return html.page(plan_document(planned))
+
+
+def words(markup: str) -> str:
     parser = Balanced()
-    parser.feed(html)
+    parser.feed(markup)
     parser.close()
     assert not parser.open
     return " ".join(parser.text)
@@ -67,16 +75,14 @@ def words(html: str) -> str:
 
 def terminal(planned: Plan, width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(plan_table(planned))
+    console.print(Printed(plan_document(planned)))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_the_page_is_whole_and_needs_nothing_else(planned: Plan, tmp_path: pathlib.Path) -> None:
-    write_page(planned, tmp_path / "plan.html")
-    html = (tmp_path / "plan.html").read_text(encoding="utf-8")
-    assert html == page(planned)
-    words(html)
-    assert not re.search(r"https?://|src=|href=|<script|@import|url\(", html)
+def test_the_page_is_whole_and_needs_nothing_else(planned: Plan) -> None:
+    written = page(planned)
+    words(written)
+    assert not re.search(r"https?://|src=|href=|<script|@import|url\(", written)
 
 
 def test_the_page_says_what_the_plan_does(planned: Plan) -> None:
@@ -105,7 +111,8 @@ def test_every_device_is_drawn_once_for_each_axis(planned: Plan) -> None:
 
 def test_a_notebook_shows_the_fragment_alone(planned: Plan) -> None:
     shown = planned._repr_html_()
-    assert shown == fragment(planned)
+    assert shown == html.fragment(plan_document(planned))
+    assert shown in page(planned)
     style = shown[len("<style>") : shown.index("</style>")]
     for rule in re.findall(r"(?:^|\}|\{(?=\.))([^{}@]+)\{", style):
         assert all(part.strip().startswith(".meshwright-plan") for part in rule.split(",")), rule
@@ -127,6 +134,49 @@ def test_a_declared_plan_shows_what_it_has() -> None:
 
 def test_a_page_of_many_devices_stays_small() -> None:
     many = plan(loss, PARAMS, ROWS, topology="h100:512x8", optimizer=optax.adamw(1e-3))
-    html = page(many)
-    assert len(html) < 400_000
-    assert "not drawn: 480 more hosts" in words(html)
+    written = page(many)
+    assert len(written) < 400_000
+    assert "not drawn: 480 more hosts" in words(written)
+
+
+def test_a_terminal_and_a_page_say_the_same_of_what_lost(planned: Plan) -> None:
+    said = words(page(planned))
+    lines = " ".join(terminal(planned, 400).split())
+    for row in planned.alternatives[:3]:
+        assert row.lost in said
+        assert row.lost in lines
+
+
+def test_a_bound_is_marked_wherever_its_time_is_told() -> None:
+    shipped = Plan.load(CONFIGS / "plans" / "llama3-8b.v5p-4x4x8.plan.json")
+    bounds = [row for row in shipped.alternatives if is_bound(row)]
+    assert {row.mesh["tensor"] for row in bounds} >= {8, 16}
+    said = words(page(shipped))
+    for row in bounds:
+        assert re.search(rf"≥ {row.estimate.step_seconds:.3g} s", said)
+    assert "≥:" in said
+    assert "≥:" in " ".join(terminal(shipped).split())
+    fits = dataclasses.replace(shipped, alternatives=tuple(r for r in shipped.alternatives if r.fits))
+    assert "≥" not in words(page(fits))
+    # The plot draws a bound as such, and tells its dots apart.
+    dots = re.findall(r'<circle class="(chosen|rival|misfit|bound)"', page(shipped))
+    assert dots.count("bound") == len({id(row) for row in bounds})
+    assert dots.count("chosen") == 1
+
+
+def test_the_page_keeps_every_row_and_shows_the_first() -> None:
+    params = {f"layer{n:02}": jax.ShapeDtypeStruct((256, 256), "float32") for n in range(40)}
+
+    def many(params: Any, batch: Any) -> Any:
+        x = batch["x"]
+        for name in sorted(params):
+            x = jnp.tanh(x @ params[name])
+        return jnp.mean(x**2)
+
+    rows = {"x": jax.ShapeDtypeStruct((64, 256), "float32")}
+    declared = declare(many, params, rows, topology="cpu:8", mesh={"fsdp": 8})
+    written = page(declared)
+    assert all(name in words(written) for name in params)
+    assert written.count(" late") == 8
+    assert "8 more" in words(written)
+    assert "and 24 more" in terminal(declared)
