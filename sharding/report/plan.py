@@ -38,7 +38,7 @@ def plan_document(plan: Record) -> Document:
         Chapter(title="notes", blocks=(List(items=plan.notes),) if plan.notes else ()),
     ]
     return Document(
-        name=f"Record for {plan.topology}",
+        name=f"Plan for {plan.topology}",
         title=layout_of(plan),
         figures=(devices, *cost_figures(plan.estimate, plan.proof, capacity)),
         chapters=tuple(chapter for chapter in chapters if chapter.blocks),

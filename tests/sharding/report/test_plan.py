@@ -81,6 +81,7 @@ def terminal(planned: Plan, width: int = 80) -> str:
 
 def test_the_page_is_whole_and_needs_nothing_else(planned: Plan) -> None:
     written = page(planned)
+    assert f"<title>Plan for {planned.topology}</title>" in written
     words(written)
     assert not re.search(r"https?://|src=|href=|<script|@import|url\(", written)
 
@@ -88,7 +89,7 @@ def test_the_page_is_whole_and_needs_nothing_else(planned: Plan) -> None:
 def test_the_page_says_what_the_plan_does(planned: Plan) -> None:
     text = words(page(planned))
     assert planned.estimate is not None
-    assert planned.topology in text
+    assert str(planned.topology) in text
     assert f"{planned.estimate.mfu:.1%}" in text
     for axis, size in planned.mesh.items():
         assert size == 1 or f"{axis}={size}" in text
@@ -126,10 +127,14 @@ def test_the_table_fits_a_terminal(planned: Plan) -> None:
     assert f"{planned.estimate.mfu:.1%} of the peak" in text
 
 
-def test_a_declared_plan_shows_what_it_has() -> None:
+def test_a_plan_shows_what_it_has() -> None:
     declared = declare(loss, PARAMS, ROWS, topology="cpu:8", mesh={"fsdp": 8})
-    assert "fsdp=8" in words(page(declared))
-    assert "of the peak" not in terminal(declared)
+    bare = dataclasses.replace(declared, estimate=None, alternatives=(), notes=())
+    for shown in (declared, bare):
+        assert "fsdp=8" in words(page(shown))
+        for said in (terminal(shown), words(page(shown))):
+            assert ("of the peak" in said) == (shown.estimate is not None)
+            assert all(note in " ".join(said.split()) for note in shown.notes)
 
 
 def test_a_page_of_many_devices_stays_small() -> None:
