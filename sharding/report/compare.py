@@ -203,13 +203,11 @@ def _bar(
     """Return both figures, and bars of which `most` is as long as there is place; without it none."""
     one, other = pair
     tracks = tuple(
-        (Segment(part=min(size / most, 1.0), kind=kind, words=f"{letter}: {write(size)}"),)
-        if size and most
-        else ()
-        for size, (kind, letter) in zip(pair, _LEGEND.items(), strict=True)
+        (Segment(part=min(size / most, 1.0), kind=kind),) if size else ()
+        for size, kind in zip(pair, _LEGEND, strict=True)
+        if most
     )
-    figures = pair_texts((one, other), write)
-    return Bar(name=name, figures=figures, tracks=tracks if most else (), depth=depth, tone=tone)
+    return Bar(name=name, figures=pair_texts((one, other), write), tracks=tracks, depth=depth, tone=tone)
 
 
 def pair_texts(pair: Both, write: Callable[[float], str]) -> tuple[str, str, str, str]:

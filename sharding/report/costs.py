@@ -44,49 +44,32 @@ def cost_figures(
 ) -> list[Figure]:
     """Return what a step takes and a device holds; where both are known, what each of them says."""
     found = []
-    if estimate is not None:
-        by = "" if proof is None else ", estimated"
-        room = _room(estimate.peak_bytes, capacity_bytes)
+    for by, one, before in (("estimated", estimate, None), ("compiled", proof, estimate)):
+        if one is None:
+            continue
+        of = "" if proof is None else f", {by}"
+        rate = f"{one.mfu:.1%} of the peak" if isinstance(one, Estimate) else ""
+        time = change(before.step_seconds if before else None, one.step_seconds)
+        size = change(before.peak_bytes if before else None, one.peak_bytes)
+        room = f"{one.peak_bytes / capacity_bytes:.0%} of {gib(capacity_bytes)}" if capacity_bytes else ""
+        memory = ", ".join(filter(None, (size, room)))
         found += [
-            Figure(
-                name=f"step{by}",
-                value=seconds(estimate.step_seconds),
-                detail=f"{estimate.mfu:.1%} of the peak",
-            ),
-            Figure(name=f"memory{by}", value=gib(estimate.peak_bytes), detail=room),
-        ]
-    if proof is not None:
-        before = (None, None) if estimate is None else (estimate.step_seconds, estimate.peak_bytes)
-        more = (change(before[1], proof.peak_bytes), _room(proof.peak_bytes, capacity_bytes))
-        found += [
-            Figure(
-                name="step, compiled",
-                value=seconds(proof.step_seconds),
-                detail=change(before[0], proof.step_seconds),
-            ),
-            Figure(
-                name="memory, compiled", value=gib(proof.peak_bytes), detail=", ".join(filter(None, more))
-            ),
+            Figure(name=f"step{of}", value=seconds(one.step_seconds), detail=rate or time),
+            Figure(name=f"memory{of}", value=gib(one.peak_bytes), detail=memory),
         ]
     return found
 
 
-def _room(peak_bytes: float, capacity_bytes: float | None) -> str:
-    return f"{peak_bytes / capacity_bytes:.0%} of {gib(capacity_bytes)}" if capacity_bytes else ""
-
-
 def time_chapter(estimate: Estimate | None, proof: Proof | None) -> Chapter:
     """Return the items of a step's time; without blocks where neither is known."""
+    title, blocks = "time of a step", ()
     if proof is not None:
-        bars = Bars(bars=_compared_time(estimate, proof), head=_COMPARED, legend=_KINDS_COMPARED)
-        return Chapter(title=f"time of a step, {_of_both(estimate)}{_compiled_by(proof)}", blocks=(bars,))
-    if estimate is None:
-        return Chapter(title="", blocks=())
-    rows = _rows(estimate.time, estimate.step_seconds)
-    kinds = {name: _kind(name) for name in rows}
-    legend = {kind: words for kind, words in _KINDS.items() if kind in kinds.values()}
-    bars = Bars(bars=_shares(rows, kinds, time_text), legend=legend)
-    return Chapter(title="time of a step", blocks=(bars,))
+        title += f", {_of_both(estimate)}{_compiled_by(proof)}"
+        blocks = (Bars(bars=_compared_time(estimate, proof), head=_COMPARED, legend=_KINDS_COMPARED),)
+    elif estimate is not None:
+        rows = _rows(estimate.time, estimate.step_seconds)
+        blocks = (Bars(bars=_shares(rows, {name: _kind(name) for name in rows}, time_text), legend=_KINDS),)
+    return Chapter(title=title, blocks=blocks)
 
 
 def memory_chapter(estimate: Estimate | None, proof: Proof | None, capacity_bytes: float | None) -> Chapter:
@@ -173,15 +156,12 @@ def _compared_time(estimate: Estimate | None, proof: Proof) -> tuple[Bar, ...]:
     most = max((size or 0.0 for _, sizes in rows for size in sizes), default=0.0)
     bars = []
     for name, (estimated, compiled, busy) in rows:
-        kind, beside = _kind(name), (busy or 0.0) - (compiled or 0.0)
-        exposed = _track(compiled, most, kind, f"{name} compiled", time_text)
-        hidden = _track(beside, most, f"{kind} hidden", f"{name} beside computing", time_text)
-        tracks = (_track(estimated, most, "before", f"{name} estimated", time_text), (*exposed, *hidden))
-        bars.append(Bar(name=name, figures=_both(estimated, compiled, time_text), tracks=tracks))
+        exposed = _track(compiled, most, _kind(name))
+        hidden = _track((busy or 0.0) - (compiled or 0.0), most, f"{_kind(name)} hidden")
+        bars.append(_both(name, estimated, compiled, time_text, most, (*exposed, *hidden)))
         within = before.get(name, {})
-        if estimate is not None and len(within) > 1:
-            colours = dict.fromkeys([*within, "the rest"], "before")
-            bars += _within(_rows(within, estimate.step_seconds), most, colours, time_text)
+        if estimate is not None and (len(within) > 1 or "offload/host" in within):
+            bars += _within(_rows(within, estimate.step_seconds), most, {}, time_text)
     return tuple(bars)
 
 
@@ -198,24 +178,37 @@ def _compared_memory(estimate: Estimate | None, proof: Proof, kinds: Mapping[str
     ):
         within = {item: size for item, size in items.items() if (item in _ARGUMENTS) == kept}
         estimated = None if estimate is None else sum(within.values())
-        tracks = (
-            _track(estimated, most, "before", "estimated", size_text),
-            _track(compiled, most, "compute", "compiled", size_text),
-        )
-        bars.append(Bar(name=name, figures=_both(estimated, compiled, size_text), tracks=tracks))
+        bars.append(_both(name, estimated, compiled, size_text, most, _track(compiled, most, "compute")))
         bars += _within(_rows(within, whole), most, kinds, size_text)
     return tuple(bars)
+
+
+def _both(
+    name: str,
+    estimated: float | None,
+    compiled: float | None,
+    write: Callable[[float], str],
+    most: float,
+    track: Track,
+) -> Bar:
+    """Return an item as it is estimated and compiled, of which `track` is drawn."""
+    figures = ("-" if one is None else write(one) for one in (estimated, compiled))
+    return Bar(
+        name=name,
+        figures=(*figures, change(estimated, compiled)),
+        tracks=(_track(estimated, most, "before"), track),
+    )
 
 
 def _within(
     rows: Mapping[str, float], most: float, kinds: Mapping[str, str], write: Callable[[float], str]
 ) -> list[Bar]:
-    """Return what an item consists of by the Estimate, of which the compiler has but the sum."""
+    """Return what an item consists of by the Estimate; the compiler has but the sum."""
     return [
         Bar(
             name=name,
             figures=(write(size), "", ""),
-            tracks=(_track(size, most, kinds.get(name, "other"), f"{name} estimated", write), ()),
+            tracks=(_track(size, most, kinds.get(name, "before")), ()),
             depth=1,
             tone="soft",
         )
@@ -223,12 +216,5 @@ def _within(
     ]
 
 
-def _track(size: float | None, most: float, kind: str, words: str, write: Callable[[float], str]) -> Track:
-    return (Segment(part=size / most, kind=kind, words=f"{words}: {write(size)}"),) if size else ()
-
-
-def _both(
-    estimated: float | None, compiled: float | None, write: Callable[[float], str]
-) -> tuple[str, str, str]:
-    first, second = ("-" if one is None else write(one) for one in (estimated, compiled))
-    return first, second, change(estimated, compiled)
+def _track(size: float | None, most: float, kind: str) -> Track:
+    return (Segment(part=size / most, kind=kind),) if size else ()

@@ -54,11 +54,10 @@ class List:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A piece of a bar: the part of the full width that it takes, its colour, and what it stands for."""
+    """A piece of a bar: the part of the full width that it takes, and its colour."""
 
     part: float
     kind: str
-    words: str = ""
 
 
 # The pieces of one bar, from the left.

@@ -107,19 +107,13 @@ def _bars(block: Bars) -> str:
 def _bar(bar: Bar, count: int) -> str:
     figures = "".join(f'<td class="n">{escape(text)}</td>' for text in (*bar.figures, *[""] * count)[:count])
     notes = "".join(f"<div>{_words(note, 'soft')}</div>" for note in bar.notes)
-    tracks = "".join(map(_track, bar.tracks))
+    tracks = "".join(f"<div>{_track(track)}</div>" for track in bar.tracks)
     name = f'<th scope="row">{_words(bar.name, bar.tone)}{notes}</th>'
     return f'{name}{figures}<td class="track">{tracks}</td>'
 
 
 def _track(track: Track) -> str:
-    pieces = "".join(
-        f'<i class="{one.kind}" style="width:{100 * one.part:.2f}%"'
-        + (f' title="{escape(one.words)}"' if one.words else "")
-        + "></i>"
-        for one in track
-    )
-    return f"<div>{pieces}</div>"
+    return "".join(f'<i class="{one.kind}" style="width:{100 * one.part:.2f}%"></i>' for one in track)
 
 
 def _table(table: Table) -> str:

@@ -118,12 +118,8 @@ def _collectives(collectives: Sequence[CompiledCollective]) -> Chapter:
     for row in rows:
         exposed = min(row.exposed_seconds, row.seconds)
         track = (
-            Segment(part=exposed / most, kind="talk", words=f"computing waits: {time_text(exposed)}"),
-            Segment(
-                part=(row.seconds - exposed) / most,
-                kind="talk hidden",
-                words=f"beside computing: {time_text(row.seconds - exposed)}",
-            ),
+            Segment(part=exposed / most, kind="talk"),
+            Segment(part=(row.seconds - exposed) / most, kind="talk hidden"),
         )
         bars.append(
             Bar(

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 from .document import (
     Bar,
     Bars,
-    Chapter,
     Column,
     Cut,
     Document,
     Drawing,
-    Entry,
     List,
     Phrase,
     Table,
     Text,
+    Tone,
     Track,
     Words,
     plain,
@@ -31,13 +30,14 @@ from .document import (
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-# A line is pieces of text, each with a style of rich.
+# A line is pieces of text, each with a style of rich; a row is cells that are still to be folded.
 _Line = list[tuple[str, str]]
+_Row = tuple[Words, ...]
 
 _STYLES = {"": "", "strong": "bold", "soft": "dim", "code": "dim", "good": "green", "bad": "yellow"}
 # Beyond this many columns the eye loses its line.
 _WIDEST = 120
-_MARGIN, _INDENT, _BETWEEN = 2, 2, 2
+_INDENT, _BETWEEN = 2, 2
 # Bars of so many columns; of less than the least they say nothing.
 _BAR, _LEAST_BAR = 24, 8
 
@@ -65,169 +65,149 @@ def plain_text(document: Document, width: int = 80) -> str:
 
 def _document(document: Document, width: int) -> Iterator[_Line]:
     yield from _folded((Phrase(text=document.title, tone="strong"),), width)
-    if document.figures:
-        cells = [
-            (figure.name, figure.value, (Phrase(text=figure.detail, tone="soft"),))
-            for figure in document.figures
-        ]
-        yield from _table(
-            Table(columns=(Column(),) * 3, entries=tuple(Entry(cells=row) for row in cells)), width
-        )
+    figures = [(one.name, one.value, (Phrase(text=one.detail, tone="soft"),)) for one in document.figures]
+    yield from _laid(figures, (False, False, False), width)
     for warning in document.warnings:
         yield from _folded((Phrase(text=warning, tone="bad"),), width)
     for chapter in document.chapters:
         if not chapter.page_only:
-            yield from _chapter(chapter, width)
+            yield []
+            yield from _folded((Phrase(text=chapter.title, tone="strong"),), width)
+            for block in chapter.blocks:
+                yield from _block(block, width)
 
 
-def _chapter(chapter: Chapter, width: int) -> Iterator[_Line]:
-    yield []
-    yield from _folded((Phrase(text=chapter.title, tone="strong"),), width)
-    for block in chapter.blocks:
-        match block:
-            case Text():
-                yield from [] if block.page_only else _indented(block.words, width, _MARGIN)
-            case List():
-                for item in [*block.items[: block.most], *_more(len(block.items) - block.most)]:
-                    yield from _hanging(item, width)
-            case Bars():
-                yield from _bars(block, width)
-            case Table():
-                yield from _table(block, width)
-            case Drawing():
-                lines = [*block.art, *([block.caption] if block.caption else [])]
-                yield from ([(" " * _MARGIN + line, "")] for line in lines)
+def _block(block: Text | List | Bars | Table | Drawing, width: int) -> Iterator[_Line]:
+    match block:
+        case Text():
+            yield from () if block.page_only else _indented(block.words, width)
+        case List():
+            for item in [*block.items[: block.most], *_more(len(block.items) - block.most)]:
+                for number, line in enumerate(_indented(item, width - _INDENT)):
+                    yield [(" " * _INDENT * bool(number), ""), *line]
+        case Bars():
+            yield from _bars(block, width)
+        case Table():
+            yield from _table(block, width)
+        case Drawing():
+            lines = [*block.art, *filter(None, [block.caption])]
+            yield from ([(" " * _INDENT + line, "")] for line in lines)
 
 
-def _more(left: int) -> list[str]:
-    return [f"and {left} more"] if left > 0 else []
+def _more(left: int, of: str = "") -> list[str]:
+    return [f"and {left} more {of}".strip()] if left > 0 else []
 
 
-def _indented(words: Words, width: int, by: int, style: str = "") -> Iterator[_Line]:
-    for line in _folded(words, width - by, style):
+def _indented(words: Words, width: int, by: int = _INDENT) -> Iterator[_Line]:
+    for line in _folded(words, width - by):
         yield [(" " * by, ""), *line]
-
-
-def _hanging(words: Words, width: int) -> Iterator[_Line]:
-    """Yield an item of a list, its further lines farther in."""
-    for number, line in enumerate(_folded(words, width - _MARGIN - _INDENT)):
-        yield [(" " * (_MARGIN + _INDENT * bool(number)), ""), *line]
 
 
 def _bars(block: Bars, width: int) -> Iterator[_Line]:
     shown = list(block.bars[: block.most])
-    if len(block.bars) > block.most:
-        shown.append(block.rest or Bar(name=f"and {len(block.bars) - block.most} more", figures=()))
+    if left := _more(len(block.bars) - block.most):
+        shown.append(block.rest or Bar(name=left[0], figures=()))
+    count = max((len(bar.figures) for bar in shown), default=0)
     heads = list(block.head)
     if any(len(bar.tracks) > 1 for bar in shown):
-        # Both bars of a row stand in one line, one in its upper half.
+        # Both bars of a row stand in one line, the first in its upper half.
         heads[:2] = [f"▀ {heads[0]}", f"▄ {heads[1]}"]
-    count = max((len(bar.figures) for bar in shown), default=0)
-    columns = [
-        [bar.figures[n] for bar in shown if n < len(bar.figures)] + heads[n : n + 1] for n in range(count)
-    ]
-    sizes = [max(map(len, column), default=0) for column in columns]
-    figures = sum(_BETWEEN + size for size in sizes)
-    name = max(_MARGIN + _INDENT * bar.depth + len(bar.name) for bar in shown)
-    name = min(name, max(width - figures, 2 * _BAR))
-    bar_width = min(_BAR, width - name - figures - _BETWEEN)
+    names = [" " * _INDENT * bar.depth + bar.name for bar in shown]
+    figures = [(*bar.figures, *[""] * count)[:count] for bar in shown]
+    columns = [names, *zip(*[heads, *figures] if heads else figures, strict=False)]
+    free = width - sum(max(map(len, column)) + _BETWEEN for column in columns) - _INDENT
+    rows: list[_Row | _Line] = []
     if heads:
-        yield _row(
-            [" " * name, *(f"{head:>{size}}" for head, size in zip(heads, sizes, strict=False))], "dim"
-        )
-    for bar in shown:
-        indent = _MARGIN + _INDENT * bar.depth
-        first, *further = _indented(bar.name, name, indent, _STYLES[bar.tone])
-        padding = " " * (name - sum(len(text) for text, _ in first))
-        cells = [padding, *(f"{text:>{size}}" for text, size in zip(bar.figures, sizes, strict=False))]
-        line = [*first, *_row(cells, "dim" if bar.tone == "soft" else "")]
-        if bar_width >= _LEAST_BAR and bar.tracks:
-            line.append((" " * _BETWEEN + _drawn(bar.tracks, bar_width), ""))
-        yield line
-        yield from further
+        rows.append(_toned(("", *heads, ""), "soft"))
+    for name, row, bar in zip(names, figures, shown, strict=True):
+        drawn = _drawn(bar.tracks, min(_BAR, free)) if bar.tracks and free >= _LEAST_BAR else ""
+        cells = _toned(row, "soft" if bar.tone == "soft" else "")
+        rows.append(((Phrase(text=name, tone=bar.tone),), *cells, drawn))
         for note in bar.notes:
-            yield from _indented(note, width, indent + _INDENT, "dim" if isinstance(note, str) else "")
+            words = (Phrase(text=note, tone="soft"),) if isinstance(note, str) else note
+            rows += _indented(words, width, _INDENT * (bar.depth + 2))
+    yield from _laid(rows, (False, *[True] * count, False), width)
 
 
-def _row(cells: Iterable[str], style: str) -> _Line:
-    return [((" " * _BETWEEN).join(cells), style)]
+def _toned(cells: Iterable[str], tone: Tone) -> _Row:
+    return tuple((Phrase(text=cell, tone=tone),) for cell in cells)
 
 
 def _drawn(tracks: Sequence[Track], width: int) -> str:
     """Draw one bar, hidden parts in another tone; of two the first in the upper half of the line."""
 
-    def cells(part: float) -> int:
+    def cells(track: Track, hidden: bool = True) -> int:
+        part = sum(one.part for one in track if hidden or "hidden" not in one.kind)
         return max(round(part * width), 1) if part else 0
 
     *above, track = tracks
-    solid = cells(sum(one.part for one in track if "hidden" not in one.kind))
-    whole = cells(sum(one.part for one in track))
-    upper = cells(sum(one.part for one in above[0])) if above else solid
-    if not above and 0.0 < sum(one.part for one in track) * width < 0.5:
+    solid, whole = cells(track, False), cells(track)
+    upper = cells(above[0]) if above else solid
+    if not above and whole == 1 and sum(one.part for one in track) * width < 0.5:
         return "▏"
     marks = {(True, True): "█", (True, False): "▀", (False, True): "▄"}
     return "".join(marks.get((n < upper, n < solid), "░") for n in range(max(upper, whole)))
 
 
 def _table(table: Table, width: int) -> Iterator[_Line]:
-    shown = list(_most(table))
-    columns = list(_columns(table, [one for one in shown if isinstance(one, Entry)]))
-    heads = [Phrase(text=column.name, tone="soft") for column, _ in columns]
-    cells = [[(head,), *rest] for head, (_, rest) in zip(heads, columns, strict=True)]
-    sizes = _widths([column for column, _ in columns], cells, width - _MARGIN)
-    rows = zip(*cells, strict=True)
-    head = next(rows)
-    for one in [head, *shown] if any(column.name for column, _ in columns) else shown:
-        if isinstance(one, str):
-            yield [(" " * _MARGIN + one, "")]
-            continue
-        row = head if one is head else next(rows)
-        folded = [list(_folded(cell, size)) or [[]] for cell, size in zip(row, sizes, strict=True)]
-        for lines in itertools.zip_longest(*folded, fillvalue=[]):
-            line: _Line = [(" " * (_MARGIN - _BETWEEN), "")]
-            for (column, _), size, text in zip(columns, sizes, lines, strict=True):
-                free = (" " * (size - sum(len(part) for part, _ in text)), "")
-                line.append((" " * _BETWEEN, ""))
-                line += [free, *text] if column.figures else [*text, free]
-            yield line
-
-
-def _most(table: Table) -> Iterator[Entry | str]:
-    """Yield so many rows of each group as are shown, and how many more there are."""
     counts = Counter(entry.group for entry in table.entries)
     seen: Counter[str] = Counter()
+    rows: list[_Row | _Line] = []
     for entry in table.entries:
         seen[entry.group] += 1
         if seen[entry.group] <= table.most:
-            yield entry
+            rows.append(tuple(_cells(entry.cells, table.columns)))
         elif seen[entry.group] == counts[entry.group]:
-            yield f"and {counts[entry.group] - table.most} more {entry.group}".strip()
+            rows += _indented(_more(counts[entry.group] - table.most, entry.group)[0], width)
+    columns = [column for column in table.columns if not column.page_only]
+    heads, right = [column.name for column in columns], [column.figures for column in columns]
+    cut = next((n for n, cell in enumerate(table.entries[0].cells) if isinstance(cell, Cut)), None)
+    if cut is not None:
+        heads.insert(cut + 1, "cut by")
+        right[cut : cut + 1] = [True, False]
+    yield from _laid([_toned(heads, "soft"), *rows] if any(heads) else rows, right, width)
 
 
-def _columns(table: Table, entries: Sequence[Entry]) -> Iterator[tuple[Column, list[Words]]]:
-    """Yield what is shown of each column; a shape and what cuts it are a column each."""
-    for number, column in enumerate(table.columns):
-        cells = [entry.cells[number] for entry in entries]
-        cuts = [cell for cell in cells if isinstance(cell, Cut)]
-        if cuts:
-            yield Column(name=column.name, figures=True), ["x".join(map(str, cut.shape)) for cut in cuts]
-            yield Column(name="cut by"), [spec_in_words(cut.axes) for cut in cuts]
+def _cells(cells: Iterable[Words | Cut], columns: Iterable[Column]) -> Iterator[Words]:
+    """Yield the cells that are shown; of a shape, what cuts it is a cell of its own."""
+    for cell, column in zip(cells, columns, strict=True):
+        if isinstance(cell, Cut):
+            yield from ("x".join(map(str, cell.shape)), spec_in_words(cell.axes))
         elif not column.page_only:
-            yield column, [cell for cell in cells if not isinstance(cell, Cut)]
+            yield cell
 
 
-def _widths(columns: Sequence[Column], cells: Sequence[Sequence[Words]], width: int) -> list[int]:
-    """Return the width of each column: figures take what they need, words share evenly what is left."""
-    sizes = [max(len(plain(cell)) for cell in column) for column in cells]
-    words = sorted((n for n, column in enumerate(columns) if not column.figures), key=lambda n: sizes[n])
-    free = width - _BETWEEN * (len(columns) - 1) - sum(sizes) + sum(sizes[n] for n in words)
+def _laid(rows: Sequence[_Row | _Line], right: Sequence[bool], width: int) -> Iterator[_Line]:
+    """Yield rows of cells below one another, and lines between them as they are.
+
+    Columns on the `right` take what they need and are never folded, the others share evenly what is left.
+    """
+    cells = [row for row in rows if isinstance(row, tuple)]
+    sizes = [max(len(plain(cell)) for cell in column) for column in zip(*cells, strict=True)]
+    words = sorted((n for n, size in enumerate(sizes) if not right[n]), key=lambda n: sizes[n])
+    free = (
+        width
+        - _INDENT
+        - _BETWEEN * (len(sizes) - 1)
+        - sum(n for n, r in zip(sizes, right, strict=False) if r)
+    )
     for place, n in enumerate(words):
         sizes[n] = max(min(sizes[n], free // (len(words) - place)), 1)
         free -= sizes[n]
-    return sizes
+    for row in rows:
+        if isinstance(row, list):
+            yield row
+            continue
+        folded = [list(_folded(cell, size)) or [[]] for cell, size in zip(row, sizes, strict=True)]
+        for lines in itertools.zip_longest(*folded, fillvalue=[]):
+            line: _Line = [(" " * (_INDENT - _BETWEEN), "")]
+            for text, size, on_right in zip(lines, sizes, right, strict=True):
+                padding = (" " * (size - sum(len(part) for part, _ in text)), "")
+                line += [(" " * _BETWEEN, ""), *([padding, *text] if on_right else [*text, padding])]
+            yield line
 
 
-def _folded(words: Words, width: int, style: str = "") -> Iterator[_Line]:
+def _folded(words: Words, width: int) -> Iterator[_Line]:
     """Yield lines of at most `width` columns, broken between words, else after a slash, else anywhere."""
     line: _Line = []
     used = 0
@@ -238,7 +218,7 @@ def _folded(words: Words, width: int, style: str = "") -> Iterator[_Line]:
                     yield line
                     line, used = [], 0
                 fits = piece[: width - used]
-                line.append((fits, style or _STYLES[phrase.tone]))
+                line.append((fits, _STYLES[phrase.tone]))
                 used += len(fits)
     if line:
         yield line
