@@ -29,6 +29,7 @@ from .proof import by_kind, compiler_of
 _NOT_COMPILED = {"host": "host, issuing", "stragglers": "stragglers", "bubble": "bubble"}
 # What of an Estimate's memory is a compiled step's arguments: what it is given and gives back.
 _ARGUMENTS = ("params", "optimizer", "batch")
+_ROUNDING = 1e-9
 _COMPARED = ("estimated", "compiled", "")
 _KINDS = {"compute": "computing", "talk": "collectives and transfers", "other": "else"}
 _KINDS_COMPARED = {
@@ -156,8 +157,9 @@ def _compared_time(estimate: Estimate | None, proof: Proof) -> tuple[Bar, ...]:
     most = max((size or 0.0 for _, sizes in rows for size in sizes), default=0.0)
     bars = []
     for name, (estimated, compiled, busy) in rows:
-        exposed = _track(compiled, most, _kind(name))
-        hidden = _track((busy or 0.0) - (compiled or 0.0), most, f"{_kind(name)} hidden")
+        exposed, beside = _track(compiled, most, _kind(name)), (busy or 0.0) - (compiled or 0.0)
+        # What is left by rounding is not hidden.
+        hidden = _track(beside, most, f"{_kind(name)} hidden") if beside > _ROUNDING * most else ()
         bars.append(_both(name, estimated, compiled, time_text, most, (*exposed, *hidden)))
         within = before.get(name, {})
         if estimate is not None and (len(within) > 1 or "offload/host" in within):
