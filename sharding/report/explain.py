@@ -156,8 +156,8 @@ def _why_not(rows: Iterable[Alternative], what: str, capacity_bytes: float | Non
         return f"at its smallest ({_costing(by_time[0])}) it {by_time[0].lost}"
     needs = gib(least.needed_bytes) + (f" of a device's {gib(capacity_bytes)}" if capacity_bytes else "")
     return (
-        f"it {_as_verb(bounds[0].lost)}; {seconds(least.step_seconds)} is a lower bound for every layout "
-        f"with {what} and no time to be had: the layout that would take it "
+        f"it {_as_verb(bounds[0].lost)}; {seconds(least.step_seconds)} is a lower bound on every layout "
+        f"with {what}, not an attainable time: the layout that it was computed for "
         f"({alternative_in_words(bounds[0])}) does not fit, it needs {needs}"
     )
 
