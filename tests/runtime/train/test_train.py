@@ -1,6 +1,7 @@
 """The command line trains for real: small models, real text, simulated devices, real processes."""
 
 import json
+import pathlib
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ KEYS = [
     "tokens_per_second",
     "data_wait_seconds",
 ]
+FROZEN = pathlib.Path(__file__).parents[2] / "frozen" / "losses.json"
 SETTINGS = ["train.steps=6", "train.evaluate_every=3", "train.evaluate_batches=1", "checkpoint.every=3"]
 
 
@@ -51,6 +53,12 @@ def test_a_run_folder_holds_all_there_is_to_know(reference):
         "3",
         "6",
     ]
+
+
+def test_it_learns_what_it_always_did(reference):
+    frozen = json.loads(FROZEN.read_text())
+    # Sums in another order, on another processor, move a loss by far less.
+    assert losses(reference)[: len(frozen)] == pytest.approx(frozen[: len(losses(reference))], rel=1e-3)
 
 
 def test_the_layout_does_not_change_what_is_learnt(small_config, reference, tmp_path):
