@@ -194,9 +194,9 @@ class Plan(Record):
         return file.read(path, cls)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """Rebuild a plan from plain values."""
-        return file.from_dict(values, cls)
+    def from_dict(cls, record: Mapping[str, Any]) -> Plan:
+        """Rebuild a plan from plain record."""
+        return file.from_dict(record, cls)
 
 
 def plan(
