@@ -27,6 +27,7 @@ endif
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 
 types: $(VENV)/.test
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
