@@ -9,22 +9,22 @@ if TYPE_CHECKING:
     from .model import Model as Model
     from .perceptron import mlp as mlp
     from .sampling import generate as generate
-    from .transformer.build import decoder as decoder
     from .transformer.config import DecoderConfig as DecoderConfig
-    from .transformer.preset import preset as preset
-    from .transformer.preset import preset_facts as preset_facts
-    from .transformer.preset import presets as presets
+    from .transformer.config import preset as preset
+    from .transformer.config import preset_facts as preset_facts
+    from .transformer.config import presets as presets
+    from .transformer.decoder import decoder as decoder
 
 # Name → module that defines it. Loaded on first use: Flax is imported only when a model is built.
 _HOMES = {
     "DecoderConfig": "transformer.config",
     "Model": "model",
-    "decoder": "transformer.build",
+    "decoder": "transformer.decoder",
     "generate": "sampling",
     "mlp": "perceptron",
-    "preset": "transformer.preset",
-    "preset_facts": "transformer.preset",
-    "presets": "transformer.preset",
+    "preset": "transformer.config",
+    "preset_facts": "transformer.config",
+    "presets": "transformer.config",
 }
 
 __all__ = list(_HOMES)

@@ -29,7 +29,11 @@ class MlpConfig:
 
 
 def mlp(config: MlpConfig | None = None) -> Model:
-    """Return the perceptron as a `Model`: the table, two matrices, float32 throughout."""
+    """Return the perceptron as a `Model`: the table, two matrices, float32 throughout.
+
+    >>> mlp(MlpConfig(vocab=10, embed=4, mlp=6)).num_parameters
+    124
+    """
     config = config or MlpConfig()
     vocab, embed, hidden = config.vocab, config.embed, config.mlp
 

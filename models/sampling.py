@@ -36,6 +36,11 @@ def generate(
         key: decides the samples; `jax.random.key(0)` if not given.
 
     Raises `UserError` for a prompt or a setting that cannot work.
+
+    >>> from meshwright.models import decoder, preset
+    >>> model = decoder(preset("tiny", layers=1))
+    >>> generate(model, model.init(jax.random.key(0)), [1, 2, 3], max_new_tokens=2).shape
+    (1, 5)
     """
     prompt = np.atleast_2d(np.asarray(prompt_tokens))
     check_prompt(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)

@@ -34,6 +34,15 @@ def test_it_is_the_plan_of_its_config(path: pathlib.Path) -> None:
     assert plan_config(load(config, words)).plan == made
 
 
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+def test_the_lines_of_its_proof_are_of_files_that_are_here(path: pathlib.Path) -> None:
+    proof = Plan.load(path).proof
+    assert proof is not None
+    files = {row.source.file for row in proof.collectives if row.source is not None}
+    assert any(file.startswith("models/") for file in files)
+    assert all((CONFIGS.parent / file).exists() for file in files if file.startswith("models/"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
 def test_it_compiles_for_its_topology(path: pathlib.Path) -> None:

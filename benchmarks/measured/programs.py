@@ -48,7 +48,7 @@ def _scaled(tables: Profile, dim: int, times: float) -> Profile:
 def _traced(arch: Architecture) -> tuple[Program, Profile]:
     import jax
     import jax.numpy as jnp
-    from meshwright.models.transformer.build import decoder
+    from meshwright.models.transformer.decoder import decoder
     from meshwright.sharding.program import trace
 
     model = decoder(decoder_config(arch))

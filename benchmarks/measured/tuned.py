@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meshwright.models.transformer.config import DecoderConfig
-from meshwright.models.transformer.preset import preset
+from meshwright.models.transformer.config import DecoderConfig, preset
 from meshwright.sharding import Topology, UserError
 
 from .shapes import NotExpressible

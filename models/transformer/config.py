@@ -1,9 +1,12 @@
-"""The shape and the options of a decoder, as a record that checks itself."""
+"""The shape and the options of a decoder, those of published models by name, and the arithmetic of a step."""
 
 from __future__ import annotations
 
+import functools
+import tomllib
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from ...sharding.errors import UserError, nearest, nearest_divisors
 
@@ -36,6 +39,8 @@ _OPTIONAL_POSITIVE = (
     *("rope_local_theta", "attention_soft_cap", "final_soft_cap", "query_scale"),
     "expert_capacity",
 )
+# Facts about a preset that are not fields of the config.
+_FACTS = ("source", "parameters", "learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +143,6 @@ class DecoderConfig:
         _check_options(self)
         _check_experts(self)
         _check_latent(self)
-
-
-def checked_fields(names: object) -> None:
-    """Refuse a name that is no field of `DecoderConfig`, naming the nearest."""
-    known = [field.name for field in fields(DecoderConfig)]
-    for name in names if isinstance(names, (list, dict, tuple)) else ():
-        if name not in known:
-            raise UserError(f"a decoder has no field {name!r}; {nearest(name, known)}")
 
 
 def _check_values(config: DecoderConfig) -> None:
@@ -254,3 +251,97 @@ def _check_latent(config: DecoderConfig) -> None:
         raise UserError(
             "latent attention goes with position_embedding='rope', qk_norm=false and bias='none' only"
         )
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, Any]]:
+    return tomllib.loads((Path(__file__).parents[1] / "presets.toml").read_text("utf-8"))
+
+
+def presets() -> list[str]:
+    """Return the names that `preset` knows.
+
+    >>> presets()[:3]
+    ['tiny', 'gpt-125m', 'llama2-7b']
+    """
+    return list(_table())
+
+
+def preset_facts(name: str) -> dict[str, Any]:
+    """Return what is known of a preset beyond its config: `source`, published `parameters`, `learning_rate`.
+
+    Raises `UserError` for an unknown name.
+
+    >>> preset_facts("llama3-8b")["parameters"]
+    8030261248
+    """
+    return {key: value for key, value in _row(name).items() if key in _FACTS}
+
+
+def preset(name: str, **overrides: Any) -> DecoderConfig:
+    """Return the config of a published model, with any field replaced.
+
+    Raises `UserError` for an unknown name or field, naming the nearest, and for fields that do not fit.
+
+    >>> preset("llama3-8b", layers=2).layers
+    2
+    """
+    known = [field.name for field in fields(DecoderConfig)]
+    for field in overrides:
+        if field not in known:
+            raise UserError(f"a decoder has no field {field!r}; {nearest(field, known)}")
+    row = {key: value for key, value in _row(name).items() if key not in _FACTS}
+    return DecoderConfig(**(row | overrides))
+
+
+def _row(name: str) -> dict[str, Any]:
+    table = _table()
+    if name not in table:
+        raise UserError(f"there is no preset {name!r}; {nearest(name, table)}")
+    return table[name]
+
+
+def matmul_parameters(config: DecoderConfig) -> int:
+    """Return the scalars that a token is multiplied with: matrices but the look-up, of experts its own."""
+    matrices = 2 if config.activation == "gelu" else 3
+    dense = config.layers if config.experts is None else config.dense_layers or 0
+    mlps = dense * matrices * config.embed * config.mlp
+    if config.experts is not None:
+        each = ((config.experts_per_token or 0) + (config.shared_experts or 0)) * (config.expert_mlp or 0)
+        mlps += (config.layers - dense) * config.embed * (matrices * each + config.experts)
+    return config.layers * _attention_parameters(config) + mlps + config.embed * config.vocab
+
+
+def _attention_parameters(config: DecoderConfig) -> int:
+    embed, heads = config.embed, config.heads
+    if config.kv_rank is None:
+        return 2 * embed * (heads + config.kv_heads) * config.head_dim
+    turned, value = config.rope_head_dim or 0, config.value_head_dim or 0
+    width = embed if config.query_rank is None else config.query_rank
+    query = width * heads * (config.head_dim + turned) + (0 if width == embed else embed * width)
+    latent = embed * (config.kv_rank + turned) + config.kv_rank * heads * (config.head_dim + value)
+    return query + latent + heads * value * embed
+
+
+def visible_keys(config: DecoderConfig, sequence: int) -> float:
+    """Return the mean number of keys a query sees in one row that is one document, summed over layers.
+
+    Half the sequence where attention is only causal; window · (1 - window / (2 · sequence)) inside a window.
+    """
+    window = min(config.window or sequence, sequence)
+    local = window * (1.0 - window / (2.0 * sequence))
+    global_layers = config.layers // config.global_every if config.global_every else 0
+    return (config.layers - global_layers) * local + global_layers * sequence / 2.0
+
+
+def flops_per_token(config: DecoderConfig, sequence: int) -> float:
+    """Return floating-point operations of forward and backward per token, a multiply-add being two.
+
+    Six for each matrix parameter (two forward, four backward; PaLM appendix B, arXiv:2204.02311) and
+    6 · heads · (size of a query + size of a value) for each visible key. What remat computes again, norms and
+    softmax are not counted.
+    """
+    query = config.head_dim + (config.rope_head_dim or 0)
+    value = config.value_head_dim or config.head_dim
+    attention = 6.0 * config.heads * (query + value) * visible_keys(config, sequence)
+    return 6.0 * matmul_parameters(config) + attention

@@ -1,9 +1,10 @@
-"""The whole decoder: embedding, a scan over stacked layers, the last norm, and the projection to logits."""
+"""The decoder: embedding, a scan over stacked layers, last norm and logits, and the `Model` around them."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,93 @@ import numpy as np
 from flax import nnx
 
 from ...sharding.errors import UserError
-from ...sharding.ops.plain import View, soft_cap
-from .block import Block, Cache, Turn
-from .config import DecoderConfig
-from .norm import Norm
-from .param import normal
-from .rope import inverse_frequencies, rotation
+from ...sharding.ops import attention
+from ...sharding.ops.plain import View, attend, soft_cap
+from ..model import Batch, Model, Params
+from .attention import Attention, LatentAttention, Turn, inverse_frequencies, rotation
+from .config import DecoderConfig, flops_per_token
+from .experts import Experts
+from .layers import Mlp, Norm, normal
+from .loss import cross_entropy, logits_chunk
+
+
+def decoder(config: DecoderConfig) -> Model:
+    """Return the decoder that `config` describes, as pure functions of parameters and batch.
+
+    Its `loss` raises `UserError` for a batch without tokens or targets, and for a sequence that learned
+    positions or `loss_chunk` do not allow.
+
+    >>> from meshwright.models import preset
+    >>> model = decoder(preset("tiny", layers=2))
+    >>> model.names["layers"]["mlp"]["up"]
+    ('layers', 'embed', 'mlp')
+    >>> tokens = jax.ShapeDtypeStruct((4, 16), "int32")
+    >>> jax.eval_shape(model.logits, jax.eval_shape(model.init, jax.random.key(0)), tokens).shape
+    (4, 16, 264)
+    """
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
+    graph, state = nnx.split(abstract)
+
+    def init(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key))))
+
+    def loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return _loss(nnx.merge(graph, params), batch)
+
+    def logits(
+        params: Params,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        module = nnx.merge(graph, params)
+        return module.project(module(tokens, segment_ids, positions))
+
+    def decode(params: Params, cache: Cache, tokens: jax.Array, index: jax.Array) -> tuple[jax.Array, Cache]:
+        module = nnx.merge(graph, params)
+        hidden, cache = module.step(tokens, index, cache)
+        return module.project(hidden)[:, 0], cache
+
+    return Model(
+        config=config,
+        init=init,
+        loss=loss,
+        logits=logits,
+        names=_names(state),
+        num_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)),
+        flops_per_token=partial(flops_per_token, config),
+        empty_cache=partial(_empty_cache, config),
+        decode=decode,
+    )
+
+
+def _loss(module: Decoder, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    for name in ("tokens", "targets"):
+        if name not in batch:
+            raise UserError(f"a batch needs {name!r}; it has {', '.join(map(repr, batch)) or 'nothing'}")
+    tokens, targets, segment_ids = batch["tokens"], batch["targets"], batch.get("segment_ids")
+    if segment_ids is not None:
+        targets = jnp.where(segment_ids > 0, targets, -1)
+    config = module.config
+    hidden = module(tokens, segment_ids, batch.get("positions"))
+    batch_size, sequence = tokens.shape
+    chunk = logits_chunk(batch_size, sequence, config.vocab, config.loss_chunk)
+    return cross_entropy(hidden, module.project, targets, chunk=chunk, z_loss=config.z_loss)
+
+
+def _empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
+    shape = (config.layers, batch, length, config.kv_heads)
+    sizes = (config.head_dim + (config.rope_head_dim or 0), config.value_head_dim or config.head_dim)
+    return Cache(*(jnp.zeros((*shape, size), config.compute_dtype) for size in sizes))
+
+
+def _names(state: nnx.State) -> dict[str, Any]:
+    """Return the labels of each parameter, with the stacked dimension put before those inside stacks."""
+    flat = {path: leaf.get_metadata("dims") for path, leaf in nnx.to_flat_state(state)}
+    labelled = {
+        path: ("layers", *dims) if path[0] in ("layers", "dense") else dims for path, dims in flat.items()
+    }
+    return nnx.traversals.unflatten_mapping(labelled)
 
 
 class Decoder(nnx.Module):
@@ -156,3 +238,64 @@ def _stacked(config: DecoderConfig, keys: jax.Array, *, dense: bool = False) -> 
 
     graph = nnx.graphdef(nnx.eval_shape(block, keys[0]))
     return nnx.merge(graph, jax.lax.map(lambda key: nnx.to_pure_dict(nnx.state(block(key))), keys))
+
+
+class Cache(NamedTuple):
+    """Keys and values of a row so far, ``[batch, length, kv_heads, head_dim]`` (stacked: layers first)."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Block(nnx.Module):
+    """A decoder layer. `Decoder` holds all of them stacked in one.
+
+    `dense` layers have an MLP where the others have experts.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dense: bool = False):
+        self.config = config
+        self.attention_norm = Norm(config)
+        latent = config.kv_rank is not None
+        self.attention = (LatentAttention if latent else Attention)(config, rngs=rngs)
+        self.mlp_norm = Norm(config)
+        mixture = config.experts is not None and not dense
+        self.mlp = (Experts if mixture else Mlp)(config, rngs=rngs)
+        if config.post_norms:
+            self.attention_post_norm = Norm(config)
+            self.mlp_post_norm = Norm(config)
+
+    def __call__(self, x: jax.Array, turn: Turn | None, view: View) -> jax.Array:
+        """Map the stream ``[batch, sequence, embed]`` to itself; every row sees what `view` lets it."""
+        query, key, value = self.attention.project(self.attention_norm(x), turn)
+        out = attention(
+            query,
+            key,
+            value,
+            segment_ids=view.query_segments,
+            window=view.window,
+            cap=self.config.attention_soft_cap,
+            scale=1.0,
+            chunk=self.config.attention_chunk,
+        )
+        return self._finish(x, out)
+
+    def step(self, x: jax.Array, turn: Turn | None, view: View, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Map one token of each row ``[batch, 1, embed]``, seeing those that the cache holds."""
+        query, key, value = self.attention.project(self.attention_norm(x), turn)
+        place = (0, view.query_index[0], 0, 0)
+        cache = Cache(
+            *(
+                jax.lax.dynamic_update_slice(old, new, place)
+                for old, new in zip(cache, (key, value), strict=True)
+            )
+        )
+        out = attend(query, cache.key, cache.value, view, cap=self.config.attention_soft_cap)
+        return self._finish(x, out), cache
+
+    def _finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
+        post = self.config.post_norms
+        out = self.attention.merge(heads)
+        x = x + (self.attention_post_norm(out) if post else out)
+        out = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_post_norm(out) if post else out)

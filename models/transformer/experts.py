@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .config import DecoderConfig
-from .mlp import Mlp, gelu, silu
-from .param import normal
+from .layers import Mlp, activated, added_gain, normal
 
 
 def capacity(config: DecoderConfig, sequence: int) -> int:
@@ -62,10 +61,10 @@ class Experts(nnx.Module):
         # Every token is scored by all experts where it is: what spreads them does not spread their scores.
         self.router = normal(rngs.params(), (embed, count), ("embed", "scores"), config, fan_in=embed)
         wide, narrow = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
-        gain = (2 * config.layers) ** -0.5
         if config.activation != "gelu":
             self.gate = normal(rngs.params(), (count, embed, mlp), wide, config, fan_in=embed)
         self.up = normal(rngs.params(), (count, embed, mlp), wide, config, fan_in=embed)
+        gain = added_gain(config)
         self.down = normal(rngs.params(), (count, mlp, embed), narrow, config, fan_in=mlp, gain=gain)
         if config.shared_experts:
             self.shared = Mlp(config, rngs=rngs, hidden=config.shared_experts * mlp)
@@ -97,10 +96,8 @@ class Experts(nnx.Module):
 
     def _work(self, x: jax.Array) -> jax.Array:
         """Map ``[batch, experts, slots, embed]`` to the same, every expert its own slots."""
-        hidden = jnp.einsum("bxce,xef->bxcf", x, self.up[...].astype(x.dtype))
-        if self.config.activation == "gelu":
-            hidden = gelu(hidden)
-        else:
+        up, gate = jnp.einsum("bxce,xef->bxcf", x, self.up[...].astype(x.dtype)), None
+        if self.config.activation != "gelu":
             gate = jnp.einsum("bxce,xef->bxcf", x, self.gate[...].astype(x.dtype))
-            hidden = (silu if self.config.activation == "swiglu" else gelu)(gate) * hidden
+        hidden = activated(self.config, up, gate)
         return jnp.einsum("bxcf,xfe->bxce", hidden, self.down[...].astype(x.dtype))

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshwright.models import Model, decoder, preset
+from meshwright.models.transformer.attention import inverse_frequencies
 from meshwright.sharding import UserError
 
 SMALL = {
@@ -86,8 +87,6 @@ def reference_logits(model: Model, params: Any, tokens: np.ndarray) -> np.ndarra
         return np.asarray(jax.nn.gelu(jnp.asarray(x, jnp.float32), approximate=True), np.float64)
 
     def turn(x: np.ndarray, local: bool) -> np.ndarray:
-        from meshwright.models.transformer.rope import inverse_frequencies
-
         if c.position_embedding == "learned":
             return x
         angles = np.arange(len(x))[:, None] * inverse_frequencies(c, local=local).astype(np.float64)

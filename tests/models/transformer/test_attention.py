@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 from meshwright.models import preset
-from meshwright.models.transformer.rope import inverse_frequencies, rotate, rotation
+from meshwright.models.transformer.attention import inverse_frequencies, rotate, rotation
 
 
 def test_rotation_is_multiplication_by_unit_complex_numbers() -> None:
