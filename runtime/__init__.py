@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from ..sharding.errors import door
 
 if TYPE_CHECKING:
     from .hosts.distributed import simulate as simulate
@@ -12,11 +13,4 @@ if TYPE_CHECKING:
 _HOMES = {"simulate": "hosts.distributed"}
 
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = door(__name__, _HOMES)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from .errors import door
 from .hardware.attached import quiet_absent
 
 if TYPE_CHECKING:
@@ -36,18 +36,7 @@ _HOMES = {
 }
 
 __all__ = list(_HOMES)
+__getattr__, __dir__ = door(__name__, _HOMES)
 
 # Here, because every process that uses meshwright passes here before JAX has looked for devices.
 quiet_absent()
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(_HOMES)

@@ -1,9 +1,12 @@
-"""What a user is told when what they wrote cannot work."""
+"""Errors that a user can act on, and the lazy doors of packages, which must not hide an error's cause."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -39,3 +42,34 @@ def nearest_divisors(size: int, wanted: int) -> str:
     below = max((d for d in divisors if d <= wanted), default=None)
     above = min((d for d in divisors if d >= wanted), default=None)
     return " or ".join(str(d) for d in dict.fromkeys((below, above)) if d is not None)
+
+
+def door(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` of a package that loads each of its names on first use.
+
+    Args:
+      package: the package's `__name__`.
+      homes: public name → module below the package that defines it. No module may have the name of what it
+        defines: importing the module would put it in the place of what it defines.
+
+    The functions raise AttributeError for a name that is not in `homes`, and ImportError, with the cause, for
+    a module that an AttributeError stops from loading: that error would reach Python's import statement,
+    which takes it for a missing name and says no more than ``cannot import name``.
+
+    >>> load, names = door("meshwright.sharding", {"nearest": "errors"})
+    >>> load("nearest").__name__, names()
+    ('nearest', ['nearest'])
+    """
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        home = f"{package}.{homes[name]}"
+        try:
+            value = getattr(importlib.import_module(home), name)
+        except AttributeError as error:
+            raise ImportError(f"{package}.{name} cannot be loaded: {home} fails with {error!r}") from error
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load, lambda: sorted(homes)
