@@ -21,8 +21,8 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from meshwright.runtime.config.config import load
-from meshwright.runtime.train.planning import plan_config
+from meshwright.runtime.config import load
+from meshwright.runtime.train import plan_config
 from meshwright.sharding import UserError
 from meshwright.sharding.verify.verify import verify
 from meshwright.sharding.words import layout_in_words

@@ -16,8 +16,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from meshwright.runtime.config.config import load
-from meshwright.runtime.train.planning import plan_config
+from meshwright.runtime.config import load
+from meshwright.runtime.train import plan_config
 from meshwright.sharding import Topology, UserError
 from meshwright.sharding.words import gib, layout_in_words, seconds
 from meshwright.sharding.xla.options import Options, trials_for

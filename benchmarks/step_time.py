@@ -111,12 +111,12 @@ def _meshwright() -> Any:
 
     import jax
     from meshwright.runtime.checkpoint import Checkpoints
-    from meshwright.runtime.config.config import parse
-    from meshwright.runtime.faults.faults import StepWatchdog, StopSignal
-    from meshwright.runtime.hosts.distributed import initialize
+    from meshwright.runtime.config import parse
+    from meshwright.runtime.faults import StepWatchdog, StopSignal
+    from meshwright.runtime.hosts import initialize
     from meshwright.runtime.profiling import ProfileWindow
-    from meshwright.runtime.train.job import build_job
-    from meshwright.runtime.train.loop import Loop
+    from meshwright.runtime.train import build_job
+    from meshwright.runtime.train.loop import TrainingLoop
     from meshwright.runtime.train.metrics import Collector, JsonLines, TensorBoard
 
     config = parse(CONFIG)
@@ -146,7 +146,7 @@ def _meshwright() -> Any:
         assert stack is not None
         train = config.train.model_copy(update={"steps": step + steps})
         collector = Collector(sinks, tokens_per_step=job.tokens_per_step)
-        loop = Loop(
+        loop = TrainingLoop(
             config=config.model_copy(update={"train": train}),
             job=job,
             update=update,

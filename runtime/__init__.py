@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from ..sharding.errors import door
 
 if TYPE_CHECKING:
-    from .hosts.distributed import simulate as simulate
+    from .hosts.simulated import simulate as simulate
 
 # Name → module that defines it, loaded on first use.
-_HOMES = {"simulate": "hosts.distributed"}
+_HOMES = {"simulate": "hosts.simulated"}
 
 __all__ = list(_HOMES)
 __getattr__, __dir__ = door(__name__, _HOMES)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-from meshwright.runtime.config.config import load
-from meshwright.runtime.train import optimizer
-from meshwright.runtime.train.job import build_model
+from meshwright.runtime.config import load
+from meshwright.runtime.train import build_model, optimizer
 from meshwright.runtime.train.planning import Shapes, plan_config
 from meshwright.sharding import Plan
 

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import yaml
+from meshwright.sharding import processes
 
 CONFIG: dict[str, Any] = {
     "name": "small",
@@ -55,19 +56,13 @@ def command(*words: object) -> list[str]:
 
 def meshwright(*words: object) -> subprocess.CompletedProcess[str]:
     """Run `meshwright` to its end."""
-    return subprocess.run(command(*words), capture_output=True, text=True, timeout=240, check=False)
+    return processes.run(command(*words), timeout_seconds=240)
 
 
 def start(*words: object) -> subprocess.Popen[str]:
     """Start `meshwright` with stdout and stderr in one pipe, in a session of its own."""
-    return subprocess.Popen(
-        command(*words),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    return processes.start(command(*words), stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def metrics(run: pathlib.Path) -> list[dict[str, Any]]:

@@ -9,22 +9,18 @@ from ...sharding.errors import door
 if TYPE_CHECKING:
     from .checkpoints import Checkpoints as Checkpoints
     from .checkpoints import Restored as Restored
-    from .differing import Difference as Difference
-    from .differing import differing_keys as differing_keys
     from .errors import CheckpointError as CheckpointError
     from .fingerprint import fingerprints as fingerprints
-    from .inspection import CheckpointRecord as CheckpointRecord
     from .inspection import list_checkpoints as list_checkpoints
     from .inspection import verify_checkpoint as verify_checkpoint
+    from .records import CheckpointRecord as CheckpointRecord
 
 # Name → module that defines it. Loaded on first use, so that the command line starts without JAX and Orbax.
 _HOMES = {
     "CheckpointError": "errors",
-    "CheckpointRecord": "inspection",
+    "CheckpointRecord": "records",
     "Checkpoints": "checkpoints",
-    "Difference": "differing",
     "Restored": "checkpoints",
-    "differing_keys": "differing",
     "fingerprints": "fingerprint",
     "list_checkpoints": "inspection",
     "verify_checkpoint": "inspection",

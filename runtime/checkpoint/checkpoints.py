@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 
 from ...sharding.errors import UserError, nearest
+from ...sharding.files import FolderInUse, FolderLock
 from . import fingerprint, folder, manifest, spread, store
 from .agreement import first_fault, from_first
 from .errors import CheckpointError, Damaged
@@ -67,10 +68,9 @@ class Checkpoints:
         self._saving: _Saving | None = None
         self._snapshots = spread.Snapshots()
         self._written: set[int] = set()
-        self._lock: folder.Lock | None = None
+        self._lock: FolderLock | None = None
         if jax.process_index() == 0:
-            _make(self.directory)
-            self._lock = folder.Lock(self.directory)
+            self._lock = _opened(self.directory)
             for name in folder.remove_unfinished(self.directory):
                 _log.info("removed %s, left unfinished by a run that was stopped", self.directory / name)
 
@@ -289,9 +289,15 @@ class _Saving:
             del self._work
 
 
-def _make(directory: Path) -> None:
+def _opened(directory: Path) -> FolderLock:
+    """Make the folder of a run's checkpoints where there is none, and take it for this process."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        return FolderLock(directory)
+    except FolderInUse as held:
+        raise UserError(
+            f"checkpoints in {directory} are in use by {held.owner}; wait for it or stop it"
+        ) from None
     except OSError as error:
         raise UserError(f"checkpoints cannot be kept in {directory}: {error.strerror}") from None
 

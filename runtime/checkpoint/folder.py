@@ -11,12 +11,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from pathlib import Path
 
-from ...sharding.errors import UserError
 from .manifest import sync_directory
 
 _UNFINISHED = (".writing", ".deleting")
@@ -76,28 +74,3 @@ def remove_unfinished(directory: Path) -> list[str]:
     for path in found:
         shutil.rmtree(path)
     return [path.name for path in found]
-
-
-class Lock:
-    """Sole use of a folder until `release` or the end of the process, however it ends."""
-
-    def __init__(self, directory: Path) -> None:
-        """Raises `UserError` when another run has the folder."""
-        self._file = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "another process"
-            self._file.close()
-            raise UserError(
-                f"checkpoints in {directory} are in use by {owner}; wait for it or stop it"
-            ) from None
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(f"process {os.getpid()}\n")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Let others use the folder."""
-        self._file.close()

@@ -19,7 +19,7 @@ _DIGESTED_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leaf:
+class SavedArray:
     """One array: its name, shape, dtype and fingerprint (16 hexadecimal digits)."""
 
     name: str
@@ -29,7 +29,7 @@ class Leaf:
 
 
 @dataclass(frozen=True, kw_only=True)
-class File:
+class SavedFile:
     """One file, by its path in the checkpoint: its size, and its SHA-256 if it is small."""
 
     name: str
@@ -46,8 +46,8 @@ class Manifest:
     metrics: Mapping[str, float]
     versions: Mapping[str, str]
     saved_at: str
-    leaves: tuple[Leaf, ...]
-    files: tuple[File, ...] = field(default=())
+    leaves: tuple[SavedArray, ...]
+    files: tuple[SavedFile, ...] = field(default=())
 
     @property
     def size_bytes(self) -> int:
@@ -79,18 +79,22 @@ def read(directory: Path) -> Manifest:
         raise Damaged(f"{NAME} was altered: its checksum does not fit")
     if body.pop("format") != FORMAT:
         raise Damaged(f"{NAME} is of another format than {FORMAT}, the one this version reads")
-    leaves = tuple(Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in body.pop("leaves"))
-    return Manifest(**{**body, "leaves": leaves, "files": tuple(File(**file) for file in body.pop("files"))})
+    leaves = tuple(SavedArray(**{**leaf, "shape": tuple(leaf["shape"])}) for leaf in body.pop("leaves"))
+    return Manifest(
+        **{**body, "leaves": leaves, "files": tuple(SavedFile(**file) for file in body.pop("files"))}
+    )
 
 
-def files_of(directory: Path) -> tuple[File, ...]:
+def files_of(directory: Path) -> tuple[SavedFile, ...]:
     """List what lies in a finished checkpoint, the manifest excepted."""
     found = []
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path != directory / NAME:
             size = path.stat().st_size
             digest = _digest(path.read_bytes()) if size <= _DIGESTED_BYTES else None
-            found.append(File(name=path.relative_to(directory).as_posix(), size_bytes=size, sha256=digest))
+            found.append(
+                SavedFile(name=path.relative_to(directory).as_posix(), size_bytes=size, sha256=digest)
+            )
     return tuple(found)
 
 

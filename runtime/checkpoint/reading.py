@@ -55,8 +55,8 @@ def verify_arrays(directory: Path, record: Manifest) -> str | None:
     return None
 
 
-def _batches(leaves: Sequence[manifest.Leaf]) -> list[list[manifest.Leaf]]:
-    batches: list[list[manifest.Leaf]] = []
+def _batches(leaves: Sequence[manifest.SavedArray]) -> list[list[manifest.SavedArray]]:
+    batches: list[list[manifest.SavedArray]] = []
     room = 0
     for leaf in leaves:
         size = nbytes([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)])

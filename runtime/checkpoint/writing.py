@@ -14,7 +14,7 @@ import jax
 
 from . import folder, manifest
 from .fingerprint import Fingerprints
-from .manifest import Leaf, Manifest
+from .manifest import Manifest, SavedArray
 
 
 def finish(
@@ -38,7 +38,7 @@ def finish(
         if jax.process_index() != 0:
             return
         leaves = tuple(
-            Leaf(name=name, shape=shape, dtype=dtype, fingerprint=fingerprint)
+            SavedArray(name=name, shape=shape, dtype=dtype, fingerprint=fingerprint)
             for (name, shape, dtype), fingerprint in zip(described, prints, strict=True)
         )
         record = Manifest(

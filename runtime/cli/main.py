@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ...sharding.errors import UserError
-from ..errors import RunError
+from ..errors import EXIT_INTERRUPTED, RunError, exit_code
 
 app = typer.Typer(
     name="meshwright",
@@ -37,10 +37,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train a model; the same command again goes on where it stopped."""
-    from ..config.config import load
-    from ..train.train import train as run
+    from ..config import load
 
-    raise typer.Exit(run(load(config, overrides or [])))
+    # Before what trains is imported, JAX above all: a mistake in the settings is told at once.
+    settings = load(config, overrides or [])
+    from ..train import train as run
+
+    raise typer.Exit(run(settings))
 
 
 @app.command()
@@ -68,19 +71,22 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Find the fastest layout of a config's model on a topology, say why, and have the compiler prove it."""
-    from ..train.planning import compare_plans, facts, plan_config, write_files
-
     if compare is not None:
+        from ..train.planning import compare_plans
+
         _print(compare_plans(*compare, as_json=as_json))
         return
     if config is None:
         raise UserError("give a CONFIG to plan for, or --compare with two saved plans")
-    from ..config.config import load
-
     if top != 1 and not verify:
         raise UserError(f"--top {top} chooses among compiled plans; add --verify")
+    from ..config import load
+
     with _without_collector():
-        planned = plan_config(load(config, overrides or []), topology)
+        settings = load(config, overrides or [])
+        from ..train.planning import facts, plan_config, write_files
+
+        planned = plan_config(settings, topology)
         found = planned.verified(top).plan if verify else planned.plan
     answer = None if why is None else found.explain(why)
     write_files(found, plan_file=save, page=html)
@@ -102,7 +108,7 @@ def launch(
     processes: Annotated[int, typer.Option(help="Real processes on this machine.")] = 1,
 ) -> None:
     """Train in several real processes on this machine, joined over loopback."""
-    from ..launch.local import launch_training
+    from ..launch import launch_training
 
     raise typer.Exit(launch_training(config, overrides or [], processes))
 
@@ -128,12 +134,16 @@ def checkpoint(
     as_json: Json = False,
 ) -> None:
     """List the checkpoints of a run."""
-    from ..checkpoint import list_checkpoints
-    from ..checkpoint.table import plain, table
+    from ..checkpoint.records import committed, described, plain, table
 
     if not run.is_dir():
         raise UserError(f"there is no run folder at {run}")
-    records = list_checkpoints(run, verify=verify)
+    if verify:
+        from ..checkpoint import list_checkpoints
+
+        records = list_checkpoints(run, verify=True)
+    else:
+        records = [described(path) for path in committed(run)]
     if as_json:
         print(json.dumps([plain(record) for record in records]))
     elif not records:
@@ -152,17 +162,13 @@ def config(
     presets: Annotated[bool, typer.Option("--presets", help="List the models' presets.")] = False,
 ) -> None:
     """Print every setting with its type, default and meaning, or a config file as resolved."""
-    from ..config.config import dump, load
+    from ..config import describe_presets, describe_settings, dump, load
 
     if presets:
-        from ..config.describe import describe_presets
-
         _show(describe_presets())
     elif file is not None:
         print(dump(load(file, overrides or [])), end="")
     else:
-        from ..config.describe import describe_settings
-
         print(describe_settings())
 
 
@@ -195,18 +201,15 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
         app()
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(exit_code(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         # Ctrl-C while a library starts can come out as that library's own error.
         if _was_interrupted(error):
-            sys.exit(130)
+            sys.exit(EXIT_INTERRUPTED)
         raise
 
 

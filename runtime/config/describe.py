@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from typing import Any, get_args, get_origin
 
+from ... import models
 from .config import fields
 
 
 def describe_settings() -> str:
     """Return every setting as YAML comments: what it means, its type, and its default as a line to copy."""
-    import json
-
     lines: list[str] = []
     section = None
     for dotted, annotation, default, description in fields():
@@ -29,11 +29,9 @@ def describe_presets() -> Any:
     """Return a rich table of the model presets."""
     from rich.table import Table
 
-    from ...models import preset, presets
-
     table = Table("preset", "layers", "embed", "heads", "kv heads", "mlp", "vocab", box=None)
-    for name in presets():
-        shape = preset(name)
+    for name in models.presets():
+        shape = models.preset(name)
         row = (shape.layers, shape.embed, shape.heads, shape.kv_heads, shape.mlp, shape.vocab)
         table.add_row(name, *(f"{value:,}" for value in row))
     return table

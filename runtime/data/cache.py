@@ -1,14 +1,10 @@
-"""Folders that appear whole or not at all, and are checked when they are opened again."""
+"""The folder that keeps tokenised corpora; an entry is sealed with checksums, held against it when opened."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
-import shutil
-import socket
-import tempfile
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -40,58 +36,10 @@ def blaming(folder: pathlib.Path) -> Iterator[None]:
         ) from None
 
 
-@contextlib.contextmanager
-def locked(root: pathlib.Path, name: str) -> Iterator[None]:
-    """Hold the one lock for the entry `name`, so that processes on a machine do not all make it.
-
-    Only saves work: entries are published by rename, which is right without any lock.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with blaming(root):
-        stream = open(root / f"{name}.lock", "w")  # noqa: SIM115  (closed below; only its opening is blamed)
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            yield
-            return
-        for left in root.glob(f".{name}.{socket.gethostname()}.*"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-
-
-def new_folder(root: pathlib.Path, name: str) -> pathlib.Path:
-    """Make the empty folder in which the entry `name` is prepared."""
-    return pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.{socket.gethostname()}.", dir=root))
-
-
 def seal(folder: pathlib.Path, meta: dict[str, Any]) -> None:
     """Write `meta`, with the size and checksum of every file in `folder` added to it."""
     files = {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(folder.iterdir())}
     (folder / _META).write_text(json.dumps({**meta, "files": files}, indent=1), encoding="utf-8")
-
-
-def publish(folder: pathlib.Path, final: pathlib.Path) -> None:
-    """Move the sealed `folder` to `final`; a sound entry that is there already is kept instead."""
-    for _ in range(16):
-        try:
-            os.rename(folder, final)
-            return
-        except OSError:
-            if not final.exists():
-                raise
-        if unsound(final) is None:
-            shutil.rmtree(folder, ignore_errors=True)
-            return
-        with contextlib.suppress(FileNotFoundError):
-            aside = pathlib.Path(tempfile.mkdtemp(prefix=".damaged.", dir=final.parent))
-            os.rename(final, aside / "was")
-            shutil.rmtree(aside, ignore_errors=True)
-    raise UserError(f"other processes keep replacing {final}; stop them or set data.cache to another folder")
 
 
 def unsound(final: pathlib.Path) -> str | None:

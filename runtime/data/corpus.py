@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import shutil
 import sys
 import time
 from collections import Counter
@@ -16,13 +15,13 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ...sharding import files
 from ...sharding.errors import UserError
 from . import cache
 from .chunk import Chunk, text_chunks
 from .config import DataConfig
-from .dead_settings import refuse_dead_settings
 from .documents import pieces
-from .sources import Found, find
+from .sources import Source, find, refuse_dead_settings
 from .token_files import token_chunks
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -88,7 +87,7 @@ def open_corpus(config: DataConfig, report: Report = to_stderr) -> Corpus:
     with cache.blaming(root):
         root.mkdir(parents=True, exist_ok=True)
     if not final.exists() or cache.unsound(final) is not None:
-        with cache.locked(root, name):
+        with cache.blaming(root), files.locked(final):
             _make(config, found, tokenizer, final, report)
     meta = cache.read_meta(final)
     return Corpus(
@@ -108,7 +107,7 @@ def _mapped(path: pathlib.Path, dtype: str) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, "r"))
 
 
-def _entry_name(config: DataConfig, found: Found, tokenizer: Tokenizer | None) -> str:
+def _entry_name(config: DataConfig, found: Source, tokenizer: Tokenizer | None) -> str:
     """Return a name that is another whenever the tokens could be."""
     how = [_VERSION, found.kind, config.text_field, tokenizer.fingerprint if tokenizer else None]
     how += [config.eos_id, config.token_dtype]
@@ -137,25 +136,20 @@ def _recognised_by(path: pathlib.Path, size: int, whole: bool) -> Iterator[bytes
 
 
 def _make(
-    config: DataConfig, found: Found, tokenizer: Tokenizer | None, final: pathlib.Path, report: Report
+    config: DataConfig, found: Source, tokenizer: Tokenizer | None, final: pathlib.Path, report: Report
 ) -> None:
     if final.exists():
         wrong = cache.unsound(final)
         if wrong is None:  # another process made it while this one waited for the lock
             return
         report(f"warning: the cached corpus {final} is damaged ({wrong}); tokenising again")
-    with cache.blaming(final.parent):
-        folder = cache.new_folder(final.parent, final.name)
-    try:
+    # Of two machines that share the cache, each may make it.
+    with files.whole_folder(final, keep=lambda there: cache.unsound(there) is None) as folder:
         _build(config, found, tokenizer, folder, report)
-        with cache.blaming(final.parent):
-            cache.publish(folder, final)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _build(
-    config: DataConfig, found: Found, tokenizer: Tokenizer | None, folder: pathlib.Path, report: Report
+    config: DataConfig, found: Source, tokenizer: Tokenizer | None, folder: pathlib.Path, report: Report
 ) -> None:
     began = time.monotonic()
     skipped: Counter[str] = Counter()
@@ -186,8 +180,7 @@ def _build(
         f"tokenised {config.source}: {writer.documents:,} documents, {writer.tokens:,} tokens "
         f"in {seconds:.1f} s{left_out}"
     )
-    with cache.blaming(folder.parent):
-        cache.seal(folder, {**writer.summary(), "skipped": dict(skipped), "source": config.source})
+    cache.seal(folder, {**writer.summary(), "skipped": dict(skipped), "source": config.source})
 
 
 def _reporting(chunks: Iterator[Chunk], writer: _Writer, source: str, report: Report) -> Iterator[Chunk]:
@@ -215,15 +208,14 @@ class _Writer:
         self.max_token = 0
 
     def __enter__(self) -> _Writer:
-        with cache.blaming(self._folder.parent), contextlib.ExitStack() as opened:
+        with contextlib.ExitStack() as opened:
             names = ("tokens.bin", "ends.bin", "keys.bin")
             self._files = [opened.enter_context(open(self._folder / name, "wb")) for name in names]
             self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with cache.blaming(self._folder.parent):
-            self._opened.close()
+        self._opened.close()
 
     def write(self, chunk: Chunk) -> None:
         """Append `chunk`."""
@@ -234,9 +226,8 @@ class _Writer:
             (chunk.ends + self.tokens).astype("<i8", copy=False),
             chunk.keys.astype("<u8", copy=False),
         )
-        with cache.blaming(self._folder.parent):
-            for file, array in zip(self._files, arrays, strict=True):
-                file.write(array.tobytes())
+        for file, array in zip(self._files, arrays, strict=True):
+            file.write(array.tobytes())
         self._digest.update(arrays[0].astype("<u4", copy=False).tobytes())
         self._digest.update(arrays[1].tobytes())
         self.tokens += len(chunk.tokens)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ...sharding.errors import UserError, nearest
-from .sources import Found, SourceFile
+from .sources import Source, SourceFile
 
 # A text file is tokenised this much at a time, cut at a line's end.
 PIECE_BYTES = 1 << 20
@@ -26,7 +26,7 @@ class Piece:
     last: bool
 
 
-def pieces(found: Found, text_field: str, skip: Callable[[str], None]) -> Iterator[Piece]:
+def pieces(found: Source, text_field: str, skip: Callable[[str], None]) -> Iterator[Piece]:
     """Yield the documents of `found` in order; `skip` is told why one was left out.
 
     A text file is one document, known by its name; a JSONL line or Parquet row is one, known by its

@@ -1,4 +1,4 @@
-"""Which files a `source` names, in an order that is the same everywhere."""
+"""Files that a `source` names, in an order that is the same everywhere, and the settings that suit them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from ...sharding.errors import UserError, nearest
+from .config import DataConfig
 
 Kind = Literal["text", "jsonl", "parquet", "tokens"]
 
@@ -36,7 +37,7 @@ class SourceFile:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Found:
+class Source:
     """The files of a source, in order. `lone` when the user named this one file."""
 
     kind: Kind
@@ -44,7 +45,7 @@ class Found:
     lone: bool
 
 
-def find(source: str, *, format: Kind | Literal["auto"] = "auto", include: str | None = None) -> Found:
+def find(source: str, *, format: Kind | Literal["auto"] = "auto", include: str | None = None) -> Source:
     """Return the files that `source` names; see `DataConfig` for what it may be.
 
     Raises UserError when there are none, saying what is there instead.
@@ -58,7 +59,7 @@ def find(source: str, *, format: Kind | Literal["auto"] = "auto", include: str |
         files = [file for file in _walk(root, _NOT_LIBRARY) if _matches(file.name, include or "*.py")]
         if not files:
             raise UserError(f"no file of Python's own library under {root} matches {include or '*.py'!r}")
-        return Found(kind="text", files=tuple(files), lone=False)
+        return Source(kind="text", files=tuple(files), lone=False)
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         files = _in_folder(path, format, include)
@@ -72,7 +73,7 @@ def find(source: str, *, format: Kind | Literal["auto"] = "auto", include: str |
         raise UserError(
             f"data.include={include!r} has no effect: source={source!r} is not a folder; leave it out"
         )
-    return Found(kind=_kind(source, files, format), files=tuple(files), lone=path.is_file())
+    return Source(kind=_kind(source, files, format), files=tuple(files), lone=path.is_file())
 
 
 def no_such_file(path: pathlib.Path) -> str:
@@ -165,3 +166,25 @@ def _kind(source: str, files: Sequence[SourceFile], format: Kind | Literal["auto
         if odd is not None:
             raise UserError(f"data.format=tokens reads .npy and .bin files; {odd.path} is neither")
     return format
+
+
+def refuse_dead_settings(config: DataConfig, found: Source) -> None:
+    """Raise UserError for a setting that was changed and has no effect on the files of `found`."""
+    source = f"{config.source!r} is {found.kind}"
+    if found.kind != "tokens":
+        if config.tokenizer is None:
+            raise UserError(f"data.tokenizer=null leaves text unread and {source}; try tokenizer=bytes")
+        _refuse(config, ("eos_id", "token_dtype"), f"is for token arrays and {source}")
+    elif all(file.path.suffix.lower() != ".bin" for file in found.files):
+        _refuse(config, ("token_dtype",), f"is for .bin files and {config.source!r} has none")
+    if found.kind in ("text", "tokens"):
+        _refuse(config, ("text_field",), f"is for JSONL and Parquet and {source}")
+    if config.tokenizer is None:
+        _refuse(config, ("bos_token", "eos_token"), "is for a tokenizer.json and data.tokenizer is null")
+
+
+def _refuse(config: DataConfig, fields: tuple[str, ...], why: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        if value != DataConfig.model_fields[field].default:
+            raise UserError(f"data.{field}={value!r} {why}; leave it out")

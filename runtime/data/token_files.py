@@ -10,13 +10,13 @@ import numpy as np
 from ...sharding.errors import UserError
 from .chunk import Chunk
 from .documents import key_of
-from .sources import Found
+from .sources import Source
 
 _CHUNK_TOKENS = 1 << 22
 
 
 def token_chunks(
-    found: Found, *, eos_id: int | None, bin_dtype: str, vocab_size: int | None
+    found: Source, *, eos_id: int | None, bin_dtype: str, vocab_size: int | None
 ) -> Iterator[Chunk]:
     """Yield the documents of the arrays of `found`, in order.
 

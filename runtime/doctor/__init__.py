@@ -6,17 +6,17 @@ another program holds, or whose driver is broken, makes JAX wait without end.
 
 from __future__ import annotations
 
+from .check import Check as Check
+from .check import render as render
 from .compilers import compilers
 from .devices import devices, probe, simulated
-from .finding import Finding as Finding
-from .finding import render as render
 from .hosts import hosts
 from .machine import cache, machine
 from .variables import variables
 from .versions import versions
 
 
-def examine(*, timeout_seconds: float = 60.0) -> list[Finding]:
+def examine(*, timeout_seconds: float = 60.0) -> list[Check]:
     """Look at versions, devices, hosts, compilers, folders and environment of this machine.
 
     JAX gets `timeout_seconds` to list its devices, in a child process.

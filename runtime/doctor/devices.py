@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...sharding.hardware.attached import attached_accelerators
-from .finding import Finding
+from ...sharding.processes import run
+from .check import Check
 
 # Asked in the child; its last line of output is the answer.
 _PROBE = """
@@ -28,41 +29,32 @@ _NAMES = {"gpu": "NVIDIA GPUs", "tpu": "TPUs", "rocm": "AMD GPUs"}
 
 def probe(timeout_seconds: float) -> dict[str, Any]:
     """Ask JAX in a child process; {"error": sentence} when it does not answer."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _PROBE],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
     try:
-        output, errors = process.communicate(timeout=timeout_seconds)
+        done = run([sys.executable, "-c", _PROBE], timeout_seconds=timeout_seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
         return {"error": f"JAX did not list its devices within {timeout_seconds:g} s"}
-    if process.returncode == 0:
-        return json.loads(output.splitlines()[-1])
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     flags = [line for line in lines if "Unknown flag" in line]
-    reason = (flags or lines or [f"exit code {process.returncode}"])[0 if flags else -1]
+    reason = (flags or lines or [f"exit code {done.returncode}"])[0 if flags else -1]
     # XLA's log lines begin with a letter, a date, a time, a thread and a source line.
     return {"error": f"JAX cannot start: {re.sub(r'^[FEWI][0-9]{4} .*?[.]cc:[0-9]+[]] ', '', reason)}"}
 
 
-def devices(answer: Mapping[str, Any]) -> Iterator[Finding]:
+def devices(answer: Mapping[str, Any]) -> Iterator[Check]:
     """Look at what JAX found, and at what it does not use."""
     attached = attached_accelerators()
     if "error" in answer:
-        yield Finding(name="devices", value=answer["error"], status="bad", advice=_cure(answer["error"]))
+        yield Check(name="devices", value=answer["error"], status="bad", advice=_cure(answer["error"]))
         return
     value = f"{answer['count']} × {answer['platform']} ({', '.join(answer['kinds'])})"
     idle = [kind for kind in attached if kind != answer["platform"]]
     if answer["platform"] == "cpu" and idle and os.environ.get("JAX_PLATFORMS", "") != "cpu":
         advice = f"this machine has {_NAMES[idle[0]]} that JAX does not use: {_plugin(idle[0])}"
-        yield Finding(name="devices", value=value, status="warn", advice=advice)
+        yield Check(name="devices", value=value, status="warn", advice=advice)
     else:
-        yield Finding(name="devices", value=value)
+        yield Check(name="devices", value=value)
 
 
 def _plugin(kind: str) -> str:
@@ -86,16 +78,14 @@ def _cure(error: str) -> str:
     return "another process may hold the accelerator; JAX_PLATFORMS=cpu leaves it out"
 
 
-def simulated() -> Iterator[Finding]:
+def simulated() -> Iterator[Check]:
     """Look at how many devices the environment has JAX simulate."""
     forced = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     count = os.environ.get("JAX_NUM_CPU_DEVICES") or (forced[1] if forced else None)
     if forced and "JAX_NUM_CPU_DEVICES" in os.environ and forced[1] != count:
         advice = f"JAX_NUM_CPU_DEVICES={count} wins over XLA_FLAGS, which says {forced[1]}; unset one"
-        yield Finding(name="simulated devices", value=f"{count}", status="warn", advice=advice)
+        yield Check(name="simulated devices", value=f"{count}", status="warn", advice=advice)
     elif count is None:
-        yield Finding(
-            name="simulated devices", value="none set", advice="topology: cpu:8 simulates 8 in a run"
-        )
+        yield Check(name="simulated devices", value="none set", advice="topology: cpu:8 simulates 8 in a run")
     else:
-        yield Finding(name="simulated devices", value=f"{count} (from the environment)")
+        yield Check(name="simulated devices", value=f"{count} (from the environment)")

@@ -8,24 +8,25 @@ import re
 import shutil
 from collections.abc import Iterator
 
-from .finding import Finding, Status
+from ...sharding.files import user_cache
+from .check import Check, Status
 
 _GIB = 1 << 30
 
 
-def machine() -> Iterator[Finding]:
+def machine() -> Iterator[Check]:
     """Look at cores, memory and disk."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding(name="CPU cores", value=str(cores))
+    yield Check(name="CPU cores", value=str(cores))
     free = _free_memory_bytes()
     if free is not None:
         advice = "the quickstart needs about 2 GiB" if free < 2 * _GIB else ""
-        yield Finding(name="free memory", value=_gib(free), status="warn" if advice else "ok", advice=advice)
+        yield Check(name="free memory", value=_gib(free), status="warn" if advice else "ok", advice=advice)
     yield _disk("disk here", pathlib.Path.cwd(), "checkpoints fill it")
     shared = pathlib.Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total) < _GIB // 4:
         advice = "data workers pass batches through it; in a container raise --shm-size"
-        yield Finding(name="/dev/shm", value=_gib(size), status="warn", advice=advice)
+        yield Check(name="/dev/shm", value=_gib(size), status="warn", advice=advice)
 
 
 def _free_memory_bytes() -> int | None:
@@ -43,29 +44,25 @@ def _free_memory_bytes() -> int | None:
     return min(free or int(limit), int(limit) - int(used)) if limit.isdecimal() else free
 
 
-def _disk(name: str, folder: pathlib.Path, use: str) -> Finding:
+def _disk(name: str, folder: pathlib.Path, use: str) -> Check:
     free = shutil.disk_usage(folder).free
     status: Status = "bad" if free < _GIB else "warn" if free < 10 * _GIB else "ok"
-    return Finding(name=name, value=f"{_gib(free)} free", status=status, advice="" if status == "ok" else use)
+    return Check(name=name, value=f"{_gib(free)} free", status=status, advice="" if status == "ok" else use)
 
 
 def _gib(size: int) -> str:
     return f"{size / _GIB:.1f} GiB"
 
 
-def cache() -> Iterator[Finding]:
+def cache() -> Iterator[Check]:
     """Look at the folder that keeps compiled programs."""
-    from ...sharding.files import user_cache
-
     folder = user_cache() / "compiled"
     home = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(home, os.W_OK):
         advice = f"make {home} writable or set compilation_cache to another folder"
-        yield Finding(
+        yield Check(
             name="compilation cache", value=f"{folder} cannot be written", status="warn", advice=advice
         )
         return
     files = [entry.stat().st_size for entry in folder.glob("*") if entry.is_file()] if folder.is_dir() else []
-    yield Finding(
-        name="compilation cache", value=f"{folder}, {len(files)} files, {sum(files) / 2**20:.0f} MiB"
-    )
+    yield Check(name="compilation cache", value=f"{folder}, {len(files)} files, {sum(files) / 2**20:.0f} MiB")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from ...sharding.errors import nearest
-from .finding import Finding
+from .check import Check
 
 # Read from the environment by JAX beside its settings proper.
 _OTHER_JAX_VARIABLES = {
@@ -31,7 +31,7 @@ _HARMFUL = (
 )
 
 
-def variables(settings: list[str] | None) -> Iterator[Finding]:
+def variables(settings: list[str] | None) -> Iterator[Check]:
     """Look for variables that slow a run down, change its numbers or mean nothing.
 
     `settings` are the variables that JAX knows, or None where it did not say.
@@ -39,15 +39,15 @@ def variables(settings: list[str] | None) -> Iterator[Finding]:
     for name, values, effect in _HARMFUL:
         value = os.environ.get(name, "")
         if value.lower() in values.split():
-            yield Finding(name=name, value=value, status="warn", advice=f"{effect}; unset it for a real run")
+            yield Check(name=name, value=value, status="warn", advice=f"{effect}; unset it for a real run")
     for name in sorted(os.environ):
         known = {*(settings or ()), *_OTHER_JAX_VARIABLES}
         if settings and name.startswith("JAX_") and name not in known:
             advice = f"JAX has no such setting; {nearest(name, sorted(known))}"
-            yield Finding(name=name, value=os.environ[name], status="warn", advice=advice)
+            yield Check(name=name, value=os.environ[name], status="warn", advice=advice)
     for flag in os.environ.get("XLA_FLAGS", "").split():
         if not flag.startswith("--"):
-            yield Finding(
+            yield Check(
                 name="XLA_FLAGS",
                 value=flag,
                 status="bad",

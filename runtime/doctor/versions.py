@@ -7,25 +7,25 @@ import re
 import sys
 from collections.abc import Iterator
 
-from .finding import Finding
+from .check import Check
 
 
-def versions() -> Iterator[Finding]:
+def versions() -> Iterator[Check]:
     """Look at Python and at the packages that a run needs."""
-    yield Finding(name="python", value=f"{sys.version.split()[0]} at {sys.executable}")
+    yield Check(name="python", value=f"{sys.version.split()[0]} at {sys.executable}")
     wanted = _requirements()
     for name in ("meshwright", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
         version, spec = version_of(name), wanted.get(name, "")
         if version is None:
-            yield Finding(name=name, value="missing", status="bad", advice=f'pip install "{name}{spec}"')
+            yield Check(name=name, value="missing", status="bad", advice=f'pip install "{name}{spec}"')
         elif not _satisfies(version, spec):
             advice = f'meshwright needs {spec}: pip install "{name}{spec}"'
-            yield Finding(name=name, value=version, status="bad", advice=advice)
+            yield Check(name=name, value=version, status="bad", advice=advice)
         else:
-            yield Finding(name=name, value=version)
+            yield Check(name=name, value=version)
     jax, jaxlib = version_of("jax"), version_of("jaxlib")
     if jax and jaxlib and numbers(jax)[:3] != numbers(jaxlib)[:3]:
-        yield Finding(
+        yield Check(
             name="jax and jaxlib",
             value=f"jax {jax} beside jaxlib {jaxlib}",
             status="warn" if numbers(jaxlib)[:2] == numbers(jax)[:2] else "bad",

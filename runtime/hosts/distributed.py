@@ -19,8 +19,9 @@ import warnings
 from ...sharding.errors import UserError
 from ..config.hosts import HostsConfig
 from . import clusters
-from .roll_call import Entry, is_loopback, roll_call, split_address
-from .simulated import enough_threads
+from .address import is_loopback, split_address
+from .roll_call import Entry, roll_call
+from .simulated import simulate
 
 # After the roll call every process is known to be alive; this covers only JAX's own handshake.
 _CONNECT_SECONDS = 60
@@ -52,26 +53,6 @@ class Hosts:
             f"process {self.process_id} of {self.num_processes} ({self.source}), "
             f"{self.num_local_devices} of {self.num_devices} devices, coordinator {self.coordinator}"
         )
-
-
-def simulate(num_devices: int) -> None:
-    """Give this process `num_devices` simulated CPU devices; UserError once JAX has started with others."""
-    if num_devices < 1:
-        raise UserError(f"simulated devices={num_devices} is below 1")
-    import jax
-
-    try:
-        jax.config.update("jax_num_cpu_devices", num_devices)
-        enough_threads(num_devices)
-    except RuntimeError:
-        if jax.default_backend() == "cpu" and jax.local_device_count() == num_devices:
-            return
-        raise UserError(
-            f"JAX has already started with {jax.local_device_count()} {jax.default_backend()} devices, "
-            f"too late to simulate {num_devices}; call simulate({num_devices}) first, or start with "
-            f"JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={num_devices}"
-        ) from None
-    jax.config.update("jax_platforms", "cpu")
 
 
 def initialize(config: HostsConfig, *, simulated_devices: int | None = None) -> Hosts:

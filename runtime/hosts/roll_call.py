@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from ...sharding.errors import UserError
+from .address import is_loopback, split_address
 
 Entry = dict[str, Any]
 
@@ -39,19 +40,6 @@ def roll_call(me: Entry, coordinator: str, *, timeout_seconds: float) -> list[En
         with _listen(host, port) as server:
             return _Gathering(server, me).gather(timeout_seconds)
     return _answer(me, host, port, timeout_seconds)
-
-
-def split_address(coordinator: str) -> tuple[str, int]:
-    """Take `host:port` apart, brackets around an IPv6 host removed; UserError for anything else."""
-    host, colon, port = coordinator.rpartition(":")
-    if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
-        raise UserError(f"coordinator={coordinator!r} is not host:port with a port from 1 to 65535")
-    return host.strip("[]"), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether `host` names this machine only."""
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 class _Gathering:

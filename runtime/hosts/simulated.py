@@ -1,13 +1,35 @@
-"""Threads for simulated devices."""
+"""Simulated CPU devices of one process, with the threads that their collectives need."""
 
 from __future__ import annotations
 
 import os
 
+from ...sharding.errors import UserError
+
 # XLA's variable for the size of its CPU thread pools, read when a CPU client is made.
 _THREADS = "NPROC"
 # Collectives of a device that can be ready at once: about as many as a layer has parameters to gather.
 _PER_DEVICE = 8
+
+
+def simulate(num_devices: int) -> None:
+    """Give this process `num_devices` simulated CPU devices; UserError once JAX has started with others."""
+    if num_devices < 1:
+        raise UserError(f"simulated devices={num_devices} is below 1")
+    import jax
+
+    try:
+        jax.config.update("jax_num_cpu_devices", num_devices)
+        enough_threads(num_devices)
+    except RuntimeError:
+        if jax.default_backend() == "cpu" and jax.local_device_count() == num_devices:
+            return
+        raise UserError(
+            f"JAX has already started with {jax.local_device_count()} {jax.default_backend()} devices, "
+            f"too late to simulate {num_devices}; call simulate({num_devices}) first, or start with "
+            f"JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={num_devices}"
+        ) from None
+    jax.config.update("jax_platforms", "cpu")
 
 
 def enough_threads(num_devices: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import re
 import signal
 import subprocess
@@ -13,23 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 from ...sharding.errors import UserError
+from ...sharding.processes import end_all, endings, fate, start
+from ..config import load
 from ..hosts import clusters
-from ..hosts.loopback import LOOPBACK, end_all, reserved_port
+from ..hosts.address import LOOPBACK, reserved_port
 
-# Runs in front of each command: has the kernel end it when the launcher ends, then becomes the command.
-_TIED_TO_PARENT = """
-import os, sys
-sys.path.append(sys.argv[1])
-from loopback import die_with_parent
-die_with_parent(int(sys.argv[2]))
-try:
-    os.execvp(sys.argv[3], sys.argv[3:])
-except OSError as error:
-    sys.exit(f"error: cannot start {sys.argv[3]}: {error.strerror}")
-"""
 _LAST_LINES = 12
 _COLOURS = ("36", "33", "35", "32", "34", "31")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -42,8 +32,6 @@ def launch_training(config: str | os.PathLike[str], overrides: Sequence[str], nu
 
     Raises UserError, before any process starts, for what is wrong in the config itself.
     """
-    from ..config.config import load
-
     load(os.fspath(config), overrides)
     train = [sys.executable, "-m", "meshwright.runtime.cli", "train", os.fspath(config), *overrides]
     return launch(train, num_processes)
@@ -73,12 +61,12 @@ def launch(
     if devices_per_process is not None and devices_per_process < 1:
         raise UserError(f"{devices_per_process} devices per process is below 1; nearest: 1")
     printer = _Printer(output or sys.stdout, num_processes)
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[subprocess.Popen[Any]] = []
     with reserved_port() as port:
         try:
             for number in range(num_processes):
                 words = _environment(number, num_processes, port, devices_per_process, environment or {})
-                processes.append(_start(command, words))
+                processes.append(start(command, env=words, stdout=subprocess.PIPE))
             return _Job(processes, printer, failure_grace_seconds, stop_grace_seconds).run()
         finally:
             end_all(processes, grace_seconds=0)
@@ -96,18 +84,6 @@ def _environment(
     if devices is not None:
         words |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     return words | dict(more)
-
-
-def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _TIED_TO_PARENT, folder, str(os.getpid()), *command],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
 
 
 class _Printer:
@@ -151,7 +127,7 @@ class _Job:
 
     def __init__(
         self,
-        processes: Sequence[subprocess.Popen[bytes]],
+        processes: Sequence[subprocess.Popen[Any]],
         printer: _Printer,
         failure_grace_seconds: float,
         stop_grace_seconds: float,
@@ -160,7 +136,6 @@ class _Job:
         self._printer = printer
         self._failure_grace_seconds = failure_grace_seconds
         self._stop_grace_seconds = stop_grace_seconds
-        self._ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self._requests: list[int] = []
 
     def run(self) -> int:
@@ -176,23 +151,17 @@ class _Job:
             return 0
         return self._explain(*failed)
 
-    def _follow(self, number: int, process: subprocess.Popen[bytes]) -> threading.Thread:
-        assert process.stdout is not None
+    def _follow(self, number: int, process: subprocess.Popen[Any]) -> threading.Thread:
         reader = threading.Thread(target=self._printer.copy, args=(number, process.stdout), daemon=True)
-        waiter = threading.Thread(target=lambda: self._ended.put((number, process.wait())), daemon=True)
         reader.start()
-        waiter.start()
         return reader
 
     def _wait(self) -> tuple[int, int] | None:
         """Return (number, return code) of the first process that fails, None when all end well."""
-        running, passed_on, deadline = len(self._processes), 0, float("inf")
-        while running:
-            with contextlib.suppress(queue.Empty):
-                number, code = self._ended.get(timeout=0.1)
-                running -= 1
-                if code != 0:
-                    return number, code
+        passed_on, deadline = 0, float("inf")
+        for ended in endings(self._processes):
+            if ended is not None and ended[1] != 0:
+                return ended
             if len(self._requests) > passed_on:
                 if passed_on and self._requests[-1] == signal.SIGINT:
                     return self._give_up("stopped at once")
@@ -222,10 +191,9 @@ class _Job:
         end_all(others, grace_seconds=self._failure_grace_seconds)
 
     def _explain(self, number: int, code: int) -> int:
-        fate = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         count = len(self._processes)
         others = "" if count == 1 else "; the others were ended"
-        self._printer.say(f"meshwright launch: process {number} of {count} {fate}{others}")
+        self._printer.say(f"meshwright launch: process {number} of {count} {fate(code)}{others}")
         if self._printer.last[number]:
             self._printer.say(f"meshwright launch: last lines of process {number}:")
             for line in self._printer.last[number]:

@@ -50,7 +50,7 @@ def analyse(traces: Mapping[int, Trace], program: SavedProgram | None, files: Se
             f"the saved program is {program.program.name!r}, but the trace holds {module!r}: "
             "capture the profile again"
         )
-    reader = _Reader(program, module)
+    reader = _OpReader(program, module)
     times: list[StepTime] = []
     ledgers: list[Ledger] = []
     for process, trace in traces.items():
@@ -79,7 +79,7 @@ def analyse(traces: Mapping[int, Trace], program: SavedProgram | None, files: Se
     )
 
 
-class _Reader:
+class _OpReader:
     """What an operation is, by the program's text where there is one, and else by its name."""
 
     def __init__(self, program: SavedProgram | None, module: str) -> None:
@@ -174,7 +174,7 @@ def _host_steps(process: int, trace: Trace) -> list[HostStep]:
     return steps
 
 
-def _operations(ledgers: Sequence[Ledger], reader: _Reader, wall_seconds: float) -> tuple[Operation, ...]:
+def _operations(ledgers: Sequence[Ledger], reader: _OpReader, wall_seconds: float) -> tuple[Operation, ...]:
     total_ns: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     for ledger in ledgers:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...sharding.errors import UserError
+from ...sharding.files import write_whole
 from ...sharding.hlo.replica_groups import MeshAxes, axes_of_groups, axes_of_pairs
 from ...sharding.hlo.text import Instruction, Program, parse_program
 
@@ -73,8 +73,8 @@ def save_program(directory: str | Path, compiled: jax.stages.Compiled, mesh: Mes
         "axes": {str(name): int(size) for name, size in mesh.shape.items()},
         "devices": [_device(device) for device in mesh.devices.flat],
     }
-    _write(folder / _TEXT, gzip.compress(text.encode(), compresslevel=3, mtime=0))
-    _write(folder / _MESH, (json.dumps(record, indent=1) + "\n").encode())
+    write_whole(folder / _TEXT, gzip.compress(text.encode(), compresslevel=3, mtime=0))
+    write_whole(folder / _MESH, json.dumps(record, indent=1) + "\n")
 
 
 def load_program(directory: str | Path) -> SavedProgram | None:
@@ -105,9 +105,3 @@ def _device(device: Any) -> dict[str, Any]:
     }
     coordinates = getattr(device, "coords", None)
     return described | ({"coords": list(coordinates)} if coordinates is not None else {})
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...sharding import Plan
 from ...sharding.errors import UserError
 from .analyse import analyse
 from .profile import Profile
@@ -56,8 +57,6 @@ def read_profile(directory: str | Path) -> Profile:
 
 
 def _with_estimate(profile: Profile, path: Path) -> Profile:
-    from ...sharding import Plan
-
     plan = Plan.load(path)
     if plan.estimate is None:
         return profile

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from ...sharding.errors import UserError
+from ...sharding.files import write_whole
 from .config import MAX_STEPS
 
 #: The name under which a step's wait for data stands in a trace.
@@ -219,7 +220,7 @@ class _Recorder:
                     sizes[suffix] = written.stat().st_size
                     os.replace(written, self._session / f"{name}{suffix}")
             # A trace cut at the border of a message still parses: its size says whether it is whole.
-            (self._session / f"{name}.sizes.json").write_text(json.dumps(sizes) + "\n")
+            write_whole(self._session / f"{name}.sizes.json", json.dumps(sizes) + "\n")
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
 

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from ...sharding.errors import nearest
 from ...sharding.hardware.attached import quiet_absent
 from ..hosts.simulated import enough_threads
 from .processes import FOLDER, RANK, Rank, run_in_processes
@@ -140,8 +141,6 @@ def _whole(item: pytest.Item, mark: pytest.Mark, name: str, default: int | None 
 
 
 def _no_other_keywords(item: pytest.Item, mark: pytest.Mark, known: tuple[str, ...]) -> None:
-    from ...sharding.errors import nearest
-
     for keyword in mark.kwargs:
         if keyword not in known:
             _refuse(item, f"has marker {mark.name} with unknown {keyword}=; {nearest(keyword, known)}")

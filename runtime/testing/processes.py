@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from ..hosts.loopback import LOOPBACK, die_with_parent, end_all, reserved_port, signal_group, wait_all
+from ...sharding.processes import end_all, endings, fate, signal_group, start, wait_all
+from ..hosts.address import LOOPBACK, reserved_port
 from ..hosts.simulated import enough_threads
 
 RANK = "MESHWRIGHT_TEST_RANK"
@@ -30,10 +31,10 @@ def run_in_processes(item: pytest.Item, count: int, devices: int, timeout_second
     """Run `item` in `count` processes with `devices` each; fail with what every failed one printed."""
     with tempfile.TemporaryDirectory(prefix="meshwright-test-") as name, reserved_port() as port:
         folder = pathlib.Path(name)
-        processes: list[subprocess.Popen[bytes]] = []
+        processes: list[subprocess.Popen[Any]] = []
         try:
             for rank in range(count):
-                job = f"{os.getpid()} {LOOPBACK}:{port} {count} {devices} {timeout_seconds}"
+                job = f"{LOOPBACK}:{port} {count} {devices} {timeout_seconds}"
                 processes.append(_start(item, rank, job, folder))
             story = _watch(processes, timeout_seconds)
         finally:
@@ -41,7 +42,7 @@ def run_in_processes(item: pytest.Item, count: int, devices: int, timeout_second
         _judge(item, folder, story)
 
 
-def _start(item: pytest.Item, rank: int, job: str, folder: pathlib.Path) -> subprocess.Popen[bytes]:
+def _start(item: pytest.Item, rank: int, job: str, folder: pathlib.Path) -> subprocess.Popen[Any]:
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -49,15 +50,8 @@ def _start(item: pytest.Item, rank: int, job: str, folder: pathlib.Path) -> subp
     }
     environment |= {RANK: str(rank), FOLDER: str(folder), _JOB: job, "PYTHONPATH": os.pathsep.join(sys.path)}
     with open(folder / f"rank{rank}.log", "wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "pytest", *_arguments(item, folder / f"rank{rank}")],
-            cwd=item.config.invocation_params.dir,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        command = [sys.executable, "-P", "-m", "pytest", *_arguments(item, folder / f"rank{rank}")]
+        return start(command, cwd=item.config.invocation_params.dir, env=environment, stdout=log)
 
 
 def _arguments(item: pytest.Item, scratch: pathlib.Path) -> list[str]:
@@ -74,32 +68,27 @@ def _arguments(item: pytest.Item, scratch: pathlib.Path) -> list[str]:
     return arguments
 
 
-def _watch(processes: list[subprocess.Popen[bytes]], timeout_seconds: float) -> list[tuple[int, str]]:
+def _watch(processes: list[subprocess.Popen[Any]], timeout_seconds: float) -> list[tuple[int, str]]:
     """Return (rank, what became of it) for each rank that did not pass, first failure first."""
     deadline = time.monotonic() + timeout_seconds
     waiting = dict(enumerate(processes))
     story: list[tuple[int, str]] = []
-    while waiting and time.monotonic() < deadline:
-        for rank, process in list(waiting.items()):
-            code = process.poll()
-            if code is None:
-                continue
+    for ended in endings(processes):
+        if ended is not None:
+            rank, code = ended
             del waiting[rank]
             if code != 0:
                 if not story:
                     deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-                story.append((rank, "failed" if code == 1 else _ended(code)))
-        time.sleep(0.02)
+                story.append((rank, "failed" if code == 1 else fate(code)))
+        if time.monotonic() > deadline:
+            break
     late = "was ended" if story else f"still ran after {timeout_seconds:g} s; it was killed"
     for rank, process in waiting.items():
         story.append((rank, late))
         signal_group(process, signal.SIGABRT)  # Pytest's faulthandler prints where each thread stood.
     wait_all(waiting.values(), seconds=2)
     return story
-
-
-def _ended(code: int) -> str:
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _judge(item: pytest.Item, folder: pathlib.Path, story: list[tuple[int, str]]) -> None:
@@ -120,8 +109,7 @@ class Rank:
     """Pytest plugin inside one of the processes: joins the others before anything else."""
 
     def __init__(self) -> None:
-        parent, coordinator, count, devices, timeout_seconds = os.environ.pop(_JOB).split()
-        die_with_parent(int(parent))
+        coordinator, count, devices, timeout_seconds = os.environ.pop(_JOB).split()
         self._rank = int(os.environ[RANK])
         self._status = 0
         import jax

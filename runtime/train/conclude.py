@@ -6,8 +6,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from ...models.sampling import check_prompt, generate
 from ...sharding.errors import UserError
-from ..config.config import Config
+from ..config import Config
 from .job import Job
 
 
@@ -45,8 +48,6 @@ def check_sample(config: Config, job: Job) -> None:
     """Raise UserError before the training for a sample that could not be drawn after it."""
     if config.train.sample is None:
         return
-    from ...models.sampling import check_prompt
-
     if job.data.tokenizer is None:
         raise UserError("train.sample needs a tokenizer, and data.tokenizer is null; set train.sample=null")
     if not config.train.sample:
@@ -59,17 +60,12 @@ def check_sample(config: Config, job: Job) -> None:
 
 def _prompt(config: Config, job: Job) -> Any:
     """Return the tokens that a sample goes on from, int32 ``[1, prompt]``."""
-    import numpy as np
-
     assert job.data.tokenizer is not None
     return np.asarray([job.data.tokenizer.encode(config.train.sample or "")], np.int32)
 
 
 def _sample(config: Config, job: Job, params: Any) -> str:
     import jax
-    import numpy as np
-
-    from ...models import generate
 
     assert job.data.tokenizer is not None
     tokens = generate(

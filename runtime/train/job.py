@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
-import os
-import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...sharding.errors import UserError, nearest
+from ...models import Model
+from ...sharding import Plan, Topology, train_step
+from ...sharding.errors import UserError
 from ...sharding.plans.file import to_dict
-from ..config.config import Config, ModelConfig
+from ...sharding.transform.step import Step
+from ..config import Config
+from ..data import Data, open_corpus, open_data
+from ..data.corpus import to_stderr
+from . import optimizer
+from .model import build_model
 from .planning import Shapes, described_topology, plan_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
-
-    from ...models import Model
-    from ...sharding import Plan
-    from ...sharding.hardware.topology import Topology
-    from ...sharding.transform.step import Step
-    from ..data import Data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +48,6 @@ def build_job(config: Config) -> Job:
     Raises UserError for whatever cannot work together.
     """
     import jax
-
-    from ...sharding import Topology
-    from ...sharding.transform.step import train_step
-    from ..data import open_corpus, open_data
-    from ..data.corpus import to_stderr
-    from . import optimizer
 
     topology = described_topology(config) or Topology.local()
     model = build_model(config.model)
@@ -104,42 +95,6 @@ def build_job(config: Config) -> Job:
         flops_per_step=model.flops_per_token(sequence) * tokens,
         peak_flops=_peak_flops(topology),
     )
-
-
-def build_model(config: ModelConfig) -> Model:
-    """Return the model that a config names. Raises UserError if there is none such."""
-    if config.build is not None:
-        return _users_model(config.build, config.arguments)
-    from ...models import decoder, preset
-
-    assert config.preset is not None
-    return decoder(preset(config.preset, **config.overrides))
-
-
-def _users_model(where: str, arguments: dict[str, Any]) -> Model:
-    from ...models import Model
-
-    module_name, _, function_name = where.partition(":")
-    # Where `python -m` looks too; an installed command looks only beside itself and in the libraries.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"model.build={where!r}: {error}") from None
-    function: Callable[..., Any] | None = getattr(module, function_name, None)
-    if not callable(function):
-        near = nearest(function_name, dir(module))
-        raise UserError(f"model.build: {module_name} has no function {function_name!r}; {near}")
-    try:
-        model = function(**arguments)
-    except TypeError as error:
-        raise UserError(f"model.build={where!r} with arguments {arguments}: {error}") from None
-    if not isinstance(model, Model):
-        raise UserError(
-            f"model.build={where!r} returned {type(model).__name__}, not a meshwright.models.Model"
-        )
-    return model
 
 
 def _check_same_text(fingerprint: str) -> None:

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from ..checkpoint import Checkpoints
-from ..config.config import Config
-from ..data.prefetch import Prefetch
-from ..faults.faults import StepWatchdog, StopSignal
+from ..config import Config
+from ..data import Prefetch
+from ..faults import StepWatchdog, StopSignal
 from ..profiling import ProfileWindow
 from .job import Job
 from .metrics import Collector
 
 
 @dataclasses.dataclass(kw_only=True)
-class Loop:
+class TrainingLoop:
     """What the steps of a run need; `update(state, batch)` is the compiled step."""
 
     config: Config

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ...sharding.errors import UserError
+from ...sharding.files import write_whole
 from ..errors import RunError
 
 # Steps that may be under way on the devices before the loop waits: enough to hide its own work, and few
@@ -168,9 +169,7 @@ class JsonLines:
 
     def __init__(self, path: pathlib.Path, start_step: int) -> None:
         kept = [line for line, record in read_lines(path) if record["step"] <= start_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
+        write_whole(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", buffering=1)
 
     def write(self, record: Mapping[str, Any]) -> None:

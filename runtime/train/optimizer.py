@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...sharding.errors import UserError
-from ..config.optimizer import OptimizerConfig
+from ..config import OptimizerConfig
 
 if TYPE_CHECKING:
     import optax

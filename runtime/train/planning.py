@@ -7,18 +7,20 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ...models import Model
+from ...sharding import Plan, Topology, declare, plan
 from ...sharding.errors import UserError
-from ..config.config import Config
+from ...sharding.planner.outcome import searched_instead
+from ...sharding.report.compare import compare
+from ...sharding.report.html import page as page_of
+from ...sharding.report.plan import plan_document
+from ..config import Config
+from ..data.packing import KEYS
+from . import optimizer
+from .model import build_model
 
-if TYPE_CHECKING:
-    from ...models import Model
-    from ...sharding import Plan
-    from ...sharding.hardware.topology import Topology
-
-# Arrays of a batch, each int32 [global_batch, sequence].
-BATCH = ("tokens", "targets", "segment_ids", "positions")
 # What a config without a mesh runs on under `plan: declared`.
 DEFAULT_MESH = {"fsdp": -1}
 
@@ -46,15 +48,13 @@ class Shapes:
             init=init,
             loss=jax.jit(model.loss),
             params=jax.eval_shape(init, key),
-            batch=dict.fromkeys(BATCH, shape),
+            batch=dict.fromkeys(KEYS, shape),
             names=model.names,
         )
 
 
 def described_topology(config: Config) -> Topology | None:
     """Return the topology that a config or its plan file names; None where it takes what is attached."""
-    from ...sharding import Plan, Topology
-
     if config.topology is not None:
         return Topology.parse(config.topology)
     if config.plan in ("declared", "auto"):
@@ -68,8 +68,6 @@ def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) 
     Raises UserError where the declared parts, the program, the topology and a plan file do not agree.
     """
     if config.plan == "declared":
-        from ...sharding import declare
-
         return declare(
             shapes.loss,
             shapes.params,
@@ -90,8 +88,6 @@ def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) 
 
 def search(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -> Plan:
     """Return the best plan on `topology` that keeps whatever `config` declares."""
-    from ...sharding import plan
-
     return plan(
         shapes.loss,
         shapes.params,
@@ -130,13 +126,6 @@ def plan_config(config: Config, topology: str | None = None) -> Planned:
     instead. The seconds are those of tracing and planning, without imports and without that search. Raises
     UserError for whatever cannot work together, and if nothing fits.
     """
-    from ...sharding import Topology
-
-    # Imported before the clock starts.
-    from ...sharding.planner.outcome import searched_instead
-    from . import optimizer
-    from .job import build_model
-
     where = Topology.parse(topology) if topology else described_topology(config) or Topology.local()
     model = build_model(config.model)
     shapes = Shapes.of(config, model)
@@ -175,18 +164,12 @@ def facts(plan: Plan, planning_seconds: float, why: str | None = None) -> dict[s
 
 def compare_plans(a: pathlib.Path, b: pathlib.Path, *, as_json: bool) -> Any:
     """Return two saved plans side by side: a renderable, or JSON's text."""
-    from ...sharding import Plan
-    from ...sharding.report.compare import compare
-
     found = compare(Plan.load(a), Plan.load(b), (a.name, b.name))
     return json.dumps(found.to_dict()) if as_json else found
 
 
 def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Path | None) -> None:
     """Write the plan as JSON and as a page, where asked for. Raises UserError where that cannot be done."""
-    from ...sharding.report.html import page as page_of
-    from ...sharding.report.plan import plan_document
-
     try:
         if plan_file is not None:
             plan.save(plan_file)
@@ -197,8 +180,6 @@ def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Pat
 
 
 def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
-    from ...sharding import Plan
-
     found = Plan.load(config.plan)
     if not found.topology.is_met_by(topology):
         raise UserError(f"{config.plan} is a plan for {found.topology}, not for {topology}; {_again(config)}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import pathlib
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
 from ...sharding.errors import UserError
-from ..config.config import Config, dump
+from ...sharding.files import FolderInUse, FolderLock, write_whole
+from ..config import Config, dump
 
 # Settings that do not change what a step computes, so that a run may go on with others: sections and keys.
 # The layout is among them, since a checkpoint restores onto any mesh.
@@ -54,7 +54,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.profile = path / "profile"
         self.tensorboard = path / "tensorboard"
-        self._lock: IO[str] | None = None
+        self._lock: FolderLock | None = None
 
     def check(self, config: Config) -> None:
         """Raise UserError, naming the settings that differ, if the folder belongs to another config.
@@ -88,20 +88,21 @@ class RunFolder:
             raise UserError(f"the run folder {self.path} cannot be made: a file is in the way") from None
         except OSError as error:
             raise UserError(f"the run folder {self.path} cannot be made: {error.strerror}") from None
-        self._lock = (self.path / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._lock = FolderLock(self.path)
+        except FolderInUse:
             raise UserError(
                 f"another process is training in {self.path}; stop it or give run=FOLDER"
             ) from None
-        self.config.write_text(dump(config))
+        except OSError as error:
+            raise UserError(f"the run folder {self.path} cannot be locked: {error.strerror}") from None
+        write_whole(self.config, dump(config))
         plan.save(self.plan)
 
     def close(self) -> None:
         """Let other runs in."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
     def _has_steps(self) -> bool:
         written = self.metrics.exists() and self.metrics.stat().st_size > 0

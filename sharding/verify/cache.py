@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from ..files import user_cache
+from ..files import user_cache, whole_folder
 
 T = TypeVar("T")
 
@@ -48,18 +47,12 @@ def load(key: str, read: Callable[[Mapping[str, Any]], T]) -> T | None:
 def keep(key: str, answer: Mapping[str, Any], hlo: bytes) -> None:
     """Keep an answer and the compiled program's text, gzipped; all of it appears at once."""
     folder = folder_of(key)
-    try:
+    # A cache that cannot be written costs time and nothing else.
+    with contextlib.suppress(OSError):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
-    except OSError:
-        return  # a cache that cannot be written costs time and nothing else
-    try:
-        (part / _ANSWER).write_text(json.dumps({**answer, "format": _FORMAT}), encoding="utf-8")
-        (part / _PROGRAM).write_bytes(hlo)
-        drop(key)
-        os.replace(part, folder)
-    except OSError:
-        shutil.rmtree(part, ignore_errors=True)
+        with whole_folder(folder) as part:
+            (part / _ANSWER).write_text(json.dumps({**answer, "format": _FORMAT}), encoding="utf-8")
+            (part / _PROGRAM).write_bytes(hlo)
 
 
 def drop(key: str) -> None:

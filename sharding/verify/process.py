@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,9 +13,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-_POLL_SECONDS = 0.05
+from ..processes import end_all, endings, fate, start
+
 _LOG_LINES = 6
-_PAGE = 4096
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,26 +45,22 @@ def run_worker(
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         (folder / "program.bin").write_bytes(program)
         with (folder / "log.txt").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", name],
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            command = [sys.executable, "-m", f"{__package__}.worker", name]
+            process = start(command, env={**os.environ, **environment}, stdout=log)
             try:
                 stopped = _watch(process, limits)
             finally:
-                _end(process)
+                end_all([process], grace_seconds=0)
         text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
         return Ran(answer=stopped or _answer(folder, process, text), hlo=_hlo(folder), log=text)
 
 
-def _watch(process: subprocess.Popen[bytes], limits: Limits) -> dict[str, Any] | None:
+def _watch(process: subprocess.Popen[Any], limits: Limits) -> dict[str, Any] | None:
     """Wait for the end; return an answer if the process goes over its limits."""
     end = time.monotonic() + limits.seconds
-    while process.poll() is None:
+    for ended in endings([process]):
+        if ended is not None:
+            break
         if time.monotonic() > end:
             return {"outcome": "timed_out", "message": f"the compiler took longer than {limits.seconds:g} s"}
         used = _resident_bytes(process.pid)
@@ -74,22 +70,16 @@ def _watch(process: subprocess.Popen[bytes], limits: Limits) -> dict[str, Any] |
                 "message": f"the compiler took {used / 2**30:.1f} GiB of this machine's memory; "
                 f"its limit is {limits.memory_bytes / 2**30:.1f} GiB",
             }
-        time.sleep(_POLL_SECONDS)
     return None
 
 
-def _answer(folder: pathlib.Path, process: subprocess.Popen[bytes], log: str) -> dict[str, Any]:
+def _answer(folder: pathlib.Path, process: subprocess.Popen[Any], log: str) -> dict[str, Any]:
     try:
         return json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        code = process.returncode
-        how = (
-            f"was ended by {signal.Signals(-code).name}"
-            if code and code < 0
-            else f"left with exit code {code}"
-        )
         last = " | ".join(line.strip() for line in log.splitlines()[-_LOG_LINES:] if line.strip())
-        return {"outcome": "died", "message": f"the compiler's process {how}" + (f": {last}" if last else "")}
+        said = f": {last}" if last else ""
+        return {"outcome": "died", "message": f"the compiler's process {fate(process.returncode)}{said}"}
 
 
 def _hlo(folder: pathlib.Path) -> bytes:
@@ -100,12 +90,6 @@ def _hlo(folder: pathlib.Path) -> bytes:
 def _resident_bytes(pid: int) -> float:
     """Return the memory that a process holds; 0 where the system does not tell."""
     try:
-        return float(pathlib.Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * _PAGE
+        return float(pathlib.Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
     except (OSError, IndexError, ValueError):
         return 0.0
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

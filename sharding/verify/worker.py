@@ -18,6 +18,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_whole
+
 if TYPE_CHECKING:
     from ..hardware.topology import Topology
 
@@ -47,9 +49,7 @@ def main(folder: pathlib.Path) -> None:
     except Exception as error:  # anything else is ours, and says nothing lasting of the plan
         answer = {"outcome": "died", "message": f"{type(error).__name__}: {_first_lines(str(error))}"}
         traceback.print_exc()
-    unfinished = folder / "answer.part"
-    unfinished.write_text(json.dumps(answer), encoding="utf-8")
-    unfinished.rename(folder / "answer.json")
+    write_whole(folder / "answer.json", json.dumps(answer))
 
 
 def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from meshwright.runtime.checkpoint import CheckpointError, Checkpoints, list_checkpoints
+from meshwright.sharding import processes
 from meshwright.sharding.errors import UserError
 
 
@@ -364,9 +365,8 @@ def _child(directory: pathlib.Path, count: int, *largest_file_bytes: int) -> sub
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     arguments = map(str, (directory, count, *largest_file_bytes))
     command = [sys.executable, "-c", textwrap.dedent(_CHILD), *arguments]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipe = subprocess.PIPE
+    return processes.start(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def test_killed_during_a_save_at_random_moments_the_checkpoint_before_restores(tmp_path) -> None:

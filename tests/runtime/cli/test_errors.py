@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from meshwright.runtime.config.config import load
+from meshwright.runtime.config import load
 from meshwright.runtime.data import open_corpus
 from training import write_text
 

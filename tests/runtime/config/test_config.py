@@ -6,8 +6,7 @@ import pathlib
 
 import pytest
 import yaml
-from meshwright.runtime.config.config import Config, dump, fields, load, parse
-from meshwright.runtime.config.describe import describe_settings
+from meshwright.runtime.config import Config, describe_settings, dump, fields, load, parse
 from meshwright.sharding import UserError
 
 QUICKSTART = pathlib.Path(__file__).parents[3] / "configs" / "quickstart.yaml"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 from meshwright.models import presets
-from meshwright.runtime.config.config import Config, fields, parse
-from meshwright.runtime.config.describe import describe_presets, describe_settings
+from meshwright.runtime.config import Config, describe_presets, describe_settings, fields, parse
 
 
 def test_every_setting_has_words_a_type_and_a_line_to_copy() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from meshwright.runtime.config.config import parse
+from meshwright.runtime.config import parse
 from meshwright.sharding.errors import UserError
 
 

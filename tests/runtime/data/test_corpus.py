@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 from meshwright.runtime.data import open_corpus, open_data
+from meshwright.sharding import processes
 from meshwright.sharding.errors import UserError
 
 
@@ -94,9 +95,8 @@ def opening(settings) -> subprocess.Popen[str]:
         "from meshwright.runtime.data import DataConfig, open_corpus;"
         f"print(open_corpus(DataConfig.model_validate_json({settings.model_dump_json()!r})).fingerprint)"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipe = subprocess.PIPE
+    return processes.start([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
 
 
 def test_processes_at_once_agree_and_leave_one_entry(config, texts) -> None:
@@ -126,7 +126,7 @@ def test_a_process_waits_for_the_one_that_tokenises(config, texts) -> None:
 
 def test_without_locks_the_second_to_finish_takes_the_entry_of_the_first(config, texts, monkeypatch) -> None:
     settings = config(texts)
-    monkeypatch.setattr("meshwright.runtime.data.cache.locked", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("meshwright.sharding.files.locked", lambda *_: contextlib.nullcontext())
     nested = []
 
     def before_it_is_published(_: str) -> None:
@@ -182,5 +182,5 @@ def test_importing_the_package_loads_neither_jax_nor_grain() -> None:
         "import sys; from meshwright.runtime.data import DataConfig, open_corpus; DataConfig();"
         "print([name for name in ('jax', 'grain', 'tokenizers', 'pyarrow') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = processes.run([sys.executable, "-c", program], timeout_seconds=60)
     assert done.stdout == "[]\n", done.stderr

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import itertools
-import subprocess
 import sys
 import threading
 import time
 
 import pytest
 from meshwright.runtime.data import Prefetch
+from meshwright.sharding.processes import run
 
 
 def threads() -> list[threading.Thread]:
@@ -118,7 +118,7 @@ batches = data.iterate(0, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 next(batches)
 print("last line")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = run([sys.executable, "-c", program], timeout_seconds=60)
     assert (done.returncode, done.stdout) == (0, "last line\n")
     assert "Traceback" not in done.stderr
     assert "Fatal" not in done.stderr
@@ -136,5 +136,5 @@ def source():
 items = Prefetch(source, depth=2)
 next(items)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = run([sys.executable, "-c", program], timeout_seconds=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "closed\n", "")

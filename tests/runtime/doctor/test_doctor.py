@@ -8,7 +8,7 @@ import os
 import pathlib
 
 import pytest
-from meshwright.runtime.doctor import Finding, examine, render
+from meshwright.runtime.doctor import Check, examine, render
 from rich.console import Console
 
 VARIABLES = ("SLURM_", "OMPI_", "PMI_", "KUBERNETES_", "JAX_", "XLA_", "MESHWRIGHT_")
@@ -22,7 +22,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
 
-def found(findings: list[Finding], name: str) -> Finding:
+def found(findings: list[Check], name: str) -> Check:
     return next(finding for finding in findings if finding.name == name)
 
 
@@ -127,8 +127,8 @@ def test_compilers_are_held_against_what_jax_was_released_with(monkeypatch: pyte
 def test_rendering_says_what_is_wrong() -> None:
     output = io.StringIO()
     findings = [
-        Finding(name="disk here", value="0.1 GiB free", status="bad", advice="checkpoints fill it"),
-        Finding(name="python", value="3.11"),
+        Check(name="disk here", value="0.1 GiB free", status="bad", advice="checkpoints fill it"),
+        Check(name="python", value="3.11"),
     ]
     Console(file=output, width=80).print(render(findings))
     lines = [line.strip() for line in output.getvalue().splitlines()]

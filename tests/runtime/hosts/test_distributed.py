@@ -7,15 +7,16 @@ import subprocess
 import sys
 
 import pytest
-from meshwright.runtime.config.hosts import HostsConfig
-from meshwright.runtime.hosts.distributed import initialize, simulate
-from meshwright.runtime.hosts.loopback import reserved_port
+from meshwright.runtime.config import HostsConfig
+from meshwright.runtime.hosts import initialize, simulate
+from meshwright.runtime.hosts.address import reserved_port
+from meshwright.sharding import processes
 from meshwright.sharding.errors import UserError
 
 SCRIPT = """
 import sys, json
-from meshwright.runtime.hosts.distributed import initialize
-from meshwright.runtime.config.hosts import HostsConfig
+from meshwright.runtime.hosts import initialize
+from meshwright.runtime.config import HostsConfig
 from meshwright.sharding.errors import UserError
 words = json.loads(sys.argv[1])
 total = words.pop("total", None)
@@ -34,13 +35,9 @@ CLUSTERS = ("SLURM_", "OMPI_", "PMI_", "KUBERNETES_", "TPU_", "JAX_COORD", "JAX_
 
 def start(words: str, **environment: str) -> subprocess.Popen[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTERS)}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, words],
-        env=clean | {"JAX_PLATFORMS": "cpu"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    words_of_child = clean | {"JAX_PLATFORMS": "cpu"} | environment
+    return processes.start([sys.executable, "-c", SCRIPT, words], env=words_of_child, **pipes)
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str, str]]:

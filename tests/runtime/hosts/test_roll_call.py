@@ -6,8 +6,8 @@ import concurrent.futures
 import socket
 
 import pytest
-from meshwright.runtime.hosts.loopback import reserved_port
-from meshwright.runtime.hosts.roll_call import roll_call, split_address
+from meshwright.runtime.hosts.address import reserved_port, split_address
+from meshwright.runtime.hosts.roll_call import roll_call
 from meshwright.sharding.errors import UserError
 
 

@@ -6,21 +6,22 @@ import io
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from meshwright.runtime.launch.local import launch, launch_training
+from meshwright.runtime.launch import launch, launch_training
 from meshwright.sharding.errors import UserError
+from meshwright.sharding.processes import start
 
 # Joins the others, then sums over all devices again and again; stops when asked to.
 TRAIN = """
 import os, sys, time
-from meshwright.runtime.hosts.distributed import initialize
-from meshwright.runtime.faults.faults import StepWatchdog, StopSignal, fail_fast
-from meshwright.runtime.config.hosts import HostsConfig
+from meshwright.runtime.hosts import initialize
+from meshwright.runtime.faults import StepWatchdog, StopSignal, fail_fast
+from meshwright.runtime.config import HostsConfig
 from meshwright.sharding.errors import UserError
+from meshwright.sharding.processes import start
 hosts = initialize(HostsConfig(heartbeat_seconds=10))
 import jax, jax.numpy as jnp
 mesh = jax.make_mesh((hosts.num_devices,), ("data",))
@@ -44,7 +45,7 @@ print("saved at", step)
 
 LAUNCHER = """
 import sys
-from meshwright.runtime.launch.local import launch
+from meshwright.runtime.launch import launch
 sys.exit(launch([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], 2, devices_per_process=2))
 """
 
@@ -65,10 +66,7 @@ class Launcher:
     def __init__(self, folder: pathlib.Path, *arguments: str) -> None:
         self.log = folder / "log"
         with open(self.log, "wb") as log:
-            command = [*python(LAUNCHER), TRAIN, *arguments]
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            self.process = start([*python(LAUNCHER), TRAIN, *arguments], stdout=log)
 
     def pids(self) -> list[int]:
         """Wait until both processes have taken steps; return their ids by number."""

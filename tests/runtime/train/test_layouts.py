@@ -6,8 +6,8 @@ import pathlib
 from typing import Any
 
 import pytest
-from meshwright.runtime.config.config import load
-from meshwright.runtime.train.train import train
+from meshwright.runtime.config import load
+from meshwright.runtime.train import train
 from meshwright.sharding import UserError
 from training import metrics, saved_steps
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from meshwright.runtime.config.config import parse
-from meshwright.runtime.config.optimizer import OptimizerConfig
+from meshwright.runtime.config import OptimizerConfig, parse
 from meshwright.runtime.train import optimizer
 from meshwright.sharding import UserError
 

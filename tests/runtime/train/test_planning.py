@@ -9,11 +9,11 @@ import subprocess
 from typing import Any
 
 import pytest
-from meshwright.runtime.config.config import load
-from meshwright.runtime.train.planning import plan_config
-from meshwright.runtime.train.train import train
-from meshwright.sharding import Plan, UserError
+from meshwright.runtime.config import load
+from meshwright.runtime.train import plan_config, train
+from meshwright.sharding import Plan, UserError, processes
 from training import command, metrics
+from training import meshwright as whole_command
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
 pytestmark = pytest.mark.usefixtures("compilation_cache_as_it_was")
@@ -22,14 +22,8 @@ TINY = ("plan=auto", "topology=v5e:2x4", "data.sequence=64", "train.global_batch
 
 def meshwright(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `meshwright plan` with no devices to be had: it may not ask for any."""
-    return subprocess.run(
-        command("plan", *words),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"JAX_PLATFORMS": "none_at_all"} | environment,
-    )
+    blind = os.environ | {"JAX_PLATFORMS": "none_at_all"} | environment
+    return processes.run(command("plan", *words), timeout_seconds=120, env=blind)
 
 
 def test_json_has_what_was_promised(small_config: pathlib.Path) -> None:
@@ -193,9 +187,7 @@ def test_a_run_goes_on_by_another_plan(small_config: pathlib.Path, tmp_path: pat
 @pytest.mark.slow
 def test_processes_search_for_one_plan(small_config: pathlib.Path, tmp_path: pathlib.Path) -> None:
     words = ("plan=auto", "mesh=null", "train.steps=2", f"run={tmp_path / 'run'}", "--processes", "2")
-    done = subprocess.run(
-        command("launch", small_config, *words), capture_output=True, text=True, timeout=240, check=False
-    )
+    done = whole_command("launch", small_config, *words)
     assert done.returncode == 0, done.stdout
     assert Plan.load(tmp_path / "run" / "plan.json").estimate is not None
     assert len(metrics(tmp_path / "run")) == 2

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 import yaml
-from meshwright.runtime.config.config import Config, load, parse
+from meshwright.runtime.config import Config, load, parse
 from meshwright.runtime.train.run_folder import RunFolder, differing_settings
 from meshwright.sharding import Plan, UserError
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from meshwright.models import DecoderConfig, decoder
-from meshwright.runtime.config.config import parse
+from meshwright.runtime.config import parse
 from meshwright.runtime.train import optimizer
 from meshwright.sharding import Plan, UserError, declare
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from meshwright.models import mlp
-from meshwright.runtime.config.config import parse
+from meshwright.runtime.config import parse
 from meshwright.runtime.train import optimizer
 from meshwright.sharding import UserError, declare, train_step
 from meshwright.sharding.transform.step import Step, with_aux

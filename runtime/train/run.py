@@ -7,15 +7,22 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ...sharding.errors import UserError
-from ..config.config import Config
+from ...sharding.files import user_cache
+from ..checkpoint import Checkpoints
+from ..config import Config
+from ..faults import StepWatchdog, StopSignal, fail_fast
+from ..hosts import Hosts, initialize
+from ..profiling import ProfileWindow, save_program
+from .conclude import check_sample, conclude
+from .console import console
+from .job import Job, build_job
+from .loop import TrainingLoop
+from .metrics import Collector, JsonLines, Sink, TensorBoard
+from .planning import described_topology
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
     from jax.stages import Lowered
-
-    from ..hosts.distributed import Hosts
-    from .job import Job
-    from .metrics import Sink
 
 
 def train(config: Config) -> int:
@@ -24,21 +31,13 @@ def train(config: Config) -> int:
     Returns the exit code: 0 when the run ended, or was asked to stop and saved its state.
     Raises UserError for what the user has to change; then nothing has been written.
     """
-    from ..faults import faults
-    from ..hosts.distributed import initialize
-
     folder = RunFolder(config.run_folder)
     folder.check(config)
     if config.metrics.tensorboard:
-        from .metrics import TensorBoard
-
         TensorBoard.check()
     use_compilation_cache(config.compilation_cache)
     hosts = initialize(config.hosts, simulated_devices=simulated_devices(config))
-    with faults.fail_fast():
-        from .conclude import check_sample
-        from .job import build_job
-
+    with fail_fast():
         job = build_job(config)
         check_sample(config, job)
         # Traced before anything is written: it may turn out that the plan cannot be carried out.
@@ -53,8 +52,6 @@ def train(config: Config) -> int:
 
 def simulated_devices(config: Config) -> int | None:
     """Number of simulated CPU devices that the config or its plan file asks for; None for real ones."""
-    from .planning import described_topology
-
     topology = described_topology(config)
     return topology.num_devices if topology is not None and topology.chip.platform == "cpu" else None
 
@@ -67,8 +64,6 @@ def use_compilation_cache(folder: str | None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
         return
     if folder == "auto":
-        from ...sharding.files import user_cache
-
         folder = str(user_cache() / "compiled")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -77,13 +72,6 @@ def use_compilation_cache(folder: str | None) -> None:
 
 def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Hosts) -> int:
     import jax
-
-    from ..checkpoint import Checkpoints
-    from ..faults.faults import StepWatchdog, StopSignal, fail_fast
-    from ..profiling import ProfileWindow, save_program
-    from .conclude import conclude
-    from .loop import Loop
-    from .metrics import Collector
 
     keep, profile = config.checkpoint, config.profile
     with contextlib.ExitStack() as stack:
@@ -121,7 +109,7 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
                 stop_on_nan=config.train.stop_on_nan,
             )
             stack.callback(collector.close)
-            loop = Loop(
+            loop = TrainingLoop(
                 config=config,
                 job=job,
                 update=compiled,
@@ -165,9 +153,6 @@ def _announce(config: Config, job: Job, hosts: Hosts, start: int) -> None:
 
 
 def _sinks(config: Config, job: Job, folder: RunFolder, start: int) -> list[Sink]:
-    from .console import console
-    from .metrics import JsonLines, TensorBoard
-
     sinks: list[Sink] = [
         JsonLines(folder.metrics, start),
         console(

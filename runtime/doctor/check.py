@@ -9,7 +9,7 @@ Status = Literal["ok", "warn", "bad"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
+class Check:
     """One thing that was looked at: what it is, whether that is well, and what to do if not."""
 
     name: str
@@ -22,7 +22,7 @@ class Finding:
         return dataclasses.asdict(self)
 
 
-def render(findings: list[Finding]) -> Any:
+def render(findings: list[Check]) -> Any:
     """Return a rich table of `findings`, with what to do under those that need it."""
     from rich.console import Group
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Stops, failures and hangs, in real processes that really stop, fail and hang."""
+"""Requests to stop, in real processes that really get a signal."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ import sys
 import time
 
 import pytest
-from meshwright.runtime.faults.faults import StepWatchdog, StopSignal, is_lost_peer
-from meshwright.sharding.errors import UserError
+from meshwright.runtime.faults import StopSignal
+from meshwright.sharding import processes
 
 
 def start(source: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-u", "-c", source],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment, pipe = os.environ | {"JAX_PLATFORMS": "cpu"}, subprocess.PIPE
+    command = [sys.executable, "-u", "-c", source]
+    return processes.start(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 LOOP = """
 import time
-from meshwright.runtime.faults.faults import StopSignal
+from meshwright.runtime.faults import StopSignal
 with StopSignal() as stop:
     for step in range(10_000):
         print("step", step, flush=True)
@@ -99,53 +95,3 @@ def test_all_processes_stop_at_the_same_step(number: int, shared_path) -> None:
     assert step < 1_999
     assert (shared_path / "0").read_text() == (shared_path / "1").read_text()
     assert stop.reason is not None
-
-
-def test_hung_step_ends_with_stacks() -> None:
-    process = start(
-        """
-import threading
-from meshwright.runtime.faults.faults import StepWatchdog
-def wait_for_a_peer():
-    threading.Event().wait()
-with StepWatchdog(0.5) as watchdog:
-    with watchdog.paused():
-        threading.Event().wait(0.8)
-    watchdog.beat(7)
-    print("after the pause")
-    wait_for_a_peer()
-"""
-    )
-    output, errors = process.communicate(timeout=30)
-    assert process.returncode == 70
-    assert output == "after the pause\n"
-    assert "in wait_for_a_peer" in errors
-    assert "error: step 7 takes longer than train.step_timeout_seconds=0.5" in errors
-
-
-def test_steps_in_time_do_not_bite() -> None:
-    with StepWatchdog(0.4) as watchdog:
-        for step in range(6):
-            watchdog.beat(step)
-            time.sleep(0.1)
-
-
-def test_timeout_of_zero_is_refused() -> None:
-    with pytest.raises(UserError, match="step_timeout_seconds=0 is not above 0"):
-        StepWatchdog(0)
-
-
-def test_lost_peer_is_told_from_other_errors() -> None:
-    import jax
-
-    gone = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:34567"
-    assert is_lost_peer(jax.errors.JaxRuntimeError(gone))
-    assert not is_lost_peer(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
-    assert not is_lost_peer(ValueError("a peer"))
-
-
-def test_an_error_of_a_single_process_is_raised_as_ever() -> None:
-    from meshwright.runtime.faults.faults import fail_fast
-
-    with pytest.raises(ZeroDivisionError), fail_fast():
-        _ = 1 / 0
