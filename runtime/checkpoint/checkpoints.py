@@ -78,15 +78,6 @@ class Checkpoints:
         """Return the steps that have a committed checkpoint, oldest first."""
         return folder.committed_steps(self.directory)
 
-    def latest_metadata(self) -> tuple[int, Mapping[str, Any]] | None:
-        """Return step and metadata of the newest checkpoint whose manifest is whole, without its arrays."""
-        for step in reversed(self.steps()):
-            try:
-                return step, manifest.read(self.directory / str(step)).metadata
-            except Damaged as damage:
-                _log.warning("checkpoint at step %d is passed over: %s", step, damage)
-        return None
-
     def prepare(self, abstract_state: Any) -> None:
         """Import Orbax and compile what a save runs, so that the first save takes no longer than the rest.
 

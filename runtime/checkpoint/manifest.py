@@ -49,11 +49,6 @@ class Manifest:
     leaves: tuple[SavedArray, ...]
     files: tuple[SavedFile, ...] = field(default=())
 
-    @property
-    def size_bytes(self) -> int:
-        """The bytes of all files but the manifest itself."""
-        return sum(file.size_bytes for file in self.files)
-
 
 def write(directory: Path, manifest: Manifest) -> None:
     """Write `manifest.json` and wait until it and the names in `directory` are on the disk."""

@@ -59,10 +59,6 @@ class Data:
         """Batches of an epoch; the last is shared with the next epoch (training) or padded (evaluation)."""
         return -(-self.num_rows // self.global_batch)
 
-    def check_vocab(self, vocab_size: int) -> None:
-        """Raise UserError unless every id of the corpus is below `vocab_size`."""
-        self.corpus.check_vocab(vocab_size)
-
     def batch(self, step: int) -> Batch:
         """Return the whole global batch of `step` in host memory, int32 `[global_batch, sequence]` each."""
         return self.rows(step, range(self.global_batch))

@@ -25,13 +25,11 @@ class Prefetch(Generic[T]):
 
     `start` is called, and its iterator run, in a thread of its own. What it raises is raised by `next`, in
     its turn. `close` (also on leaving a ``with`` block, on garbage collection and at interpreter exit) stops
-    the thread and waits for it. `wait_seconds` is how long the last `next` waited, `total_wait_seconds` all
-    of them.
+    the thread and waits for it. `wait_seconds` is how long the last `next` waited.
     """
 
     def __init__(self, start: Callable[[], Iterator[T]], *, depth: int) -> None:
         self.wait_seconds = 0.0
-        self.total_wait_seconds = 0.0
         self._ready: queue.Queue[T | _End] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         # The thread must not hold `self`, or it would never be collected.
@@ -52,7 +50,6 @@ class Prefetch(Generic[T]):
         began = time.perf_counter()
         item = self._ready.get()
         self.wait_seconds = time.perf_counter() - began
-        self.total_wait_seconds += self.wait_seconds
         if isinstance(item, _End):
             self.close()
             if item.error is not None:

@@ -38,7 +38,6 @@ class Hosts:
     num_processes: int
     num_devices: int
     num_local_devices: int
-    names: tuple[str, ...]
     coordinator: str | None
 
     @property
@@ -66,7 +65,7 @@ def initialize(config: HostsConfig, *, simulated_devices: int | None = None) -> 
     place = _place(config)
     if place.num_processes == 1:
         _simulate_share(config, simulated_devices, 1)
-        return _checked(config, place, (socket.gethostname(),))
+        return _checked(config, place)
     if place.coordinator is None:
         raise UserError(
             f"{place.source} says that there are {place.num_processes} processes but not where process 0 is; "
@@ -75,7 +74,7 @@ def initialize(config: HostsConfig, *, simulated_devices: int | None = None) -> 
     entries = roll_call(_introduction(place), place.coordinator, timeout_seconds=config.timeout_seconds)
     _simulate_share(config, simulated_devices, place.num_processes)
     _connect(config, place, place.coordinator, _own_devices(config, entries, place.process_id))
-    return _checked(config, place, tuple(entry["host"] for entry in entries))
+    return _checked(config, place)
 
 
 def _place(config: HostsConfig) -> clusters.Detected:
@@ -193,7 +192,7 @@ def _connect(
         ) from error
 
 
-def _checked(config: HostsConfig, place: clusters.Detected, names: tuple[str, ...]) -> Hosts:
+def _checked(config: HostsConfig, place: clusters.Detected) -> Hosts:
     """Look at the devices of the whole run and compare them with what the config expects."""
     import jax
 
@@ -203,7 +202,6 @@ def _checked(config: HostsConfig, place: clusters.Detected, names: tuple[str, ..
         num_processes=jax.process_count(),
         num_devices=jax.device_count(),
         num_local_devices=jax.local_device_count(),
-        names=names,
         coordinator=place.coordinator if place.num_processes > 1 else None,
     )
     if hosts.num_processes != place.num_processes:

@@ -10,7 +10,7 @@ import pathlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ...sharding.errors import UserError
@@ -61,12 +61,10 @@ class Collector:
         *,
         tokens_per_step: int,
         stop_on_nan: bool = True,
-        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self._sinks = sinks
         self._tokens = tokens_per_step
         self._stop_on_nan = stop_on_nan
-        self._on_step = on_step
         self._last_done = 0.0
         self._slots = threading.Semaphore(IN_FLIGHT)
         self._queue: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
@@ -156,7 +154,6 @@ class Collector:
         self.last = record
         for sink in self._sinks:
             sink.write(record)
-        self._on_step()
 
 
 def _weighted_mean(pairs: Sequence[tuple[Any, Any]]) -> float:

@@ -29,11 +29,10 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ran:
-    """How a child ended: its `answer` (see `worker`), the `hlo` it left, gzipped, and what it logged."""
+    """How a child ended: its `answer` (see `worker`), and the `hlo` it left, gzipped."""
 
     answer: Mapping[str, Any]
     hlo: bytes
-    log: str
 
 
 def run_worker(
@@ -52,7 +51,7 @@ def run_worker(
             finally:
                 end_all([process], grace_seconds=0)
         text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-        return Ran(answer=stopped or _answer(folder, process, text), hlo=_hlo(folder), log=text)
+        return Ran(answer=stopped or _answer(folder, process, text), hlo=_hlo(folder))
 
 
 def _watch(process: subprocess.Popen[Any], limits: Limits) -> dict[str, Any] | None:

@@ -142,7 +142,7 @@ def test_snapshots_that_share_memory_do_not_share_values(tmp_path) -> None:
 def test_empty_folder_restores_nothing(tmp_path) -> None:
     with Checkpoints(tmp_path / "new") as checkpoints:
         assert checkpoints.restore(abstract(make_state(make_mesh(1, 1)))) is None
-        assert checkpoints.latest_metadata() is None
+    assert list_checkpoints(tmp_path / "new") == []
 
 
 @pytest.mark.devices(2)
@@ -156,11 +156,12 @@ def test_saves_that_overlap_are_all_kept(tmp_path, caplog) -> None:
 
 
 @pytest.mark.devices(1)
-def test_metadata_is_that_of_the_newest_and_costs_no_arrays(tmp_path) -> None:
+def test_metadata_is_told_of_a_checkpoint_without_arrays(tmp_path) -> None:
     save_steps(tmp_path, make_mesh(1, 1), 1, 2)
     shutil.rmtree(tmp_path / "2" / "state")
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest_metadata() == (2, {"position": 2})
+    newest = list_checkpoints(tmp_path)[-1]
+    assert (newest.step, newest.metadata) == (2, {"position": 2})
+    assert newest.fault is not None
 
 
 @pytest.mark.devices(2)

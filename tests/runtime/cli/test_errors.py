@@ -28,7 +28,7 @@ class Mistake:
 
 
 # What a plan of the small config is asked for: devices that are not here, with nothing declared.
-PLAN = ("plan", "{home}/config.yaml", "topology=v5e:2x4", "mesh=null", "train.global_batch=16")
+PLAN = ("plan", "{home}/config.yaml", "plan=auto", "topology=v5e:2x4", "mesh=null", "train.global_batch=16")
 
 
 def override(*words: str, says: str | tuple[str, ...], missing: str | None = None) -> Mistake:

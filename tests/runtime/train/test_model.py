@@ -1,0 +1,80 @@
+"""Models that a config names by a function of the user's, and what is said of one that fails."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import pytest
+from meshwright.models import Model
+from meshwright.runtime.config import parse
+from meshwright.runtime.train import build_model
+from meshwright.sharding import UserError
+
+MODULES = {
+    "builds_well": "from small_models import perceptron\n",
+    "imports_nothing_there": "import math\nimport a_library_that_is_not_here\n",
+    "imports_it_indirectly": "import imports_nothing_there\n",
+    "behind_a_door": "x = 1\nfrom a_door import model\n",
+    "a_door/__init__": "from meshwright.sharding.errors import door\n"
+    "__getattr__, __dir__ = door(__name__, {'model': 'inside'})\n",
+    "a_door/inside": "import math\nmath.no_such_function\n",
+    "calls_wrongly": "def build(width):\n    return len(width)\n",
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+    """The working directory, with modules of the user's."""
+    (tmp_path / "a_door").mkdir()
+    for name, text in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] in {*MODULES, "a_door"}]:
+        del sys.modules[name]
+
+
+def build(where: str, **arguments: object) -> Model:
+    return build_model(parse({"model": {"build": where, "arguments": arguments}}).model)
+
+
+def refusal(where: str, **arguments: object) -> str:
+    with pytest.raises(UserError) as error:
+        build(where, **arguments)
+    return str(error.value)
+
+
+def test_a_function_in_the_working_directory_is_found() -> None:
+    assert build("builds_well:perceptron", embed=8).num_parameters > 0
+
+
+def test_a_module_that_is_not_there_is_named() -> None:
+    said = refusal("nowhere_at_all:build")
+    assert said == "model.build='nowhere_at_all:build': No module named 'nowhere_at_all'"
+
+
+def test_an_import_that_fails_names_its_line(home: pathlib.Path) -> None:
+    cause = "No module named 'a_library_that_is_not_here'"
+    place = home / "imports_nothing_there.py"
+    said = refusal("imports_nothing_there:build")
+    assert said == f"model.build='imports_nothing_there:build': {cause} ({place}:2)"
+    said = refusal("imports_it_indirectly:build")
+    assert said.endswith(f"{cause} ({home / 'imports_it_indirectly.py'}:1, {place}:2)")
+
+
+def test_an_error_behind_a_lazy_door_names_its_cause_and_where_it_began(home: pathlib.Path) -> None:
+    said = refusal("behind_a_door:build")
+    assert "cannot import name" not in said
+    assert "a_door.inside fails with AttributeError" in said
+    assert "no_such_function" in said
+    assert said.endswith(f"({home / 'behind_a_door.py'}:2, {home / 'a_door' / 'inside.py'}:2)")
+
+
+def test_arguments_that_do_not_fit_and_an_error_within(home: pathlib.Path) -> None:
+    said = refusal("calls_wrongly:build", depth=2)
+    assert said.endswith("build() got an unexpected keyword argument 'depth'")
+    said = refusal("calls_wrongly:build", width=2)
+    assert said.endswith(f"object of type 'int' has no len() ({home / 'calls_wrongly.py'}:2)")
