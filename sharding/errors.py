@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -49,8 +49,8 @@ def door(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], 
 
     Args:
       package: the package's `__name__`.
-      homes: public name → module below the package that defines it. No module may have the name of what it
-        defines: importing the module would put it in the place of what it defines.
+      homes: public name → module below the package (with a dot in front: beside it) that defines it. No
+        module may have the name of what it defines: importing it would put it in that one's place.
 
     The functions raise AttributeError for a name that is not in `homes`, and ImportError, with the cause, for
     a module that an AttributeError stops from loading: that error would reach Python's import statement,
@@ -64,7 +64,7 @@ def door(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], 
     def load(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        home = f"{package}.{homes[name]}"
+        home = importlib.util.resolve_name(f".{homes[name]}", package)
         try:
             value = getattr(importlib.import_module(home), name)
         except AttributeError as error:

@@ -37,6 +37,10 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(aside, path)
+    except OSError as error:
+        # The name that the caller knows, not the one put together here.
+        error.filename, error.filename2 = os.fspath(path), None
+        raise
     finally:
         aside.unlink(missing_ok=True)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ...sharding.plans.estimate import Estimate
+from ...sharding.plans.estimate import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)

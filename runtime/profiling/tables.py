@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...sharding.plans.estimate import Estimate
 from .profile import Profile, StepTime
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
-
-    from ...sharding.plans.estimate import Estimate
 
 
 def report(profile: Profile, *, top: int = 12) -> Group:

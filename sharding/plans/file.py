@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ..errors import UserError
+from ..files import write_whole
 from .estimate import Estimate
 from .origin import Origin, alternative_from
 from .proof import Proof
@@ -64,7 +65,7 @@ def write(plan: Record, path: str | pathlib.Path) -> None:
             )
         else:
             lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
-    pathlib.Path(path).write_text("{\n  " + ",\n  ".join(lines) + "\n}\n", encoding="utf-8")
+    write_whole(path, "{\n  " + ",\n  ".join(lines) + "\n}\n")
 
 
 def _block(start: str, rows: list[str], end: str) -> str:

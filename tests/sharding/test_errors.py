@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from meshwright.sharding import cost
 
 DOOR = """
 from meshwright.sharding.errors import door
@@ -43,6 +44,11 @@ def test_a_name_is_loaded_on_first_use_and_kept(package: str) -> None:
     assert f"{package}.good" not in sys.modules
     assert module.answer == 42
     assert vars(module)["answer"] == 42
+
+
+def test_a_home_may_stand_beside_the_package() -> None:
+    assert cost._HOMES["Estimate"] == ".plans.estimate"
+    assert cost.Estimate.__module__ == "meshwright.sharding.plans.estimate"
 
 
 def test_what_is_not_in_the_table_is_no_attribute(package: str) -> None:

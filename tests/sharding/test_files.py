@@ -32,8 +32,12 @@ def test_a_file_is_replaced_and_nothing_is_left(tmp_path: pathlib.Path) -> None:
     write_whole(tmp_path / "a", b"two")
     assert (tmp_path / "a").read_bytes() == b"two"
     (tmp_path / "b" / "full").mkdir(parents=True)
-    with pytest.raises(OSError, match="b"):
+    with pytest.raises(IsADirectoryError) as error:
         write_whole(tmp_path / "b", "three")
+    assert (error.value.filename, error.value.filename2) == (str(tmp_path / "b"), None)
+    with pytest.raises(FileNotFoundError) as missing:
+        write_whole(tmp_path / "none" / "c", "four")
+    assert missing.value.filename == str(tmp_path / "none" / "c")
     assert names(tmp_path) == ["a", "b"]
 
 
