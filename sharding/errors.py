@@ -16,6 +16,15 @@ class UserError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an error says, in one line; its kind where it says nothing.
+
+    >>> one_line(ValueError("no key   in line 3")), one_line(KeyError())
+    ('no key in line 3', 'KeyError')
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a clause naming what `word` most likely meant, or what there is to choose from.
 

@@ -18,7 +18,7 @@ from ...sharding.errors import UserError, nearest
 from ...sharding.files import FolderInUse, FolderLock
 from . import fingerprint, folder, manifest, spread, store
 from .agreement import first_fault, from_first
-from .errors import CheckpointError, Damaged
+from .errors import CheckpointError, Damaged, first_line
 from .leaves import abstract, check_arrays, leaf_names, nest
 from .reading import check_leaves, read_parts
 from .retention import Retention, expendable
@@ -104,7 +104,7 @@ class Checkpoints:
         """
         begun = time.monotonic()
         check_arrays(state)
-        record = _plain(metadata, "metadata")
+        record = _plain(metadata)
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         if self._saving is not None and self._saving.thread.is_alive():
             previous = self._saving.step
@@ -294,14 +294,14 @@ def _opened(directory: Path) -> FolderLock:
 
 
 def _failed(directory: Path, step: int, error: BaseException) -> CheckpointError:
-    cause = str(error).strip().splitlines()
-    said = f"{type(error).__name__}: {cause[0]}" if cause else type(error).__name__
-    return CheckpointError(f"the checkpoint at step {step} could not be written to {directory}: {said}")
+    return CheckpointError(
+        f"the checkpoint at step {step} could not be written to {directory}: {first_line(error)}"
+    )
 
 
-def _plain(metadata: Mapping[str, Any], what: str) -> dict[str, Any]:
+def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy that later changes by the caller do not reach; refuses what JSON cannot hold."""
     try:
         return json.loads(json.dumps(dict(metadata)))
     except (TypeError, ValueError) as error:
-        raise UserError(f"the {what} of a checkpoint must be JSON: {error}") from None
+        raise UserError(f"the metadata of a checkpoint must be JSON: {error}") from None

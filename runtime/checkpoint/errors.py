@@ -14,3 +14,9 @@ class Damaged(Exception):
 
     Raised inside this package and answered there by setting the checkpoint aside.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of what it says; Orbax's errors have many."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__

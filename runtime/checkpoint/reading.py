@@ -10,7 +10,7 @@ import jax
 
 from ...sharding.errors import UserError, nearest
 from . import manifest, store
-from .errors import Damaged
+from .errors import Damaged, first_line
 from .fingerprint import fingerprints
 from .leaves import leaf_names, nbytes, nest, pick
 from .manifest import Manifest
@@ -35,7 +35,7 @@ def read_parts(
     try:
         nested = store.read(directory, nest(names, jax.tree.leaves(abstract_state)))
     except (ValueError, KeyError, OSError) as error:
-        return record, None, f"reading its arrays failed: {_first_line(error)}"
+        return record, None, f"reading its arrays failed: {first_line(error)}"
     return record, pick(nested, names), None
 
 
@@ -48,7 +48,7 @@ def verify_arrays(directory: Path, record: Manifest) -> str | None:
         try:
             leaves = pick(store.read(directory, nest(names, abstract), partial=True), names)
         except (ValueError, KeyError, OSError) as error:
-            return f"reading leaf {_shown(names)} failed: {_first_line(error)}"
+            return f"reading leaf {_shown(names)} failed: {first_line(error)}"
         fault = check_leaves(record, names, leaves)
         if fault is not None:
             return fault
@@ -103,8 +103,3 @@ def check_leaves(record: Manifest, names: Sequence[str], leaves: Sequence[jax.Ar
 
 def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__

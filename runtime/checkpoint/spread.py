@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from ...sharding.plans.specs import axes_of
 from .leaves import by_devices
 
 
@@ -23,7 +24,7 @@ def spread(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
     if not isinstance(sharding, NamedSharding):
         return sharding
     mesh = sharding.mesh
-    entries = [_axes(entry) for entry in sharding.spec] + [()] * (len(shape) - len(sharding.spec))
+    entries = [axes_of(entry) for entry in sharding.spec] + [()] * (len(shape) - len(sharding.spec))
     free = [axis for axis in mesh.axis_names if axis not in {a for entry in entries for a in entry}]
     for axis in sorted(free, key=lambda axis: -mesh.shape[axis]):
         for dim, size in enumerate(shape):
@@ -33,12 +34,6 @@ def spread(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
                 break
     spec = PartitionSpec(*(entry or None for entry in entries))
     return NamedSharding(mesh, spec, memory_kind=sharding.memory_kind)
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def snapshot(leaves: Sequence[jax.Array], spare: Sequence[jax.Array] | None = None) -> list[jax.Array]:

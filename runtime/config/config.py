@@ -15,7 +15,7 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from ...sharding.errors import UserError, nearest
+from ...sharding.errors import UserError, nearest, one_line
 from ..checkpoint.config import CheckpointConfig
 from ..data.config import DataConfig
 from ..profiling.config import ProfileConfig
@@ -254,7 +254,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
         tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not YAML: {one_line(error)}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -269,7 +269,7 @@ def _override(tree: dict[str, Any], word: str) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"the value in {word!r} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"the value in {word!r} is not YAML: {one_line(error)}") from None
     *parents, leaf = key.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ...sharding.errors import UserError
+from ...sharding.errors import UserError, one_line
 from .config import DataConfig
 from .corpus import Corpus, Report, open_corpus, to_stderr
 from .packing import Rows, empty
@@ -184,7 +184,7 @@ def local_rows(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> list[
     except ValueError as error:
         raise UserError(
             f"a batch of train.global_batch={shape[0]} rows of data.sequence={shape[1]} does not divide over "
-            f"{sharding}: {' '.join(str(error).split())}"
+            f"{sharding}: {one_line(error)}"
         ) from None
     return sorted({row for index in indices.values() if index for row in range(*index[0].indices(shape[0]))})
 

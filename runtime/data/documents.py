@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ...sharding.errors import UserError, nearest
+from ...sharding.errors import UserError, nearest, one_line
 from .sources import Source, SourceFile
 
 # A text file is tokenised this much at a time, cut at a line's end.
@@ -144,7 +144,7 @@ def _parquet(path: pathlib.Path, text_field: str, skip: Callable[[str], None]) -
     try:
         table = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not a Parquet file: {one_line(error)}") from None
     with table:
         names = table.schema_arrow.names
         if text_field not in names:

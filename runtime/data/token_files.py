@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ...sharding.errors import UserError
+from ...sharding.errors import UserError, one_line
 from .chunk import Chunk
 from .documents import key_of
 from .sources import Source
@@ -67,7 +67,7 @@ def read_array(path: pathlib.Path, bin_dtype: str) -> np.ndarray:
     except UserError:
         raise
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is not an array of numbers: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not an array of numbers: {one_line(error)}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...sharding.errors import UserError, nearest
+from ...sharding.errors import UserError, nearest, one_line
 from .sources import no_such_file
 
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
@@ -154,7 +154,7 @@ def _read(path: pathlib.Path) -> Any:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception for whatever is wrong with the file
-        raise UserError(f"{path} is not a tokenizer.json: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not a tokenizer.json: {one_line(error)}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # Text that happens to spell a special token must not end a document.

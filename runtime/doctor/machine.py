@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 
 from ...sharding.files import user_cache
+from ...sharding.words import gib
 from .check import Check, Status
 
 _GIB = 1 << 30
@@ -21,12 +22,12 @@ def machine() -> Iterator[Check]:
     free = _free_memory_bytes()
     if free is not None:
         advice = "the quickstart needs about 2 GiB" if free < 2 * _GIB else ""
-        yield Check(name="free memory", value=_gib(free), status="warn" if advice else "ok", advice=advice)
+        yield Check(name="free memory", value=gib(free), status="warn" if advice else "ok", advice=advice)
     yield _disk("disk here", pathlib.Path.cwd(), "checkpoints fill it")
     shared = pathlib.Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total) < _GIB // 4:
         advice = "data workers pass batches through it; in a container raise --shm-size"
-        yield Check(name="/dev/shm", value=_gib(size), status="warn", advice=advice)
+        yield Check(name="/dev/shm", value=gib(size), status="warn", advice=advice)
 
 
 def _free_memory_bytes() -> int | None:
@@ -47,11 +48,7 @@ def _free_memory_bytes() -> int | None:
 def _disk(name: str, folder: pathlib.Path, use: str) -> Check:
     free = shutil.disk_usage(folder).free
     status: Status = "bad" if free < _GIB else "warn" if free < 10 * _GIB else "ok"
-    return Check(name=name, value=f"{_gib(free)} free", status=status, advice="" if status == "ok" else use)
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB"
+    return Check(name=name, value=f"{gib(free)} free", status=status, advice="" if status == "ok" else use)
 
 
 def cache() -> Iterator[Check]:

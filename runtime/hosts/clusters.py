@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ...sharding.errors import UserError
+from ...sharding.errors import UserError, one_line
 
 # Set by `meshwright launch` for each process it starts.
 COORDINATOR = "MESHWRIGHT_COORDINATOR"
@@ -86,7 +86,7 @@ def detect(timeout_seconds: float, environment: Mapping[str, str] = os.environ) 
                 override_coordinator_port=environment.get("JAX_COORDINATOR_PORT"),
             )
     except (RuntimeError, ValueError, KeyError, OSError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UserError(
             f"{source} is there but does not say which processes belong together ({reason}); "
             "set hosts.coordinator, hosts.num_processes and hosts.process_id, or hosts.num_processes=1"

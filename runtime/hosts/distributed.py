@@ -16,7 +16,7 @@ import pathlib
 import socket
 import warnings
 
-from ...sharding.errors import UserError
+from ...sharding.errors import UserError, one_line
 from ..config.hosts import HostsConfig
 from . import clusters
 from .address import is_loopback, split_address
@@ -186,7 +186,7 @@ def _connect(
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"process {place.process_id} cannot join the others at {coordinator}: {reason}"
         ) from error

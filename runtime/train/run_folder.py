@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ...sharding.errors import UserError
+from ...sharding.errors import UserError, one_line
 from ...sharding.files import FolderInUse, FolderLock, write_whole
 from ..config import Config, dump
 
@@ -66,7 +66,7 @@ class RunFolder:
         try:
             before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{self.config} cannot be read: {' '.join(str(error).split())}") from None
+            raise UserError(f"{self.config} cannot be read: {one_line(error)}") from None
         if not isinstance(before, dict):
             raise UserError(
                 f"{self.config} holds no settings, so whose run this is cannot be told; put the run's config "
