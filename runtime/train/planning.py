@@ -12,6 +12,7 @@ from typing import Any
 from ...models import Model
 from ...sharding import Plan, Topology, declare, plan
 from ...sharding.errors import UserError
+from ...sharding.files import write_whole
 from ...sharding.planner.outcome import searched_instead
 from ...sharding.report.compare import compare
 from ...sharding.report.html import page as page_of
@@ -174,7 +175,7 @@ def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Pat
         if plan_file is not None:
             plan.save(plan_file)
         if page is not None:
-            page.write_text(page_of(plan_document(plan)), encoding="utf-8")
+            write_whole(page, page_of(plan_document(plan)))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
 
