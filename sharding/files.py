@@ -17,6 +17,11 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # How often other processes may put a folder of their own in the place of one before it is given up.
 _TRIES = 16
 
@@ -139,8 +144,6 @@ class FolderLock:
 
 def _lock(descriptor: int, *, wait: bool) -> None:
     """Lock an open file until it is closed; OSError where the system or the file system has no locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK)) from None
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
