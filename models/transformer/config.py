@@ -6,7 +6,7 @@ import functools
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ...sharding.errors import UserError, nearest, nearest_divisors
 
@@ -18,27 +18,6 @@ RopeScaling = Literal["none", "linear", "llama3"]
 Router = Literal["softmax", "sigmoid"]
 DType = Literal["float32", "bfloat16", "float16"]
 
-_CHOICES = {
-    "activation": get_args(Activation),
-    "bias": get_args(Bias),
-    "norm": get_args(Norm),
-    "position_embedding": get_args(Positions),
-    "rope_scaling": get_args(RopeScaling),
-    "router": get_args(Router),
-    "compute_dtype": get_args(DType),
-    "param_dtype": get_args(DType),
-}
-_COUNTS = ("layers", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "max_sequence")
-_OPTIONAL_COUNTS = (
-    *("window", "global_every", "attention_chunk", "loss_chunk"),
-    *("experts", "experts_per_token", "expert_mlp", "shared_experts", "dense_layers"),
-    *("kv_rank", "query_rank", "rope_head_dim", "value_head_dim"),
-)
-_POSITIVE = ("norm_epsilon", "rope_theta", "rope_factor", "router_scale")
-_OPTIONAL_POSITIVE = (
-    *("rope_local_theta", "attention_soft_cap", "final_soft_cap", "query_scale"),
-    "expert_capacity",
-)
 # Facts about a preset that are not fields of the config.
 _FACTS = ("source", "parameters", "learning_rate")
 
@@ -145,24 +124,37 @@ class DecoderConfig:
         _check_latent(self)
 
 
+@functools.cache
+def _kinds() -> dict[str, tuple[Any, bool]]:
+    """Return the type of each field without None, and whether it may be None."""
+    found = {}
+    for name, hint in get_type_hints(DecoderConfig).items():
+        optional = type(None) in get_args(hint)
+        found[name] = (get_args(hint)[0] if optional else hint, optional)
+    return found
+
+
 def _check_values(config: DecoderConfig) -> None:
-    for name in (*_COUNTS, *_OPTIONAL_COUNTS):
+    """Refuse values that are not of their field's type: whole numbers are counts, others above 0."""
+    for name, (kind, optional) in _kinds().items():
         value = getattr(config, name)
-        if value is None and name in _OPTIONAL_COUNTS:
+        if optional and value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{name}={value!r} must be a whole number of at least 1")
-    for name in (*_POSITIVE, *_OPTIONAL_POSITIVE):
-        value = getattr(config, name)
-        if value is None and name in _OPTIONAL_POSITIVE:
-            continue
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise UserError(f"{name}={value!r} is not known; {nearest(str(value), get_args(kind))}")
+        elif kind is bool:
+            if not isinstance(value, bool):
+                raise UserError(f"{name}={value!r} must be true or false")
+        elif kind is int:
+            if not number or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}={value!r} must be a whole number of at least 1")
+        elif name == "z_loss":
+            if not number or value < 0:
+                raise UserError(f"z_loss={value!r} must be a number of at least 0")
+        elif not number or not value > 0:
             raise UserError(f"{name}={value!r} must be a number above 0")
-    for name, choices in _CHOICES.items():
-        if (value := getattr(config, name)) not in choices:
-            raise UserError(f"{name}={value!r} is not known; {nearest(str(value), choices)}")
-    if not isinstance(config.z_loss, (int, float)) or config.z_loss < 0:
-        raise UserError(f"z_loss={config.z_loss!r} must be a number of at least 0")
 
 
 def _check_heads(config: DecoderConfig) -> None:

@@ -21,6 +21,8 @@ PUBLISHED = [name for name in presets() if name != "tiny"]
         ({"compute_dtype": "bf16"}, "compute_dtype='bf16' is not known"),
         ({"rope_theta": -1.0}, "rope_theta=-1.0 must be a number above 0"),
         ({"z_loss": -0.1}, "z_loss=-0.1"),
+        ({"expert_capacity": True}, "expert_capacity=True must be a number above 0"),
+        ({"tied_embeddings": "false"}, "tied_embeddings='false' must be true or false"),
         ({"global_every": 6}, "global_every=6 has no effect without a window"),
         ({"rope_local_theta": 1e4}, "has no effect without global_every"),
         ({"norm": "layer", "norm_offset": True}, "norm_offset=true applies to norm='rms' only"),
