@@ -1,6 +1,9 @@
-"""Score the planner's estimates by runs that others measured.
+"""Score the cost model by runs that others measured, under the frameworks that they ran in.
 
 `python benchmarks/accuracy.py [--runs CSV] [--sweeps CSV] [--layouts CSV] [--calibration TOML] [--json]`
+
+The rows are other people's and not in this repository: the paths say where they are (benchmarks/measured
+says which columns they have). What a clean checkout can score is in own_runs.py and compiled.py.
 
 Each row's architecture is built as a decoder and traced once; its layout is priced as it stands. Prints,
 for each source, the median and mean absolute relative error of the step time and the median error of the
@@ -23,40 +26,36 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 import tuned
+from frameworks.execution import execution_of
+from frameworks.record import Framework, record_for
 from measured.layouts import candidate
 from measured.programs import traced
-from measured.rows import Run, load
+from measured.rows import Run, csv_file, load
 from meshwright.sharding.cost import Estimate, Pricer
-from meshwright.sharding.cost.calibration import Calibration, calibration_for
-
-_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 
-def csv_file(text: str) -> Path:
-    """Return the path of a CSV that an argument names, or say that there is none."""
-    if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"no file {text}")
-    return Path(text)
+def record_of(run: Run, path: Path | None = None) -> Framework:
+    """Return the record of `run`'s framework on its chip, the shipped one or that of a file."""
+    return record_for(run.topology.chip.name, run.framework["calibration"], path)
 
 
-def pricer(run: Run, calibration: str | Calibration | None = None) -> Pricer:
-    """Return what prices the layouts of `run`'s program on its topology; a calibration may be a file."""
-    facts = run.framework
-    if not isinstance(calibration, Calibration):
-        calibration = calibration_for(run.topology.chip.name, facts["calibration"], calibration)
+def pricer(run: Run, record: Framework | None = None) -> Pricer:
+    """Return what prices the layouts of `run`'s program on its topology, by the shipped record if none."""
+    record, facts = record_of(run) if record is None else record, run.framework
     return Pricer(
         traced(run.architecture)[1],
         run.topology,
         optimizer_slots=facts["optimizer_bytes"],
         gradient_bytes=facts["gradient_bytes"],
         dtype=run.dtype,
-        calibration=calibration,
+        calibration=record,
+        execution=execution_of(record, run.topology),
     )
 
 
-def estimate(run: Run, calibration: str | None = None) -> Estimate:
+def estimate(run: Run, record: Framework | None = None) -> Estimate:
     """Return the estimate of a measured row."""
-    return pricer(run, calibration).price(candidate(run, traced(run.architecture)[0]))
+    return pricer(run, record).price(candidate(run, traced(run.architecture)[0]))
 
 
 def score(runs: list[Run], estimates: list[Estimate]) -> dict[str, Any]:
@@ -138,7 +137,7 @@ def choice(pairs: list[tuple[Run, Estimate]], usable: float | None = None) -> di
     measured, predicted = np.array(done).T
     first = pairs[0][0]
     if usable is None:
-        usable = calibration_for(first.topology.chip.name, first.framework["calibration"]).usable_memory
+        usable = record_of(first).usable_memory
     capacity = (first.topology.chip.hbm_bytes or np.inf) * usable
     fits = [pair for pair in pairs if pair[1].peak_bytes <= capacity]
     chosen = min(fits or pairs, key=lambda pair: pair[1].step_seconds if fits else pair[1].peak_bytes)[0]
@@ -263,24 +262,18 @@ def show(name: str, scores: dict[str, Any], left: list[tuple[str, str, str]]) ->
 def main(arguments: list[str]) -> int:
     """Score the files that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--runs", type=Path)
-    parser.add_argument("--sweeps", type=Path)
-    parser.add_argument("--layouts", type=Path)
-    parser.add_argument("--calibration", help="a calibration file instead of the shipped one")
+    parser.add_argument("--runs", type=csv_file, help="training runs, one a row")
+    parser.add_argument("--sweeps", type=csv_file, help="many layouts of the same model and cluster")
+    parser.add_argument("--layouts", type=csv_file, help="layouts that people tuned by hand (tuned.py)")
+    parser.add_argument("--calibration", type=Path, help="instead of benchmarks/frameworks/calibration.toml")
     parser.add_argument("--only", help="score sources that contain this text")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     files = {"runs": given.runs, "sweeps": given.sweeps, "layouts": given.layouts}
     if not any(files.values()):
-        files = {
-            "runs": _DATA / "measured_runs.csv",
-            "sweeps": _DATA / "measured_sweeps.csv",
-            "layouts": _DATA / "tuned_layouts.csv",
-        }
-    for path in files.values():
-        if path is not None and not path.exists():
-            print(f"error: no file {path}; give --runs, --sweeps or --layouts a CSV", file=sys.stderr)
-            return 2
+        parser.error(
+            "nothing to score: the rows are not in this repository; give --runs, --sweeps or --layouts"
+        )
     report: dict[str, Any] = {}
     for name in ("runs", "sweeps"):
         path = files[name]
@@ -288,7 +281,7 @@ def main(arguments: list[str]) -> int:
             continue
         runs, left = load(path)
         runs = [run for run in runs if not given.only or given.only in run.source]
-        scores = score(runs, [estimate(run, given.calibration) for run in runs])
+        scores = score(runs, [estimate(run, record_of(run, given.calibration)) for run in runs])
         report[name] = scores | {"not_expressible": [list(row) for row in left]}
         if not given.json:
             show(name, scores, left)

@@ -1,7 +1,9 @@
-"""Fit the calibration file: `python benchmarks/calibrate.py [--only CHIP.FRAMEWORK] [--rounds N]`.
+"""Fit the frameworks' efficiencies: `python benchmarks/calibrate.py --runs CSV --sweeps CSV [--only WORD]`.
 
-Starts from the shipped file, fits one record for each (chip, framework) to measured runs and writes the file
-again. Of a large source a fixed sample of rows is used.
+The rows are other people's and not in this repository: the paths say where they are. Starts from
+frameworks/calibration.toml, fits one record for each (chip, framework) to measured runs and writes the file
+again. Of a large source a fixed sample of rows is used. The product's own table is written by hand from what
+was fitted here, from what compiled programs show, and from the sources that it names.
 """
 
 from __future__ import annotations
@@ -12,36 +14,17 @@ import dataclasses
 import math
 import random
 import sys
-from pathlib import Path
 
-from accuracy import _DATA, csv_file, pricer
+from accuracy import estimate, pricer
+from frameworks.fit import RANGES, Measured, calibrate, calibrate_memory, error, usable_memory
+from frameworks.record import SHIPPED, Framework, Tables, plain, read, write
 from measured.layouts import candidate
 from measured.programs import traced
-from measured.rows import Run, load
-from meshwright.sharding.cost.calibration import Calibration, calibration_for, read, write
-from meshwright.sharding.cost.fit import (
-    RANGES,
-    Measured,
-    calibrate,
-    calibrate_memory,
-    error,
-    usable_memory,
-)
+from measured.rows import Run, csv_file, load
 
-_FILE = Path(__file__).resolve().parents[1] / "sharding" / "cost" / "calibration.toml"
 _SAMPLE = 200
 # A run so many times slower than predicted went wrong: near its limit an allocator thrashes.
 _SLOW = 2.0
-_NOTE = """Efficiencies that datasheets do not give, for each chip under each framework; see calibration.py.
-Fitted by benchmarks/calibrate.py to measured_runs.csv and measured_sweeps.csv; which attention kernel a
-framework runs and what it saves are facts of the framework, set by hand. What hides sending values to the
-host, what is left free of a device's memory, and what GPUs' own records hide of FSDP's gathers and
-reductions are as compiled programs show (benchmarks/compiled.py). By product_cycles, steps read without
-schedules come out as with them (benchmarks/compiled_runs.py, with --schedules and without); tpu7x has the
-others' by assumption. fusion_efficiency is what libtpu's cycles come to (tests/sharding/compiled).
-a100.deepspeed-replicated was fitted together with a100.megatron-deepspeed, before they were told apart, and
-kept: of five fits it chose best on the rows it was fitted to, by ties that other fits break otherwise."""
-
 # A layout so much slower than the best of its cell counts less: a choice is among the fast ones.
 _SLOWER = 0.5
 
@@ -86,32 +69,28 @@ def measured(runs: list[Run]) -> list[Measured]:
     return found
 
 
-def with_memory(rows: list[Run], fitted: Calibration) -> Calibration:
+def with_memory(rows: list[Run], fitted: Framework) -> Framework:
     """Return `fitted` with memory that is not counted, where five rows or more state theirs."""
     stated = [run for run in rows if run.peak_bytes]
     if len(stated) < 5:
         return fitted
-    plain = dataclasses.replace(fitted, memory_overhead=0.0, reserved_bytes=0.0)
+    counted = dataclasses.replace(fitted, memory_overhead=0.0, reserved_bytes=0.0)
     found = []
     for run in random.Random(0).sample(stated, min(len(stated), 3 * _SAMPLE)):
-        prices = pricer(run)
-        prices.calibration = plain
-        items = prices.price(candidate(run, traced(run.architecture)[0])).memory
+        items = estimate(run, counted).memory
         passing = sum(items[name] for name in ("saved_activations", "temporaries", "communication"))
         found.append((sum(items.values()) - passing, passing, run.peak_bytes or 0.0))
     return calibrate_memory(found, fitted)
 
 
-def with_limit(rows: list[Run], fitted: Calibration) -> Calibration:
+def with_limit(rows: list[Run], fitted: Framework) -> Framework:
     """Return `fitted` with the share of memory that can be used, if fifty rows or more did not complete."""
     failed = [run for run in rows if run.seconds is None]
     if len(failed) < 50:
         return fitted
     found = []
     for run in random.Random(0).sample(rows, min(len(rows), 6 * _SAMPLE)):
-        prices = pricer(run)
-        prices.calibration = fitted
-        guess = prices.price(candidate(run, traced(run.architecture)[0]))
+        guess = estimate(run, fitted)
         well = run.seconds is not None and run.seconds < _SLOW * guess.step_seconds
         found.append((guess.peak_bytes / (run.topology.chip.hbm_bytes or math.inf), well))
     return dataclasses.replace(fitted, usable_memory=usable_memory(found))
@@ -123,14 +102,14 @@ def _is_like(group: tuple[str, str], other: tuple[str, str]) -> bool:
     return group[0] == other[0] and (longer == shorter or longer.startswith(f"{shorter}-"))
 
 
-def _start(tables: dict[str, dict[str, Calibration]], chip: str, framework: str) -> Calibration:
+def _start(tables: Tables, chip: str, framework: str) -> Framework:
     """Return where a fit starts: the record itself; a variant's (``-fp8``) where its framework's came to."""
-    rows = tables.get(chip, {"default": calibration_for(chip)})
+    rows = tables.get(chip, {})
     parent = framework
     while parent not in rows or parent == framework:
         parent = parent.rpartition("-")[0]
         if not parent:
-            return rows.get(framework, rows["default"])
+            return rows.get(framework, plain(chip))
     efficiencies = {name: getattr(rows[parent], name) for name in RANGES}
     return dataclasses.replace(rows.get(framework, rows[parent]), **efficiencies)
 
@@ -138,13 +117,13 @@ def _start(tables: dict[str, dict[str, Calibration]], chip: str, framework: str)
 def main(arguments: list[str]) -> int:
     """Fit and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--runs", type=csv_file, default=str(_DATA / "measured_runs.csv"))
-    parser.add_argument("--sweeps", type=csv_file, default=str(_DATA / "measured_sweeps.csv"))
+    parser.add_argument("--runs", type=csv_file, required=True, help="training runs, one a row")
+    parser.add_argument("--sweeps", type=csv_file, required=True, help="many layouts of a model and cluster")
     parser.add_argument("--only", default="")
     parser.add_argument("--rounds", type=int, default=12)
     given = parser.parse_args(arguments)
     runs = [run for path in (given.runs, given.sweeps) for run in load(path)[0]]
-    tables: dict[str, dict[str, Calibration]] = read(_FILE)
+    base, tables = read(SHIPPED)
     for (chip, framework), rows in sorted(groups(runs).items()):
         if given.only not in f"{chip}.{framework}":
             continue
@@ -157,8 +136,8 @@ def main(arguments: list[str]) -> int:
         fitted = with_memory([run for run in runs if _is_like(group(run), (chip, framework))], fitted)
         print(f"{chip}.{framework}: {len(samples)} rows, error {before:.3f} -> {after:.3f}", flush=True)
         fitted = with_limit([run for run in runs if group(run) == (chip, framework)], fitted)
-        tables.setdefault(chip, {"default": calibration_for(chip)})[framework] = fitted
-        write(_FILE, tables, _NOTE)
+        tables.setdefault(chip, {})[framework] = fitted
+        write(SHIPPED, base, tables)
     return 0
 
 

@@ -1,6 +1,7 @@
-"""Compiled step times against measured ones: `python benchmarks/compiled_runs.py [--only WORD] [--json]`.
+"""Compiled steps against measured ones: `python benchmarks/compiled_runs.py --runs CSV [--only WORD]`.
 
-Each run of MaxText on one TPU slice that measured_runs.csv has a rate for is planned with its model, mesh,
+The rows are other people's and not in this repository: the path says where they are (measured_runs.csv).
+Each run of MaxText on one TPU slice that they have a rate for is planned with its model, mesh,
 batch and nearest rematerialisation, compiled for its slice, which is not here, with its recipe's options
 (compiled_runs.toml; `--plain`: with the compiler's own), and read as `meshwright plan --verify` reads it.
 Printed are the seconds of a step as measured, as the Estimate has them, and as the compiler has them; at the
@@ -31,16 +32,14 @@ import accuracy
 import jax
 import optax
 from held_out import neutral
-from measured.layouts import candidate
-from measured.programs import decoder_config, traced
-from measured.rows import Run, parse
+from measured.programs import decoder_config
+from measured.rows import Run, csv_file, parse
 from measured.shapes import NotExpressible
 from meshwright.models import decoder
 from meshwright.sharding import UserError, plan
 from meshwright.sharding.verify.process import Limits
 from meshwright.sharding.verify.verify import verify
 
-_RUNS = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "measured_runs.csv"
 _RECIPES = Path(__file__).with_suffix(".toml")
 _BATCH = ("tokens", "targets", "segment_ids", "positions")
 _OFFLOADED = ("attention/query", "attention/key", "attention/value")
@@ -159,9 +158,9 @@ def measure(name: str, run: Run, policy: str, plain: bool, schedules: bool) -> R
 
 
 def _unfitted(run: Run) -> float:
-    """Return the Estimate's seconds of a run by a calibration that knows of no measured one."""
-    pricer = accuracy.pricer(run, neutral(run.topology.chip.name, run.framework["calibration"]))
-    return pricer.price(candidate(run, traced(run.architecture)[0])).step_seconds
+    """Return the Estimate's seconds of a run by efficiencies that know of no measured one."""
+    record = neutral(run.topology.chip.name, run.framework["calibration"])
+    return accuracy.estimate(run, record).step_seconds
 
 
 def show(row: Row) -> None:
@@ -197,7 +196,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=Path, default=_RUNS, help="measured_runs.csv")
+    parser.add_argument("--runs", type=csv_file, required=True, help="training runs, one a row")
     parser.add_argument("--only", default="", help="runs whose name contains this, such as 32B or v5p")
     parser.add_argument("--plain", action="store_true", help="compile without the recipe's options")
     parser.add_argument(

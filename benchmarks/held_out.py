@@ -1,6 +1,9 @@
-"""Score rows that nothing was fitted to: `python benchmarks/held_out.py [--folds N] [--only CHIP.FRAMEWORK]`.
+"""Score rows that nothing was fitted to: `python benchmarks/held_out.py --runs CSV --sweeps CSV [--folds N]`.
 
-The cells (model, chip, devices, batch, sequence) of each sweep are dealt into folds. For each, a calibration
+The rows are other people's and not in this repository: the paths say where they are. `--only CHIP.FRAMEWORK`
+looks at a part of them.
+
+The cells (model, chip, devices, batch, sequence) of each sweep are dealt into folds. For each, a record
 is fitted to everything else of its chip and framework, from a start that knows no measured run, and the
 cells left out are scored: error of step time and of peak memory, rank and regret.
 """
@@ -15,23 +18,21 @@ import sys
 from typing import Any
 
 import numpy as np
-from accuracy import _DATA, choice, csv_file, pricer
+from accuracy import choice, estimate
 from calibrate import group, groups, measured, with_limit, with_memory
-from measured.layouts import candidate
-from measured.programs import traced
-from measured.rows import Run, load
+from frameworks.fit import RANGES, calibrate
+from frameworks.record import Framework, plain, record_for
+from measured.rows import Run, csv_file, load
 from meshwright.sharding.cost import Estimate
-from meshwright.sharding.cost.calibration import Calibration, calibration_for
-from meshwright.sharding.cost.fit import RANGES, calibrate
 
 
-def neutral(chip: str, framework: str) -> Calibration:
+def neutral(chip: str, framework: str) -> Framework:
     """Return the facts of a framework with efficiencies that no run was fitted to.
 
     A share lies in the middle of what is possible; seconds, where something shows of them: at their least,
     a fit sees no slope.
     """
-    known, default = calibration_for(chip, framework), calibration_for("default")
+    known, default = record_for(chip, framework), plain("default")
     middle = {name: getattr(default, name) for name in RANGES}
     for name, (low, high) in RANGES.items():
         if name.endswith("_seconds"):
@@ -51,7 +52,7 @@ def folds(runs: list[Run], swept: set[tuple[str, ...]], count: int) -> list[set[
 def held_out(
     chip: str, framework: str, runs: list[Run], swept: set[tuple[str, ...]], count: int
 ) -> list[dict[str, float]]:
-    """Return the scores of each cell by a calibration that has seen none of its rows."""
+    """Return the scores of each cell by a record that has seen none of its rows."""
     start = neutral(chip, framework)
     names = [name for name in RANGES if start.fused_attention or name != "attention_efficiency"]
     found = []
@@ -61,17 +62,11 @@ def held_out(
         fitted = with_limit(seen, with_memory(seen, fitted))
         for cell in sorted(left):
             rows = [run for run in runs if run.cell == cell]
-            found.append(_scores([(run, _estimate(run, fitted)) for run in rows], fitted))
+            found.append(_scores([(run, estimate(run, fitted)) for run in rows], fitted))
     return [row for row in found if row]
 
 
-def _estimate(run: Run, calibration: Calibration) -> Estimate:
-    prices = pricer(run)
-    prices.calibration = calibration
-    return prices.price(candidate(run, traced(run.architecture)[0]))
-
-
-def _scores(pairs: list[tuple[Run, Estimate]], fitted: Calibration) -> dict[str, float]:
+def _scores(pairs: list[tuple[Run, Estimate]], fitted: Framework) -> dict[str, float]:
     cell = choice(pairs, fitted.usable_memory)
     if cell is None:
         return {}
@@ -83,8 +78,8 @@ def _scores(pairs: list[tuple[Run, Estimate]], fitted: Calibration) -> dict[str,
 def main(arguments: list[str]) -> int:
     """Print a line for each sweep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--runs", type=csv_file, default=str(_DATA / "measured_runs.csv"))
-    parser.add_argument("--sweeps", type=csv_file, default=str(_DATA / "measured_sweeps.csv"))
+    parser.add_argument("--runs", type=csv_file, required=True, help="training runs, one a row")
+    parser.add_argument("--sweeps", type=csv_file, required=True, help="many layouts of a model and cluster")
     parser.add_argument("--folds", type=int, default=4)
     parser.add_argument("--only", default="")
     given = parser.parse_args(arguments)

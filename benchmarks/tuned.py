@@ -1,4 +1,6 @@
-"""Hand-tuned layouts against planned ones, by one cost model: `python benchmarks/tuned.py [CSV] [--json]`.
+"""Hand-tuned layouts against planned ones, by one cost model: `python benchmarks/tuned.py CSV [--json]`.
+
+The layouts are other people's and not in this repository: the path says where they are.
 
 Each row's model is planned on its slice with its batch. Printed are the predicted step times of the layout
 that people tuned and of the one that the planner chooses, and what each consists of.
@@ -19,18 +21,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import optax
+from frameworks.execution import execution_of
+from frameworks.record import record_for
+from measured.rows import csv_file
 from measured.tuned import Tuned, load
 from meshwright.models import decoder
 from meshwright.sharding import UserError
 from meshwright.sharding.cost import Pricer
-from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.inputs import Problem, slot_bytes
 from meshwright.sharding.planner.search import Priced, search
 from meshwright.sharding.program.saved import INPUT
 from meshwright.sharding.words import remat_in_words
 
-_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "tuned_layouts.csv"
 _OPTIMIZER = optax.adamw(3e-4)
 # Chips without measured runs of MaxText → the one most like them that has some.
 _RELATIVES = {"v6e": "v5e", "tpu7x": "v5p"}
@@ -46,11 +49,13 @@ def compare(row: Tuned) -> dict[str, Any]:
     batch = dict.fromkeys(("tokens", "targets"), shape)
     problem = Problem(loss=model.loss, params=params, batch=batch, optimizer=_OPTIMIZER, names=model.names)
     chip = row.topology.chip
+    record = record_for(_RELATIVES.get(chip.name, chip.name), "maxtext")
     pricer = Pricer(
         problem.profile,
         row.topology,
         optimizer_slots=slot_bytes(_OPTIMIZER, params),
-        calibration=calibration_for(_RELATIVES.get(chip.name, chip.name), "maxtext"),
+        calibration=record,
+        execution=execution_of(record, row.topology),
     )
     capacity = float(chip.hbm_bytes or math.inf)
     remat = row.remat
@@ -142,12 +147,9 @@ def show(scores: dict[str, Any]) -> None:
 def main(arguments: list[str]) -> int:
     """Compare the layouts of the file that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("layouts", type=Path, nargs="?", default=_DATA)
+    parser.add_argument("layouts", type=csv_file)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
-    if not given.layouts.exists():
-        print(f"error: no file {given.layouts}", file=sys.stderr)
-        return 2
     scores = score(given.layouts)
     if given.json:
         print(json.dumps(scores))

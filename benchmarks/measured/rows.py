@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import functools
@@ -38,6 +39,13 @@ class Run:
     dtype: str
     seconds: float | None
     peak_bytes: float | None
+
+
+def csv_file(text: str) -> Path:
+    """Return the path of a CSV that an argument names, or say that there is none."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"no file {text}")
+    return Path(text)
 
 
 def load(path: Path) -> tuple[list[Run], list[tuple[str, str, str]]]:

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from .calibration import Calibration as Calibration
     from .candidate import Candidate as Candidate
     from .estimate import Pricer as Pricer
+    from .execution import Execution as Execution
 
 # Name → module that defines it.
 _HOMES = {
     "Calibration": "calibration",
     "Candidate": "candidate",
     "Estimate": ".plans.estimate",
+    "Execution": "execution",
     "Pricer": "estimate",
 }
 

@@ -18,23 +18,25 @@ Storage = tuple[tuple[str, ...], ...]
 class Candidate:
     """A mesh and how a program lies on it.
 
-    mesh:         axis → size; axes of size 1 may be left out.
-    dims:         dim id of the Program → the mesh axes that shard it while computing. Where two dims of one
-    array
-                  want the same axis, one that parameters have goes first: heads and sequence both over
-                  ``tensor`` is sequence parallelism. A dim of the layers that maps to ``stage`` is cut into
-                  pipeline stages.
-    stored:       index of a parameter argument → per array dimension the mesh axes it is stored over. More
-                  axes than `dims` gives mean that it is gathered at use (FSDP, ZeRO-3). A parameter that is
-                  not listed is stored as it is computed with.
-    optimizer:    the same for the optimizer's moments; more axes than `stored` is ZeRO-1. Default: `stored`.
-    gradients:    the same for the accumulated gradients; more axes than `stored` is ZeRO-2. Default:
-    `stored`.
-    remat:        ``none``, ``dots``, ``full`` or ``names``, as in `meshwright.sharding.transform.remat`.
-    saved:        under ``names``, the values of layers that are kept → ``device`` or ``host``.
-    microbatches: how many the batch is worked through in, one after another.
-    schedule:     of pipeline stages: ``1f1b`` or ``gpipe`` (all forward, then all backward).
-    interleave:   model chunks a stage holds.
+    Attributes:
+      mesh: axis → size; axes of size 1 may be left out.
+      dims: dim id of the Program → the mesh axes that shard it while computing. Where two dims of one array
+        want the same axis, one that parameters have goes first: heads and sequence both over ``tensor`` is
+        sequence parallelism. A dim of the layers that maps to ``stage`` is cut into pipeline stages.
+      stored: index of a parameter argument → per array dimension the mesh axes it is stored over. More axes
+        than `dims` gives mean that it is gathered at use (FSDP, ZeRO-3). A parameter that is not listed is
+        stored as it is computed with.
+      optimizer: the same for the optimizer's moments; more axes than `stored` is ZeRO-1. Default: `stored`.
+      gradients: the same for the accumulated gradients; more axes than `stored` is ZeRO-2. Default:
+        `stored`.
+      remat: ``none``, ``dots``, ``full`` or ``names``, as in `meshwright.sharding.transform.remat`.
+      saved: under ``names``, the values of layers that are kept → ``device`` or ``host``.
+      microbatches: how many the batch is worked through in, one after another.
+      schedule: of pipeline stages: ``1f1b`` or ``gpipe`` (all forward, then all backward).
+      interleave: model chunks that a stage holds.
+
+    Raises:
+      UserError: an axis, a policy or a schedule is not known, or a count is below 1.
     """
 
     mesh: Mapping[str, int]

@@ -12,9 +12,6 @@ from ..hardware.links import reaches
 from ..hardware.topology import Topology
 from .calibration import Calibration
 
-# Axes over which activations are exchanged in every layer.
-_ACTIVATIONS = ("tensor", "context", "expert")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
@@ -39,9 +36,12 @@ class Link:
     def collective(self, kind: str, bytes_: float, count: float = 1.0) -> float:
         """Return the seconds of `count` collectives that move `bytes_` together.
 
-        `bytes_` is what a group holds together of the array gathered, scattered or reduced. An all-gather or
-        reduce-scatter passes (n - 1) / n of it through each device, an all-reduce twice that, an all-to-all
-        1 / n of it as each device holds 1 / n.
+        `bytes_` is what a group holds together of the array gathered, scattered or reduced.
+
+        By rings (Thakur et al. 2005): in n - 1 steps each device of an all-gather passes on the others'
+        parts, 1 / n each, together (n - 1) / n of the array; a reduce-scatter is the same backwards; an
+        all-reduce is one after the other, twice that. In an all-to-all each device holds 1 / n and keeps
+        1 / n of that: (n - 1) / n of 1 / n leaves it.
         """
         return self.transfer(kind, bytes_) + self.starts(kind, count)
 
@@ -49,19 +49,24 @@ class Link:
         """Return the seconds that the links are busy; see `collective`."""
         if self.size == 1:
             return 0.0
+        # Around a torus it goes as far as it must: see `torus_link`.
         if kind == "all_to_all" and self.exchange_bytes_per_second is not None:
             return bytes_ / self.size / self.exchange_bytes_per_second
         share = (self.size - 1) / self.size
         return _passes(kind, self.size) * share * bytes_ / self.bytes_per_second
 
     def starts(self, kind: str, count: float) -> float:
-        """Return the seconds before the first and after the last byte of `count` collectives."""
+        """Return the seconds before the first and after the last byte of `count` collectives.
+
+        An all-reduce starts twice: its reduce-scatter, then its all-gather.
+        """
         return 0.0 if self.size == 1 else count * self.seconds * (2.0 if kind == "all_reduce" else 1.0)
 
     def point_to_point(self, bytes_: float, count: float = 1.0) -> float:
         """Return the seconds of `count` sends of `bytes_` together to the next device of the group."""
         if self.size == 1:
             return 0.0
+        # `seconds` are those of a way through all of the group, n - 1 hops; a send is one.
         return bytes_ / self.point_bytes_per_second + count * self.seconds / max(self.size - 1, 1)
 
 
@@ -82,13 +87,25 @@ def _links(
     sizes = dict(mesh)
     if topology.is_torus and sizes:
         return _torus_links(sizes, topology, calibration)
+    return {
+        axis: switched_link(size, inside, topology, calibration)
+        for axis, (size, inside) in switched_groups(sizes, topology).items()
+    }
+
+
+def switched_groups(mesh: Mapping[str, int], topology: Topology) -> dict[str, tuple[int, int]]:
+    """Return mesh axis → (devices of a group, how many of them stand on each fast domain).
+
+    The heaviest axis runs over consecutive devices, the next one over strides of its size (`arrange`), so
+    that an axis has as many members on a domain as strides fit into it.
+
+    >>> switched_groups({"data": 4, "tensor": 8}, Topology.parse("h100:4x8"))
+    {'tensor': (8, 8), 'data': (4, 1)}
+    """
     found, stride = {}, 1
-    for axis in sorted(sizes, key=AXES_BY_WEIGHT.index, reverse=True):
-        size = sizes[axis]
-        inside = max(1, min(size, topology.devices_per_domain // stride))
-        busy = sizes.get("stage", 1) > 1 and axis in _ACTIVATIONS
-        starts = calibration.pipelined_starts if busy else 1.0
-        found[axis] = switched_link(size, inside, topology, calibration, starts)
+    for axis in sorted((axis for axis, size in mesh.items() if size > 1), key=AXES_BY_WEIGHT.index)[::-1]:
+        size = mesh[axis]
+        found[axis] = size, max(1, min(size, topology.devices_per_domain // stride))
         stride *= size
     return found
 
@@ -107,39 +124,34 @@ def _network_rate(topology: Topology, calibration: Calibration) -> float:
     return rate / chip.devices_per_chip * calibration.network_efficiency
 
 
-def switched_link(
-    size: int, inside: int, topology: Topology, calibration: Calibration, starts: float = 1.0
-) -> Link:
-    """Return the link of a group with `inside` members on each fast domain.
+def switched_link(size: int, inside: int, topology: Topology, calibration: Calibration) -> Link:
+    """Return the link of a group of `size` with `inside` members on each fast domain.
 
-    A ring that leaves a domain enters and leaves through the adapters of all its members there.
+    A ring that leaves a domain enters and leaves through the adapters of all its members there: it is as fast
+    as the slower of one device's fast links and the adapters together.
     """
     fabric = _fabric_rate(topology, calibration)
-    fabric *= (inside / topology.devices_per_domain) ** calibration.fabric_group_exponent
     if inside == size:
-        seconds = starts * calibration.fabric_seconds * (size - 1)
         return Link(
             size=size,
             bytes_per_second=fabric,
             point_bytes_per_second=fabric,
-            seconds=seconds,
+            seconds=calibration.fabric_seconds * (size - 1),
             network=False,
         )
     network = _network_rate(topology, calibration)
     domains = math.ceil(size / inside)
-    visits = calibration.fabric_seconds * (size - 1) + calibration.network_seconds * (domains - 1)
-    seconds = starts * visits
     return Link(
         size=size,
         bytes_per_second=min(fabric, inside * network),
         point_bytes_per_second=network,
-        seconds=seconds,
+        # A start at each device visited, and at each border between domains.
+        seconds=calibration.fabric_seconds * (size - 1) + calibration.network_seconds * (domains - 1),
         network=True,
     )
 
 
 def _torus_links(sizes: Mapping[str, int], topology: Topology, calibration: Calibration) -> dict[str, Link]:
-    complete = {axis: sizes.get(axis, 1) for axis in sizes}
     return {
         axis: torus_link(
             size=reach.size,
@@ -149,7 +161,7 @@ def _torus_links(sizes: Mapping[str, int], topology: Topology, calibration: Cali
             topology=topology,
             calibration=calibration,
         )
-        for axis, reach in reaches(complete, topology).items()
+        for axis, reach in reaches(sizes, topology).items()
         if reach.size > 1
     }
 

@@ -9,27 +9,39 @@ import numpy as np
 from ..errors import UserError
 from ..hardware.chip import Chip
 from .calibration import Calibration
-from .candidate import Candidate
 from .kept import Kept
 from .placement import Placement
-from .profile import AFTER, LAYERS, Profile
+from .profile import Profile
 
 # Kinds of work, and passes over it; the axes of `Busy.seconds`.
 KINDS = ("matmul", "attention", "elementwise")
 PASSES = ("forward", "backward", "recompute")
-# Elements of a role that matrix units of GPUs read at once, of 16 bits each.
-_ALIGNED = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionKernel:
+    """A kernel that carries out attention, its scores never in memory.
+
+    share:    of all scores, how many it computes (1/2: the half that causality hides is skipped).
+    gradient: the work of its backward pass over that of its forward pass (2.5: five products over two, since
+              it computes the scores once more).
+    """
+
+    share: float = 1.0
+    gradient: float = 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Busy:
     """What one device computes for one microbatch, were it to hold all layers.
 
-    seconds [pass, kind, section]; kernels [pass, section]: how many are started.
+    seconds [pass, kind, section]; kernels [pass, section]: how many are started; waiting [section]: seconds
+    of its host that no computing hides.
     """
 
     seconds: np.ndarray
     kernels: np.ndarray
+    waiting: np.ndarray
 
 
 def peak_flops(chip: Chip, dtype: str) -> float:
@@ -40,25 +52,8 @@ def peak_flops(chip: Chip, dtype: str) -> float:
     return peak
 
 
-def kept_by(profile: Profile, candidate: Candidate, calibration: Calibration) -> Kept:
-    """Return what a candidate keeps of the layers and runs again, as the calibration says it is run."""
-    kept = profile.saved.kept(
-        candidate, fused_attention=calibration.fused_attention, fused=calibration.fused_residuals
-    )
-    if candidate.remat == "none" and not (calibration.fused_attention or calibration.keeps_scores):
-        again = kept.again | (profile.steps.core & (profile.steps.section == LAYERS))
-        return dataclasses.replace(kept, device=kept.device & ~profile.saved.on_chip, again=again)
-    if not calibration.reruns_layers or candidate.remat in ("none", "names"):
-        return kept
-    again = profile.steps.section == LAYERS
-    if candidate.remat == "dots":
-        products = profile.products
-        again[products.equation[products.role_sizes[:, 0] <= 1]] = False
-    return dataclasses.replace(kept, again=again)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Work:
+class Passes:
     """What of `Busy` depends on nothing that is kept or run again: its forward and backward passes.
 
     products [M], groups [G]: seconds of one forward pass, all runs; launched [M], group_runs [G]: kernels.
@@ -72,17 +67,34 @@ class Work:
     group_runs: np.ndarray
 
 
-def work(profile: Profile, placement: Placement, chip: Chip, dtype: str, calibration: Calibration) -> Work:
-    """Return the seconds of one microbatch's forward and backward passes."""
+def passes(
+    profile: Profile,
+    placement: Placement,
+    chip: Chip,
+    dtype: str,
+    calibration: Calibration,
+    kernel: AttentionKernel | None,
+    aligned_elements: int,
+) -> Passes:
+    """Return the seconds of one microbatch's forward and backward passes.
+
+    Args:
+      profile: the program's tables.
+      placement: the parts that a device has of them.
+      chip: its peak and its memory's rate.
+      dtype: of the products' operands.
+      calibration: the shares of both rates that are reached.
+      kernel: what carries out attention; None where products and elementwise work do.
+      aligned_elements: of a product's role that matrix units read at once.
+    """
     if chip.hbm_bytes_per_second is None:
         raise UserError(f"{chip.name} has no memory rate; give hbm_bytes_per_second in chips.toml")
-    seconds = np.zeros((3, 3, 3))
-    kernels = np.zeros((3, 3))
-    products, launched = _products(profile, placement, chip, dtype, calibration, seconds, kernels)
-    groups, group_runs = _kernels(
-        profile, placement, chip.hbm_bytes_per_second, calibration, seconds, kernels
-    )
-    return Work(
+    seconds, kernels = np.zeros((3, 3, 3)), np.zeros((3, 3))
+    once = product_seconds(profile, placement, chip, dtype, calibration, kernel, aligned_elements)
+    products, launched = _products(profile, once, kernel, seconds, kernels)
+    rate = chip.hbm_bytes_per_second * calibration.memory_efficiency
+    groups, group_runs = _kernels(profile, placement, rate, kernel, seconds, kernels)
+    return Passes(
         seconds=seconds,
         kernels=kernels,
         products=products,
@@ -92,16 +104,15 @@ def work(profile: Profile, placement: Placement, chip: Chip, dtype: str, calibra
     )
 
 
-def busy(profile: Profile, once: Work, kept: Kept, calibration: Calibration) -> Busy:
-    """Return the seconds of one microbatch by pass, kind and section: what is run again besides `once`."""
+def busy(profile: Profile, once: Passes, kept: Kept) -> Busy:
+    """Return the seconds of one microbatch with what is run again besides `once`."""
     seconds, kernels = once.seconds.copy(), once.kernels.copy()
     products, steps, groups = profile.products, profile.steps, profile.groups
     equation = products.equation
     section, core = steps.section[equation], steps.core[equation]
-    # What a layer runs again of itself is run again once more where all of the layer is.
+    # What the user's own checkpoint runs again within a layer is run once more where the layer is.
     times = steps.rematted[equation].astype(float) + kept.again[equation]
-    if calibration.reruns_layers:
-        times = np.minimum(times, 1.0)
+    # What no gradient flows through depends on data alone, and nothing waits for it a second time.
     times = times * (products.gradients > 0)
     again = once.products * times
     seconds[2, 0] = _by_section(section, again * ~core)
@@ -111,12 +122,9 @@ def busy(profile: Profile, once: Work, kept: Kept, calibration: Calibration) -> 
         redone = np.zeros(len(groups.section), bool)
         redone[groups.of_equation[kept.again & (groups.of_equation >= 0)]] = True
         times = groups.rematted.astype(float) + redone
-        if calibration.reruns_layers:
-            times = np.minimum(times, 1.0)
         seconds[2, 2] = _by_section(groups.section, once.groups * times)
-        seconds[2, 2, AFTER] *= calibration.loss_passes
         kernels[2] += _by_section(groups.section, once.group_runs * times)
-    return Busy(seconds=seconds, kernels=kernels)
+    return Busy(seconds=seconds, kernels=kernels, waiting=np.zeros(3))
 
 
 def _by_section(section: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -124,31 +132,37 @@ def _by_section(section: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def product_seconds(
-    profile: Profile, placement: Placement, chip: Chip, dtype: str, calibration: Calibration
+    profile: Profile,
+    placement: Placement,
+    chip: Chip,
+    dtype: str,
+    calibration: Calibration,
+    kernel: AttentionKernel | None = None,
+    aligned_elements: int = 1,
 ) -> np.ndarray:
-    """Return the seconds of one run of each product [M].
+    """Return the seconds of one run of each product [M]: a roofline (Williams et al. 2009).
 
-    An efficiency of e / prod(1 + h / size) over its rows, columns and contraction: each role is cut into
-    tiles and has a ramp. The gradients of a product swap its roles, so they are as efficient. Matrix units
-    read 16 bytes at a time: a role that is no multiple of eight elements is worked through otherwise.
+    The efficiency e / prod(1 + h / size) over rows, columns and contraction: each role is cut into tiles and
+    has a ramp of h elements in which the matrix units fill or drain, so that size / (size + h) of its time is
+    useful. A product's gradients swap its roles, which leaves the efficiency as it is.
     """
     products = profile.products
     sizes = np.maximum(products.role_sizes * placement.role_fraction, 1.0)
     flops = products.flops * np.prod(placement.role_fraction, axis=1)
     ramp = np.prod(1.0 + calibration.matmul_half_size / sizes[:, 1:], axis=1)
     peak = peak_flops(chip, dtype) * calibration.matmul_efficiency
-    if calibration.unaligned_efficiency < 1.0:
+    if calibration.unaligned_efficiency < 1.0 and aligned_elements > 1:
         whole = np.rint(sizes[:, 1:])
-        unaligned = ((whole % _ALIGNED != 0) & (whole > _ALIGNED)).any(axis=1)
+        unaligned = ((whole % aligned_elements != 0) & (whole > aligned_elements)).any(axis=1)
         peak = peak * np.where(unaligned, calibration.unaligned_efficiency, 1.0)
     moved = (profile.values.bytes * placement.value_fraction)[products.values].sum(axis=1)
     rate = (chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency
     computed = np.maximum(flops * ramp / peak, moved / rate)
-    if not calibration.fused_attention:
+    if kernel is None:
         return computed
     core = profile.steps.core[products.equation]
-    # Only the contraction over heads is short in a fused kernel: it runs along the sequence.
-    fused = flops * calibration.attention_share
+    # No ramp: only the contraction over heads is short in a fused kernel, which runs along the sequence.
+    fused = flops * kernel.share
     # Scores stay in a wider type where products are in eight bits.
     wide = "bfloat16" if dtype.startswith(("float8", "int8")) else dtype
     fused = fused / (peak_flops(chip, wide) * calibration.attention_efficiency)
@@ -157,24 +171,24 @@ def product_seconds(
 
 def _products(
     profile: Profile,
-    placement: Placement,
-    chip: Chip,
-    dtype: str,
-    calibration: Calibration,
+    seconds_of_one: np.ndarray,
+    kernel: AttentionKernel | None,
     seconds: np.ndarray,
     kernels: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     products, steps = profile.products, profile.steps
     equation = products.equation
     section, runs, core = steps.section[equation], steps.runs[equation], steps.core[equation]
-    once = product_seconds(profile, placement, chip, dtype, calibration) * runs
+    once = seconds_of_one * runs
+    # One product of the forward pass is one for each operand's gradient, of as many flops.
     backward = products.gradients.copy()
-    if calibration.fused_attention:
-        backward[core] *= calibration.attention_gradient / 2.0
+    if kernel is not None:
+        backward[core] *= kernel.gradient / 2.0
     for kind, chosen in ((0, ~core), (1, core)):
         for n, times in enumerate((1.0, backward)):
             seconds[n, kind] += _by_section(section, once * times * chosen)
-    launched = np.where(core & calibration.fused_attention, 0.5, 1.0) * runs
+    # A fused kernel carries out two products, scores and their sum with values.
+    launched = np.where(core & (kernel is not None), 0.5, 1.0) * runs
     for n, times in enumerate((1.0, products.gradients)):
         kernels[n] += _by_section(section, launched * times)
     return once, launched
@@ -184,7 +198,7 @@ def _kernels(
     profile: Profile,
     placement: Placement,
     bytes_per_second: float,
-    calibration: Calibration,
+    kernel: AttentionKernel | None,
     seconds: np.ndarray,
     kernels: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -192,16 +206,15 @@ def _kernels(
     if not len(groups.section):
         return np.zeros(0), np.zeros(0)
     size = profile.values.bytes * placement.value_fraction
-    moved = size[groups.edge_value] / (bytes_per_second * calibration.memory_efficiency)
+    moved = size[groups.edge_value] / bytes_per_second
     # What fused attention does not write to memory costs nothing beyond its kernel.
-    here = ~groups.core if calibration.fused_attention else np.ones(len(groups.core), bool)
+    here = np.ones(len(groups.core), bool) if kernel is None else ~groups.core
     runs = groups.runs * here
     count = len(groups.section)
     forward = np.bincount(groups.edge_group, weights=moved * groups.edge_forward, minlength=count) * runs
     backward = np.bincount(groups.edge_group, weights=moved * groups.edge_backward, minlength=count) * runs
     for n, amount in enumerate((forward, backward)):
         seconds[n, 2] += _by_section(groups.section, amount)
-    seconds[:2, 2, AFTER] *= calibration.loss_passes
     for n, times in enumerate((1.0, backward > 0)):
         kernels[n] += _by_section(groups.section, runs * times)
     return forward, runs

@@ -11,10 +11,12 @@ from ..plans.estimate import Estimate
 from ..program.program import Program
 from .calibration import Calibration, calibration_for
 from .candidate import Candidate
-from .collectives import Link, links
-from .compute import Work, busy, kept_by, peak_flops, work
-from .exchange import Exchange, Stored, exchange, stored
-from .memory import Standing, Worked, peak_memory, standing, worked
+from .collectives import Link
+from .compute import Passes, passes, peak_flops
+from .exchange import Exchange, StoredOver, exchange, stored_over
+from .execution import Execution, execution_for
+from .kept import Kept
+from .memory import Standing, Worked, worked
 from .placement import Placement, place
 from .profile import Profile, profile
 from .step import offload, step_seconds
@@ -34,6 +36,7 @@ class Pricer:
       topology: what it runs on.
       optimizer_slots: bytes of optimizer state for each parameter element, or the sizes of its arrays' items.
       calibration: efficiencies; the shipped ones of the chip if not given.
+      execution: how a step is run; as XLA's compiler for the topology does if not given.
       gradient_bytes: of one accumulated gradient; as the parameter's if not given.
       dtype: of matrix products, for their peak; ``bfloat16`` if not given.
       other: gives the Pricer for a candidate that this one is not for, None where this one is.
@@ -46,6 +49,7 @@ class Pricer:
         *,
         optimizer_slots: float | Sequence[float] = 8.0,
         calibration: Calibration | None = None,
+        execution: Execution | None = None,
         gradient_bytes: float | None = None,
         dtype: str = "bfloat16",
         other: Callable[[Candidate], Pricer | None] | None = None,
@@ -56,14 +60,15 @@ class Pricer:
             float(sum(optimizer_slots)) if isinstance(optimizer_slots, Sequence) else float(optimizer_slots)
         )
         self.calibration = calibration_for(topology.chip.name) if calibration is None else calibration
+        self.execution = execution_for(topology) if execution is None else execution
         self.gradient_bytes = gradient_bytes
         self.dtype = dtype
         self._other = other
         self._placements: dict[object, Placement] = {}
-        self._stored: dict[object, tuple[Stored, object]] = {}
+        self._stored: dict[object, tuple[StoredOver, object]] = {}
         self._exchanges: dict[object, tuple[Exchange, object]] = {}
         self._standing: dict[object, tuple[Standing, object]] = {}
-        self._work: dict[int, tuple[Work, Placement]] = {}
+        self._passes: dict[int, tuple[Passes, Placement]] = {}
         self._worked: dict[object, tuple[Worked, object]] = {}
         products = self.profile.products
         runs = self.profile.steps.runs[products.equation]
@@ -74,9 +79,9 @@ class Pricer:
         if self._other is not None and (other := self._other(candidate)) is not None:
             return other.price(candidate)
         placement = self.place(candidate)
-        lying = self._lying(candidate)
-        memory = self.memory(candidate, placement, lying)
-        time = self.time(candidate, placement, lying, memory, self.calibration)
+        over = self.stored_over(candidate)
+        memory = self.memory(candidate, placement, over)
+        time = self.time(candidate, placement, over, memory)
         total = sum(time.values())
         peak = candidate.num_devices * peak_flops(self.topology.chip, self.dtype)
         return Estimate(
@@ -92,20 +97,20 @@ class Pricer:
         """Return the memory that `price` would say is needed, without what the step takes."""
         if self._other is not None and (other := self._other(candidate)) is not None:
             return other.needed_bytes(candidate)
-        return self._heap(self.memory(candidate, self.place(candidate), self._lying(candidate)))
+        return self._heap(self.memory(candidate, self.place(candidate), self.stored_over(candidate)))
 
     def _heap(self, memory: Mapping[str, float]) -> float:
         passing = memory["temporaries"] + memory["communication"]
         return sum(memory.values()) + self.calibration.fragmentation * passing
 
-    def _lying(self, candidate: Candidate) -> Stored:
+    def stored_over(self, candidate: Candidate) -> StoredOver:
         """Return where everything is stored; candidates made of one another share their storage."""
         maps = (candidate.dims, candidate.stored, candidate.optimizer, candidate.gradients)
         key = (tuple(candidate.mesh.items()), *map(id, maps))
         known = self._stored.get(key)
         if known is None:
             # The maps are kept, so that no other one gets their identity.
-            known = _remembered(self._stored, key, (stored(self.profile, candidate), maps))
+            known = _remembered(self._stored, key, (stored_over(self.profile, candidate), maps))
         return known[0]
 
     def place(self, candidate: Candidate) -> Placement:
@@ -120,91 +125,124 @@ class Pricer:
             known = _remembered(self._placements, key, place(self.profile, candidate))
         return known
 
-    def memory(self, candidate: Candidate, placement: Placement, lying: Stored) -> dict[str, float]:
+    def memory(self, candidate: Candidate, placement: Placement, over: StoredOver) -> dict[str, float]:
         """Return item → bytes of a placed candidate on its fullest device."""
         # Microbatches and what is kept change nothing of what stands in memory all through a step.
-        key = (id(lying), id(self.calibration))
-        known = self._standing.get(key)
-        if known is None:
-            found = standing(
+        standing = self._standing.get(id(over))
+        if standing is None:
+            found = self.execution.standing(
                 self.profile,
                 placement,
                 candidate,
-                lying,
+                over,
                 self.slot_bytes,
                 self.gradient_bytes,
-                self.calibration,
                 self.topology.num_slices,
             )
-            known = _remembered(self._standing, key, (found, (lying, self.calibration)))
-        layers = self._worked.get(key := (id(placement), id(self.calibration)))
+            standing = _remembered(self._standing, id(over), (found, over))
+        layers = self._worked.get(id(placement))
         if layers is None:
-            made = worked(self.profile, placement, candidate.mesh, self.calibration, self.topology.chip.lanes)
-            layers = _remembered(self._worked, key, (made, (placement, self.calibration)))
-        platform = self.topology.chip.platform
-        items = peak_memory(self.profile, candidate, known[0], layers[0], self.calibration, platform)
+            made = worked(
+                self.profile,
+                placement,
+                candidate.mesh,
+                fused_attention=self.execution.attention is not None,
+                lanes=self.topology.chip.lanes,
+            )
+            layers = _remembered(self._worked, id(placement), (made, placement))
+        dealt = self.execution.dealt(self.profile, candidate.mesh.get("stage", 1))
+        found = self.execution.moments(
+            self.profile,
+            candidate,
+            standing[0],
+            layers[0],
+            self._kept(candidate),
+            dealt,
+            last_layer_apart=self.execution.last_layer_apart,
+        )
+        items = max(found, key=lambda items: sum(items.values()))
         return {name: float(size) for name, size in items.items()}
+
+    def _kept(self, candidate: Candidate) -> Kept:
+        return self.execution.kept(self.profile, candidate, self.execution.attention is not None)
 
     def time(
         self,
         candidate: Candidate,
         placement: Placement,
-        lying: Stored,
+        over: StoredOver,
         memory: Mapping[str, float],
-        calibration: Calibration,
+        calibration: Calibration | None = None,
+        execution: Execution | None = None,
     ) -> dict[str, float]:
-        """Return item → seconds of a placed candidate under any calibration."""
+        """Return item → seconds of a placed candidate, under another calibration or execution if given.
+
+        What was found under this Pricer's own is used again; under others nothing is.
+        """
+        own = calibration is None and execution is None
+        calibration, execution = calibration or self.calibration, execution or self.execution
         table, chip = self.profile, self.topology.chip
-        wires = links(candidate.mesh, self.topology, calibration)
-        kept = kept_by(table, candidate, calibration)
-        once = self._passes(placement, calibration)
-        done = busy(table, once, kept, calibration)
-        moved = self._exchange(candidate, placement, lying, wires, calibration)
+        wires = execution.links(candidate.mesh, self.topology, calibration)
+        kept = execution.kept(table, candidate, execution.attention is not None)
+        once = self._once(placement, calibration, execution, known=own)
+        done = execution.busy(table, once, kept)
+        moved = self._exchange(candidate, placement, over, wires, execution, known=own)
         host = offload(table, placement, kept, chip, calibration)
-        time = step_seconds(table, placement, candidate, calibration, wires, done, moved, kept, host)
+        dealt = execution.dealt(table, candidate.mesh.get("stage", 1))
+        time = step_seconds(table, placement, candidate, calibration, wires, dealt, done, moved, kept, host)
         rate = (chip.hbm_bytes_per_second or 1.0) * calibration.optimizer_efficiency
         time["optimizer"] = _optimizer_bytes(memory, table, self.slot_bytes, self.gradient_bytes) / rate
         time["host"] += calibration.step_seconds
+        # The slowest of n devices is later than the mean by about as much again each time n doubles.
         doublings = math.log2(max(candidate.num_devices, 1))
         time["stragglers"] = sum(time.values()) * calibration.imbalance_per_doubling * doublings
         return {name: float(seconds) for name, seconds in time.items() if seconds}
 
-    def _passes(self, placement: Placement, calibration: Calibration) -> Work:
+    def _once(
+        self, placement: Placement, calibration: Calibration, execution: Execution, *, known: bool
+    ) -> Passes:
         """Return the passes over a placement, which nothing that is kept changes."""
-        chip = self.topology.chip
-        known = self._work.get(id(placement)) if calibration is self.calibration else None
-        if known is None:
-            found = work(self.profile, placement, chip, self.dtype, calibration)
-            if calibration is not self.calibration:
-                return found
-            known = _remembered(self._work, id(placement), (found, placement))
-        return known[0]
+        if known and (found := self._passes.get(id(placement))) is not None:
+            return found[0]
+        made = passes(
+            self.profile,
+            placement,
+            self.topology.chip,
+            self.dtype,
+            calibration,
+            execution.attention,
+            execution.aligned_elements,
+        )
+        if known:
+            _remembered(self._passes, id(placement), (made, placement))
+        return made
 
     def _exchange(
         self,
         candidate: Candidate,
         placement: Placement,
-        lying: Stored,
+        over: StoredOver,
         wires: Mapping[str, Link],
-        calibration: Calibration,
+        execution: Execution,
+        *,
+        known: bool,
     ) -> Exchange:
         """Return how parameters and gradients travel, which neither remat nor microbatches change."""
-        key = (tuple(candidate.mesh.items()), id(candidate.dims), id(lying))
-        known = self._exchanges.get(key) if calibration is self.calibration else None
-        if known is None:
-            found = exchange(
-                self.profile,
-                placement,
-                candidate,
-                lying,
-                wires,
-                self.gradient_bytes,
-                reduces_whole=calibration.reduces_whole,
-            )
-            if calibration is not self.calibration:
-                return found
-            known = _remembered(self._exchanges, key, (found, (candidate.dims, lying)))
-        return known[0]
+        key = (tuple(candidate.mesh.items()), id(candidate.dims), id(over))
+        if known and (found := self._exchanges.get(key)) is not None:
+            return found[0]
+        made = exchange(
+            self.profile,
+            placement,
+            candidate,
+            over,
+            wires,
+            self.gradient_bytes,
+            reduces_whole=execution.reduces_whole,
+        )
+        if known:
+            _remembered(self._exchanges, key, (made, (candidate.dims, over)))
+        return made
 
 
 def _remembered(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:

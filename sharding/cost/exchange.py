@@ -1,4 +1,4 @@
-"""How parameters and gradients travel: gathers at use, reductions, the optimizer's shares."""
+"""Seconds that parameters and gradients travel: gathers at use, reductions, the optimizer's shares."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from .profile import Profile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stored:
-    """Over how many devices each parameter [P] lies, by what is stored; `stage` does not count."""
+class StoredOver:
+    """The mesh axes that each parameter [P] lies over, by what is stored; `stage` does not count.
+
+    parameters, gradients, optimizer: at rest; computed: where it is computed with.
+    """
 
     parameters: list[frozenset[str]]
     gradients: list[frozenset[str]]
@@ -26,7 +29,7 @@ class Stored:
     computed: list[frozenset[str]]
 
 
-def stored(profile: Profile, candidate: Candidate) -> Stored:
+def stored_over(profile: Profile, candidate: Candidate) -> StoredOver:
     """Return the mesh axes that parameters, gradients and moments lie over."""
     computed, parameters, gradients, optimizer = [], [], [], []
     mesh = candidate.mesh
@@ -51,7 +54,7 @@ def stored(profile: Profile, candidate: Candidate) -> Stored:
         parameters.append(kept)
         gradients.append(axes(candidate.gradients.get(argument), kept))
         optimizer.append(axes(candidate.optimizer.get(argument), kept))
-    return Stored(parameters=parameters, gradients=gradients, optimizer=optimizer, computed=computed)
+    return StoredOver(parameters=parameters, gradients=gradients, optimizer=optimizer, computed=computed)
 
 
 def parts(axes: list[frozenset[str]], mesh: Mapping[str, int]) -> np.ndarray:
@@ -65,10 +68,11 @@ def parts(axes: list[frozenset[str]], mesh: Mapping[str, int]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Alike:
-    """What parameters that travel alike have in common: mesh axes.
+    """Mesh axes that parameters which travel alike have in common.
 
-    gather: to gather over when used; reduce: over which a gradient is a partial sum; gradients, moments: over
-    which these are stored; renewed: over which new parameters are gathered, each device having made its part.
+    gather: over which they are gathered when used; reduce: over which their gradients are partial sums;
+    gradients, moments: over which these are stored; renewed: over which new parameters are gathered, each
+    device having made its part.
     """
 
     section: int
@@ -81,7 +85,11 @@ class _Alike:
 
 @dataclasses.dataclass(kw_only=True)
 class Exchange:
-    """Seconds by (collective, axis), per section: each microbatch's gathers and reductions, each step's."""
+    """Seconds by (collective, mesh axis) and section, were one device's stage to hold all layers.
+
+    gathers: of parameters, once for a pass of a microbatch; scatters: reductions of gradients, once for a
+    microbatch; step: reductions of gradients and gathers of new parameters, once for a step.
+    """
 
     gathers: dict[tuple[str, str], list[float]]
     scatters: dict[tuple[str, str], list[float]]
@@ -92,19 +100,28 @@ def exchange(
     profile: Profile,
     placement: Placement,
     candidate: Candidate,
-    lying: Stored,
+    over: StoredOver,
     links: Mapping[str, Link],
     gradient_bytes: float | None,
     *,
     reduces_whole: bool = False,
 ) -> Exchange:
-    """Return how long parameters and gradients travel, were one device's stage to hold all layers.
+    """Return how long parameters and gradients travel.
 
     A parameter stored over more axes than it is computed with is gathered for the forward and again for the
     backward pass, in the type that it is used in. A gradient that is a partial sum over an axis is scattered
     over it each microbatch where gradients are stored so, and reduced once a step where they are not, or, if
     it `reduces_whole`, each microbatch over all axes where there are several. An optimizer that shares the
-    work out (ZeRO-1) scatters instead of reducing, and gathers the new parameters.
+    work out (ZeRO-1, Rajbhandari et al. 2020) scatters instead of reducing, and gathers the new parameters.
+
+    Args:
+      profile: the program's tables.
+      placement: the parts that devices compute with, and which gradients are partial sums.
+      candidate: its mesh.
+      over: the axes that parameters, gradients and moments lie over.
+      links: axis → what it runs on.
+      gradient_bytes: of one element as it travels; as the parameter's in use if None.
+      reduces_whole: see `Execution`.
     """
     found = Exchange(gathers=_table(), scatters=_table(), step=_table())
     table = profile.parameters
@@ -114,16 +131,16 @@ def exchange(
     plans: dict[_Alike, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     partial = {axis: mask.tolist() for axis, mask in placement.parameter_partial.items()}
     for n, count in enumerate(elements):
-        gather = tuple(sorted(lying.parameters[n] - lying.computed[n], key=AXES_BY_WEIGHT.index))
+        gather = tuple(sorted(over.parameters[n] - over.computed[n], key=AXES_BY_WEIGHT.index))
         reduce = tuple(sorted((axis for axis, mask in partial.items() if mask[n]), key=AXES_BY_WEIGHT.index))
-        moments, gradients = lying.optimizer[n], lying.gradients[n]
-        # Where gradients are stored in parts too, frameworks gather parameters beside the next forward pass.
-        renewed = moments - lying.parameters[n] - (frozenset() if reduces_whole else gradients)
-        key = _Alike(sections[n], gather, reduce, gradients, moments, renewed)
-        row = plans[key]
+        moments, gradients = over.optimizer[n], over.gradients[n]
+        # Where gradients are stored in parts too (ZeRO-2), new parameters are gathered beside the next
+        # forward pass, which hides it; reduced whole, gradients are not, and the gather shows.
+        renewed = moments - over.parameters[n] - (frozenset() if reduces_whole else gradients)
+        row = plans[_Alike(sections[n], gather, reduce, gradients, moments, renewed)]
         row[0] += count * item_bytes[n]
         row[1] += count * (used_bytes[n] if gradient_bytes is None else gradient_bytes)
-        # Parameters of a layer are gathered and reduced together.
+        # Parameters of a layer are gathered and reduced together: as many collectives as layers.
         row[2] = max(row[2], runs[n])
         row[3] += count * used_bytes[n]
     for alike, (size, gradient, times, used) in plans.items():
@@ -144,6 +161,11 @@ def _gather(
     size: float,
     times: float,
 ) -> None:
+    """Add gathering `size` bytes axis by axis.
+
+    The lightest axis, of the slowest links, goes first, while a group's part of the array is small:
+    size / (product of the axes still to come). The last one gathers all of it.
+    """
     left = math.prod(mesh[axis] for axis in alike.gather)
     for axis in alike.gather:
         left //= mesh[axis]
@@ -160,6 +182,12 @@ def _reduce(
     times: float,
     reduces_whole: bool,
 ) -> None:
+    """Add reducing `gradient` bytes over all axes that it is a partial sum over, and renewing the parameters.
+
+    The heaviest axis, of the fastest links, goes first. A scatter over n devices leaves 1 / n of the array to
+    the axes after it. An all-reduce over several axes at once is a scatter over each and the gathers on the
+    way back, so that it leaves 1 / n too; one all-reduce after the other leaves all of it to the next.
+    """
     share, section = 1.0, alike.section
     whole = reduces_whole and len(alike.reduce) > 1
     late = [axis for axis in alike.reduce if axis not in alike.gradients]

@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 
 from ..program.flops import matmul_roles
-from .tables import Flat, Leaf
+from .tables import Flat, Op
 
 _NEVER_FUSED = frozenset({"index", "window", "group", "whole"})
 # Their gradients need none of their operands.
@@ -55,12 +55,12 @@ class Groups:
     edge_backward: np.ndarray
 
 
-def is_linear(flat: Flat, leaf: Leaf) -> bool:
-    """Whether the gradient of `leaf` needs none of the operands that gradients flow into."""
-    name = leaf.equation.primitive
+def is_linear(flat: Flat, op: Op) -> bool:
+    """Whether the gradient of `op` needs none of the operands that gradients flow into."""
+    name = op.equation.primitive
     if name in _LINEAR:
         return True
-    grads = [flat.values[i].grad for i in leaf.ins]
+    grads = [flat.values[i].grad for i in op.ins]
     if name == "mul":
         return sum(grads) <= 1
     if name == "div":
@@ -68,20 +68,20 @@ def is_linear(flat: Flat, leaf: Leaf) -> bool:
     return name == "select_n" or not any(grads)
 
 
-def is_fusible(leaf: Leaf) -> bool:
-    """Whether a compiler runs `leaf` in one kernel with its neighbours: elementwise work, reductions."""
-    if matmul_roles(leaf.equation) is not None:
+def is_fusible(op: Op) -> bool:
+    """Whether a compiler runs `op` in one kernel with its neighbours: elementwise work, reductions."""
+    if matmul_roles(op.equation) is not None:
         return False
-    return _NEVER_FUSED.isdisjoint(factor.kind for factor in leaf.equation.factors)
+    return _NEVER_FUSED.isdisjoint(factor.kind for factor in op.equation.factors)
 
 
-def _reduces(leaf: Leaf) -> bool:
-    return any(factor.kind in ("contract", "reduce") for factor in leaf.equation.factors)
+def _reduces(op: Op) -> bool:
+    return any(factor.kind in ("contract", "reduce") for factor in op.equation.factors)
 
 
-def _roots(flat: Flat) -> list[int]:
-    """Return for each leaf the leaf that stands for its kernel; products stand for themselves."""
-    parent = list(range(len(flat.leaves)))
+def kernel_roots(flat: Flat) -> list[int]:
+    """Return for each op the op that stands for its kernel; products stand for themselves."""
+    parent = list(range(len(flat.ops)))
     depths = _depths(flat)
 
     def find(n: int) -> int:
@@ -90,63 +90,63 @@ def _roots(flat: Flat) -> list[int]:
             n = parent[n]
         return n
 
-    for number, leaf in enumerate(flat.leaves):
-        if not is_fusible(leaf):
+    for number, op in enumerate(flat.ops):
+        if not is_fusible(op):
             continue
-        for index in leaf.ins:
+        for index in op.ins:
             producer = flat.values[index].producer
             if producer < 0:
                 continue
-            other = flat.leaves[producer]
+            other = flat.ops[producer]
             # What a reduction gives is known only when its kernel ends, unless a row fits on the chip: then
             # the numbers that it read are still there, which is how norms and softmax are run.
-            alike = is_fusible(other) and other.runs == leaf.runs and other.section == leaf.section
-            if alike and depths[producer] == depths[number] and other.call == leaf.call:
+            alike = is_fusible(other) and other.runs == op.runs and other.section == op.section
+            if alike and depths[producer] == depths[number] and other.call == op.call:
                 parent[find(number)] = find(producer)
-    return [find(n) for n in range(len(flat.leaves))]
+    return [find(n) for n in range(len(flat.ops))]
 
 
 def _depths(flat: Flat) -> list[int]:
-    """Return for each leaf how many kernels of their own, one after another, come before it.
+    """Return for each op how many kernels of their own, one after another, come before it.
 
-    A kernel of leaves at several depths would wait for what it feeds: a residual stream that is normalised
+    A kernel of ops at several depths would wait for what it feeds: a residual stream that is normalised
     for a product and added to the product's result is read again for the sum.
     """
     found: list[int] = []
-    for leaf in flat.leaves:
+    for op in flat.ops:
         depth = 0
-        for index in leaf.ins:
+        for index in op.ins:
             producer = flat.values[index].producer
             if 0 <= producer < len(found):
-                depth = max(depth, found[producer] + (not is_fusible(flat.leaves[producer])))
+                depth = max(depth, found[producer] + (not is_fusible(flat.ops[producer])))
         found.append(depth)
     return found
 
 
 def fuse(flat: Flat) -> Groups:
     """Return the kernels of `flat` that are no matrix products."""
-    roots = _roots(flat)
+    roots = kernel_roots(flat)
     consumers: dict[int, set[int]] = defaultdict(set)
-    for number, leaf in enumerate(flat.leaves):
-        for index in leaf.ins:
+    for number, op in enumerate(flat.ops):
+        for index in op.ins:
             consumers[index].add(roots[number])
     members: dict[int, list[int]] = defaultdict(list)
-    for number, leaf in enumerate(flat.leaves):
-        if matmul_roles(leaf.equation) is None and leaf.runs:
+    for number, op in enumerate(flat.ops):
+        if matmul_roles(op.equation) is None and op.runs:
             members[roots[number]].append(number)
     section, runs, rematted, core, edges = [], [], [], [], []
-    of_equation = np.full(len(flat.leaves), -1)
+    of_equation = np.full(len(flat.ops), -1)
     for root, group in members.items():
         found = _edges(flat, root, group, consumers)
         if not found:
             continue
-        first = flat.leaves[group[0]]
+        first = flat.ops[group[0]]
         edges += [(len(section), *edge) for edge in found]
         of_equation[group] = len(section)
         section.append(first.section)
         runs.append(first.runs)
         rematted.append(first.rematted)
-        touched = [i for n in group for i in (*flat.leaves[n].ins, *flat.leaves[n].outs)]
+        touched = [i for n in group for i in (*flat.ops[n].ins, *flat.ops[n].outs)]
         core.append(first.call >= 0 or any(flat.values[i].core for i in touched))
     table = np.array(edges, float).reshape(-1, 4)
     return Groups(
@@ -166,13 +166,13 @@ def _edges(
     flat: Flat, root: int, group: list[int], consumers: dict[int, set[int]]
 ) -> list[tuple[int, float, float]]:
     """Return (value, times moved forward, times moved backward) of one kernel."""
-    made = {i for n in group for i in flat.leaves[n].outs}
-    linear = all(is_linear(flat, flat.leaves[n]) for n in group)
-    looks_up = any(factor.kind == "index" for n in group for factor in flat.leaves[n].equation.factors)
+    made = {i for n in group for i in flat.ops[n].outs}
+    linear = all(is_linear(flat, flat.ops[n]) for n in group)
+    looks_up = any(factor.kind == "index" for n in group for factor in flat.ops[n].equation.factors)
     edges: dict[int, tuple[float, float]] = {}
     for number in group:
-        leaf = flat.leaves[number]
-        for place, index in enumerate(leaf.ins):
+        op = flat.ops[number]
+        for place, index in enumerate(op.ins):
             value = flat.values[index]
             if index in made or value.elements <= 1 or (looks_up and place == 0):
                 continue
@@ -180,7 +180,7 @@ def _edges(
                 1.0,
                 float(value.grad) + float(not linear and any(flat.values[i].grad for i in made)),
             )
-        for index in leaf.outs:
+        for index in op.outs:
             value = flat.values[index]
             outside = consumers[index] - {root}
             if value.elements > 1 and (outside or not consumers[index]):

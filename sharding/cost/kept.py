@@ -11,14 +11,35 @@ import numpy as np
 from ..program.flops import matmul_roles
 from ..program.saved import INPUT
 from .candidate import Candidate
-from .fusion import _roots, is_fusible, is_linear
-from .tables import LAYERS, Flat, Leaf
+from .fusion import is_fusible, is_linear, kernel_roots
+from .tables import LAYERS, Flat, Op
 
 # Primitives whose gradient is read off their result.
 _BY_RESULT = frozenset(["exp", "tanh", "logistic", "rsqrt", "sqrt", "max", "exp2"])
 
 # Of those, the ones whose gradient multiplies by a function of the result that is computed with it.
 _BY_FACTOR = frozenset(["logistic", "tanh"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """What a candidate keeps for the backward pass, and what it runs again there.
+
+    Attributes:
+      device: values [V] kept on the device.
+      host: values kept on its host.
+      twice: values beside which a factor of their gradient is kept, as large as they are.
+      made: values that ops which run again give again, with what has to be reduced or exchanged for them.
+      gathered: values that are gathered again, where they lie in parts.
+      again: ops [E] that run again, besides those that the user's own checkpoints run again.
+    """
+
+    device: np.ndarray
+    host: np.ndarray
+    twice: np.ndarray
+    made: np.ndarray
+    gathered: np.ndarray
+    again: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,21 +58,23 @@ class Saved:
     factors: np.ndarray
     flow: Flow
     layers: np.ndarray
+    grad: np.ndarray
     cache: dict[object, Kept] = dataclasses.field(default_factory=dict)
 
-    def kept(self, candidate: Candidate, *, fused_attention: bool, fused: bool) -> Kept:
+    def kept(self, candidate: Candidate, *, fused_attention: bool, everything: str = "none") -> Kept:
         """Return what a candidate keeps and runs again.
 
-        `fused_attention` tells that attention's scores are never in memory, `fused` that what is kept is what
-        fused kernels read.
+        Args:
+          candidate: its `remat` and `saved`.
+          fused_attention: whether attention's scores are never in memory.
+          everything: the policy that says what is kept where nothing is to run again.
         """
-        key = (candidate.remat, tuple(candidate.saved.items()), fused_attention, fused)
+        key = (candidate.remat, tuple(candidate.saved.items()), fused_attention, everything)
         if key not in self.cache:
-            self.cache[key] = self._kept(candidate, fused_attention, fused)
+            self.cache[key] = self._kept(candidate, fused_attention, self.by_policy[everything])
         return self.cache[key]
 
-    def _kept(self, candidate: Candidate, fused_attention: bool, fused: bool) -> Kept:
-        everything = self.by_policy["none/fused" if fused else "none"]
+    def _kept(self, candidate: Candidate, fused_attention: bool, everything: np.ndarray) -> Kept:
         host = np.zeros(len(self.layers), bool)
         if candidate.remat == "none":
             inside = everything
@@ -71,8 +94,16 @@ class Saved:
         # What a policy would keep and no gradient comes from is dropped; the stream goes on in any case.
         device &= read | ~self.layers | self.by_policy["full"]
         # JAX keeps f'(x) where it keeps everything; f(x) is there too if something else reads it.
-        twice = self.factors & device if candidate.remat == "none" and not fused else np.zeros_like(device)
-        return Kept(device=device & ~host, host=host, twice=twice, again=again)
+        twice = self.factors & device if candidate.remat == "none" else np.zeros_like(device)
+        return Kept(
+            device=device & ~host,
+            host=host,
+            twice=twice,
+            made=self.flow.given_by(again),
+            # XLA keeps an operand as it lies between layers: its gradient gathers it once more.
+            gathered=self.grad & self.layers,
+            again=again,
+        )
 
 
 def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
@@ -86,19 +117,19 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
     carry = np.zeros(count, bool)
     carry[list(flat.carries)] = True
     masks = {"none": carry.copy(), "none/fused": carry.copy(), "dots": carry.copy(), "full": carry.copy()}
-    for leaf in flat.leaves:
-        entering = _entering(flat, leaf) if leaf.rematted else []
+    for op in flat.ops:
+        entering = _entering(flat, op) if op.rematted else []
         for index in entering:
             masks["none/fused"][index] = True
-        for index in entering or ([] if leaf.rematted else _residuals_of(flat, leaf)):
+        for index in entering or ([] if op.rematted else _residuals_of(flat, op)):
             masks["none"][index] = True
-            if leaf.section != LAYERS:
+            if op.section != LAYERS:
                 masks["dots"][index] = masks["full"][index] = True
-        if leaf.rematted:
+        if op.rematted:
             continue
-        roles = matmul_roles(leaf.equation)
-        if roles is not None and not roles.batch and leaf.section == LAYERS:
-            masks["dots"][list(leaf.outs)] = True
+        roles = matmul_roles(op.equation)
+        if roles is not None and not roles.batch and op.section == LAYERS:
+            masks["dots"][list(op.outs)] = True
     for index in _read_by_kernels(flat):
         masks["none/fused"][index] = True
     for ins, outs in flat.calls:
@@ -113,15 +144,16 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
         core=np.array([value.core or value.call >= 0 for value in flat.values], bool),
         flow=Flow.of(flat),
         layers=np.array([value.section == LAYERS for value in flat.values], bool),
+        grad=np.array([value.grad for value in flat.values], bool),
         on_chip=np.array([_is_on_chip(flat, n) for n in range(count)], bool),
     )
 
 
 def _factors(flat: Flat) -> np.ndarray:
     found = np.zeros(len(flat.values), bool)
-    for leaf in flat.leaves:
-        if leaf.equation.primitive in _BY_FACTOR and leaf.section == LAYERS and not leaf.rematted:
-            found[list(leaf.outs)] = True
+    for op in flat.ops:
+        if op.equation.primitive in _BY_FACTOR and op.section == LAYERS and not op.rematted:
+            found[list(op.outs)] = True
     return found
 
 
@@ -131,8 +163,8 @@ def _is_on_chip(flat: Flat, index: int) -> bool:
         return value.call >= 0
     if value.core or value.producer < 0:
         return value.core
-    leaf = flat.leaves[value.producer]
-    return any(flat.values[i].core for i in leaf.ins)
+    op = flat.ops[value.producer]
+    return any(flat.values[i].core for i in op.ins)
 
 
 def _is_kept(flat: Flat, index: int) -> bool:
@@ -140,67 +172,54 @@ def _is_kept(flat: Flat, index: int) -> bool:
     return value.parameter < 0 and value.elements > 1
 
 
-def _entering(flat: Flat, leaf: Leaf) -> list[int]:
+def _entering(flat: Flat, op: Op) -> list[int]:
     """Return what a checkpointed equation reads from outside of what is run again with it."""
 
     def outside(index: int) -> bool:
         maker = flat.values[index].producer
-        return maker < 0 or not flat.leaves[maker].rematted
+        return maker < 0 or not flat.ops[maker].rematted
 
-    return [index for index in leaf.ins if flat.values[index].grad and outside(index)]
+    return [index for index in op.ins if flat.values[index].grad and outside(index)]
 
 
-def _residuals_of(flat: Flat, leaf: Leaf) -> list[int]:
-    if not any(flat.values[i].grad for i in leaf.outs):
+def _residuals_of(flat: Flat, op: Op) -> list[int]:
+    if not any(flat.values[i].grad for i in op.outs):
         return []
-    if matmul_roles(leaf.equation) is not None:
-        left, right = leaf.ins[:2]
+    if matmul_roles(op.equation) is not None:
+        left, right = op.ins[:2]
         kept = [left] if flat.values[right].grad else []
         return kept + ([right] if flat.values[left].grad else [])
-    name = leaf.equation.primitive
-    if name == "mul" and len(leaf.ins) == 2:
-        left, right = leaf.ins
+    name = op.equation.primitive
+    if name == "mul" and len(op.ins) == 2:
+        left, right = op.ins
         return [a for a, b in ((left, right), (right, left)) if flat.values[b].grad]
-    if is_linear(flat, leaf):
+    if is_linear(flat, op):
         return []
-    return list(leaf.outs) if name in _BY_RESULT else [i for i in leaf.ins if flat.values[i].grad]
+    return list(op.outs) if name in _BY_RESULT else [i for i in op.ins if flat.values[i].grad]
 
 
 def _read_by_kernels(flat: Flat) -> set[int]:
     """Return what products and fused kernels with gradients of their own keep of their operands."""
     kept: set[int] = set()
-    roots = _roots(flat)
-    members: dict[int, list[Leaf]] = defaultdict(list)
-    for number, leaf in enumerate(flat.leaves):
-        if leaf.rematted:
+    roots = kernel_roots(flat)
+    members: dict[int, list[Op]] = defaultdict(list)
+    for number, op in enumerate(flat.ops):
+        if op.rematted:
             continue
-        if is_fusible(leaf):
-            members[roots[number]].append(leaf)
+        if is_fusible(op):
+            members[roots[number]].append(op)
         else:
-            kept.update(_residuals_of(flat, leaf))
+            kept.update(_residuals_of(flat, op))
     for group in members.values():
-        if all(is_linear(flat, leaf) for leaf in group):
+        if all(is_linear(flat, op) for op in group):
             continue
-        made = {i for leaf in group for i in leaf.outs}
+        made = {i for op in group for i in op.outs}
         inside = group[0].section == LAYERS
-        for index in (i for leaf in group for i in leaf.ins if i not in made and flat.values[i].grad):
+        for index in (i for op in group for i in op.ins if i not in made and flat.values[i].grad):
             # What comes out of the last layer is kept once, not in every layer.
             if inside or flat.values[index].section != LAYERS:
                 kept.add(index)
     return kept
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Kept:
-    """Masks over values: kept on the device, on its host, with a factor of their gradient beside them.
-
-    And over equations: run again.
-    """
-
-    device: np.ndarray
-    host: np.ndarray
-    twice: np.ndarray
-    again: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -216,10 +235,10 @@ class Flow:
     def of(cls, flat: Flat) -> Flow:
         """Read the flow of `flat`."""
         return cls(
-            ins=tuple(tuple(leaf.ins) for leaf in flat.leaves),
+            ins=tuple(tuple(op.ins) for op in flat.ops),
             producer=tuple(value.producer for value in flat.values),
             source=tuple(value.source for value in flat.values),
-            in_layers=tuple(leaf.section == LAYERS for leaf in flat.leaves),
+            in_layers=tuple(op.section == LAYERS for op in flat.ops),
         )
 
     def again(self, kept: np.ndarray, needed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -248,16 +267,21 @@ class Flow:
                     left.append(other)
         return found, read
 
+    def given_by(self, ops: np.ndarray) -> np.ndarray:
+        """Return the values [V] that the ops [E] of a mask give."""
+        makers = np.array(self.producer, int)
+        return (makers >= 0) & ops[makers] if len(ops) else np.zeros(len(makers), bool)
+
 
 def named_values(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> dict[str, np.ndarray]:
     """Return name → mask over values, from name → (equation's index, operand or None for its result)."""
-    leaves = {leaf.equation.index: leaf for leaf in flat.leaves}
+    ops = {op.equation.index: op for op in flat.ops}
     masks = {}
     for name, (equation, operand) in names.items():
-        leaf = leaves.get(equation)
-        if leaf is None:
+        op = ops.get(equation)
+        if op is None:
             continue
         mask = np.zeros(len(flat.values), bool)
-        mask[leaf.outs[0] if operand is None else leaf.ins[operand]] = True
+        mask[op.outs[0] if operand is None else op.ins[operand]] = True
         masks[name] = mask
     return masks

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from .calibration import Calibration
 from .candidate import Candidate
-from .compute import kept_by
-from .exchange import Stored, parts
+from .exchange import StoredOver, parts
 from .kept import Kept
-from .pipeline import deal, in_flight
+from .pipeline import Dealt, in_flight
 from .placement import FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, Profile
 
@@ -22,14 +20,19 @@ _STREAM = ("tensor", "context")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Standing:
-    """What a storage asks for whatever is kept or run again.
+    """What a storage asks for whatever is kept or run again, in bytes.
 
-    items: name → bytes [section]; layer: of one layer's parameters, gathered at use; after: of those the loss
-    uses, gathered, and of their gradient before it is reduced; before: of the gradient of those used before
-    the layers (a table of embeddings), and of its copy; sent: of what goes to other slices.
+    Attributes:
+      items: name → bytes [section]; of `framework`, what holds more than the program asks for.
+      beside: [section] of a microbatch's gradients, which lie beside their sum.
+      layer: of one layer's parameters, gathered at use.
+      after: of those that the loss uses, gathered, and of their gradient before it is reduced.
+      before: of the gradient of those used before the layers (a table of embeddings), and of its copy.
+      sent: of what goes to other slices.
     """
 
     items: Mapping[str, np.ndarray]
+    beside: np.ndarray
     layer: float
     after: float
     before: float
@@ -44,52 +47,64 @@ def standing(
     profile: Profile,
     placement: Placement,
     candidate: Candidate,
-    lying: Stored,
+    over: StoredOver,
     slot_bytes: float,
     gradient_bytes: float | None,
-    calibration: Calibration,
     slices: int,
 ) -> Standing:
     """Return what `candidate` stores all through a step on so many `slices`."""
-    layer, after, before = _gathered(profile, placement, lying)
-    items = _state(profile, candidate, lying, slot_bytes, gradient_bytes, calibration.copy_bytes)
+    layer, after, before = _gathered(profile, placement, over)
+    items = _state(profile, candidate, over, slot_bytes, gradient_bytes)
     # What a slice sends to the others lies in buffers that nothing else uses: its part of each gradient.
     sent = float(items["gradients"].sum()) / slices if slices > 1 else 0.0
-    return Standing(items=items, layer=layer, after=after, before=before, sent=sent)
+    return Standing(
+        items=items, beside=items["gradients"], layer=layer, after=after, before=before, sent=sent
+    )
 
 
-def peak_memory(
+def moments(
     profile: Profile,
     candidate: Candidate,
     stored: Standing,
     work: Worked,
-    calibration: Calibration,
-    platform: str,
-) -> dict[str, float]:
-    """Return item → bytes on the fullest pipeline stage."""
+    kept: Kept,
+    dealt: Dealt,
+    *,
+    last_layer_apart: bool = False,
+) -> Iterator[dict[str, float]]:
+    """Yield item → bytes of a device at each moment that may be a step's fullest.
+
+    Memory grows to the end of the forward pass and shrinks through the backward pass, whose sections (loss,
+    layers, what comes before them) follow one another and each hold something of their own: those three, on
+    the first stage, which holds most microbatches, and on the last one, which holds the loss.
+
+    Args:
+      profile: the program's tables.
+      candidate: its mesh, remat, schedule and microbatches.
+      stored: what lies in memory all through a step.
+      work: what the values weigh.
+      kept: which of them are kept.
+      dealt: the layers of the fullest stages and of the last.
+      last_layer_apart: whether the last layer to come back from the host runs outside of the loop.
+    """
     stages = candidate.mesh.get("stage", 1)
-    dealt = deal(profile.layers, stages, profile.loss_layers if calibration.balanced_stages else 0.0)
-    kept = kept_by(profile, candidate, calibration)
     saved, scratch = _activations(profile, candidate, work, kept)
-    # A TPU's compiler runs the last layer to come back from the host outside of the loop.
-    returning = platform == "tpu" and bool(kept.host.any())
+    returning = last_layer_apart and bool(kept.host.any())
     # All of it, whatever is worked through at a time.
     batch = work.batch * candidate.microbatches
-    best: dict[str, float] = {}
     for stage in dict.fromkeys((0, stages - 1)):
         share = (dealt.last if stage == stages - 1 else dealt.most) / profile.layers
         first, last = stage == 0, stage == stages - 1
         here = np.array([float(first), share, float(last)])
         held = in_flight(stage, stages, candidate.microbatches, candidate.schedule, candidate.interleave)
         holding = saved * here * np.array([1.0, held, 1.0])
-        # The backward passes of the loss, the layers and what comes before them follow one another.
         for phase in [AFTER] * last + [LAYERS] + [BEFORE] * first:
             items = {name: float(row @ here) for name, row in stored.items.items()}
             if phase == AFTER and candidate.microbatches == 1:
                 # Those of the layers are still to come.
                 items["gradients"] = float(stored.items["gradients"][AFTER])
-            elif phase != AFTER and candidate.microbatches > 1 and not calibration.accumulates_in_place:
-                items["gradients"] *= 2.0
+            elif phase != AFTER and candidate.microbatches > 1:
+                items["gradients"] += float(stored.beside @ here)
             # A layer that runs outside of the loop does so beside what follows, and in a loop over
             # microbatches keeps the others' values there.
             lasting = LAYERS if phase == BEFORE and returning and candidate.microbatches > 1 else phase
@@ -98,46 +113,39 @@ def peak_memory(
             items["temporaries"] = float(beside if phase == BEFORE else scratch[phase])
             items["communication"] = stored.gathered(phase)
             items["batch"] = batch
-            counted = items["saved_activations"] + items["temporaries"] + items["communication"]
-            items["framework"] += calibration.reserved_bytes + calibration.memory_overhead * counted
-            if sum(items.values()) > sum(best.values()):
-                best = items
-    return best
+            yield items
 
 
 def _state(
     profile: Profile,
     candidate: Candidate,
-    lying: Stored,
+    over: StoredOver,
     slot_bytes: float,
     gradient_bytes: float | None,
-    copy_bytes: float,
-) -> Mapping[str, np.ndarray]:
-    """Return parameters', gradients' and moments' bytes by section, and those of the framework's copies."""
+) -> dict[str, np.ndarray]:
+    """Return parameters', gradients' and moments' bytes by section; XLA holds nothing for itself."""
     table, mesh = profile.parameters, candidate.mesh
     gradient = table.item_bytes if gradient_bytes is None else gradient_bytes
     rows = {
-        "params": (lying.parameters, table.item_bytes),
-        "gradients": (lying.gradients, gradient),
-        "optimizer": (lying.optimizer, slot_bytes),
-        "framework": (lying.computed, copy_bytes),
+        "params": (over.parameters, table.item_bytes),
+        "gradients": (over.gradients, gradient),
+        "optimizer": (over.optimizer, slot_bytes),
     }
     found = {}
     for name, (axes, size) in rows.items():
         divided = parts(axes, mesh)
         found[name] = np.bincount(table.section, weights=table.elements * size / divided, minlength=3)
-    return found
+    return {**found, "framework": np.zeros(3)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Worked:
     """What a placement's values weigh in bytes.
 
-    size, saved [V]: of one microbatch, in one run and in all; live, largest [section]: what fused kernels
-    keep of one layer, and the largest value; batch: of the microbatch itself.
+    saved [V]: of one microbatch, in all runs; live, largest [section]: what fused kernels keep of one layer,
+    and the largest value; batch: of the microbatch itself.
     """
 
-    size: np.ndarray
     saved: np.ndarray
     live: np.ndarray
     largest: np.ndarray
@@ -148,38 +156,34 @@ def worked(
     profile: Profile,
     placement: Placement,
     mesh: Mapping[str, int],
-    calibration: Calibration,
+    *,
+    fused_attention: bool,
     lanes: int = 1,
 ) -> Worked:
     """Return what `placement`'s values weigh, whatever is kept of them.
 
-    Rows of heads that are kept are padded to whole `lanes`.
+    Rows of heads that are kept are padded to whole `lanes`: a TPU's tile has 128 elements in its last
+    dimension, a head often 64.
     """
     values = profile.values
     size = values.bytes * placement.value_fraction
     batch = float(size[list(profile.inputs)].sum())
-    if calibration.gathered_residuals:
-        for traffic in placement.traffic:
-            if traffic.kind == "all_gather" and traffic.phase == FORWARD:
-                size[traffic.values] *= mesh[traffic.axis]
-    if calibration.fused_attention:
+    if fused_attention:
         size = size * ~profile.saved.on_chip
     # What is passed on in parts is whole while it is worked with.
     used = size.copy()
-    if not calibration.gathered_residuals:
-        for traffic in placement.traffic:
-            if traffic.kind == "all_gather" and traffic.phase == FORWARD and traffic.axis in _STREAM:
-                used[traffic.values] *= mesh[traffic.axis]
+    for traffic in placement.traffic:
+        if traffic.kind == "all_gather" and traffic.phase == FORWARD and traffic.axis in _STREAM:
+            used[traffic.values] *= mesh[traffic.axis]
     largest = np.zeros(3)
     np.maximum.at(largest, values.section, used)
-    largest[AFTER] *= calibration.loss_copies
     # Casts of parameters are with what is gathered.
     rows = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else True
     fused = profile.saved.by_policy["none/fused"] & rows
     live = np.bincount(values.section, weights=used * fused, minlength=3)
     width = np.maximum(values.width, 1.0)
     padded = np.where(values.width > 0, np.ceil(width / lanes) * lanes / width, 1.0)
-    return Worked(size=size, saved=size * padded * values.runs, live=live, largest=largest, batch=batch)
+    return Worked(saved=size * padded * values.runs, live=live, largest=largest, batch=batch)
 
 
 def _activations(
@@ -189,21 +193,25 @@ def _activations(
     saved = np.bincount(
         profile.values.section, weights=work.saved * (1.0 * kept.device + kept.twice), minlength=3
     )
+    # While its gradient is taken, a section holds its largest value, or the gradient as large as that.
     scratch = work.largest.copy()
-    # A layer worked through again holds what fused kernels would have saved, and the gradients that meet it.
+    # A layer worked through again holds what fused kernels would have saved of it besides.
     if candidate.remat != "none":
         scratch[LAYERS] += work.live[LAYERS]
     return saved, scratch
 
 
-def _gathered(profile: Profile, placement: Placement, lying: Stored) -> tuple[float, float, float]:
+def _gathered(profile: Profile, placement: Placement, over: StoredOver) -> tuple[float, float, float]:
     """Return the bytes of `Standing`'s layer, after and before."""
     table = profile.parameters
-    extra = np.array([bool(s - c) for s, c in zip(lying.parameters, lying.computed, strict=True)], float)
-    # Of layers one at a time; what stands outside is whole, however often it is used.
+    extra = np.array([bool(s - c) for s, c in zip(over.parameters, over.computed, strict=True)], float)
+    # Of layers one at a time: a stacked parameter's elements are those of all turns of the scan. What stands
+    # outside is whole, however often it is used.
     turns = np.where(table.section == LAYERS, table.runs, 1.0)
     elements = table.elements * placement.parameter_fraction * extra / turns
     layer = float(elements @ (table.used_bytes * (table.section == LAYERS)))
+    # The loss's parameter in the type that it is used in, and its gradient in its own.
     after = float(elements @ ((table.used_bytes + table.item_bytes) * (table.after_bytes > 0)))
+    # A table of embeddings: the gradient that rows are added into, and what it is reduced from.
     before = float(elements @ (2.0 * table.used_bytes * (table.section == BEFORE)))
     return layer, after, before

@@ -10,7 +10,6 @@ import math
 class Stages:
     """Seconds of one microbatch, forward and backward: on the slowest stage, and on all of them in turn."""
 
-    count: int
     slowest: float
     together: float
 
@@ -23,28 +22,26 @@ class Dealt:
     last: int
 
 
-def deal(layers: int, stages: int, loss_layers: float = 0.0) -> Dealt:
-    """Return how `layers` are dealt to `stages`: evenly, or beside a loss that weighs `loss_layers` layers.
+def deal(layers: int, stages: int) -> Dealt:
+    """Return how `layers` are dealt to `stages`: evenly, the last stage's filled up where they do not divide.
 
-    Each stage takes layers until it has its share of all the weight, so the last one gets what the others,
-    rounded up, leave.
+    >>> deal(80, 32)
+    Dealt(most=3, last=3)
     """
-    if not loss_layers:
-        most = math.ceil(layers / stages)
-        return Dealt(most=most, last=most)
-    share = (layers + loss_layers) / stages
-    return Dealt(
-        most=min(layers, math.ceil(share)),
-        last=max(0, layers - math.ceil(share * (stages - 1))),
-    )
+    most = math.ceil(layers / stages)
+    return Dealt(most=most, last=most)
 
 
 def bubble_seconds(stages: Stages, interleave: int) -> float:
     """Return how long the slowest stage waits in a step.
 
     The first microbatch fills the pipeline and the last one drains it: together every other stage's forward
-    and backward pass, whichever of 1F1B and GPipe is run. Interleaved, a stage waits for one of its
-    `interleave` chunks at a time (Narayanan et al. 2021, section 2.2).
+    and backward pass, whichever of 1F1B and GPipe is run: (p - 1) (t_f + t_b) for p equal stages.
+    Interleaved, a stage waits for one of its v chunks at a time, for (p - 1) (t_f + t_b) / v (Narayanan et
+    al. 2021, section 2.2).
+
+    >>> bubble_seconds(Stages(slowest=0.5, together=2.0), interleave=2)
+    0.75
     """
     return max(0.0, stages.together - stages.slowest) / interleave
 
@@ -52,8 +49,10 @@ def bubble_seconds(stages: Stages, interleave: int) -> float:
 def in_flight(stage: int, stages: int, microbatches: int, schedule: str, interleave: int) -> float:
     """Return for how many microbatches a stage holds activations at its fullest.
 
-    GPipe holds all; 1F1B as many as there are stages from this one to the end; interleaved
-    1 + (p - 1) / (p v) times that in the first stage (Korthikanti et al. 2022, section 4.2.1).
+    GPipe holds all. 1F1B holds those whose forward pass is done and whose backward pass is still to come back
+    from the end: as many as there are stages from this one on. Interleaved, the first stage starts its chunks
+    earlier by p - 1 chunks of L / (p v) layers each: 1 + (p - 1) / (p v) times as much (Korthikanti et al.
+    2022, section 4.2.1).
     """
     if stages == 1:
         return 1.0

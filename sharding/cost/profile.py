@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -13,7 +12,7 @@ from ..program.program import Program
 from ..program.saved import saved_values
 from .fusion import Groups, fuse
 from .kept import Saved, residuals
-from .tables import AFTER, BEFORE, LAYERS, Flat, Leaf, flatten
+from .tables import AFTER, BEFORE, LAYERS, Flat, Op, flatten
 
 # Kinds of factor that a device can have a part of.
 _DIVISIBLE = ("map", "contract", "reduce", "index", "group", "resize")
@@ -110,14 +109,6 @@ class Profile:
     layers: int
     layer_dim: int
 
-    @functools.cached_property
-    def loss_layers(self) -> float:
-        """What the products after the layers, the logits', weigh in layers; attention's scores aside."""
-        equation = self.products.equation
-        flops = self.products.flops * self.steps.runs[equation] * ~self.steps.core[equation]
-        by_section = np.bincount(self.steps.section[equation], weights=flops, minlength=3)
-        return float(by_section[AFTER] / (by_section[LAYERS] or 1.0) * self.layers)
-
 
 def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = True) -> Profile:
     """Read `program` into tables; `kernels` and `kept_by_name` are as in `flatten`."""
@@ -125,7 +116,7 @@ def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = Tru
     count = len(program.dims)
     in_parameters = {d for a in program.parameters for composition in a.dims for d in composition}
     priority = np.array([d + (0 if d in in_parameters else count) for d in range(count)], int)
-    owners = [_owners(leaf) for leaf in flat.leaves]
+    owners = [_owners(op) for op in flat.ops]
     return Profile(
         dim_sizes=np.array([dim.size for dim in program.dims], float),
         priority=priority,
@@ -150,14 +141,14 @@ def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = Tru
     )
 
 
-def _owners(leaf: Leaf) -> dict[int, int]:
+def _owners(op: Op) -> dict[int, int]:
     """Return for each dim of an equation the factor that is divided by it.
 
     A dim that stands twice (the queries' and the keys' sequence) can be divided in one place: in the
     result's.
     """
     owners: dict[int, int] = {}
-    factors = leaf.equation.factors
+    factors = op.equation.factors
     for number, factor in enumerate(factors):
         if factor.kind not in _DIVISIBLE:
             continue
@@ -195,25 +186,23 @@ def _values(flat: Flat, count: int) -> Values:
 def _steps(flat: Flat, owners: list[dict[int, int]], count: int) -> Steps:
     return Steps(
         space=_stack([_mask(owned, count) for owned in owners], count),
-        section=np.array([leaf.section for leaf in flat.leaves], int),
-        runs=np.array([leaf.runs for leaf in flat.leaves], float),
-        rematted=np.array([leaf.rematted for leaf in flat.leaves], bool),
-        core=np.array(
-            [any(flat.values[i].core for i in (*leaf.ins, *leaf.outs)) for leaf in flat.leaves], bool
-        ),
+        section=np.array([op.section for op in flat.ops], int),
+        runs=np.array([op.runs for op in flat.ops], float),
+        rematted=np.array([op.rematted for op in flat.ops], bool),
+        core=np.array([any(flat.values[i].core for i in (*op.ins, *op.outs)) for op in flat.ops], bool),
     )
 
 
 def _uses(flat: Flat, owners: list[dict[int, int]], count: int, side: str) -> Uses:
     equation, value, dims = [], [], []
-    for number, leaf in enumerate(flat.leaves):
-        for place, index in enumerate(getattr(leaf, side)):
+    for number, op in enumerate(flat.ops):
+        for place, index in enumerate(getattr(op, side)):
             if flat.values[index].elements <= 1:
                 continue
             here = {
                 dim
                 for dim, factor in owners[number].items()
-                if any(operand == place for operand, _ in getattr(leaf.equation.factors[factor], side))
+                if any(operand == place for operand, _ in getattr(op.equation.factors[factor], side))
             }
             equation.append(number)
             value.append(index)
@@ -223,20 +212,20 @@ def _uses(flat: Flat, owners: list[dict[int, int]], count: int, side: str) -> Us
 
 def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
     equation, flops, gradients, values, sizes, dims = [], [], [], [], [], []
-    for number, leaf in enumerate(flat.leaves):
-        roles = matmul_roles(leaf.equation)
-        if roles is None or not leaf.runs:
+    for number, op in enumerate(flat.ops):
+        roles = matmul_roles(op.equation)
+        if roles is None or not op.runs:
             continue
-        places = {id(factor): n for n, factor in enumerate(leaf.equation.factors)}
+        places = {id(factor): n for n, factor in enumerate(op.equation.factors)}
         row_sizes, row_dims = [], []
         for factors in (roles.batch, roles.lhs, roles.rhs, roles.contracting):
             row_sizes.append(math.prod(f.size for f in factors))
             mine = {d for f in factors for d in f.dims if owners[number].get(d) == places[id(f)]}
             row_dims.append(_mask(mine, count))
         equation.append(number)
-        flops.append(work(leaf.equation).flops)
-        gradients.append(sum(flat.values[i].grad for i in leaf.ins[:2]))
-        values.append([leaf.ins[0], leaf.ins[1], leaf.outs[0]])
+        flops.append(work(op.equation).flops)
+        gradients.append(sum(flat.values[i].grad for i in op.ins[:2]))
+        values.append([op.ins[0], op.ins[1], op.outs[0]])
         sizes.append(row_sizes)
         dims.append(row_dims)
     return Products(
@@ -252,15 +241,15 @@ def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
 def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
     used: dict[int, tuple[int, int, int]] = {}
     after: dict[int, int] = {}
-    for leaf in flat.leaves:
-        if leaf.equation.primitive == "convert_element_type":
+    for op in flat.ops:
+        if op.equation.primitive == "convert_element_type":
             continue
-        for index in leaf.ins:
+        for index in op.ins:
             parameter = flat.values[index].parameter
-            if parameter >= 0 and leaf.section == AFTER:
+            if parameter >= 0 and op.section == AFTER:
                 after.setdefault(parameter, flat.values[index].item_bytes)
             if parameter >= 0 and parameter not in used:
-                used[parameter] = (leaf.section, leaf.runs, flat.values[index].item_bytes)
+                used[parameter] = (op.section, op.runs, flat.values[index].item_bytes)
     rows = []
     for argument in program.parameters:
         dims = {d for composition in argument.dims for d in composition}

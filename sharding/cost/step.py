@@ -16,7 +16,7 @@ from .collectives import Link
 from .compute import KINDS, Busy
 from .exchange import Exchange
 from .kept import Kept
-from .pipeline import Stages, bubble_seconds, deal
+from .pipeline import Dealt, Stages, bubble_seconds
 from .placement import BACKWARD, FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, Profile
 
@@ -27,18 +27,32 @@ def step_seconds(
     candidate: Candidate,
     calibration: Calibration,
     wires: Mapping[str, Link],
+    dealt: Dealt,
     work: Busy,
     moved: Exchange,
     kept: Kept,
     host: Offload,
 ) -> dict[str, float]:
-    """Return the step's items: each by microbatch and section, then over stages and microbatches."""
+    """Return the step's items in seconds: each by microbatch and section, then over stages and microbatches.
+
+    Args:
+      table: the program's tables.
+      placement: the candidate laid over them.
+      candidate: its mesh, microbatches and schedule.
+      calibration: what overlaps, and the host's times.
+      wires: the link of each mesh axis.
+      dealt: the layers of the fullest stages and of the last.
+      work: what a device computes for a microbatch.
+      moved: how parameters and gradients travel.
+      kept: what is kept and run again.
+      host: what goes to the host and back.
+    """
     stages = candidate.mesh.get("stage", 1)
-    dealt = deal(table.layers, stages, table.loss_layers if calibration.balanced_stages else 0.0)
-    items = _microbatch(table, candidate, calibration, wires, work, moved, placement, kept, host)
+    items = _microbatch(table, calibration, wires, work, moved, placement, kept, host)
     per_section = np.zeros(3)
     for row in items.values():
         per_section += row
+    # The first stage has what comes before the layers, the last one the loss: the step waits for the slower.
     first = np.array([1.0, dealt.most / table.layers, 1.0 if stages == 1 else 0.0])
     last = np.array([1.0 if stages == 1 else 0.0, dealt.last / table.layers, 1.0])
     busiest = first if per_section @ first >= per_section @ last else last
@@ -49,8 +63,9 @@ def step_seconds(
     slowest = float(per_section @ busiest)
     together = float(per_section[BEFORE] + per_section[AFTER] + per_section[LAYERS])
     if stages > 1:
+        # A microbatch passes each of a stage's chunks: so many borders as there are chunks.
         time["send/stage"] = send * candidate.microbatches * candidate.interleave
-        count = Stages(count=stages, slowest=slowest + send, together=max(together, slowest) + stages * send)
+        count = Stages(slowest=slowest + send, together=max(together, slowest) + stages * send)
         time["bubble"] = bubble_seconds(count, candidate.interleave)
     time["host"] += calibration.microbatch_seconds * candidate.microbatches
     _reductions(time, moved, work, busiest, calibration)
@@ -82,7 +97,6 @@ def offload(
 
 def _microbatch(
     table: Profile,
-    candidate: Candidate,
     calibration: Calibration,
     wires: Mapping[str, Link],
     work: Busy,
@@ -96,19 +110,20 @@ def _microbatch(
     for kind, row in zip(KINDS, work.seconds.sum(axis=0), strict=True):
         items[f"compute/{kind}"] += row
     computing = work.seconds.sum(axis=(0, 1))
-    again = _moved_again(table, kept, candidate, calibration)
     talking, starting = np.zeros(3), np.zeros(3)
     for traffic in placement.traffic:
         size, count = traffic.once
-        more = again.get((traffic.kind, traffic.phase))
-        if more is not None:
-            added = traffic.of(traffic.runs * more[traffic.values])
+        if traffic.phase == FORWARD:
+            # What is made again in the backward pass is moved again for it.
+            again = kept.gathered if traffic.kind == "all_gather" else kept.made
+            added = traffic.of(traffic.runs * again[traffic.values])
             size, count = size + added[0], count + added[1]
         link = wires[traffic.axis]
         row = link.transfer(traffic.kind, 1.0) * size * (1.0 - calibration.overlap_activations)
         items[f"{traffic.kind}/{traffic.axis}"] += row
         talking += row
         starting += link.starts(traffic.kind, 1.0) * count
+    # Parameters are gathered for the forward and once more for the backward pass.
     fetching = {key: 2.0 * np.array(row) for key, row in moved.gathers.items()}
     for key, row in moved.scatters.items():
         fetching[key] = fetching.get(key, 0.0) + np.array(row)
@@ -122,28 +137,8 @@ def _microbatch(
         items["offload/host"] += np.array([0.0, seen, 0.0])
     # Kernels and collectives are issued ahead of the device: only where that takes longer does it show.
     issued = work.kernels.sum(axis=0) * calibration.kernel_seconds + starting
-    items["host"] += np.maximum(issued - computing - talking, 0.0)
-    items["host"][LAYERS] += calibration.layer_seconds * table.layers
+    items["host"] += np.maximum(issued - computing - talking, 0.0) + work.waiting
     return items
-
-
-def _moved_again(
-    table: Profile, kept: Kept, candidate: Candidate, calibration: Calibration
-) -> Mapping[tuple[str, int], np.ndarray]:
-    """Return (collective, pass) → which values [V] it moves once more, for the backward pass."""
-    gathered = None
-    if calibration.reruns_layers and candidate.remat != "names":
-        if candidate.remat != "full":
-            return {}
-        gathered = made = table.values.section == LAYERS
-    else:
-        made = np.zeros(len(table.values.bytes), bool)
-        writes = table.writes
-        made[writes.value[kept.again[writes.equation]]] = True
-        if not calibration.gathered_residuals:
-            gathered = table.values.grad & (table.values.section == LAYERS)
-    found = {(kind, FORWARD): made for kind in ("all_reduce", "reduce_scatter", "all_to_all")}
-    return found if gathered is None else {("all_gather", FORWARD): gathered, **found}
 
 
 def _send(
@@ -160,6 +155,7 @@ def _send(
     size = float(
         (table.values.bytes * placement.value_fraction)[list(table.carries)].sum() if table.carries else 0.0
     )
+    # The stream goes forward and its gradient, as large, back.
     seconds = wires["stage"].point_to_point(2.0 * size, 2.0)
     return exposed(seconds, window, calibration.overlap_stages)
 

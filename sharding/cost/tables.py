@@ -59,7 +59,7 @@ class Value:
 
 
 @dataclasses.dataclass(slots=True)
-class Leaf:
+class Op:
     """An equation that runs no scope, with the values it reads and writes, and the kernel it is part of."""
 
     equation: Equation
@@ -79,7 +79,7 @@ class Flat:
     """
 
     values: list[Value]
-    leaves: list[Leaf]
+    ops: list[Op]
     carries: tuple[int, ...]
     inputs: tuple[int, ...]
     layers: int
@@ -87,8 +87,8 @@ class Flat:
     calls: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
-class _Reader:
-    """Flattens the scopes of a program into leaves over numbered values."""
+class _Flattener:
+    """Flattens the scopes of a program into ops over numbered values."""
 
     def __init__(self, program: Program, kernels: bool, kept_by_name: bool) -> None:
         self.program = program
@@ -96,7 +96,7 @@ class _Reader:
         self._kernels, self._kept_by_name = kernels, kept_by_name
         self._call = -1
         self.values: list[Value] = []
-        self.leaves: list[Leaf] = []
+        self.ops: list[Op] = []
         self.carries: list[int] = []
         self.inputs: list[int] = []
         self.layers = 1
@@ -154,7 +154,7 @@ class _Reader:
     def _equation(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
         name = equation.primitive
         if not equation.scopes:
-            return self._leaf(equation, ins, runs, rematted)
+            return self._op(equation, ins, runs, rematted)
         if self._kernels and attention_call(equation.eqn) is not None:
             return self._attention(equation, ins, runs)
         if name == "scan":
@@ -255,7 +255,7 @@ class _Reader:
         }
         return self.scope(body, env, times, rematted)
 
-    def _leaf(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
+    def _op(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
         grad = equation.primitive != "stop_gradient" and any(self.values[i].grad for i in ins)
         outs = [
             self.value(var, equation.outs[n], grad and _floats(var), runs)
@@ -271,9 +271,9 @@ class _Reader:
             for out in outs:
                 self.values[out].parameter = self.values[largest].parameter if largest >= 0 else -1
         for out in outs:
-            self.values[out].producer = len(self.leaves)
-        self.leaves.append(
-            Leaf(
+            self.values[out].producer = len(self.ops)
+        self.ops.append(
+            Op(
                 equation=equation,
                 ins=ins,
                 outs=outs,
@@ -326,16 +326,16 @@ def _item_bytes(dtype: Any) -> int:
 
 
 def flatten(program: Program, *, kernels: bool = False, kept_by_name: bool = True) -> Flat:
-    """Return the leaves of `program` over numbered values.
+    """Return the ops of `program` over numbered values.
 
     With `kernels` calls of `ops.attention` are carried out by kernels, so that scores are nowhere else;
     `kept_by_name` says that what keeps a kernel's result keeps all that its gradient reads.
     """
-    reader = _Reader(program, kernels, kept_by_name)
+    reader = _Flattener(program, kernels, kept_by_name)
     reader.read()
     return Flat(
         values=reader.values,
-        leaves=reader.leaves,
+        ops=reader.ops,
         carries=tuple(reader.carries),
         layers=reader.layers,
         inputs=tuple(reader.inputs),

@@ -13,6 +13,7 @@ import jax
 from ..cost.calibration import Calibration, calibration_for
 from ..cost.candidate import Candidate
 from ..cost.estimate import Pricer
+from ..cost.execution import Execution, execution_for
 from ..cost.profile import Profile, profile
 from ..hardware.topology import Topology
 from ..program.flops import work
@@ -122,27 +123,32 @@ class Problem:
         slots = _ADAM_BYTES if self.optimizer is None else slot_bytes(self.optimizer, self.params)
         dtype = _product_dtype(self.program)
 
-        def priced_by(table: Profile, record: Calibration, other: _Other | None) -> Pricer:
-            record = dataclasses.replace(
-                record,
-                fragmentation=room * record.fragmentation,
-                # A fact of the compiler, which other frameworks' records on the chip do not inherit.
-                reduces_whole=topology.chip.platform == "gpu",
-            )
+        def priced_by(
+            table: Profile, record: Calibration, execution: Execution, other: _Other | None
+        ) -> Pricer:
             return Pricer(
-                table, topology, optimizer_slots=slots, dtype=dtype, calibration=record, other=other
+                table,
+                topology,
+                optimizer_slots=slots,
+                dtype=dtype,
+                calibration=dataclasses.replace(record, fragmentation=room * record.fragmentation),
+                execution=execution,
+                other=other,
             )
+
+        chip = topology.chip.name
 
         @functools.cache
         def plain() -> Pricer:
-            return priced_by(self.profile, calibration_for(topology.chip.name), None)
+            return priced_by(self.profile, calibration_for(chip), execution_for(topology), None)
 
         kernel = self.kernel(topology, declared or Declared())
         if kernel.implementation is None:
             return plain()
         return priced_by(
             self.table(kernel),
-            kernels.calibration(topology.chip.name, kernel),
+            calibration_for(chip, kernel.implementation),
+            execution_for(topology, kernels.cost(kernel)),
             lambda candidate: None if kernel.can(candidate.dims) else plain(),
         )
 

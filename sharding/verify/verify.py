@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..cost.calibration import calibration_for
+from ..cost.calibration import calibration_for, compiled_part
 from ..errors import UserError
 from ..hardware.topology import Topology
 from ..plans import arrays, file
@@ -25,20 +25,6 @@ if TYPE_CHECKING:
 
 # Outcomes that the same compiler gives again, so that they are kept on disk.
 _LASTING = ("compiled", "out_of_memory", "failed")
-# What of a chip's calibration reading a compiled program takes; entries are kept by it.
-_READ_WITH = (
-    "attention_efficiency",
-    "fabric_efficiency",
-    "fabric_group_exponent",
-    "fabric_seconds",
-    "fusion_efficiency",
-    "matmul_efficiency",
-    "memory_efficiency",
-    "network_efficiency",
-    "network_seconds",
-    "pipelined_starts",
-    "product_cycles",
-)
 # Estimated so many times what a device holds, a step is not compiled: estimates were never that far off.
 _HOPELESS = 1.5
 
@@ -103,7 +89,7 @@ def verify(
             "optimizer": _optimizer_of(optimizer, params),
             "versions": here,
             "schedules": schedules,
-            "efficiencies": _read_with(topology),
+            "efficiencies": compiled_part(calibration_for(topology.chip.name)),
         }
     )
     known = cache.load(key, lambda kept: _judge(kept, topology, cached=True)) if use_cache else None
@@ -125,12 +111,6 @@ def verify(
     if ran.answer["outcome"] in _LASTING:
         cache.keep(key, ran.answer, ran.hlo)
     return _judge(ran.answer, topology, cached=False)
-
-
-def _read_with(topology: Topology) -> dict[str, float]:
-    """Return the efficiencies by which a compiled program's seconds are read, whatever else is calibrated."""
-    record = dataclasses.asdict(calibration_for(topology.chip.name))
-    return {name: record[name] for name in _READ_WITH}
 
 
 def refuse_missing(topology: Topology) -> None:

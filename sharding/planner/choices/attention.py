@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...cost.calibration import Calibration, calibration_for
+from ...cost.compute import AttentionKernel
 from ...errors import UserError, nearest
 from ...hardware.chip import Chip
 from ...hardware.topology import Topology
@@ -93,18 +93,10 @@ def choose(program: Program, topology: Topology, declared: str | None = None) ->
     )
 
 
-def calibration(chip: str, chosen: Chosen) -> Calibration:
-    """Return the chip's efficiencies with those of the kernel, as runs of another framework with it tell."""
+def cost(chosen: Chosen) -> AttentionKernel:
+    """Return what decides how much the kernel computes."""
     assert chosen.implementation is not None
-    facts = kernel_facts()[chosen.implementation]
-    of_kernel = calibration_for(chip, facts["measured_with"])
-    return dataclasses.replace(
-        calibration_for(chip),
-        fused_attention=True,
-        attention_efficiency=of_kernel.attention_efficiency,
-        attention_gradient=facts["gradient"],
-        attention_share=chosen.share,
-    )
+    return AttentionKernel(share=chosen.share, gradient=kernel_facts()[chosen.implementation]["gradient"])
 
 
 def _why_not(kernel: str, equation: Equation, call: AttentionCall) -> str | None:

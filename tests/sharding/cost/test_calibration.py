@@ -1,39 +1,78 @@
-"""Calibration files: read, written, fitted."""
+"""Calibration files: read, checked, and what of them compiled programs are read by."""
+
+import ast
+import dataclasses
+from pathlib import Path
 
 import pytest
-from meshwright.sharding.cost.calibration import Calibration, calibration_for, from_dict, read, write
+from meshwright.sharding import Topology
+from meshwright.sharding.cost import calibration, collectives
+from meshwright.sharding.cost.calibration import (
+    Calibration,
+    calibration_for,
+    checked,
+    compiled_part,
+    read,
+    read_toml,
+)
 from meshwright.sharding.errors import UserError
+from meshwright.sharding.hardware.chip import chips
+
+SHIPPED = Path(calibration.__file__).with_name("calibration.toml")
 
 
-def test_a_file_comes_back_as_it_was_written(tmp_path):
-    base = Calibration(matmul_efficiency=0.8, overlap_gradients=0.5)
-    own = Calibration(matmul_efficiency=0.7, overlap_gradients=0.5, fused_attention=True)
-    tables = {"default": {"default": base}, "h100": {"default": base, "somebody's": own}}
-    write(tmp_path / "c.toml", tables, "Why.")
-    assert read(tmp_path / "c.toml") == tables
-    assert calibration_for("h100", "somebody's", tmp_path / "c.toml") == own
-    assert calibration_for("v5e", "somebody's", tmp_path / "c.toml") == base
-
-
-def test_a_variant_is_its_framework_where_nothing_else_is_known(tmp_path):
-    own = Calibration(matmul_efficiency=0.7)
-    write(
-        tmp_path / "c.toml",
-        {"default": {"default": Calibration()}, "h100": {"default": Calibration(), "x": own}},
+def test_a_chip_starts_from_the_default_and_a_kernel_from_its_chip(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(
+        '[default]\nsource = "x"\nmatmul_efficiency = 0.8\n[h100]\nsource = "y"\noverlap_gradients = 0.5\n'
+        '[h100.kernels.cudnn]\nsource = "z"\nattention_efficiency = 0.4\n'
     )
-    assert calibration_for("h100", "x-fp8-async", tmp_path / "c.toml") == own
-    assert calibration_for("h100", "y-fp8", tmp_path / "c.toml") == Calibration()
+    found = read(path)
+    chip = Calibration(matmul_efficiency=0.8, overlap_gradients=0.5)
+    assert found == {
+        ("default", None): Calibration(matmul_efficiency=0.8),
+        ("h100", None): chip,
+        ("h100", "cudnn"): dataclasses.replace(chip, attention_efficiency=0.4),
+    }
 
 
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match=r"matmul_eficiency.*matmul_efficiency"):
-        from_dict({"matmul_eficiency": 0.5})
+        checked(Calibration, {"matmul_eficiency": 0.5})
     with pytest.raises(UserError, match="must be above 0"):
         Calibration(memory_efficiency=0.0)
     with pytest.raises(UserError, match="no calibration file"):
         read(tmp_path / "missing.toml")
 
 
-def test_every_chip_has_a_shipped_record():
+def test_every_chip_has_a_shipped_record_and_every_table_a_source():
     assert calibration_for("v5p").matmul_efficiency > 0.3
     assert calibration_for("cpu") == calibration_for("default")
+    tables = read_toml(SHIPPED)
+    assert set(tables) - {"default"} <= set(chips())
+    kernels = [row for table in tables.values() for row in table.get("kernels", {}).values()]
+    assert all(row["source"] for row in (*tables.values(), *kernels))
+
+
+def test_a_kernels_efficiency_is_its_own_where_it_is_known():
+    assert calibration_for("h100", "cudnn").attention_efficiency == 0.4486
+    assert calibration_for("v6e", "splash") == calibration_for("v6e")
+    own, plain = calibration_for("v5e", "splash"), calibration_for("v5e")
+    assert dataclasses.replace(own, attention_efficiency=plain.attention_efficiency) == plain
+
+
+def test_proofs_are_kept_by_what_compiled_programs_are_read_by():
+    """Every field that `compiled/` or its links read, and no other."""
+    sources = [Path(collectives.__file__), *(SHIPPED.parents[1] / "compiled").rglob("*.py")]
+    names = {field.name for field in dataclasses.fields(Calibration)}
+    read_there = {
+        node.attr
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("calibration")
+    }
+    assert set(compiled_part(Calibration())) == names & read_there
+
+
+def test_a_chip_of_the_topology_has_a_calibration_that_prices():
+    assert calibration_for(Topology.parse("gb200:2x4").chip.name).overlap_parameters == 0.4

@@ -1,16 +1,23 @@
 """Calibrations fitted to runs: what they tell is found, what they do not tell stays, outliers pull little."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from meshwright.sharding import Topology
-from meshwright.sharding.cost import Calibration, Candidate, Pricer
-from meshwright.sharding.cost.fit import Measured, calibrate, calibrate_memory, error, usable_memory
+from meshwright.sharding.cost import Candidate, Pricer
 from meshwright.sharding.program import trace
 
-TRUE = Calibration(
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+
+from frameworks.execution import execution_of
+from frameworks.fit import Measured, calibrate, calibrate_memory, error, usable_memory
+from frameworks.record import Framework
+
+TRUE = Framework(
     matmul_efficiency=0.62, memory_efficiency=0.8, kernel_seconds=2e-5, step_seconds=0.02, overlap_stages=0.1
 )
 START = dataclasses.replace(
@@ -38,7 +45,9 @@ def runs():
         }
         program = trace(loss, params, shape((rows, width), jnp.bfloat16))
         for count in (1, 4):
-            pricer = Pricer(program, Topology.parse("h100:1"), calibration=TRUE)
+            topology = Topology.parse("h100:1")
+            execution = execution_of(TRUE, topology)
+            pricer = Pricer(program, topology, calibration=TRUE, execution=execution)
             candidate = Candidate(mesh={}, dims={}, microbatches=count)
             seconds = pricer.price(candidate).step_seconds
             found.append(Measured(pricer=pricer, candidate=candidate, seconds=seconds))
@@ -73,12 +82,12 @@ def test_memory_that_is_not_counted_is_a_share_of_what_passes_and_what_is_held()
     rows = [
         (lasting, passing, lasting + 2e9 + 1.3 * passing) for lasting in (1e9, 9e9) for passing in (2e9, 3e10)
     ]
-    found = calibrate_memory([*rows, (1e9, 1e9, 5e11)], Calibration())
+    found = calibrate_memory([*rows, (1e9, 1e9, 5e11)], Framework())
     assert found.memory_overhead == pytest.approx(0.3, rel=0.05)
     assert found.reserved_bytes == pytest.approx(2e9, rel=0.1)
     # Never less than what is counted.
     less = calibrate_memory(
-        [(lasting, passing, 0.9 * (lasting + passing)) for lasting, passing, _ in rows], Calibration()
+        [(lasting, passing, 0.9 * (lasting + passing)) for lasting, passing, _ in rows], Framework()
     )
     assert less.memory_overhead == less.reserved_bytes == 0.0
 

@@ -8,12 +8,12 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from meshwright.sharding.cost import Candidate, Pricer
+from meshwright.sharding.cost.exchange import StoredOver
+from meshwright.sharding.cost.placement import Placement
 
-from .calibration import Calibration
-from .candidate import Candidate
-from .estimate import Pricer
-from .exchange import Stored, stored
-from .placement import Placement
+from .execution import execution_of
+from .record import Framework
 
 # What may be fitted, with the least and the most that it can be.
 RANGES: dict[str, tuple[float, float]] = {
@@ -60,26 +60,26 @@ class Measured:
     weight: float = 1.0
 
     @functools.cached_property
-    def _placed(self) -> tuple[Placement, Stored, dict[str, float]]:
-        """What no calibration of times changes."""
-        placement = self.pricer.place(self.candidate)
-        lying = stored(self.pricer.profile, self.candidate)
-        return placement, lying, self.pricer.memory(self.candidate, placement, lying)
+    def _placed(self) -> tuple[Placement, StoredOver, dict[str, float]]:
+        """What no efficiency changes."""
+        placement, over = self.pricer.place(self.candidate), self.pricer.stored_over(self.candidate)
+        return placement, over, self.pricer.memory(self.candidate, placement, over)
 
-    def predicted(self, calibration: Calibration) -> float:
-        """Return the step's seconds under `calibration`."""
-        return sum(self.pricer.time(self.candidate, *self._placed, calibration).values())
+    def predicted(self, record: Framework) -> float:
+        """Return the step's seconds under `record`."""
+        execution = execution_of(record, self.pricer.topology)
+        return sum(self.pricer.time(self.candidate, *self._placed, record, execution).values())
 
 
-def error(runs: Sequence[Measured], calibration: Calibration) -> float:
+def error(runs: Sequence[Measured], record: Framework) -> float:
     """Return the weighted mean of |log(predicted / measured)|."""
     total = sum(run.weight for run in runs)
-    return sum(run.weight * abs(math.log(run.predicted(calibration) / run.seconds)) for run in runs) / total
+    return sum(run.weight * abs(math.log(run.predicted(record) / run.seconds)) for run in runs) / total
 
 
 def calibrate(
-    runs: Sequence[Measured], start: Calibration, names: Iterable[str] | None = None, rounds: int = 12
-) -> Calibration:
+    runs: Sequence[Measured], start: Framework, names: Iterable[str] | None = None, rounds: int = 12
+) -> Framework:
     """Return `start` with the fields `names` fitted to `runs`, together, in their logarithms.
 
     What is known beforehand (`start`, as loosely as a share of each field's range) counts like a few runs, so
@@ -143,7 +143,7 @@ def usable_memory(runs: Sequence[tuple[float, bool]]) -> float:
     return min((0.8 + 0.01 * n for n in range(21)), key=lambda share: (wrong(share), -share))
 
 
-def calibrate_memory(rows: Sequence[tuple[float, float, float]], start: Calibration) -> Calibration:
+def calibrate_memory(rows: Sequence[tuple[float, float, float]], start: Framework) -> Framework:
     """Return `start` with the bytes that it does not count fitted to (lasting, passing, measured) rows.
 
     measured = lasting + reserved + (1 + overhead) passing, where passing comes and goes within a step: by the

@@ -1,0 +1,1 @@
+"""How other frameworks run a training step, and the efficiencies that were fitted to their measured runs."""

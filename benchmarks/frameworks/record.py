@@ -1,0 +1,117 @@
+"""A framework on a chip: what its kernels reach, and what it does otherwise than XLA."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+from meshwright.sharding.cost.calibration import Calibration, calibration_for, checked, read_toml
+
+SHIPPED = Path(__file__).with_name("calibration.toml")
+
+# Chip → framework → record.
+Tables = dict[str, dict[str, "Framework"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Framework(Calibration):
+    """The efficiencies of a chip under a framework, and how that runs a step. The defaults are XLA's way.
+
+    Attributes:
+      fused_attention: whether scores stay on the chip.
+      attention_share: of all scores, how many are computed (1/2: the hidden half is skipped).
+      attention_gradient: the work of the kernel's backward pass over that of its forward pass.
+      keeps_scores: whether scores that do not stay on the chip are kept for the backward pass, rather than
+        run again.
+      fused_residuals: whether what is saved is what fused kernels read rather than each operation.
+      reruns_layers: whether all of a layer that is not kept is run again, needed or not.
+      accumulates_in_place: whether a microbatch's gradients are added up where they are made; otherwise those
+        of one and their sum lie in memory.
+      balanced_stages: whether layers are dealt to stages so that the loss's products count as layers do,
+        rather than evenly.
+      loss_passes: how often a loss that is no single kernel goes over the logits for each time that one
+        would.
+      loss_copies: arrays as large as the logits that it holds at once, besides those it keeps.
+      layer_seconds: host's time for a layer that no computing hides: where a framework waits for the device.
+      fabric_group_exponent: of the group's share of its domain, in the efficiency of the fast links: small
+        groups use few of them.
+      pipelined_starts: how much longer exchanging activations takes to start while stages talk as well.
+      copy_bytes: held for each parameter that a device computes with, besides the parameter, its gradient and
+        the optimizer's arrays: buckets, flat copies.
+      memory_overhead: bytes over those counted of what comes and goes within a step, as a share: what an
+        allocator cannot use again.
+      reserved_bytes: what the framework holds on each device besides.
+    """
+
+    fused_attention: bool = False
+    attention_share: float = 1.0
+    attention_gradient: float = 2.0
+    keeps_scores: bool = True
+    fused_residuals: bool = False
+    reruns_layers: bool = False
+    accumulates_in_place: bool = False
+    balanced_stages: bool = False
+    loss_passes: float = 1.0
+    loss_copies: float = 1.0
+    layer_seconds: float = 0.0
+    fabric_group_exponent: float = 0.0
+    pipelined_starts: float = 1.0
+    copy_bytes: float = 0.0
+    memory_overhead: float = 0.0
+    reserved_bytes: float = 0.0
+
+
+def plain(chip: str) -> Framework:
+    """Return the product's own efficiencies of a chip, as a record to start from."""
+    return Framework(**dataclasses.asdict(calibration_for(chip)))
+
+
+def read(path: Path) -> tuple[Framework, Tables]:
+    """Return ``[default]`` of a TOML file, and its records, ``[CHIP."FRAMEWORK"]``, which start from it."""
+    tables = read_toml(path)
+    base = tables.pop("default", {})
+    return checked(Framework, base), {
+        chip: {framework: checked(Framework, base | row) for framework, row in rows.items()}
+        for chip, rows in tables.items()
+    }
+
+
+@functools.cache
+def _read(path: Path) -> Tables:
+    return read(path)[1]
+
+
+def record_for(chip: str, framework: str, path: Path | None = None) -> Framework:
+    """Return the record of `chip` under `framework`, or the nearest wider one.
+
+    A variant (``torchtitan-fp8``) is its framework where the chip has no record of it; a framework that the
+    chip has no record of is the chip's own.
+    """
+    rows = _read(SHIPPED if path is None else path).get(chip, {})
+    while framework not in rows and "-" in framework:
+        framework = framework.rpartition("-")[0]
+    return rows[framework] if framework in rows else plain(chip)
+
+
+def write(path: Path, base: Framework, tables: Mapping[str, Mapping[str, Framework]]) -> None:
+    """Write records as TOML: `base` as ``[default]``, of the others what differs from it.
+
+    The comment at the top of a file that is there already stays.
+    """
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = list(itertools.takewhile(lambda line: line.startswith("#"), before))
+    rows = [("default", base)]
+    for chip in sorted(tables):
+        rows += [(f'{chip}."{name}"', row) for name, row in sorted(tables[chip].items())]
+    for header, row in rows:
+        lines += ["", f"[{header}]"]
+        under = Framework() if row is base else base
+        for field in dataclasses.fields(Framework):
+            value = getattr(row, field.name)
+            if value != getattr(under, field.name):
+                text = str(value).lower() if isinstance(value, bool) else f"{value:.4g}"
+                lines.append(f"{field.name} = {text}")
+    path.write_text("\n".join(lines).lstrip() + "\n", encoding="utf-8")

@@ -1,0 +1,139 @@
+"""How a training step is run, as far as its price depends on it: XLA's way, and the interface of others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from ..hardware.topology import Topology
+from ..xla.compiler import compiler_of
+from . import compute, memory
+from .calibration import Calibration
+from .candidate import Candidate
+from .collectives import Link, links
+from .compute import AttentionKernel, Busy, Passes
+from .exchange import StoredOver
+from .kept import Kept
+from .memory import Standing, Worked
+from .pipeline import Dealt, deal
+from .placement import Placement
+from .profile import Profile
+
+
+class KeptBy(Protocol):
+    """Says what a candidate keeps for the backward pass, and what it runs again there."""
+
+    def __call__(self, profile: Profile, candidate: Candidate, fused_attention: bool, /) -> Kept: ...
+
+
+class LinksOf(Protocol):
+    """Gives the link of each mesh axis longer than 1 (`collectives.links`)."""
+
+    def __call__(
+        self, mesh: Mapping[str, int], topology: Topology, calibration: Calibration, /
+    ) -> Mapping[str, Link]: ...
+
+
+class DealtBy(Protocol):
+    """Deals a program's layers to so many stages."""
+
+    def __call__(self, profile: Profile, stages: int, /) -> Dealt: ...
+
+
+class BusyWith(Protocol):
+    """Gives the seconds of a microbatch, with what is run again (`compute.busy`)."""
+
+    def __call__(self, profile: Profile, once: Passes, kept: Kept, /) -> Busy: ...
+
+
+class StandingOf(Protocol):
+    """Gives what lies in memory all through a step (`memory.standing`)."""
+
+    def __call__(
+        self,
+        profile: Profile,
+        placement: Placement,
+        candidate: Candidate,
+        over: StoredOver,
+        slot_bytes: float,
+        gradient_bytes: float | None,
+        slices: int,
+        /,
+    ) -> Standing: ...
+
+
+class MomentsOf(Protocol):
+    """Yields the moments that may be a step's fullest, as item → bytes (`memory.moments`)."""
+
+    def __call__(
+        self,
+        profile: Profile,
+        candidate: Candidate,
+        stored: Standing,
+        work: Worked,
+        kept: Kept,
+        dealt: Dealt,
+        /,
+        *,
+        last_layer_apart: bool,
+    ) -> Iterator[dict[str, float]]: ...
+
+
+def kept_by_policy(profile: Profile, candidate: Candidate, fused_attention: bool, /) -> Kept:
+    """Return what JAX keeps under the candidate's policy, and XLA runs again because something needs it."""
+    return profile.saved.kept(candidate, fused_attention=fused_attention)
+
+
+def dealt_evenly(profile: Profile, stages: int, /) -> Dealt:
+    """Return as many layers for every stage, as stages that are slices of one array have."""
+    return deal(profile.layers, stages)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a step is run.
+
+    The switches are XLA's. The functions are the parts of a price: theirs is what the cost model says of XLA,
+    and what runs steps in another way gives others, mostly around these
+    (`dataclasses.replace(execution, busy=...)`).
+
+    Attributes:
+      attention: the kernel that carries out attention; None where products and elementwise work do.
+      reduces_whole: whether a gradient that is a partial sum over several mesh axes is reduced over all of
+        them each microbatch, rather than scattered over one each microbatch and over others once a step.
+      last_layer_apart: whether the last layer whose values come back from the host runs outside of the loop.
+      aligned_elements: of a product's role that matrix units read at once.
+      kept: what is kept for the backward pass, and run again.
+      links: what each mesh axis runs on.
+      dealt: how layers are dealt to stages.
+      busy: seconds of computing.
+      standing: bytes that lie in memory all through a step.
+      moments: bytes at the moments that may be the fullest.
+    """
+
+    attention: AttentionKernel | None = None
+    reduces_whole: bool = False
+    last_layer_apart: bool = False
+    aligned_elements: int = 1
+    kept: KeptBy = kept_by_policy
+    links: LinksOf = links
+    dealt: DealtBy = dealt_evenly
+    busy: BusyWith = compute.busy
+    standing: StandingOf = memory.standing
+    moments: MomentsOf = memory.moments
+
+
+def execution_for(topology: Topology, attention: AttentionKernel | None = None) -> Execution:
+    """Return how XLA's compiler for `topology` runs a step, attention by a kernel if one is given.
+
+    >>> execution_for(Topology.parse("h100:8")).reduces_whole
+    True
+    """
+    compiler = compiler_of(topology)
+    return Execution(
+        attention=attention,
+        reduces_whole=compiler.reduces_whole,
+        last_layer_apart=compiler.last_layer_apart,
+        aligned_elements=compiler.aligned_elements,
+    )

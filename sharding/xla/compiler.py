@@ -1,0 +1,59 @@
+"""What the compiler of a topology does that a plan has to count on: the facts of `quirks.toml`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from ..hardware.topology import Topology
+
+_QUIRKS = Path(__file__).with_name("quirks.toml")
+_BY_PLATFORM = {"tpu": "libtpu", "gpu": "xla:gpu", "cpu": "xla:cpu"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiler:
+    """One of XLA's compilers, for one chip.
+
+    Attributes:
+      name: ``libtpu``, ``xla:gpu`` or ``xla:cpu``.
+      reduces_whole: a gradient that is a partial sum over several mesh axes is reduced over all of them in
+        each microbatch, not scattered over those that it is stored over.
+      last_layer_apart: where values come back from the host, the last layer runs outside of the loop over
+        layers, beside what follows it.
+      aligned_elements: elements of two bytes that matrix units read at once: products with a row, column or
+        contraction that is no multiple of them are slower.
+    """
+
+    name: str
+    reduces_whole: bool = False
+    last_layer_apart: bool = False
+    aligned_elements: int = 1
+
+
+@functools.cache
+def _quirks() -> dict[str, list[dict[str, Any]]]:
+    return tomllib.loads(_QUIRKS.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _compiler(name: str, chip: str) -> Compiler:
+    facts = {
+        fact: row["value"]
+        for fact, rows in _quirks().items()
+        for row in rows
+        if row["compiler"] == name and chip in row.get("chips", (chip,))
+    }
+    return Compiler(name=name, **facts)
+
+
+def compiler_of(topology: Topology) -> Compiler:
+    """Return what compiles for `topology`, whether it is installed here or not.
+
+    >>> compiler_of(Topology.parse("v5e:4x4")).name, compiler_of(Topology.parse("h100:8")).aligned_elements
+    ('libtpu', 8)
+    """
+    return _compiler(_BY_PLATFORM[topology.chip.platform], topology.chip.name)

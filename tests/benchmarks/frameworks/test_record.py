@@ -1,0 +1,50 @@
+"""Records of frameworks: read, written, and the nearest wider one where there is none."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+from meshwright.sharding import UserError
+from meshwright.sharding.cost.calibration import calibration_for
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+
+from frameworks.record import SHIPPED, Framework, read, record_for, write
+
+
+def test_a_file_comes_back_as_it_was_written_with_its_comment(tmp_path):
+    base = Framework(matmul_efficiency=0.8, overlap_gradients=0.5)
+    own = dataclasses.replace(base, matmul_efficiency=0.7, fused_attention=True)
+    path = tmp_path / "c.toml"
+    path.write_text("# Why.\n# And how.\n\n[default]\n")
+    write(path, base, {"h100": {"somebody's": own}})
+    assert read(path) == (base, {"h100": {"somebody's": own}})
+    assert path.read_text().startswith("# Why.\n# And how.\n\n[default]\nmatmul_efficiency = 0.8\n")
+    assert record_for("h100", "somebody's", path) == own
+
+
+def test_the_shipped_file_is_as_it_would_be_written(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(SHIPPED.read_text())
+    write(path, *read(path))
+    assert path.read_text() == SHIPPED.read_text()
+
+
+def test_a_variant_is_its_framework_where_nothing_else_is_known(tmp_path):
+    own = Framework(matmul_efficiency=0.7)
+    path = tmp_path / "c.toml"
+    write(path, Framework(), {"h100": {"x": own}})
+    assert record_for("h100", "x-fp8-async", path) == own
+    for chip, framework in (("h100", "y-fp8"), ("v5e", "x")):
+        found = record_for(chip, framework, path)
+        assert found == Framework(**dataclasses.asdict(calibration_for(chip)))
+
+
+def test_mistakes_are_named(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[h100.x]\nreruns_layer = true\n")
+    with pytest.raises(UserError, match=r"reruns_layer.*reruns_layers"):
+        read(path)
+    with pytest.raises(UserError, match="must not be below 0"):
+        Framework(copy_bytes=-1.0)
