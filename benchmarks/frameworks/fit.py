@@ -11,6 +11,7 @@ import numpy as np
 from meshwright.sharding.cost import Candidate, Pricer
 from meshwright.sharding.cost.exchange import StoredOver
 from meshwright.sharding.cost.placement import Placement
+from scipy.optimize import least_squares
 
 from .execution import execution_of
 from .record import Framework
@@ -48,6 +49,9 @@ RANGES: dict[str, tuple[float, float]] = {
 _PRIOR_WIDTH = 1.0 / 8.0
 _NOISE = 0.03
 _GROSS = 0.5
+# A logarithm's step by which slopes are taken, and the error below which a run pulls no harder.
+_STEP = 0.05
+_LEAST = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,51 +88,49 @@ def calibrate(
 
     What is known beforehand (`start`, as loosely as a share of each field's range) counts like a few runs, so
     that few runs move only what they tell apart. The runs' errors are of logarithms and absolute, and gross
-    ones fade out: a run that went wrong pulls less than any other. Levenberg's and Marquardt's steps over
-    reweighted squares (Nocedal and Wright, Numerical Optimization, section 10.3).
+    ones fade out: a run that went wrong pulls less than any other. `rounds` is the most times that slopes are
+    taken.
     """
     chosen = list(RANGES if names is None else names)
     low, high = np.log(np.array([RANGES[name] for name in chosen]).T)
-    at = np.clip(np.log([max(getattr(start, name), 1e-12) for name in chosen]), low, high)
-    prior, width = at.copy(), (high - low) * _PRIOR_WIDTH
+    known = np.clip(np.log([max(getattr(start, name), 1e-12) for name in chosen]), low, high)
+    width = (high - low) * _PRIOR_WIDTH
     weights = np.array([run.weight for run in runs])
 
+    def record(point: np.ndarray) -> Framework:
+        return dataclasses.replace(start, **dict(zip(chosen, np.exp(point).tolist(), strict=True)))
+
     def wrong(point: np.ndarray) -> np.ndarray:
-        fields = dict(zip(chosen, np.exp(point).tolist(), strict=True))
-        trial = dataclasses.replace(start, **fields)
-        return np.array([math.log(run.predicted(trial) / run.seconds) for run in runs])
+        trial = record(point)
+        errors = [math.log(run.predicted(trial) / run.seconds) for run in runs]
+        return np.concatenate([errors, (point - known) / width])
 
-    def cost(errors: np.ndarray, point: np.ndarray) -> float:
-        faded = _GROSS * np.log1p(np.abs(errors) / _GROSS)
-        return float(weights @ faded / _NOISE + 0.5 * (((point - prior) / width) ** 2).sum())
+    def slopes(point: np.ndarray) -> np.ndarray:
+        here = wrong(point)
+        steps = np.where(point + _STEP <= high, _STEP, -_STEP)
+        return np.stack(
+            [
+                (wrong(point + step * unit) - here) / step
+                for step, unit in zip(steps, np.eye(len(point)), strict=True)
+            ],
+            axis=1,
+        )
 
-    errors = wrong(at)
-    lowest, damping = cost(errors, at), 0.1
-    for _ in range(rounds):
-        slopes = np.empty((len(runs), len(chosen)))
-        for column in range(len(chosen)):
-            step = np.zeros(len(chosen))
-            step[column] = 0.05 if at[column] + 0.05 <= high[column] else -0.05
-            slopes[:, column] = (wrong(at + step) - errors) / step[column]
-        size = np.abs(errors)
-        trust = weights / _NOISE / (np.maximum(size, 0.01) * (1.0 + size / _GROSS))
-        normal = slopes.T @ (trust[:, None] * slopes) + np.diag(1.0 / width**2)
-        pull = slopes.T @ (trust * errors) + (at - prior) / width**2
-        better = False
-        for _ in range(6):
-            move = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -pull)
-            trial = np.clip(at + np.clip(move, -1.0, 1.0), low, high)
-            found = wrong(trial)
-            value = cost(found, trial)
-            if value < lowest:
-                better = lowest - value > 1e-3 * lowest
-                at, errors, lowest = trial, found, value
-                damping = max(damping * 0.3, 1e-4)
-                break
-            damping *= 4.0
-        if not better:
-            break
-    return dataclasses.replace(start, **dict(zip(chosen, np.exp(at).tolist(), strict=True)))
+    def loss(squares: np.ndarray) -> np.ndarray:
+        """Return what squared residuals count [3, residuals]: their loss and its first two derivatives.
+
+        A run of weight w and error e counts 2 w g log(1 + e / g) / n, with g gross and n the noise; what was
+        known beforehand counts its square. The second derivative of a loss that bends down is left out, which
+        makes the steps those of reweighted squares (Triggs et al. 2000, section 4.3).
+        """
+        found = np.stack([squares, np.ones_like(squares), np.zeros_like(squares)])
+        size = np.sqrt(squares[: len(runs)])
+        found[0, : len(runs)] = 2.0 * weights / _NOISE * _GROSS * np.log1p(size / _GROSS)
+        found[1, : len(runs)] = weights / _NOISE / (np.maximum(size, _LEAST) * (1.0 + size / _GROSS))
+        return found
+
+    fitted = least_squares(wrong, known, slopes, (low, high), loss=loss, max_nfev=rounds, ftol=1e-3)
+    return record(fitted.x)
 
 
 def usable_memory(runs: Sequence[tuple[float, bool]]) -> float:

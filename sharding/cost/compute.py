@@ -13,9 +13,8 @@ from .kept import Kept
 from .placement import Placement
 from .profile import Profile
 
-# Kinds of work, and passes over it; the axes of `Busy.seconds`.
+# Kinds of work, the second axis of `Busy.seconds`; the first are passes: forward, backward, run again.
 KINDS = ("matmul", "attention", "elementwise")
-PASSES = ("forward", "backward", "recompute")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

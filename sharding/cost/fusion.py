@@ -75,10 +75,6 @@ def is_fusible(op: Op) -> bool:
     return _NEVER_FUSED.isdisjoint(factor.kind for factor in op.equation.factors)
 
 
-def _reduces(op: Op) -> bool:
-    return any(factor.kind in ("contract", "reduce") for factor in op.equation.factors)
-
-
 def kernel_roots(flat: Flat) -> list[int]:
     """Return for each op the op that stands for its kernel; products stand for themselves."""
     parent = list(range(len(flat.ops)))

@@ -52,7 +52,7 @@ def in_flight(stage: int, stages: int, microbatches: int, schedule: str, interle
     GPipe holds all. 1F1B holds those whose forward pass is done and whose backward pass is still to come back
     from the end: as many as there are stages from this one on. Interleaved, the first stage starts its chunks
     earlier by p - 1 chunks of L / (p v) layers each: 1 + (p - 1) / (p v) times as much (Korthikanti et al.
-    2022, section 4.2.1).
+    2022, section 4.2.3).
     """
     if stages == 1:
         return 1.0

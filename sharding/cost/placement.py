@@ -1,4 +1,25 @@
-"""Where a candidate puts every array and every equation, and what has to move between them."""
+"""The part of every array and every equation that a device has, and what moves between devices for it.
+
+Each mesh axis is laid over the program by itself. Over an axis an array is cut by at most one of its dims, an
+equation by at most one dim of its iteration space, and an equation needs of its operands what its own cut
+asks for. With s the dim that cuts an equation over the axis and o the dim that cuts its operand or result:
+
+====================  =======================  ============================================================
+operand               s is a dim of it         it lies as it is needed (s = o), or is exchanged (experts)
+operand, cut          s is none of its dims    all-gather; its gradient, a partial sum, is reduce-scattered
+operand, cut          no s                     all-gather; its gradient goes back the same way
+operand, whole        s is none of its dims    nothing; its gradient is a partial sum: all-reduce
+operand, whole        no s                     nothing
+result, cut           s is none of its dims    a partial sum: reduce-scatter; all-gather of its gradient
+result, whole         s is none of its dims    a partial sum: all-reduce
+result                otherwise                nothing: it lies as needed, or each device keeps its part
+====================  =======================  ============================================================
+
+So a product that `tensor` cuts at its columns, then one at its rows, is Megatron's pair of an all-reduce
+forward and one backward (Shoeybi et al. 2019, section 3), or, with the sequence cut in between, an all-gather
+and a reduce-scatter each way (Korthikanti et al. 2022, section 4.2). Parameters are left to `exchange`: they
+are gathered from where they are stored, and their partial sums wait for it.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +69,12 @@ class Traffic:
 class Placement:
     """A candidate laid over a profile.
 
-    value_fraction [V], step_fraction [E], role_fraction [M, 4]: the part that one device has in a microbatch.
+    value_fraction [V], role_fraction [M, 4]: the part that one device has in a microbatch.
     parameter_fraction [P]: the part computed with; parameter_partial: axis → which parameters' gradients
     are partial sums over it.
     """
 
     value_fraction: np.ndarray
-    step_fraction: np.ndarray
     role_fraction: np.ndarray
     parameter_fraction: np.ndarray
     parameter_partial: dict[str, np.ndarray]
@@ -69,9 +89,9 @@ def place(profile: Profile, candidate: Candidate) -> Placement:
     """
     claims = _claims(profile, candidate)
     values, steps, products = profile.values, profile.steps, profile.products
+    # A part is a product of 1 / size over the axes that cut, so in logarithms a sum, axis after axis.
     padding = _padding(profile, candidate)
     value_log = _padded(values.dims, padding)
-    step_log = _padded(steps.space, padding)
     role_log = np.zeros((len(products.flops), 4))
     parameter_log = _padded(profile.parameters.dims, padding)
     partial: dict[str, np.ndarray] = {}
@@ -81,7 +101,7 @@ def place(profile: Profile, candidate: Candidate) -> Placement:
         value_won = _winners(values.dims, dims)
         step_won = _winners(steps.space, dims)
         value_log[value_won >= 0] -= shrink
-        step_log[step_won >= 0] -= shrink
+        # A product shrinks in the role (batch, rows, columns, contraction) that the dim plays in it.
         won = step_won[products.equation]
         for role in range(4):
             has = (won >= 0) & products.role_dims[np.arange(len(won)), role, won]
@@ -90,19 +110,13 @@ def place(profile: Profile, candidate: Candidate) -> Placement:
         parameter_log[parameter_won >= 0] -= shrink
         partial[axis] = np.zeros(len(parameter_log), bool)
         _moves(profile, axis, candidate.mesh[axis], value_won, step_won, partial[axis], moves)
-    share = 1.0 / candidate.microbatches
-    batch = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else None
-    value_fraction = np.exp(value_log)
-    step_fraction = np.exp(step_log)
-    role_fraction = np.exp(role_log)
-    if batch is not None and candidate.microbatches > 1:
-        columns = list(profile.batch_dims)
-        value_fraction[batch] *= share
-        step_fraction[steps.space[:, columns].any(axis=1)] *= share
+    value_fraction, role_fraction = np.exp(value_log), np.exp(role_log)
+    if profile.batch_dims and candidate.microbatches > 1:
+        columns, share = list(profile.batch_dims), 1.0 / candidate.microbatches
+        value_fraction[values.dims[:, columns].any(axis=1)] *= share
         role_fraction[products.role_dims[:, :, columns].any(axis=2)] *= share
     return Placement(
         value_fraction=value_fraction,
-        step_fraction=step_fraction,
         role_fraction=role_fraction,
         parameter_fraction=np.exp(parameter_log),
         parameter_partial=partial,
@@ -121,6 +135,7 @@ def _traffic(
 ) -> Traffic:
     """Say how much moving the values `chosen` over `axis` is, counting what the group holds together."""
     table = profile.values
+    # What is all-reduced is whole on every device; anything else lies in as many parts as the axis has.
     times = 1 if kind == "all_reduce" else mesh[axis]
     return Traffic(
         axis=axis,
@@ -134,7 +149,7 @@ def _traffic(
 
 
 def _claims(profile: Profile, candidate: Candidate) -> dict[str, list[int]]:
-    """Return axis → the dims that want it, the last one to be served first."""
+    """Return axis → the dims that want it, the one that goes first by `Profile.priority` at the end."""
     claims: dict[str, list[int]] = {}
     for dim, axes in candidate.dims.items():
         for axis in axes:
@@ -144,7 +159,10 @@ def _claims(profile: Profile, candidate: Candidate) -> dict[str, list[int]]:
 
 
 def _padding(profile: Profile, candidate: Candidate) -> Mapping[int, float]:
-    """Return dim → log of how much larger it gets where its axes do not divide it."""
+    """Return dim → log of how much larger it gets where its axes do not divide it.
+
+    XLA pads a dim of n over p devices to ceil(n / p) p, so that each has ceil(n / p).
+    """
     found = {}
     for dim, axes in candidate.dims.items():
         parts = 1
@@ -165,7 +183,7 @@ def _padded(dims: np.ndarray, padding: Mapping[int, float]) -> np.ndarray:
 
 
 def _winners(table: np.ndarray, claimants: list[int]) -> np.ndarray:
-    """Return for each row of dims [N, D] the dim that gets the axis, or -1."""
+    """Return for each row of dims [N, D] the dim that gets the axis, the last claimant that it has, or -1."""
     won = np.full(len(table), -1)
     for dim in claimants:
         won[table[:, dim]] = dim
@@ -173,7 +191,10 @@ def _winners(table: np.ndarray, claimants: list[int]) -> np.ndarray:
 
 
 def _smaller_results(profile: Profile, is_weight: np.ndarray, size: int) -> np.ndarray:
-    """Return which equations [E] read no parameter and give a device less than a group of `size` reads."""
+    """Return which equations [E] read no parameter and give less than a group of `size` would gather.
+
+    Gathering an operand brings a device n times the part that it has; exchanging the result the part alone.
+    """
     count = len(profile.steps.section)
     reads, writes, one = profile.reads, profile.writes, profile.values.bytes
     read = np.bincount(reads.equation, weights=one[reads.value], minlength=count)
@@ -191,10 +212,8 @@ def _moves(
     partial: np.ndarray,
     moves: list[tuple[str, str, int, np.ndarray]],
 ) -> None:
-    """Find what crosses `axis`; each array moves once for all equations that want it the same way."""
+    """Find what crosses `axis`, by the table at the top; each array moves once for all that want it alike."""
     values, reads, writes = profile.values, profile.reads, profile.writes
-    # Operands: an equation divided by a dim that the operand lacks needs all of the operand, and gives
-    # partial sums of its gradient.
     step = step_won[reads.equation]
     own = value_won[reads.value]
     divided = step >= 0
@@ -203,12 +222,14 @@ def _moves(
     needs_whole = (own >= 0) & ~divided
     parameter = values.parameter[reads.value]
     is_weight = parameter >= 0
+    # d(operand) sums over all of the iteration space that the operand lacks: in parts where that is cut.
     summed = divided & ~inside & values.grad[reads.value]
     if is_weight.any():
         mine = summed & is_weight
         indices = np.searchsorted(profile.parameters.argument, parameter[mine])
         partial[indices] = True
-    # Divided as its operand is, an equation without weights may hand on what it gives instead.
+    # An equation without weights may be divided as its operand is, and hand on what it gives instead: tokens
+    # go to their experts and come back by all-to-alls (Lepikhin et al. 2020).
     handed = whole & _smaller_results(profile, is_weight, size)[reads.equation] & (axis in _EXCHANGING)
     # An operand that has the dim, but lies by another one, changes hands itself.
     turned = inside & (own >= 0) & (own != step) & ~is_weight & (axis in _EXCHANGING)
@@ -219,6 +240,8 @@ def _moves(
             moves.append((axis, kind, phase, np.unique(chosen)))
 
     move("all_gather", FORWARD, reads.value[gathered])
+    # The transpose of a gather is a scatter of sums. Where every device computed the same, each need only
+    # keep its part of the gradient: that is counted as if it were sent, too.
     move("reduce_scatter", BACKWARD, reads.value[gathered & values.grad[reads.value]])
     move("all_reduce", BACKWARD, reads.value[summed & ~is_weight & (own < 0)])
     handing = np.isin(writes.equation, reads.equation[handed])
@@ -226,7 +249,6 @@ def _moves(
     for chosen in swapped:
         move("all_to_all", FORWARD, chosen)
         move("all_to_all", BACKWARD, chosen[values.grad[chosen]])
-    # Results: divided by a dim that the result lacks, they are partial sums.
     step = step_won[writes.equation]
     own = value_won[writes.value]
     sums = (step >= 0) & ~writes.dims[np.arange(len(step)), step] & ~handing

@@ -107,7 +107,6 @@ class Profile:
     carries: tuple[int, ...]
     inputs: tuple[int, ...]
     layers: int
-    layer_dim: int
 
 
 def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = True) -> Profile:
@@ -137,7 +136,6 @@ def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = Tru
         carries=flat.carries,
         inputs=flat.inputs,
         layers=flat.layers,
-        layer_dim=flat.layer_dim,
     )
 
 

@@ -1,0 +1,34 @@
+"""Our own device rows: in the repository, and scored by one command without any other data."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import accuracy
+import held_out
+import own_runs
+import tuned
+
+
+def test_our_own_runs_are_scored_from_a_clean_checkout(capsys):
+    assert own_runs.main(["--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["summary"]["rows"] == 3
+    own = [row for row in told["rows"] if row["estimated_seconds"] is not None]
+    for row in own:
+        assert 0.0 < row["estimated_seconds"] < 2.0 * row["measured_seconds"]
+        assert abs(row["estimated_bytes"] / row["measured_bytes"] - 1.0) < 0.2
+    assert len(told["rows"]) - len(own) == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "needed"), [(accuracy, "--runs"), (held_out, "--runs"), (tuned, "layouts")]
+)
+def test_other_peoples_rows_are_asked_for_by_path(script, needed, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        script.main([])
+    assert needed in capsys.readouterr().err.splitlines()[-1]
