@@ -12,10 +12,10 @@ from meshwright.sharding.cost import collectives, compute, memory
 from meshwright.sharding.cost.calibration import Calibration
 from meshwright.sharding.cost.candidate import Candidate
 from meshwright.sharding.cost.collectives import Link, switched_groups, switched_link
-from meshwright.sharding.cost.compute import AttentionKernel, Busy, Passes
+from meshwright.sharding.cost.compute import Busy, FusedAttention, Passes
 from meshwright.sharding.cost.exchange import StoredOver, parts
 from meshwright.sharding.cost.execution import Execution, dealt_evenly, execution_for
-from meshwright.sharding.cost.kept import Kept
+from meshwright.sharding.cost.kept import Residuals
 from meshwright.sharding.cost.memory import Standing, Worked
 from meshwright.sharding.cost.pipeline import Dealt
 from meshwright.sharding.cost.placement import Placement
@@ -31,7 +31,7 @@ _ACTIVATIONS = ("tensor", "context", "expert")
 @functools.lru_cache(maxsize=256)
 def execution_of(record: Framework, topology: Topology) -> Execution:
     """Return how the framework of `record` runs a step on `topology`."""
-    kernel = AttentionKernel(share=record.attention_share, gradient=record.attention_gradient)
+    kernel = FusedAttention(share=record.attention_share, gradient=record.attention_gradient)
     return dataclasses.replace(
         execution_for(topology, kernel if record.fused_attention else None),
         # Frameworks scatter gradients as they store them; that XLA does not on GPUs is a fact of XLA.
@@ -45,7 +45,7 @@ def execution_of(record: Framework, topology: Topology) -> Execution:
     )
 
 
-def _kept(record: Framework, profile: Profile, candidate: Candidate, fused: bool, /) -> Kept:
+def _kept(record: Framework, profile: Profile, candidate: Candidate, fused: bool, /) -> Residuals:
     everything = "none/fused" if record.fused_residuals else "none"
     kept = profile.saved.kept(candidate, fused_attention=fused, everything=everything)
     none = np.zeros_like(kept.twice)
@@ -124,7 +124,7 @@ def _dealt_by_weight(profile: Profile, stages: int, /) -> Dealt:
     return deal_by_weight(profile.layers, stages, loss) if loss else dealt_evenly(profile, stages)
 
 
-def _busy(record: Framework, profile: Profile, once: Passes, kept: Kept, /) -> Busy:
+def _busy(record: Framework, profile: Profile, once: Passes, kept: Residuals, /) -> Busy:
     found = compute.busy(profile, once, kept)
     seconds, waiting = found.seconds.copy(), found.waiting.copy()
     seconds[:, compute.KINDS.index("elementwise"), AFTER] *= record.loss_passes
@@ -157,7 +157,7 @@ def _moments(
     candidate: Candidate,
     stored: Standing,
     work: Worked,
-    kept: Kept,
+    kept: Residuals,
     dealt: Dealt,
     /,
     *,

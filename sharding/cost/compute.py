@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import UserError
 from ..hardware.chip import Chip
 from .calibration import Calibration
-from .kept import Kept
+from .kept import Residuals
 from .placement import Placement
 from .profile import Profile
 
@@ -18,7 +18,7 @@ KINDS = ("matmul", "attention", "elementwise")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionKernel:
+class FusedAttention:
     """A kernel that carries out attention, its scores never in memory.
 
     share:    of all scores, how many it computes (1/2: the half that causality hides is skipped).
@@ -72,7 +72,7 @@ def passes(
     chip: Chip,
     dtype: str,
     calibration: Calibration,
-    kernel: AttentionKernel | None,
+    kernel: FusedAttention | None,
     aligned_elements: int,
 ) -> Passes:
     """Return the seconds of one microbatch's forward and backward passes.
@@ -103,7 +103,7 @@ def passes(
     )
 
 
-def busy(profile: Profile, once: Passes, kept: Kept) -> Busy:
+def busy(profile: Profile, once: Passes, kept: Residuals) -> Busy:
     """Return the seconds of one microbatch with what is run again besides `once`."""
     seconds, kernels = once.seconds.copy(), once.kernels.copy()
     products, steps, groups = profile.products, profile.steps, profile.groups
@@ -136,7 +136,7 @@ def product_seconds(
     chip: Chip,
     dtype: str,
     calibration: Calibration,
-    kernel: AttentionKernel | None = None,
+    kernel: FusedAttention | None = None,
     aligned_elements: int = 1,
 ) -> np.ndarray:
     """Return the seconds of one run of each product [M]: a roofline (Williams et al. 2009).
@@ -171,7 +171,7 @@ def product_seconds(
 def _products(
     profile: Profile,
     seconds_of_one: np.ndarray,
-    kernel: AttentionKernel | None,
+    kernel: FusedAttention | None,
     seconds: np.ndarray,
     kernels: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +197,7 @@ def _kernels(
     profile: Profile,
     placement: Placement,
     bytes_per_second: float,
-    kernel: AttentionKernel | None,
+    kernel: FusedAttention | None,
     seconds: np.ndarray,
     kernels: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from .collectives import Link
 from .compute import Passes, passes, peak_flops
 from .exchange import Exchange, StoredOver, exchange, stored_over
 from .execution import Execution, execution_for
-from .kept import Kept
+from .kept import Residuals
 from .memory import Standing, Worked, worked
 from .placement import Placement, place
 from .profile import Profile, profile
@@ -163,7 +163,7 @@ class Pricer:
         items = max(found, key=lambda items: sum(items.values()))
         return {name: float(size) for name, size in items.items()}
 
-    def _kept(self, candidate: Candidate) -> Kept:
+    def _kept(self, candidate: Candidate) -> Residuals:
         return self.execution.kept(self.profile, candidate, self.execution.attention is not None)
 
     def time(

@@ -12,9 +12,9 @@ from . import compute, memory
 from .calibration import Calibration
 from .candidate import Candidate
 from .collectives import Link, links
-from .compute import AttentionKernel, Busy, Passes
+from .compute import Busy, FusedAttention, Passes
 from .exchange import StoredOver
-from .kept import Kept
+from .kept import Residuals
 from .memory import Standing, Worked
 from .pipeline import Dealt, deal
 from .placement import Placement
@@ -24,7 +24,7 @@ from .profile import Profile
 class KeptBy(Protocol):
     """Says what a candidate keeps for the backward pass, and what it runs again there."""
 
-    def __call__(self, profile: Profile, candidate: Candidate, fused_attention: bool, /) -> Kept: ...
+    def __call__(self, profile: Profile, candidate: Candidate, fused_attention: bool, /) -> Residuals: ...
 
 
 class LinksOf(Protocol):
@@ -44,7 +44,7 @@ class DealtBy(Protocol):
 class BusyWith(Protocol):
     """Gives the seconds of a microbatch, with what is run again (`compute.busy`)."""
 
-    def __call__(self, profile: Profile, once: Passes, kept: Kept, /) -> Busy: ...
+    def __call__(self, profile: Profile, once: Passes, kept: Residuals, /) -> Busy: ...
 
 
 class StandingOf(Protocol):
@@ -72,7 +72,7 @@ class MomentsOf(Protocol):
         candidate: Candidate,
         stored: Standing,
         work: Worked,
-        kept: Kept,
+        kept: Residuals,
         dealt: Dealt,
         /,
         *,
@@ -80,7 +80,7 @@ class MomentsOf(Protocol):
     ) -> Iterator[dict[str, float]]: ...
 
 
-def kept_by_policy(profile: Profile, candidate: Candidate, fused_attention: bool, /) -> Kept:
+def kept_by_policy(profile: Profile, candidate: Candidate, fused_attention: bool, /) -> Residuals:
     """Return what JAX keeps under the candidate's policy, and XLA runs again because something needs it."""
     return profile.saved.kept(candidate, fused_attention=fused_attention)
 
@@ -112,7 +112,7 @@ class Execution:
       moments: bytes at the moments that may be the fullest.
     """
 
-    attention: AttentionKernel | None = None
+    attention: FusedAttention | None = None
     reduces_whole: bool = False
     last_layer_apart: bool = False
     aligned_elements: int = 1
@@ -124,7 +124,7 @@ class Execution:
     moments: MomentsOf = memory.moments
 
 
-def execution_for(topology: Topology, attention: AttentionKernel | None = None) -> Execution:
+def execution_for(topology: Topology, attention: FusedAttention | None = None) -> Execution:
     """Return how XLA's compiler for `topology` runs a step, attention by a kernel if one is given.
 
     >>> execution_for(Topology.parse("h100:8")).reduces_whole

@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 
 from ..program.flops import matmul_roles
-from .tables import Flat, Op
+from .tables import Flat, FlatOp
 
 _NEVER_FUSED = frozenset({"index", "window", "group", "whole"})
 # Their gradients need none of their operands.
@@ -55,7 +55,7 @@ class Groups:
     edge_backward: np.ndarray
 
 
-def is_linear(flat: Flat, op: Op) -> bool:
+def is_linear(flat: Flat, op: FlatOp) -> bool:
     """Whether the gradient of `op` needs none of the operands that gradients flow into."""
     name = op.equation.primitive
     if name in _LINEAR:
@@ -68,7 +68,7 @@ def is_linear(flat: Flat, op: Op) -> bool:
     return name == "select_n" or not any(grads)
 
 
-def is_fusible(op: Op) -> bool:
+def is_fusible(op: FlatOp) -> bool:
     """Whether a compiler runs `op` in one kernel with its neighbours: elementwise work, reductions."""
     if matmul_roles(op.equation) is not None:
         return False

@@ -12,7 +12,7 @@ from ..program.flops import matmul_roles
 from ..program.saved import INPUT
 from .candidate import Candidate
 from .fusion import is_fusible, is_linear, kernel_roots
-from .tables import LAYERS, Flat, Op
+from .tables import LAYERS, Flat, FlatOp
 
 # Primitives whose gradient is read off their result.
 _BY_RESULT = frozenset(["exp", "tanh", "logistic", "rsqrt", "sqrt", "max", "exp2"])
@@ -22,7 +22,7 @@ _BY_FACTOR = frozenset(["logistic", "tanh"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Kept:
+class Residuals:
     """What a candidate keeps for the backward pass, and what it runs again there.
 
     Attributes:
@@ -59,9 +59,9 @@ class Saved:
     flow: Flow
     layers: np.ndarray
     grad: np.ndarray
-    cache: dict[object, Kept] = dataclasses.field(default_factory=dict)
+    cache: dict[object, Residuals] = dataclasses.field(default_factory=dict)
 
-    def kept(self, candidate: Candidate, *, fused_attention: bool, everything: str = "none") -> Kept:
+    def kept(self, candidate: Candidate, *, fused_attention: bool, everything: str = "none") -> Residuals:
         """Return what a candidate keeps and runs again.
 
         Args:
@@ -74,7 +74,7 @@ class Saved:
             self.cache[key] = self._kept(candidate, fused_attention, self.by_policy[everything])
         return self.cache[key]
 
-    def _kept(self, candidate: Candidate, fused_attention: bool, everything: np.ndarray) -> Kept:
+    def _kept(self, candidate: Candidate, fused_attention: bool, everything: np.ndarray) -> Residuals:
         host = np.zeros(len(self.layers), bool)
         if candidate.remat == "none":
             inside = everything
@@ -95,7 +95,7 @@ class Saved:
         device &= read | ~self.layers | self.by_policy["full"]
         # JAX keeps f'(x) where it keeps everything; f(x) is there too if something else reads it.
         twice = self.factors & device if candidate.remat == "none" else np.zeros_like(device)
-        return Kept(
+        return Residuals(
             device=device & ~host,
             host=host,
             twice=twice,
@@ -172,7 +172,7 @@ def _is_kept(flat: Flat, index: int) -> bool:
     return value.parameter < 0 and value.elements > 1
 
 
-def _entering(flat: Flat, op: Op) -> list[int]:
+def _entering(flat: Flat, op: FlatOp) -> list[int]:
     """Return what a checkpointed equation reads from outside of what is run again with it."""
 
     def outside(index: int) -> bool:
@@ -182,7 +182,7 @@ def _entering(flat: Flat, op: Op) -> list[int]:
     return [index for index in op.ins if flat.values[index].grad and outside(index)]
 
 
-def _residuals_of(flat: Flat, op: Op) -> list[int]:
+def _residuals_of(flat: Flat, op: FlatOp) -> list[int]:
     if not any(flat.values[i].grad for i in op.outs):
         return []
     if matmul_roles(op.equation) is not None:
@@ -202,7 +202,7 @@ def _read_by_kernels(flat: Flat) -> set[int]:
     """Return what products and fused kernels with gradients of their own keep of their operands."""
     kept: set[int] = set()
     roots = kernel_roots(flat)
-    members: dict[int, list[Op]] = defaultdict(list)
+    members: dict[int, list[FlatOp]] = defaultdict(list)
     for number, op in enumerate(flat.ops):
         if op.rematted:
             continue

@@ -9,7 +9,7 @@ import numpy as np
 
 from .candidate import Candidate
 from .exchange import StoredOver, parts
-from .kept import Kept
+from .kept import Residuals
 from .pipeline import Dealt, in_flight
 from .placement import FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, Profile
@@ -67,7 +67,7 @@ def moments(
     candidate: Candidate,
     stored: Standing,
     work: Worked,
-    kept: Kept,
+    kept: Residuals,
     dealt: Dealt,
     *,
     last_layer_apart: bool = False,
@@ -187,7 +187,7 @@ def worked(
 
 
 def _activations(
-    profile: Profile, candidate: Candidate, work: Worked, kept: Kept
+    profile: Profile, candidate: Candidate, work: Worked, kept: Residuals
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what a microbatch saves by section, for all layers, and one layer's working set."""
     saved = np.bincount(

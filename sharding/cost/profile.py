@@ -12,7 +12,7 @@ from ..program.program import Program
 from ..program.saved import saved_values
 from .fusion import Groups, fuse
 from .kept import Saved, residuals
-from .tables import AFTER, BEFORE, LAYERS, Flat, Op, flatten
+from .tables import AFTER, BEFORE, LAYERS, Flat, FlatOp, flatten
 
 # Kinds of factor that a device can have a part of.
 _DIVISIBLE = ("map", "contract", "reduce", "index", "group", "resize")
@@ -139,7 +139,7 @@ def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = Tru
     )
 
 
-def _owners(op: Op) -> dict[int, int]:
+def _owners(op: FlatOp) -> dict[int, int]:
     """Return for each dim of an equation the factor that is divided by it.
 
     A dim that stands twice (the queries' and the keys' sequence) can be divided in one place: in the

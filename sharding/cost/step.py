@@ -15,7 +15,7 @@ from .candidate import Candidate
 from .collectives import Link
 from .compute import KINDS, Busy
 from .exchange import Exchange
-from .kept import Kept
+from .kept import Residuals
 from .pipeline import Dealt, Stages, bubble_seconds
 from .placement import BACKWARD, FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, Profile
@@ -30,7 +30,7 @@ def step_seconds(
     dealt: Dealt,
     work: Busy,
     moved: Exchange,
-    kept: Kept,
+    kept: Residuals,
     host: Offload,
 ) -> dict[str, float]:
     """Return the step's items in seconds: each by microbatch and section, then over stages and microbatches.
@@ -81,7 +81,7 @@ class Offload:
 
 
 def offload(
-    table: Profile, placement: Placement, kept: Kept, chip: Chip, calibration: Calibration
+    table: Profile, placement: Placement, kept: Residuals, chip: Chip, calibration: Calibration
 ) -> Offload:
     """Return how long what is kept on the host takes to go there and come back in one microbatch."""
     if not kept.host.any():
@@ -102,7 +102,7 @@ def _microbatch(
     work: Busy,
     moved: Exchange,
     placement: Placement,
-    kept: Kept,
+    kept: Residuals,
     host: Offload,
 ) -> dict[str, np.ndarray]:
     """Return item → seconds of one microbatch by section, were a device to hold all layers."""

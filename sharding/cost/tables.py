@@ -59,7 +59,7 @@ class Value:
 
 
 @dataclasses.dataclass(slots=True)
-class Op:
+class FlatOp:
     """An equation that runs no scope, with the values it reads and writes, and the kernel it is part of."""
 
     equation: Equation
@@ -79,7 +79,7 @@ class Flat:
     """
 
     values: list[Value]
-    ops: list[Op]
+    ops: list[FlatOp]
     carries: tuple[int, ...]
     inputs: tuple[int, ...]
     layers: int
@@ -96,7 +96,7 @@ class _Flattener:
         self._kernels, self._kept_by_name = kernels, kept_by_name
         self._call = -1
         self.values: list[Value] = []
-        self.ops: list[Op] = []
+        self.ops: list[FlatOp] = []
         self.carries: list[int] = []
         self.inputs: list[int] = []
         self.layers = 1
@@ -273,7 +273,7 @@ class _Flattener:
         for out in outs:
             self.values[out].producer = len(self.ops)
         self.ops.append(
-            Op(
+            FlatOp(
                 equation=equation,
                 ins=ins,
                 outs=outs,

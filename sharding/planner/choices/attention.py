@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...cost.compute import AttentionKernel
+from ...cost.compute import FusedAttention
 from ...errors import UserError, nearest
 from ...hardware.chip import Chip
 from ...hardware.topology import Topology
@@ -93,10 +93,10 @@ def choose(program: Program, topology: Topology, declared: str | None = None) ->
     )
 
 
-def cost(chosen: Chosen) -> AttentionKernel:
+def cost(chosen: Chosen) -> FusedAttention:
     """Return what decides how much the kernel computes."""
     assert chosen.implementation is not None
-    return AttentionKernel(share=chosen.share, gradient=kernel_facts()[chosen.implementation]["gradient"])
+    return FusedAttention(share=chosen.share, gradient=kernel_facts()[chosen.implementation]["gradient"])
 
 
 def _why_not(kernel: str, equation: Equation, call: AttentionCall) -> str | None:
