@@ -72,6 +72,7 @@ class Pricer:
         self._worked: dict[object, tuple[Worked, object]] = {}
         products = self.profile.products
         runs = self.profile.steps.runs[products.equation]
+        # The gradient of a product for one operand is a product of as many flops.
         self.flops = float((products.flops * runs * (1.0 + products.gradients)).sum())
 
     def price(self, candidate: Candidate) -> Estimate:
@@ -256,7 +257,10 @@ def _remembered(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
 def _optimizer_bytes(
     memory: Mapping[str, float], table: Profile, slot_bytes: float, gradient_bytes: float | None
 ) -> float:
-    """Return what one optimizer step reads and writes: moments both ways, gradients, parameters twice."""
+    """Return the bytes that an optimizer's step moves: moments and parameters both ways, gradients one way.
+
+    Of the parameters that a device updates: as many as it has moments of, or all that it has without any.
+    """
     item = float((table.parameters.item_bytes * table.parameters.elements).sum())
     item /= max(float(table.parameters.elements.sum()), 1.0)
     gradient = item if gradient_bytes is None else gradient_bytes

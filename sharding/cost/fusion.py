@@ -161,7 +161,11 @@ def fuse(flat: Flat) -> Groups:
 def _edges(
     flat: Flat, root: int, group: list[int], consumers: dict[int, set[int]]
 ) -> list[tuple[int, float, float]]:
-    """Return (value, times moved forward, times moved backward) of one kernel."""
+    """Return (value, times moved forward, times moved backward) of one kernel.
+
+    Forward, what comes in is read and what others read is written. Backward, the gradient of what went out is
+    read and that of what came in is written; unless the kernel is linear, what came in is read once more.
+    """
     made = {i for n in group for i in flat.ops[n].outs}
     linear = all(is_linear(flat, flat.ops[n]) for n in group)
     looks_up = any(factor.kind == "index" for n in group for factor in flat.ops[n].equation.factors)
@@ -170,6 +174,7 @@ def _edges(
         op = flat.ops[number]
         for place, index in enumerate(op.ins):
             value = flat.values[index]
+            # Looking rows up does not read the table, only as many rows as it gives.
             if index in made or value.elements <= 1 or (looks_up and place == 0):
                 continue
             edges[index] = (

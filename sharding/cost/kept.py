@@ -87,6 +87,7 @@ class Saved:
                 inside = inside | mask
                 host = host | mask if place == "host" else host
         device = np.where(self.layers, inside, everything)
+        # What gradients of single operations read is there, kept or made again.
         needed = self.by_policy["none"] & self.layers
         if fused_attention:
             needed = needed & ~self.core

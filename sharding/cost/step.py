@@ -83,7 +83,10 @@ class Offload:
 def offload(
     table: Profile, placement: Placement, kept: Residuals, chip: Chip, calibration: Calibration
 ) -> Offload:
-    """Return how long what is kept on the host takes to go there and come back in one microbatch."""
+    """Return how long what is kept on the host takes to go there and come back in one microbatch.
+
+    The devices of a chip share its link; each reads from its own memory what it sends, and writes what comes.
+    """
     if not kept.host.any():
         return Offload()
     rate = chip.host_link_bytes_per_second_per_chip
