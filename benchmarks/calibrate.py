@@ -120,7 +120,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--runs", type=csv_file, required=True, help="training runs, one a row")
     parser.add_argument("--sweeps", type=csv_file, required=True, help="many layouts of a model and cluster")
     parser.add_argument("--only", default="")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=30)
     given = parser.parse_args(arguments)
     runs = [run for path in (given.runs, given.sweeps) for run in load(path)[0]]
     base, tables = read(SHIPPED)

@@ -82,14 +82,13 @@ def error(runs: Sequence[Measured], record: Framework) -> float:
 
 
 def calibrate(
-    runs: Sequence[Measured], start: Framework, names: Iterable[str] | None = None, rounds: int = 12
+    runs: Sequence[Measured], start: Framework, names: Iterable[str] | None = None, rounds: int = 30
 ) -> Framework:
     """Return `start` with the fields `names` fitted to `runs`, together, in their logarithms.
 
     What is known beforehand (`start`, as loosely as a share of each field's range) counts like a few runs, so
     that few runs move only what they tell apart. The runs' errors are of logarithms and absolute, and gross
-    ones fade out: a run that went wrong pulls less than any other. `rounds` is the most times that slopes are
-    taken.
+    ones fade out: a run that went wrong pulls less than any other. At most `rounds` points are tried.
     """
     chosen = list(RANGES if names is None else names)
     low, high = np.log(np.array([RANGES[name] for name in chosen]).T)
@@ -129,7 +128,9 @@ def calibrate(
         found[1, : len(runs)] = weights / _NOISE / (np.maximum(size, _LEAST) * (1.0 + size / _GROSS))
         return found
 
-    fitted = least_squares(wrong, known, slopes, (low, high), loss=loss, max_nfev=rounds, ftol=1e-3)
+    fitted = least_squares(
+        wrong, known, slopes, (low, high), loss=loss, x_scale="jac", max_nfev=rounds, ftol=1e-3
+    )
     return record(fitted.x)
 
 
