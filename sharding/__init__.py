@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .api import declare as declare
     from .api import plan as plan
     from .errors import UserError as UserError
+    from .hardware.chip import Chip as Chip
     from .hardware.mesh import make_mesh as make_mesh
-    from .hardware.topology import Chip as Chip
     from .hardware.topology import Topology as Topology
     from .report.picture import picture as picture
     from .rules.rules import DEFAULT_RULES as DEFAULT_RULES
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Name → module that defines it. Loaded on first use, so that `import meshwright.sharding` costs nothing.
 _HOMES = {
-    "Chip": "hardware.topology",
+    "Chip": "hardware.chip",
     "Plan": "api",
     "declare": "api",
     "plan": "api",

@@ -1,4 +1,4 @@
-"""Which device stands where in a mesh, as pure arithmetic on a topology."""
+"""Positions of a topology's devices in a mesh: arithmetic on the topology alone, no device is touched."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ _NEIGHBOURS = ("stage", "context")
 
 
 def arrange(axes: Mapping[str, int], topology: Topology) -> np.ndarray:
-    """Return which device stands where in the mesh: positions (`devices.by_position`) [*axis sizes].
+    """Return the position (as `attached.by_position` counts them) of each device of a mesh: [*axis sizes].
 
-    Slices are split over the lightest axes. Inside one, a torus gives each axis, from the heaviest on, whole
-    torus axes where it can. An axis that passes blocks from neighbour to neighbour walks them one hop at a
-    time; one that gathers and reduces counts through them like digits. Elsewhere the heaviest axis runs over
-    consecutive devices: inside a host, then inside the NVLink domain.
+    Slices are split over the axes with the lightest traffic. Inside a slice of a torus each axis, from the
+    heaviest on, gets whole torus axes where its size allows. Members of an axis that sends to neighbours
+    (`_NEIGHBOURS`) follow one another one hop apart; those of an axis that gathers and reduces count through
+    the torus axes like the digits of a number. Without a torus the heaviest axis runs over consecutive
+    devices: inside a host, then inside the NVLink domain.
+
+    >>> arrange({"data": 2, "tensor": 4}, Topology.parse("h100:8")).tolist()
+    [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+    Args:
+      axes: axis → size; one may be -1.
+      topology: the devices.
 
     Raises:
       UserError: the axes do not fit the topology.
@@ -65,7 +73,11 @@ def _consecutive(sizes: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """A chip as `mesh_utils` looks at it; without a kind, so that every torus goes the general way."""
+    """The attributes that `mesh_utils` reads of a device.
+
+    `device_kind` is empty so that `mesh_utils` applies its general assignment, and not the one that it has
+    for some shapes of some chips.
+    """
 
     id: int
     coords: tuple[int, ...]
@@ -79,15 +91,15 @@ def _torus_positions(names: Sequence[str], sizes: Sequence[int], topology: Topol
     from jax.experimental import mesh_utils
 
     cores = topology.chip.devices_per_chip
-    # The link between the cores of a chip is the fastest: it goes inside the heaviest axis that it divides.
+    # The link between the cores of a chip is the fastest: the heaviest axis that it divides gets it.
     inside = max((i for i, size in enumerate(sizes) if size % cores == 0), default=len(sizes) - 1)
     chip_sizes = [size // cores if i == inside else size for i, size in enumerate(sizes)]
     shape = topology.shape + (1,) * (3 - len(topology.shape))
     places = [_Place(id=i, coords=coords) for i, coords in enumerate(np.ndindex(*shape))]
     laid = mesh_utils.create_device_mesh(chip_sizes, places, allow_split_physical_axes=True)
     chips = np.vectorize(lambda place: place.id, otypes=[int])(laid)
-    # XLA knows an all-gather over several torus axes by members that count like digits, and drives the links
-    # of all of them; in any other order it fills with zeros and all-reduces, for four times the wire bytes.
+    # XLA recognises an all-gather over several torus axes if its members count like digits, and then sends
+    # over the links of all of them. In another order it pads with zeros and all-reduces: four times the bytes.
     for axis, name in enumerate(names):
         order = _snake if name in _NEIGHBOURS else _count
         chips = np.take(chips, order(chips, axis, shape), axis=axis)
@@ -96,9 +108,9 @@ def _torus_positions(names: Sequence[str], sizes: Sequence[int], topology: Topol
 
 
 def _count(chips: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the order along `axis` that counts through its torus axes, two alike being the major ones.
+    """Return the order along `axis` that counts through its torus axes, two of equal size first.
 
-    XLA has a reduce-scatter over a plane of two torus axes that are alike (`sharding.xla.reduction`).
+    XLA has a reduce-scatter over a plane of two torus axes of equal size (`sharding.xla.reduction`).
     """
     where = np.stack(np.unravel_index(_line(chips, axis), shape))
     extents = [len(np.unique(row)) for row in where]
@@ -112,10 +124,10 @@ def _line(chips: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _snake(chips: np.ndarray, axis: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the order along `axis` in which the walk turns at the torus' edges rather than jumping back.
+    """Return the order along `axis` that turns round at each edge of the torus instead of starting again.
 
-    mesh_utils counts through the torus axes that a mesh axis covers like digits; neighbours along the mesh
-    axis, which exchange blocks in a ring or a pipeline, would be far apart at each carry.
+    `mesh_utils` counts through the torus axes of a mesh axis like digits. At each carry, neighbours along the
+    mesh axis, which exchange blocks in a ring or a pipeline, would then be far apart.
     """
     line = _line(chips, axis)
     rank = np.zeros(len(line), int)

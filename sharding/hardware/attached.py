@@ -1,8 +1,8 @@
-"""Which accelerators this machine shows, and quiet from the plugins of those that it has not.
+"""Devices that JAX has attached: their kind, their order, and the plugins of accelerators that are absent.
 
 JAX starts every plugin that is installed, in every process. On a machine that only compiles, the CUDA plugin
-finds no cuDNN and logs a traceback, and libtpu complains that nobody told it which machine of a slice it is
-on, though nothing is wrong: only a device needs these.
+finds no cuDNN and logs a traceback, and libtpu warns that it does not know which host of a slice it runs on.
+Neither matters without a device.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import os
 import pathlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
 from .chip import Chip, chip_of_device_kind
-from .topology import Topology
 
 _ROOT = pathlib.Path("/")
 
@@ -28,9 +28,9 @@ _TEGRA = ("dev/nvhost-*", "dev/nvmap")
 _NVIDIA = ("proc/driver/nvidia/gpus/*", "dev/nvidia[0-9]*", "dev/nvidiactl", "dev/dxg", *_TEGRA)
 _SIGNS = {"gpu": _NVIDIA, "tpu": ("dev/accel*", "dev/vfio/[0-9]*"), "rocm": ("dev/kfd",)}
 
-# What spares a process the plugin of an absent device, by kind: variables that are read when JAX first looks
-# for devices. The CUDA plugin then does not check its libraries. libtpu asks nobody where it is, leaves no
-# log file, and is loaded by several processes at once; else each is taken for the one that drives the chips.
+# Variables that quiet the plugin of an absent device, by kind; they are read when JAX first looks for
+# devices. The CUDA plugin then does not check its libraries. libtpu does not query a metadata server, writes
+# no log file, and lets several processes load it; by default it takes each for the one that drives the chips.
 _QUIET = {
     "gpu": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
     "tpu": {
@@ -49,9 +49,10 @@ def attached_accelerators() -> tuple[str, ...]:
 
 
 def quiet_absent() -> None:
-    """Keep the plugins of absent accelerators quiet; variables that are set stay as they are.
+    """Set the environment variables that quiet the plugins of absent accelerators.
 
-    Where there is such an accelerator nothing is set for it: there what the plugin says is of use.
+    Variables that are set already keep their values, and nothing is set for an accelerator that is attached:
+    there the plugin's messages are of use.
     """
     attached = attached_accelerators()
     for kind, variables in _QUIET.items():
@@ -59,8 +60,26 @@ def quiet_absent() -> None:
             os.environ.setdefault(name, value)
 
 
-def topology_of(devices: Sequence[Any]) -> Topology:
-    """Return the topology that `devices` form; see `Topology.of`."""
+@dataclass(frozen=True, kw_only=True)
+class Wiring:
+    """What devices say of themselves: their chip, the shape they form and the hosts they are on.
+
+    `shape` is chips along each torus axis of one slice, or (hosts, devices of a host); `num_hosts` counts
+    the hosts of all slices.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+    num_slices: int
+    num_hosts: int
+
+
+def wiring_of(devices: Sequence[Any]) -> Wiring:
+    """Return how `devices`, JAX's or those that a compiler describes, are wired.
+
+    Raises:
+      UserError: there are none, they are of several kinds, or they do not fill a whole shape.
+    """
     if not devices:
         raise UserError("there are no devices to form a topology; attach one, or set JAX_NUM_CPU_DEVICES")
     kinds = sorted({device.device_kind for device in devices})
@@ -70,7 +89,7 @@ def topology_of(devices: Sequence[Any]) -> Topology:
         )
     chip = chip_of_device_kind(kinds[0], devices[0].platform)
     if chip.torus_dims:
-        return _torus_of(chip, devices)
+        return _torus(chip, devices)
     per_host = Counter(_host_of(device, chip) for device in devices)
     if len(set(per_host.values())) > 1:
         sizes = ", ".join(str(count) for _, count in sorted(per_host.items()))
@@ -78,17 +97,17 @@ def topology_of(devices: Sequence[Any]) -> Topology:
             f"hosts with unequal numbers of {chip.name} devices ({sizes}) do not form one topology; "
             f"use {min(per_host.values())} on each"
         )
-    return Topology(chip=chip, shape=(len(per_host), next(iter(per_host.values()))))
+    hosts = len(per_host)
+    return Wiring(chip=chip, shape=(hosts, next(iter(per_host.values()))), num_slices=1, num_hosts=hosts)
 
 
-def by_position(devices: Sequence[Any], topology: Topology) -> np.ndarray:
-    """Return `devices` in the order of the topology's positions: an object array [devices].
+def by_position(devices: Sequence[Any], chip: Chip) -> np.ndarray:
+    """Return `devices`, all of kind `chip`, ordered by a topology's positions: an object array [devices].
 
     Positions count through slices, then torus coordinates (the last axis fastest), then a chip's cores; or
     through hosts (those of one fast domain together), then a host's devices.
     """
-    chip = topology.chip
-    if not topology.is_torus:
+    if not chip.torus_dims:
         ordered = sorted(
             devices, key=lambda device: (*_host_of(device, chip), device.process_index, device.id)
         )
@@ -103,7 +122,7 @@ def by_position(devices: Sequence[Any], topology: Topology) -> np.ndarray:
 
 
 def _host_of(device: Any, chip: Chip) -> tuple[int, int]:
-    """Return what tells a device's host from others, ordered so that hosts of one fast domain are neighbours.
+    """Return a key of a device's host, ordered so that hosts of one fast domain are neighbours.
 
     Several processes may share a host of GPUs (one each, under Slurm or MPI); XLA then gives their devices
     the `slice_index` of the machine, or of the NVLink rack, whose hosts the process index tells apart.
@@ -123,7 +142,7 @@ def _slice_of(device: Any) -> int:
     return getattr(device, "slice_index", None) or 0
 
 
-def _torus_of(chip: Chip, devices: Sequence[Any]) -> Topology:
+def _torus(chip: Chip, devices: Sequence[Any]) -> Wiring:
     slices: dict[int, list[Any]] = defaultdict(list)
     for device in devices:
         slices[_slice_of(device)].append(device)
@@ -131,13 +150,8 @@ def _torus_of(chip: Chip, devices: Sequence[Any]) -> Topology:
     if len(shapes) > 1:
         shown = ", ".join("x".join(map(str, shape)) for shape in sorted(shapes))
         raise UserError(f"{chip.name} slices of shapes {shown} do not form one topology; use equal ones")
-    shape = shapes.pop()
     hosts = len({(_slice_of(device), device.process_index) for device in devices})
-    derived = Topology(chip=chip, shape=shape, num_slices=len(slices))
-    if derived.num_hosts == hosts:
-        return derived
-    hosts_per_slice = max(1, hosts // len(slices))
-    return Topology(chip=chip, shape=shape, num_slices=len(slices), hosts_per_slice=hosts_per_slice)
+    return Wiring(chip=chip, shape=shapes.pop(), num_slices=len(slices), num_hosts=hosts)
 
 
 def _extent(chip: Chip, members: Sequence[Any]) -> tuple[int, ...]:

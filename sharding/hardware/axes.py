@@ -1,4 +1,4 @@
-"""The axes a mesh may have, and their sizes."""
+"""Axes that a mesh may have, in the order of their traffic, and the check of their sizes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
 
 
 def resolve_axes(axes: Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """Return `axes` with the one size of -1, if any, replaced by what is left of `num_devices`.
+    """Return `axes` with a size of -1, of which there may be one, replaced by what `num_devices` leaves.
 
     >>> resolve_axes({"data": 2, "fsdp": -1}, 8)
     {'data': 2, 'fsdp': 4}
 
     Raises:
-      UserError: an axis is not in `AXES`, a size is none, two are -1, or the product is not `num_devices`.
+      UserError: an axis is not in `AXES`, a size is not a whole number from 1 (or -1), two are -1, or the
+        product is not `num_devices`.
     """
     sizes = dict(axes)
     if not sizes:

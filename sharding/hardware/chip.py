@@ -1,4 +1,4 @@
-"""What a chip can do: the facts of `chips.toml` as records."""
+"""Chips: peak rates, memory, links and the slices they come in, read from `chips.toml`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Chip:
     aliases: tuple[str, ...] = ()
     devices_per_chip: int = 1
     nominal: bool = False
-    """True where the figures are of no real part, so that utilisation means nothing."""
+    """True where the figures describe no real chip, so that utilisation means nothing."""
 
     peak_bf16_flops: float | None = None
     peak_fp8_flops: float | None = None
@@ -44,24 +44,24 @@ class Chip:
     measured_matmul_fp8_flops: float | None = None
     hbm_bytes: int | None = None
     memory_share: float = 1.0
-    """Of hbm_bytes, what JAX lets programs have by default."""
+    """Share of hbm_bytes that JAX lets programs have by default."""
     hbm_bytes_per_second: float | None = None
     vmem_bytes: int | None = None
     kernel_vmem_bytes: int | None = None
-    """What one kernel gets of it unless a compiler option says otherwise."""
+    """Part of vmem_bytes that one kernel gets unless a compiler option says otherwise."""
     attention_kernel: str | None = None
     """What carries out attention on it, of `ops/kernels.toml`; None leaves it to XLA."""
     lanes: int = 1
-    """Elements of the rows of tiles that arrays lie in; a shorter last axis is padded to them."""
+    """Elements in a row of the tiles that arrays are stored in; a shorter last axis is padded to them."""
     clock_hz: float | None = None
-    """Of one core, in which the compiler counts its cycles; two cores of a megacore work at once."""
+    """Clock of one core, in whose cycles the compiler counts; the two cores of a megacore work at once."""
 
     fabric: str = "host"
     """``torus``, ``switch``, ``full_mesh``, ``shared_memory``, or ``host`` when not known."""
     link_bytes_per_second: float | None = None
     links_per_chip: int | None = None
     core_link_bytes_per_second: float | None = None
-    """Between the devices of one chip, where a chip has several."""
+    """One way, between the devices of one chip, where a chip has several."""
     domain_chips: int | None = None
     """Chips that reach each other over the fast fabric; None on a torus, where it is the slice."""
     chips_per_host: int | None = None
@@ -92,20 +92,26 @@ class Chip:
 
     @property
     def usable_bytes(self) -> float:
-        """Of a device's memory, what a program may have; infinite where that is not known."""
+        """Bytes of a device's memory that a program may have; infinite where that is not known."""
         return math.inf if self.hbm_bytes is None else self.hbm_bytes * self.memory_share
 
     @property
     def fabric_bytes_per_second_per_chip(self) -> float | None:
-        """One way, all of a chip's fast links together."""
+        """Bytes a second, one way, over all of a chip's fast links together; None where not known."""
         if self.link_bytes_per_second is None or self.links_per_chip is None:
             return None
         return self.link_bytes_per_second * self.links_per_chip
 
     def peak_flops(self, dtype: str) -> float | None:
-        """Return the matmul peak of one JAX device in operands of `dtype` (a NumPy or JAX dtype name).
+        """Return the peak flops a second of one JAX device's matrix products on operands of `dtype`.
 
-        None where the chip has no figure for it; a dtype this library has no column for is a `KeyError`.
+        `dtype` is the name of a NumPy or JAX dtype. None where the chip has no figure for it.
+
+        >>> chip_named("v5p").peak_flops("bfloat16")
+        459000000000000.0
+
+        Raises:
+          KeyError: no chip has figures for such a dtype.
         """
         return getattr(self, f"peak_{_PEAK_COLUMN[str(dtype)]}_flops")
 
@@ -145,10 +151,13 @@ def chips() -> Mapping[str, Chip]:
 
 
 def chip_named(name: str) -> Chip:
-    """Return the chip called `name` (or an alias of it).
+    """Return the chip called `name`, or of which `name` is an alias.
+
+    >>> chip_named("h100").domain_chips
+    8
 
     Raises:
-      UserError: there is none; names the nearest.
+      UserError: there is no such chip; names the nearest.
     """
     known = chips()
     if name in known:
@@ -162,7 +171,8 @@ def chip_named(name: str) -> Chip:
 def chip_of_device_kind(device_kind: str, platform: str) -> Chip:
     """Return the chip whose devices JAX calls `device_kind`.
 
-    A device that `chips.toml` does not list still runs: it gets a record without figures, named for its kind.
+    A kind that `chips.toml` does not list gets a chip without figures, named after the kind: one can train on
+    it, and not plan for it.
     """
     for chip in chips().values():
         if device_kind.casefold() in (kind.casefold() for kind in chip.device_kinds):

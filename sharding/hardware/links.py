@@ -1,4 +1,4 @@
-"""What the traffic of each mesh axis crosses: hosts, fast-fabric domains, slices. No device is touched."""
+"""Links that the traffic of each mesh axis crosses: between hosts, fast-fabric domains, slices."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """What the traffic along one mesh axis crosses."""
+    """What the traffic along one mesh axis crosses; a group is the devices that differ in that axis alone."""
 
     size: int
     hosts: bool
-    """Some of its groups lie on several hosts."""
+    """Whether a group spans several hosts."""
     domains: bool
-    """Some leave the fast fabric: the TPU slice, the NVLink domain, the host."""
+    """Whether a group spans several domains of the fast fabric: TPU slices, NVLink domains or hosts."""
     slices: bool
-    """Some leave the TPU slice."""
+    """Whether a group spans several TPU slices."""
     extent: tuple[int, ...]
-    """Chips that a group touches along each torus axis (1: none of it); empty where there is no torus."""
+    """Chips of a group along each torus axis (1: it does not extend along it); empty without a torus."""
     whole: tuple[bool, ...]
-    """For each torus axis, whether a group touches all of it, so that a wraparound link closes a ring."""
+    """For each torus axis, whether a group spans all of it, so that a wraparound link closes a ring."""
 
     @property
     def link(self) -> Literal["none", "chip", "fabric", "network"]:
-        """The slowest link it needs: inside a chip, the fast fabric (ICI, NVLink), or the network."""
+        """The slowest link of the axis: inside a chip, the fast fabric (ICI, NVLink), or the network."""
         if self.size == 1:
             return "none"
         if self.domains:
@@ -43,7 +43,9 @@ class Reach:
 
 
 def reaches(axes: Mapping[str, int], topology: Topology) -> Mapping[str, Reach]:
-    """Return, for each mesh axis laid over `topology`, what its traffic crosses. Pure: no device is touched.
+    """Return what the traffic of each mesh axis crosses when `axes` are laid over `topology`.
+
+    No device is touched.
 
     >>> reach = reaches({"data": 2, "tensor": 8}, Topology.parse("h100:2x8"))
     >>> reach["tensor"].link, reach["data"].link
@@ -75,7 +77,10 @@ def _differ(groups: np.ndarray) -> bool:
 
 
 def homes(topology: Topology) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
-    """Return for every position its host, its fast-fabric domain, and its coordinate on each torus axis."""
+    """Return for every position its host, its fast-fabric domain, and its coordinate on each torus axis.
+
+    The arrays are [devices]; there are no coordinates without a torus.
+    """
     positions = np.arange(topology.num_devices)
     domain = positions // topology.devices_per_domain
     if not topology.is_torus:
@@ -89,7 +94,7 @@ def homes(topology: Topology) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray,
 
 
 def describe(axes: Mapping[str, int], topology: Topology) -> str:
-    """Say in one line for each axis longer than 1 which links it runs over.
+    """Return one line for each axis longer than 1 that names the links it runs over.
 
     >>> print(describe({"data": 2, "fsdp": 32, "tensor": 4}, Topology.parse("2*v5p:4x4x8")))
     data=2: data-centre network, across slices

@@ -1,4 +1,4 @@
-"""Named axes over a topology's devices, the heaviest axis on the fastest links."""
+"""JAX meshes over a topology's devices, the axis with the heaviest traffic on the fastest links."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .arrange import arrange as arrange
-from .axes import AXES as AXES
-from .axes import resolve_axes as resolve_axes
-from .links import Reach as Reach
-from .links import describe as describe
-from .links import reaches as reaches
+from .arrange import arrange
+from .attached import by_position
+from .axes import resolve_axes
 from .topology import Topology
 
 if TYPE_CHECKING:
@@ -24,19 +21,21 @@ def make_mesh(
     *,
     devices: Sequence[Any] | None = None,
 ) -> jax.sharding.Mesh:
-    """Lay named axes over devices so that heavier traffic gets faster links.
+    """Return a mesh of named axes over devices, heavier traffic on faster links.
+
+    >>> dict(make_mesh({"data": 2, "fsdp": -1}, "cpu:8").shape)
+    {'data': 2, 'fsdp': 4}
 
     Args:
-      axes: axis → size, in the order the mesh shall have them; one may be -1 and absorb the rest.
-      topology: where to lay them; what JAX has attached if not given.
-      devices: the devices to use instead of the attached ones, such as those the compiler describes.
+      axes: axis → number of devices along it, in the order the mesh is to have them; one may be -1, which
+        takes what the others leave.
+      topology: the topology to lay them over, or its text; that of the attached devices if not given.
+      devices: devices to use instead of the attached ones, such as those that a compiler describes.
 
     Raises:
       UserError: the axes do not fit (`resolve_axes`), or the devices are not those of the topology.
     """
     from jax.sharding import AxisType, Mesh
-
-    from .attached import by_position
 
     wanted = None if topology is None else Topology.parse(topology)
     if devices is None:
@@ -47,5 +46,5 @@ def make_mesh(
     if wanted is not None and not wanted.is_met_by(found):
         raise UserError(f"the devices given are {found}, not {wanted}; give those of {wanted}")
     sizes = resolve_axes(axes, found.num_devices)
-    laid = by_position(devices, found)[arrange(sizes, found)]
+    laid = by_position(devices, found.chip)[arrange(sizes, found)]
     return Mesh(laid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))

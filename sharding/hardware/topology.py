@@ -1,16 +1,16 @@
-"""Which devices there are and how they are wired: attached, simulated, or only described by a string."""
+"""Topologies: devices and their wiring, attached, simulated or described by a text such as ``v5p:4x4x8``."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UserError
-from .chip import Chip as Chip
-from .chip import chip_named, chips
+from .attached import wiring_of
+from .chip import Chip, chip_named, chips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,9 @@ class Topology:
         One size alone, as in ``cpu:8`` or ``h100:8``, is the devices of a single host. A Topology is returned
         as it is.
 
+        >>> Topology.parse("h100:16x8").num_hosts
+        16
+
         Raises:
           UserError: the text is malformed, the chip unknown, or there is no such slice; names the nearest.
         """
@@ -69,9 +72,11 @@ class Topology:
         Raises:
           UserError: they are of several kinds or do not form a whole.
         """
-        from .attached import topology_of
-
-        return topology_of(devices)
+        seen = wiring_of(devices)
+        usual = Topology(chip=seen.chip, shape=seen.shape, num_slices=seen.num_slices)
+        if usual.num_hosts == seen.num_hosts:
+            return usual
+        return replace(usual, hosts_per_slice=max(1, seen.num_hosts // seen.num_slices))
 
     def __str__(self) -> str:
         shape = self.shape[1:] if not self.is_torus and self.shape[0] == 1 else self.shape
@@ -147,7 +152,7 @@ class Topology:
         return math.ceil(self.num_devices / self.devices_per_domain)
 
     def is_met_by(self, attached: Topology) -> bool:
-        """Whether `attached` devices are these; simulated ones may be shared out among any processes."""
+        """Whether `attached` has this topology; simulated devices may belong to any number of processes."""
         if self.chip.platform == "cpu" and self.num_hosts == 1:
             return attached.chip.platform == "cpu" and attached.num_devices == self.num_devices
         return str(attached) == str(self)
@@ -155,7 +160,7 @@ class Topology:
     def devices(self) -> list[Any]:
         """Return the real devices of this topology, attached or simulated.
 
-        On one host, part of its devices will do: the first ones are taken.
+        A topology that is part of one host takes the first of its devices.
 
         Raises:
           UserError: other devices are attached; says which.
@@ -217,12 +222,12 @@ def _block(shape: tuple[int, ...], size: int, preferred: tuple[int, ...]) -> tup
 _EXAMPLES = "cpu:8, v5p:4x4x8, 2*v5e:16x16, h100:16x8 (hosts x devices of a host)"
 _WRITTEN = re.compile(r"(?:(?P<slices>\d+)\*)?(?P<chip>[a-z][a-z0-9-]*):(?P<shape>\d+(?:x\d+)*)")
 _CLOUD_NAME = re.compile(r"(?P<chip>[a-z][a-z0-9]*)-(?P<count>\d+)")
-# Google's own names count TensorCores on these chips and chips on the others.
+# Cloud names such as ``v4-32`` count TensorCores on these chips, and chips on the others.
 _COUNTED_IN_CORES = ("v4", "v5p", "tpu7x")
 
 
 def read(text: str) -> Topology:
-    """Return the topology that `text` describes; see `Topology.parse`."""
+    """Return the topology that `text` describes, as `Topology.parse` does."""
     cleaned = "".join(str(text).split()).casefold()
     match = _WRITTEN.fullmatch(cleaned)
     if match is None:
@@ -315,7 +320,7 @@ def _nearest_slice(chip: Chip, shape: tuple[int, ...]) -> tuple[int, ...]:
     if chip.cube is not None:
         cubes = [max(chip.cube, round(n / chip.cube) * chip.cube) for n in wanted]
         while chip.max_slice_chips is not None and math.prod(cubes) > chip.max_slice_chips:
-            # A hundredth of an axis at a time, so that an absurd size costs no absurd time.
+            # By a hundredth of the axis at a time: the time must not grow with the size that was written.
             longest = cubes.index(max(cubes))
             cubes[longest] -= max(chip.cube, cubes[longest] // 100 // chip.cube * chip.cube)
         candidates.append(tuple(sorted(cubes)))

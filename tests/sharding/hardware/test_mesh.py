@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from meshwright.sharding import Topology, UserError, make_mesh
-from meshwright.sharding.hardware.mesh import arrange, describe, reaches, resolve_axes
+from meshwright.sharding.hardware.arrange import arrange
+from meshwright.sharding.hardware.attached import by_position
+from meshwright.sharding.hardware.axes import resolve_axes
+from meshwright.sharding.hardware.links import describe, reaches
 
 EVERY_KIND = [
     ("cpu:2x4", {"data": 2, "tensor": 4}),
@@ -154,8 +157,6 @@ def test_mesh_over_other_devices_than_asked():
 
 
 def test_real_devices_are_found_by_what_they_say_of_themselves():
-    from meshwright.sharding.hardware.attached import by_position
-
     def device(index, process, machine):
         return SimpleNamespace(id=index, process_index=process, slice_index=machine, platform="gpu",
                                device_kind="NVIDIA H100 80GB HBM3")  # fmt: skip
@@ -163,7 +164,7 @@ def test_real_devices_are_found_by_what_they_say_of_themselves():
     # Ranks handed out round-robin: consecutive ids lie on different machines.
     scattered = [device(i, i, i % 2) for i in range(16)]
     topology = Topology.of(scattered)
-    laid = by_position(scattered, topology)[arrange({"data": 2, "tensor": 8}, topology)]
+    laid = by_position(scattered, topology.chip)[arrange({"data": 2, "tensor": 8}, topology)]
     assert {member.slice_index for member in laid[0]} == {0}
     assert {member.slice_index for member in laid[1]} == {1}
 
