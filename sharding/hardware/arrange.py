@@ -99,7 +99,7 @@ def _torus_positions(names: Sequence[str], sizes: Sequence[int], topology: Topol
     laid = mesh_utils.create_device_mesh(chip_sizes, places, allow_split_physical_axes=True)
     chips = np.vectorize(lambda place: place.id, otypes=[int])(laid)
     # XLA recognises an all-gather over several torus axes if its members count like digits, and then sends
-    # over the links of all of them. In another order it pads with zeros and all-reduces: four times the bytes.
+    # over the links of all of them. In another order it pads with zeros and all-reduces, 4 times the bytes.
     for axis, name in enumerate(names):
         order = _snake if name in _NEIGHBOURS else _count
         chips = np.take(chips, order(chips, axis, shape), axis=axis)

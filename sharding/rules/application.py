@@ -1,4 +1,4 @@
-"""Applying rules to the arrays of a tree on one mesh: what matches, what yields, what fails."""
+"""Rules applied to the arrays of a tree on one mesh: PartitionSpecs, and notes where a default yielded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 Axes = tuple[str, ...]
 Names = tuple[str | None, ...]
 
-# Dimensions of the data: in no parameter, and left whole they would repeat the same work on every device.
+# Dimensions of the data alone. A default for one of them does not yield: left whole, the dimension would have
+# every device repeat the same work.
 _OF_DATA = ("batch", "sequence")
 
 
@@ -26,7 +27,7 @@ def is_pattern(key: str) -> bool:
 
 
 def mentioned(rule: Iterable[Any]) -> list[str]:
-    """Return every axis of a checked rule, once for each time it is mentioned."""
+    """Return the axes that a checked rule mentions, repeated as often as it mentions them."""
     return [axis for entry in rule for axis in ((entry,) if isinstance(entry, str) else entry)]
 
 
@@ -36,7 +37,11 @@ def axis_sizes(mesh: Any) -> dict[str, int]:
 
 
 class Application:
-    """Rules on one mesh; remembers which patterns matched and what yielded."""
+    """Rules on one mesh, with a record of the patterns that matched and of the defaults that yielded.
+
+    Raises:
+      UserError: on construction, if a declared rule names an axis that the mesh does not have.
+    """
 
     def __init__(self, declared: Mapping[str, Any], defaults: Mapping[str, Axes], mesh: Any) -> None:
         self._declared, self._defaults, self._sizes = declared, defaults, axis_sizes(mesh)
@@ -73,7 +78,7 @@ class Application:
         return _spec(self._by_name(leaf, names))
 
     def notes(self) -> list[str]:
-        """Return a sentence for each way in which something stayed whole, with the arrays it happened to."""
+        """Return a sentence for each reason why something stayed whole, with the arrays that it concerns."""
         return [
             f"{what} stays whole in {_listed(paths)}: {why}"
             if paths != [""]
@@ -84,7 +89,7 @@ class Application:
     def _leaf(self, leaf: Leaf, names: Names | None) -> PartitionSpec:
         pattern = self._pattern(leaf.path)
         if math.prod(leaf.shape) == 1 and (leaf.in_record or not leaf.shape):
-            # A counter, or the stand-in that some optimizers keep for a parameter they do not track.
+            # A counter, or the placeholder that some optimizers keep for a parameter that they do not track.
             return _spec([])
         fits = names is not None and len(names) == len(leaf.shape)
         labels = names if names is not None and fits else (None,) * len(leaf.shape)
@@ -95,7 +100,7 @@ class Application:
         return _spec(self._by_name(leaf, labels))
 
     def _pattern(self, path: str) -> str | None:
-        """Return the pattern that decides for `path`, if any."""
+        """Return the pattern that applies to `path`, if any."""
         matching = [key for key in self._declared if is_pattern(key) and tree_paths.matches(key, path)]
         self._matched.update(matching)
         if not matching:
@@ -175,7 +180,7 @@ class Application:
     def _check_names(
         self, leaves: list[Leaf], found: list[str | None], known: Mapping[str, Names], partial: bool
     ) -> None:
-        """Every entry of the names tree must name the dimensions of an array."""
+        """Raise UserError if an entry of the names tree names no array, or too few or many dimensions."""
         named: dict[str, list[Leaf]] = {key: [] for key in known}
         for leaf, key in zip(leaves, found, strict=True):
             if key is not None:

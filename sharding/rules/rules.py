@@ -1,4 +1,4 @@
-"""From what a user declares, dimension or parameter → mesh axes, to the sharding of every array."""
+"""Rules: what a user declares about which mesh axes shard a named dimension or a parameter."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ DIMENSIONS = (
 
 @dataclass(frozen=True)
 class Rules:
-    """Which mesh axes shard what.
+    """Mesh axes for named dimensions and for parameters.
 
     A key of `declared` is a named dimension (``embed``), or a pattern over parameter paths if it holds ``/``
-    or ``*`` (``embed/table``, ``*/bias``). A dimension's value is an axis, a list of axes, or None for whole.
-    A pattern's value is a list with one such entry for each dimension, the rest whole, or None. A pattern
-    beats the dimensions; of two patterns the one without wildcards wins, then the longer. A pattern matches a
-    whole path or the end of one, so that optimizer states follow their parameters.
+    or ``*`` (``embed/table``, ``*/bias``). A dimension's value is an axis, a list of axes (the major one
+    first), or None, which keeps it whole. A pattern's value is None or a list with such an entry for each
+    dimension; those that it leaves out stay whole. A pattern takes precedence over dimensions; of two
+    patterns, one without wildcards does, then the longer. A pattern matches a whole path or the end of one,
+    so that optimizer states follow their parameters.
 
-    `defaults` are dimension rules that yield where they cannot hold: to an axis that the mesh lacks, to a
-    size that does not divide, to an axis that a declared rule uses. `notes` tells where they did.
+    `defaults` are rules for dimensions that yield where they cannot hold: where the mesh has no such axis,
+    where a size is not divisible, and where a declared rule uses the axis. `notes` says where they did.
 
     >>> rules = Rules({"embed": "fsdp", "embed/table": ["tensor", "fsdp"]})
     >>> rules.spec(("embed", "mlp"), (64, 256), {"fsdp": 4, "tensor": 2})
@@ -61,14 +62,14 @@ class Rules:
         """Return a tree like `tree` of PartitionSpecs, without trailing Nones.
 
         Args:
-          tree: any pytree of arrays or of what has their shapes: parameters, optimizer state, both.
+          tree: a pytree of arrays, or of anything with their shapes: parameters, optimizer state or both.
           mesh: a Mesh, or axis → size.
-          names: a tree like the parameters whose leaves are tuples of dimension names, one a dimension.
-          partial: the tree is only part of what the rules are for, so that some may match nothing.
+          names: a tree like the parameters whose leaves are tuples of names, one for each dimension.
+          partial: whether the tree is only a part of what the rules are for, so that some may match nothing.
 
         Raises:
-          UserError: a rule names an axis that the mesh has not, shards an array twice over one axis, does not
-            divide, has more entries than an array dimensions, or matches nothing.
+          UserError: a rule names an axis that the mesh does not have, shards an array twice over one axis,
+            does not divide a size, has more entries than an array has dimensions, or matches nothing.
         """
         return Application(self.declared, self.defaults, mesh).tree(tree, names, partial)
 
@@ -92,7 +93,15 @@ class Rules:
         return Application(self.declared, self.defaults, mesh).array(tuple(shape), tuple(names))
 
     def notes(self, tree: Any, mesh: Any, names: Any = None, *, partial: bool = False) -> list[str]:
-        """Return a sentence for each rule that yielded, with the arrays that stay whole for it."""
+        """Return a sentence for each default that yielded, with the arrays that stay whole because of it.
+
+        Arguments and errors are those of `specs`.
+
+        >>> import numpy as np
+        >>> rules = Rules(defaults={"heads": "tensor"})
+        >>> rules.notes({"bias": np.zeros(6)}, {"tensor": 4}, {"bias": ("heads",)})
+        ['heads=6 stays whole in bias: tensor=4 does not divide it']
+        """
         applied = Application(self.declared, self.defaults, mesh)
         applied.tree(tree, names, partial)
         return applied.notes()
@@ -106,7 +115,7 @@ class Rules:
 
 
 def _checked(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return dimension → axes and pattern → entries, all as tuples; one that could never hold is an error."""
+    """Return dimension → axes and pattern → entries, all as tuples; raise UserError if one can never hold."""
     if not isinstance(mapping, Mapping):
         raise UserError(f"rules are a mapping such as {{embed: fsdp}}, not {mapping!r}")
     checked: dict[str, Any] = {}
