@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...sharding.errors import UserError
 from ...sharding.files import write_whole
 from ...sharding.hlo.replica_groups import MeshAxes, axes_of_groups, axes_of_pairs
-from ...sharding.hlo.text import Instruction, Program, parse_program
+from ...sharding.hlo.text import HloModule, Instruction, parse_hlo
 
 if TYPE_CHECKING:
     import jax
@@ -31,7 +31,7 @@ _MESH = "mesh.json"
 class SavedProgram:
     """A program and the mesh it ran on, as axis name → size in mesh order."""
 
-    program: Program
+    program: HloModule
     mesh: Mapping[str, int]
 
     def axes(self, instruction: Instruction) -> MeshAxes:
@@ -89,7 +89,7 @@ def load_program(directory: str | Path) -> SavedProgram | None:
     try:
         text = gzip.decompress((folder / _TEXT).read_bytes()).decode()
         axes = json.loads((folder / _MESH).read_text())["axes"]
-        return SavedProgram(program=parse_program(text), mesh={str(k): int(v) for k, v in axes.items()})
+        return SavedProgram(program=parse_hlo(text), mesh={str(k): int(v) for k, v in axes.items()})
     except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"the saved program in {folder} is damaged: {error}; capture the profile again"

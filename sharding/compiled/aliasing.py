@@ -1,11 +1,11 @@
-"""Which operand's buffer an instruction may write its result into, as XLA's buffer assignment allows."""
+"""Operands whose buffers an instruction may write its result into, by XLA's rules of buffer assignment."""
 
 from __future__ import annotations
 
 import re
 
 from ..hlo.shapes import leaves, parse_shape
-from ..hlo.text import Instruction, Program
+from ..hlo.text import HloModule, Instruction
 
 _ALIASES = re.compile(r"\{([\d, ]*)\}: \((\d+), \{([\d, ]*)\}")
 _MAY_SHARE = '"aliasing_operands":{"lists":['
@@ -14,19 +14,22 @@ _OUTPUT_ALIASES = re.compile(r"\boutput_to_operand_aliasing=\{(.*?\}\)?)\}(?:,|$
 _ARITHMETIC = frozenset({"add", "subtract", "multiply", "divide", "maximum", "minimum", "negate", "power"})
 _FUNCTIONS = frozenset({"exponential", "tanh", "sqrt", "rsqrt", "log", "abs", "floor", "ceil", "sign"})
 _CHOICES = frozenset({"select", "convert", "compare", "clamp", "and", "or", "not", "xor"})
-# What may write its result over an operand, besides fusions of such.
+# Opcodes that may write their result over an operand; so may fusions of them.
 _ELEMENTWISE = _ARITHMETIC | _FUNCTIONS | _CHOICES | {"all-reduce", "all-reduce-start"}
 
 
-class Sharing:
-    """What the instructions of a program share; `platform` is the compiler's."""
+class Aliasing:
+    """Buffers that instructions of a module may share with operands on a platform, such as ``tpu``."""
 
-    def __init__(self, program: Program, platform: str) -> None:
-        self._program = program
+    def __init__(self, module: HloModule, platform: str) -> None:
+        self._module = module
         self._platform = platform
 
     def of(self, instruction: Instruction, operands: int) -> dict[int, list[tuple[int, bool]]]:
-        """Return output → the operands whose buffer it may take, and whether it does whatever comes."""
+        """Return output → operands whose buffer it may take, first choice first, and whether it always does.
+
+        Outputs and operands are counted in arrays; `operands` is how many arrays the operands have.
+        """
         found: dict[int, list[tuple[int, bool]]] = {}
         if instruction.opcode == "dynamic-update-slice":
             found[0] = [(0, True)]
@@ -48,21 +51,21 @@ class Sharing:
         return found
 
     def _elementwise(self, instruction: Instruction) -> bool:
-        """Whether each element of the result comes of the same elements of operands alone."""
-        inside = self._program.inside(instruction) if instruction.opcode == "fusion" else None
+        """Whether each element of the result depends on the same element of each operand alone."""
+        inside = self._module.inside(instruction) if instruction.opcode == "fusion" else None
         if inside is None:
             return instruction.opcode in _ELEMENTWISE
-        opcodes = {self._program.instructions[name].opcode for name in inside.instructions}
+        opcodes = {self._module.instructions[name].opcode for name in inside.instructions}
         return opcodes <= _ELEMENTWISE | {"parameter", "constant", "bitcast", "broadcast", "tuple"}
 
     def updated(self, instruction: Instruction) -> int | None:
-        """Return the operand that a fusion updates in place, if its root is such an update."""
-        inside = self._program.inside(instruction)
+        """Return the operand that a fusion updates in place, None if its root is not such an update."""
+        inside = self._module.inside(instruction)
         if inside is None or instruction.opcode not in ("fusion", "fusion-start"):
             return None
         name: str | None = inside.root
         while name is not None:
-            inner = self._program.instructions[name]
+            inner = self._module.instructions[name]
             if inner.opcode == "parameter":
                 return int(inner.literal or 0)
             if inner.opcode not in ("bitcast", "dynamic-update-slice", "convert"):

@@ -1,109 +1,111 @@
-"""What is known of a compiled step when its findings are looked for: the program, read once."""
+"""Evidence of a compiled step, from which findings are made: its module, costs, collectives and memory."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ..hardware.topology import Topology
 from ..hlo.frames import nearest_line, user_line
-from ..hlo.loops import Loop
-from ..hlo.shapes import leaves, parse_shape
-from ..hlo.text import Instruction, Program, SourceLine
+from ..hlo.loops import WhileLoop
+from ..hlo.shapes import leaves, parse_shape, total_bytes
+from ..hlo.text import HloModule, Instruction, SourceLine
 from ..plans.record import Record
-from .collectives import Site
+from .collectives import ScheduledCollective
 from .flops import fusion_slices
 from .memory import Memory
-from .roofline import Work
-from .timeline import Turn, item_of
+from .roofline import InstructionCost
+from .timeline import ComputationCost
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """A collective with how often it runs in a step and how much of one run is exposed."""
+class StepCollective:
+    """A collective of a step: how often it runs, and how many seconds of one run are exposed."""
 
-    site: Site
+    collective: ScheduledCollective
     runs: float
     exposed: float
     source: SourceLine | None
 
     @property
     def seconds(self) -> float:
-        """Of all runs, while the links are busy."""
-        return self.site.seconds * self.runs
+        """Seconds for which all runs together occupy their links."""
+        return self.collective.seconds * self.runs
 
     @property
     def exposed_seconds(self) -> float:
-        """Of all runs, what no computing runs beside."""
+        """Seconds of all runs together beside which nothing is computed."""
         return self.exposed * self.runs
-
-    @property
-    def item(self) -> str:
-        """Its name in `Proof.time`."""
-        return item_of(self.site)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """A program, read: its loops, how often each computation runs, its collectives, its memory; and the plan.
+    """A compiled step, and the plan it was compiled from.
 
-    `planned` is None where the program was not compiled from a plan: then only what is wrong by itself is
-    found.
+    Attributes:
+      module: the program.
+      loops: its while loops by the name of their instruction.
+      run_counts: how often each computation runs in a step.
+      costs: what one run of each computation costs.
+      memory: of the schedule.
+      peak_bytes: of a device's memory, by the compiler's own figure where it states one.
+      step_seconds: of one step.
+      planned: None where there is no plan; findings that compare with one are then left out.
     """
 
-    program: Program
-    topology: Topology
-    mesh: Mapping[str, int]
-    loops: Mapping[str, Loop]
-    weights: Mapping[str, float]
-    turns: Mapping[str, Turn]
+    module: HloModule
+    loops: Mapping[str, WhileLoop]
+    run_counts: Mapping[str, float]
+    costs: Mapping[str, ComputationCost]
     memory: Memory
     peak_bytes: float
     step_seconds: float
     planned: Record | None = None
 
     @functools.cached_property
-    def collectives(self) -> tuple[Seen, ...]:
+    def collectives(self) -> tuple[StepCollective, ...]:
         """Every collective of the step, the costliest first."""
         found = [
-            Seen(site=site, runs=runs, exposed=exposed, source=self._line(site))
-            for computation, runs in self.weights.items()
-            if computation in self.turns
-            for site, exposed in self.turns[computation].sites
+            StepCollective(collective=one, runs=runs, exposed=exposed, source=self._line(one))
+            for computation, runs in self.run_counts.items()
+            if computation in self.costs
+            for one, exposed in self.costs[computation].collectives
             if runs
         ]
         return tuple(sorted(found, key=lambda seen: -seen.seconds))
 
-    def _line(self, site: Site) -> SourceLine | None:
-        """Return who asked for a collective: itself, or what it was made of."""
-        inner = user_line(self.program, self.program.instructions[site.inner])
-        return inner or nearest_line(self.program, site.start)
+    def _line(self, collective: ScheduledCollective) -> SourceLine | None:
+        inner = user_line(self.module, self.module.instructions[collective.inner])
+        return inner or nearest_line(self.module, collective.start)
 
     @functools.cached_property
     def users(self) -> Mapping[str, tuple[Instruction, ...]]:
-        """Instruction → those that read it."""
+        """Instructions that read each instruction's result."""
         found: dict[str, list[Instruction]] = {}
-        for instruction in self.program.instructions.values():
+        for instruction in self.module.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
                 found.setdefault(operand, []).append(instruction)
         return {name: tuple(users) for name, users in found.items()}
 
-    def works(self, computation: str) -> Iterable[tuple[str, Work]]:
-        """Return the instructions of a computation that compute, each with what it costs."""
-        return self.turns[computation].works.items() if computation in self.turns else ()
+    def instruction_costs(self) -> Iterator[tuple[str, InstructionCost, float]]:
+        """Yield the instructions that compute: name, cost of one run, runs in a step."""
+        for computation, cost in self.costs.items():
+            if runs := self.run_counts.get(computation):
+                yield from ((name, one, runs) for name, one in cost.instructions.items())
 
-    def hosts(self, computation: str) -> Iterable[tuple[str, float]]:
-        """Return the instructions of a computation that move bytes to or from the host."""
-        return self.turns[computation].hosts.items() if computation in self.turns else ()
+    def host_transfers(self) -> Iterator[tuple[str, float]]:
+        """Yield the instructions that move bytes to or from the host: name, bytes of all runs in a step."""
+        for computation, cost in self.costs.items():
+            if runs := self.run_counts.get(computation):
+                yield from ((name, moved * runs) for name, moved in cost.host_bytes.items())
 
     def share_read(self, name: str, depth: int = 6) -> float | None:
-        """Return which part of an instruction's result is read, None where that cannot be told.
+        """Return the share of an instruction's result that is read, None where that is not known.
 
-        What slices take of it, through views, tuples and fusions; 1 where anything reads it whole.
+        It is what slices take, directly or through views and fusions (as many as `depth` in a row); 1 where
+        an instruction reads all of it.
         """
-        instruction = self.program.instructions[name]
-        whole = sum(array.bytes for array in leaves(parse_shape(instruction.shape)))
+        whole = total_bytes(parse_shape(self.module.instructions[name].shape))
         users = self.users.get(name, ())
         if not whole or not users or not depth:
             return None
@@ -117,9 +119,9 @@ class Evidence:
 
     def _part(self, user: Instruction, name: str, whole: float, depth: int) -> float | None:
         if user.opcode in ("dynamic-slice", "slice") and user.operands[0] == name:
-            return sum(array.bytes for array in leaves(parse_shape(user.shape)))
+            return total_bytes(parse_shape(user.shape))
         if user.opcode == "fusion":
-            return fusion_slices(self.program, user, name)
+            return fusion_slices(self.module, user, name)
         if user.opcode in ("bitcast", "copy", "get-tuple-element", "copy-start", "copy-done"):
             share = self.share_read(user.name, depth - 1)
             size = sum(array.bytes for array in leaves(parse_shape(user.shape))[:1])

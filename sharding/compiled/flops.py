@@ -1,8 +1,9 @@
-"""Multiply-adds of the products inside an instruction, and the bytes that it reads and writes.
+"""Flops of the products in an instruction, and the bytes that it reads and writes.
 
-A product is counted from its shapes: twice the output's elements times what is contracted (``dot``), or twice
-the pairs of an output place and a window place that meet an input rather than padding or a hole
-(``convolution``; libtpu writes every product as one, often with batch dimensions as windows).
+A product is counted from its shapes: a ``dot`` has twice the output's elements times the contracted size. A
+``convolution`` (libtpu writes every product as one, often with batch dimensions as windows) has twice the
+pairs of an output element and a window element that fall on an input, rather than on padding or between
+dilated inputs.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
-from ..hlo.shapes import Array, leaves, parse_shape
-from ..hlo.text import Instruction, Program
+from ..hlo.shapes import Array, leaves, parse_shape, total_bytes
+from ..hlo.text import HloModule, Instruction
 from ..ops.attention import visible_pairs
 
 _CONTRACTING = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
@@ -24,74 +25,74 @@ _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _KERNEL_FLOPS = re.compile(r'"flops":"?(\d+)')
 _KERNEL_BYTES = re.compile(r'"bytes_accessed":"?(\d+)')
 
-# A fusion reads only these parts of an operand.
+# Opcodes that read only a part of their operand.
 _SLICES = frozenset({"dynamic-slice", "slice"})
 _PARTS = _SLICES | {"gather"}
 _THROUGH = frozenset({"bitcast", "copy", "convert", "reshape", "transpose"})
 
 
-def flops(program: Program, instruction: Instruction) -> float:
-    """Return the flops of all products in an instruction, those inside its fusion too, run once."""
+def flops(module: HloModule, instruction: Instruction) -> float:
+    """Return the flops of all products in one run of an instruction, those inside its fusion included."""
     if instruction.opcode == "dot":
-        return _dot(program, instruction)
+        return _dot(module, instruction)
     if instruction.opcode == "convolution":
-        return _convolution(program, instruction)
+        return _convolution(module, instruction)
     if instruction.opcode == "custom-call":
-        return _custom(program, instruction)
-    inside = program.inside(instruction)
+        return _custom(module, instruction)
+    inside = module.inside(instruction)
     if inside is not None and instruction.opcode in ("fusion", "fusion-start"):
-        return sum(flops(program, program.instructions[name]) for name in inside.instructions)
+        return sum(flops(module, module.instructions[name]) for name in inside.instructions)
     return 0.0
 
 
-def moved_bytes(program: Program, instruction: Instruction) -> float:
-    """Return the bytes an instruction reads and writes: of a fusion's operand what it takes of it."""
+def moved_bytes(module: HloModule, instruction: Instruction) -> float:
+    """Return the bytes that an instruction reads and writes; a fusion may read a part of an operand."""
     stated = _KERNEL_BYTES.search(instruction.attributes) if instruction.opcode == "custom-call" else None
     if stated is not None:
         return float(stated[1])
-    if instruction.calls in program.computations and instruction.opcode == "fusion":
-        return _fusion_bytes(program, instruction)
+    if instruction.calls in module.computations and instruction.opcode == "fusion":
+        return _fusion_bytes(module, instruction)
     result = _bytes(instruction)
     if instruction.opcode in _PARTS:
         return 2.0 * result
     if instruction.opcode == "dynamic-update-slice" and len(instruction.operands) > 1:
-        return 2.0 * _bytes(program.instructions.get(instruction.operands[1]))
-    return result + sum(_bytes(program.instructions.get(operand)) for operand in instruction.operands)
+        return 2.0 * _bytes(module.instructions.get(instruction.operands[1]))
+    return result + sum(_bytes(module.instructions.get(operand)) for operand in instruction.operands)
 
 
 def _bytes(instruction: Instruction | None) -> float:
-    return 0.0 if instruction is None else sum(a.bytes for a in leaves(parse_shape(instruction.shape)))
+    return 0.0 if instruction is None else total_bytes(parse_shape(instruction.shape))
 
 
-def _array(program: Program, name: str) -> Array:
-    return leaves(parse_shape(program.instructions[name].shape))[0]
+def _array(module: HloModule, name: str) -> Array:
+    return leaves(parse_shape(module.instructions[name].shape))[0]
 
 
-def _dot(program: Program, dot: Instruction) -> float:
-    left = _array(program, dot.operands[0])
+def _dot(module: HloModule, dot: Instruction) -> float:
+    left = _array(module, dot.operands[0])
     contracted = _CONTRACTING.search(dot.attributes)
     dims = [int(d) for d in contracted[1].split(",") if d] if contracted else []
     out = leaves(parse_shape(dot.shape))[0]
     return 2.0 * out.elements * math.prod(left.dims[d] for d in dims)
 
 
-def _custom(program: Program, call: Instruction) -> float:
-    """A library's product says what it contracts; a Pallas kernel what its author estimated, if they did."""
+def _custom(module: HloModule, call: Instruction) -> float:
+    """Return the flops of a custom call: a library's product, or a kernel by its author's estimate."""
     gemm = _GEMM.search(call.attributes)
     if gemm is not None and call.operands:
-        left = _array(program, call.operands[0])
+        left = _array(module, call.operands[0])
         dims = [int(d) for d in re.findall(r"\d+", gemm[1])]
         out = leaves(parse_shape(call.shape))[0]
         return 2.0 * out.elements * math.prod(left.dims[d] for d in dims)
     stated = _KERNEL_FLOPS.search(call.attributes)
-    return float(stated[1]) if stated else attention_flops(program, call)
+    return float(stated[1]) if stated else attention_flops(module, call)
 
 
-def _convolution(program: Program, convolution: Instruction) -> float:
+def _convolution(module: HloModule, convolution: Instruction) -> float:
     labels = _LABELS.search(convolution.attributes)
     if labels is None or len(convolution.operands) < 2:
         return 0.0
-    left, right = (_array(program, operand) for operand in convolution.operands[:2])
+    left, right = (_array(module, operand) for operand in convolution.operands[:2])
     out = leaves(parse_shape(convolution.shape))[0]
     lhs, rhs, result = labels[1], labels[2], labels[3]
     group = {key: int(count) for key, count in _GROUPS.findall(convolution.attributes)}
@@ -103,7 +104,7 @@ def _convolution(program: Program, convolution: Instruction) -> float:
         if label not in rhs or label not in result:
             continue
         row = {key: values[place] for key, values in window.items()}
-        total *= _meetings(
+        total *= _window_pairs(
             left.dims[lhs.index(label)], out.dims[result.index(label)], right.dims[rhs.index(label)], **row
         )
     return total
@@ -123,9 +124,14 @@ def _window(attributes: str, rank: int) -> dict[str, list[int]]:
 
 
 @lru_cache(maxsize=4096)
-def _meetings(size: int, out: int, window: int, *, stride: int, pad: int, holes: int, spread: int) -> float:
-    """Return how many pairs of an output and a window place meet an input of `size`."""
-    reach = (size - 1) * holes  # the last input's place, counted with the holes between inputs
+def _window_pairs(
+    size: int, out: int, window: int, *, stride: int, pad: int, holes: int, spread: int
+) -> float:
+    """Return how many pairs of an output element and a window element fall on one of `size` inputs.
+
+    Along one dimension: `holes` is the dilation of the inputs, `spread` that of the window.
+    """
+    reach = (size - 1) * holes  # position of the last input after dilation
     found = 0
     for k in range(window):
         offset = k * spread - pad
@@ -140,21 +146,21 @@ def _meetings(size: int, out: int, window: int, *, stride: int, pad: int, holes:
     return float(found)
 
 
-def _fusion_bytes(program: Program, fusion: Instruction) -> float:
-    computation = program.computations[fusion.calls or ""]
-    parameters, users = _inside(program, fusion)
-    total = _written(program, computation.root)
+def _fusion_bytes(module: HloModule, fusion: Instruction) -> float:
+    computation = module.computations[fusion.calls or ""]
+    parameters, users = _inside(module, fusion)
+    total = _written(module, computation.root)
     return total + sum(_read(parameter.name, _bytes(parameter), users) for parameter in parameters.values())
 
 
-def fusion_slices(program: Program, fusion: Instruction, operand: str) -> float:
-    """Return the bytes that a fusion's slices take of an operand; all of it if anything else reads it.
+def fusion_slices(module: HloModule, fusion: Instruction, operand: str) -> float:
+    """Return the bytes that a fusion's slices take of an operand; all of it if another opcode reads it.
 
-    Looking rows up by number counts as reading all that may be looked up.
+    A gather of rows counts as reading the whole operand.
     """
-    if fusion.calls not in program.computations:
-        return _bytes(program.instructions.get(operand))
-    parameters, users = _inside(program, fusion)
+    if fusion.calls not in module.computations:
+        return _bytes(module.instructions.get(operand))
+    parameters, users = _inside(module, fusion)
     return sum(
         _read(parameters[place].name, _bytes(parameters[place]), users, parts=_SLICES)
         for place, name in enumerate(fusion.operands)
@@ -163,13 +169,13 @@ def fusion_slices(program: Program, fusion: Instruction, operand: str) -> float:
 
 
 def _inside(
-    program: Program, fusion: Instruction
+    module: HloModule, fusion: Instruction
 ) -> tuple[dict[int, Instruction], dict[str, list[Instruction]]]:
-    """Return a fusion's parameters by place, and who reads what inside it."""
+    """Return a fusion's parameters by number, and the instructions inside that read each name."""
     users: dict[str, list[Instruction]] = {}
     parameters: dict[int, Instruction] = {}
-    for name in program.computations[fusion.calls or ""].instructions:
-        inner = program.instructions[name]
+    for name in module.computations[fusion.calls or ""].instructions:
+        inner = module.instructions[name]
         if inner.opcode == "parameter":
             parameters[int(inner.literal or 0)] = inner
         for operand in inner.operands:
@@ -189,7 +195,7 @@ def _read(
         if user.opcode in parts and user.operands[0] == name:
             taken += _bytes(user)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            continue  # what it updates in place is not read
+            continue  # updated in place, not read
         elif user.opcode in _THROUGH and depth and user.name in users:
             taken += _read(user.name, whole, users, depth - 1, parts)
         else:
@@ -197,34 +203,36 @@ def _read(
     return min(taken, whole)
 
 
-def _written(program: Program, root: str) -> float:
-    instruction = program.instructions[root]
+def _written(module: HloModule, root: str) -> float:
+    instruction = module.instructions[root]
     if instruction.opcode == "tuple":
-        return sum(_written(program, operand) for operand in instruction.operands)
+        return sum(_written(module, operand) for operand in instruction.operands)
     if instruction.opcode in _THROUGH and instruction.operands:
-        inner = program.instructions[instruction.operands[0]]
+        inner = module.instructions[instruction.operands[0]]
         if inner.opcode == "dynamic-update-slice":
-            return _written(program, inner.name)
+            return _written(module, inner.name)
     if instruction.opcode == "dynamic-update-slice" and len(instruction.operands) > 1:
-        return _bytes(program.instructions[instruction.operands[1]])
+        return _bytes(module.instructions[instruction.operands[1]])
     return _bytes(instruction)
 
 
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)")
 _CUDNN = re.compile(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"')
-# The scope that `transform.attention` lays around a kernel.
+# The name scope in which `transform.attention` calls a kernel.
 _CALL = re.compile(r"meshwright_attention\[([^\]]*)\]")
 _SLIDING = re.compile(r"\bwindow=(\d+)")
 
-# Products of each kernel over the width of queries and keys, and over that of values: scores again in each,
-# then the result; the gradient of scores, of queries; of scores, of keys and of values; or of all of these.
+# Products of each kernel that contract or produce the head dimension of queries and keys, and those that do
+# so with that of values. Each kernel computes the scores. The forward one then computes the result, "dq" the
+# gradients of scores and queries, "dkv" those of scores, keys and values, cuDNN's "Backward" all of these.
 _PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2), "Backward": (3, 2)}
 
 
-def attention_flops(program: Program, call: Instruction) -> float:
-    """Return the flops of a kernel of splash or cuDNN, of the scores that no mask known beforehand hides.
+def attention_flops(module: HloModule, call: Instruction) -> float:
+    """Return the flops of a splash or cuDNN kernel on the scores that its static mask leaves; 0 for others.
 
-    0 for any other instruction. A kernel that nobody asked for by `ops.attention` counts all scores.
+    Static are causality and a window, which `ops.attention` writes into the name scope; a kernel without one
+    counts all scores.
     """
     if call.opcode != "custom-call":
         return 0.0
@@ -232,7 +240,7 @@ def attention_flops(program: Program, call: Instruction) -> float:
     if splash is None and cudnn is None:
         return 0.0
     kernel = splash[1] if splash else (cudnn and cudnn[1]) or "fwd"
-    shapes = [leaves(parse_shape(program.instructions[name].shape)) for name in call.operands]
+    shapes = [leaves(parse_shape(module.instructions[name].shape)) for name in call.operands]
     arrays = [found[0].dims for found in shapes if found and found[0].dtype.startswith(("f", "bf"))]
     if len(arrays) < 3 or any(len(dims) < 3 for dims in arrays[:3]):
         return 0.0
@@ -242,7 +250,7 @@ def attention_flops(program: Program, call: Instruction) -> float:
         query, key = ((*dims[:-3], dims[-2], dims[-3], dims[-1]) for dims in (query, key))
     asked = _CALL.search(call.op_name)
     window = _SLIDING.search(asked[1]) if asked else None
-    # A device may have a part of the queries; over all parts as many keys are seen as by a whole sequence.
+    # A device may have only some of the queries. The average over all devices is that of the whole sequence.
     keys = key[-2]
     seen = visible_pairs(
         keys,

@@ -1,4 +1,4 @@
-"""From the text of an optimised, scheduled program to the `Proof`: what one device does in one step."""
+"""Proof of a compiled step, read from the text of its optimised and scheduled program."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from ..cost.calibration import Calibration, calibration_for
 from ..hardware.topology import Topology
 from ..hlo.frames import nearest_line
-from ..hlo.loops import loops, weights
-from ..hlo.text import Program, SourceLine, parse_program
+from ..hlo.loops import loops, run_counts
+from ..hlo.text import SourceLine, parse_hlo
 from ..plans.proof import CompiledCollective, LineCost, Proof
 from ..plans.record import Record
 from ..xla.options import product_cycles
-from .collectives import Sites
-from .evidence import Evidence, Seen
+from .collectives import CollectiveFinder
+from .evidence import Evidence, StepCollective
 from .findings import findings
 from .flops import flops
 from .memory import memory as memory_of
 from .schedule import for_all_alike
-from .timeline import Timeline, Turn
+from .timeline import Timeline
 from .wires import Fabric
 
 
@@ -36,23 +36,23 @@ def read_proof(
     calibration: Calibration | None = None,
     bundles: Mapping[str, int] | None = None,
 ) -> Proof:
-    """Return what the compiler says of a step.
+    """Return the proof of a step: what one device does in it, by the compiler's word.
 
     Args:
-      text: of the optimised program, `compiled.as_text()`; scheduled, as accelerators' programs are.
+      text: of the optimised and scheduled program, as ``compiled.as_text()`` gives it.
       topology: what it was compiled for.
       mesh: axis → size; the program's devices are those of ``mesh.devices.flat``.
-      peak_bytes: the compiler's own figure, kept as it is; None where it states none of the device's, and the
-        schedule's is taken.
-      memory: bytes by what they are for, as `Proof.memory` has them.
+      peak_bytes: the compiler's own figure of a device's memory; None where it states none, and the replay of
+        buffers gives it.
+      memory: bytes by what they are for, as in `Proof.memory`.
       compile_seconds: how long the compiler took.
-      versions: of what compiled it.
-      planned: the plan that it was compiled from; findings compare with it.
-      calibration: of links and of kernels without cycles; the chip's shipped one if not given.
-      bundles: instruction → length of its schedule, as `schedule.read_bundles` has them.
+      versions: distribution → version of what compiled it.
+      planned: the plan that it was compiled from, with which findings compare it.
+      calibration: efficiencies of links and kernels; those of the topology's chip if not given.
+      bundles: instruction → length of its schedule, as `schedule.read_bundles` returns them.
 
     Raises:
-      ValueError: `text` is not the text of an HLO module, or is one that no mesh of these axes can run.
+      ValueError: `text` is not the text of an HLO module, or its groups do not fit a mesh of these axes.
     """
     efficiencies = calibration
     if efficiencies is None:
@@ -60,23 +60,25 @@ def read_proof(
         options = {} if planned is None else planned.compiler_options
         share = product_cycles(options, topology, efficiencies.product_cycles)
         efficiencies = dataclasses.replace(efficiencies, product_cycles=share)
-    program = parse_program(text)
-    found = loops(program)
+    module = parse_hlo(text)
+    found = loops(module)
     fabric = Fabric(topology, mesh, efficiencies)
-    sites = Sites(program, topology, mesh, fabric)
-    schedules = for_all_alike(program, bundles or {})
-    line = Timeline(program, found, sites, topology.chip, efficiencies, schedules)
-    step = line.turn(program.entry)
-    runs = weights(program, found, line.worst_branch)
-    held = memory_of(program, found, topology.chip.platform)
+    line = Timeline(
+        module=module,
+        loops=found,
+        finder=CollectiveFinder(module, mesh, fabric),
+        chip=topology.chip,
+        calibration=efficiencies,
+        bundles=for_all_alike(module, bundles or {}),
+    )
+    step = line.cost(module.entry)
+    held = memory_of(module, found, topology.chip.platform)
     peak = held.peak_bytes if peak_bytes is None else peak_bytes
     evidence = Evidence(
-        program=program,
-        topology=topology,
-        mesh=mesh,
+        module=module,
         loops=found,
-        weights=runs,
-        turns=line.turns,
+        run_counts=run_counts(module, found, line.slowest_branch),
+        costs=line.costs,
         memory=held,
         peak_bytes=peak,
         step_seconds=step.seconds,
@@ -93,30 +95,32 @@ def read_proof(
         collectives=_collectives(evidence),
         findings=findings(evidence),
         buffers=evidence.memory.buffers,
-        lines=_lines(program, runs, line.turns),
+        lines=_lines(evidence),
         timeline=evidence.memory.timeline,
-        flops=_flops(program, runs, line.turns),
-        host_bytes=sum(sum(turn.hosts.values()) * runs.get(name, 0.0) for name, turn in line.turns.items()),
+        flops=sum(
+            flops(module, module.instructions[name]) * runs for name, _, runs in evidence.instruction_costs()
+        ),
+        host_bytes=sum((moved for _, moved in evidence.host_transfers()), 0.0),
     )
 
 
 def _collectives(evidence: Evidence) -> tuple[CompiledCollective, ...]:
-    """Put those alike together: kind, axes, algorithm and whether asynchronous; the costliest first."""
-    alike: dict[tuple[object, ...], list[Seen]] = {}
+    """Return the collectives by kind, axes, algorithm and whether asynchronous, the costliest first."""
+    alike: dict[tuple[object, ...], list[StepCollective]] = {}
     for seen in evidence.collectives:
-        site = seen.site
-        alike.setdefault((site.kind, site.axes, site.algorithm.name, site.asynchronous), []).append(seen)
+        one = seen.collective
+        alike.setdefault((one.kind, one.axes, one.algorithm.name, one.asynchronous), []).append(seen)
     rows = [
         CompiledCollective(
-            kind=group[0].site.kind,
-            axes=group[0].site.axes,
+            kind=group[0].collective.kind,
+            axes=group[0].collective.axes,
             count=sum(seen.runs for seen in group),
-            bytes=sum(seen.site.bytes * seen.runs for seen in group),
-            wire_bytes=sum(seen.site.wire_bytes * seen.runs for seen in group),
+            bytes=sum(seen.collective.bytes * seen.runs for seen in group),
+            wire_bytes=sum(seen.collective.wire_bytes * seen.runs for seen in group),
             seconds=sum(seen.seconds for seen in group),
             exposed_seconds=sum(seen.exposed_seconds for seen in group),
-            algorithm=group[0].site.algorithm.name,
-            asynchronous=group[0].site.asynchronous,
+            algorithm=group[0].collective.algorithm.name,
+            asynchronous=group[0].collective.asynchronous,
             source=max(group, key=lambda seen: seen.seconds).source,
         )
         for group in alike.values()
@@ -124,22 +128,12 @@ def _collectives(evidence: Evidence) -> tuple[CompiledCollective, ...]:
     return tuple(sorted(rows, key=lambda row: -row.seconds))
 
 
-def _lines(program: Program, runs: Mapping[str, float], turns: Mapping[str, Turn]) -> tuple[LineCost, ...]:
-    """Return what each of the user's lines costs in computing, the costliest first."""
+def _lines(evidence: Evidence) -> tuple[LineCost, ...]:
+    """Return the seconds of computing of each line of the user's code, the costliest first."""
     found: dict[SourceLine, float] = {}
-    for computation, turn in turns.items():
-        for name, done in turn.works.items():
-            seconds = done.seconds * runs.get(computation, 0.0)
-            line = nearest_line(program, name) if seconds else None
-            if line is not None:
-                found[line] = found.get(line, 0.0) + seconds
+    for name, cost, runs in evidence.instruction_costs():
+        line = nearest_line(evidence.module, name) if cost.seconds else None
+        if line is not None:
+            found[line] = found.get(line, 0.0) + cost.seconds * runs
     rows = [LineCost(source=line, seconds=seconds) for line, seconds in found.items()]
     return tuple(sorted(rows, key=lambda row: -row.seconds))
-
-
-def _flops(program: Program, runs: Mapping[str, float], turns: Mapping[str, Turn]) -> float:
-    return sum(
-        flops(program, program.instructions[name]) * runs.get(computation, 0.0)
-        for computation, turn in turns.items()
-        for name in turn.works
-    )

@@ -1,11 +1,11 @@
-"""What libtpu's own schedule says of its products, of which the cycles in the program say too much.
+"""Cycles of products by libtpu's schedule, which are nearer to measurements than the program's estimates.
 
-``estimated_cycles`` come from a cost model that libtpu chooses windows by, before it has scheduled anything:
-it adds what a window's vectors cost (its sum so far, a gradient's elementwise prologue) to what the matrix
-units take. They run in the same bundles. The schedule comes later, and its length for each fusion can be had
-as a dump: so many bundles, a cycle each, once for every window. For 8192 x 8192 x 8192 on v6e, of which
-tpu-recipes measured 0.82 to 0.90 of the peak, the model says 0.70 and the schedule 0.79; for a product with
-silu's gradient before it on v5e the model says 0.61 and the schedule 0.82.
+``estimated_cycles`` come from the cost model by which libtpu chooses windows, before it schedules anything.
+The model adds the cycles of a window's vector operations (the partial sum, a gradient's elementwise prologue)
+to those of the matrix units, although both run in the same bundles. The length of the final schedule of each
+fusion, in bundles of one cycle for one window, can be dumped. As a share of the chip's peak: a product of
+8192 x 8192 x 8192 on v6e, for which tpu-recipes measured 0.82 to 0.90, has 0.70 by the model and 0.79 by the
+schedule; a product with the gradient of silu before it on v5e has 0.61 and 0.82.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 
 from ..hardware.chip import Chip
-from ..hlo.text import Instruction, Program
+from ..hlo.text import HloModule, Instruction
 
 _NAME = re.compile(r"%([\w.\-]+) = ")
 _TOTAL = re.compile(r"total scheduled bundles:\s*(\d+)")
@@ -26,9 +26,9 @@ _FILES = "*schedule-analysis_final_bundles.txt"
 
 
 def dump_arguments(folder: pathlib.Path) -> str:
-    """Return what libtpu must be started with to leave its schedules in `folder`.
+    """Return the value of ``LIBTPU_INIT_ARGS`` with which libtpu writes its schedules to `folder`.
 
-    Libtpu 0.0.42 and 0.0.50 know these arguments; one that it does not know ends its process.
+    libtpu 0.0.42 and 0.0.50 know these arguments. One that a version does not know ends its process.
     """
     return " ".join(
         (
@@ -41,7 +41,7 @@ def dump_arguments(folder: pathlib.Path) -> str:
 
 
 def read_bundles(folder: pathlib.Path) -> dict[str, int]:
-    """Return instruction → bundles of its schedule, of those that libtpu left a schedule of in `folder`."""
+    """Return instruction → bundles of its schedule, for the schedules that libtpu wrote to `folder`."""
     found: dict[str, int] = {}
     for path in folder.glob(_FILES):
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -51,35 +51,35 @@ def read_bundles(folder: pathlib.Path) -> dict[str, int]:
     return found
 
 
-def for_all_alike(program: Program, bundles: Mapping[str, int]) -> dict[str, int]:
-    """Return `bundles` with those instructions that the compiler made from the same code as a known one.
+def for_all_alike(module: HloModule, bundles: Mapping[str, int]) -> dict[str, int]:
+    """Return `bundles` with the instructions added that share a known instruction's schedule.
 
-    It schedules fusions that are alike once, under the name of one of them.
+    libtpu schedules fusions that are alike once, under the name of one of them.
     """
     known = {
         alike: bundles[instruction.name]
-        for instruction in program.instructions.values()
+        for instruction in module.instructions.values()
         if instruction.name in bundles and (alike := _windows(instruction)) is not None
     }
     more = {
         instruction.name: known[alike]
-        for instruction in program.instructions.values()
+        for instruction in module.instructions.values()
         if (alike := _windows(instruction)) in known
     }
     return {**more, **bundles}
 
 
 def _windows(instruction: Instruction) -> tuple[str, str] | None:
-    """Return the result and the windows of a fusion, with the cycles estimated for it."""
+    """Return what fusions that are alike have in common: the result's shape, the windows and their cycles."""
     found = _WINDOWS.search(instruction.attributes)
     return None if found is None else (instruction.shape, found[0])
 
 
 def scheduled_cycles(instruction: Instruction, bundles: Mapping[str, int], chip: Chip) -> float | None:
-    """Return the cycles of a fusion by its schedule: all of it for every window. None where it is not known.
+    """Return the cycles of a fusion by its schedule, None where that is not known.
 
-    What is done for the first and the last window of a sum only is counted for each, so that it is rather
-    too much. Both cores of a megacore share the windows.
+    The whole schedule counts for every window, so that instructions for only the first or last window of a
+    sum are counted too often. The two cores of a megacore share the windows.
     """
     bounds = _BOUNDS.search(instruction.attributes)
     if bounds is None or instruction.name not in bundles:

@@ -1,10 +1,10 @@
-"""Seconds of a compiled collective over the links that its algorithm drives.
+"""Seconds of compiled collectives over the links that their algorithms use.
 
-The link model is the planner's (`meshwright.sharding.cost.collectives`), asked for the devices that are in a
-group rather than for a mesh axis, and held to the links that the algorithm uses at once. A permute does not
-go round a ring: on a torus each of its pairs takes the shortest way, one torus axis after the other, and the
-fullest link carries as many times the bytes. A link carries one direction, so that a permute leaves the other
-free, for one that goes the other way.
+The link model is the planner's (`meshwright.sharding.cost.collectives`), applied to the devices of a group
+rather than to a mesh axis, and limited to the links that the algorithm uses at once. A permute does not run
+round a ring: on a torus each of its pairs takes the shortest path, one torus axis after the other, and the
+time is that of the link with the most pairs. A link carries one direction, so that two permutes in opposite
+directions do not slow each other down.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ..hardware.topology import Topology
 from ..hlo.replica_groups import Groups
 from ..hlo.text import Instruction
 
-#: What a device sends of the result (all-gather), the operand (the others), as a share; n devices a group.
+# Bytes that a device sends, over those of the result (all-gather) or of the operand (the others), by the
+# number of devices in a group: on a ring (Patarasuk and Yuan, 2009).
 _SENT = {
     "all_gather": lambda n: (n - 1) / n,
     "all_reduce": lambda n: 2 * (n - 1) / n,
@@ -38,20 +39,32 @@ _SENT = {
 
 
 def wire_bytes(kind: str, size: int, whole_bytes: float) -> float:
-    """Return what one device sends.
+    """Return the bytes that one device sends in a collective over a ring.
 
-    `whole_bytes` is the result of an all-gather, the operand of a reduce-scatter, all-to-all or permute,
-    either of an all-reduce; on a ring of `size` devices (Patarasuk and Yuan, 2009).
+    >>> wire_bytes("all_gather", 4, 1024.0)
+    768.0
+
+    Args:
+      kind: one of `hlo.text.COLLECTIVES`.
+      size: devices in the ring.
+      whole_bytes: bytes of the result of an all-gather, of the operand of the others.
     """
     return 0.0 if size < 2 else _SENT[kind](size) * whole_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Where the devices of a group lie.
+    """Positions of a group's devices.
 
-    `resources` are the links that its traffic uses, ``("torus", 0, 1)`` (an axis and a direction),
-    ``("network",)``: what is open at once over the same ones shares them.
+    Attributes:
+      size: devices of the group.
+      extent: chips along each torus axis, empty without a torus.
+      whole: for each torus axis, whether the group spans all of it.
+      crosses_slices: whether it spans several slices or domains.
+      inside: devices in one slice or domain.
+      sharing: groups that use the same links at once, as those of a chip's other devices do.
+      resources: links that its traffic occupies, such as ``("torus", 0, 1)`` (an axis and a direction) or
+        ``("network",)``. Operations that run at once over the same ones share them.
     """
 
     size: int
@@ -65,10 +78,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class _Load:
-    """What a permute's pairs ask of the links: the most pairs over one link, and which they use.
-
-    `crossing` is a pair that leaves its slice or domain, if any does.
-    """
+    """Traffic of a permute: the most pairs over one link, all its links, a pair that leaves its slice."""
 
     most: float
     resources: frozenset[tuple[object, ...]] = frozenset()
@@ -76,7 +86,7 @@ class _Load:
 
 
 class Fabric:
-    """The links of a topology, its devices in the order of ``mesh.devices.flat``."""
+    """Links between the devices of a mesh, which are numbered in the order of ``mesh.devices.flat``."""
 
     def __init__(self, topology: Topology, mesh: Mapping[str, int], calibration: Calibration) -> None:
         self.topology = topology
@@ -89,7 +99,7 @@ class Fabric:
         self._loads: dict[Groups, _Load] = {}
 
     def span(self, groups: Groups) -> Span:
-        """Return where the first group lies; the groups of one collective are alike."""
+        """Return the span of the largest group, for which all groups of one collective stand."""
         if groups not in self._spans:
             self._spans[groups] = self._find(groups)
         return self._spans[groups]
@@ -99,18 +109,25 @@ class Fabric:
         return tuple(int(place) for place in np.flatnonzero(self._domain == 0))
 
     def across_slices(self) -> Groups:
-        """Return the groups of devices that stand at the same place of each slice, in mesh order."""
+        """Return the groups of devices that have the same position in each slice, in mesh order."""
         rows = [np.flatnonzero(self._domain == domain) for domain in np.unique(self._domain)]
         return tuple(tuple(int(place) for place in group) for group in zip(*rows, strict=True))
 
     def resources(self, kind: str, groups: Groups) -> frozenset[tuple[object, ...]]:
-        """Return the links that one collective uses; a permute only those of the ways its pairs take."""
+        """Return the links that one collective occupies; for a permute, those on the paths of its pairs."""
         if kind == "collective_permute" and (used := self._load(groups).resources):
             return used
         return self.span(groups).resources
 
     def seconds(self, kind: str, groups: Groups, algorithm: Algorithm, whole_bytes: float) -> float:
-        """Return the seconds that one collective keeps its links busy; `whole_bytes` as for `wire_bytes`."""
+        """Return the seconds for which one collective occupies its links.
+
+        Args:
+          kind: one of `hlo.text.COLLECTIVES`.
+          groups: devices by their place in the mesh; of a permute (source, target) pairs.
+          algorithm: by which it is carried out.
+          whole_bytes: as `wire_bytes` takes them.
+        """
         if kind == "collective_permute":
             return self._permute(groups, whole_bytes)
         span = self.span(groups)
@@ -203,7 +220,7 @@ class Fabric:
                     loads[link] = loads.get(link, 0) + 1
                     used.add(("torus", axis, way))
                     here[axis] = (here[axis] + way) % n
-        # Two cores of a chip that swap with each other use no link between chips.
+        # Two cores of one chip exchange over no link between chips.
         return _Load(most=float(max(loads.values(), default=1)), resources=frozenset(used))
 
 
@@ -218,7 +235,6 @@ def _shortest(begin: int, end: int, size: int, wraps: bool) -> tuple[int, int]:
 
 _EMITTER = re.compile(r'"collective_algorithm_config":\{"emitter":"(\w+)"(?:,"strategy":"(\w+)")?')
 _COLORS = re.compile(r"(?:Strategy\w*|\w+Strategy)\{colors:(\d+)")
-_USED = re.compile(r"dim_used:((?:\{[\d ]*\},?)+)")
 _RING = re.compile(r'"ring_type":"(\w+)"')
 _BACKEND = re.compile(r'"backend":"(\w+)"')
 _KERNEL = re.compile(r'"kernel_strategy":"KERNEL_STRATEGY_(\w+)"')
@@ -226,27 +242,25 @@ _KERNEL = re.compile(r'"kernel_strategy":"KERNEL_STRATEGY_(\w+)"')
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """How a collective is carried out.
+    """Algorithm of a collective.
 
     Attributes:
       name: as the compiler names it: emitter, strategy, colors; ``ring (assumed)`` where it names none.
-      drives: directed links that a device sends over at once; None where that is not said.
-      axes_order: for each color the torus axes in the order gone through, as ``dim_used`` has them.
+      drives: directed links over which a device sends at once; None where the compiler does not say.
     """
 
     name: str
     drives: int | None = None
-    axes_order: tuple[tuple[int, ...], ...] = ()
 
 
 ASSUMED = Algorithm(name="ring (assumed)")
 POINT_TO_POINT = Algorithm(name="point to point", drives=1)
-#: Pieces of an all-gather between products: libtpu names no algorithm for them, and its kernel is a ring.
+#: Pieces of a collective between products: libtpu names no algorithm for them, and its kernel is a ring.
 FUSED = Algorithm(name="asynchronous collective fusion, ring (assumed)", drives=2)
 
 
 def algorithm(instruction: Instruction) -> Algorithm:
-    """Return the algorithm that `instruction`'s configuration names."""
+    """Return the algorithm that an instruction's configuration names, `ASSUMED` if it names none."""
     text = instruction.attributes
     rings = [_RING.search(color) for color in text.split('"phase_rings"')[1:]]
     if rings:
@@ -261,7 +275,7 @@ def algorithm(instruction: Instruction) -> Algorithm:
     name = emitter
     if strategy:
         name += f"/{strategy}" + (f" colors:{colors}" if colors is not None else "")
-    return Algorithm(name=name, drives=_drives(emitter, strategy, colors), axes_order=_order(text))
+    return Algorithm(name=name, drives=_drives(emitter, strategy, colors))
 
 
 def _drives(emitter: str, strategy: str, colors: int | None) -> int | None:
@@ -270,13 +284,6 @@ def _drives(emitter: str, strategy: str, colors: int | None) -> int | None:
     if colors is None:
         return None
     return colors if strategy.startswith("UniDirection") else 2 * colors
-
-
-def _order(text: str) -> tuple[tuple[int, ...], ...]:
-    used = _USED.search(text)
-    if used is None:
-        return ()
-    return tuple(tuple(int(d) for d in one.split()) for one in re.findall(r"\{([\d ]*)\}", used[1]))
 
 
 def _gpu(text: str) -> Algorithm:

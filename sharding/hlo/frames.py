@@ -1,25 +1,25 @@
-"""Which line is the user's: of the frames an instruction came from, the innermost that no library holds."""
+"""Source lines of instructions: the innermost frame of the user's own code, outside of any library."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from .text import Instruction, Program, SourceLine
+from .text import HloModule, Instruction, SourceLine
 
-# Installed packages, the standard library and frozen modules are nobody's model.
+# Installed packages, the standard library and frozen modules.
 _LIBRARY = re.compile(r"(^|[/\\])(site-packages|dist-packages|lib[/\\]python3[^/\\]*)[/\\]|^<frozen ")
-# The transforms and the runtime stand between a model and its program, wherever they are installed.
+# This package's transforms and runtime, wherever they are installed.
 _OWN = re.compile(r"(^|[/\\])meshwright[/\\](sharding|runtime)[/\\]")
 _HERE = Path(__file__).resolve().parents[1]
 _FOLDERS = (f"{_HERE}/", f"{_HERE.with_name('runtime')}/")
-# The process that compiles stands in every frame of its program and asks for nothing.
+# Code of the process that compiles: it is in the frames of every instruction and asks for none of them.
 _COMPILER = f"{_HERE / 'verify'}/"
 
 
-def user_line(program: Program, instruction: Instruction) -> SourceLine | None:
-    """Return the line of the user's program that asked for `instruction`, or the innermost line known."""
-    lines = [line for line in program.frames.get(instruction.frame or 0, ()) if not _compiles(line.file)]
+def user_line(module: HloModule, instruction: Instruction) -> SourceLine | None:
+    """Return the line of user's code that asked for `instruction`, or the innermost line if there is none."""
+    lines = [line for line in module.frames.get(instruction.frame or 0, ()) if not _compiles(line.file)]
     for line in lines:
         if not is_library(line.file):
             return line
@@ -29,34 +29,34 @@ def user_line(program: Program, instruction: Instruction) -> SourceLine | None:
 
 
 def _compiles(file: str) -> bool:
-    """Whether a file is of the process that compiles, or frozen into Python."""
+    """Whether a file belongs to the process that compiles, or is frozen into Python."""
     return file.startswith((_COMPILER, "<frozen "))
 
 
 def is_library(file: str) -> bool:
-    """Whether a file belongs to an installed package or to this one's transforms."""
+    """Whether a file belongs to an installed package, to Python or to this package."""
     return bool(_LIBRARY.search(file) or _OWN.search(file)) or file.startswith(_FOLDERS)
 
 
-def nearest_line(program: Program, name: str, depth: int = 4) -> SourceLine | None:
-    """Return the user's line of an instruction, or of the nearest operand or fused instruction that has one.
+def nearest_line(module: HloModule, name: str, depth: int = 4) -> SourceLine | None:
+    """Return the source line of an instruction, or of the nearest fused instruction or operand that has one.
 
-    The compiler's own instructions (copies, gathers that the partitioner put in) often carry none.
+    Instructions that the compiler adds (copies, the partitioner's gathers) often have none of their own.
     """
-    instruction = program.instructions.get(name)
+    instruction = module.instructions.get(name)
     if instruction is None:
         return None
-    line = user_line(program, instruction)
+    line = user_line(module, instruction)
     if line is not None:
         return line
-    if (inside := program.inside(instruction)) is not None:
+    if (inside := module.inside(instruction)) is not None:
         for inner in reversed(inside.instructions):
-            line = user_line(program, program.instructions[inner])
+            line = user_line(module, module.instructions[inner])
             if line is not None:
                 return line
     if depth:
         for operand in instruction.operands:
-            line = nearest_line(program, operand, depth - 1)
+            line = nearest_line(module, operand, depth - 1)
             if line is not None:
                 return line
     return None

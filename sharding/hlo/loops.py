@@ -1,8 +1,7 @@
-"""How often each computation of a program runs in one step: loops counted, sums over all call sites.
+"""Trip counts of a module's loops, and how often each of its computations runs in one step.
 
-Where the compiler writes a loop's ``known_trip_count`` it is taken. Otherwise the loop is run on the numbers
-that steer it: the constants among the scalars it begins with, what its body makes of them, what its condition
-says.
+A loop's ``known_trip_count`` is taken where the compiler writes it. Otherwise the loop is interpreted on the
+whole numbers that it carries and that begin as constants, until its condition is false.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .text import Instruction, Program
+from .text import HloModule, Instruction
 
-#: A loop that has not ended after so many turns is taken as one whose count nobody can read off: the longest
-#: loops of training steps (a scan over tokens) have some ten thousand turns.
-MOST_TURNS = 1 << 17
+#: A loop that has not ended after so many iterations has an unknown trip count. The longest loops of training
+#: steps, scans over tokens, have some ten thousand.
+MOST_ITERATIONS = 1 << 17
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLEE = re.compile(r"\b(condition|body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
@@ -42,7 +41,7 @@ _COMPARED: Mapping[str, Callable[[int, int], bool]] = {
     "EQ": lambda a, b: a == b,
     "NE": lambda a, b: a != b,
 }
-_SAME = frozenset(
+_UNCHANGED = frozenset(
     {"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "optimization-barrier"}
 )
 
@@ -51,22 +50,22 @@ _Value = int | None | tuple["_Value", ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loop:
-    """A while instruction, and its turns: None where they could not be read off."""
+class WhileLoop:
+    """A while instruction; `trip_count` is None where it could not be read."""
 
     name: str
     body: str
     condition: str
-    turns: int | None
+    trip_count: int | None
 
 
 def callees(instruction: Instruction) -> dict[str, str]:
-    """Return role → computation of what an instruction runs: ``body``, ``condition``, ``calls``, …"""
+    """Return the computations that an instruction runs, by role: ``body``, ``condition``, ``calls``, …"""
     return dict(_CALLEE.findall(instruction.attributes))
 
 
 def branches(instruction: Instruction) -> tuple[str, ...]:
-    """Return the computations of which a conditional runs one."""
+    """Return the computations among which a conditional chooses."""
     listed = _BRANCHES.search(instruction.attributes)
     if listed is not None:
         return tuple(name.strip().lstrip("%") for name in listed[1].split(",") if name.strip())
@@ -74,56 +73,59 @@ def branches(instruction: Instruction) -> tuple[str, ...]:
     return tuple(found[role] for role in ("true_computation", "false_computation") if role in found)
 
 
-def loops(program: Program) -> dict[str, Loop]:
-    """Return every while of the program by the name of its instruction."""
+def loops(module: HloModule) -> dict[str, WhileLoop]:
+    """Return the while loops of a module, by the name of their instruction."""
     found = {}
-    for name, instruction in program.instructions.items():
+    for name, instruction in module.instructions.items():
         if instruction.opcode == "while":
             inside = callees(instruction)
-            found[name] = Loop(
+            found[name] = WhileLoop(
                 name=name,
                 body=inside.get("body", ""),
                 condition=inside.get("condition", ""),
-                turns=_turns(program, instruction, inside),
+                trip_count=_trip_count(module, instruction, inside),
             )
     return found
 
 
-def _turns(program: Program, loop: Instruction, inside: Mapping[str, str]) -> int | None:
+def _trip_count(module: HloModule, loop: Instruction, inside: Mapping[str, str]) -> int | None:
     known = _KNOWN.search(loop.attributes)
     if known is not None:
         return int(known[1])
     body, condition = inside.get("body"), inside.get("condition")
-    if body is None or condition is None or not {body, condition} <= set(program.computations):
+    if body is None or condition is None or not {body, condition} <= set(module.computations):
         return None
     if not loop.operands:
         return None
-    state = _Numbers(program, None).of(loop.operands[0])
-    for turns in range(MOST_TURNS):
-        going = _Numbers(program, state).of(program.computations[condition].root)
+    state = _Evaluator(module, None).of(loop.operands[0])
+    for trip_count in range(MOST_ITERATIONS):
+        going = _Evaluator(module, state).of(module.computations[condition].root)
         if not isinstance(going, int):
             return None
         if not going:
-            return turns
-        after = _Steered(program, body, state).next()
+            return trip_count
+        after = _Evaluator(module, state).of(module.computations[body].root)
         if after == state:
-            return None  # what steers the loop is not a number of its own
+            return None  # the condition depends on something that is not followed here
         state = after
     return None
 
 
-class _Numbers:
-    """The numbers that instructions hold, one computation's parameter being `state`; others are unknown."""
+class _Evaluator:
+    """Values of a computation's instructions, as far as they are whole numbers.
 
-    def __init__(self, program: Program, state: _Value) -> None:
-        self._program = program
+    `known` are values by instruction; a parameter that is not among them has the value `state`.
+    """
+
+    def __init__(self, module: HloModule, state: _Value, known: dict[str, _Value] | None = None) -> None:
+        self._module = module
         self._state = state
-        self._known: dict[str, _Value] = {}
+        self._known = {} if known is None else known
 
     def of(self, name: str) -> _Value:
         if name not in self._known:
-            self._known[name] = None  # what refers to itself is unknown
-            self._known[name] = self._read(self._program.instructions.get(name))
+            self._known[name] = None  # ends the recursion where an instruction depends on itself
+            self._known[name] = self._read(self._module.instructions.get(name))
         return self._known[name]
 
     def _read(self, instruction: Instruction | None) -> _Value:
@@ -141,15 +143,15 @@ class _Numbers:
             if isinstance(whole, tuple) and index is not None and int(index[1]) < len(whole):
                 return whole[int(index[1])]
             return None
-        if opcode in _SAME:
+        if opcode in _UNCHANGED:
             return self.of(operands[0]) if operands else None
         if opcode in ("fusion", "call"):
             return self._called(instruction)
         return self._computed(instruction, [self.of(operand) for operand in operands])
 
     def _scalar(self, name: str) -> _Value:
-        """Only what steers loops is followed: whole numbers, not arrays."""
-        instruction = self._program.instructions.get(name)
+        """Return the value of a whole number or of a tuple; arrays are not followed."""
+        instruction = self._module.instructions.get(name)
         if instruction is None or not instruction.shape.startswith(("(", "s", "u", "pred")):
             return None
         if "[]" not in instruction.shape and not instruction.shape.startswith("("):
@@ -158,17 +160,17 @@ class _Numbers:
 
     def _called(self, instruction: Instruction) -> _Value:
         inner = callees(instruction).get("calls") or callees(instruction).get("to_apply")
-        computation = self._program.computations.get(inner or "")
+        computation = self._module.computations.get(inner or "")
         if computation is None or "[]" not in instruction.shape:
             return None
-        numbers = _Numbers(self._program, None)
+        known: dict[str, _Value] = {}
         for name in computation.instructions:
-            parameter = self._program.instructions[name]
+            parameter = self._module.instructions[name]
             if parameter.opcode == "parameter":
                 place = int(parameter.literal or 0)
                 if place < len(instruction.operands):
-                    numbers._known[name] = self._scalar(instruction.operands[place])
-        return numbers.of(computation.root)
+                    known[name] = self._scalar(instruction.operands[place])
+        return _Evaluator(self._module, None, known).of(computation.root)
 
     @staticmethod
     def _computed(instruction: Instruction, values: list[_Value]) -> _Value:
@@ -189,17 +191,6 @@ class _Numbers:
         return None
 
 
-class _Steered:
-    """One turn of a loop's body on the numbers that steer it."""
-
-    def __init__(self, program: Program, body: str, state: _Value) -> None:
-        self._numbers = _Numbers(program, state)
-        self._root = program.computations[body].root
-
-    def next(self) -> _Value:
-        return self._numbers.of(self._root)
-
-
 def _literal(text: str) -> int | None:
     text = text.strip()
     if text in ("true", "false"):
@@ -210,51 +201,55 @@ def _literal(text: str) -> int | None:
         return None
 
 
-def weights(
-    program: Program, found: Mapping[str, Loop], worst: Callable[[Instruction], str | None]
+def run_counts(
+    module: HloModule, found: Mapping[str, WhileLoop], taken: Callable[[Instruction], str | None]
 ) -> dict[str, float]:
-    """Return how often each computation that is scheduled runs in a step.
+    """Return how often each computation that has a schedule of its own runs in a step, over all its callers.
 
-    The inside of a fusion or of an asynchronous wrapper is no schedule: it counts as one instruction.
+    Computations inside of fusions and asynchronous wrappers have none: they run as one instruction.
 
-    `worst` names the branch that a conditional is taken to run. A loop whose turns are unknown counts once.
+    Args:
+      module: the program.
+      found: its loops, as `loops` returns them; one of unknown trip count is counted as running once.
+      taken: names the branch that a conditional is counted as running.
     """
     runs: dict[str, float] = {}
     order: list[str] = []
     seen: set[str] = set()
 
     def visit(name: str) -> None:
-        if name in seen or name not in program.computations:
+        if name in seen or name not in module.computations:
             return
         seen.add(name)
-        for callee, _ in _scheduled(program, name, found, worst):
+        for callee, _ in _called(module, name, found, taken):
             visit(callee)
         order.append(name)
 
-    visit(program.entry)
-    runs[program.entry] = 1.0
+    visit(module.entry)
+    runs[module.entry] = 1.0
     for name in reversed(order):  # callers before what they call
-        for callee, times in _scheduled(program, name, found, worst):
+        for callee, times in _called(module, name, found, taken):
             runs[callee] = runs.get(callee, 0.0) + runs.get(name, 0.0) * times
     return runs
 
 
-def _scheduled(
-    program: Program,
+def _called(
+    module: HloModule,
     name: str,
-    found: Mapping[str, Loop],
-    worst: Callable[[Instruction], str | None],
+    found: Mapping[str, WhileLoop],
+    taken: Callable[[Instruction], str | None],
 ) -> list[tuple[str, float]]:
+    """Return the computations that one run of a computation runs, each with how often."""
     called: list[tuple[str, float]] = []
-    for member in program.computations[name].instructions:
-        instruction = program.instructions[member]
+    for member in module.computations[name].instructions:
+        instruction = module.instructions[member]
         opcode = instruction.opcode
         if opcode == "while":
             loop = found[member]
-            turns = 1 if loop.turns is None else loop.turns
-            called += [(loop.body, turns), (loop.condition, turns + 1)]
+            trips = 1 if loop.trip_count is None else loop.trip_count
+            called += [(loop.body, trips), (loop.condition, trips + 1)]
         elif opcode == "call":
             called += [(callee, 1.0) for callee in callees(instruction).values()]
-        elif opcode == "conditional" and (branch := worst(instruction)) is not None:
+        elif opcode == "conditional" and (branch := taken(instruction)) is not None:
             called.append((branch, 1.0))
-    return [(callee, times) for callee, times in called if callee in program.computations]
+    return [(callee, times) for callee, times in called if callee in module.computations]

@@ -1,9 +1,9 @@
-"""Which mesh axes a collective runs over, from the device groups that XLA writes.
+"""Mesh axes of a collective, read from the groups of devices that XLA writes.
 
 XLA numbers devices by their place in the program's device assignment, which for a `jax.jit` program is the
-order of ``mesh.devices.flat``: the number of a device unravelled over the mesh's shape is its coordinates.
+order of ``mesh.devices.flat``: a device's number, unravelled over the mesh's shape, gives its coordinates.
 
-XLA writes groups in four ways, all read here:
+XLA writes groups in four ways:
 
 - ``{{0,1},{2,3}}``: listed; ``{}`` is one group of everyone
 - ``[4,2]<=[8]``, ``[2,4]<=[4,2]T(1,0)``: 0…n-1 reshaped, transposed, reshaped to [groups, members]
@@ -36,10 +36,10 @@ _AXIS_PART = re.compile(r"'?([^',:\s]+)'?(?::\((\d+)\)(\d+))?")
 
 @dataclass(frozen=True, kw_only=True)
 class MeshAxes:
-    """The mesh axes that vary within a collective's groups, in mesh order.
+    """The mesh axes whose coordinate varies within a collective's groups, in mesh order.
 
-    `whole` is False when the groups are not exactly the mesh's slices along `names`, as when a group
-    spans only a part of an axis.
+    `whole` is False where the groups are not exactly the devices along `names`, as when a group spans only a
+    part of an axis.
     """
 
     names: tuple[str, ...]
@@ -47,21 +47,24 @@ class MeshAxes:
 
     @property
     def label(self) -> str:
-        """The axes as a person reads them: ``fsdp``, ``data×fsdp``, ``part of fsdp``, ``none``."""
+        """The axes as reports show them: ``fsdp``, ``data×fsdp``, ``part of fsdp``, ``none``."""
         if not self.names:
             return "none"
         return ("" if self.whole else "part of ") + "×".join(self.names)
 
 
 def parse_replica_groups(text: str, *, num_devices: int) -> Groups:
-    """Read the value of a ``replica_groups=`` attribute.
+    """Return the groups that the value of a ``replica_groups=`` attribute lists.
+
+    >>> parse_replica_groups("[2,2]<=[4]", num_devices=4)
+    ((0, 1), (2, 3))
 
     Args:
-        text: The attribute's value, possibly followed by other attributes.
-        num_devices: Devices the program runs on, which ``{}`` stands for.
+      text: the attribute's value, possibly followed by other attributes.
+      num_devices: devices that the program runs on; ``{}`` is one group of all of them.
 
     Raises:
-        ValueError: The value has none of the forms that XLA writes.
+      ValueError: the value has none of the forms that XLA writes.
     """
     text = text.lstrip()
     if text.startswith(("mesh", "@mesh")) and (match := _MESH.match(text)):
@@ -76,7 +79,11 @@ def parse_replica_groups(text: str, *, num_devices: int) -> Groups:
 
 
 def parse_pairs(text: str) -> Groups:
-    """Read the value of a ``source_target_pairs=`` attribute, ``{{0,1},{1,0}}``, as device numbers."""
+    """Return the pairs of device numbers in the value of a ``source_target_pairs=`` attribute.
+
+    Raises:
+      ValueError: the value is not of the form ``{{0,1},{1,0}}``.
+    """
     match = _LISTED.match(text.lstrip())
     if match is None:
         raise ValueError(f"source-target pairs of no known form: {text[:80]!r}")
@@ -84,7 +91,7 @@ def parse_pairs(text: str) -> Groups:
 
 
 def axes_of_groups(groups: Groups, mesh: Mapping[str, int]) -> MeshAxes:
-    """Name the mesh axes that vary within `groups`.
+    """Return the mesh axes that vary within `groups`; `mesh` is axis → size, in mesh order.
 
     >>> axes_of_groups(((0, 1), (2, 3), (4, 5), (6, 7)), {"data": 4, "fsdp": 2}).label
     'fsdp'
@@ -93,13 +100,13 @@ def axes_of_groups(groups: Groups, mesh: Mapping[str, int]) -> MeshAxes:
     span = math.prod(mesh[name] for name in names)
     slices = {frozenset(group) for group in groups}
     everyone = len(set().union(*slices)) if slices else 0
-    # Groups in which nothing but `names` varies and which are as large as the slice are the slice.
+    # Groups in which only `names` vary and that are as large as all devices along `names` are those devices.
     whole = all(len(group) == span for group in slices) and everyone == math.prod(mesh.values())
     return MeshAxes(names=names, whole=whole)
 
 
 def axes_of_pairs(pairs: Groups, mesh: Mapping[str, int]) -> MeshAxes:
-    """Name the mesh axes along which a collective-permute moves data; a pair to itself moves none."""
+    """Return the mesh axes along which a collective-permute moves data."""
     return MeshAxes(names=_varying(pairs, mesh), whole=True)
 
 
@@ -128,7 +135,7 @@ def _from_mesh(axes: str, device_ids: str | None, grouped: str) -> Groups:
     else:
         devices = np.asarray(_ints(device_ids))
 
-    # An axis of which only a part is grouped becomes three: before, the part, after.
+    # An axis of which only a part is grouped becomes three: what is major to the part, the part, the rest.
     split: list[int] = []
     inside: dict[tuple[str, int], int] = {}
     found = _AXIS_PART.findall(grouped)

@@ -1,8 +1,8 @@
-"""The shapes that XLA writes, ``bf16[2,4096]{1,0:T(8,128)(2,1)S(1)}``, and the bytes they take.
+"""Shapes as XLA writes them, ``bf16[2,4096]{1,0:T(8,128)(2,1)S(1)}``, and the bytes they take.
 
-A layout names dimensions from minor to major. A tile pads the most minor dimensions to its multiples: a TPU
-keeps ``f32[1002,4096]`` in tiles of 8 x 128 and so 1,008 rows of it. ``S(n)`` is a memory other than HBM, on
-a TPU 1 the vector memory and 2, 4 and 6 small ones of flags and scalars; on both, 5 is the host's.
+A layout lists dimensions from minor to major. A tile pads the most minor dimensions to its multiples: a TPU
+stores ``f32[1002,4096]`` in tiles of 8 x 128, which makes 1,008 rows. ``S(n)`` is a memory other than HBM: on
+a TPU 1 is the vector memory and 2, 4 and 6 are small ones for flags and scalars; 5 is the host's everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 HOST_SPACE = 5
-#: Memory spaces that lie in HBM, by platform: on a GPU 1 is what collectives reach from other devices.
+#: Memory spaces in HBM, by platform; on a GPU 1 is the part that collectives of other devices access.
 HBM_SPACES = {"tpu": frozenset({0}), "gpu": frozenset({0, 1}), "cpu": frozenset({0, 1, HOST_SPACE})}
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](\{[^}]*\})?")
@@ -34,22 +34,22 @@ class Array:
 
     @property
     def elements(self) -> int:
-        """Elements, padding not counted."""
+        """Number of elements, without padding."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> float:
-        """Bytes of the elements alone: what a collective is said to move."""
+        """Bytes of the elements, without padding."""
         return self.elements * item_bytes(self.dtype)
 
     @property
     def padded_bytes(self) -> float:
-        """Bytes that are allocated: every tile whole."""
+        """Bytes that are allocated, tiles padded."""
         return _tiled(self.dims, self.order, self.tiles) * item_bytes(self.dtype)
 
     @property
     def text(self) -> str:
-        """The shape as people write it, without its layout."""
+        """The shape without its layout: ``bf16[2,4096]``."""
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
 
 
@@ -58,7 +58,11 @@ Shape = Array | tuple["Shape", ...]
 
 
 def item_bytes(dtype: str) -> float:
-    """Return the bytes of one element: ``bf16`` 2, ``pred`` 1, ``s4`` 1/2, ``token`` 0."""
+    """Return the bytes of one element.
+
+    >>> [item_bytes(dtype) for dtype in ("bf16", "pred", "s4", "token")]
+    [2.0, 1.0, 0.5, 0.0]
+    """
     if dtype == "pred":
         return 1.0
     bits = _BITS.search(dtype)
@@ -67,10 +71,13 @@ def item_bytes(dtype: str) -> float:
 
 @functools.lru_cache(maxsize=65536)
 def parse_shape(text: str) -> Shape:
-    """Read a shape; nested tuples and ``/*index=5*/`` comments too.
+    """Return the shape that `text` is: an array or nested tuples, with ``/*index=5*/`` comments or without.
+
+    >>> parse_shape("f32[1002,4096]{1,0:T(8,128)}").padded_bytes / (4 * 4096)
+    1008.0
 
     Raises:
-      ValueError: the text is no shape.
+      ValueError: `text` is not a shape.
     """
     shape, end = _read(text, 0)
     if text[end:].strip():
@@ -79,7 +86,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def leaves(shape: Shape) -> tuple[Array, ...]:
-    """Return the arrays of a shape in order, nested tuples opened."""
+    """Return the arrays of a shape in order, those of nested tuples included."""
     if isinstance(shape, Array):
         return (shape,)
     return tuple(leaf for element in shape for leaf in leaves(element))
@@ -133,7 +140,7 @@ def _array(dtype: str, dims: tuple[int, ...], layout: str) -> Array:
 
 
 def _tile(text: str) -> tuple[int, ...]:
-    # A star joins a dimension to the next; as a multiple it asks for none.
+    # A star merges a dimension into the next, which pads nothing.
     return tuple(1 if size == "*" else int(size) for size in text.split(",") if size)
 
 

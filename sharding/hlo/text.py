@@ -1,6 +1,6 @@
-"""Read the text of an optimised XLA program: instructions, the lines they came from, collectives.
+"""HLO modules, read from the text that ``compiled.as_text()`` gives: instructions, source lines, collectives.
 
-The text is what ``compiled.as_text()`` gives. Only what it says is read; nothing here runs JAX.
+Nothing here runs JAX.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from .replica_groups import Groups, parse_pairs, parse_replica_groups
 
-#: XLA's opcodes for communication between devices → the names used in reports.
+#: XLA's opcodes for communication between devices, and their names in plans and reports.
 COLLECTIVES = {
     "all-reduce": "all_reduce",
     "all-gather": "all_gather",
@@ -32,7 +32,7 @@ _APPLIES = re.compile(r"\bto_apply=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'\bop_name="((?:[^"\\]|\\.)*)"')
 _FRAME = re.compile(r"\bstack_frame_id=(\d+)")
 _SOURCE = re.compile(r'\bsource_file="((?:[^"\\]|\\.)*)"(?:\s+source_line=(\d+))?')
-# A TPU's reduce-scatter is a fusion of an all-reduce and the slice kept of it, never made whole.
+# On a TPU a reduce-scatter is a fusion of an all-reduce and a slice; the whole sum is never stored.
 _SCATTERS = "AllReduceScatterFusion"
 _TABLE_ROW = re.compile(r"^(\d+)\s+(.*)$")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
@@ -40,7 +40,7 @@ _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceLine:
-    """The line of the user's program that an instruction came from; `function` may be empty."""
+    """A line of source code that an instruction came from; `function` may be empty."""
 
     file: str
     line: int
@@ -49,7 +49,7 @@ class SourceLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """Communication between devices: `groups` of devices, or for a permute the (source, target) pairs."""
+    """Communication between devices: `groups` are groups of devices, for a permute (source, target) pairs."""
 
     kind: str
     groups: Groups
@@ -57,12 +57,13 @@ class Collective:
 
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """One instruction of a program.
+    """One instruction of a module.
 
-    `collective` is set on the operation itself, on the start and done of an asynchronous one, and on a
-    fusion or asynchronous wrapper whose body is one. `shape` is the result's as written; `attributes` is what
-    follows the operands, `literal` what stands between the parentheses of a constant or parameter, `frame`
-    the innermost of the frames it came from (`Program.frames`).
+    `shape` is that of the result, as written. `operand` is the first name among the arguments, `operands` all
+    of them; `literal` is the text between the parentheses of a constant or parameter, and `attributes` what
+    follows them. `calls` is the computation of a fusion, a call or an asynchronous wrapper. `collective` is
+    set on the operation itself, on the start and the done of an asynchronous one, and on a fusion or wrapper
+    that contains one. `frame` is the number of its innermost frame (`HloModule.frames`).
     """
 
     name: str
@@ -82,7 +83,7 @@ class Instruction:
 
 @dataclass(frozen=True, kw_only=True)
 class Computation:
-    """A computation: its instructions in the order written, which is that of the schedule, and its root."""
+    """Names of a computation's instructions in the order of the schedule, and of its root."""
 
     name: str
     instructions: tuple[str, ...]
@@ -90,10 +91,11 @@ class Computation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
-    """An optimised program: its module's name, its instructions by name, the entry computation's name.
+class HloModule:
+    """An optimised and scheduled program as XLA writes it.
 
-    `header` is its first line; `frames` maps a frame to the lines it stands for, from the innermost outwards.
+    `entry` is the name of the entry computation; `instructions` and `computations` are by name. `header` is
+    the first line. `frames` maps the number of a frame to its lines, from the innermost outwards.
     """
 
     name: str
@@ -105,15 +107,22 @@ class Program:
     frames: Mapping[int, tuple[SourceLine, ...]] = field(default_factory=dict)
 
     def inside(self, instruction: Instruction) -> Computation | None:
-        """Return the computation that a fusion or an asynchronous wrapper stands for."""
+        """Return the computation of a fusion or an asynchronous wrapper, None for other instructions."""
         return None if instruction.calls is None else self.computations.get(instruction.calls)
 
 
-def parse_program(text: str) -> Program:
-    """Read the text of an optimised HLO module.
+def parse_hlo(text: str) -> HloModule:
+    r"""Return the module that `text` is.
+
+    >>> module = parse_hlo(
+    ...     "HloModule double\n\nENTRY %main (x: f32[4]) -> f32[4] {\n"
+    ...     "  %x = f32[4]{0} parameter(0)\n  ROOT %sum = f32[4]{0} add(%x, %x)\n}\n"
+    ... )
+    >>> module.computations["main"].root, module.instructions["sum"].operands
+    ('sum', ('x', 'x'))
 
     Raises:
-        ValueError: `text` is not the text of an HLO module.
+      ValueError: `text` is not the text of an HLO module.
     """
     header = _HEADER.match(text)
     if header is None:
@@ -137,7 +146,7 @@ def parse_program(text: str) -> Program:
             computation = match[2]
             entry = computation if match[1] else entry
     _spread_collectives(instructions)
-    return Program(
+    return HloModule(
         name=header[1],
         entry=entry,
         num_devices=num_devices,
@@ -152,7 +161,7 @@ def parse_program(text: str) -> Program:
 
 
 def _whole_lines(text: str) -> Iterator[str]:
-    """Yield lines, those of one instruction together: a Pallas kernel's own metadata stands on three."""
+    """Yield lines, those of one instruction joined: the metadata of a Pallas kernel takes three."""
     held = ""
     for line in text.splitlines():
         if line.startswith(('"', "}}")):
@@ -164,7 +173,7 @@ def _whole_lines(text: str) -> Iterator[str]:
 
 
 def collective_kind(opcode: str) -> str | None:
-    """Return the report's name of a communication opcode, ``-start`` and ``-done`` too, or None."""
+    """Return the name (`COLLECTIVES`) of a communication opcode or its ``-start`` or ``-done``, else None."""
     return COLLECTIVES.get(opcode.removesuffix("-start").removesuffix("-done"))
 
 
@@ -187,7 +196,7 @@ def _read_instruction(
     arguments = rest[opcode.end() :]
     inside, attributes = _split_arguments(arguments)
     operands = tuple(_OPERAND.findall(inside))
-    # A call runs what it applies; for a reduction that is only how two elements become one.
+    # What a call applies is run as such; what a reduction applies only combines two elements.
     runs = _APPLIES if opcode[1] in ("call", "call-start") else _CALLS
     operand, calls, op_name = _OPERAND.search(arguments), runs.search(arguments), _OP_NAME.search(arguments)
     frame = _FRAME.search(attributes)
@@ -246,7 +255,7 @@ def _collective(opcode: str, arguments: str, num_devices: int) -> Collective | N
 
 
 def _spread_collectives(instructions: dict[str, Instruction]) -> None:
-    """Give wrappers the collective inside them, then each done the collective of its start."""
+    """Set the collective of each wrapper from the one inside it, then of each done from its start."""
     inside = {i.computation: i.collective for i in instructions.values() if i.collective is not None}
     for name, instruction in list(instructions.items()):
         wraps = instruction.opcode == "fusion" or instruction.opcode.endswith("-start")
@@ -276,7 +285,7 @@ def _source(arguments: str, frames: Mapping[int, tuple[SourceLine, ...]]) -> Sou
 
 
 def _read_frames(text: str) -> dict[int, tuple[SourceLine, ...]]:
-    """Read the tables at the top: frame → location → (file, function, line), from the innermost outwards."""
+    """Return the lines of each frame, innermost first, from the tables at the top of the text."""
     tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
     current: str | None = None
     for line in text.splitlines():
@@ -299,7 +308,7 @@ def _read_frames(text: str) -> dict[int, tuple[SourceLine, ...]]:
             lines[number] = SourceLine(
                 file=file.strip('"'), line=location.get("line", 0), function=function.strip('"')
             )
-    # Some versions write the parent's number plus one: the outermost frame then is its own parent.
+    # Some versions write the parent's number plus one, by which the outermost frame is its own parent.
     shift = any(number == parent for number, parent in parents.items())
     found: dict[int, tuple[SourceLine, ...]] = {}
     for number, line in lines.items():

@@ -1,6 +1,7 @@
-"""What a compiler did that nobody planned: one small function each, over the same evidence.
+"""Findings of a compiled step, one function for each kind, all from the same evidence.
 
-Each returns findings with the line of the user's program, what it costs in a step, and what to do about it.
+Each returns what the compiler did that the plan does not have: the line of the user's code, the cost in a
+step and the remedy.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from .communication import (
     resharding,
 )
 from .computing import rematerialised, unknown_loops, unpriced_kernels
-from .log import findings_in_log as findings_in_log
 from .storage import kept_whole, padding, spilled_to_host
 
-#: Every finding there is; one's own may be appended.
+#: All functions that find something; others may be appended.
 FINDERS: list[Callable[[Evidence], list[Finding]]] = [
     gathered_by_reduction,
     reduced_whole,
@@ -37,6 +37,6 @@ FINDERS: list[Callable[[Evidence], list[Finding]]] = [
 
 
 def findings(evidence: Evidence) -> tuple[Finding, ...]:
-    """Return everything found, the costliest in seconds first, then in bytes."""
+    """Return all findings, those with most seconds first, then those with most bytes."""
     found = [finding for finder in FINDERS for finding in finder(evidence)]
     return tuple(sorted(found, key=lambda finding: (-finding.seconds, -finding.bytes)))

@@ -1,22 +1,23 @@
-"""Findings about collectives."""
+"""Findings about collectives: exchanges that the plan does not have, or that the compiler made larger."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ...hlo.text import Program, SourceLine
+from ...hlo.text import HloModule, SourceLine
 from ...plans.proof import Finding
 from ...plans.specs import axes_in
-from ..evidence import Evidence, Seen
+from ..evidence import Evidence, StepCollective
 
-#: Less than this share of a step is not worth a person's time: estimates are no better than a per cent.
+#: Findings below this share of a step are not shown: the estimates of seconds are no better than one per
+#: cent.
 MATTERS = 0.01
-#: A collective counts as beside nothing when so much of it is exposed; the rest is rounding and starts.
+#: A collective overlaps nothing if at least this share of it is exposed; the rest is rounding and latency.
 EXPOSED = 0.9
-#: Where each device reads no more than so many times its own share of a result, it wanted that share alone;
-#: the half above 1 is room for padding.
+#: A device that reads at most so many times its own part of a result needed that part alone; what is above 1
+#: leaves room for padding.
 SCATTERED = 1.5
-#: Halo exchanges and roots of reductions are small permutes that belong to another collective.
+#: Collectives below this share of a step are part of another one, such as halo exchanges.
 SMALL = 0.001
 
 _ACTIVATIONS = frozenset({"tensor", "context", "expert", "stage"})
@@ -24,14 +25,14 @@ _GATHERING = frozenset({"all_gather", "all_to_all", "ragged_all_to_all", "collec
 
 
 def gathered_by_reduction(evidence: Evidence) -> list[Finding]:
-    """All-reduces of a shard put into zeros: an all-gather in disguise, which sends twice the bytes."""
+    """Return all-reduces of a shard placed in zeros: an all-gather would have sent half the bytes."""
     chosen = [
         seen
         for seen in evidence.collectives
-        if seen.site.kind == "all_reduce"
+        if seen.collective.kind == "all_reduce"
         and any(
-            _placed_in_zeros(evidence.program, operand)
-            for operand in evidence.program.instructions[seen.site.inner].operands
+            _placed_in_zeros(evidence.module, operand)
+            for operand in evidence.module.instructions[seen.collective.inner].operands
         )
     ]
     return [
@@ -45,17 +46,16 @@ def gathered_by_reduction(evidence: Evidence) -> list[Finding]:
             bytes=bytes_,
             source=source,
         )
-        for axes, source, runs, exposed, bytes_ in _by_line(chosen)
-        if exposed > SMALL * evidence.step_seconds
+        for axes, source, runs, exposed, bytes_ in _by_line(chosen, SMALL * evidence.step_seconds)
     ]
 
 
 def reduced_whole(evidence: Evidence) -> list[Finding]:
-    """All-reduces of which each device keeps its own part: a reduce-scatter would send half the bytes."""
+    """Return all-reduces of which each device keeps a part: a reduce-scatter would send half the bytes."""
     chosen = [
         seen
         for seen in evidence.collectives
-        if seen.site.kind == "all_reduce" and _wanted_scattered(evidence, seen)
+        if seen.collective.kind == "all_reduce" and _wanted_scattered(evidence, seen)
     ]
     return [
         Finding(
@@ -67,22 +67,21 @@ def reduced_whole(evidence: Evidence) -> list[Finding]:
             bytes=bytes_,
             source=source,
         )
-        for axes, source, runs, exposed, bytes_ in _by_line(chosen)
-        if exposed > SMALL * evidence.step_seconds
+        for axes, source, runs, exposed, bytes_ in _by_line(chosen, SMALL * evidence.step_seconds)
     ]
 
 
 def resharding(evidence: Evidence) -> list[Finding]:
-    """Exchanges over axes along which the plan moves nothing of that kind."""
+    """Return exchanges of kinds that the plan has none of over their axes."""
     if evidence.planned is None:
         return []
     expected = _expected(evidence)
     chosen = [
         seen
         for seen in evidence.collectives
-        if seen.site.kind in _GATHERING
-        and seen.site.axes
-        and not any((seen.site.kind, axis) in expected for axis in seen.site.axes)
+        if seen.collective.kind in _GATHERING
+        and seen.collective.axes
+        and not any((seen.collective.kind, axis) in expected for axis in seen.collective.axes)
     ]
     return [
         Finding(
@@ -95,19 +94,18 @@ def resharding(evidence: Evidence) -> list[Finding]:
             bytes=bytes_,
             source=source,
         )
-        for kind in sorted({seen.site.kind for seen in chosen})
-        for axes, source, runs, exposed, bytes_ in _by_line(seen for seen in chosen if seen.site.kind == kind)
-        if exposed > SMALL * evidence.step_seconds
+        for kind, alike in _by_kind(chosen)
+        for axes, source, runs, exposed, bytes_ in _by_line(alike, SMALL * evidence.step_seconds)
     ]
 
 
 def replicated_to_reshard(evidence: Evidence) -> list[Finding]:
-    """All-gathers of which each device then keeps a part: how XLA goes between shardings it cannot turn."""
+    """Return all-gathers of which each device then keeps a part: XLA's fallback between two shardings."""
     chosen = []
     for seen in evidence.collectives:
-        if seen.site.kind == "all_gather" and seen.site.axes:
-            share = evidence.share_read(seen.site.end)
-            if share is not None and share * len(seen.site.groups[0]) < SCATTERED:
+        if seen.collective.kind == "all_gather" and seen.collective.axes:
+            share = evidence.share_read(seen.collective.end)
+            if share is not None and share * len(seen.collective.groups[0]) < SCATTERED:
                 chosen.append(seen)
     return [
         Finding(
@@ -119,13 +117,12 @@ def replicated_to_reshard(evidence: Evidence) -> list[Finding]:
             bytes=bytes_,
             source=source,
         )
-        for axes, source, _, exposed, bytes_ in _by_line(chosen)
-        if exposed > SMALL * evidence.step_seconds
+        for axes, source, _, exposed, bytes_ in _by_line(chosen, SMALL * evidence.step_seconds)
     ]
 
 
 def overlaps_nothing(evidence: Evidence) -> list[Finding]:
-    """Collectives that computing waits for, where that is a noticeable part of the step."""
+    """Return collectives beside which nothing is computed."""
     least = MATTERS * evidence.step_seconds
     chosen = [
         seen
@@ -142,71 +139,85 @@ def overlaps_nothing(evidence: Evidence) -> list[Finding]:
             bytes=bytes_,
             source=source,
         )
-        for kind in sorted({seen.site.kind for seen in chosen})
-        for axes, source, runs, exposed, bytes_ in _by_line(seen for seen in chosen if seen.site.kind == kind)
-        if exposed > least
+        for kind, alike in _by_kind(chosen)
+        for axes, source, runs, exposed, bytes_ in _by_line(alike, least)
     ]
 
 
-def _by_line(chosen: Iterable[Seen]) -> list[tuple[str, SourceLine | None, float, float, float]]:
-    """Return axes, line, runs, exposed seconds, bytes of those alike, together."""
+def _by_kind(chosen: Iterable[StepCollective]) -> list[tuple[str, list[StepCollective]]]:
+    """Return the collectives of each kind."""
+    found: dict[str, list[StepCollective]] = {}
+    for seen in chosen:
+        found.setdefault(seen.collective.kind, []).append(seen)
+    return sorted(found.items())
+
+
+def _by_line(
+    chosen: Iterable[StepCollective], least_seconds: float
+) -> list[tuple[str, SourceLine | None, float, float, float]]:
+    """Return axes, line, runs, exposed seconds and bytes, summed over the collectives of those axes and line.
+
+    Those that expose no more than `least_seconds` are left out.
+    """
     found: dict[tuple[str, SourceLine | None], list[float]] = {}
     for seen in chosen:
-        row = found.setdefault(("×".join(seen.site.axes) or "none", seen.source), [0.0, 0.0, 0.0])
+        row = found.setdefault(("×".join(seen.collective.axes) or "none", seen.source), [0.0, 0.0, 0.0])
         row[0] += seen.runs
         row[1] += seen.exposed_seconds
-        row[2] += seen.site.bytes * seen.runs
+        row[2] += seen.collective.bytes * seen.runs
     return [
-        (axes, source, runs, exposed, bytes_) for (axes, source), (runs, exposed, bytes_) in found.items()
+        (axes, source, runs, exposed, bytes_)
+        for (axes, source), (runs, exposed, bytes_) in found.items()
+        if exposed > least_seconds
     ]
 
 
-def _placed_in_zeros(program: Program, name: str, depth: int = 6) -> bool:
-    """Whether a value is a part put into an array of zeros."""
-    instruction = program.instructions.get(name)
+def _placed_in_zeros(module: HloModule, name: str, depth: int = 6) -> bool:
+    """Whether a value is an array of zeros with a part of it updated."""
+    instruction = module.instructions.get(name)
     if instruction is None or not depth:
         return False
     if instruction.opcode == "dynamic-update-slice":
-        return _zeros(program, instruction.operands[0])
-    if (inside := program.inside(instruction)) is not None:
-        root = program.instructions[inside.root]
+        return _zeros(module, instruction.operands[0])
+    if (inside := module.inside(instruction)) is not None:
+        root = module.instructions[inside.root]
         while root.opcode in ("bitcast", "convert") and root.operands:
-            root = program.instructions[root.operands[0]]
+            root = module.instructions[root.operands[0]]
         if root.opcode != "dynamic-update-slice":
             return False
-        base = program.instructions[root.operands[0]]
+        base = module.instructions[root.operands[0]]
         if base.opcode == "parameter":
             place = int(base.literal or 0)
-            return place < len(instruction.operands) and _zeros(program, instruction.operands[place])
-        return _zeros(program, base.name)
+            return place < len(instruction.operands) and _zeros(module, instruction.operands[place])
+        return _zeros(module, base.name)
     if (
         instruction.opcode in ("bitcast", "copy", "copy-start", "copy-done", "convert")
         and instruction.operands
     ):
-        return _placed_in_zeros(program, instruction.operands[0], depth - 1)
+        return _placed_in_zeros(module, instruction.operands[0], depth - 1)
     return False
 
 
-def _zeros(program: Program, name: str, depth: int = 6) -> bool:
-    instruction = program.instructions.get(name)
+def _zeros(module: HloModule, name: str, depth: int = 6) -> bool:
+    instruction = module.instructions.get(name)
     if instruction is None or not depth:
         return False
     if instruction.opcode == "constant":
         return instruction.literal.strip() in ("0", "0.0", "-0", "false")
     if instruction.opcode in ("broadcast", "bitcast", "copy", "convert", "copy-start", "copy-done"):
-        return bool(instruction.operands) and _zeros(program, instruction.operands[0], depth - 1)
-    inside = program.inside(instruction)
-    return inside is not None and _zeros(program, inside.root, depth - 1)
+        return bool(instruction.operands) and _zeros(module, instruction.operands[0], depth - 1)
+    inside = module.inside(instruction)
+    return inside is not None and _zeros(module, inside.root, depth - 1)
 
 
-def _wanted_scattered(evidence: Evidence, seen: Seen) -> bool:
-    size = len(seen.site.groups[0]) if seen.site.groups else 1
-    share = evidence.share_read(seen.site.end)
+def _wanted_scattered(evidence: Evidence, seen: StepCollective) -> bool:
+    size = len(seen.collective.groups[0]) if seen.collective.groups else 1
+    share = evidence.share_read(seen.collective.end)
     return size > 1 and share is not None and share * size < SCATTERED
 
 
 def _expected(evidence: Evidence) -> set[tuple[str, str]]:
-    """Return (kind, mesh axis) of what the plan exchanges: gathered parameters, moved activations."""
+    """Return (kind, mesh axis) of the exchanges that the plan has: gathers of parameters, of activations."""
     planned = evidence.planned
     assert planned is not None
     found: set[tuple[str, str]] = set()

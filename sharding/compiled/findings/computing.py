@@ -1,4 +1,4 @@
-"""Findings about what is computed, and about what could not be read."""
+"""Findings about computation: recomputed by the compiler, or of unknown cost."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from ..evidence import Evidence
 from ..roofline import target
 from .communication import MATTERS
 
-# XLA's own rematerialisation, when a program would not fit otherwise, names its copies so.
+# In the names of instructions that XLA recomputes when a program would not fit otherwise.
 _AGAIN = ".remat"
 
 
 def rematerialised(evidence: Evidence) -> list[Finding]:
-    """What the compiler computes again because memory ran short, beyond the plan's own recomputation."""
+    """Return what the compiler recomputes for lack of memory, beyond what the plan recomputes."""
     found: dict[SourceLine | None, float] = {}
-    for computation, runs in evidence.weights.items():
-        for name, done in evidence.works(computation):
-            if _AGAIN in name:
-                line = nearest_line(evidence.program, name)
-                found[line] = found.get(line, 0.0) + done.seconds * runs
+    for name, cost, runs in evidence.instruction_costs():
+        if _AGAIN in name:
+            line = nearest_line(evidence.module, name)
+            found[line] = found.get(line, 0.0) + cost.seconds * runs
     return [
         Finding(
             kind="compiler_rematerialised",
@@ -35,28 +34,27 @@ def rematerialised(evidence: Evidence) -> list[Finding]:
 
 
 def unknown_loops(evidence: Evidence) -> list[Finding]:
-    """Loops whose turns could not be read: what is inside counts once, and the step is longer than stated."""
+    """Return loops of unknown trip count: their bodies count once, so that the step is longer than stated."""
     return [
         Finding(
             kind="unknown_trip_count",
-            what=f"nothing says how often the loop {loop.name} turns; its inside is counted once",
-            remedy="use `lax.scan` or `fori_loop` with a fixed number of turns",
-            source=nearest_line(evidence.program, loop.name),
+            what=f"the trip count of loop {loop.name} is not known; its body is counted once",
+            remedy="use `lax.scan` or `fori_loop` with a fixed number of iterations",
+            source=nearest_line(evidence.module, loop.name),
         )
         for loop in evidence.loops.values()
-        if loop.turns is None and evidence.weights.get(evidence.program.instructions[loop.name].computation)
+        if loop.trip_count is None
+        and evidence.run_counts.get(evidence.module.instructions[loop.name].computation)
     ]
 
 
 def unpriced_kernels(evidence: Evidence) -> list[Finding]:
-    """Kernels that neither the compiler nor their author gave a cost: counted by the bytes they touch."""
+    """Return kernels without a cost of the compiler's or of their author's: only their bytes are counted."""
     found: dict[tuple[str, SourceLine | None], float] = {}
-    for computation, runs in evidence.weights.items():
-        for name, done in evidence.works(computation):
-            if done.basis == "unknown":
-                instruction = evidence.program.instructions[name]
-                key = (target(instruction), nearest_line(evidence.program, name))
-                found[key] = found.get(key, 0.0) + runs
+    for name, cost, runs in evidence.instruction_costs():
+        if cost.basis == "unknown":
+            key = (target(evidence.module.instructions[name]), nearest_line(evidence.module, name))
+            found[key] = found.get(key, 0.0) + runs
     return [
         Finding(
             kind="unpriced_kernel",

@@ -1,32 +1,28 @@
-"""Findings about memory."""
+"""Findings about memory: arrays kept whole, padding, transfers to the host."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING
 
 from ...hlo.frames import nearest_line
 from ...hlo.shapes import Array, parse_shape
 from ...hlo.text import SourceLine
 from ...plans.proof import Finding
-from ...plans.specs import axes_in, cut_into
+from ...plans.specs import Spec, axes_in, cut_into
 from ..evidence import Evidence
 from .communication import MATTERS
 
-if TYPE_CHECKING:
-    from ...plans.specs import Spec
-
-#: Padding below this share of the peak is the price of tiles on odd sizes, and no step fits or fails by it.
+#: Padding below this share of the peak is usual, and no step fits or fails because of it.
 PADDING = 0.05
-#: A parameter that is smaller than this share of the memory is cheaper kept whole than gathered.
+#: A parameter below this share of the peak costs less kept whole than gathered.
 LARGE = 0.001
 
 _TILES = re.compile(r"\bsharding=\{devices=\[([\d,]+)\]")
 
 
 def kept_whole(evidence: Evidence) -> list[Finding]:
-    """Arguments that the program holds less sharded than the plan stores them."""
+    """Return arguments that the program cuts into fewer parts than the plan does."""
     if evidence.planned is None:
         return []
     planned: dict[tuple[int, ...], list[int]] = {}
@@ -35,14 +31,14 @@ def kept_whole(evidence: Evidence) -> list[Finding]:
         factors = [_factor(evidence, array.spec), _factor(evidence, spec)]
         planned.setdefault(array.shape, []).extend(factors)
     found = []
-    for name in evidence.program.computations[evidence.program.entry].instructions:
-        instruction = evidence.program.instructions[name]
+    for name in evidence.module.computations[evidence.module.entry].instructions:
+        instruction = evidence.module.instructions[name]
         shape = parse_shape(instruction.shape) if instruction.opcode == "parameter" else ()
         if not isinstance(shape, Array):
             continue
         tiles = _tiles(instruction.attributes, len(shape.dims))
         whole = tuple(size * tile for size, tile in zip(shape.dims, tiles, strict=True))
-        # A dimension that does not divide is padded, so that a little more than the whole is stored.
+        # A dimension that the tiles do not divide is padded to a multiple of them.
         wanted = [
             factor
             for dims, factors in planned.items()
@@ -66,7 +62,7 @@ def kept_whole(evidence: Evidence) -> list[Finding]:
 
 
 def padding(evidence: Evidence) -> list[Finding]:
-    """Memory that tiles hold beyond the elements of arrays, at the fullest moment."""
+    """Return the padding of tiles at the peak, if it is a large part of the memory."""
     memory = evidence.memory
     if memory.largest_padding is None or memory.padding_bytes < PADDING * memory.peak_bytes:
         return []
@@ -85,16 +81,14 @@ def padding(evidence: Evidence) -> list[Finding]:
 
 
 def spilled_to_host(evidence: Evidence) -> list[Finding]:
-    """Traffic with the host's memory that the plan did not ask for, or that the step waits for."""
+    """Return transfers to or from the host that the plan does not have, or that the step waits for."""
     moved: dict[SourceLine | None, float] = {}
-    for computation, runs in evidence.weights.items():
-        for name, bytes_ in evidence.hosts(computation):
-            line = nearest_line(evidence.program, name)
-            moved[line] = moved.get(line, 0.0) + bytes_ * runs
+    for name, bytes_ in evidence.host_transfers():
+        line = nearest_line(evidence.module, name)
+        moved[line] = moved.get(line, 0.0) + bytes_
     if not moved:
         return []
-    entry = evidence.turns[evidence.program.entry]
-    waits = entry.items.get("host", 0.0)
+    waits = evidence.costs[evidence.module.entry].items.get("host", 0.0)
     asked = evidence.planned is None or "host" in evidence.planned.saved.values()
     if asked and waits <= MATTERS * evidence.step_seconds:
         return []
@@ -124,5 +118,5 @@ def _tiles(attributes: str, rank: int) -> tuple[int, ...]:
     written = _TILES.search(attributes)
     if written is None:
         return (1,) * rank
-    # Beyond an array's dimensions the numbers count copies.
+    # Numbers beyond the array's dimensions count replicas.
     return tuple(int(tile) for tile in written[1].split(","))[:rank]

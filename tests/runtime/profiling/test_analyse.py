@@ -5,7 +5,7 @@ from meshwright.runtime.profiling.analyse import analyse
 from meshwright.runtime.profiling.events import HostSpan, OpEvent, Trace
 from meshwright.runtime.profiling.program import SavedProgram
 from meshwright.sharding.errors import UserError
-from meshwright.sharding.hlo.text import parse_program
+from meshwright.sharding.hlo.text import parse_hlo
 
 PROGRAM = """HloModule jit_step, num_partitions=4
 
@@ -16,7 +16,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   ROOT %done = f32[8]{0} all-reduce-done(%start)
 }
 """
-SAVED = SavedProgram(program=parse_program(PROGRAM), mesh={"data": 2, "fsdp": 2})
+SAVED = SavedProgram(program=parse_hlo(PROGRAM), mesh={"data": 2, "fsdp": 2})
 
 
 def gpu_trace(*steps, module="jit_step"):

@@ -13,7 +13,7 @@ import optax
 import pytest
 from meshwright.sharding import Plan, plan
 from meshwright.sharding.compiled.flops import attention_flops
-from meshwright.sharding.hlo.text import Program, parse_program
+from meshwright.sharding.hlo.text import HloModule, parse_hlo
 from meshwright.sharding.ops import attention
 from meshwright.sharding.verify.verify import Verdict, verify
 
@@ -57,14 +57,14 @@ def own_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathli
     return tmp_path / "cache"
 
 
-def compiled(plan: Plan, cache: pathlib.Path, sequence: int = SEQUENCE) -> tuple[Verdict, Program]:
+def compiled(plan: Plan, cache: pathlib.Path, sequence: int = SEQUENCE) -> tuple[Verdict, HloModule]:
     verdict = verify(plan, *program(sequence))
     assert verdict.fits, verdict.message
     (text,) = cache.rglob("program.hlo.gz")
-    return verdict, parse_program(gzip.decompress(text.read_bytes()).decode())
+    return verdict, parse_hlo(gzip.decompress(text.read_bytes()).decode())
 
 
-def kernels(program: Program, name: str) -> list[Any]:
+def kernels(program: HloModule, name: str) -> list[Any]:
     found = [one for one in program.instructions.values() if "tpu_custom_call" in one.attributes]
     return [one for one in found if f"splash_mha_{name}" in one.op_name]
 

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 from meshwright.sharding import Plan, Topology
-from meshwright.sharding.compiled.findings import findings_in_log
 from meshwright.sharding.compiled.read import read_proof
 from meshwright.sharding.plans.record import ArrayPlan, DimPlan
 
@@ -128,19 +127,3 @@ def test_values_sent_to_the_host_unasked_are_found():
 def test_what_the_compiler_computes_again_is_found():
     finding = _kinds(_plan())["compiler_rematerialised"]
     assert finding.seconds == pytest.approx(175000 / 1.75e9)
-
-
-def test_a_warning_of_full_rematerialisation_is_read_once_an_operation():
-    line = (
-        "2026-01-01 00:00:00.000000: W external/xla/xla/service/spmd/spmd_partitioner.cc:630] [SPMD] "
-        "Involuntary full rematerialization. The compiler was not able to go from sharding "
-        "{devices=[1,8]<=[8]} to "
-        "{devices=[8,1]<=[8]} without doing a full rematerialization of the tensor for HLO operation: "
-        '%gather.3 = bf16[8,128] gather(%a, %b), metadata={op_name="jit(step)/take"}. You probably want to '
-        "enrich the sharding annotations to prevent this from happening.\n"
-    )
-    (finding,) = findings_in_log("something else\n" + line + line)
-    assert finding.kind == "involuntary_full_rematerialisation"
-    assert "gather.3 (jit(step)/take)" in finding.what
-    assert "{devices=[8,1]<=[8]}" in finding.what
-    assert findings_in_log("nothing to say\n") == ()

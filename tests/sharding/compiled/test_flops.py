@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 from meshwright.sharding.compiled.flops import flops, moved_bytes
-from meshwright.sharding.hlo.text import parse_program
+from meshwright.sharding.hlo.text import parse_hlo
 
 CONVOLUTION = """HloModule f, is_scheduled=true
 
@@ -17,7 +17,7 @@ ENTRY %main (a: bf16[{left}], b: bf16[{right}]) -> bf16[{out}] {{
 
 
 def _convolved(left, right, out, labels, window=""):
-    program = parse_program(CONVOLUTION.format(left=left, right=right, out=out, labels=labels, window=window))
+    program = parse_hlo(CONVOLUTION.format(left=left, right=right, out=out, labels=labels, window=window))
     return flops(program, program.instructions["c"])
 
 
@@ -104,5 +104,5 @@ ENTRY %main (a: f32[32,1024], k: s32[], r: f32[1,1024]) -> f32[32,1024] {
     ],
 )
 def test_a_fusion_moves_what_it_takes_and_gives(name, bytes_):
-    program = parse_program(FUSED)
+    program = parse_hlo(FUSED)
     assert moved_bytes(program, program.instructions[name]) == bytes_

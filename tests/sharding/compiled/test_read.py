@@ -23,7 +23,7 @@ from meshwright.sharding import Topology
 from meshwright.sharding.compiled.memory import memory
 from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.hlo.loops import loops
-from meshwright.sharding.hlo.text import parse_program
+from meshwright.sharding.hlo.text import parse_hlo
 from meshwright.sharding.plans.proof import Proof
 from meshwright.sharding.xla.targets import missing
 
@@ -176,7 +176,7 @@ def test_a_transfer_runs_beside_products_that_do_not_need_it():
 def test_a_gather_that_goes_on_through_the_turns_of_a_loop_is_one():
     found = _compiled("v5e:8x16/carried")
     (name,) = {
-        name for name in parse_program(found.text).computations if "windowed_dot_general_body" in name
+        name for name in parse_hlo(found.text).computations if "windowed_dot_general_body" in name
     } & set(re.findall(r"body=%([\w.\-]+)", found.text))
     body = found.text.split(f"%{name} ")[1].split("\n}")[0]
     assert "async_collective_fusion" in body
@@ -242,7 +242,7 @@ IN_HBM = [
 @pytest.mark.parametrize("case", IN_HBM)
 def test_the_replayed_schedule_holds_what_the_compiler_says(case):
     found = _compiled(case)
-    program = parse_program(found.text)
+    program = parse_hlo(found.text)
     replayed = memory(program, loops(program), Topology.parse(found.topology).chip.platform)
     assert replayed.peak_bytes == pytest.approx(found.peak_bytes, rel=0.1)
     assert max(replayed.timeline) == replayed.peak_bytes

@@ -12,7 +12,7 @@ from compiled_programs import LARGE, Compiled, texts
 from meshwright.sharding import Topology, plan
 from meshwright.sharding.compiled.schedule import scheduled_cycles
 from meshwright.sharding.cost.calibration import calibration_for
-from meshwright.sharding.hlo.text import parse_program
+from meshwright.sharding.hlo.text import parse_hlo
 from meshwright.sharding.verify.verify import verify
 from meshwright.sharding.xla.options import trials_for
 from meshwright.sharding.xla.targets import missing
@@ -78,7 +78,7 @@ def test_products_with_the_windows_of_a_plans_options_take_what_was_estimated():
 
 def test_both_cores_of_a_megacore_share_the_windows():
     found = _compiled("v5p:2x2x1")
-    program = parse_program(found.text)
+    program = parse_hlo(found.text)
     chip = Topology.parse("v5p:2x2x1").chip
     cycles = [
         cycles

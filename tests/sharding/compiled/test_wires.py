@@ -5,7 +5,7 @@ from meshwright.sharding import Topology
 from meshwright.sharding.compiled.wires import ASSUMED, Algorithm, Fabric, algorithm, wire_bytes
 from meshwright.sharding.cost.calibration import Calibration
 from meshwright.sharding.hlo.replica_groups import axes_of_groups
-from meshwright.sharding.hlo.text import parse_program
+from meshwright.sharding.hlo.text import parse_hlo
 
 MIB = 2.0**20
 PLAIN = Calibration()
@@ -166,5 +166,5 @@ ENTRY %main (a: f32[8]) -> f32[8] {{
     ],
 )
 def test_algorithms_are_read_as_compilers_name_them(config, name, drives):
-    found = algorithm(parse_program(NAMED.format(config=config)).instructions["r"])
+    found = algorithm(parse_hlo(NAMED.format(config=config)).instructions["r"])
     assert (found.name, found.drives) == (name, drives)

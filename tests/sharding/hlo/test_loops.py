@@ -1,8 +1,8 @@
-"""Turns of loops, read from what a compiler wrote or from the numbers that steer them."""
+"""Trip counts of loops: written by the compiler, or interpreted from the numbers that a loop carries."""
 
 import pytest
-from meshwright.sharding.hlo.loops import loops, weights
-from meshwright.sharding.hlo.text import parse_program
+from meshwright.sharding.hlo.loops import loops, run_counts
+from meshwright.sharding.hlo.text import parse_hlo
 
 LOOP = """HloModule jit_f, is_scheduled=true
 
@@ -34,7 +34,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {{
 """
 
 
-def _turns(**parts):
+def _trip_count(**parts):
     given = {
         "first": "constant(0)",
         "last": 10,
@@ -44,11 +44,11 @@ def _turns(**parts):
         "known": "",
         **parts,
     }
-    return loops(parse_program(LOOP.format(**given)))["loop"].turns
+    return loops(parse_hlo(LOOP.format(**given)))["loop"].trip_count
 
 
 @pytest.mark.parametrize(
-    ("parts", "turns"),
+    ("parts", "count"),
     [
         ({}, 10),
         ({"first": "constant(3)"}, 7),
@@ -61,19 +61,19 @@ def _turns(**parts):
         ({"last": 40_000}, 40_000),
     ],
 )
-def test_turns_follow_from_start_step_and_bound(parts, turns):
-    assert _turns(**parts) == turns
+def test_trip_counts_follow_from_start_step_and_bound(parts, count):
+    assert _trip_count(**parts) == count
 
 
 def test_what_the_compiler_knows_is_taken():
     known = ', backend_config={"known_trip_count":{"n":"17"},"known_init_step":{"init":"0","step":"1"}}'
-    assert _turns(known=known) == 17
+    assert _trip_count(known=known) == 17
 
 
 def test_a_loop_that_nothing_in_the_program_bounds_is_unknown():
-    assert _turns(first="parameter(1)") is None
-    assert _turns(step=0) is None
-    assert _turns(direction="NE", step=3) is None
+    assert _trip_count(first="parameter(1)") is None
+    assert _trip_count(step=0) is None
+    assert _trip_count(direction="NE", step=3) is None
 
 
 def test_computations_run_as_often_as_all_their_callers_together():
@@ -121,6 +121,6 @@ ENTRY %main (a: f32[8], c: pred[]) -> f32[8] {
   ROOT %e = f32[8]{0} conditional(%c, %d, %d), true_computation=%left, false_computation=%right
 }
 """
-    program = parse_program(text)
-    runs = weights(program, loops(program), lambda conditional: "left")
+    program = parse_hlo(text)
+    runs = run_counts(program, loops(program), lambda conditional: "left")
     assert runs == {"main": 1, "body": 5, "condition": 6, "left": 1, "shared": 7}

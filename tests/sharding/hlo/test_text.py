@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 from meshwright.sharding.hlo.replica_groups import axes_of_groups, axes_of_pairs
-from meshwright.sharding.hlo.text import collective_kind, parse_program
+from meshwright.sharding.hlo.text import collective_kind, parse_hlo
 
 ACCELERATOR = """HloModule jit_step, is_scheduled=true, num_partitions=4
 
@@ -31,7 +31,7 @@ ENTRY %main.7 (a: f32[8]) -> f32[2] {
 
 
 def test_an_asynchronous_collective_is_known_at_its_start_its_done_and_its_wrapper():
-    program = parse_program(ACCELERATOR)
+    program = parse_hlo(ACCELERATOR)
     mesh = {"data": 2, "fsdp": 2}
     assert (program.name, program.entry, program.num_devices) == ("jit_step", "main.7", 4)
     for name in ("gather-start", "gather-done"):
@@ -54,14 +54,14 @@ def test_an_asynchronous_collective_is_known_at_its_start_its_done_and_its_wrapp
 
 
 def test_a_source_line_written_at_the_instruction_is_read():
-    source = parse_program(ACCELERATOR).instructions["gather-done"].source
+    source = parse_hlo(ACCELERATOR).instructions["gather-done"].source
     assert source is not None
     assert (source.file, source.line) == ("a b.py", 12)
 
 
 def test_text_of_something_else_is_refused():
     with pytest.raises(ValueError, match="not the text of an HLO module: it begins with 'module @jit_f'"):
-        parse_program("module @jit_f")
+        parse_hlo("module @jit_f")
 
 
 def test_opcodes_of_collectives():
@@ -92,7 +92,7 @@ def test_collectives_of_a_real_program_have_the_axes_and_lines_they_were_written
     lines, first = inspect.getsourcelines(communicate)
     mapped = jax.shard_map(communicate, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     argument = jax.ShapeDtypeStruct((64, 8), jnp.float32, sharding=NamedSharding(mesh, spec))
-    program = parse_program(jax.jit(mapped).lower(argument).compile().as_text())
+    program = parse_hlo(jax.jit(mapped).lower(argument).compile().as_text())
 
     found = {}
     for instruction in program.instructions.values():
@@ -150,14 +150,14 @@ ENTRY %main (a: f32[8]) -> (f32[8], s32[]) {{
 @pytest.mark.parametrize(("outermost", "parent"), [(0, 1), (1, 2)])
 def test_frames_lead_from_the_innermost_line_outwards(outermost, parent):
     """Some versions of XLA write a frame's parent plus one."""
-    program = parse_program(STACKED.format(outermost=outermost, parent=parent))
+    program = parse_hlo(STACKED.format(outermost=outermost, parent=parent))
     assert [(line.file, line.line) for line in program.frames[2]] == [("library.py", 9), ("model.py", 3)]
     assert program.instructions["f"].frame == 2
     assert program.instructions["f"].source == program.frames[2][0]
 
 
 def test_shapes_operands_literals_and_computations_are_kept():
-    program = parse_program(STACKED.format(outermost=0, parent=1))
+    program = parse_hlo(STACKED.format(outermost=0, parent=1))
     fusion, constant = program.instructions["f"], program.instructions["k"]
     assert (fusion.shape, fusion.operands, fusion.calls) == ("f32[8]{0:T(256)}", ("a",), "negate")
     assert "kind=kLoop" in fusion.attributes

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meshwright.models import DecoderConfig, Model, decoder
 from meshwright.sharding import Plan, declare
 from meshwright.sharding.hlo.replica_groups import axes_of_groups
-from meshwright.sharding.hlo.text import parse_program
+from meshwright.sharding.hlo.text import parse_hlo
 
 # Of the arrays only activations have sizes that are no powers of 2.
 ROWS, SEQUENCE, VOCAB = 32, 12, 64
@@ -294,7 +294,7 @@ def test_fsdp_gathers_parameters_and_never_activations() -> None:
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     compiled = step.lower(params, placed).compile()
     hlo = compiled.as_text()
-    program = parse_program(hlo)
+    program = parse_hlo(hlo)
     gathers = [
         instruction
         for instruction in program.instructions.values()
