@@ -1,4 +1,4 @@
-"""What XLA has to be told of a GPU that is not here: the facts of `gpu_targets.toml` as protobuf text."""
+"""Descriptions of GPUs for XLA's compiler, as protobuf text made from the facts of `gpu_targets.toml`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def _facts() -> Mapping[str, Any]:
 
 
 def gpu_target_names() -> tuple[str, ...]:
-    """Return the chips that the GPU compiler can be told of."""
+    """Return the chips that have a description."""
     return tuple(_facts()["chips"])
 
 
 def gpu_target(chip: Chip) -> str:
     """Return a chip as XLA's GpuTargetConfigProto, in protobuf's text format.
 
-    Only fields that the oldest supported JAX knows are written: the format has no room for others.
+    Only fields that the oldest supported JAX knows are written: a parser of text format refuses others.
 
     Raises:
       KeyError: `gpu_targets.toml` has no such chip.
@@ -81,7 +81,7 @@ def gpu_target(chip: Chip) -> str:
 
 
 class _Word(str):
-    """The name of an enumeration's value, which text format writes without quotes."""
+    """The name of an enumeration value, which text format writes without quotes."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""The compiler's options for a training step on a topology: data, with where each was read."""
+"""Compiler options for a training step on a topology, from `options.toml`, which has the source of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Options = Mapping[str, bool | int | str]
 
 
 def options_for(topology: Topology) -> dict[str, bool | int | str]:
-    """Return the options to compile a step for `topology` with; none where the compiler's defaults serve.
+    """Return the options with which a step for `topology` is compiled; empty means the compiler's defaults.
 
     >>> options_for(Topology.parse("v5e:16x16"))
     {}
@@ -32,7 +32,7 @@ def options_for(topology: Topology) -> dict[str, bool | int | str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A set of options to compile a step with and see; `ran`: devices have run it, by its sources."""
+    """A set of options worth trying; `ran` says whether devices have run it, by its sources."""
 
     name: str
     options: Options
@@ -40,7 +40,7 @@ class Trial:
 
 
 def trials_for(topology: Topology) -> list[Trial]:
-    """Return the sets that are worth compiling a step for `topology` with, one by one.
+    """Return the sets of options worth compiling a step for `topology` with, one at a time.
 
     >>> [trial.name for trial in trials_for(Topology.parse("v5e:16x16"))]
     ['async_collectives', 'scheduler_memory']
@@ -61,7 +61,7 @@ def scatters_over_several_axes(options: Mapping[str, Any]) -> bool:
 
 
 def product_cycles(options: Mapping[str, Any], topology: Topology, usual: float) -> float:
-    """Return the share of products' estimated cycles that schedules take with `options`; `usual` without.
+    """Return the share of products' estimated cycles that schedules take under `options`, by default `usual`.
 
     >>> product_cycles({"xla_tpu_scoped_vmem_limit_kib": 98304}, Topology.parse("v6e:16x16"), usual=0.8)
     1.0
@@ -73,7 +73,7 @@ def product_cycles(options: Mapping[str, Any], topology: Topology, usual: float)
 
 
 def _holds(one: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-    """Whether `options` have all of a set's: a flag as it is, a size of at least as much."""
+    """Whether `options` include a set's: each flag equal, each size at least as large."""
 
     def holds(name: str, wanted: bool | int) -> bool:
         given = options.get(name)

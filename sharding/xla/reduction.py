@@ -1,4 +1,4 @@
-"""In which steps gradients are scattered over a mesh axis that lies over several torus axes."""
+"""Steps of a reduce-scatter over a mesh axis that covers several torus axes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from .options import scatters_over_several_axes
 def reduction_steps(
     mesh: Mapping[str, int], topology: Topology, options: Mapping[str, Any] | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Return mesh axis → factors of its size, major first, in which to scatter; other axes go at once.
+    """Return the mesh axes over which to reduce-scatter in steps: axis → factors of its size, major first.
 
-    `options` are those of the compiler: some let it scatter over all three axes at once, which is better
-    still (`meshwright.sharding.xla.options`).
+    Axes that are left out are scattered over in one step.
 
-    libtpu scatters over a whole three-dimensional torus by an all-reduce, of which it keeps a part: in units
-    of the array over one link, 2 / 6 on six links. Over a plane of two equal torus axes it has a true
-    reduce-scatter on four links: 1 / 4, and what is left for the third axis is small. Seen in libtpu 0.0.42
-    and 0.0.50 on v4 and v5p; on a torus of two axes, where one after the other is no less than both at once
-    by all-reduce, there is nothing to win.
+    libtpu compiles a reduce-scatter over a whole three-dimensional torus to an all-reduce and a slice. In
+    units of the time that the array takes over one link, that is 2/6 on the six links of a chip. Over a plane
+    of two torus axes of equal size libtpu has a true reduce-scatter on four links, which takes 1/4; what is
+    left to scatter over the third axis is small. Seen in libtpu 0.0.42 and 0.0.50 on v4 and v5p. On a torus
+    of two axes, steps gain nothing: one axis after the other takes no less than an all-reduce over both.
+
+    Args:
+      mesh: axis → size.
+      topology: that the mesh is laid over.
+      options: of the compiler; with some it scatters over three axes at once, so that no steps are needed.
     """
     if scatters_over_several_axes(options or {}):
         return {}
@@ -36,7 +40,7 @@ def reduction_steps(
 def _steps(mesh: tuple[tuple[str, int], ...], topology: Topology) -> tuple[tuple[str, tuple[int, ...]], ...]:
     if not topology.is_torus or len(topology.shape) < 3 or not all(topology.wrap):
         return ()
-    # tpu7x, of two devices a chip, leaves collectives to its SparseCores, which go about them in another way.
+    # tpu7x, which has two devices a chip, runs collectives on its SparseCores by other algorithms.
     if topology.chip.devices_per_chip > 1:
         return ()
     laid = arrange(dict(mesh), topology)
@@ -51,14 +55,15 @@ def _steps(mesh: tuple[tuple[str, int], ...], topology: Topology) -> tuple[tuple
 
 
 def digits_of(line: np.ndarray, topology: Topology) -> list[tuple[int, int]]:
-    """Return (extent, torus axis) of each torus axis that `line`, positions in a slice, counts through, major
-    first; empty where it does not count like digits or leaves the slice.
+    """Return (extent, torus axis) of each torus axis that the positions `line` run over, major first.
+
+    Empty where the positions do not count through the axes like digits, or leave the first slice.
     """
     if int(line.max()) >= topology.devices_per_slice:
         return []
     where = np.stack(np.unravel_index(line, topology.shape))
     spanned = [axis for axis in range(len(where)) if len(np.unique(where[axis])) > 1]
-    # What changes last is the major digit.
+    # The major digit is the one that changes last.
     spanned.sort(key=lambda axis: int((where[axis] != where[axis][0]).argmax()), reverse=True)
     extents = [len(np.unique(where[axis])) for axis in spanned]
     counted = np.stack(np.unravel_index(np.arange(len(line)), extents or [1]))

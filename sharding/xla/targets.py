@@ -1,4 +1,4 @@
-"""Describe a topology that is not here to the compiler that would compile for it there."""
+"""Descriptions, for the compilers, of topologies that are not attached; and what is missing to compile."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..hardware.topology import Topology
 from .gpu_targets import gpu_target, gpu_target_names
 
 INSTALL = 'pip install "meshwright[verify]"'
-"""What installs the compilers, those of the installed JAX."""
+"""Command that installs the compilers that the installed JAX asks for."""
 _CUDA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 
 
 def describe(topology: Topology) -> Any:
     """Return the `jax.experimental.topologies.TopologyDescription` of a TPU or NVIDIA topology.
 
-    Its `devices` make a mesh as attached ones do; what is jitted on them can be compiled, not run. Call it in
-    a process that compiles for this platform only, before JAX has looked for devices.
+    Its `devices` form a mesh as attached ones do; a function jitted on them can be compiled, not run. Call
+    this in a process that compiles for one platform only, before JAX has looked for devices.
 
     Raises:
       UserError: there is no compiler for such chips, or it is not installed.
@@ -31,7 +31,7 @@ def describe(topology: Topology) -> Any:
     from jax.experimental import topologies
 
     if topology.is_torus:
-        # Beside the process that drives this machine's own TPU, if it has one: a compiler drives none.
+        # A process that only compiles may load libtpu beside the one that uses this machine's own TPU.
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         return topologies.get_topology_desc(**topology.compiler_arguments())
     return topologies.get_topology_desc(
@@ -40,7 +40,7 @@ def describe(topology: Topology) -> Any:
 
 
 def missing(topology: Topology) -> str | None:
-    """Return why nothing here can compile for `topology`, and the command that changes it; None if it can."""
+    """Return why this machine cannot compile for `topology`, and what to install; None if it can."""
     chip = topology.chip
     if topology.is_torus:
         if _version("libtpu") is not None:
@@ -69,9 +69,9 @@ def missing(topology: Topology) -> str | None:
 
 
 def domains(topology: Topology) -> str:
-    """Return GPUs as XLA counts them: NVLink domains x hosts of a domain x devices of a host.
+    """Return a topology of GPUs as XLA writes it: NVLink domains x hosts of a domain x devices of a host.
 
-    Hosts that do not fill their domains are shared out evenly, which is all that XLA can be told.
+    XLA takes equal domains only: hosts that do not fill theirs are divided evenly.
 
     >>> domains(Topology.parse("h100:4x8")), domains(Topology.parse("gb200:36x4"))
     ('4x1x8', '2x18x4')

@@ -1,19 +1,17 @@
-"""Which versions of JAX and of a topology's compiler are here."""
+"""Versions of JAX and of a topology's compiler that are installed."""
 
 from __future__ import annotations
 
 from importlib import metadata
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..hardware.topology import Topology
+from ..hardware.topology import Topology
 
-# Distributions that decide what comes out of a compiler, by platform.
+# Distributions with the compiler of each platform, besides jax and jaxlib.
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-pjrt", "jax-cuda12-pjrt"), "cpu": ()}
 
 
 def versions(topology: Topology) -> dict[str, str]:
-    """Return distribution → version of what compiles for `topology`."""
+    """Return distribution → installed version of what compiles for `topology`."""
     wanted = ("jax", "jaxlib", *_COMPILERS.get(topology.chip.platform, ()))
     found = {}
     for name in wanted:
