@@ -1,4 +1,4 @@
-"""A planned step as bytes that another process compiles: StableHLO, nothing pickled."""
+"""Planned steps serialised for the process that compiles them: StableHLO, nothing is pickled."""
 
 from __future__ import annotations
 
@@ -43,10 +43,13 @@ def export_step(
     optimizer: optax.GradientTransformation,
     topology: Topology,
 ) -> Exported:
-    """Return the training step of `plan` lowered for `topology`, which need not be here.
+    """Return the training step of `plan`, lowered for `topology` without its devices or its compiler.
 
-    The program takes the leaves of the state, then those of the batch, and gives the leaves of the new state,
-    then the metrics. No compiler is loaded. Raises UserError if it cannot be lowered.
+    The program takes the leaves of the state, then those of the batch, and returns the leaves of the new
+    state, then the metrics. Arguments are those of `verify.verify`.
+
+    Raises:
+      UserError: the step cannot be lowered for the topology's platform.
     """
     mesh = abstract_mesh(plan)
     state = abstract_state(params, optimizer)
@@ -70,7 +73,7 @@ def export_step(
     if platform is None:
         raise UserError(f"no compiler for {topology.chip.name} ({topology.chip.platform}) is known")
     try:
-        # Nothing is kept for another version of a library to run.
+        # The checks are for programs that a later version runs; this one is compiled at once and dropped.
         calls = [export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
         with described() if platform == "cuda" else contextlib.nullcontext():
             exported = export.export(jitted, platforms=(platform,), disabled_checks=calls)(*leaves)
@@ -81,7 +84,7 @@ def export_step(
 
 
 def abstract_mesh(plan: Record) -> AbstractMesh:
-    """Return the plan's mesh without devices."""
+    """Return the mesh of `plan` without devices."""
     return AbstractMesh(
         tuple(plan.mesh.values()), tuple(plan.mesh), axis_types=(AxisType.Auto,) * len(plan.mesh)
     )

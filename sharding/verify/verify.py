@@ -1,4 +1,4 @@
-"""One planned step through the real compiler: does it fit, what does it consist of, how long does it take."""
+"""Verification of a plan: its step compiled by the real compiler, and the verdict on what came out."""
 
 from __future__ import annotations
 
@@ -15,32 +15,38 @@ from ..plans import arrays, file
 from ..plans.proof import Proof
 from ..plans.record import Record
 from ..plans.specs import axes_in, cut_into
+from ..program.identity import fingerprint as fingerprint_of
+from ..program.tracing import trace
+from ..transform.step import abstract_state
+from ..words import gib
+from ..xla.targets import missing
 from ..xla.versions import versions
 from . import cache
+from .export import export_step
 from .process import Limits, run_worker
 
 if TYPE_CHECKING:
     import optax
 
 
-# Outcomes that the same compiler gives again, so that they are kept on disk.
+# Outcomes that the same compiler gives again; they are kept on disk.
 _LASTING = ("compiled", "out_of_memory", "failed")
-# Estimated so many times what a device holds, a step is not compiled: estimates were never that far off.
+# A step that is estimated at so many times what a device holds is not compiled: no estimate was that far off.
 _HOPELESS = 1.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What became of compiling a plan.
+    """The outcome of compiling a plan.
 
     Attributes:
       outcome: ``fits``, ``out_of_memory``, ``vmem_overflow``, ``failed`` (the compiler refused the program),
-        ``timed_out``, ``too_large`` (the compiler for this machine), ``died``.
-      message: one sentence for a user.
-      proof: what came out, where it compiled, even if it is too large.
-      peak_bytes: what a device would hold; 0 where nobody said.
-      capacity_bytes: what a device offers.
-      cached: whether it was known from before.
+        ``timed_out``, ``too_large`` (compiling takes more memory than this machine may give), ``died``.
+      message: one sentence for a user; empty if it fits.
+      proof: what was compiled, also if it does not fit; None if it did not compile.
+      peak_bytes: of a device's memory; 0 where it is not known.
+      capacity_bytes: of a device's memory that a step may have.
+      cached: whether the answer was kept from an earlier compile.
     """
 
     outcome: str
@@ -52,7 +58,7 @@ class Verdict:
 
     @property
     def fits(self) -> bool:
-        """Whether the step compiled and a device holds it."""
+        """Whether the step compiled and fits a device's memory."""
         return self.outcome == "fits"
 
 
@@ -68,12 +74,25 @@ def verify(
     use_cache: bool = True,
     schedules: bool = False,
 ) -> Verdict:
-    """Compile the training step of `plan` for its topology, in a process of its own, and read the result.
+    """Compile the training step of `plan` for its topology in a process of its own, and return the verdict.
 
-    Nothing runs; devices need not be here. With `schedules` a TPU's products are timed by the compiler's own
-    schedule rather than by what it estimated before (see `schedule.py`): nearer to measured steps by a tenth
-    or two, for about twice the compiler's work. `fingerprint` is that of the traced loss, where it is known.
-    Raises UserError if the topology's compiler is not installed or the plan is for another program.
+    Nothing runs, and the devices need not be attached.
+
+    Args:
+      plan: the decision that the step carries out.
+      loss: the unsharded function, as in `plan`.
+      params: its parameters: arrays or ShapeDtypeStructs.
+      batch: likewise, the global batch.
+      optimizer: of the step.
+      fingerprint: of the traced loss, if it is known.
+      limits: of time and memory, for the compile.
+      use_cache: whether a kept answer will do.
+      schedules: whether products on TPUs are timed by the compiler's final schedule instead of its estimate
+        (`compiled.schedule`). That is nearer to measured steps by 10 to 20 %, for about twice the compile
+        time.
+
+    Raises:
+      UserError: the topology's compiler is not installed, or the plan is for another program.
     """
     topology = plan.topology
     refuse_missing(topology)
@@ -84,7 +103,7 @@ def verify(
     key = cache.key_of(
         {
             "plan": file.to_dict(plan.decision()),
-            "program": fingerprint or _fingerprint_of(loss, params, batch),
+            "program": fingerprint or _program_of(loss, params, batch),
             "written": _where(loss),
             "optimizer": _optimizer_of(optimizer, params),
             "versions": here,
@@ -95,8 +114,6 @@ def verify(
     known = cache.load(key, lambda kept: _judge(kept, topology, cached=True)) if use_cache else None
     if known is not None:
         return known
-    from .export import export_step
-
     arrays.check(plan, params, batch, loss)
     exported = export_step(plan, loss, params, batch, optimizer, topology)
     request = {
@@ -114,18 +131,14 @@ def verify(
 
 
 def refuse_missing(topology: Topology) -> None:
-    """Raise UserError, saying what to install, if no compiler for `topology` is here."""
-    if topology.chip.platform == "cpu":
-        return
-    from ..xla.targets import missing
-
-    sentence = missing(topology)
+    """Raise UserError, saying what to install, if there is no compiler for `topology` on this machine."""
+    sentence = None if topology.chip.platform == "cpu" else missing(topology)
     if sentence is not None:
         raise UserError(sentence)
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """Return what a child's environment must say: no accelerator is looked for, one compiler is loaded."""
+    """Return variables for the process that compiles: JAX looks for no accelerator and loads one compiler."""
     words = {"JAX_PLATFORMS": "cpu"}
     if topology.chip.platform == "cpu":
         return {**words, "JAX_NUM_CPU_DEVICES": str(topology.num_devices)}
@@ -134,14 +147,14 @@ def environment(topology: Topology) -> dict[str, str]:
             **words,
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
-            # No device is opened, so that several compilers may work side by side.
+            # The process opens no device, so that several may run at once.
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
     return {**words, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 
 
 def capacity_of(topology: Topology) -> float:
-    """Return the bytes of a device that a step may take."""
+    """Return the bytes of a device's memory that a step may have."""
     chip = topology.chip
     return math.inf if chip.nominal else chip.usable_bytes
 
@@ -178,17 +191,13 @@ def _judge(answer: Mapping[str, Any], topology: Topology, cached: bool) -> Verdi
 
 
 def _too_much(peak: float, capacity: float) -> str:
-    from ..words import gib
-
     return f"compiled, it needs {gib(peak)} of a device's {gib(capacity)}, {gib(peak - capacity)} too much"
 
 
 def _too_large_already(
     plan: Record, params: Any, batch: Any, optimizer: optax.GradientTransformation, topology: Topology
 ) -> Verdict | None:
-    """Return the verdict on a plan that need not be compiled to know that it does not fit."""
-    from ..words import gib
-
+    """Return the verdict on a plan that is too large to be worth compiling, else None."""
     capacity = capacity_of(topology)
     stored = stored_bytes(plan, params, batch, optimizer)
     if stored > capacity:
@@ -202,10 +211,8 @@ def _too_large_already(
 
 
 def stored_bytes(plan: Record, params: Any, batch: Any, optimizer: optax.GradientTransformation) -> float:
-    """Return the bytes of a device that the state and the batch take, exactly, apart from padding."""
+    """Return the bytes of a device that the state and the batch take, without padding."""
     import jax
-
-    from ..transform.step import abstract_state
 
     total = 0.0
     for kind, tree in (("params", abstract_state(params, optimizer)), ("batch", batch)):
@@ -217,18 +224,16 @@ def stored_bytes(plan: Record, params: Any, batch: Any, optimizer: optax.Gradien
     return total
 
 
-def _fingerprint_of(loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> str:
+def _program_of(loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> str:
     """Return the fingerprint of the traced loss."""
     import jax
-
-    from ..program.tracing import trace
 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, batch))
     return trace(loss, *shapes).fingerprint
 
 
 def _where(loss: Callable[[Any, Any], Any]) -> str:
-    """Return the file and line of a function, for whose lines an answer is given; empty if it has none."""
+    """Return the file and line of a function, on which a proof's source lines depend, or an empty text."""
     code = getattr(inspect.unwrap(loss), "__code__", None)
     return "" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 
@@ -237,8 +242,7 @@ def _optimizer_of(optimizer: optax.GradientTransformation, params: Any) -> str:
     """Return the fingerprint of an optimizer's update on `params`."""
     import jax
 
-    from ..program.identity import fingerprint
-    from ..transform.step import abstract_state
-
     state = abstract_state(params, optimizer)
-    return fingerprint(jax.make_jaxpr(optimizer.update)(state["params"], state["optimizer"], state["params"]))
+    return fingerprint_of(
+        jax.make_jaxpr(optimizer.update)(state["params"], state["optimizer"], state["params"])
+    )

@@ -1,8 +1,7 @@
-"""The child process that compiles one step: `python -m meshwright.sharding.verify.worker FOLDER`.
+"""Process that compiles one step: ``python -m meshwright.sharding.verify.worker FOLDER``.
 
-FOLDER holds ``request.json`` and ``program.bin``; the child leaves ``program.hlo.gz`` and ``answer.json``
-there.
-Exactly one compiler is loaded, the one of the requested topology.
+FOLDER has ``request.json`` and ``program.bin``; the process writes ``program.hlo.gz`` and ``answer.json`` to
+it. It loads one compiler, that of the requested topology.
 """
 
 from __future__ import annotations
@@ -16,12 +15,15 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..compiled.read import read_proof
+from ..compiled.schedule import dump_arguments, read_bundles
 from ..files import write_whole
-
-if TYPE_CHECKING:
-    from ..hardware.topology import Topology
+from ..hardware.topology import Topology
+from ..plans import arrays, file
+from ..plans.record import Record
+from ..xla.targets import describe
 
 # ``Ran out of memory in memory space hbm. Used 122.75G of 95.74G hbm.``, and when it is known early:
 # ``Ran out of memory on HBM, the total … for HLO temporaries (68.50G) exceeds available HBM (15.75G).``
@@ -30,9 +32,9 @@ _USED = re.compile(
     r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)"
     r"|\(([\d.]+)([KMGT]?)\) exceeds available \w+ \(([\d.]+)([KMGT]?)\)"
 )
-# How JAX calls the arguments of a function that takes ``*args``.
+# Names that JAX gives the arguments of a function that takes ``*args``.
 _ARGUMENT = re.compile(r"\bargs\[(\d+)\]")
-# By which share two sizes of one program may differ for alignment.
+# Share by which two sizes of one program may differ because of alignment.
 _SLACK = 1e-3
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -44,23 +46,18 @@ def main(folder: pathlib.Path) -> None:
 
     try:
         answer = compile_request(request, (folder / "program.bin").read_bytes(), folder)
-    except JaxRuntimeError as error:  # what a compiler raises is an answer for the parent to tell apart
+    except JaxRuntimeError as error:  # the compiler's own error is an answer about the plan
         answer = failure(str(error))
-    except Exception as error:  # anything else is ours, and says nothing lasting of the plan
+    except Exception as error:  # any other is this process's and says nothing about the plan
         answer = {"outcome": "died", "message": f"{type(error).__name__}: {_first_lines(str(error))}"}
         traceback.print_exc()
     write_whole(folder / "answer.json", json.dumps(answer))
 
 
 def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.Path) -> dict[str, Any]:
-    """Compile `program` as `request` says; return what is to be known of it."""
+    """Compile `program` as `request` says and return the answer; the program's text is left in `folder`."""
     import jax
     from jax import export
-
-    from ..compiled.read import read_proof
-    from ..compiled.schedule import dump_arguments, read_bundles
-    from ..plans import arrays, file
-    from ..plans.record import Record
 
     plan = file.from_dict(request["plan"], Record)
     topology = plan.topology
@@ -85,8 +82,8 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
     text, sizes = compiled.as_text(), compiled.memory_analysis()
     if text is None or sizes is None:
         return {"outcome": "failed", "message": "the compiler shows neither a program's text nor its memory"}
-    with gzip.open(folder / "program.hlo.gz", "wt", compresslevel=3) as file:
-        file.write(text)
+    with gzip.open(folder / "program.hlo.gz", "wt", compresslevel=3) as written:
+        written.write(text)
     proof = read_proof(
         _named(text, request["arguments"]),
         topology=topology,
@@ -102,7 +99,7 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
 
 
 def _named(text: str, arguments: Sequence[str]) -> str:
-    """Call the program's arguments by their paths in the state and the batch, not by their numbers."""
+    """Return the text with the program's arguments named by their paths in the state and the batch."""
 
     def path(match: re.Match[str]) -> str:
         number = int(match[1])
@@ -112,11 +109,11 @@ def _named(text: str, arguments: Sequence[str]) -> str:
 
 
 def peak_of(sizes: Any, topology: Topology) -> float | None:
-    """Return the compiler's peak of a device's memory; None where it states that of the host's.
+    """Return the compiler's peak of a device's memory in bytes, None where it states the host's instead.
 
-    XLA's figure for GPUs holds what lies on the host too; there the sum of all arguments and temporaries,
-    which one allocation covers, is the device's share. For TPUs it is that of the fullest memory, be it the
-    host's.
+    The figure for GPUs includes arrays on the host. There the arguments, outputs and temporaries, for which
+    XLA makes one allocation, are the device's part. The figure for TPUs is the larger one of the device's and
+    the host's.
     """
     held, stated = memory_of(sizes), float(sizes.peak_memory_in_bytes)
     if held["host"] == 0:
@@ -127,7 +124,7 @@ def peak_of(sizes: Any, topology: Topology) -> float | None:
 
 
 def memory_of(sizes: Any) -> dict[str, float]:
-    """Return the compiler's sizes, bytes of one device, by what they are for."""
+    """Return the compiler's sizes by what they are for, in bytes of one device."""
     return {
         "arguments": float(sizes.argument_size_in_bytes),
         "temporaries": float(sizes.temp_size_in_bytes),
@@ -142,7 +139,7 @@ def memory_of(sizes: Any) -> dict[str, float]:
 
 
 def failure(message: str) -> dict[str, Any]:
-    """Return the answer for a compiler's error: which memory ran out and by how much, or what it said.
+    """Return the answer for a compiler's error: which memory ran out and by how much, or the message.
 
     >>> failure("Ran out of memory in memory space hbm. Used 2.5G of 2.0G hbm.")["used_bytes"]
     2684354560.0
@@ -167,13 +164,11 @@ def _first_lines(message: str, lines: int = 4, width: int = 400) -> str:
 
 
 def _devices(topology: Any) -> Any:
-    """Return the devices that are described, or simulated ones for a topology of CPU devices."""
+    """Return the devices of a topology as its compiler describes them; for CPUs, simulated ones."""
     import jax
 
     if topology.chip.platform == "cpu":
         return jax.devices()
-    from ..xla.targets import describe
-
     return describe(topology).devices
 
 
