@@ -166,7 +166,7 @@ def children() -> list[int]:
             words = (path.parent / "cmdline").read_bytes()
         except (OSError, IndexError, ValueError):
             continue
-        if parent == os.getpid() and b"verify.worker" in words:
+        if parent == os.getpid() and b"meshwright.sharding.verify.worker" in words:
             found.append(int(path.parent.name))
     return found
 
