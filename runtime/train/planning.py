@@ -18,7 +18,7 @@ from ...sharding.report.compare import compare
 from ...sharding.report.html import page as page_of
 from ...sharding.report.plan import plan_document
 from ..config import Config
-from ..data.packing import KEYS
+from ..data.batches import KEYS
 from . import optimizer
 from .model import build_model
 

@@ -7,7 +7,7 @@ import collections
 import numpy as np
 import pytest
 from meshwright.runtime.data import open_data
-from meshwright.runtime.data.packing import Rows
+from meshwright.runtime.data.batches import Rows
 from meshwright.sharding.errors import UserError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from meshwright.runtime.data import open_data
 
-# Three documents that 0 ends, as in the picture of packing.Rows.
+# Three documents that 0 ends, as in the picture of Rows.
 STREAM = [1, 2, 3, 0, 4, 5, 0, 6, 7, 8, 9, 0]
 
 
