@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from meshwright.runtime.config.config import Config, load
 from meshwright.runtime.train.job import build_job
-from meshwright.runtime.train.loop import Loop
+from meshwright.runtime.train.loop import TrainingLoop
 from training import write_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def walk(config: Config) -> list[str]:
         return state, {}
 
     idle = {name: MagicMock() for name in ("checkpoints", "collector", "window", "stop", "watchdog")}
-    loop = Loop(config=config, job=job, update=update, **idle)
+    loop = TrainingLoop(config=config, job=job, update=update, **idle)
     with _watched() as files:
         loop.run(job.step.abstract_state, 0)
     return [file.removeprefix(f"{ROOT}/") for file in files]
