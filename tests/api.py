@@ -18,7 +18,7 @@ from typing import Any
 import typer.main
 from meshwright import models, runtime, sharding
 from meshwright.runtime.cli.main import app
-from meshwright.runtime.config.config import Config
+from meshwright.runtime.config import Config
 from pydantic import BaseModel
 
 LIST = pathlib.Path(__file__).with_name("api.txt")

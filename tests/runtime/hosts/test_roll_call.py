@@ -6,7 +6,7 @@ import concurrent.futures
 import socket
 
 import pytest
-from meshwright.runtime.hosts.address import reserved_port, split_address
+from meshwright.runtime.hosts.address import reserved_port
 from meshwright.runtime.hosts.roll_call import roll_call
 from meshwright.sharding.errors import UserError
 
@@ -94,9 +94,3 @@ def test_port_in_use_by_another_program() -> None:
             call(0, 2, port)
             == f"something else already listens at the coordinator's address 127.0.0.1:{port}"
         )
-
-
-@pytest.mark.parametrize("address", ["node1", "node1:", ":1234", "node1:0", "node1:70000", "node1:http"])
-def test_malformed_address(address: str) -> None:
-    with pytest.raises(UserError, match="is not host:port"):
-        split_address(address)
