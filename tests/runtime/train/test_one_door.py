@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 import yaml
-from meshwright.runtime.config.config import Config, load
-from meshwright.runtime.train import optimizer
+from meshwright.runtime.config import Config, load
+from meshwright.runtime.train import optimizer, train
 from meshwright.runtime.train.job import build_job, build_model, check_same_plan
 from meshwright.runtime.train.planning import Shapes, plan_config, plan_of
-from meshwright.runtime.train.train import train
 from meshwright.sharding import Plan, Topology, UserError, declare, plan
 from small_models import perceptron
 
