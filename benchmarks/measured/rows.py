@@ -20,7 +20,8 @@ from meshwright.sharding.hardware.topology import read as read_topology
 from .layouts import read_layout
 from .shapes import Architecture, NotExpressible, read_shape, whole
 
-_HERE = Path(__file__).parent
+_CLUSTERS = Path(__file__).with_name("clusters.toml")
+_FRAMEWORKS = Path(__file__).parents[1] / "frameworks" / "facts.toml"
 # No step's share of what its largest products alone reach is above this.
 _WHOLE_STEP = 0.85
 
@@ -68,15 +69,14 @@ def _label(row: Mapping[str, str]) -> str:
 
 
 @functools.cache
-def _table(name: str) -> dict[str, Any]:
-    with (_HERE / name).open("rb") as file:
-        return tomllib.load(file)
+def _table(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def parse(row: Mapping[str, str]) -> Run:
     """Read one row. Raises NotExpressible."""
     architecture = read_shape(row)
-    frameworks = _table("frameworks.toml")
+    frameworks = _table(_FRAMEWORKS)
     framework = {**frameworks["default"], **frameworks.get(row["framework"], {})}
     replicated = framework.pop("replicated", {})
     if row["fsdp_zero_stage"] in ("", "0") and not framework["zero"]:
@@ -130,7 +130,7 @@ def _topology(row: Mapping[str, str]) -> Topology:
     text = f"{row['hardware']} {row['source']}"
     if re.search(r"MI355|H800|V100|TPU v3", row["hardware"]):
         raise NotExpressible(f"{row['hardware'].split()[0]} is not in chips.toml")
-    cluster = next((c for c in _table("clusters.toml")["cluster"] if re.search(c["match"], text)), None)
+    cluster = next((c for c in _table(_CLUSTERS)["cluster"] if re.search(c["match"], text)), None)
     if cluster is None:
         raise NotExpressible(f"hardware {row['hardware']!r} is not known")
     facts = {k: v for k, v in cluster.items() if k not in ("match", "chip")}
