@@ -45,7 +45,7 @@ def execution_of(record: Framework, topology: Topology) -> Execution:
     )
 
 
-def _kept(record: Framework, profile: Profile, candidate: Candidate, fused: bool, /) -> Residuals:
+def _kept(record: Framework, profile: Profile, candidate: Candidate, fused: bool) -> Residuals:
     everything = "none/fused" if record.fused_residuals else "none"
     kept = profile.saved.kept(candidate, fused_attention=fused, everything=everything)
     none = np.zeros_like(kept.twice)
@@ -119,12 +119,12 @@ def deal_by_weight(layers: int, stages: int, loss: float) -> Dealt:
     return Dealt(most=min(layers, math.ceil(share)), last=max(0, layers - math.ceil(share * (stages - 1))))
 
 
-def _dealt_by_weight(profile: Profile, stages: int, /) -> Dealt:
+def _dealt_by_weight(profile: Profile, stages: int) -> Dealt:
     loss = loss_layers(profile)
     return deal_by_weight(profile.layers, stages, loss) if loss else dealt_evenly(profile, stages)
 
 
-def _busy(record: Framework, profile: Profile, once: Passes, kept: Residuals, /) -> Busy:
+def _busy(record: Framework, profile: Profile, once: Passes, kept: Residuals) -> Busy:
     found = compute.busy(profile, once, kept)
     seconds, waiting = found.seconds.copy(), found.waiting.copy()
     seconds[:, compute.KINDS.index("elementwise"), AFTER] *= record.loss_passes
@@ -141,7 +141,6 @@ def _standing(
     slot_bytes: float,
     gradient_bytes: float | None,
     slices: int,
-    /,
 ) -> Standing:
     found = memory.standing(profile, placement, candidate, over, slot_bytes, gradient_bytes, slices)
     table = profile.parameters
@@ -159,16 +158,12 @@ def _moments(
     work: Worked,
     kept: Residuals,
     dealt: Dealt,
-    /,
-    *,
     last_layer_apart: bool,
 ) -> Iterator[dict[str, float]]:
     largest = work.largest.copy()
     largest[AFTER] *= record.loss_copies
     work = dataclasses.replace(work, largest=largest)
-    for items in memory.moments(
-        profile, candidate, stored, work, kept, dealt, last_layer_apart=last_layer_apart
-    ):
+    for items in memory.moments(profile, candidate, stored, work, kept, dealt, last_layer_apart):
         counted = items["saved_activations"] + items["temporaries"] + items["communication"]
         items["framework"] += record.reserved_bytes + record.memory_overhead * counted
         yield items

@@ -159,7 +159,7 @@ class Pricer:
             layers[0],
             self._kept(candidate),
             dealt,
-            last_layer_apart=self.execution.last_layer_apart,
+            self.execution.last_layer_apart,
         )
         items = max(found, key=lambda items: sum(items.values()))
         return {name: float(size) for name, size in items.items()}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
 
 from ..hardware.topology import Topology
 from ..xla.compiler import compiler_of
@@ -20,72 +19,23 @@ from .pipeline import Dealt, deal
 from .placement import Placement
 from .profile import Profile
 
-
-class KeptBy(Protocol):
-    """Says what a candidate keeps for the backward pass, and what it runs again there."""
-
-    def __call__(self, profile: Profile, candidate: Candidate, fused_attention: bool, /) -> Residuals: ...
-
-
-class LinksOf(Protocol):
-    """Gives the link of each mesh axis longer than 1 (`collectives.links`)."""
-
-    def __call__(
-        self, mesh: Mapping[str, int], topology: Topology, calibration: Calibration, /
-    ) -> Mapping[str, Link]: ...
+# The parts of a price that may be another's; `Execution` says what each gives.
+KeptBy = Callable[[Profile, Candidate, bool], Residuals]
+LinksOf = Callable[[Mapping[str, int], Topology, Calibration], Mapping[str, Link]]
+DealtBy = Callable[[Profile, int], Dealt]
+BusyWith = Callable[[Profile, Passes, Residuals], Busy]
+StandingOf = Callable[[Profile, Placement, Candidate, StoredOver, float, float | None, int], Standing]
+MomentsOf = Callable[
+    [Profile, Candidate, Standing, Worked, Residuals, Dealt, bool], Iterator[dict[str, float]]
+]
 
 
-class DealtBy(Protocol):
-    """Deals a program's layers to so many stages."""
-
-    def __call__(self, profile: Profile, stages: int, /) -> Dealt: ...
-
-
-class BusyWith(Protocol):
-    """Gives the seconds of a microbatch, with what is run again (`compute.busy`)."""
-
-    def __call__(self, profile: Profile, once: Passes, kept: Residuals, /) -> Busy: ...
-
-
-class StandingOf(Protocol):
-    """Gives what lies in memory all through a step (`memory.standing`)."""
-
-    def __call__(
-        self,
-        profile: Profile,
-        placement: Placement,
-        candidate: Candidate,
-        over: StoredOver,
-        slot_bytes: float,
-        gradient_bytes: float | None,
-        slices: int,
-        /,
-    ) -> Standing: ...
-
-
-class MomentsOf(Protocol):
-    """Yields the moments that may be a step's fullest, as item → bytes (`memory.moments`)."""
-
-    def __call__(
-        self,
-        profile: Profile,
-        candidate: Candidate,
-        stored: Standing,
-        work: Worked,
-        kept: Residuals,
-        dealt: Dealt,
-        /,
-        *,
-        last_layer_apart: bool,
-    ) -> Iterator[dict[str, float]]: ...
-
-
-def kept_by_policy(profile: Profile, candidate: Candidate, fused_attention: bool, /) -> Residuals:
+def kept_by_policy(profile: Profile, candidate: Candidate, fused_attention: bool) -> Residuals:
     """Return what JAX keeps under the candidate's policy, and XLA runs again because something needs it."""
     return profile.saved.kept(candidate, fused_attention=fused_attention)
 
 
-def dealt_evenly(profile: Profile, stages: int, /) -> Dealt:
+def dealt_evenly(profile: Profile, stages: int) -> Dealt:
     """Return as many layers for every stage, as stages that are slices of one array have."""
     return deal(profile.layers, stages)
 
@@ -104,12 +54,12 @@ class Execution:
         them each microbatch, rather than scattered over one each microbatch and over others once a step.
       last_layer_apart: whether the last layer whose values come back from the host runs outside of the loop.
       aligned_elements: of a product's role that matrix units read at once.
-      kept: what is kept for the backward pass, and run again.
-      links: what each mesh axis runs on.
-      dealt: how layers are dealt to stages.
-      busy: seconds of computing.
-      standing: bytes that lie in memory all through a step.
-      moments: bytes at the moments that may be the fullest.
+      kept: (profile, candidate, fused attention) → what is kept for the backward pass, and run again.
+      links: (mesh, topology, calibration) → the link of each mesh axis longer than 1.
+      dealt: (profile, stages) → how layers are dealt to stages.
+      busy: (profile, passes, kept) → seconds of computing, with what is run again; `compute.busy`.
+      standing: bytes that lie in memory all through a step; `memory.standing`.
+      moments: bytes at each moment that may be the fullest; `memory.moments`.
     """
 
     attention: FusedAttention | None = None

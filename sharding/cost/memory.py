@@ -69,8 +69,7 @@ def moments(
     work: Worked,
     kept: Residuals,
     dealt: Dealt,
-    *,
-    last_layer_apart: bool = False,
+    last_layer_apart: bool,
 ) -> Iterator[dict[str, float]]:
     """Yield item → bytes of a device at each moment that may be a step's fullest.
 

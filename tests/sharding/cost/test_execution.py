@@ -48,8 +48,8 @@ def test_each_part_of_a_price_can_be_another(program):
     def dealt(profile, stages):
         return Dealt(most=profile.layers, last=profile.layers)
 
-    def moments(*args, **named):
-        for items in Execution().moments(*args, **named):
+    def moments(*given):
+        for items in Execution().moments(*given):
             yield {**items, "framework": 7.0}
 
     dims = {dim.id: ("stage",) for dim in program.dims if dim.name == "layers"}
