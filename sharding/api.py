@@ -1,4 +1,4 @@
-"""The Python door: `plan`, `declare`, and the Plan that both give, with all that can be done with it."""
+"""Public functions `plan` and `declare`, and the Plan that both return, with all that can be done with it."""
 
 from __future__ import annotations
 
@@ -32,11 +32,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan(Record):
-    """A mesh, where each array lies on it, and how the step is worked through; `Record` has the fields.
+    """A mesh, how each array is sharded over it, and how a step is run: data, with methods that carry it out.
 
-    A plan is data that can be read, compared and committed, with what can be done with it. One that was just
-    made also knows the `problem` that it is for, the `optimizer` of the planning, and the `search` that found
-    it; they are no part of the record.
+    `Record` and `Decision` have the fields that are saved and compared. A plan that was just made also knows
+    the `problem` that it is for, the `optimizer` that it was planned with and the `search` that found it.
+
+    >>> import jax
+    >>> def loss(params, x):
+    ...     return ((x @ params["w"]) ** 2).mean()
+    >>> params = {"w": jax.ShapeDtypeStruct((512, 512), "float32")}
+    >>> x = jax.ShapeDtypeStruct((64, 512), "float32")
+    >>> one = declare(loss, params, x, topology="v5e:2x4", mesh={"fsdp": 8}, rules={"*w": ["fsdp"]})
+    >>> one.specs(params), one.bytes_per_device()
+    ({'w': P('fsdp',)}, 131072)
+    >>> Plan.from_dict(one.to_dict()) == one
+    True
     """
 
     optimizer: Any = dataclasses.field(default=None, repr=False, compare=False)
@@ -45,49 +55,63 @@ class Plan(Record):
 
     @classmethod
     def of(cls, record: Record, **passing: Any) -> Plan:
-        """Return the Plan of a record; `passing` are the fields that are no part of it."""
+        """Return the Plan of a record; `passing` are the fields that the record does not have."""
         return cls(
             **{field.name: getattr(record, field.name) for field in dataclasses.fields(Record)}, **passing
         )
 
     def make_mesh(self, devices: Any = None) -> Mesh:
-        """Return the plan's mesh over the topology's devices, or over `devices`."""
+        """Return the plan's mesh over the topology's devices, or over `devices`.
+
+        Raises:
+          UserError: these devices, or those that are attached, are not the topology's.
+        """
         return arrays.mesh_of(self, devices)
 
     def specs(self, tree: Any, kind: str = "params") -> Any:
-        """Return the PartitionSpec of every array in a tree of parameters or optimiser state, or a ``batch``.
+        """Return a tree like `tree` of PartitionSpecs.
 
-        An optimiser's array belongs to the parameter whose path its own path ends with; one that has lost
-        a dimension of it (factored moments) keeps the rest of its spec. Arrays that belong to nothing, such
-        as counters, are replicated. Raises UserError if a parameter or batch array has another shape.
+        An optimizer's array has the spec of the parameter whose path its own path ends with; one that lacks a
+        dimension of it (factored moments) keeps the rest of the spec. Arrays that belong to no parameter,
+        such as counters, are replicated.
+
+        Args:
+          tree: parameters, a training state or a part of one; or a batch.
+          kind: ``params`` for the former, ``batch`` for a batch.
+
+        Raises:
+          UserError: a parameter or an array of the batch has another shape than the plan's.
         """
         return arrays.specs(self, tree, kind)
 
     def shardings(self, tree: Any, mesh: Mesh | AbstractMesh, kind: str = "params") -> Any:
-        """Return the NamedSharding of every array in `tree`, as `specs` does."""
+        """Return a tree like `tree` of NamedShardings on `mesh`; arguments and errors are as of `specs`."""
         return arrays.shardings(self, tree, mesh, kind)
 
     def specs_of_moments(self, params: Any) -> Any:
-        """Return the PartitionSpec of every parameter's gradient and moments, in a tree of parameters."""
+        """Return a tree like `params` of the PartitionSpecs of gradients and moments."""
         return arrays.specs_of_moments(self, params)
 
     def axes_of_dims(self, program: Program) -> dict[int, tuple[str, ...]]:
-        """Return the mesh axes of the dims of a traced `program`, by their numbers."""
+        """Return dim → mesh axes for the dims of a traced `program`, by their ids."""
         return arrays.axes_of_dims(self, program)
 
     def bytes_per_device(self, kind: str = "params") -> int:
-        """Return the bytes of the parameters (or ``batch``) that one device holds."""
+        """Return the bytes that one device holds of the parameters, or with `kind` ``batch`` of the batch."""
         return arrays.bytes_per_device(self, kind)
 
     def apply(self, loss: Callable[..., Any], mesh: Mesh | AbstractMesh | None = None) -> Callable[..., Any]:
-        """Return `loss(params, batch)` worked through as planned on `mesh`: same signature, same values."""
+        """Return `loss` with the plan's transforms around it: the same signature and the same values."""
         check_runs(self)
         return apply(self, loss, self.make_mesh() if mesh is None else mesh)
 
     def train_step(
         self, loss: Callable[..., Any], optimizer: optax.GradientTransformation, mesh: Mesh | None = None
     ) -> Callable[..., Any]:
-        """Return the jitted ``(state, batch) -> (state, metrics)``, which donates the state."""
+        """Return the jitted ``(state, batch) -> (state, metrics)``, which donates the state.
+
+        The state is that of `init`. Metrics are scalars: `loss`, `grad_norm` and the loss's auxiliary values.
+        """
         return step.jitted_update(self, loss, optimizer, mesh=self.make_mesh() if mesh is None else mesh)
 
     def init(
@@ -97,10 +121,16 @@ class Plan(Record):
         optimizer: optax.GradientTransformation | None = None,
         mesh: Mesh | None = None,
     ) -> dict[str, Any]:
-        """Return the first state of a run, ``{"step", "params", "optimizer"}``, every array where it belongs.
+        """Return the first state of a run, ``{"step", "params", "optimizer"}``, each array created in shards.
 
-        `init(key)` gives the parameters; `optimizer` is that of the planning if not given. Raises UserError
-        if there is neither, or if the parameters are not those that the plan was made for.
+        Args:
+          init: ``init(key)`` returns the parameters.
+          key: a JAX key.
+          optimizer: that of the planning if not given.
+          mesh: the plan's own if not given.
+
+        Raises:
+          UserError: there is no optimizer, or the parameters are not those that the plan was made for.
         """
         optimizer = self.optimizer if optimizer is None else optimizer
         if optimizer is None:
@@ -118,12 +148,22 @@ class Plan(Record):
         limits: Limits | None = None,
         use_cache: bool = True,
     ) -> Plan:
-        """Compile the step for the plan's topology, which need not be here; return the plan with its `proof`.
+        """Return the plan with its `proof`: its step compiled for the topology, which need not be attached.
 
-        A plan that was just made knows its program; one that was loaded is given it. If a plan that was
-        searched for does not fit, the next best that does is returned; with `top` above 1 so many layouts are
-        compiled and the fastest by the compiler's word is returned. `limits` bound the time and memory of
-        each compile. Raises UserError if nothing compiled fits, or if there is no compiler for the topology.
+        If a plan that was searched for does not fit, the next best that does is returned.
+
+        Args:
+          loss: the function; a plan that was just made knows it, as it knows the next three.
+          params: its parameters: arrays or ShapeDtypeStructs.
+          batch: likewise, the global batch.
+          optimizer: of the step.
+          top: above 1, so many layouts are compiled and the fastest by the compiler's word is returned.
+          limits: of time and memory, for each compile.
+          use_cache: whether a proof that was kept on disk will do.
+
+        Raises:
+          UserError: nothing that was compiled fits, there is no compiler for the topology, or one of the
+            first four is not known.
         """
         given = {"loss": loss, "params": params, "batch": batch, "optimizer": optimizer}
         if self.problem is not None:
@@ -147,15 +187,19 @@ class Plan(Record):
         return Plan.of(proved, optimizer=self.optimizer, problem=self.problem, search=search)
 
     def explain(self, subject: str | None = None) -> str:
-        """Return why the plan is as it is: all of it, or an axis (``tensor``, ``tensor=8``), a dimension or a
-        parameter.
+        """Return why the plan is as it is.
 
-        Raises UserError if `subject` is none of these.
+        Args:
+          subject: an axis (``tensor``), a size of one (``tensor=8``), a dimension or a parameter; all of the
+            plan if not given.
+
+        Raises:
+          UserError: `subject` is none of these.
         """
         return explain(self, subject)
 
     def compare(self, other: Plan) -> Comparison:
-        """Return this plan (A) and `other` (B) side by side, as a terminal or a notebook shows it."""
+        """Return this plan (A) and `other` (B) side by side, for a terminal or a notebook."""
         return compare(self, other)
 
     def _repr_html_(self) -> str:
@@ -163,7 +207,7 @@ class Plan(Record):
         return fragment(plan_document(self))
 
     def check(self, params: Any, batch: Any, loss: Callable[..., Any] | None = None) -> None:
-        """Raise UserError, naming what differs, if the plan was made for other arrays or another `loss`."""
+        """Raise UserError, naming the difference, if the plan was made for other arrays or another `loss`."""
         arrays.check(self, params, batch, loss)
 
     def check_arrays(self, kind: str, tree: Any) -> None:
@@ -173,8 +217,10 @@ class Plan(Record):
     def resized(self, params: Any, batch: Any) -> Plan:
         """Return the same layout for arrays of other sizes, such as a model of fewer layers.
 
-        What was estimated, proved and remembered of the search held for the old sizes and is left out. Raises
-        UserError if a path is missing or new, or if an axis does not divide a new size.
+        The estimate, the proof and what is remembered of the search are left out.
+
+        Raises:
+          UserError: a path is missing or new, or an axis does not divide a new size.
         """
         decision = arrays.resized(self, params, batch)
         kept = {field.name: getattr(decision, field.name) for field in dataclasses.fields(decision)}
@@ -185,7 +231,7 @@ class Plan(Record):
         return file.to_dict(self)
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Write the plan as JSON with one line an array, so that two plans compare line by line."""
+        """Write the plan as JSON, one line for each array, so that two files compare line by line."""
         file.write(self, path)
 
     @classmethod
@@ -214,26 +260,35 @@ def plan(
     attention: str | None = None,
     names: Any = None,
 ) -> Plan:
-    """Return the fastest Plan for training ``loss(params, batch)`` on `topology` that fits its memory.
+    """Return the plan for training ``loss(params, batch)`` on `topology` that is fastest and fits its memory.
 
-    What is declared is kept, the rest is derived. On simulated devices, whose links and memory are of no real
-    part, what stores least on a device comes first and time decides among equals.
+    What is declared is kept, the rest is searched for. On simulated devices, whose links and memory are those
+    of no real chip, the plan that stores least on a device comes first, and time decides among equals.
+
+    >>> import jax
+    >>> def loss(params, x):
+    ...     return ((x @ params["w"]) ** 2).mean()
+    >>> params = {"w": jax.ShapeDtypeStruct((4096, 4096), "float32")}
+    >>> x = jax.ShapeDtypeStruct((512, 4096), "float32")
+    >>> found = plan(loss, params, x, topology="v5e:2x4", mesh={"data": 2})
+    >>> found.mesh["data"], found.estimate.step_seconds < 0.01
+    (2, True)
 
     Args:
         loss: the unsharded function, to a scalar or ``(scalar, aux)``; it is traced, not run.
         params: a tree of arrays or ShapeDtypeStructs.
         batch: likewise, the global batch.
         topology: the devices, such as ``v5p:4x4x8``.
-        optimizer: whose moments must fit; Adam's in float32 are assumed without one.
+        optimizer: its moments must fit too; without one Adam's in float32 are assumed.
         mesh: sizes of some axes; -1 takes all that the others leave.
         rules: named dimension or path pattern → axes, as in `Rules`.
         remat: ``none``, ``dots`` or ``full``, or the values of layers that are kept (see
             `meshwright.sharding.program.saved`) → ``device`` or ``host``.
-        microbatches: parts that the batch is worked through in.
+        microbatches: parts of the batch that are computed one after another.
         schedule: of declared pipeline stages: ``1f1b`` or ``gpipe``.
-        attention: what carries out calls of `meshwright.sharding.ops.attention`: ``xla``, or a kernel,
-            ``splash`` or ``cudnn``; ``auto``, the default, is the chip's own where it can do what is asked.
-        names: a tree parallel to `params` of tuples of dimension names, for rules and for what is printed.
+        attention: the implementation of `meshwright.sharding.ops.attention`: ``xla``, or a kernel, ``splash``
+            or ``cudnn``; ``auto``, the default, is the chip's own where it supports what is asked.
+        names: a tree like `params` of tuples of dimension names, for rules and for what is printed.
 
     Raises:
         UserError: the declared parts contradict each other, the program or the topology, or nothing fits.
@@ -265,9 +320,18 @@ def declare(
     microbatches: int = 1,
     attention: str | None = None,
 ) -> Plan:
-    """Return the Plan that the declared `mesh` and `rules` make of ``loss(params, batch)``.
+    """Return the plan that the declared `mesh` and `rules` give for ``loss(params, batch)``.
 
-    It is estimated as what `plan` finds is, and never refused for its estimate: `notes` say where that warns.
+    It is priced as the plans of `plan` are, and never refused because of its estimate: `notes` has a warning.
+
+    >>> import jax
+    >>> def loss(params, x):
+    ...     return ((x @ params["w"]) ** 2).mean()
+    >>> params = {"w": jax.ShapeDtypeStruct((512, 256), "float32")}
+    >>> x = jax.ShapeDtypeStruct((64, 512), "float32")
+    >>> mesh, names = {"fsdp": 4, "tensor": 2}, {"w": ("embed", "mlp")}
+    >>> declare(loss, params, x, topology="h100:8", mesh=mesh, names=names).specs(params)
+    {'w': P('fsdp', 'tensor')}
 
     Args:
         loss: the unsharded function; it is traced, not run.
@@ -275,11 +339,11 @@ def declare(
         batch: likewise, the global batch; its arrays are ``[batch, ...]`` or ``[batch, sequence, ...]``.
         topology: the devices.
         mesh: axis → size, one of which may be -1.
-        optimizer: whose moments are estimated; Adam's in float32 without one.
+        optimizer: its moments are part of the estimate; without one Adam's in float32 are assumed.
         rules: named dimension or path pattern → axes, over the defaults of `Rules.with_defaults`.
-        names: a tree parallel to `params` of tuples of dimension names.
+        names: a tree like `params` of tuples of dimension names.
         remat: what layers keep for their backward pass: a policy of `transform.remat`, or names → places.
-        microbatches: parts that the batch is worked through in, as in `transform.accumulate`.
+        microbatches: parts of the batch that are computed one after another.
         attention: as in `plan`: ``auto`` if not given.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A picture, in text, of which device holds which part of an array."""
+"""Pictures, in text, of which device holds which part of an array."""
 
 from __future__ import annotations
 
@@ -15,18 +15,27 @@ _MOST_CELLS = 32
 def picture(array: Any) -> str:
     """Return a grid with a cell for each part of a sharded array and the ids of the devices that hold it.
 
-    `array` is a `jax.Array`, or anything with a shape, dtype and sharding. Of an array with more than two
-    sharded dimensions the first two are drawn, and the cells name the devices along the rest. Raises
-    UserError for an array without a sharding.
+    Of an array with more than two sharded dimensions the first two are drawn, and the cells name the devices
+    along the rest.
 
-    >>> picture(state["params"]["up"])  # doctest: +SKIP
+    >>> import jax
+    >>> from meshwright.sharding import make_mesh
+    >>> mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, "cpu:8")
+    >>> sharding = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
+    >>> print(picture(jax.ShapeDtypeStruct((64, 256), "float32", sharding=sharding)))
     float32[64, 256] as ('fsdp', 'tensor') on data=2, fsdp=2, tensor=2: 16.0 KiB of 64.0 KiB on each device
-         0:128    128:256
+             0:128    128:256
           ┌─────────┬─────────┐
      0:32 │   0 4   │   1 5   │
           ├─────────┼─────────┤
     32:64 │   2 6   │   3 7   │
           └─────────┴─────────┘
+
+    Args:
+      array: a `jax.Array`, or anything with a shape, dtype and sharding.
+
+    Raises:
+      UserError: the array has no sharding.
     """
     sharding = getattr(array, "sharding", None)
     if sharding is None:
