@@ -99,7 +99,7 @@ class Fabric:
         self._loads: dict[Groups, _Load] = {}
 
     def span(self, groups: Groups) -> Span:
-        """Return the span of the largest group, for which all groups of one collective stand."""
+        """Return the span of the largest group; the groups of one collective are alike."""
         if groups not in self._spans:
             self._spans[groups] = self._find(groups)
         return self._spans[groups]

@@ -18,7 +18,7 @@ _COMPILER = f"{_HERE / 'verify'}/"
 
 
 def user_line(module: HloModule, instruction: Instruction) -> SourceLine | None:
-    """Return the line of user's code that asked for `instruction`, or the innermost line if there is none."""
+    """Return the user's line that asked for `instruction`, or the innermost line if none is the user's."""
     lines = [line for line in module.frames.get(instruction.frame or 0, ()) if not _compiles(line.file)]
     for line in lines:
         if not is_library(line.file):
