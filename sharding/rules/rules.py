@@ -14,19 +14,6 @@ from .application import Application, Axes, axis_sizes, is_pattern, mentioned
 if TYPE_CHECKING:
     from jax.sharding import PartitionSpec
 
-DIMENSIONS = (
-    "layers",
-    "embed",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "mlp",
-    "vocab",
-    "batch",
-    "sequence",
-    "experts",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Rules:
