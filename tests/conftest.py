@@ -1,0 +1,97 @@
+"""What all tests share: caches that are not the user's, numerics compiled fast, files kept in one process.
+
+``@pytest.mark.numerics``
+    Only values are looked at. XLA compiles without most of its optimisations, in half the time, and what it
+    makes is kept for the rest of the run, in child processes too. Never where the text, the memory or the
+    time of a compiled program is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+# The folder of compiled programs: of one run with all its processes or, if it is set before, of several runs.
+_PROGRAMS = "MESHWRIGHT_TEST_PROGRAMS"
+# What starts processes that wait for each other or looks at the time: two of these never run at once.
+_ALONE = tuple(
+    f"tests/runtime/{name}"
+    for name in ("checkpoint/test_processes", "faults/", "hosts/", "launch/", "testing/", "train/test_resume")
+)
+_given: dict[str, tuple[object]] = {}
+_numbers = itertools.count()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder of compiled programs, unless the process that started this one did."""
+    config.addinivalue_line("markers", "numerics: only values are looked at; see tests/conftest.py")
+    if _PROGRAMS not in os.environ:
+        os.environ[_PROGRAMS] = folder = tempfile.mkdtemp(prefix="meshwright-test-programs-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep each file in one worker: its tests share fixtures and compiled programs; so with `_ALONE`.
+
+    By a scheduler, since under pytest 9.2 the groups of pytest-xdist 3.8 have no effect.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "alone" if file.startswith(_ALONE) else file
+
+    return ByFile(config, log)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Set JAX up before any fixture, of whatever scope, that this test is the first to ask for."""
+    numerics = item.get_closest_marker("numerics") is not None
+    _set("jax_disable_most_optimizations", numerics)
+    _set("jax_persistent_cache_min_compile_time_secs", 0.0 if numerics else 1.0)
+    if _set("jax_compilation_cache_dir", os.environ[_PROGRAMS] if numerics else None):
+        from jax.experimental.compilation_cache import compilation_cache
+
+        compilation_cache.reset_cache()  # It looks for its folder once.
+    return (yield)
+
+
+def _set(name: str, value: bool | float | str | None) -> bool:
+    """Give a setting of JAX to child processes and, if it changed, to this one; return whether it did."""
+    if value is None:
+        os.environ.pop(name.upper(), None)
+    else:
+        os.environ[name.upper()] = str(value)
+    if "jax" not in sys.modules or _given.get(name) == (value,):
+        return False
+    import jax
+
+    jax.config.update(name, value)
+    _given[name] = (value,)
+    return True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_wider_fixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
+    """Keep from the user's cache what is set up for several tests; return the folder of all caches."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "wider"))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache_of_wider_fixtures: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test a cache that is neither the user's nor another test's (`sharding/files.py`)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_of_wider_fixtures / str(next(_numbers))))
