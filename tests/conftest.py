@@ -3,7 +3,7 @@
 ``@pytest.mark.numerics``
     Only values are looked at. XLA compiles without most of its optimisations, in half the time, and what it
     makes is kept for the rest of the run, in child processes too. Never where the text, the memory or the
-    time of a compiled program is read.
+    time of a compiled program is read: in a file of numerics such a test has ``numerics(False)``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Set JAX up before any fixture, of whatever scope, that this test is the first to ask for."""
-    numerics = item.get_closest_marker("numerics") is not None
+    mark = item.get_closest_marker("numerics")
+    numerics = mark is not None and mark.args != (False,)
     _set("jax_disable_most_optimizations", numerics)
     _set("jax_persistent_cache_min_compile_time_secs", 0.0 if numerics else 1.0)
     if _set("jax_compilation_cache_dir", os.environ[_PROGRAMS] if numerics else None):

@@ -10,6 +10,8 @@ from meshwright.models import mlp
 from meshwright.models.perceptron import MlpConfig
 from meshwright.sharding import UserError
 
+pytestmark = pytest.mark.numerics
+
 
 def test_it_learns_which_token_follows_which() -> None:
     model = mlp(MlpConfig(vocab=8))

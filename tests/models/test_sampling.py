@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from meshwright.models import Model, decoder, generate, mlp, preset
 from meshwright.sharding import UserError
 
+pytestmark = pytest.mark.numerics
+
 SHAPE = {"layers": 3, "embed": 16, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 32, "vocab": 40}
 
 

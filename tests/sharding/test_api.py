@@ -20,7 +20,21 @@ from meshwright.sharding.planner.build import record_of
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.inputs import Problem
 
+pytestmark = pytest.mark.numerics
+
 ADAM = optax.adamw(1e-2)
+
+
+@functools.cache
+def jitted(loss: Any) -> Any:
+    """The unsharded loss and its gradients, compiled once for all layouts that are held to them."""
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@functools.cache
+def case_of(name: str) -> zoo.Case:
+    """A model whose loss is one function for all tests."""
+    return zoo.MODELS[name]()
 
 
 def agrees(loss: Any, planned: Plan, params: Any, batch: Any) -> None:
@@ -29,7 +43,7 @@ def agrees(loss: Any, planned: Plan, params: Any, batch: Any) -> None:
     placed = jax.device_put(
         (params, batch), (planned.shardings(params, mesh), planned.shardings(batch, mesh, "batch"))
     )
-    value, gradients = jax.jit(jax.value_and_grad(loss))(params, batch)
+    value, gradients = jitted(loss)(params, batch)
     got, sharded = jax.jit(jax.value_and_grad(planned.apply(loss)))(*placed)
     np.testing.assert_allclose(got, value, rtol=1e-6)
     for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(sharded), strict=True):
@@ -43,7 +57,7 @@ def agrees(loss: Any, planned: Plan, params: Any, batch: Any) -> None:
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_models_that_nobody_annotated_run_planned_as_unsharded(name: str) -> None:
-    case = zoo.MODELS[name]()
+    case = case_of(name)
     params, batch = case.arrays()
     planned = plan(case.loss, params, batch, topology="cpu:8", optimizer=ADAM)
     total = sum(math.prod(row.shape) for row in planned.params.values())
@@ -59,7 +73,7 @@ def test_models_that_nobody_annotated_run_planned_as_unsharded(name: str) -> Non
 @functools.cache
 def small(name: str) -> Any:
     """Return a small case, its arrays, and its spaces without and with microbatches."""
-    case = zoo.MODELS[name]()
+    case = case_of(name)
     params, batch = case.arrays()
     problem = Problem(loss=case.loss, params=params, batch=batch, optimizer=ADAM, names=None)
     found = problem.space(Topology.parse("cpu:8"), Declared())
@@ -77,7 +91,7 @@ def test_any_candidate_of_the_space_keeps_values(name: str, data: Any) -> None:
 
 @pytest.mark.devices(8)
 def test_it_trains_as_one_device_does() -> None:
-    case = zoo.state_space()
+    case = case_of("state_space")
     params, batch = case.arrays()
     planned = plan(case.loss, params, batch, topology="cpu:8", optimizer=ADAM, mesh={"data": 2, "fsdp": 2})
     assert planned.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
@@ -85,10 +99,11 @@ def test_it_trains_as_one_device_does() -> None:
     state = planned.init(case.init, jax.random.key(3))
     alone = {"params": case.init(jax.random.key(3))}
     alone["optimizer"] = ADAM.init(alone["params"])
+    update = jax.jit(ADAM.update)
     for _ in range(3):
         state, metrics = step(state, batch)
-        loss, gradients = jax.value_and_grad(case.loss)(alone["params"], batch)
-        updates, alone["optimizer"] = ADAM.update(gradients, alone["optimizer"], alone["params"])
+        loss, gradients = jitted(case.loss)(alone["params"], batch)
+        updates, alone["optimizer"] = update(gradients, alone["optimizer"], alone["params"])
         alone["params"] = optax.apply_updates(alone["params"], updates)
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
     assert int(state["step"]) == 3
@@ -217,7 +232,7 @@ def test_stages_are_priced_kept_and_not_yet_run(tmp_path: pathlib.Path) -> None:
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("name", ["decoder", "state_space"])
 def test_a_stream_cut_over_the_tensor_axis_keeps_values(name: str) -> None:
-    case = zoo.MODELS[name]()
+    case = case_of(name)
     params, batch = case.arrays()
     problem = Problem(loss=case.loss, params=params, batch=batch, optimizer=ADAM, names=None)
     where = Topology.parse("cpu:8")
@@ -234,7 +249,7 @@ def test_a_stream_cut_over_the_tensor_axis_keeps_values(name: str) -> None:
 
 @pytest.mark.devices(8)
 def test_named_values_are_kept_and_keep_values(tmp_path: pathlib.Path) -> None:
-    case = zoo.state_space()
+    case = case_of("state_space")
     params, batch = case.arrays()
     mesh = {"data": 2, "fsdp": 4}
     saved = {"in": "device", "layer:in": "host"}

@@ -15,6 +15,8 @@ from meshwright.models import Model, decoder, preset
 from meshwright.models.transformer.attention import inverse_frequencies
 from meshwright.sharding import UserError
 
+pytestmark = pytest.mark.numerics
+
 SMALL = {
     "layers": 2, "embed": 16, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 32, "vocab": 40,
     "max_sequence": 32, "compute_dtype": "float32",
@@ -218,6 +220,7 @@ def test_sharded_loss_and_gradients_are_the_unsharded_ones(name: str, sizes: tup
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, np.asarray(b), atol=2e-5), wanted, got)
 
 
+@pytest.mark.numerics(False)
 @pytest.mark.devices(8)
 def test_parameters_are_made_in_shards_with_the_same_values() -> None:
     model = small("llama3-8b", embed=64, mlp=256, vocab=1024)

@@ -15,6 +15,8 @@ from meshwright.models.transformer.config import DecoderConfig
 from meshwright.models.transformer.experts import Experts, capacity, dispatch
 from meshwright.sharding import UserError, plan
 
+pytestmark = pytest.mark.numerics
+
 SMALL: dict[str, Any] = {
     "layers": 3,
     "embed": 32,

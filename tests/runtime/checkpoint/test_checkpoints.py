@@ -24,6 +24,8 @@ from meshwright.runtime.checkpoint import CheckpointError, Checkpoints, list_che
 from meshwright.sharding import processes
 from meshwright.sharding.errors import UserError
 
+pytestmark = pytest.mark.numerics
+
 
 def make_mesh(data: int, fsdp: int) -> Mesh:
     devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)

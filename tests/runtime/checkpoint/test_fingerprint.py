@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from meshwright.runtime.checkpoint import fingerprints
 
+pytestmark = pytest.mark.numerics
+
 
 def of(*arrays: object) -> list[str]:
     return fingerprints([jnp.asarray(array) for array in arrays]).hex()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.mark.processes(2, devices=2, timeout_seconds=120)
 def test_processes_agree_on_the_checkpoint_before_a_damaged_one(shared_path) -> None:

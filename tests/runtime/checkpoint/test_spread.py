@@ -8,6 +8,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from meshwright.runtime.checkpoint.spread import spread
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from meshwright.runtime.data import open_data
 from meshwright.runtime.data.batches import Rows
 from meshwright.sharding.errors import UserError
 
+pytestmark = pytest.mark.numerics
+
 
 def same(one, other) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[key], other[key]) for key in one)

@@ -13,6 +13,8 @@ from meshwright.runtime.hosts.address import reserved_port
 from meshwright.sharding import processes
 from meshwright.sharding.errors import UserError
 
+pytestmark = pytest.mark.numerics
+
 SCRIPT = """
 import sys, json
 from meshwright.runtime.hosts import initialize

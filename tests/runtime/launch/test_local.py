@@ -14,6 +14,8 @@ from meshwright.runtime.launch import launch, launch_training
 from meshwright.sharding.errors import UserError
 from meshwright.sharding.processes import start
 
+pytestmark = pytest.mark.numerics
+
 # Joins the others, then sums over all devices again and again; stops when asked to.
 TRAIN = """
 import os, sys, time

@@ -12,7 +12,7 @@ from meshwright.sharding import UserError
 from training import metrics, saved_steps
 
 PERCEPTRON = ("model={build: small_models:perceptron}", "optimizer.learning_rate=0.02")
-pytestmark = pytest.mark.usefixtures("compilation_cache_as_it_was")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("compilation_cache_as_it_was")]
 # Losses and gradient norms are sums in another order from one layout to the next.
 SAME = 2e-5
 

@@ -20,6 +20,8 @@ from meshwright.runtime.train.planning import Shapes, plan_config, plan_of
 from meshwright.sharding import Plan, Topology, UserError, declare, plan
 from small_models import perceptron
 
+pytestmark = pytest.mark.numerics
+
 CONFIGS = sorted((pathlib.Path(__file__).parents[3] / "configs").glob("*.yaml"))
 # As many random declarations as the suite has seconds for.
 _DECLARATIONS = 12

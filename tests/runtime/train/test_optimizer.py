@@ -13,6 +13,8 @@ from meshwright.runtime.config import OptimizerConfig, parse
 from meshwright.runtime.train import optimizer
 from meshwright.sharding import UserError
 
+pytestmark = pytest.mark.numerics
+
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon")
 NAMES = {"table": ("vocab", "embed"), "up": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")}
 

@@ -16,7 +16,7 @@ from training import command, metrics
 from training import meshwright as whole_command
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
-pytestmark = pytest.mark.usefixtures("compilation_cache_as_it_was")
+pytestmark = [pytest.mark.numerics, pytest.mark.usefixtures("compilation_cache_as_it_was")]
 TINY = ("plan=auto", "topology=v5e:2x4", "data.sequence=64", "train.global_batch=16")
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import pytest
 from training import meshwright, metrics, saved_steps, start
 
+pytestmark = pytest.mark.numerics
+
 STEPS = 12
 
 

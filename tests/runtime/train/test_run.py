@@ -7,6 +7,8 @@ import pytest
 import yaml
 from training import meshwright, metrics, saved_steps
 
+pytestmark = pytest.mark.numerics
+
 KEYS = [
     "step",
     "loss",
@@ -128,6 +130,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(small_config, tmp_path):
     assert max(saved_steps(run), default=0) <= len(metrics(run))
 
 
+@pytest.mark.numerics(False)
 def test_a_profile_is_captured_and_read(small_config, tmp_path):
     run = tmp_path / "run"
     train(small_config, run, "profile.start_step=4", "profile.num_steps=2", "metrics.tensorboard=true")

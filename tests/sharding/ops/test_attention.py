@@ -12,6 +12,8 @@ from meshwright.sharding import UserError
 from meshwright.sharding.ops import attention
 from meshwright.sharding.ops.attention import attention_call
 
+pytestmark = pytest.mark.numerics
+
 BATCH, QUERIES, KEYS, HEADS, HEAD_DIM = 2, 12, 16, 4, 8
 
 

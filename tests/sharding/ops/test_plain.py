@@ -9,6 +9,8 @@ import pytest
 from meshwright.sharding import UserError
 from meshwright.sharding.ops.plain import View, attend, attend_in_chunks, query_chunk
 
+pytestmark = pytest.mark.numerics
+
 SEQUENCE = 12
 
 

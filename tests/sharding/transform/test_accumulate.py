@@ -5,6 +5,8 @@ import pytest
 from meshwright.sharding import UserError
 from meshwright.sharding.transform.accumulate import accumulate
 
+pytestmark = pytest.mark.numerics
+
 ROWS = 8
 
 
@@ -78,6 +80,7 @@ def test_gradients_of_the_batch_are_refused(params, batch):
         jax.grad(of_x)(batch["x"])
 
 
+@pytest.mark.numerics(False)
 def test_activations_of_one_part_are_held_at_a_time():
     def wide(params, batch):
         return jnp.square(jnp.tanh(batch @ params) @ params.T).mean()

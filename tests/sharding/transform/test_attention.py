@@ -14,6 +14,8 @@ from meshwright.sharding import declare
 from meshwright.sharding.ops import attention
 from meshwright.sharding.transform.constrain import constrain
 
+pytestmark = pytest.mark.numerics
+
 BATCH, SEQUENCE, EMBED, HEADS, HEAD_DIM, LAYERS = 4, 256, 32, 4, 16, 2
 BLOCKS = {"implementation": "splash", "block_q": 128, "block_kv": 128}
 

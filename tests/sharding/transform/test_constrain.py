@@ -16,6 +16,8 @@ from meshwright.sharding import Plan, declare
 from meshwright.sharding.hlo.replica_groups import axes_of_groups
 from meshwright.sharding.hlo.text import parse_hlo
 
+pytestmark = pytest.mark.numerics
+
 # Of the arrays only activations have sizes that are no powers of 2.
 ROWS, SEQUENCE, VOCAB = 32, 12, 64
 MESHES = {
@@ -285,6 +287,7 @@ def test_weights_that_a_loop_casts_learn_in_their_own_type(mesh: dict[str, int])
     np.testing.assert_allclose(gradients["out"], (1 + (chunks - 1) / 512) / vocab / chunks, rtol=1e-6)
 
 
+@pytest.mark.numerics(False)
 @pytest.mark.devices(8)
 def test_fsdp_gathers_parameters_and_never_activations() -> None:
     batch = text()
@@ -327,6 +330,7 @@ def result_shapes(hlo: str, name: str) -> list[tuple[int, ...]]:
     ]
 
 
+@pytest.mark.numerics(False)
 @pytest.mark.devices(8)
 def test_no_device_ever_holds_all_parameters() -> None:
     """Stacked layers are gathered one at a time: what a device needs stays far below the whole."""
@@ -365,6 +369,7 @@ def test_no_device_ever_holds_all_parameters() -> None:
     assert memory.temp_size_in_bytes < whole * 0.6
 
 
+@pytest.mark.numerics(False)
 @pytest.mark.devices(8)
 def test_layers_of_gathered_parameters_are_worked_again_as_planned() -> None:
     """That each product gathers its parameter again is no checkpoint of the layer."""

@@ -24,6 +24,7 @@ def arrays():
     return 0.1 * jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH)), jax.random.normal(keys[1], (256, WIDTH))
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("policy", ["none", "dots", "full"])
 def test_values_and_gradients_are_those_of_the_function(arrays, policy):
     expected = jax.jit(jax.value_and_grad(loss))(*arrays)
@@ -118,6 +119,7 @@ def stacked(function, arrays):
     return sorted(shape[2] for shape in kept if len(shape) == 3 and shape[:2] == (LAYERS, ROWS))
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(
     ("names", "kept"),
     [
@@ -135,6 +137,7 @@ def test_named_values_are_kept_and_no_others(wide_arrays, names, kept):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, expected)
 
 
+@pytest.mark.numerics
 def test_named_values_can_lie_on_the_host(wide_arrays):
     saved = {"up": "host", INPUT: "host"}
     function = remat(name_values(wide, saved), "names", saved)

@@ -11,7 +11,7 @@ from meshwright.sharding import declare
 from meshwright.sharding.transform.constrain import constrain
 from meshwright.sharding.transform.scatter import Scattering
 
-pytestmark = pytest.mark.devices(8)
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
 
 LAYERS, ROWS, WIDTH, HIDDEN = 2, 16, 32, 64
 NAMES = {"up": ("layers", "embed", "mlp"), "down": ("layers", "mlp", "embed"), "scale": ("embed",)}

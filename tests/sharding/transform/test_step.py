@@ -15,6 +15,8 @@ from meshwright.runtime.train import optimizer
 from meshwright.sharding import UserError, declare, train_step
 from meshwright.sharding.transform.step import Step, with_aux
 
+pytestmark = pytest.mark.numerics
+
 ROWS, SEQUENCE, STEPS = 16, 8, 5
 MODEL = mlp()
 ABSTRACT = {key: jax.ShapeDtypeStruct((ROWS, SEQUENCE), jnp.int32) for key in ("tokens", "targets")}
@@ -91,6 +93,7 @@ def test_several_steps_give_the_metrics_of_unsharded_training(
         np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
+@pytest.mark.numerics(False)
 @pytest.mark.devices(8)
 def test_parameters_and_moments_are_made_and_kept_in_shards() -> None:
     step = sharded_step({"fsdp": 4, "tensor": 2}, adamw())

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from jax import lax
 from meshwright.sharding.program import Program, trace
 
+pytestmark = pytest.mark.numerics
+
 _MADE = {"iota", "random_bits", "rng_bit_generator", "rng_uniform"}
 
 
