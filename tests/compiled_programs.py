@@ -1,7 +1,7 @@
 """Small programs whose collectives can be written down, through the real compilers of absent chips.
 
 `texts` compiles in a child process, one a compiler, and keeps what came out for the session. Run as a script
-it is that child: ``python compiled_programs.py OUTPUT TOPOLOGY/axis=size,…/program[,program…] …``.
+it is that child: ``python compiled_programs.py OUTPUT [schedules] TOPOLOGY/axis=size,…/program[,program…] …``.
 """
 
 from __future__ import annotations
@@ -60,11 +60,14 @@ class Compiled:
 
 
 @functools.cache
-def texts(*specs: str) -> dict[str, Compiled]:
-    """Return ``topology/program`` → what came of it, for each ``topology/mesh/programs``."""
+def texts(*specs: str, schedules: bool = False) -> dict[str, Compiled]:
+    """Return ``topology/program`` → what came of it, for each ``topology/mesh/programs``.
+
+    To have the `schedules` written takes libtpu longer than to compile.
+    """
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, __file__, folder, *specs],
+            [sys.executable, __file__, folder, *(["schedules"] if schedules else []), *specs],
             env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
             capture_output=True,
             text=True,
@@ -293,14 +296,16 @@ _OPTIONS = {
 }
 
 
-def _main(folder: str, specs: list[str]) -> None:
+def _main(folder: str, *specs: str) -> None:
     from meshwright.sharding import Topology
     from meshwright.sharding.compiled.schedule import dump_arguments, read_bundles
     from meshwright.sharding.hardware.mesh import make_mesh
     from meshwright.sharding.xla.targets import describe
 
     schedules = pathlib.Path(folder) / "schedules"
-    os.environ["LIBTPU_INIT_ARGS"] = dump_arguments(schedules)
+    if specs[0] == "schedules":
+        specs = specs[1:]
+        os.environ["LIBTPU_INIT_ARGS"] = dump_arguments(schedules)
     for number, spec in enumerate(specs):
         text, axes, wanted = spec.split("/")
         sizes = {name: int(size) for name, size in (axis.split("=") for axis in axes.split(","))}
@@ -321,4 +326,4 @@ def _main(folder: str, specs: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2:])
+    _main(*sys.argv[1:])

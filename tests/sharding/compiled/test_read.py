@@ -56,11 +56,12 @@ def _cases(specs):
 
 
 def _compiled(case: str) -> Compiled:
-    specs = GPUS if case.startswith("h100") else SLOW if case in _cases(SLOW) else TPUS
-    reason = missing(Topology.parse(case.split("/")[0]))
+    topology = case.split("/")[0]
+    reason = missing(Topology.parse(topology))
     if reason is not None:
         pytest.skip(reason)
-    return texts(*specs)[case]
+    (spec,) = [spec for spec in (*TPUS, *GPUS, *SLOW) if spec.split("/")[0] == topology]
+    return texts(spec)[case]
 
 
 def _proof(case: str) -> Proof:

@@ -24,7 +24,7 @@ def _compiled(topology: str) -> Compiled:
     reason = missing(Topology.parse(topology))
     if reason is not None:
         pytest.skip(reason)
-    return texts(*(f"{name}/{mesh}/product" for name, mesh in CASES.items()))[f"{topology}/product"]
+    return texts(f"{topology}/{CASES[topology]}/product", schedules=True)[f"{topology}/product"]
 
 
 def _seconds(found: Compiled, bundles: dict[str, int], product_cycles: float = 1.0) -> float:
