@@ -1,7 +1,7 @@
 """Small programs whose collectives can be written down, through the real compilers of absent chips.
 
 `texts` compiles in a child process, one a compiler, and keeps what came out for the session. Run as a script
-it is that child: ``python compiled_programs.py OUTPUT [schedules] TOPOLOGY/axis=size,…/program[,program…] …``.
+it is that child: ``python compiled_programs.py OUTPUT [schedules] TOPOLOGY/axis=size,…/program[,program…]``.
 """
 
 from __future__ import annotations
