@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .errors import door
-from .hardware.attached import quiet_absent
 
 if TYPE_CHECKING:
     from .api import Plan as Plan
@@ -37,6 +36,3 @@ _HOMES = {
 
 __all__ = list(_HOMES)
 __getattr__, __dir__ = door(__name__, _HOMES)
-
-# Here, because every process that uses meshwright passes here before JAX has looked for devices.
-quiet_absent()

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from meshwright.sharding.hardware.attached import quiet_absent
 
 # The folder of compiled programs: of one run with all its processes or, if it is set before, of several runs.
 _PROGRAMS = "MESHWRIGHT_TEST_PROGRAMS"
@@ -32,6 +33,8 @@ _numbers = itertools.count()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the folder of compiled programs, unless the process that started this one did."""
+    # Tests run on simulated devices, those without the marker too.
+    quiet_absent()
     config.addinivalue_line("markers", "numerics: only values are looked at; see tests/conftest.py")
     if _PROGRAMS not in os.environ:
         os.environ[_PROGRAMS] = folder = tempfile.mkdtemp(prefix="meshwright-test-programs-")

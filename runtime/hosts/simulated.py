@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ...sharding.errors import UserError
+from ...sharding.hardware.attached import quiet_absent
 
 # XLA's variable for the size of its CPU thread pools, read when a CPU client is made.
 _THREADS = "NPROC"
@@ -18,6 +19,7 @@ def simulate(num_devices: int) -> None:
         raise UserError(f"simulated devices={num_devices} is below 1")
     import jax
 
+    quiet_absent()
     try:
         jax.config.update("jax_num_cpu_devices", num_devices)
         enough_threads(num_devices)

@@ -34,7 +34,6 @@ _PROCESSES_USE = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers; in a process that a `processes` test started, join the others."""
-    quiet_absent()
     config.addinivalue_line("markers", _DEVICES_USE)
     config.addinivalue_line("markers", _PROCESSES_USE)
     if RANK in os.environ:
@@ -100,6 +99,7 @@ def _configure_devices(count: int, platforms: str | None) -> None:
     import jax.extend.backend
 
     if count > 0:
+        quiet_absent()
         enough_threads(count)
     try:
         jax.config.update("jax_num_cpu_devices", count)

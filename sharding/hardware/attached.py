@@ -28,10 +28,11 @@ _TEGRA = ("dev/nvhost-*", "dev/nvmap")
 _NVIDIA = ("proc/driver/nvidia/gpus/*", "dev/nvidia[0-9]*", "dev/nvidiactl", "dev/dxg", *_TEGRA)
 _SIGNS = {"gpu": _NVIDIA, "tpu": ("dev/accel*", "dev/vfio/[0-9]*"), "rocm": ("dev/kfd",)}
 
-# Variables that quiet the plugin of an absent device, by kind; they are read when JAX first looks for
-# devices. The CUDA plugin then does not check its libraries. libtpu does not query a metadata server, writes
-# no log file, and lets several processes load it; by default it takes each for the one that drives the chips.
-_QUIET = {
+# Variables that quiet the plugin of a device that a process does not use, by kind; they are read when JAX
+# first looks for devices. The CUDA plugin then does not check its libraries. libtpu does not query a metadata
+# server, writes no log file, and lets several processes load it; by default it takes each for the one that
+# drives the chips.
+QUIETING = {
     "gpu": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"},
     "tpu": {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -49,14 +50,19 @@ def attached_accelerators() -> tuple[str, ...]:
 
 
 def quiet_absent() -> None:
-    """Set the environment variables that quiet the plugins of absent accelerators.
+    """Set the variables that quiet the plugins of absent accelerators, in a process that simulates devices.
 
-    Variables that are set already keep their values, and nothing is set for an accelerator that is attached:
-    there the plugin's messages are of use.
+    Nothing is set for an accelerator that is attached: there the plugin's messages are of use. To be called
+    before JAX looks for devices.
     """
     attached = attached_accelerators()
-    for kind, variables in _QUIET.items():
-        for name, value in variables.items() if kind not in attached else ():
+    quiet(*(kind for kind in QUIETING if kind not in attached))
+
+
+def quiet(*kinds: str) -> None:
+    """Set the variables that quiet the plugins of `kinds` (``gpu``, ``tpu``); those that are set stay."""
+    for kind in kinds:
+        for name, value in QUIETING[kind].items():
             os.environ.setdefault(name, value)
 
 

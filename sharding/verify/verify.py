@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cost.calibration import calibration_for, compiled_part
 from ..errors import UserError
+from ..hardware.attached import QUIETING
 from ..hardware.topology import Topology
 from ..plans import arrays, file
 from ..plans.proof import Proof
@@ -139,18 +140,13 @@ def refuse_missing(topology: Topology) -> None:
 
 def environment(topology: Topology) -> dict[str, str]:
     """Return variables for the process that compiles: JAX looks for no accelerator and loads one compiler."""
-    words = {"JAX_PLATFORMS": "cpu"}
+    words = {
+        "JAX_PLATFORMS": "cpu",
+        **{name: value for kind in QUIETING.values() for name, value in kind.items()},
+    }
     if topology.chip.platform == "cpu":
-        return {**words, "JAX_NUM_CPU_DEVICES": str(topology.num_devices)}
-    if topology.is_torus:
-        return {
-            **words,
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            # The process opens no device, so that several may run at once.
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        }
-    return {**words, "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+        words["JAX_NUM_CPU_DEVICES"] = str(topology.num_devices)
+    return words
 
 
 def capacity_of(topology: Topology) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from importlib import metadata
 from typing import Any
 
 from ..errors import UserError
+from ..hardware.attached import QUIETING, quiet
 from ..hardware.topology import Topology
 from .gpu_targets import gpu_target, gpu_target_names
 
@@ -30,9 +30,9 @@ def describe(topology: Topology) -> Any:
         raise UserError(reason)
     from jax.experimental import topologies
 
+    # A process that only compiles uses no device, and may load libtpu beside one that does.
+    quiet(*QUIETING)
     if topology.is_torus:
-        # A process that only compiles may load libtpu beside the one that uses this machine's own TPU.
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         return topologies.get_topology_desc(**topology.compiler_arguments())
     return topologies.get_topology_desc(
         platform="cuda", topology=domains(topology), target_config=gpu_target(topology.chip)

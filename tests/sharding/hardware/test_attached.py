@@ -10,7 +10,28 @@ import sys
 import pytest
 from meshwright.sharding.hardware import attached
 
-USES_DEVICES = "from meshwright.sharding import Topology; print(Topology.local())"
+USES_DEVICES = """
+from meshwright.runtime import simulate
+from meshwright.sharding import Topology
+
+simulate(2)
+print(Topology.local())
+"""
+IMPORTS = """
+import logging, os, sys
+import jax
+
+def loggers():
+    known = {"root": logging.root, **logging.root.manager.loggerDict}
+    real = {name: one for name, one in known.items() if isinstance(one, logging.Logger)}
+    return {name: (one.level, list(one.handlers)) for name, one in real.items()}
+
+before, levels = (dict(os.environ), dict(jax.config.values), list(sys.path)), loggers()
+import meshwright.sharding
+from meshwright.sharding import Plan, Topology, declare, plan, train_step
+assert (dict(os.environ), dict(jax.config.values), list(sys.path)) == before
+assert {name: level for name, level in loggers().items() if name in levels} == levels
+"""
 
 
 @pytest.mark.skipif(bool(attached.attached_accelerators()), reason="there is an accelerator to be told of")
@@ -21,9 +42,9 @@ def test_installed_plugins_of_absent_devices_say_nothing(
     arguments: tuple[str, ...], tmp_path: pathlib.Path
 ) -> None:
     (tmp_path / "test_of_a_user.py").write_text(
-        "def test_devices():\n    import jax\n    print(jax.devices())\n"
+        "import jax, pytest\n\n@pytest.mark.devices(2)\ndef test_devices():\n    print(jax.devices())\n"
     )
-    variables = {name for quiet in attached._QUIET.values() for name in quiet} | {"JAX_PLATFORMS"}
+    variables = {name for quiet in attached.QUIETING.values() for name in quiet} | {"JAX_PLATFORMS"}
     environment = {name: value for name, value in os.environ.items() if name not in variables}
     process = subprocess.run(
         [sys.executable, *arguments],
@@ -35,6 +56,12 @@ def test_installed_plugins_of_absent_devices_say_nothing(
     )
     assert process.stderr == ""
     assert "cpu" in process.stdout.lower()
+
+
+def test_importing_changes_nothing_in_the_process() -> None:
+    """It may be one that owns devices, whose plugins have something to say."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
