@@ -19,6 +19,7 @@ from ..hardware.topology import Topology
 from ..program.flops import work
 from ..program.program import Program
 from ..program.tracing import trace
+from ..xla.compiler import compiler_of
 from . import build
 from .choices import attention as kernels
 from .choices.microbatches import batch_rows, why_not, why_untraceable
@@ -205,10 +206,9 @@ def capacity_of(topology: Topology, pricer: Pricer) -> float:
 def _has_host(topology: Topology) -> bool:
     """Whether sending what a device keeps to its host is worth considering.
 
-    Simulated devices share one memory with it. XLA's compiler for GPUs counts what lies on the host as the
-    device's own and computes layers again to make room for it: such steps compile to no less work.
+    Simulated devices share one memory with it.
     """
-    if topology.chip.nominal or not topology.is_torus:
+    if topology.chip.nominal or compiler_of(topology).host_is_device:
         return False
     return topology.chip.host_link_bytes_per_second_per_chip is not None
 

@@ -24,6 +24,11 @@ class Compiler:
         each microbatch, not scattered over those that it is stored over.
       last_layer_apart: where values come back from the host, the last layer runs outside of the loop over
         layers, beside what follows it.
+      host_is_device: what lies on the host counts as the device's own memory.
+      scatters_planes: a reduce-scatter over two torus axes of equal size is one, over three it is an
+        all-reduce and a slice.
+      tile_rows: rows of a tile of two-byte elements; gathers and scatters move arrays that are cut into
+        whole tiles as they lie, others they pad or transpose.
       aligned_elements: elements of two bytes that matrix units read at once: products with a row, column or
         contraction that is no multiple of them are slower.
     """
@@ -31,6 +36,9 @@ class Compiler:
     name: str
     reduces_whole: bool = False
     last_layer_apart: bool = False
+    host_is_device: bool = False
+    scatters_planes: bool = False
+    tile_rows: int = 1
     aligned_elements: int = 1
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..hardware.arrange import arrange
 from ..hardware.topology import Topology
+from .compiler import compiler_of
 from .options import scatters_over_several_axes
 
 
@@ -23,7 +24,7 @@ def reduction_steps(
     libtpu compiles a reduce-scatter over a whole three-dimensional torus to an all-reduce and a slice. In
     units of the time that the array takes over one link, that is 2/6 on the six links of a chip. Over a plane
     of two torus axes of equal size libtpu has a true reduce-scatter on four links, which takes 1/4; what is
-    left to scatter over the third axis is small. Seen in libtpu 0.0.42 and 0.0.50 on v4 and v5p. On a torus
+    left to scatter over the third axis is small. On a torus
     of two axes, steps gain nothing: one axis after the other takes no less than an all-reduce over both.
 
     Args:
@@ -38,10 +39,7 @@ def reduction_steps(
 
 @functools.lru_cache(maxsize=256)
 def _steps(mesh: tuple[tuple[str, int], ...], topology: Topology) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    if not topology.is_torus or len(topology.shape) < 3 or not all(topology.wrap):
-        return ()
-    # tpu7x, which has two devices a chip, runs collectives on its SparseCores by other algorithms.
-    if topology.chip.devices_per_chip > 1:
+    if not compiler_of(topology).scatters_planes or not all(topology.wrap):
         return ()
     laid = arrange(dict(mesh), topology)
     found = []

@@ -9,14 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from ...cost.candidate import Storage
 from ...plans.specs import cut_into
 from ...program.program import Argument, Program
+from ...xla.compiler import compiler_of
 from .draft import Draft, Given, Refused
 
 # A vector is stored whole unless it is more than this part of all parameters: a gather of so few bytes
 # costs its latency in every layer and saves nothing.
 _LEAST_VECTOR = 0.01
-
-# Rows of a TPU's tile of two-byte values (8 sublanes, two packed): parts of whole tiles travel as they lie.
-_TILE_ROWS = 16
 
 
 def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
@@ -30,6 +28,7 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
             over=("fsdp",),
             moments_over=moments_over,
             declared=draft.kept.arrays,
+            tile_rows=compiler_of(given.topology).tile_rows,
         )
         if stored in seen:
             continue
@@ -58,6 +57,7 @@ def store(
     over: Sequence[str],
     moments_over: Sequence[str] = (),
     declared: Mapping[int, Mapping[int, tuple[str, ...]]],
+    tile_rows: int = 1,
 ) -> Stored:
     """Return how each parameter lies on the mesh.
 
@@ -68,6 +68,7 @@ def store(
         over: axes to store parameters over besides those they are computed with (FSDP).
         moments_over: further axes for the optimizer's moments (ZeRO-1).
         declared: argument index → array dimension → axes that are kept as they are.
+        tile_rows: rows that gathers move whole, see `Compiler`.
     """
     total = sum(math.prod(argument.shape) for argument in program.parameters)
     params, optimizer = {}, {}
@@ -77,10 +78,10 @@ def store(
         open_dimensions = [n for n in range(len(argument.shape)) if n not in kept]
         choices = _worth_cutting(argument, program, total, open_dimensions)
         for axis in over:
-            storage = _cut(storage, argument.shape, choices, axis, mesh)
+            storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
         params[argument.index] = tuple(storage)
         for axis in moments_over:
-            storage = _cut(storage, argument.shape, choices, axis, mesh)
+            storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
         optimizer[argument.index] = tuple(storage)
     return Stored(params=params, optimizer=optimizer)
 
@@ -119,6 +120,7 @@ def _cut(
     choices: Sequence[int],
     axis: str,
     mesh: Mapping[str, int],
+    tile_rows: int,
 ) -> list[tuple[str, ...]]:
     """Store over one more axis: on a dimension that no other axis cuts, else below the axes that do.
 
@@ -135,7 +137,7 @@ def _cut(
         def worth(n: int) -> tuple[bool, bool, bool, int, int]:
             rows = shape[n] // (cut_into(storage[n], mesh) * mesh[axis])
             # Tiles lie in the last two dimensions.
-            whole_tiles = n < len(shape) - 2 or rows % _TILE_ROWS == 0
+            whole_tiles = n < len(shape) - 2 or rows % tile_rows == 0
             by_rows = whole_tiles and n < len(shape) - 1
             return not storage[n] or axis == "data", whole_tiles, by_rows, shape[n], -n
 

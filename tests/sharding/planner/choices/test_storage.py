@@ -26,7 +26,7 @@ def cut(shape: tuple[int, ...], fsdp: int, stacked: bool = True) -> int | None:
         jax.ShapeDtypeStruct((*layers, *shape), "float32"),
         {"x": jax.ShapeDtypeStruct((fsdp, shape[0]), "float32")},
     )
-    stored = store(program, {"fsdp": fsdp}, {}, over=["fsdp"], declared={})
+    stored = store(program, {"fsdp": fsdp}, {}, over=["fsdp"], declared={}, tile_rows=16)
     (storage,) = stored.params.values()
     places = [n - len(layers) for n, axes in enumerate(storage) if axes == ("fsdp",)]
     return places[0] if places else None
