@@ -31,7 +31,7 @@ from meshwright.sharding.cost import Pricer
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.inputs import Problem, slot_bytes
 from meshwright.sharding.planner.search import Priced, search
-from meshwright.sharding.program.saved import INPUT
+from meshwright.sharding.program.layers import INPUT
 from meshwright.sharding.words import remat_in_words
 
 _OPTIMIZER = optax.adamw(3e-4)

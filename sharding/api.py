@@ -283,7 +283,7 @@ def plan(
         mesh: sizes of some axes; -1 takes all that the others leave.
         rules: named dimension or path pattern → axes, as in `Rules`.
         remat: ``none``, ``dots`` or ``full``, or the values of layers that are kept (see
-            `meshwright.sharding.program.saved`) → ``device`` or ``host``.
+            `meshwright.sharding.program.layers`) → ``device`` or ``host``.
         microbatches: parts of the batch that are computed one after another.
         schedule: of declared pipeline stages: ``1f1b`` or ``gpipe``.
         attention: the implementation of `meshwright.sharding.ops.attention`: ``xla``, or a kernel, ``splash``

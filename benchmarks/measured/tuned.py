@@ -33,7 +33,7 @@ _SHAPES = {
     "llama2-13b": (40, 5120, 40, 13_824, 32_000, True),
     "gpt3-175b": (96, 12_288, 96, 49_152, 50_304, False),
 }
-# MaxText's names of what a layer may keep, as `meshwright.sharding.program.saved` names it.
+# MaxText's names of what a layer may keep, as `meshwright.sharding.program.layers` names it.
 _QKV = ("attention/query", "attention/key", "attention/value")
 _VALUES = {
     "decoder_layer_input": ("layer:in",),

@@ -8,32 +8,11 @@ from collections import defaultdict
 import numpy as np
 
 from ..program.flops import matmul_roles
+from ..program.primitives import Trait, primitives
 from .tables import Flat, FlatOp
 
 _NEVER_FUSED = frozenset({"index", "window", "group", "whole"})
-# Their gradients need none of their operands.
-_LINEAR = frozenset(
-    [
-        "convert_element_type",
-        "reshape",
-        "transpose",
-        "squeeze",
-        "expand_dims",
-        "broadcast_in_dim",
-        "copy",
-        "slice",
-        "rev",
-        "add",
-        "sub",
-        "neg",
-        "reduce_sum",
-        "concatenate",
-        "pad",
-        "stop_gradient",
-        "add_any",
-        "iota",
-    ]
-)
+_LINEAR = primitives(Trait.LINEAR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,16 +9,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..program.flops import matmul_roles
-from ..program.saved import INPUT
+from ..program.layers import INPUT
+from ..program.primitives import Trait, primitives
 from .candidate import Candidate
 from .fusion import is_fusible, is_linear, kernel_roots
 from .tables import LAYERS, Flat, FlatOp
 
-# Primitives whose gradient is read off their result.
-_BY_RESULT = frozenset(["exp", "tanh", "logistic", "rsqrt", "sqrt", "max", "exp2"])
-
-# Of those, the ones whose gradient multiplies by a function of the result that is computed with it.
-_BY_FACTOR = frozenset(["logistic", "tanh"])
+_BY_RESULT = primitives(Trait.BY_RESULT)
+_BY_FACTOR = primitives(Trait.BY_FACTOR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +44,7 @@ class Residuals:
 class Saved:
     """Masks over values: what is kept in layers under each policy, and outside of them always.
 
-    named: the values of a layer by name, see `meshwright.sharding.program.saved`.
+    named: the values of a layer by name, see `meshwright.sharding.program.layers`.
     on_chip: what never reaches memory when attention is one kernel; core: the scores themselves.
     factors: results of layers whose gradient is a product with another array of their size.
     """

@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from ..program.flops import matmul_roles, work
+from ..program.layers import saved_values
 from ..program.program import Program
-from ..program.saved import saved_values
 from .fusion import Groups, fuse
 from .kept import Saved, residuals
 from .tables import AFTER, BEFORE, LAYERS, Flat, FlatOp, flatten

@@ -12,25 +12,13 @@ from jax.extend import core
 from ..ops.attention import attention_call
 from ..program.flops import work
 from ..program.jaxpr import scan_parts, while_parts
+from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope
 
 # Where an equation stands towards the scan over layers, for pipeline stages.
 BEFORE, LAYERS, AFTER = 0, 1, 2
 
-_ALIASES = frozenset(
-    [
-        "convert_element_type",
-        "reshape",
-        "transpose",
-        "squeeze",
-        "expand_dims",
-        "broadcast_in_dim",
-        "copy",
-        "slice",
-        "rev",
-        "pjit",
-    ]
-)
+_CHECKPOINTS = primitives(Trait.CHECKPOINT)
 
 
 @dataclasses.dataclass(slots=True)
@@ -173,7 +161,7 @@ class _Flattener:
             ]
             return arms[0]
         inner = equation.scopes[0]
-        checkpointed = rematted or name in ("remat2", "checkpoint", "remat")
+        checkpointed = rematted or name in _CHECKPOINTS
         return self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, checkpointed)
 
     def _attention(self, equation: Equation, ins: list[int], runs: int) -> list[int]:
@@ -261,7 +249,7 @@ class _Flattener:
             self.value(var, equation.outs[n], grad and _floats(var), runs)
             for n, var in enumerate(equation.eqn.outvars)
         ]
-        if equation.primitive in _ALIASES or len(ins) == 1:
+        if len(ins) == 1:
             sources = {self.values[i].parameter for i in ins if self.values[i].elements > 1}
             if len(sources) == 1:
                 for out in outs:

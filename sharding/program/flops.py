@@ -6,23 +6,14 @@ import dataclasses
 import math
 from typing import Literal
 
-from .op_rules.rule import words
+from .primitives import Trait, primitives
 from .program import Equation, Factor, Program, Scope
 
 # matmul runs on the matrix unit, vector on the vector unit; move computes nothing.
 Unit = Literal["matmul", "vector", "move"]
 
-_MATMULS = frozenset({"dot_general", "ragged_dot_general", "conv_general_dilated", "scaled_dot"})
-_MOVES = frozenset(
-    words(
-        """
-    reshape transpose broadcast_in_dim broadcast_to squeeze expand_dims rev concatenate split stack
-    unstack tile slice pad gather scatter dynamic_slice dynamic_update_slice copy copy_p iota
-    stop_gradient name optimization_barrier sharding_constraint device_put convert_element_type
-    bitcast_convert_type empty empty2 random_wrap random_unwrap random_clone create_token
-    """
-    )
-)
+_PRODUCTS = primitives(Trait.PRODUCT)
+_MOVES = primitives(Trait.MOVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +41,7 @@ class MatmulRoles:
 
 def matmul_roles(equation: Equation) -> MatmulRoles | None:
     """Return the roles of the factors of a matmul, ragged matmul or convolution; None for anything else."""
-    if equation.primitive not in _MATMULS:
+    if equation.primitive not in _PRODUCTS:
         return None
     roles: dict[str, list[Factor]] = {"batch": [], "lhs": [], "rhs": [], "contracting": []}
     for factor in _iterated(equation):
@@ -76,7 +67,7 @@ def work(equation: Equation) -> Work:
     along = math.prod(factor.size for factor in counted if factor.kind == "whole")
     per_element = 1.0
     unit: Unit = "vector"
-    if equation.primitive in _MATMULS:
+    if equation.primitive in _PRODUCTS:
         per_element, unit = 2.0, "matmul"
     elif equation.primitive == "sort":
         per_element = max(math.log2(max(along, 1)), 1.0)

@@ -18,7 +18,7 @@ from jax.extend import core
 
 from ..errors import UserError, nearest
 from .jaxpr import scan_parts
-from .op_rules.rule import words
+from .primitives import Trait, primitives
 from .program import Dims, Equation, Factor, Program, Scope
 
 
@@ -51,26 +51,11 @@ _REDUCTIONS: dict[_State, Reduction] = {
     _State.SUM: "sum",
 }
 
-_LINEAR = frozenset(
-    words(
-        """
-    add sub add_any neg convert_element_type reshape broadcast_in_dim broadcast_to squeeze expand_dims
-    transpose reduce_sum concatenate split stack unstack slice pad copy copy_p stop_gradient real imag
-    reduce_precision rev name sharding_constraint optimization_barrier psum dynamic_slice select_n
-    cumsum tile gather
-    """
-    )
-)
+_LINEAR = primitives(Trait.LINEAR) | primitives(Trait.PICKING)
+_BILINEAR = primitives(Trait.BILINEAR)
 # Guards against an empty count (``maximum(count, 1)``) and questions about one (``count > 0``).
-_GUARDS = frozenset({"max", "clamp"})
-_QUESTIONS = frozenset(
-    words(
-        """
-    eq ne lt le gt ge and or not is_finite
-    """
-    )
-)
-_PRODUCTS = frozenset({"mul", "dot_general"})
+_GUARDS = primitives(Trait.GUARD)
+_QUESTIONS = primitives(Trait.QUESTION)
 
 
 def batch_mixing(program: Program, dim: int | str | None = None) -> tuple[Mixing, ...]:
@@ -226,7 +211,7 @@ class _Follow:
             return _State.FREE
         if name in _LINEAR or (name in _GUARDS and len(sums) == 1):
             return top
-        if name in _PRODUCTS and len(sums) == 1:
+        if name in _BILINEAR and len(sums) == 1:
             return self._scaled(equation, top, inverse=True)
         if name == "div" and sums == {0}:
             return self._scaled(equation, top, inverse=False)

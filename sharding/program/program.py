@@ -169,6 +169,15 @@ class Unknown:
     count: int
     where: str
 
+    @property
+    def note(self) -> str:
+        """What a plan's notes say of it."""
+        times = "" if self.count == 1 else f", {self.count} times"
+        return (
+            f"{self.primitive} has no rule ({self.where}{times}): its arrays lie whole on every device; "
+            "meshwright.sharding.program.register_op_rule gives it one"
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:

@@ -12,7 +12,8 @@ from . import jaxpr as control
 from . import jaxpr as generations
 from .factors import Factors, Seq
 from .op_rules import builtin_rules, users_rule, whole_rule
-from .op_rules.rule import Kind, Op, OpRule, Shape, words
+from .op_rules.rule import Kind, Op, OpRule, Shape
+from .primitives import Trait, primitives
 
 # The factors of one array, dimension by dimension, before they are resolved.
 Raw = tuple[Seq, ...]
@@ -211,13 +212,5 @@ _CONTROL: dict[str, Callable[[Walk, core.JaxprEqn, list[Raw]], RawEquation]] = {
     "scan": Walk._scan,
     "while": Walk._while,
     "cond": Walk._cond,
-    **dict.fromkeys(
-        words(
-            """
-    jit pjit closed_call call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call
-    custom_vjp_call_jaxpr composite eval_jaxpr
-    """
-        ),
-        Walk._call,
-    ),
+    **dict.fromkeys(primitives(Trait.CALL), Walk._call),
 }

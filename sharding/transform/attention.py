@@ -16,10 +16,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ..ops import cudnn
 from ..ops.attention import AttentionCall, attention_call
 from ..ops.kernels import block_that_divides, dot_product, splash, splash_kernel
+from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation
 
 # What an array goes through and is still the same numbers.
-_VIEWS = frozenset({"convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim", "copy"})
+_VIEWS = primitives(Trait.VIEW)
 
 # Return how the plan lays an array of these dims and this shape on the mesh.
 SpecOf = Callable[[Dims, tuple[int, ...]], PartitionSpec]

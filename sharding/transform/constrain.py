@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ..program import jaxpr as generations
 from ..program.jaxpr import checkpoint_again, evaluate, run, scan_again
 from ..program.layers import gathering_again
+from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Scope
 from ..program.tracing import read
 from .attention import AttentionKernel
@@ -20,10 +21,7 @@ from .gather import PASSING, Stored, before_gradients, gathered, learning, raw, 
 from .lookup import Lookup, looks_up_rows
 from .scatter import Scattering
 
-# What gives an array whose sharding XLA would otherwise have to guess; the others follow their operands.
-_ANCHORS = frozenset(
-    {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "gather", "scatter-add"}
-)
+_ANCHORS = primitives(Trait.ANCHOR)
 
 # Find the mesh axes that shard each dim of a traced program, by the dim's number.
 AxesOf = Callable[[Any], Mapping[int, tuple[str, ...]]]

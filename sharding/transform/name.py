@@ -13,17 +13,16 @@ from ..errors import UserError, nearest
 from ..ops.attention import attention_call
 from ..program import jaxpr as generations
 from ..program.jaxpr import evaluate, run, scan_again
-from ..program.layers import is_layer_scan
+from ..program.layers import INPUT, is_layer_scan, saved_values
 from ..program.program import Equation, Scope
-from ..program.saved import INPUT, saved_values
 from ..program.tracing import read
 
 
 def name_values(loss: Callable[[Any, Any], Any], names: Collection[str]) -> Callable[[Any, Any], Any]:
     """Return `loss(params, batch)` with `jax.ad_checkpoint.checkpoint_name` on the values that `names` says.
 
-    The names are those of `meshwright.sharding.program.saved`. Raises UserError, when the function is traced,
-    for a name that no layer of it has.
+    The names are those of `meshwright.sharding.program.layers`. Raises UserError, when the function is
+    traced, for a name that no layer of it has.
     """
 
     def named(params: Any, batch: Any) -> Any:

@@ -11,7 +11,7 @@ from ...cost.candidate import Candidate
 from ...cost.profile import Profile
 from ...errors import UserError, nearest
 from ...plans.vocabulary import NAMES, PLACES, REMATS
-from ...program.saved import INPUT
+from ...program.layers import INPUT
 
 # A policy, or the values that are kept → ``device`` or ``host``.
 DeclaredRemat = str | Mapping[str, str]

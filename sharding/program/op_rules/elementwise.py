@@ -4,24 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from .rule import Builder, Op, OpRule, Rule, Shape, words
-
-_NAMES = words(
-    """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
-    complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp
-    exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log
-    log1p log2 logistic lt lt_to max min mul mulhi name ne neg nextafter not one_minus_square or
-    polygamma polynomial population_count pow real reduce_precision regularized_incomplete_beta rem
-    round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
-    stop_gradient sub tan tanh threefry2x32 threefry4x32 philox2x32 philox4x32 xor zeta
-    sharding_constraint layout_constraint reshard mesh_cast with_memory_space_constraint pvary pcast pin
-    unpin relayout optimization_barrier device_put tie custom_lin dce_sink
-    """
-)
-
-# These take and give several arrays of different shapes: the n-th result is the n-th operand.
-_PASSING = {"optimization_barrier", "device_put", "copy", "copy_p", "pvary", "pcast"}
+from ..primitives import Trait, primitives
+from .rule import Builder, Op, OpRule, Rule, Shape
 
 
 def elementwise(op: Op) -> OpRule:
@@ -30,7 +14,7 @@ def elementwise(op: Op) -> OpRule:
 
 
 def passing(op: Op) -> OpRule:
-    """Unite each result with the operand at the same place."""
+    """Unite each result with the operand at the same place; their shapes may differ from one to the next."""
     builder = Builder(op)
     for number, shape in enumerate(op.ins):
         outs = len(op.outs) > number and op.outs[number] == shape
@@ -70,6 +54,7 @@ def _rule(ins: tuple[Shape, ...], outs: tuple[Shape, ...]) -> OpRule:
 
 
 RULES: dict[str, Rule] = {
-    **{name: passing if name in _PASSING else elementwise for name in _NAMES},
+    **dict.fromkeys(primitives(Trait.ELEMENTWISE), elementwise),
+    **dict.fromkeys(primitives(Trait.PASSING), passing),
     "bitcast_convert_type": bitcast,
 }

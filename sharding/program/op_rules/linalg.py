@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .rule import Builder, Op, OpRule, Rule, words
+from ..primitives import Trait, primitives
+from .rule import Builder, Op, OpRule, Rule
 
 
 def batched(op: Op) -> OpRule:
@@ -49,15 +50,8 @@ def _leading(op: Op, lead: int) -> OpRule:
     return builder.done()
 
 
-_BATCHED = words(
-    """
-    cholesky cholesky_update eig eigh geqrf hessenberg householder_product lu lu_pivots_to_permutation
-    ormqr qr schur svd symmetric_product tridiagonal tridiagonal_solve
-    """
-)
-
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_BATCHED, batched),
+    **dict.fromkeys(primitives(Trait.BATCHED), batched),
     "fft": fft,
     "triangular_solve": triangular_solve,
 }

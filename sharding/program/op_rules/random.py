@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .elementwise import elementwise
 from .rule import Builder, Op, OpRule, Rule
 
 
@@ -42,9 +41,6 @@ RULES: dict[str, Rule] = {
     "random_wrap": drawn,
     "random_unwrap": drawn,
     "random_seed": drawn,
-    "random_clone": elementwise,
-    "random_fold_in": elementwise,
-    "random_gamma": elementwise,
     "to_edtype": drawn,
     "from_edtype": drawn,
     "rng_bit_generator": generator,

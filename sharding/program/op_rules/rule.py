@@ -78,11 +78,6 @@ class OpRule:
 Rule = Callable[[Op], OpRule]
 
 
-def words(text: str) -> tuple[str, ...]:
-    """Return the words of `text`: how long lists of primitives are written."""
-    return tuple(text.split())
-
-
 Place = tuple[int, int]
 
 

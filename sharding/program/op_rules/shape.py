@@ -111,16 +111,6 @@ def squeeze(op: Op) -> OpRule:
     return builder.done()
 
 
-def expand_dims(op: Op) -> OpRule:
-    """Add dimensions of size 1."""
-    added = {int(d) for d in op.params["dimensions"]}
-    kept = [d for d in range(len(op.outs[0])) if d not in added]
-    builder = Builder(op)
-    for dim, out in enumerate(kept):
-        builder.factor("map", op.ins[0][dim], [(0, dim)], [(0, out)])
-    return builder.done()
-
-
 def rev(op: Op) -> OpRule:
     """Flip dimensions: their shards change places."""
     flipped = set(op.params["dimensions"])
@@ -227,7 +217,6 @@ RULES: dict[str, Rule] = {
     "broadcast_in_dim": broadcast_in_dim,
     "broadcast_to": broadcast_to,
     "concatenate": concatenate,
-    "expand_dims": expand_dims,
     "pad": pad,
     "reshape": reshape,
     "rev": rev,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .rule import Builder, Op, OpRule, Rule, words
+from ..primitives import Trait, primitives
+from .rule import Builder, Op, OpRule, Rule
 
 
 def conv_general_dilated(op: Op) -> OpRule:
@@ -63,14 +64,7 @@ def pooling(op: Op) -> OpRule:
     return builder.done()
 
 
-_POOLING = words(
-    """
-    reduce_window reduce_window_max reduce_window_min reduce_window_sum select_and_gather_add
-    select_and_scatter select_and_scatter_add
-    """
-)
-
 RULES: dict[str, Rule] = {
     "conv_general_dilated": conv_general_dilated,
-    **dict.fromkeys(_POOLING, pooling),
+    **dict.fromkeys(primitives(Trait.POOLING), pooling),
 }

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshwright.sharding import UserError
-from meshwright.sharding.program.saved import INPUT
+from meshwright.sharding.program.layers import INPUT
 from meshwright.sharding.transform.name import name_values
 from meshwright.sharding.transform.remat import remat
 
