@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import mlir
 from meshwright.models import Model, mlp
 from meshwright.models.perceptron import MlpConfig
 
@@ -9,3 +15,20 @@ from meshwright.models.perceptron import MlpConfig
 def perceptron(embed: int = 16, hidden: int = 32) -> Model:
     """A perceptron over bytes."""
     return mlp(MlpConfig(vocab=264, embed=embed, mlp=hidden))
+
+
+# A primitive that nobody has told meshwright of: it gives its operand.
+MYSTERY = core.Primitive("mystery")
+MYSTERY.def_abstract_eval(lambda x: x)
+mlir.register_lowering(MYSTERY, mlir.lower_fun(lambda x: x, multiple_results=False))
+
+
+def mysterious() -> Model:
+    """A perceptron whose loss has a primitive without a rule in it, which changes nothing."""
+    model = perceptron()
+
+    def loss(params: Any, batch: Any) -> Any:
+        value, aux = model.loss(params, batch)
+        return value + 0 * MYSTERY.bind(jax.lax.stop_gradient(value)), aux
+
+    return dataclasses.replace(model, loss=loss)

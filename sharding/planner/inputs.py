@@ -192,10 +192,13 @@ class Problem:
         )
 
     def notes(self) -> tuple[str, ...]:
-        """Say what was assumed for want of an input."""
-        if self.optimizer is not None:
-            return ()
-        return (f"no optimizer was given: {_ADAM_BYTES:g} bytes of moments for each parameter are assumed",)
+        """Say which primitives nothing is known of, and what was assumed for want of an input."""
+        found = [one.note for one in self.program.unknown]
+        if self.optimizer is None:
+            found.append(
+                f"no optimizer was given: {_ADAM_BYTES:g} bytes of moments for each parameter are assumed"
+            )
+        return tuple(found)
 
 
 def capacity_of(topology: Topology, pricer: Pricer) -> float:

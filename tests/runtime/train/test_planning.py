@@ -135,6 +135,20 @@ def prepared(config: pathlib.Path, *words: str) -> Any:
     return load(config, ["topology=cpu:8", "mesh=null", "train.steps=2", "checkpoint.every=0", *words])
 
 
+def test_a_primitive_without_a_rule_is_said(
+    small_config: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("topology=cpu:1", "mesh=null", "model={build: small_models:mysterious}")
+    planned = meshwright(small_config, *words, COLUMNS="300", PYTHONPATH=str(CONFIGS.parent / "tests"))
+    assert (planned.returncode, planned.stderr) == (0, "")
+    run = f"run={tmp_path / 'run'}"
+    assert train(prepared(small_config, *words, "plan=declared", "train.steps=1", run)) == 0
+    for said in (planned.stdout, capsys.readouterr().err):
+        (note,) = [line for line in said.splitlines() if "mystery has no rule" in line]
+        assert "small_models.py" in note
+        assert "register_op_rule" in note
+
+
 @pytest.mark.devices(8)
 def test_a_run_trains_by_a_plan_it_searched_for(small_config: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = prepared(small_config, "plan=auto", f"run={tmp_path / 'auto'}")
