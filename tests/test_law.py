@@ -137,7 +137,7 @@ def test_every_import_obeys_the_law() -> None:
         ("sharding.cost.step", "sharding", False),
         ("sharding.api", "runtime.config.config", False),
         ("models.sampling", "sharding.errors", True),
-        ("models.sampling", "sharding.ops.plain", True),
+        ("models.sampling", "sharding.ops.attention", True),
         ("models.sampling", "sharding.hardware.mesh", False),
         ("models.sampling", "sharding", False),
         ("runtime.train.job", "models", True),

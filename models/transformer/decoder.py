@@ -13,7 +13,7 @@ from flax import nnx
 
 from ...sharding.errors import UserError
 from ...sharding.ops import attention
-from ...sharding.ops.plain import View, attend, soft_cap
+from ...sharding.ops.attention import View, attend, soft_cap
 from ..model import Batch, Model, Params
 from .attention import Attention, LatentAttention, Turn, inverse_frequencies, rotation
 from .config import DecoderConfig, flops_per_token
