@@ -23,7 +23,7 @@ from .report.explain import explain
 from .report.html import fragment
 from .report.plan import plan_document
 from .transform import step
-from .transform.compose import apply
+from .transform.compose import PlannedLoss, apply
 from .verify.process import Limits
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class Plan(Record):
 
         The state is that of `init`. Metrics are scalars: `loss`, `grad_norm` and the loss's auxiliary values.
         """
-        return step.jitted_update(self, loss, optimizer, mesh=self.make_mesh() if mesh is None else mesh)
+        mesh = self.make_mesh() if mesh is None else mesh
+        return step.jitted_update(self, PlannedLoss(self, loss, mesh), optimizer, mesh=mesh)
 
     def init(
         self,

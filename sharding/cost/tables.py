@@ -13,7 +13,7 @@ from ..ops.attention import attention_call
 from ..program.flops import work
 from ..program.jaxpr import scan_parts, while_parts
 from ..program.primitives import Trait, primitives
-from ..program.program import Dims, Equation, Program, Scope
+from ..program.program import Dims, Equation, Program, Scope, walk_equations
 
 # Where an equation stands towards the scan over layers, for pipeline stages.
 BEFORE, LAYERS, AFTER = 0, 1, 2
@@ -287,16 +287,11 @@ def _main_scan(program: Program) -> int:
             continue
         if stacked.isdisjoint(equation.factors[0].dims):
             continue
-        amount = sum(work(e).flops * e.multiplicity for scope in equation.scopes for e in _all(scope))
+        inside = [one for scope in equation.scopes for one in walk_equations(scope)]
+        amount = sum(work(one).flops * one.multiplicity for one in inside)
         if amount > most:
             best, most = equation.index, amount
     return best
-
-
-def _all(scope: Scope) -> list[Equation]:
-    return [
-        e for equation in scope.equations for e in (equation, *(i for s in equation.scopes for i in _all(s)))
-    ]
 
 
 def _floats(var: Any) -> bool:

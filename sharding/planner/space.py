@@ -11,7 +11,6 @@ from ..cost.candidate import Candidate
 from ..errors import UserError
 from ..hardware.topology import Topology
 from ..plans.specs import cut_into
-from ..program.jaxpr import scan_parts
 from ..program.layers import is_checkpointed, layer_scans
 from ..program.program import Program
 from .choices import batch, mesh, microbatches, sequence, stages, storage, tensor
@@ -108,7 +107,7 @@ def space(
 def _offered(
     program: Program, declared: DeclaredRemat | None, ladders: Sequence[Sequence[Policy]]
 ) -> Sequence[Sequence[Policy]]:
-    scans = list(layer_scans(program.jaxpr.jaxpr))
+    scans = list(layer_scans(program.scope))
     if declared is not None:
         policy = read(declared)
         if not scans and policy.remat != "none":
@@ -117,7 +116,7 @@ def _offered(
                 "scan them, or leave remat out"
             )
         return ((policy,),)
-    chosen = any(not is_checkpointed(scan_parts(scan).body) for scan in scans)
+    chosen = any(not is_checkpointed(scan) for scan in scans)
     return ladders if chosen else ((PLAIN[0],),)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ..errors import UserError, nearest
 from ..hardware.mesh import make_mesh
 from ..paths import by_path, by_suffix, path_of
+from ..program.jaxpr import Traces
 from ..program.program import Program
 from .record import ArrayPlan, Decision, Record
 from .specs import Spec, axes_in, cut_into, derived
@@ -69,7 +70,7 @@ def check(plan: Record, params: Any, batch: Any, loss: Callable[..., Any] | None
     check_arrays(plan, "parameter", params)
     check_arrays(plan, "batch array", batch)
     if loss is not None and plan.origin is not None:
-        plan.origin.check_loss(loss, params, batch)
+        plan.origin.check(Traces(loss).on(params, batch))
 
 
 def check_arrays(plan: Decision, kind: str, tree: Any) -> None:

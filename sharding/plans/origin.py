@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
 from ..errors import UserError
+from ..program.identity import fingerprint
+from ..program.jaxpr import Traced
 from ..program.program import Program
-from ..program.tracing import trace
+from ..program.tracing import read
 from .estimate import Estimate
 
 
@@ -53,20 +55,14 @@ class Origin:
             fingerprint=program.fingerprint, jax=jax.__version__, primitives=dict(sorted(counts.items()))
         )
 
-    def check_loss(self, loss: Callable[..., Any], params: Any, batch: Any) -> None:
-        """Raise UserError, naming what differs, if ``loss(params, batch)`` is another program."""
-        # Where the arrays lie is no part of the program, so that it is traced on shapes alone.
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, batch))
-        self.check(trace(loss, *shapes))
-
-    def check(self, program: Program) -> None:
-        """Raise UserError, naming what differs, if `program` is another one.
+    def check(self, traced: Traced) -> None:
+        """Raise UserError, naming what differs, if another program was traced.
 
         Versions of JAX trace a function differently, so that programs are compared under the same one only.
         """
-        here = Origin.of(program)
-        if here.jax != self.jax or here.fingerprint == self.fingerprint:
+        if jax.__version__ != self.jax or fingerprint(traced.jaxpr) == self.fingerprint:
             return
+        here = Origin.of(read(traced.jaxpr, traced.args, traced.result))
         names = sorted({*self.primitives, *here.primitives})
         differing = [
             f"{name} {here.primitives.get(name, 0)} times instead of {self.primitives.get(name, 0)}"

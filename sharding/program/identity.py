@@ -45,7 +45,7 @@ def _jaxpr(digest: Any, jaxpr: core.Jaxpr) -> None:
         write(f"{declare(eqn.outvars)} = {eqn.primitive.name} {inputs}")
         for key in sorted(eqn.params):
             if key not in _IGNORED:
-                for inner in _inner(eqn.params[key]):
+                for inner in core.jaxprs_in_params({key: eqn.params[key]}):
                     write(f"{key}:")
                     _jaxpr(digest, inner)
                 text = _plain(eqn.params[key])
@@ -57,16 +57,6 @@ def _jaxpr(digest: Any, jaxpr: core.Jaxpr) -> None:
 def _aval(aval: Any) -> str:
     shape = "x".join(str(size) for size in getattr(aval, "shape", ()))
     return f"{getattr(aval, 'dtype', type(aval).__name__)}[{shape}]"
-
-
-def _inner(value: Any) -> list[core.Jaxpr]:
-    if isinstance(value, core.ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, core.Jaxpr):
-        return [value]
-    if isinstance(value, (tuple, list)):
-        return [jaxpr for item in value for jaxpr in _inner(item)]
-    return []
 
 
 def _plain(value: Any) -> str | None:

@@ -1,90 +1,114 @@
-"""Run a traced program again, equation by equation, with some equations done differently."""
+"""Jaxprs: tracing, reading under every generation of JAX, and running again with parts done otherwise.
+
+What differs between the generations that are supported (0.10 and 0.12), and what JAX does not make public, is
+here, in `ops/cudnn.py` (its cuDNN calls) and in the runtime's detection of clusters, and nowhere else.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax._src import source_info_util  # seen in 0.10.2 and 0.12.0
 from jax.extend import core
 
-from . import jaxpr as generations
-
-# Given an equation and the values of its inputs: the values of its outputs, or None to run it as it stands.
-Visit = Callable[[core.JaxprEqn, list[Any]], Sequence[Any] | None]
-# Given the inputs of a loop's body, the body's outputs.
-Body = Callable[[list[Any]], Sequence[Any]]
+from .primitives import Trait, primitives
+from .program import Equation, Program, Scope
 
 
-def evaluate(program: core.ClosedJaxpr, args: Sequence[Any], visit: Visit) -> list[Any]:
-    """Return the outputs of `program` on `args`, asking `visit` about every equation.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Traced:
+    """A function traced on some arguments: its jaxpr, and its arguments and result as ShapeDtypeStructs."""
 
-    Source lines, name scopes and settings of the original equations are kept. Equations that hold other
-    programs (a scan, a jitted call) count as one: `visit` decides whether to go into them.
+    jaxpr: core.ClosedJaxpr
+    args: tuple[Any, ...]
+    result: Any
+
+
+class Traces:
+    """The traces of `fn`: one for each shape and type of its arguments, taken when first asked for.
+
+    `fn` is called once for each, however often and inside of whatever else that is traced it is asked for.
     """
-    values: dict[Any, Any] = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-    values.update(zip(program.jaxpr.invars, args, strict=True))
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+        # Of our own, so that what `fn` reads from outside is read anew for each Traces.
+        self._jitted = jax.jit(functools.partial(fn))
+        self._known: dict[int, Traced] = {}
 
-    for equation in program.jaxpr.eqns:
-        inputs = [read(atom) for atom in equation.invars]
-        with generations.context_of(equation):
-            outputs = visit(equation, inputs)
-            if outputs is None:
-                outputs = run(equation, inputs)
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in program.jaxpr.outvars]
-
-
-def run(equation: core.JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
-    """Run one equation as it stands."""
-    outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
-    return outputs if equation.primitive.multiple_results else [outputs]
-
-
-def scan_again(
-    equation: core.JaxprEqn,
-    inputs: Sequence[Any],
-    body: Body,
-    *,
-    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
-) -> Sequence[Any]:
-    """Run a `scan` equation with another body, `body(consts + carry + slices) -> carry + rows`.
-
-    `wrap` is laid around the function of (carry, slices) that `jax.lax.scan` is given.
-    """
-    parts = generations.scan_parts(equation)
-    consts = list(inputs[: parts.num_consts])
-    carry = list(inputs[parts.num_consts : parts.num_consts + parts.num_carry])
-    stacked = list(inputs[parts.num_consts + parts.num_carry :])
-
-    def turn(carry: Any, slices: Any) -> Any:
-        outputs = body([*consts, *carry, *slices])
-        return list(outputs[: parts.num_carry]), list(outputs[parts.num_carry :])
-
-    carry, rows = jax.lax.scan(
-        wrap(turn),
-        carry,
-        stacked,
-        length=equation.params["length"],
-        reverse=equation.params["reverse"],
-        unroll=equation.params["unroll"],
-    )
-    return [*carry, *rows]
+    def on(self, *args: Any) -> Traced:
+        """Return the trace on arguments like `args`, of which nothing is computed."""
+        # Where arrays lie is no part of the program.
+        shapes = shapes_of(args)
+        found = self._jitted.trace(*shapes)
+        if len(found.jaxpr.in_avals) != len(jax.tree.leaves(shapes)):
+            # It reads what is being traced outside, which is another thing each time.
+            jaxpr, result = jax.make_jaxpr(self._fn, return_shape=True)(*shapes)
+            return Traced(jaxpr=jaxpr, args=shapes, result=result)
+        # JAX gives the same jaxpr for the same arguments, and another where settings differ.
+        key = id(found.jaxpr.jaxpr)
+        if key not in self._known:
+            self._known[key] = Traced(jaxpr=found.jaxpr, args=shapes, result=found.out_info)
+        return self._known[key]
 
 
-def checkpoint_again(equation: core.JaxprEqn, inputs: Sequence[Any], body: Body) -> Sequence[Any]:
-    """Run a `jax.checkpoint` equation with another body, under the same policy."""
+def shapes_of(tree: Any) -> Any:
+    """Return a tree of arrays, or of what is like them, as ShapeDtypeStructs."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        # Python's own numbers have no type that insists on itself.
+        weak = getattr(leaf, "weak_type", None) or type(leaf) in (int, float, complex)
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), weak_type=weak)
+
+    return jax.tree.map(shape, tree)
+
+
+def closed(jaxpr: Any) -> core.ClosedJaxpr:
+    """Return `jaxpr` with its constants: 0.12 keeps jaxprs in equations open when they have none."""
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def call_body(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """Return what a call (jit, remat, custom derivative) runs on its inputs, or None if it is no call."""
     params = equation.params
-    again = jax.checkpoint(
-        lambda *args: list(body(list(args))), policy=params["policy"], prevent_cse=params["prevent_cse"]
+    body = params.get("call_jaxpr", params.get("jaxpr"))
+    return closed(body) if isinstance(body, (core.Jaxpr, core.ClosedJaxpr)) else None
+
+
+def branches(equation: core.JaxprEqn) -> tuple[core.ClosedJaxpr, ...]:
+    """Return the arms of a `cond` equation; its first input is the index, the rest are theirs."""
+    return tuple(closed(arm) for arm in equation.params["branches"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScanParts:
+    """A `scan` equation's body and how its inputs divide: constants, then carry, then stacked arrays."""
+
+    body: core.ClosedJaxpr
+    num_consts: int
+    num_carry: int
+    num_xs: int
+
+
+def scan_parts(equation: core.JaxprEqn) -> ScanParts:
+    """Read a `scan` equation: 0.10 counts its inputs, 0.12 keeps them as flat trees."""
+    params = equation.params
+    if "num_consts" in params:
+        consts, carry = params["num_consts"], params["num_carry"]
+    else:
+        consts, carry = (len(part) for part in params["ft_in"].unpack()[:2])
+    return ScanParts(
+        body=closed(params["jaxpr"]),
+        num_consts=consts,
+        num_carry=carry,
+        num_xs=len(equation.invars) - consts - carry,
     )
-    return again(*inputs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,18 +130,6 @@ def while_parts(equation: core.JaxprEqn) -> WhileParts:
         num_cond_consts=params["cond_nconsts"],
         num_body_consts=params["body_nconsts"],
     )
-
-
-def branches(equation: core.JaxprEqn) -> tuple[core.ClosedJaxpr, ...]:
-    """Return the arms of a `cond` equation; its first input is the index, the rest are theirs."""
-    return tuple(closed(arm) for arm in equation.params["branches"])
-
-
-def call_body(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """Return what a call (jit, remat, custom derivative) runs on its inputs, or None if it is no call."""
-    params = equation.params
-    body = params.get("call_jaxpr", params.get("jaxpr"))
-    return closed(body) if isinstance(body, (core.Jaxpr, core.ClosedJaxpr)) else None
 
 
 def counted_trips(equation: core.JaxprEqn) -> int | None:
@@ -152,40 +164,146 @@ def counted_trips(equation: core.JaxprEqn) -> int | None:
     return max(int(stop.val) - int(start.val), 0) if by_one else None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScanParts:
-    """A `scan` equation's body and how its inputs divide: constants, then carry, then stacked arrays."""
-
-    body: core.ClosedJaxpr
-    num_consts: int
-    num_carry: int
-    num_xs: int
-
-
-def scan_parts(equation: core.JaxprEqn) -> ScanParts:
-    """Read a `scan` equation: 0.10 counts its inputs, 0.12 keeps them as flat trees."""
-    params = equation.params
-    if "num_consts" in params:
-        consts, carry = params["num_consts"], params["num_carry"]
-    else:
-        consts, carry = (len(part) for part in params["ft_in"].unpack()[:2])
-    return ScanParts(
-        body=closed(params["jaxpr"]),
-        num_consts=consts,
-        num_carry=carry,
-        num_xs=len(equation.invars) - consts - carry,
-    )
-
-
-def closed(jaxpr: Any) -> core.ClosedJaxpr:
-    """Return `jaxpr` with its constants: 0.12 keeps jaxprs in equations open when they have none."""
-    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
-
-
 @contextlib.contextmanager
-def context_of(equation: core.JaxprEqn) -> Iterator[None]:
+def _context_of(equation: core.JaxprEqn) -> Iterator[None]:
     """Within it, new equations carry the source line, name scope and settings of `equation`."""
     info = equation.source_info
     scope = source_info_util.current_name_stack() + info.name_stack
     with source_info_util.user_context(info.traceback, name_stack=scope), equation.ctx.manager:
         yield
+
+
+def run(equation: core.JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Run one equation as it stands."""
+    outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(equation.params))
+    return outputs if equation.primitive.multiple_results else [outputs]
+
+
+# What an equation that holds a program runs on its inputs; of a scan, on constants, carry and slices.
+Body = Callable[[list[Any]], list[Any]]
+
+
+class Go(Protocol):
+    """What remains to be done of an equation after a pass: what the passes after it do, then to run it.
+
+    For an equation that holds a program, `around` is laid around its body, inside of what the passes after
+    it lay there.
+    """
+
+    def __call__(self, inputs: list[Any], around: Callable[[Body], Body] | None = None) -> Sequence[Any]: ...
+
+
+class Pass:
+    """A way of running some equations of a program otherwise; what it leaves alone is run as it stands.
+
+    Values may be pytrees of a pass's own, which it takes apart before an equation is run on them.
+    """
+
+    def begin(self, scope: Scope, inputs: list[Any]) -> list[Any]:
+        """Return what to run `scope` on, given its `inputs`."""
+        del scope
+        return inputs
+
+    def visit(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
+        """Return the results of `equation`."""
+        del equation
+        return go(inputs)
+
+    def end(self, scope: Scope, outputs: list[Any]) -> list[Any]:
+        """Return what `scope` gives, having been run to `outputs`."""
+        del scope
+        return outputs
+
+
+def rewritten(program: Program, passes: Sequence[Pass], inputs: Sequence[Any]) -> list[Any]:
+    """Run `program` again, equation by equation, as `passes` say, and return its results.
+
+    Inputs and results are flat. The first pass is asked first, and hands on to the next. Source lines, name
+    scopes and settings of the original equations are kept. Jitted calls, scans and checkpoints are gone into;
+    what else holds a program is run as it stands.
+    """
+    return _Rewriter(passes).scope(program.scope, program.jaxpr.consts, list(inputs))
+
+
+class _Rewriter:
+    def __init__(self, passes: Sequence[Pass]) -> None:
+        self._passes = passes
+
+    def scope(self, scope: Scope, consts: Sequence[Any], inputs: list[Any]) -> list[Any]:
+        for one in reversed(self._passes):
+            inputs = one.begin(scope, inputs)
+        values: dict[Any, Any] = dict(zip(scope.jaxpr.constvars, consts, strict=True))
+        values.update(zip(scope.jaxpr.invars, inputs, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+        for equation in scope.equations:
+            with _context_of(equation.eqn):
+                outputs = self._visit(0, equation, [read(atom) for atom in equation.eqn.invars], ())
+            values.update(zip(equation.eqn.outvars, outputs, strict=True))
+        results = [read(atom) for atom in scope.jaxpr.outvars]
+        for one in reversed(self._passes):
+            results = one.end(scope, results)
+        return results
+
+    def _visit(
+        self, number: int, equation: Equation, inputs: list[Any], arounds: tuple[Callable[[Body], Body], ...]
+    ) -> Sequence[Any]:
+        if number == len(self._passes):
+            return self._run(equation, inputs, arounds)
+
+        def go(inputs: list[Any], around: Callable[[Body], Body] | None = None) -> Sequence[Any]:
+            return self._visit(number + 1, equation, inputs, (*arounds, around) if around else arounds)
+
+        return self._passes[number].visit(equation, inputs, go)
+
+    def _run(
+        self, equation: Equation, inputs: list[Any], arounds: Sequence[Callable[[Body], Body]]
+    ) -> Sequence[Any]:
+        again = _AGAIN.get(equation.primitive)
+        if again is None or not equation.scopes:
+            return run(equation.eqn, inputs)
+        consts = closed(equation.eqn.params["jaxpr"]).consts
+
+        body: Body = functools.partial(self.scope, equation.scopes[0], consts)
+        for around in arounds:
+            body = around(body)
+        return again(equation.eqn, inputs, body)
+
+
+def _call_again(equation: core.JaxprEqn, inputs: list[Any], body: Body) -> Sequence[Any]:
+    del equation
+    return body(inputs)
+
+
+def _checkpoint_again(equation: core.JaxprEqn, inputs: list[Any], body: Body) -> Sequence[Any]:
+    params = equation.params
+    return jax.checkpoint(body, policy=params["policy"], prevent_cse=params["prevent_cse"])(inputs)
+
+
+def _scan_again(equation: core.JaxprEqn, inputs: list[Any], body: Body) -> Sequence[Any]:
+    parts = scan_parts(equation)
+    first_xs = parts.num_consts + parts.num_carry
+
+    def turn(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+        outputs = body([*inputs[: parts.num_consts], *carry, *slices])
+        return outputs[: parts.num_carry], outputs[parts.num_carry :]
+
+    carry, rows = jax.lax.scan(
+        turn,
+        inputs[parts.num_consts : first_xs],
+        inputs[first_xs:],
+        length=equation.params["length"],
+        reverse=equation.params["reverse"],
+        unroll=equation.params["unroll"],
+    )
+    return [*carry, *rows]
+
+
+# How what is gone into is run with another body.
+_AGAIN: dict[str, Callable[[core.JaxprEqn, list[Any], Body], Sequence[Any]]] = {
+    "jit": _call_again,
+    "scan": _scan_again,
+    **dict.fromkeys(primitives(Trait.CHECKPOINT), _checkpoint_again),
+}

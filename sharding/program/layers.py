@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from jax.extend import core
 
-from .jaxpr import closed, scan_parts
+from ..errors import UserError, nearest
+from .jaxpr import scan_parts
 from .primitives import Trait, primitives
 from .program import Equation, Program, Scope
 
 INPUT = "layer:in"
+
+# (An equation's index, one of its operands or None for its first result) → the name of that value.
+Marks = Mapping[tuple[int, int | None], str]
 
 _PRODUCTS = primitives(Trait.PRODUCT)
 _CHECKPOINTS = primitives(Trait.CHECKPOINT)
@@ -28,12 +32,13 @@ _CHECKPOINTS = primitives(Trait.CHECKPOINT)
 _VIEWS = primitives(Trait.VIEW)
 
 
-def layer_scans(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
-    """Yield the layer scans of a program and of the jitted calls in it."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "jit":
-            yield from layer_scans(closed(equation.params["jaxpr"]).jaxpr)
-        elif is_layer_scan(equation):
+def layer_scans(scope: Scope) -> Iterator[Equation]:
+    """Yield the layer scans of a scope and of the jitted calls in it."""
+    for equation in scope.equations:
+        if equation.primitive == "jit":
+            for inner in equation.scopes:
+                yield from layer_scans(inner)
+        elif is_layer_scan(equation.eqn):
             yield equation
 
 
@@ -45,18 +50,10 @@ def is_layer_scan(equation: core.JaxprEqn) -> bool:
     return scan.num_xs > 0 and works(scan.body.jaxpr)
 
 
-def gathering_again(*_: Any, **__: Any) -> bool:
-    """Keep nothing: the policy of checkpoints around one product, which gathers its parameter again."""
-    return False
-
-
-def is_checkpointed(body: core.ClosedJaxpr) -> bool:
-    """Whether a layer scan's body is under `jax.checkpoint` already: all of its products are."""
-    return not any(
-        _multiplies(equation)
-        for equation in body.jaxpr.eqns
-        if equation.primitive.name not in _CHECKPOINTS or equation.params["policy"] is gathering_again
-    )
+def is_checkpointed(layers: Equation) -> bool:
+    """Whether the body of a layer scan is under `jax.checkpoint` already: all of its products are."""
+    body = layers.scopes[0].equations
+    return not any(_multiplies(one.eqn) for one in body if one.primitive not in _CHECKPOINTS)
 
 
 def works(jaxpr: Any) -> bool:
@@ -90,9 +87,21 @@ def saved_values(program: Program) -> Mapping[str, SavedValue]:
     return {name: value for name, (_, value) in zip(names, found, strict=True)}
 
 
+def marks_of(program: Program, names: Collection[str]) -> Marks:
+    """Return where in `program` the values are that `names` says, as `saved_values` calls them.
+
+    Raises UserError for a name that no layer has.
+    """
+    places = saved_values(program)
+    for name in names:
+        if name not in places and name != INPUT:
+            raise UserError(f"no layer has a value named {name!r}; {nearest(name, [*places, INPUT])}")
+    return {(value.equation, value.operand): name for name, value in places.items() if name in names}
+
+
 def _outside(scope: Scope, paths: dict[Any, str]) -> Iterator[tuple[str, SavedValue]]:
     for equation in scope.equations:
-        if equation.primitive == "jit":
+        if equation.primitive == "jit" and equation.scopes:
             yield from _outside(equation.scopes[0], _passed(equation, paths))
         elif is_layer_scan(equation.eqn):
             yield from _layer(equation.scopes[0], _passed(equation, paths))
@@ -118,7 +127,7 @@ def _layer(scope: Scope, paths: dict[Any, str]) -> Iterator[tuple[str, SavedValu
         if equation.primitive == "name":
             named.update(eqn.outvars)
             yield eqn.params["name"], SavedValue(equation=equation.index)
-        elif equation.primitive == "jit":
+        elif equation.primitive == "jit" and equation.scopes:
             yield from _layer(equation.scopes[0], _passed(equation, paths))
         elif equation.primitive in _VIEWS and ins and ins[0] in paths:
             paths[eqn.outvars[0]] = paths[ins[0]]

@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.extend import core, source_info_util
 
+from .identity import fingerprint
 from .op_rules.rule import Kind
 
 # The named dimensions of an array: for each array dimension the ids of the dims it consists of, major to
@@ -226,8 +227,6 @@ class Program:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the structure, shapes and types: the same in every process, for the same JAX."""
-        from .identity import fingerprint
-
         return fingerprint(self.jaxpr)
 
     def labelled(self, label: str) -> tuple[tuple[int, ...], ...]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.extend import source_info_util
 
 from ..errors import UserError
 from ..paths import path_of
@@ -90,13 +91,7 @@ def read(
         batch_dims=batch,
         conflicts=tuple(resolver.conflicts),
         unknown=tuple(
-            Unknown(primitive=name, count=len(eqns), where=_where(eqns[0]))
+            Unknown(primitive=name, count=len(eqns), where=source_info_util.summarize(eqns[0].source_info))
             for name, eqns in walk.unknown.items()
         ),
     )
-
-
-def _where(eqn: Any) -> str:
-    from jax.extend import source_info_util
-
-    return source_info_util.summarize(eqn.source_info)

@@ -8,9 +8,8 @@ from typing import Any
 
 from jax.extend import core
 
-from . import jaxpr as control
-from . import jaxpr as generations
 from .factors import Factors, Seq
+from .jaxpr import branches, call_body, counted_trips, scan_parts, while_parts
 from .op_rules import builtin_rules, users_rule, whole_rule
 from .op_rules.rule import Kind, Op, OpRule, Shape
 from .primitives import Trait, primitives
@@ -153,13 +152,13 @@ class Walk:
                     self.factors.unite(x, y)
 
     def _call(self, eqn: core.JaxprEqn, ins: list[Raw]) -> RawEquation:
-        body = control.call_body(eqn)
+        body = call_body(eqn)
         assert body is not None
         inner = self.scope(body.jaxpr, ins)
         return RawEquation(eqn, _NOTHING, [], frozenset(), ins, inner.outs, [inner])
 
     def _scan(self, eqn: core.JaxprEqn, ins: list[Raw]) -> RawEquation:
-        scan = generations.scan_parts(eqn)
+        scan = scan_parts(eqn)
         length = int(eqn.params["length"])
         first_xs = scan.num_consts + scan.num_carry
         carry = ins[scan.num_consts : first_xs]
@@ -176,18 +175,18 @@ class Walk:
         return RawEquation(eqn, rule, [step] if rule.kinds else [], frozenset(), ins, outs, [inner], length)
 
     def _while(self, eqn: core.JaxprEqn, ins: list[Raw]) -> RawEquation:
-        parts = control.while_parts(eqn)
+        parts = while_parts(eqn)
         cond_consts = ins[: parts.num_cond_consts]
         body_consts = ins[parts.num_cond_consts : parts.num_cond_consts + parts.num_body_consts]
         carry = ins[parts.num_cond_consts + parts.num_body_consts :]
         cond = self.scope(parts.cond.jaxpr, [*cond_consts, *carry])
         body = self.scope(parts.body.jaxpr, [*body_consts, *carry])
         self._same(carry, body.outs)
-        trips = control.counted_trips(eqn)
+        trips = counted_trips(eqn)
         return RawEquation(eqn, _NOTHING, [], frozenset(), ins, body.outs, [cond, body], trips)
 
     def _cond(self, eqn: core.JaxprEqn, ins: list[Raw]) -> RawEquation:
-        arms = [self.scope(arm.jaxpr, ins[1:]) for arm in control.branches(eqn)]
+        arms = [self.scope(arm.jaxpr, ins[1:]) for arm in branches(eqn)]
         for other in arms[1:]:
             self._same(arms[0].outs, other.outs)
         return RawEquation(eqn, _NOTHING, [], frozenset(), ins, arms[0].outs, arms)

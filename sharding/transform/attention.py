@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ..ops import cudnn
 from ..ops.attention import AttentionCall, attention_call
 from ..ops.kernels import block_that_divides, dot_product, splash, splash_kernel
+from ..plans.specs import axes_of, cut_into
+from ..program.layers import Marks
 from ..program.primitives import Trait, primitives
-from ..program.program import Dims, Equation
+from ..program.program import Dims, Equation, Program
 
 # What an array goes through and is still the same numbers.
-_VIEWS = primitives(Trait.VIEW)
+_PASSING = primitives(Trait.VIEW) | {"name"}
 
 # Return how the plan lays an array of these dims and this shape on the mesh.
 SpecOf = Callable[[Dims, tuple[int, ...]], PartitionSpec]
@@ -32,76 +33,91 @@ Gather = Callable[[Any, Dims], Any]
 _Entry = str | tuple[str, ...] | None
 
 
+class _Layout(NamedTuple):
+    """The mesh axes of the queries' first three dimensions."""
+
+    batch: _Entry
+    rows: _Entry
+    heads: _Entry
+
+
 class AttentionKernel:
     """Carries out calls of attention by the kernel that `settings` name, on the devices of `mesh`.
 
     `settings` is a plan's ``kernels["attention"]``: ``implementation`` (``splash`` or ``cudnn``), and for
     splash the largest blocks, ``block_q`` and ``block_kv``. A call that the kernel cannot do is left to XLA;
     the planner has said so in the plan's notes. `platform` is what the program is lowered for; on a ``cpu``
-    splash is interpreted.
+    splash is interpreted. `marks` are the names that values of the program are to be given.
+
+    Splash's backward pass reads its result in an order of its own, and one number a row besides. It is these
+    that are to be kept under a name of the result, and not the program's order of them once more.
     """
 
-    def __init__(self, mesh: Mesh | AbstractMesh, settings: Mapping[str, Any], platform: str) -> None:
+    def __init__(
+        self,
+        mesh: Mesh | AbstractMesh,
+        settings: Mapping[str, Any],
+        platform: str,
+        program: Program,
+        marks: Marks,
+    ) -> None:
         self._mesh = mesh
         self._settings = settings
         self._platform = platform
         self._names: dict[Any, str] = {}
         self._origins: dict[Any, Any] = {}
         self._made: set[Any] = set()
+        for equation in program.equations():
+            self._follow(equation, marks)
 
-    def enter(self, jaxpr: core.Jaxpr) -> None:
-        """Take note of the names that results of attention have in `jaxpr`.
-
-        Splash's backward pass reads its result in an order of its own, and one number a row besides. It is
-        these that are to be kept under the name, and not the program's order of them once more.
-        """
-        for eqn in jaxpr.eqns:
-            if attention_call(eqn) is not None:
-                self._origins[eqn.outvars[0]] = eqn.outvars[0]
-                continue
-            first = eqn.invars[0] if eqn.invars else None
-            origin = None if isinstance(first, core.Literal) else self._origins.get(first)
-            if origin is None:
-                continue
-            if eqn.primitive.name == "name":
-                self._names.setdefault(origin, eqn.params["name"])
-            if eqn.primitive.name in (*_VIEWS, "name"):
+    def _follow(self, equation: Equation, marks: Marks) -> None:
+        """Take note of the names of a call's result, and of what else is that result."""
+        eqn = equation.eqn
+        if attention_call(eqn) is not None:
+            self._origins[eqn.outvars[0]] = eqn.outvars[0]
+            return
+        for n, atom in enumerate(eqn.invars):
+            origin = self._origin(atom)
+            name = eqn.params["name"] if equation.primitive == "name" else marks.get((equation.index, n))
+            if origin is not None and name is not None:
+                self._names.setdefault(origin, name)
+            if origin is not None and n == 0 and equation.primitive in _PASSING:
                 self._origins[eqn.outvars[0]] = origin
+
+    def _origin(self, atom: Any) -> Any:
+        return None if isinstance(atom, core.Literal) else self._origins.get(atom)
+
+    def keeps(self, atom: Any) -> bool:
+        """Whether a kernel that was made gives this value, and keeps it under its name."""
+        return self._origin(atom) in self._made
 
     def visit(
         self, equation: Equation, inputs: Sequence[Any], gather: Gather, spec_of: SpecOf
     ) -> list[Any] | None:
         """Return the results of a call of attention, or of naming one; None to do as without a kernel."""
         eqn = equation.eqn
-        if eqn.primitive.name == "name":
-            return list(inputs) if self._origins.get(eqn.invars[0]) in self._made else None
+        if equation.primitive == "name":
+            return list(inputs) if self.keeps(eqn.invars[0]) else None
         call = attention_call(eqn)
         if call is None or call.windowed:
             return None
         inputs = [gather(value, dims) for value, dims in zip(inputs, equation.ins, strict=True)]
         spec = spec_of(equation.ins[0], inputs[0].shape)
-        batch, rows, heads, head_dim = (*spec, *(None,) * (4 - len(spec)))
+        *first, head_dim = (*spec, *(None,) * (4 - len(spec)))
         if head_dim is not None:
             return None
+        layout = _Layout(*first)
         # What is compiled of it says what was asked for, to whoever reads it.
         with jax.named_scope(call.name):
             if self._settings["implementation"] == "splash":
-                out = self._splash(call, eqn.outvars[0], inputs, batch, rows, heads)
+                out = self._splash(call, eqn.outvars[0], inputs, layout)
             else:
-                out = self._cudnn(call, inputs, batch, rows, heads)
+                out = self._cudnn(call, inputs, layout)
         return None if out is None else [out]
 
-    def _splash(
-        self,
-        call: AttentionCall,
-        result: Any,
-        inputs: Sequence[Any],
-        batch: _Entry,
-        rows: _Entry,
-        heads: _Entry,
-    ) -> Any:
+    def _splash(self, call: AttentionCall, result: Any, inputs: Sequence[Any], layout: _Layout) -> Any:
         query, key, *_ = inputs
-        row_parts = self._parts(rows)
+        row_parts = self._parts(layout.rows)
         block_q = block_that_divides(query.shape[1] // row_parts, self._settings["block_q"])
         block_kv = block_that_divides(key.shape[1], self._settings["block_kv"])
         if block_q is None or block_kv is None:
@@ -110,7 +126,7 @@ class AttentionKernel:
             call,
             queries=query.shape[1],
             keys=key.shape[1],
-            heads=query.shape[2] // self._parts(heads),
+            heads=query.shape[2] // self._parts(layout.heads),
             row_parts=row_parts,
             blocks=(block_q, block_kv),
             name=self._names.get(result),
@@ -122,13 +138,11 @@ class AttentionKernel:
         def local(kernel: Any, *arrays: Any) -> Any:
             return splash(call, kernel, *arrays)
 
-        of_masks = kernel.manual_sharding_spec(NamedSharding(self._mesh, PartitionSpec(None, rows)))
-        return self._on_devices(local, (kernel,), (of_masks,), inputs, batch, rows, heads)
+        of_masks = kernel.manual_sharding_spec(NamedSharding(self._mesh, PartitionSpec(None, layout.rows)))
+        return self._on_devices(local, (kernel,), (of_masks,), inputs, layout)
 
-    def _cudnn(
-        self, call: AttentionCall, inputs: Sequence[Any], batch: _Entry, rows: _Entry, heads: _Entry
-    ) -> Any:
-        if self._parts(rows) > 1:
+    def _cudnn(self, call: AttentionCall, inputs: Sequence[Any], layout: _Layout) -> Any:
+        if self._parts(layout.rows) > 1:
             return None
 
         def local(*arrays: Any) -> Any:
@@ -136,7 +150,7 @@ class AttentionKernel:
 
         try:
             with contextlib.nullcontext() if self._has_devices() else cudnn.described():
-                return self._on_devices(local, (), (), inputs, batch, None, heads)
+                return self._on_devices(local, (), (), inputs, layout._replace(rows=None))
         except (RuntimeError, NotImplementedError, ValueError) as error:
             # JAX asks the library itself, which is there where a GPU is, while it traces.
             warnings.warn(f"attention by cuDNN cannot be had here ({error}); XLA computes it", stacklevel=2)
@@ -148,9 +162,7 @@ class AttentionKernel:
         first: tuple[Any, ...],
         of_first: tuple[Any, ...],
         inputs: Sequence[Any],
-        batch: _Entry,
-        rows: _Entry,
-        heads: _Entry,
+        layout: _Layout,
     ) -> Any:
         """Run `local(*first, query, key, value, *segment_ids)` on what each device holds.
 
@@ -158,6 +170,7 @@ class AttentionKernel:
         where their axes do not divide the kv heads, each query head gets a copy of its own.
         """
         query, key, value, *ids = inputs
+        batch, rows, heads = layout
         kv_heads = heads if key.shape[2] > 1 else None
         if kv_heads is not None and key.shape[2] % self._parts(heads):
             times = query.shape[2] // key.shape[2]
@@ -181,5 +194,4 @@ class AttentionKernel:
         return isinstance(self._mesh, Mesh) and self._mesh.devices.flat[0] in jax.devices()
 
     def _parts(self, axes: _Entry) -> int:
-        names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-        return math.prod(self._mesh.shape[axis] for axis in names)
+        return cut_into(axes_of(axes), self._mesh.shape)

@@ -1,36 +1,151 @@
-"""A planned loss: the user's own function with the plan's transforms around it, in their order."""
+"""A planned loss: the user's own function, traced once, with a plan's passes over it in their order.
+
+The passes are asked in this order about each equation, and hand on to the next: `Name` (values of layers that
+are to be kept), `Constrain` (where arrays lie, and the kernels of attention), `Remat` (a checkpoint around
+each layer). The last step differentiates, plainly or a part of the batch at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax.sharding import AbstractMesh, Mesh
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ..plans import arrays
 from ..plans.record import Decision, check_runs
+from ..program.jaxpr import Pass, Traced, Traces, rewritten
+from ..program.layers import INPUT, marks_of
+from ..program.program import Program
+from ..program.tracing import read
 from ..xla.reduction import reduction_steps
-from .accumulate import accumulate
-from .constrain import constrain
-from .name import name_values
-from .remat import remat
+from .accumulate import Loss, differentiable, mean_of_parts
+from .attention import AttentionKernel
+from .constrain import Constrain
+from .gather import Scattering
+from .remat import Name, Remat
 
 
-def apply(plan: Decision, loss: Callable[..., Any], mesh: Mesh | AbstractMesh) -> Callable[..., Any]:
-    """Return `loss(params, batch)` worked through as planned on `mesh`: same signature, same values."""
-    check_runs(plan)
-    named = name_values(loss, plan.saved) if plan.saved else loss
-    sharded = constrain(
-        named,
-        mesh,
-        lambda program: arrays.axes_of_dims(plan, program),
-        lambda params: arrays.specs(plan, params),
-        lambda params: arrays.specs_of_moments(plan, params),
-        kernels=plan.kernels,
-        platform=_platform(plan, mesh),
-        steps=reduction_steps(plan.mesh, plan.topology, plan.compiler_options),
+def passes_of(plan: Decision, program: Program, params: Any, mesh: Mesh | AbstractMesh) -> list[Pass]:
+    """Return the passes that carry `plan` out on `program`, in order; each keeps the program's values.
+
+    Raises UserError if `program` has not what the plan names: a kept value, or layers to rematerialise.
+    """
+    platform = _platform(plan, mesh)
+    marks = marks_of(program, plan.saved)
+    settings = plan.kernels.get("attention")
+    kernel = None if settings is None else AttentionKernel(mesh, settings, platform, program, marks)
+    passes: list[Pass] = []
+    if plan.saved:
+        passes.append(Name(marks, inputs=INPUT in plan.saved, kernel=kernel))
+    passes.append(
+        Constrain(
+            program,
+            mesh,
+            arrays.axes_of_dims(plan, program),
+            stored=_flat(arrays.specs(plan, params)),
+            reduced=_flat(arrays.specs_of_moments(plan, params)),
+            scattering=Scattering(mesh, reduction_steps(plan.mesh, plan.topology, plan.compiler_options)),
+            kernel=kernel,
+            platform=platform,
+        )
     )
-    return accumulate(remat(sharded, plan.remat, plan.saved), plan.microbatches)
+    if plan.remat != "none":
+        passes.append(Remat(program, plan.remat, plan.saved))
+    return passes
+
+
+def composed(traces: Traces, passes: Callable[[Program, Any], Sequence[Pass]]) -> Loss:
+    """Return the function of (params, batch) with passes over it, as `passes` gives them for its program."""
+    programs: weakref.WeakKeyDictionary[Traced, Program] = weakref.WeakKeyDictionary()
+
+    def function(params: Any, batch: Any) -> Any:
+        traced = traces.on(params, batch)
+        if traced not in programs:
+            programs[traced] = read(traced.jaxpr, traced.args, traced.result)
+        program = programs[traced]
+        outputs = rewritten(program, passes(program, params), jax.tree.leaves((params, batch)))
+        return jax.tree.unflatten(jax.tree.structure(traced.result), outputs)
+
+    return function
+
+
+def with_gradients(loss: Loss, params: Any, batch: Any, *, allow_int: bool = False) -> tuple[Any, Any]:
+    """Return what `loss` gives, a scalar or ``(scalar, aux)``, and the scalar's gradients for `params`.
+
+    With `allow_int` parameters of integer type may be among them; their gradients are None.
+    """
+
+    def twice(params: Any) -> tuple[Any, Any]:
+        found = loss(params, batch)
+        return (found[0] if isinstance(found, tuple) else found), found
+
+    gradients, found = jax.grad(twice, has_aux=True, allow_int=allow_int)(params)
+    return found, floats(gradients)
+
+
+def floats(tree: Any) -> Any:
+    """Return `tree` with None for what has no gradient."""
+    return jax.tree.map(
+        lambda leaf: leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else None, tree
+    )
+
+
+class PlannedLoss:
+    """`loss(params, batch)` worked through as `plan` says on `mesh`; `traces` are those of `loss`."""
+
+    def __init__(self, plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> None:
+        check_runs(plan)
+        self._microbatches = plan.microbatches
+        self.traces = Traces(loss)
+        self._part = composed(self.traces, lambda program, params: passes_of(plan, program, params, mesh))
+
+    def value(self, params: Any, batch: Any) -> Any:
+        """Return what `loss` gives: a scalar, or ``(scalar, aux)``."""
+        if self._microbatches == 1:
+            return self._part(params, batch)
+        return mean_of_parts(
+            lambda part: (self._part(params, part), None),
+            batch,
+            self._microbatches,
+            lambda part: (self.traces.on(params, part).result, None),
+        )[0]
+
+    def value_and_grad(self, params: Any, batch: Any, *, allow_int: bool = False) -> tuple[Any, Any]:
+        """Return what `loss` gives, and the gradients of the scalar with respect to `params`.
+
+        A part's gradients are taken before the next part is begun, so that the activations of one part only
+        are ever held. With `allow_int` parameters of integer type may be among `params`; their gradients are
+        None.
+        """
+        if self._microbatches == 1:
+            return with_gradients(self._part, params, batch, allow_int=allow_int)
+        return mean_of_parts(
+            lambda part: with_gradients(self._part, params, part, allow_int=allow_int),
+            batch,
+            self._microbatches,
+            lambda part: (self.traces.on(params, part).result, floats(params)),
+        )
+
+
+def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:
+    """Return `loss(params, batch)` worked through as planned on `mesh`: same signature, same values.
+
+    JAX differentiates it as any function; where the batch is worked through in parts, with respect to the
+    parameters only.
+    """
+    planned = PlannedLoss(plan, loss, mesh)
+    if plan.microbatches == 1:
+        return planned.value
+    return differentiable(planned.value, functools.partial(planned.value_and_grad, allow_int=True))
+
+
+def _flat(specs: Any) -> list[Any]:
+    return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
 def _platform(plan: Decision, mesh: Mesh | AbstractMesh) -> str:

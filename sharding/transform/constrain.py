@@ -1,218 +1,176 @@
-"""Sharding constraints as a transformation: parameters stored one way and used another."""
+"""Where arrays lie: constraints wherever XLA would have to guess, look-ups in tables that are cut by rows.
+
+Parameters are stored one way and used another (`gather`); what they wait for is here too.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ..program import jaxpr as generations
-from ..program.jaxpr import checkpoint_again, evaluate, run, scan_again
-from ..program.layers import gathering_again
+from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, spec_of
+from ..program.jaxpr import Body, Go, Pass, closed, scan_parts
 from ..program.primitives import Trait, primitives
-from ..program.program import Dims, Equation, Scope
-from ..program.tracing import read
+from ..program.program import Dims, Equation, Program, Scope
 from .attention import AttentionKernel
-from .gather import PASSING, Stored, before_gradients, gathered, learning, raw, settled, stored_like, sums_of
-from .lookup import Lookup, looks_up_rows
-from .scatter import Scattering
+from .gather import Scattering, Stored, gathered, learning, sums_of
 
 _ANCHORS = primitives(Trait.ANCHOR)
+_CHECKPOINTS = primitives(Trait.CHECKPOINT)
 
-# Find the mesh axes that shard each dim of a traced program, by the dim's number.
-AxesOf = Callable[[Any], Mapping[int, tuple[str, ...]]]
+_Mode = jax.lax.GatherScatterMode
 
 
-def constrain(
-    loss: Callable[[Any, Any], Any],
-    mesh: Mesh | AbstractMesh,
-    axes_of: AxesOf,
-    stored: Callable[[Any], Any],
-    reduced: Callable[[Any], Any] | None = None,
-    kernels: Mapping[str, Mapping[str, Any]] | None = None,
-    platform: str = "cpu",
-    steps: Mapping[str, Sequence[int]] | None = None,
-) -> Callable[[Any, Any], Any]:
-    """Return `loss(params, batch)` with sharding constraints wherever XLA would have to guess.
+class Constrain(Pass):
+    """Lays out the arrays of `program` on `mesh`.
 
-    `axes_of(program)` gives the mesh axes of every dim while computing, `stored(params)` the tree of
-    PartitionSpecs in which the parameters are kept. Each parameter is gathered to its computing spec where
-    it is used, layer by layer inside scans, after a cast to a smaller type; its gradient is reduced there to
-    the stored spec, or to that of `reduced(params)` where optimizer states are stored otherwise. Results of
-    products, convolutions and look-ups, and what a scan carries, are constrained to the specs of their dims.
-    `kernels` are a plan's: calls of `ops.attention` are carried out by the one for ``attention``, if any, as
-    `platform` runs it. `steps` are mesh axes over which gradients are scattered in steps of these factors,
-    one after the other (`meshwright.sharding.xla.reduction`).
-    Values are those of `loss`.
+    `axes` are the mesh axes of every dim while computing, by its number; `stored` the specs in which the
+    parameters are kept, and `reduced` those of their gradients and moments, in the order of the program's
+    arguments. Each parameter is gathered to its computing spec where it is used, layer by layer inside scans,
+    after a cast to a smaller type; its gradient is reduced there. Results of products, convolutions and
+    look-ups, and what a scan carries, are constrained to the specs of their dims. `scattering` says over
+    which axes gradients go in steps; calls of `ops.attention` are carried out by `kernel`, if there is one;
+    `platform` is what the program is lowered for.
     """
 
-    def constrained(params: Any, batch: Any) -> Any:
-        program, shape = jax.make_jaxpr(loss, return_shape=True)(params, batch)
-        named = read(program, (params, batch), shape)
-        of_parameters = frozenset(dim for a in named.parameters for c in a.dims for dim in c)
-        settings = (kernels or {}).get("attention")
-        kernel = None if settings is None else AttentionKernel(mesh, settings, platform)
-        walk = _Walk(mesh, axes_of(named), of_parameters, kernel, Scattering(mesh, steps or {}), platform)
-        specs = _flat(stored(params))
-        goals = specs if reduced is None else _flat(reduced(params))
-        leaves = [
-            Stored(leaf, tuple(spec), tuple(goal))
-            for leaf, spec, goal in zip(jax.tree.leaves(params), specs, goals, strict=True)
-        ]
-        value, *others = walk.scope(program.consts, named.scope, [*leaves, *jax.tree.leaves(batch)])
-        outputs = [before_gradients(value), *others]
-        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
-
-    return constrained
-
-
-class _Walk:
     def __init__(
         self,
+        program: Program,
         mesh: Mesh | AbstractMesh,
         axes: Mapping[int, tuple[str, ...]],
-        of_parameters: frozenset[int],
-        attention: AttentionKernel | None,
+        *,
+        stored: Sequence[PartitionSpec],
+        reduced: Sequence[PartitionSpec],
         scattering: Scattering,
-        platform: str,
+        kernel: AttentionKernel | None = None,
+        platform: str = "cpu",
     ) -> None:
+        self._program = program
         self._mesh = mesh
         self._axes = axes
-        self._of_parameters = of_parameters
-        self._attention = attention
+        self._stored = [(tuple(spec), tuple(goal)) for spec, goal in zip(stored, reduced, strict=True)]
         self._scattering = scattering
+        self._kernel = kernel
         self._platform = platform
+        self._of_parameters = frozenset(dim for a in program.parameters for c in a.dims for dim in c)
         self._in_loop = False
         # Behind a loop over layers. Of layers written out, one's gradients travel beside the next one's work.
         self._after_layers = False
 
-    def scope(self, consts: Sequence[Any], scope: Scope, args: Sequence[Any]) -> list[Any]:
-        """Evaluate a scope's program with constraints; stored parameters that leave it are gathered."""
-        if self._attention is not None:
-            self._attention.enter(scope.jaxpr)
-        equations = {id(equation.eqn): equation for equation in scope.equations}
-        program = core.ClosedJaxpr(scope.jaxpr, consts)
-        outputs = evaluate(program, args, lambda eqn, inputs: self._visit(equations[id(eqn)], inputs))
-        return [
-            self._gather(output, scope.dims_of(atom))
-            for output, atom in zip(outputs, scope.jaxpr.outvars, strict=True)
-        ]
+    def begin(self, scope: Scope, inputs: list[Any]) -> list[Any]:
+        """Take the program's parameters as they are stored."""
+        if scope is not self._program.scope:
+            return inputs
+        count = len(self._stored)
+        rows = zip(inputs[:count], self._stored, strict=True)
+        return [*(Stored(value, *specs) for value, specs in rows), *inputs[count:]]
 
-    def _visit(self, equation: Equation, inputs: list[Any]) -> Sequence[Any] | None:
-        eqn = equation.eqn
-        name = eqn.primitive.name
-        if name in PASSING and isinstance(inputs[0], Stored):
-            return [inputs[0].passed(eqn)]
-        if self._attention is not None and name in ("jit", "name"):
-            outputs = self._attention.visit(equation, inputs, self._gather, self._spec)
+    def end(self, scope: Scope, outputs: list[Any]) -> list[Any]:
+        """Gather the parameters that leave a scope."""
+        rows = zip(outputs, scope.jaxpr.outvars, strict=True)
+        found = [self._gather(output, scope.dims_of(atom)) for output, atom in rows]
+        return [before_gradients(found[0]), *found[1:]] if scope is self._program.scope else found
+
+    def visit(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
+        """Run an equation on gathered parameters and constrain what it gives."""
+        name = equation.primitive
+        if inputs and isinstance(inputs[0], Stored):
+            passed = inputs[0].passed(equation.eqn)
+            if passed is not None:
+                return [passed]
+        if self._kernel is not None and name in ("jit", "name"):
+            outputs = self._kernel.visit(equation, inputs, self._gather, self._spec)
             if outputs is not None:
                 return outputs
-        if name == "jit":
-            consts = generations.closed(eqn.params["jaxpr"]).consts
-            return self.scope(consts, equation.scopes[0], inputs)
-        if name == "scan":
-            return self._scan(equation, inputs)
-        if name == "remat2":
-            return self._checkpoint(equation, inputs)
-        outputs = self._run(equation, inputs)
+        if equation.scopes and name == "scan":
+            return self._scan(equation, inputs, go)
+        if equation.scopes and (name == "jit" or name in _CHECKPOINTS):
+            return go(inputs)
+        outputs = self._run(equation, inputs, go)
         if name not in _ANCHORS:
             return outputs
         return [self._constrain(output, dims) for output, dims in zip(outputs, equation.outs, strict=True)]
 
-    def _run(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    def _run(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
         """Run an equation on stored parameters, which its gradient gathers again rather than keeps whole."""
 
-        def use(values: list[Any]) -> list[Any]:
-            rows = zip(stored_like(inputs, values), equation.ins, strict=True)
-            return list(self._compute(equation, [self._gather(value, dims) for value, dims in rows]))
+        def use(inputs: list[Any]) -> list[Any]:
+            rows = zip(inputs, equation.ins, strict=True)
+            return list(self._compute(equation, [self._gather(value, dims) for value, dims in rows], go))
 
         moves = any(
             isinstance(value, Stored) and self._spec(dims, value.value.shape) != PartitionSpec(*value.spec)
             for value, dims in zip(inputs, equation.ins, strict=True)
         )
         if not moves:
-            return use(raw(inputs))
+            return use(inputs)
         if self._after_layers and not self._in_loop:
             inputs = settled(inputs)
         # In a loop the barriers that keep XLA from undoing this are not needed.
-        again = jax.checkpoint(use, policy=gathering_again, prevent_cse=not self._in_loop)
-        return again(raw(inputs))
+        again = jax.checkpoint(
+            use, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=not self._in_loop
+        )
+        return again(inputs)
 
-    def _compute(self, equation: Equation, values: list[Any]) -> Sequence[Any]:
+    def _compute(self, equation: Equation, values: list[Any], go: Go) -> Sequence[Any]:
         if looks_up_rows(equation.eqn):
             of_table, of_ids = (self._spec(d, v.shape) for d, v in zip(equation.ins, values, strict=True))
             if of_table and of_table[0] is not None:
                 aval: Any = equation.eqn.outvars[0].aval
                 of_rows = self._spec(equation.outs[0], aval.shape)
                 return [Lookup(equation.eqn, self._mesh, of_table, of_ids, of_rows).read(*values)]
-        return run(equation.eqn, values)
+        return go(values)
 
-    def _scan(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+    def _scan(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
         """Keep stacked parameters stored; their slices are gathered inside, one layer at a time.
 
         What every turn uses is gathered once before them, and its gradient, which the turns sum, reduced once
         after: an output projection whose loss goes in chunks would be reduced for each of them.
         """
-        eqn, scope = equation.eqn, equation.scopes[0]
-        parts = generations.scan_parts(eqn)
+        scope, parts = equation.scopes[0], scan_parts(equation.eqn)
         first_xs = parts.num_consts + parts.num_carry
         outermost = not self._in_loop
         if outermost and any(isinstance(value, Stored) for value in inputs[: parts.num_consts]):
             inputs = settled(inputs)
-        specs: list[tuple[Any, ...] | None] = []
-        values = []
         summed: dict[int, Any] = {}
-        for index, (value, dims) in enumerate(zip(inputs, equation.ins, strict=True)):
-            if isinstance(value, Stored) and index >= first_xs:
-                specs.append(value.row())
-                values.append(value.value)
+        for index, dims in enumerate(equation.ins[:first_xs]):
+            value = inputs[index]
+            constant = isinstance(value, Stored) and index < parts.num_consts
+            cast = _cast(scope.jaxpr, index) if constant else None
+            if cast is None:
+                inputs[index] = self._gather(value, dims)
             else:
-                specs.append(None)
-                cast = _cast(scope.jaxpr, index) if isinstance(value, Stored) else None
-                if cast is None:
-                    values.append(self._gather(value, dims))
-                    continue
                 # It travels, and is read, in the smaller type; its gradient is summed as the loop sums it.
-                used, sums = self._cast_once(value, dims, cast)
-                values.append(used)
-                summed[index] = sums
+                inputs[index], summed[index] = self._cast_once(value, dims, cast)
 
-        def body(args: list[Any]) -> list[Any]:
-            entering = [
-                Stored(value, *spec) if spec is not None else value
-                for value, spec in zip(args, specs, strict=True)
-            ]
-            for index, sums in summed.items():
-                spec = self._spec(scope.dims_of(scope.jaxpr.invars[index]), args[index].shape)
-                entering[index] = Stored(learning(args[index], sums), tuple(spec), tuple(spec))
-            for index in range(parts.num_consts, first_xs):
-                entering[index] = self._constrain(args[index], scope.dims_of(scope.jaxpr.invars[index]))
-            self._in_loop = True
-            try:
-                return self.scope(parts.body.consts, scope, entering)
-            finally:
-                self._in_loop = not outermost
+        def around(body: Body) -> Body:
+            return lambda args: self._turn(scope, args, summed, range(parts.num_consts, first_xs), body)
 
-        outputs = scan_again(eqn, values, body)
-        self._after_layers |= outermost and any(spec is not None for spec in specs)
+        outputs = go(inputs, around)
+        self._after_layers |= outermost and any(isinstance(value, Stored) for value in inputs[first_xs:])
         return outputs
 
-    def _checkpoint(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-        specs = [(value.spec, value.reduced) if isinstance(value, Stored) else None for value in inputs]
-        values = raw(inputs)
-
-        def body(args: list[Any]) -> list[Any]:
-            entering = [
-                Stored(value, *spec) if spec is not None else value
-                for value, spec in zip(args, specs, strict=True)
-            ]
-            return self.scope((), equation.scopes[0], entering)
-
-        return checkpoint_again(equation.eqn, values, body)
+    def _turn(
+        self, scope: Scope, args: list[Any], summed: Mapping[int, Any], carry: range, body: Body
+    ) -> list[Any]:
+        """Run a scan's body on rows of stored parameters, and on a carry that lies as it should."""
+        entering = [value.row() if isinstance(value, Stored) else value for value in args]
+        for index, sums in summed.items():
+            spec = tuple(self._spec(scope.dims_of(scope.jaxpr.invars[index]), args[index].shape))
+            entering[index] = Stored(learning(args[index], sums), spec, spec)
+        for index in carry:
+            entering[index] = self._constrain(args[index], scope.dims_of(scope.jaxpr.invars[index]))
+        outside, self._in_loop = self._in_loop, True
+        try:
+            return body(entering)
+        finally:
+            self._in_loop = outside
 
     def _cast_once(self, value: Stored, dims: Dims, dtype: Any) -> tuple[Any, Any]:
         """Return a parameter cast and then gathered, and the array that its gradient is summed in."""
@@ -231,7 +189,7 @@ class _Walk:
         reduced = PartitionSpec(*value.reduced)
         if not any((used, stored, reduced)):
             return value.value
-        if not jax.numpy.issubdtype(value.value.dtype, jax.numpy.inexact):
+        if not jnp.issubdtype(value.value.dtype, jnp.inexact):
             return jax.lax.with_sharding_constraint(value.value, NamedSharding(self._mesh, used))
         return gathered(
             value.value, NamedSharding(self._mesh, used), self._scattering.shardings(used, reduced)
@@ -245,18 +203,16 @@ class _Walk:
 
     def _spec(self, dims: Dims, shape: tuple[int, ...]) -> PartitionSpec:
         """Return the spec of an array while computing; an axis serves one dim, those of parameters first."""
-        entries: list[Any] = [None] * len(shape)
+        cut: list[tuple[str, ...]] = [()] * len(shape)
         taken: set[str] = set()
         # Of a merged dimension only the major part can be sharded.
         majors = [(composition[0], n) for n, composition in enumerate(dims) if composition]
         for dim, n in sorted(majors, key=lambda place: place[0] not in self._of_parameters):
             axes = tuple(axis for axis in self._axes.get(dim, ()) if axis not in taken)
-            if axes and shape[n] % math.prod(self._mesh.shape[axis] for axis in axes) == 0:
+            if axes and shape[n] % cut_into(axes, self._mesh.shape) == 0:
                 taken.update(axes)
-                entries[n] = axes[0] if len(axes) == 1 else axes
-        while entries and entries[-1] is None:
-            entries.pop()
-        return PartitionSpec(*entries)
+                cut[n] = axes
+        return PartitionSpec(*spec_of(cut))
 
 
 def _cast(jaxpr: core.Jaxpr, index: int) -> Any:
@@ -265,11 +221,11 @@ def _cast(jaxpr: core.Jaxpr, index: int) -> Any:
     found = set()
     for eqn in jaxpr.eqns:
         for place in (n for n, atom in enumerate(eqn.invars) if atom is variable):
-            if eqn.primitive.name == "convert_element_type":
+            name = eqn.primitive.name
+            if name == "convert_element_type":
                 found.add(eqn.params["new_dtype"])
-            elif eqn.primitive.name in ("remat2", "jit"):
-                inner = eqn.params["jaxpr"]
-                found.add(_cast(getattr(inner, "jaxpr", inner), place))
+            elif name == "jit" or name in _CHECKPOINTS:
+                found.add(_cast(closed(eqn.params["jaxpr"]).jaxpr, place))
             else:
                 found.add(None)
     cast = found.pop() if len(found) == 1 and variable not in jaxpr.outvars else None
@@ -277,5 +233,172 @@ def _cast(jaxpr: core.Jaxpr, index: int) -> Any:
     return cast if cast is not None and cast.itemsize < own.dtype.itemsize else None
 
 
-def _flat(specs: Any) -> list[Any]:
-    return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+def settled(inputs: list[Any]) -> list[Any]:
+    """Return `inputs`; the gradients of all are there, and reduced, before any of them is used.
+
+    Else XLA takes the gradients of what comes before first, and meanwhile keeps the parameter gathered and
+    its gradient whole.
+    """
+    leaves, structure = jax.tree.flatten(inputs)
+    places = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    if len(places) < 2:
+        return inputs
+    for n, value in zip(places, _together(tuple(leaves[n] for n in places)), strict=True):
+        leaves[n] = value
+    return jax.tree.unflatten(structure, leaves)
+
+
+@jax.custom_vjp
+def _together(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return values
+
+
+_together.defvjp(
+    lambda values: (values, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
+)
+
+
+@jax.custom_vjp
+def before_gradients(value: Any) -> Any:
+    """Return a loss; its gradients are taken when it is there.
+
+    Where they need nothing of the loss's own forward pass, XLA leaves that for last and keeps what it reads.
+    """
+    return value
+
+
+before_gradients.defvjp(
+    lambda value: (value, value),
+    lambda value, gradient: (jax.lax.optimization_barrier((gradient, value))[0],),
+)
+
+
+def looks_up_rows(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation reads whole rows of a table of floats, ``table[ids]``, one for each id."""
+    if eqn.primitive.name != "gather":
+        return False
+    avals: list[Any] = [atom.aval for atom in (*eqn.invars, eqn.outvars[0])]
+    table, ids, out = avals
+    numbers = eqn.params["dimension_numbers"]
+    of_ids = len(ids.shape) - 1
+    return (
+        jnp.issubdtype(table.dtype, jnp.inexact)
+        and eqn.params["mode"] in (_Mode.CLIP, _Mode.FILL_OR_DROP, _Mode.PROMISE_IN_BOUNDS)
+        and tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
+        and tuple(numbers.collapsed_slice_dims) == tuple(numbers.start_index_map) == (0,)
+        and not numbers.operand_batching_dims
+        and tuple(numbers.offset_dims) == tuple(range(of_ids, len(out.shape)))
+    )
+
+
+class Lookup:
+    """``table[ids]`` as `eqn` reads it, with the table's rows over some axes of `mesh`.
+
+    `of_table`, `of_ids` and `of_rows` say where the table, the ids and what is read lie while computing. Left
+    to itself, XLA gathers the table where the rows read lie over the axes that cut it, and adds up its
+    gradient whole on every device. Here each device finds the ids of its own rows, and what they read is
+    summed over the others, each keeping its part where `of_rows` says so.
+    """
+
+    def __init__(
+        self,
+        eqn: core.JaxprEqn,
+        mesh: Mesh | AbstractMesh,
+        of_table: PartitionSpec,
+        of_ids: PartitionSpec,
+        of_rows: PartitionSpec,
+    ) -> None:
+        avals: list[Any] = [atom.aval for atom in eqn.invars]
+        table, ids = avals
+        self._mode, self._fill = eqn.params["mode"], eqn.params["fill_value"]
+        self._mesh = mesh
+        self._whole = table.shape[0]
+        self._of_table = of_table
+        self._axes = axes_of(of_table[0])
+        self._rows = table.shape[0] // cut_into(self._axes, mesh.shape)
+        rank = ids.ndim - 1
+        # An axis of the table holds all ids, and each of its devices looks for its own among them.
+        busy = axes_in(of_table)
+        self._entries = [
+            tuple(axis for axis in entry if axis not in busy)
+            for entry in by_dimension(tuple(of_ids), rank)[:rank]
+        ]
+        wanted = by_dimension(tuple(of_rows), rank)[:rank]
+        # Where the sum over the table's axes is scattered: a dimension of the ids, cut by them innermost.
+        self._scattered = next(
+            (
+                n
+                for n, (entry, own) in enumerate(zip(wanted, self._entries, strict=True))
+                if entry == own + self._axes
+            ),
+            None,
+        )
+
+    def read(self, table: Any, ids: Any) -> Any:
+        """Return the rows that `ids` ``[…, 1]`` name of `table` ``[rows, …]``, with its gradient."""
+
+        @jax.custom_vjp
+        def rows(table: Any, ids: Any) -> Any:
+            scattered = list(self._entries)
+            if self._scattered is not None:
+                scattered[self._scattered] += self._axes
+            return jax.shard_map(
+                self._read,
+                mesh=self._mesh,
+                in_specs=(self._of_table, self._spec_of_ids()),
+                out_specs=self._spec(scattered),
+                check_vma=False,
+            )(table, ids)
+
+        def backward(ids: Any, gradient: Any) -> tuple[Any, Any]:
+            learnt = jax.shard_map(
+                self._learn,
+                mesh=self._mesh,
+                in_specs=(self._spec_of_ids(), self._spec(self._entries)),
+                out_specs=self._of_table,
+                check_vma=False,
+            )(ids, gradient)
+            return learnt, np.zeros(ids.shape, jax.dtypes.float0)
+
+        rows.defvjp(lambda table, ids: (rows(table, ids), ids), backward)
+        return rows(table, ids)
+
+    def _read(self, table: Any, ids: Any) -> Any:
+        place, mine = self._own(ids)
+        wide = (...,) + (None,) * (table.ndim - 1)
+        found = table.at[jnp.where(mine, place, 0)].get(mode="promise_in_bounds")
+        found = jnp.where(mine[wide], found, jnp.zeros((), table.dtype))
+        if self._scattered is None:
+            found = jax.lax.psum(found, self._axes)
+        else:
+            place = self._scattered
+            found = jax.lax.psum_scatter(found, self._axes, scatter_dimension=place, tiled=True)
+            own = found.shape[place]
+            ids = jax.lax.dynamic_slice_in_dim(ids, jax.lax.axis_index(self._axes) * own, own, place)
+        if self._mode != _Mode.FILL_OR_DROP:
+            return found
+        fill = jnp.nan if self._fill is None else self._fill
+        inside = (ids[..., 0] >= 0) & (ids[..., 0] < self._whole)
+        return jnp.where(inside[wide], found, jnp.asarray(fill, found.dtype))
+
+    def _learn(self, ids: Any, gradient: Any) -> Any:
+        place, mine = self._own(ids)
+        sums = jnp.zeros((self._rows, *gradient.shape[ids.ndim - 1 :]), gradient.dtype)
+        # What is another device's lies outside, and is dropped.
+        sums = sums.at[jnp.where(mine, place, self._rows)].add(gradient, mode="drop")
+        others = tuple(axis for entry in self._entries for axis in entry)
+        return jax.lax.psum(sums, others) if others else sums
+
+    def _own(self, ids: Any) -> tuple[Any, Any]:
+        """Return where each id lies in this device's rows, and whether it does."""
+        wanted = ids[..., 0]
+        if self._mode == _Mode.CLIP:
+            wanted = jnp.clip(wanted, 0, self._whole - 1)
+        place = wanted - jax.lax.axis_index(self._axes).astype(wanted.dtype) * self._rows
+        return place, (place >= 0) & (place < self._rows)
+
+    def _spec_of_ids(self) -> PartitionSpec:
+        return PartitionSpec(*[entry or None for entry in self._entries], None)
+
+    def _spec(self, entries: list[tuple[str, ...]]) -> PartitionSpec:
+        return PartitionSpec(*[entry or None for entry in entries], *self._of_table[1:])

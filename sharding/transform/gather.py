@@ -1,22 +1,26 @@
-"""Parameters as they are stored, gathered where they are used, and what their gradients wait for."""
+"""Parameters as they are stored: gathered where they are used, their gradients scattered back.
+
+A parameter that is stored over more devices than it is computed with is gathered where it is used, and its
+gradient scattered there, at once or axis by axis.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ..plans.specs import by_dimension
 from ..program.jaxpr import run
 
-# What a stored parameter goes through before it is gathered.
-PASSING = frozenset({"convert_element_type", "transpose"})
 
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """A parameter, or a layer's slice of one, as it is stored; `spec` says how. Gathered when used.
@@ -25,37 +29,22 @@ class Stored:
     """
 
     value: Any
-    spec: tuple[Any, ...]
-    reduced: tuple[Any, ...]
+    spec: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    reduced: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
 
-    def row(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Return the specs of a slice along the first dimension."""
-        return self.spec[1:], self.reduced[1:]
+    def row(self) -> Stored:
+        """Return a slice along the first dimension, which `value` is already, as it is stored."""
+        return Stored(self.value, self.spec[1:], self.reduced[1:])
 
-    def passed(self, eqn: core.JaxprEqn) -> Stored:
-        """Return what a cast or a transposition of it gives, stored still."""
-        value = run(eqn, [self.value])[0]
+    def passed(self, eqn: core.JaxprEqn) -> Stored | None:
+        """Return what a cast or a transposition of it gives, stored still; None for any other equation."""
+        if eqn.primitive.name == "convert_element_type":
+            return dataclasses.replace(self, value=run(eqn, [self.value])[0])
         if eqn.primitive.name != "transpose":
-            return self.holding(value)
+            return None
         order = eqn.params["permutation"]
-        return Stored(value, _permuted(self.spec, order), _permuted(self.reduced, order))
-
-    def holding(self, value: Any) -> Stored:
-        """Return `value`, stored as this one."""
-        return dataclasses.replace(self, value=value)
-
-
-def raw(inputs: Sequence[Any]) -> list[Any]:
-    """Return the arrays of `inputs`, of which some are stored."""
-    return [value.value if isinstance(value, Stored) else value for value in inputs]
-
-
-def stored_like(likes: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """Return `values`, stored where those of `likes` are."""
-    return [
-        like.holding(value) if isinstance(like, Stored) else value
-        for like, value in zip(likes, values, strict=True)
-    ]
+        specs = (_permuted(self.spec, order), _permuted(self.reduced, order))
+        return Stored(run(eqn, [self.value])[0], *specs)
 
 
 def gathered(value: Any, used: NamedSharding, reduced: Sequence[NamedSharding]) -> Any:
@@ -113,45 +102,64 @@ def _brought(gradient: Any, shardings: Sequence[NamedSharding]) -> Any:
     return gradient
 
 
-def settled(inputs: Sequence[Any]) -> list[Any]:
-    """Return `inputs`; the gradients of all are there, and reduced, before any of them is used.
-
-    Else XLA takes the gradients of what comes before first, and meanwhile keeps the parameter gathered and
-    its gradient whole.
-    """
-    values = raw(inputs)
-    places = [n for n, value in enumerate(values) if jnp.issubdtype(jnp.result_type(value), jnp.inexact)]
-    if len(places) < 2:
-        return list(inputs)
-    for n, value in zip(places, _together(tuple(values[n] for n in places)), strict=True):
-        values[n] = value
-    return stored_like(inputs, values)
-
-
-@jax.custom_vjp
-def _together(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return values
-
-
-_together.defvjp(
-    lambda values: (values, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
-)
-
-
-@jax.custom_vjp
-def before_gradients(value: Any) -> Any:
-    """Return a loss; its gradients are taken when it is there.
-
-    Where they need nothing of the loss's own forward pass, XLA leaves that for last and keeps what it reads.
-    """
-    return value
-
-
-before_gradients.defvjp(
-    lambda value: (value, value),
-    lambda value, gradient: (jax.lax.optimization_barrier((gradient, value))[0],),
-)
-
-
 def _permuted(spec: tuple[Any, ...], order: Sequence[int]) -> tuple[Any, ...]:
     return tuple(spec[n] if n < len(spec) else None for n in order)
+
+
+class Scattering:
+    """Scatters gradients over the axes of `mesh`; over those in `steps`, in steps of their factors.
+
+    The factors of an axis are those of its index, major first: after the first step a device has the part of
+    the array that its index's major digit numbers, and scatters that over the next.
+    """
+
+    def __init__(self, mesh: Mesh | AbstractMesh, steps: Mapping[str, Sequence[int]]) -> None:
+        factors = {axis: tuple(steps.get(axis, (size,))) for axis, size in mesh.shape.items()}
+        for axis, size in mesh.shape.items():
+            if math.prod(factors[axis]) != size:
+                raise ValueError(f"steps of {factors[axis]} are not {axis}={size}")
+        self._mesh = mesh
+        self._parts = {
+            axis: [axis] if len(sizes) == 1 else [f"{axis}_{n}" for n in range(len(sizes))]
+            for axis, sizes in factors.items()
+        }
+        sizes = {
+            part: size
+            for axis, parts in self._parts.items()
+            for part, size in zip(parts, factors[axis], strict=True)
+        }
+        self._split = _reshaped(mesh, sizes) if len(sizes) > len(mesh.shape) else mesh
+
+    def shardings(self, used: PartitionSpec, reduced: PartitionSpec) -> list[NamedSharding]:
+        """Return the shardings to bring the gradient of an array to that is computed with as `used` says.
+
+        The last is `reduced`. Without steps the first is where it was computed: asked for the stored sharding
+        at once, XLA would move the activations.
+        """
+        last = NamedSharding(self._mesh, reduced)
+        rank = max(len(used), len(reduced))
+        before, after = by_dimension(tuple(used), rank), by_dimension(tuple(reduced), rank)
+        gained = [tuple(axis for axis in b if axis not in a) for a, b in zip(before, after, strict=True)]
+        count = max((len(self._parts[axis]) for axes in gained for axis in axes), default=1)
+        if count == 1:
+            return [NamedSharding(self._mesh, used), last]
+        # Parts nest where the new axis comes after those that are there.
+        if any(len(new) > 1 or a + new != b for a, new, b in zip(before, gained, after, strict=True)):
+            return [NamedSharding(self._mesh, used), last]
+        found = []
+        for done in range(1, count):
+            entries: list[Any] = [
+                tuple(part for axis in a for part in self._parts[axis])
+                + tuple(part for axis in axes for part in self._parts[axis][:done])
+                for a, axes in zip(before, gained, strict=True)
+            ]
+            found.append(NamedSharding(self._split, PartitionSpec(*[entry or None for entry in entries])))
+        return [*found, last]
+
+
+def _reshaped(mesh: Mesh | AbstractMesh, sizes: Mapping[str, int]) -> Mesh | AbstractMesh:
+    """Return `mesh` with its devices in the same order under other axes."""
+    types = (AxisType.Auto,) * len(sizes)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+    return Mesh(mesh.devices.reshape(tuple(sizes.values())), tuple(sizes), axis_types=types)

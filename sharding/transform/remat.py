@@ -1,4 +1,4 @@
-"""Rematerialisation as a transformation: what each scanned layer keeps for its backward pass."""
+"""What each layer keeps for its backward pass: names for its values, and a checkpoint around its body."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core
+from jax.ad_checkpoint import checkpoint_name
 
 from ..errors import UserError, nearest
 from ..plans.vocabulary import NAMES
-from ..program import jaxpr as generations
-from ..program.jaxpr import evaluate, scan_again
-from ..program.layers import is_checkpointed, is_layer_scan
+from ..program.jaxpr import Body, Go, Pass, scan_parts
+from ..program.layers import INPUT, Marks, is_checkpointed, is_layer_scan, layer_scans
+from ..program.program import Equation, Program
+from .attention import AttentionKernel
 
 # Place of a kept value → JAX's word for that memory.
 PLACES = {"device": "device", "host": "pinned_host"}
@@ -25,52 +26,71 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 
 
-def remat(
-    function: Callable[..., Any], policy: str, saved: Mapping[str, str] | None = None
-) -> Callable[..., Any]:
-    """Return `function` with the body of every layer scan under `jax.checkpoint`.
+class Name(Pass):
+    """Gives values of layers the names of `marks`, by `jax.ad_checkpoint.checkpoint_name`.
 
-    `policy` is ``none`` (keep what JAX keeps), ``dots`` (keep the results of products with parameters),
-    ``full`` (keep only each layer's input) or ``names``: keep the values that `saved` names, as
-    `name_values` or the user has named them, on the ``device`` or in the memory of its ``host``. A layer scan
-    is a `lax.scan` over stacked arrays that holds a matrix product or a convolution; one whose body is under
-    `jax.checkpoint` already is left as it is. Raises UserError, when the function is traced, if there is no
-    layer scan to work on.
+    With `inputs` what layers hand on is named too. What `kernel` keeps under its name gets no second one.
     """
-    if policy not in (*POLICIES, NAMES):
-        raise UserError(f"remat={policy!r} is not a policy; {nearest(policy, POLICIES)}")
-    if policy == "none":
-        return function
-    keep = _named(saved or {}) if policy == NAMES else POLICIES[policy]
 
-    def wrapped(*args: Any) -> Any:
-        found = []
+    def __init__(self, marks: Marks, *, inputs: bool, kernel: AttentionKernel | None = None) -> None:
+        self._marks = marks
+        self._inputs = inputs
+        self._kernel = kernel
 
-        def visit(equation: core.JaxprEqn, inputs: list[Any]) -> Sequence[Any] | None:
-            if equation.primitive.name == "jit":
-                return evaluate(generations.closed(equation.params["jaxpr"]), inputs, visit)
-            if not is_layer_scan(equation):
-                return None
-            found.append(equation)
-            body = generations.scan_parts(equation).body
-            if is_checkpointed(body):
-                return None
-            return scan_again(
-                equation,
-                inputs,
-                lambda args: evaluate(body, args, lambda *_: None),
-                wrap=lambda turn: jax.checkpoint(turn, policy=keep, prevent_cse=False),
-            )
+    def visit(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
+        """Name what the equation reads and gives."""
+        eqn = equation.eqn
+        if self._inputs and is_layer_scan(eqn):
+            return go(inputs, _with_named_carry(equation))
+        for n, atom in enumerate(eqn.invars):
+            name = self._marks.get((equation.index, n))
+            if name is not None and (self._kernel is None or not self._kernel.keeps(atom)):
+                inputs[n] = checkpoint_name(inputs[n], name)
+        outputs = list(go(inputs))
+        name = self._marks.get((equation.index, None))
+        if name is not None and equation.primitive != "name":
+            outputs[0] = checkpoint_name(outputs[0], name)
+        return outputs
 
-        program, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        outputs = evaluate(program, jax.tree.leaves(args), visit)
-        if not found:
+
+def _with_named_carry(layers: Equation) -> Callable[[Body], Body]:
+    parts = scan_parts(layers.eqn)
+    carry = range(parts.num_consts, parts.num_consts + parts.num_carry)
+
+    def around(body: Body) -> Body:
+        return lambda args: body(
+            [checkpoint_name(value, INPUT) if n in carry else value for n, value in enumerate(args)]
+        )
+
+    return around
+
+
+class Remat(Pass):
+    """Puts the body of every layer scan of `program` under `jax.checkpoint`.
+
+    `policy` is ``dots`` (keep the results of products with parameters), ``full`` (keep only each layer's
+    input) or ``names``: keep the values that `saved` names, as `Name` or the user has named them, on the
+    ``device`` or in the memory of its ``host``. Layers that are under `jax.checkpoint` already are left as
+    they are. Raises UserError if there is no layer scan to work on.
+    """
+
+    def __init__(self, program: Program, policy: str, saved: Mapping[str, str] | None = None) -> None:
+        if policy not in (*POLICIES, NAMES):
+            raise UserError(f"remat={policy!r} is not a policy; {nearest(policy, POLICIES)}")
+        keep = _named(saved or {}) if policy == NAMES else POLICIES[policy]
+        layers = list(layer_scans(program.scope))
+        if not layers:
             raise UserError(
                 f"remat={policy!r} works on scanned layers and this function has no scan over layers"
             )
-        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+        self._layers = {one.index for one in layers if not is_checkpointed(one)}
+        self._checkpoint: Callable[[Body], Body] = lambda body: jax.checkpoint(
+            body, policy=keep, prevent_cse=False
+        )
 
-    return wrapped
+    def visit(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
+        """Checkpoint the body of a layer scan."""
+        return go(inputs, self._checkpoint if equation.index in self._layers else None)
 
 
 def _named(saved: Mapping[str, str]) -> Callable[..., Any]:

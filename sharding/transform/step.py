@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from ..plans import arrays
 from ..plans.record import Record
-from .compose import apply
+from ..program.jaxpr import shapes_of
+from .compose import PlannedLoss
 
 if TYPE_CHECKING:
     import optax
-    from jax.sharding import AbstractMesh, Mesh
+    from jax.sharding import Mesh
 
 
 State = dict[str, Any]
@@ -50,53 +51,67 @@ def train_step(
     mesh: Mesh,
     measure: Measure | None = None,
 ) -> Step:
-    """Jit the step of `loss(params, batch)` under `plan`.
+    """Return the step of `loss(params, batch)` under `plan`, with what goes before and after it.
 
-    `init(key)` gives the parameters, `batch` is a tree of arrays or ShapeDtypeStructs of the global
-    batch, and `measure(state)` may add scalars to the metrics (the learning rate, say). Raises UserError
-    when the parameters or the batch are not those that the plan was made for.
+    Args:
+        plan: how the step is worked through.
+        loss: the unsharded function, to a scalar or ``(scalar, aux)``.
+        init: gives the parameters, from a random key.
+        batch: a tree of arrays or ShapeDtypeStructs, the global batch.
+        optimizer: its state is part of the step's.
+        mesh: the plan's axes over devices, as `plan.make_mesh()` gives it.
+        measure: gives scalars, of a state, that are added to the metrics (the learning rate, say).
+
+    Raises:
+        UserError: the parameters or the batch are not those that the plan was made for.
     """
-    plain = with_aux(loss)
     first = _first(init, optimizer)
     shapes = jax.eval_shape(first, jax.random.key(0))
     arrays.check(plan, shapes["params"], batch)
-    state_shardings = arrays.shardings(plan, shapes, mesh)
-    batch_shardings = arrays.shardings(plan, batch, mesh, "batch")
+    planned = PlannedLoss(plan, loss, mesh)
+    of_state = arrays.shardings(plan, shapes, mesh)
+    of_batch = arrays.shardings(plan, batch, mesh, "batch")
     return Step(
-        init=jax.jit(first, out_shardings=state_shardings),
-        update=jax.jit(
-            planned_update(plan, loss, optimizer, mesh, measure),
-            in_shardings=(state_shardings, batch_shardings),
-            out_shardings=(state_shardings, None),
-            donate_argnums=0,
-            compiler_options=dict(plan.compiler_options) or None,
+        init=jax.jit(first, out_shardings=of_state),
+        update=jitted_update(plan, planned, optimizer, mesh=mesh, measure=measure),
+        evaluate=jax.jit(
+            lambda params, batch: with_aux(planned.value(params, batch)),
+            in_shardings=(of_state["params"], of_batch),
         ),
-        evaluate=jax.jit(plain, in_shardings=(state_shardings["params"], batch_shardings)),
         abstract_state=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
-            state_shardings,
+            of_state,
         ),
-        batch=batch_shardings,
+        batch=of_batch,
     )
 
 
 def jitted_update(
-    plan: Record, loss: Callable[[Any, Any], Any], optimizer: optax.GradientTransformation, *, mesh: Mesh
-) -> Callable[[State, Any], tuple[State, dict[str, Any]]]:
+    plan: Record,
+    planned: PlannedLoss,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    measure: Measure | None = None,
+) -> jax.stages.Wrapped:
     """Return the jitted ``(state, batch) -> (state, metrics)``; it learns the state's structure when called.
 
-    `state` is donated and stays where `plan` puts it; `batch` may lie anywhere, on the host too.
+    `state` is donated and stays where `plan` puts it; `batch` may lie anywhere, on the host too. Raises
+    UserError, when called, if the state, the batch or the loss are not those that the plan was made for.
     """
-    update = planned_update(plan, loss, optimizer, mesh)
 
-    def constrained(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
-        arrays.check(plan, state["params"], batch, loss)
-        batch = jax.lax.with_sharding_constraint(batch, arrays.shardings(plan, batch, mesh, "batch"))
-        state, metrics = update(state, batch)
-        return jax.lax.with_sharding_constraint(state, arrays.shardings(plan, state, mesh)), metrics
+    def update(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        shapes = shapes_of((state, batch))
+        arrays.check(plan, shapes[0]["params"], shapes[1])
+        if plan.origin is not None:
+            plan.origin.check(planned.traces.on(shapes[0]["params"], shapes[1]))
+        of_state = arrays.shardings(plan, shapes[0], mesh)
+        batch = jax.lax.with_sharding_constraint(batch, arrays.shardings(plan, shapes[1], mesh, "batch"))
+        state, metrics = updated(planned, optimizer, state, batch, measure)
+        return jax.lax.with_sharding_constraint(state, of_state), metrics
 
-    return jax.jit(constrained, donate_argnums=0, compiler_options=dict(plan.compiler_options) or None)
+    return jax.jit(update, donate_argnums=0, compiler_options=dict(plan.compiler_options) or None)
 
 
 def first_state(
@@ -132,36 +147,27 @@ def abstract_state(params: Any, optimizer: optax.GradientTransformation) -> Stat
     }
 
 
-def planned_update(
-    plan: Record,
-    loss: Callable[[Any, Any], Any],
+def updated(
+    planned: PlannedLoss,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh | AbstractMesh,
+    state: State,
+    batch: Any,
     measure: Measure | None = None,
-) -> Callable[[State, Any], tuple[State, dict[str, Any]]]:
-    """Return ``(state, batch) -> (state, metrics)`` under `plan`, not jitted."""
-    planned = with_aux(apply(plan, loss, mesh))
-
-    def update(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
-        (value, aux), gradients = jax.value_and_grad(planned, has_aux=True)(state["params"], batch)
-        updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
-        params = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), state["params"], updates)
-        metrics = {"loss": value, "grad_norm": _norm(gradients), **(aux if isinstance(aux, dict) else {})}
-        if measure is not None:
-            metrics |= measure(state)
-        return {"step": state["step"] + 1, "params": params, "optimizer": moments}, metrics
-
-    return update
+) -> tuple[State, dict[str, Any]]:
+    """Return the state after one step on `batch`, and the step's metrics."""
+    found, gradients = planned.value_and_grad(state["params"], batch)
+    value, aux = with_aux(found)
+    updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
+    params = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), state["params"], updates)
+    metrics = {"loss": value, "grad_norm": _norm(gradients), **(aux if isinstance(aux, dict) else {})}
+    if measure is not None:
+        metrics |= measure(state)
+    return {"step": state["step"] + 1, "params": params, "optimizer": moments}, metrics
 
 
-def with_aux(loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Return `loss` so that it always gives ``(value, aux)``, aux being empty if it gave none."""
-
-    def wrapped(params: Any, batch: Any) -> tuple[Any, Any]:
-        result = loss(params, batch)
-        return result if isinstance(result, tuple) else (result, {})
-
-    return wrapped
+def with_aux(result: Any) -> tuple[Any, Any]:
+    """Return what a loss gave as ``(value, aux)``, aux being empty if it gave none."""
+    return result if isinstance(result, tuple) else (result, {})
 
 
 def _norm(gradients: Any) -> Any:

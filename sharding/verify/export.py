@@ -17,7 +17,8 @@ from ..ops.cudnn import CUSTOM_CALLS, described
 from ..paths import by_path
 from ..plans import arrays
 from ..plans.record import Record
-from ..transform.step import abstract_state, planned_update
+from ..transform.compose import PlannedLoss
+from ..transform.step import abstract_state, updated
 
 if TYPE_CHECKING:
     import optax
@@ -56,18 +57,17 @@ def export_step(
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, batch))
     leaves, tree = jax.tree.flatten(shapes)
     kept = jax.tree.leaves(arrays.shardings(plan, state, mesh))
-    update = planned_update(plan, loss, optimizer, mesh)
+    planned = PlannedLoss(plan, loss, mesh)
 
-    def step(*arrays: Any) -> list[Any]:
-        return jax.tree.leaves(update(*jax.tree.unflatten(tree, arrays)))
+    def step(*arrays: Any) -> tuple[list[Any], dict[str, Any]]:
+        after, metrics = updated(planned, optimizer, *jax.tree.unflatten(tree, arrays))
+        return jax.tree.leaves(after), metrics
 
-    count = len(kept)
-    metrics = len(jax.eval_shape(step, *leaves)) - count
     jitted = jax.jit(
         step,
         in_shardings=(*kept, *jax.tree.leaves(arrays.shardings(plan, batch, mesh, "batch"))),
-        out_shardings=[*kept, *[None] * metrics],
-        donate_argnums=tuple(range(count)),
+        out_shardings=(kept, None),
+        donate_argnums=tuple(range(len(kept))),
     )
     platform = _PLATFORMS.get(topology.chip.platform)
     if platform is None:
@@ -80,7 +80,7 @@ def export_step(
     except NotImplementedError as error:
         raise UserError(f"the step cannot be lowered for {platform}: {error}") from None
     paths = ["/".join(path.split("/")[1:]) for path in by_path(shapes)]
-    return Exported(program=bytes(exported.serialize()), donated=count, arguments=paths)
+    return Exported(program=bytes(exported.serialize()), donated=len(kept), arguments=paths)
 
 
 def abstract_mesh(plan: Record) -> AbstractMesh:

@@ -71,7 +71,7 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
     jitted = jax.jit(
         exported.call,
         in_shardings=exported.in_shardings_jax(mesh),
-        out_shardings=list(exported.out_shardings_jax(mesh)),
+        out_shardings=jax.tree.unflatten(exported.out_tree, exported.out_shardings_jax(mesh)),
         donate_argnums=tuple(range(request["donated"])),
     )
     arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals]

@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Iterator
 
 from ...plans.specs import cut_into
-from ...program import jaxpr as generations
+from ...program.jaxpr import scan_parts
 from ...program.program import Dims, Equation, Program
 from .draft import Draft, Given, Refused
 
@@ -54,7 +54,7 @@ def _carried(program: Program, layer_dim: int) -> list[Dims]:
     """Return the dims of the arrays that the scan over the layers carries, the largest first."""
     for equation in program.equations():
         if _walks(equation, layer_dim):
-            parts = generations.scan_parts(equation.eqn)
+            parts = scan_parts(equation.eqn)
             scope = equation.scopes[0]
             variables = scope.jaxpr.invars[parts.num_consts : parts.num_consts + parts.num_carry]
             by_size = sorted(variables, key=lambda var: -math.prod(getattr(var.aval, "shape", ())))

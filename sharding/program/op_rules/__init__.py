@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from . import contraction, elementwise, indexing, linalg, opaque, random, reduction, shape, window
 from .rule import Op, OpRule, Rule, whole_rule
 
 _users: dict[str, Rule] = {}
@@ -26,8 +27,6 @@ def register_op_rule(primitive_name: str, rule: Rule) -> None:
 @functools.cache
 def builtin_rules() -> dict[str, Rule]:
     """Return the rules of the primitives of JAX, by name."""
-    from . import contraction, elementwise, indexing, linalg, opaque, random, reduction, shape, window
-
     families = (contraction, elementwise, indexing, linalg, opaque, random, reduction, shape, window)
     return {name: rule for family in families for name, rule in family.RULES.items()}
 

@@ -9,8 +9,16 @@ from .rule import Builder, Op, OpRule, Rule
 def batched(op: Op) -> OpRule:
     """Unite the leading dimensions that all arrays share; matrices stay whole."""
     rank = min((len(shape) for shape in (*op.ins, *op.outs)), default=0)
-    lead = max(len(op.ins[0]) - 2, 0)
-    return _leading(op, min(lead, rank))
+    builder = Builder(op)
+    for dim in range(min(max(len(op.ins[0]) - 2, 0), rank)):
+        size = op.ins[0][dim]
+        builder.factor(
+            "map",
+            size,
+            [(n, dim) for n, shape in enumerate(op.ins) if shape[dim] == size],
+            [(n, dim) for n, shape in enumerate(op.outs) if shape[dim] == size],
+        )
+    return builder.done()
 
 
 def fft(op: Op) -> OpRule:
@@ -34,19 +42,6 @@ def triangular_solve(op: Op) -> OpRule:
         builder.factor("map", op.ins[1][dim], [(0, dim), (1, dim)], [(0, dim)])
     for dim in (rank - 2, rank - 1):
         builder.factor("map" if dim == free else "whole", op.ins[1][dim], [(1, dim)], [(0, dim)])
-    return builder.done()
-
-
-def _leading(op: Op, lead: int) -> OpRule:
-    builder = Builder(op)
-    for dim in range(lead):
-        size = op.ins[0][dim]
-        builder.factor(
-            "map",
-            size,
-            [(n, dim) for n, shape in enumerate(op.ins) if len(shape) > dim and shape[dim] == size],
-            [(n, dim) for n, shape in enumerate(op.outs) if len(shape) > dim and shape[dim] == size],
-        )
     return builder.done()
 
 

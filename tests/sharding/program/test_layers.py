@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from meshwright.sharding.program import trace
-from meshwright.sharding.program.jaxpr import scan_parts
 from meshwright.sharding.program.layers import is_checkpointed, layer_scans, saved_values
 
 WEIGHTS = {"up": jax.ShapeDtypeStruct((3, 8, 8), jnp.float32)}
@@ -41,13 +40,13 @@ def scaled(x: Any, w: Any) -> Any:
 
 @pytest.mark.parametrize("layer", [jnp.matmul, convolved, grouped, scaled])
 def test_a_loop_with_any_product_is_layers(layer: Any) -> None:
-    (scan,) = layer_scans(trace(over_layers(layer), WEIGHTS, ROWS).jaxpr.jaxpr)
-    assert scan.params["length"] == 3
-    assert not is_checkpointed(scan_parts(scan).body)
+    (scan,) = layer_scans(trace(over_layers(layer), WEIGHTS, ROWS).scope)
+    assert scan.trips == 3
+    assert not is_checkpointed(scan)
 
 
 def test_a_loop_without_a_product_is_no_layers() -> None:
-    assert not list(layer_scans(trace(over_layers(lambda x, w: x + w[0]), WEIGHTS, ROWS).jaxpr.jaxpr))
+    assert not list(layer_scans(trace(over_layers(lambda x, w: x + w[0]), WEIGHTS, ROWS).scope))
 
 
 @pytest.mark.parametrize("layer", [jnp.matmul, grouped])
@@ -56,5 +55,5 @@ def test_a_product_is_named_after_its_parameter(layer: Any) -> None:
 
 
 def test_layers_that_are_checkpointed_already_are_told() -> None:
-    (scan,) = layer_scans(trace(over_layers(jax.checkpoint(jnp.matmul)), WEIGHTS, ROWS).jaxpr.jaxpr)
-    assert is_checkpointed(scan_parts(scan).body)
+    (scan,) = layer_scans(trace(over_layers(jax.checkpoint(jnp.matmul)), WEIGHTS, ROWS).scope)
+    assert is_checkpointed(scan)

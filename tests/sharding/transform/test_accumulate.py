@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshwright.sharding import UserError
-from meshwright.sharding.transform.accumulate import accumulate
+from meshwright.sharding.transform.accumulate import differentiable, mean_of_parts
+from meshwright.sharding.transform.compose import floats, with_gradients
 
 pytestmark = pytest.mark.numerics
 
@@ -15,6 +16,26 @@ def loss(params, batch):
     error = jnp.square(jnp.tanh(batch["x"] @ params["w"]) - batch["y"]).sum(-1)
     weight = batch["mask"].sum()
     return (error * batch["mask"]).sum() / jnp.maximum(weight, 1), {"weight": weight}
+
+
+def accumulate(loss, microbatches):
+    """Return `loss` with the batch worked through in parts, in both passes."""
+
+    def over(one_part, params, batch):
+        return mean_of_parts(
+            lambda part: one_part(params, part),
+            batch,
+            microbatches,
+            lambda part: jax.eval_shape(one_part, params, part),
+        )
+
+    def gradients(params, batch):
+        return with_gradients(loss, params, batch, allow_int=True)
+
+    return differentiable(
+        lambda params, batch: over(lambda *part: (loss(*part), None), params, batch)[0],
+        lambda params, batch: over(gradients, params, batch),
+    )
 
 
 @pytest.fixture
@@ -54,6 +75,14 @@ def test_a_scaled_loss_scales_its_gradients(params, batch):
     once = jax.grad(lambda p: accumulate(loss, 2)(p, batch)[0])(params)
     thrice = jax.grad(lambda p: 3 * accumulate(loss, 2)(p, batch)[0])(params)
     np.testing.assert_allclose(thrice["w"], 3 * once["w"], rtol=1e-6)
+
+
+def test_parameters_of_integer_type_have_no_gradients(params, batch):
+    both = {**params, "steps": jnp.arange(3)}
+    once = jax.grad(lambda p: accumulate(loss, 2)(p, batch)[0], allow_int=True)(both)
+    assert once["steps"].dtype == jax.dtypes.float0
+    np.testing.assert_allclose(once["w"], jax.grad(lambda p: loss(p, batch)[0])(params)["w"], rtol=1e-5)
+    assert floats(both)["steps"] is None
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused(params, batch):

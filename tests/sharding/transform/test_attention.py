@@ -12,7 +12,11 @@ import pytest
 from jax.sharding import PartitionSpec
 from meshwright.sharding import declare
 from meshwright.sharding.ops import attention
-from meshwright.sharding.transform.constrain import constrain
+from meshwright.sharding.program.jaxpr import Traces
+from meshwright.sharding.transform.attention import AttentionKernel
+from meshwright.sharding.transform.compose import composed
+from meshwright.sharding.transform.constrain import Constrain
+from meshwright.sharding.transform.gather import Scattering
 
 pytestmark = pytest.mark.numerics
 
@@ -63,6 +67,26 @@ def loss_of(**options: Any) -> Any:
     return loss
 
 
+def constrained(loss: Any, mesh: Any, axes_of: Any) -> Any:
+    """Return `loss` on `mesh` with splash, its parameters stored whole."""
+
+    def passes(program: Any, params: Any) -> list[Any]:
+        whole = [PartitionSpec()] * len(program.parameters)
+        return [
+            Constrain(
+                program,
+                mesh,
+                axes_of(program),
+                stored=whole,
+                reduced=whole,
+                scattering=Scattering(mesh, {}),
+                kernel=AttentionKernel(mesh, BLOCKS, "cpu", program, {}),
+            )
+        ]
+
+    return composed(Traces(loss), passes)
+
+
 def check(planned: Any, loss: Any, params: Any) -> None:
     """Hold loss and gradients of `planned` to those of `loss`, and see that it runs the kernel."""
     assert "splash_mha_dkv" in str(jax.make_jaxpr(jax.grad(planned))(params, batch()))
@@ -102,10 +126,7 @@ def test_kv_heads_that_the_axes_of_heads_do_not_divide() -> None:
         of_x = next(argument for argument in program.arguments if argument.path == "x")
         return {of_query.dims[2][0]: ("tensor",), of_x.dims[0][0]: ("data",)}
 
-    def whole(params: Any) -> Any:
-        return jax.tree.map(lambda _: PartitionSpec(), params)
-
-    planned = constrain(loss, mesh, axes_of, whole, kernels={"attention": BLOCKS})
+    planned = constrained(loss, mesh, axes_of)
     text = str(jax.make_jaxpr(planned)(params, batch()))
     assert f"[{BATCH // 2},1,{SEQUENCE},{HEAD_DIM}]" in text, "each device has one query head and its kv head"
     check(planned, loss, params)
@@ -118,12 +139,6 @@ def test_what_the_kernel_cannot_do_is_left_as_it_is() -> None:
     for options in ({"window": jnp.int32(50)}, {}):
         loss = loss_of(**options)
         rows = batch() if options else jax.tree.map(lambda leaf: leaf[:, :200], batch())
-        planned = constrain(
-            loss,
-            mesh,
-            lambda _: {},
-            lambda params: jax.tree.map(lambda _: PartitionSpec(), params),
-            kernels={"attention": BLOCKS},
-        )
+        planned = constrained(loss, mesh, lambda _: {})
         assert "pallas_call" not in str(jax.make_jaxpr(planned)(params, rows))
         np.testing.assert_allclose(jax.jit(planned)(params, rows), jax.jit(loss)(params, rows), rtol=1e-6)

@@ -3,11 +3,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshwright.sharding import UserError
-from meshwright.sharding.program.layers import INPUT
-from meshwright.sharding.transform.name import name_values
-from meshwright.sharding.transform.remat import remat
+from meshwright.sharding.plans.vocabulary import PLACES, REMATS
+from meshwright.sharding.program.jaxpr import Traces
+from meshwright.sharding.program.layers import INPUT, marks_of
+from meshwright.sharding.transform import remat as transform
+from meshwright.sharding.transform.compose import composed
+from meshwright.sharding.transform.remat import Name, Remat
 
 LAYERS, WIDTH, ROWS = 6, 64, 128
+
+
+def remat(function, policy, saved=None):
+    """Return `function` with the passes that say what its layers keep."""
+
+    def passes(program, params):
+        names = [Name(marks_of(program, saved), inputs=INPUT in saved)] if saved else []
+        return [*names, Remat(program, policy, saved)]
+
+    return function if policy == "none" else composed(Traces(function), passes)
+
+
+def test_the_policies_and_places_are_those_that_a_plan_may_hold():
+    assert tuple(transform.POLICIES) == REMATS
+    assert tuple(transform.PLACES) == PLACES
 
 
 def loss(params, x):
@@ -72,11 +90,11 @@ def test_a_function_without_scanned_layers_is_refused(arrays):
 
 def test_an_unknown_policy_is_refused_with_the_nearest(arrays):
     with pytest.raises(UserError, match="remat='ful' is not a policy; did you mean 'full'"):
-        remat(loss, "ful")
+        remat(loss, "ful")(*arrays)
 
 
 def test_source_lines_survive(arrays):
-    text = jax.jit(remat(loss, "none")).lower(*arrays).as_text(debug_info=True)
+    text = jax.jit(remat(loss, "full")).lower(*arrays).as_text(debug_info=True)
     assert "test_remat.py" in text
 
 
@@ -130,7 +148,7 @@ def stacked(function, arrays):
     ],
 )
 def test_named_values_are_kept_and_no_others(wide_arrays, names, kept):
-    function = remat(name_values(wide, names), "names", dict.fromkeys(names, "device"))
+    function = remat(wide, "names", dict.fromkeys(names, "device"))
     assert stacked(function, wide_arrays) == kept
     expected = jax.jit(jax.value_and_grad(wide))(*wide_arrays)
     got = jax.jit(jax.value_and_grad(function))(*wide_arrays)
@@ -140,7 +158,7 @@ def test_named_values_are_kept_and_no_others(wide_arrays, names, kept):
 @pytest.mark.numerics
 def test_named_values_can_lie_on_the_host(wide_arrays):
     saved = {"up": "host", INPUT: "host"}
-    function = remat(name_values(wide, saved), "names", saved)
+    function = remat(wide, "names", saved)
     text = str(jax.make_jaxpr(jax.grad(function))(*wide_arrays))
     assert "host" in text
     got = jax.jit(jax.value_and_grad(function))(*wide_arrays)
@@ -150,6 +168,6 @@ def test_named_values_can_lie_on_the_host(wide_arrays):
 
 def test_a_name_that_no_layer_has_is_refused(wide_arrays):
     with pytest.raises(UserError, match="no layer has a value named 'upp'; did you mean 'up'"):
-        name_values(wide, ["upp"])(*wide_arrays)
+        remat(wide, "names", {"upp": "device"})(*wide_arrays)
     with pytest.raises(UserError, match="up: 'hots' is no place to keep a value; did you mean 'host'"):
-        remat(wide, "names", {"up": "hots"})
+        remat(wide, "names", {"up": "hots"})(*wide_arrays)

@@ -186,5 +186,5 @@ def test_other_parameters_than_planned_are_refused() -> None:
 
 
 def test_a_loss_with_or_without_aux_values() -> None:
-    assert with_aux(lambda params, batch: params)(1.0, None) == (1.0, {})
-    assert with_aux(lambda params, batch: (params, {"weight": 2}))(1.0, None) == (1.0, {"weight": 2})
+    assert with_aux(1.0) == (1.0, {})
+    assert with_aux((1.0, {"weight": 2})) == (1.0, {"weight": 2})
