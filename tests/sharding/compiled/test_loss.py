@@ -14,7 +14,7 @@ from meshwright.sharding import plan
 from meshwright.sharding.plans.proof import Proof
 from meshwright.sharding.verify.verify import verify
 
-EMBED, VOCAB, SEQUENCE, ROWS = 1024, 65_536, 2048, 16
+EMBED, VOCAB, SEQUENCE, ROWS = 1024, 65_536, 512, 32
 TABLE = EMBED * VOCAB
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from typing import Any
 
@@ -17,6 +18,17 @@ from meshwright.sharding.verify.verify import Verdict, verify
 from meshwright.sharding.xla.options import Trial, trials_for
 
 ROWS, NARROW, WIDTH, BRANCHES, LAYERS = 2**21, 64, 2048, 32, 8
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A cache in which the compiler answers each question of this file once."""
+    return tmp_path_factory.mktemp("answers")
+
+
+@pytest.fixture(autouse=True)
+def one_cache(own_cache: None, answers: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(answers))
 
 
 def decoder_plan(topology: str, **declared: Any) -> Plan:
