@@ -5,13 +5,29 @@ BIN := $(VENV)/bin
 EXTRAS_quickstart := tensorboard
 EXTRAS_test := test
 
-.PHONY: quickstart test test-next lint types clean
+# The suite's processes: each has JAX of its own, and two keep two cores busy.
+WORKERS ?= 2
+# What of the suite depends on JAX itself: tracing, transforms, compiled programs, models and whole runs. The rest
+# of it sees JAX through these, and runs once.
+ON_NEXT := tests/frozen tests/test_generations.py tests/models tests/runtime/train/test_run.py \
+	$(addprefix tests/sharding/,test_api.py program transform ops hlo compiled verify)
+
+.PHONY: quickstart test test-next check coverage lint types clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/meshwright train configs/quickstart.yaml
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+# Lint, types, and the tests of what differs from BASE: the loop of one change.
+check: lint types
+	$(BIN)/python -m pytest -q -n $(WORKERS) $$($(BIN)/python tests/touched.py $(BASE))
+
+# Lines that the suite runs, child processes included; the worst files first.
+coverage: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report= $(PYTEST_ARGS)
+	$(BIN)/coverage report --sort=cover
 
 # The newest JAX needs Python 3.12 or later; the first such interpreter that really starts is used.
 NEXT_PYTHON ?= $(shell for python in python3.13 python3.12 $(HOME)/.pyenv/versions/3.1[23].*/bin/python; do \
@@ -21,7 +37,7 @@ test-next:
 ifeq ($(strip $(NEXT_PYTHON)),)
 	@echo "no Python 3.12 or later on this machine: the newest JAX is not tested here"
 else
-	$(MAKE) test VENV=.venv-next PYTHON=$(NEXT_PYTHON) PYTEST_ARGS="$(or $(PYTEST_ARGS),tests/sharding)"
+	$(MAKE) test VENV=.venv-next PYTHON=$(NEXT_PYTHON) PYTEST_ARGS="$(or $(PYTEST_ARGS),$(ON_NEXT))"
 endif
 
 lint: $(VENV)/.test
