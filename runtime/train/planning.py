@@ -6,13 +6,14 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...models import Model
 from ...sharding import Plan, Topology, declare, plan
-from ...sharding.errors import UserError
+from ...sharding.errors import UserError, nearest
 from ...sharding.files import write_whole
+from ...sharding.hardware.axes import resolve_axes
 from ...sharding.planner.outcome import searched_instead
 from ...sharding.report.compare import compare
 from ...sharding.report.html import page as page_of
@@ -60,7 +61,16 @@ def described_topology(config: Config) -> Topology | None:
         return Topology.parse(config.topology)
     if config.plan in ("declared", "auto"):
         return None
-    return Plan.load(config.plan).topology
+    return _saved(config.plan).topology
+
+
+def _saved(file: str) -> Plan:
+    """Return the plan of a file. Raises UserError, with what may be meant, where there is none."""
+    path = pathlib.Path(file)
+    if not path.exists():
+        near = sorted(str(found) for found in path.parent.glob("*plan.json"))
+        raise UserError(f"no plan file {file}; {nearest(file, ['declared', 'auto', *near])}")
+    return Plan.load(path)
 
 
 def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -> Plan:
@@ -128,6 +138,8 @@ def plan_config(config: Config, topology: str | None = None) -> Planned:
     UserError for whatever cannot work together, and if nothing fits.
     """
     where = Topology.parse(topology) if topology else described_topology(config) or Topology.local()
+    if topology and config.mesh:
+        _check_mesh(config.mesh, where)
     model = build_model(config.model)
     shapes = Shapes.of(config, model)
     rate = optimizer.schedule(config.optimizer, config.train.steps)
@@ -139,6 +151,14 @@ def plan_config(config: Config, topology: str | None = None) -> Planned:
         assert found.problem is not None
         found = dataclasses.replace(found, notes=(*found.notes, searched_instead(found.problem, found)))
     return Planned(plan=found, seconds=seconds, shapes=shapes, optimizer=made)
+
+
+def _check_mesh(mesh: Mapping[str, int], topology: Topology) -> None:
+    """Raise UserError where a config's mesh, made for its own devices, is none of `topology`'s."""
+    try:
+        resolve_axes(mesh, topology.num_devices)
+    except UserError as error:
+        raise UserError(f"{error}; or plan=auto mesh=null to search for a mesh of {topology}") from None
 
 
 def facts(plan: Plan, planning_seconds: float, why: str | None = None) -> dict[str, Any]:
@@ -181,7 +201,7 @@ def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Pat
 
 
 def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
-    found = Plan.load(config.plan)
+    found = _saved(config.plan)
     if not found.topology.is_met_by(topology):
         raise UserError(f"{config.plan} is a plan for {found.topology}, not for {topology}; {_again(config)}")
     for axis, size in (config.mesh or {}).items():

@@ -111,6 +111,16 @@ MISTAKES = {
     "plan saved nowhere": planned("--save", "{home}/no/x.json", says="{home}/no/x.json cannot be written"),
     "page written to a folder": planned("--html", "{home}/text", says="{home}/text cannot be written: Is a"),
     "plan file that is missing": planned("plan={home}/x.json", says="no plan file {home}/x.json"),
+    "plan that is a word misspelt": planned("plan=autoo", says="no plan file autoo; did you mean 'auto'"),
+    "plan file misspelt": planned("plan={home}/smal.plan.json", says="did you mean '{home}/small.plan.json'"),
+    "plan for devices that the config's mesh does not fill": typed(
+        "plan",
+        "{home}/config.yaml",
+        "mesh={data: 2, fsdp: 2}",
+        "--topology",
+        "v5p:4x4x8",
+        says=("data=2 x fsdp=2 is 4, but there are 128", "plan=auto mesh=null"),
+    ),
     "plan file that is none": planned("plan={home}/list.json", says="{home}/list.json"),
     "plan on an axis that does not divide": planned(
         "plan=auto", "mesh={tensor: 3}", says="nearest: tensor=2 or 4"
@@ -127,6 +137,7 @@ MISTAKES = {
     "profile of no folder": typed("profile", "{home}/nowhere", says="{home}/nowhere"),
     "profile of a run without one": typed("profile", "{home}/text", says="profile"),
     "checkpoints of no folder": typed("checkpoint", "{home}/nowhere", says="{home}/nowhere"),
+    "config in a folder of hidden files": typed("config", "{home}/hidden/x.yaml", says="; there are none"),
     "config of no file": typed("config", "{home}/confg.yaml", says="'config.yaml'"),
 }
 
@@ -167,7 +178,10 @@ def home(small_config: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -
     (home / "broken.yaml").write_text("mesh: {data: 2\ntrain: ]\n")
     (home / "list.yaml").write_text("- data\n- train\n")
     (home / "list.json").write_text("[1, 2]\n")
+    (home / "small.plan.json").write_text("{}\n")
     (home / "empty").mkdir()
+    (home / "hidden").mkdir()
+    (home / "hidden/.hidden.yaml").write_text("")
     return home
 
 
