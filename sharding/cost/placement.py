@@ -1,8 +1,10 @@
 """The part of every array and every equation that a device has, and what moves between devices for it.
 
-Each mesh axis is laid over the program by itself. Over an axis an array is cut by at most one of its dims, an
-equation by at most one dim of its iteration space, and an equation needs of its operands what its own cut
-asks for. With s the dim that cuts an equation over the axis and o the dim that cuts its operand or result:
+Each mesh axis is worked out by itself, as if it were the only one. It cuts an array in at most one of its
+dims, and an equation in at most one dim of its iteration space (a product has rows, columns and contraction).
+An operand that is not cut as its equation is has to be moved, and so has a result. With s the dim in which
+the axis cuts the equation ("no s": every device computes all of it) and o the dim in which it cuts the
+operand or result ("whole": in none):
 
 ====================  =======================  ============================================================
 operand               s is a dim of it         it lies as it is needed (s = o), or is exchanged (experts)
@@ -17,8 +19,8 @@ result                otherwise                nothing: it lies as needed, or ea
 
 So a product that `tensor` cuts at its columns, then one at its rows, is Megatron's pair of an all-reduce
 forward and one backward (Shoeybi et al. 2019, section 3), or, with the sequence cut in between, an all-gather
-and a reduce-scatter each way (Korthikanti et al. 2022, section 4.2). Parameters are left to `exchange`: they
-are gathered from where they are stored, and their partial sums wait for it.
+and a reduce-scatter each way (Korthikanti et al. 2022, section 4.2). The traffic of parameters, gathered from
+where they are stored and their gradients summed, is not here but in `exchange.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from .profile import Profile
 
 FORWARD, BACKWARD = 0, 1
 
-# Axes that arrays change their dim over rather than being gathered: rows and experts share theirs.
+# Axes over which an array may go from one cut dim to another by an all-to-all, rather than be gathered:
+# tokens are cut over `expert` by rows outside of a mixture and by experts inside.
 _EXCHANGING = ("expert",)
 
 
@@ -42,8 +45,10 @@ _EXCHANGING = ("expert",)
 class Traffic:
     """What moves over one mesh axis in one pass: the whole group's bytes per collective, and how often.
 
-    kind is ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``all_to_all``. One entry for each of
-    `values`: `bytes` of one microbatch in one run, `runs` in a microbatch, `section` where.
+    kind is ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``all_to_all``, phase FORWARD or BACKWARD.
+    `values` are rows of `Profile.values`, one for each array that moves; for each of them `bytes` is what one
+    run moves in a microbatch, `runs` how often it runs there (once for each layer), and `section` whether
+    that is before, in or after the layers (`tables.BEFORE`, `LAYERS`, `AFTER`).
     """
 
     axis: str
@@ -56,22 +61,25 @@ class Traffic:
 
     @functools.cached_property
     def once(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes, and collectives, by section, of all runs."""
+        """Bytes [3] and numbers of collectives [3] of a microbatch, by section."""
         return self.of(self.runs)
 
     def of(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return bytes, and collectives, by section where each value moves `runs` times."""
+        """Return bytes [3] and numbers of collectives [3] by section, each value moving `runs` times."""
         size = np.bincount(self.section, weights=self.bytes * runs, minlength=3)
         return size, np.bincount(self.section, weights=runs, minlength=3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Placement:
-    """A candidate laid over a profile.
+    """What a device has of a program, and what moves, under a candidate.
 
-    value_fraction [V], role_fraction [M, 4]: the part that one device has in a microbatch.
-    parameter_fraction [P]: the part computed with; parameter_partial: axis → which parameters' gradients
-    are partial sums over it.
+    Attributes:
+        value_fraction: [V], the part of each array of `Profile.values` on a device, in a microbatch.
+        role_fraction: [M, 4], the part of each matrix product's batch, left, right and contracted sizes.
+        parameter_fraction: [P], the part of each parameter that a device computes with, however it is stored.
+        parameter_partial: axis → [P], whether a parameter's gradient is a partial sum over that axis.
+        traffic: one entry for each axis, kind and pass.
     """
 
     value_fraction: np.ndarray
@@ -82,10 +90,11 @@ class Placement:
 
 
 def place(profile: Profile, candidate: Candidate) -> Placement:
-    """Lay `candidate` over `profile`.
+    """Return what a device has of each array and equation of `profile` under `candidate`, and what moves.
 
-    Of the dims of one array that want the same mesh axis the first by `Profile.priority` gets it; an equation
-    is divided the same way. Where the two differ the array moves.
+    Of the dims of one array that `candidate.dims` puts on the same mesh axis, the first by `Profile.priority`
+    gets it; so it is with the dims of an equation. Where an array and an equation that uses it are cut
+    differently, the array moves.
     """
     claims = _claims(profile, candidate)
     values, steps, products = profile.values, profile.steps, profile.products
@@ -101,7 +110,7 @@ def place(profile: Profile, candidate: Candidate) -> Placement:
         value_won = _winners(values.dims, dims)
         step_won = _winners(steps.space, dims)
         value_log[value_won >= 0] -= shrink
-        # A product shrinks in the role (batch, rows, columns, contraction) that the dim plays in it.
+        # A product shrinks in the role (batch, left, right, contracted) that the dim plays in it.
         won = step_won[products.equation]
         for role in range(4):
             has = (won >= 0) & products.role_dims[np.arange(len(won)), role, won]
@@ -212,7 +221,11 @@ def _moves(
     partial: np.ndarray,
     moves: list[tuple[str, str, int, np.ndarray]],
 ) -> None:
-    """Find what crosses `axis`, by the table at the top; each array moves once for all that want it alike."""
+    """Append to `moves` what crosses `axis`; mark in `partial` the gradients that are partial sums over it.
+
+    The cases are those of the table at the top of the module. An array that several equations need moved in
+    the same way moves once.
+    """
     values, reads, writes = profile.values, profile.reads, profile.writes
     step = step_won[reads.equation]
     own = value_won[reads.value]

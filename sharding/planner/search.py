@@ -1,10 +1,17 @@
 """The best of a space of candidates, the runners-up, and how far from fitting it is where nothing fits.
 
-Keeping less for the backward pass, or working the batch through in more parts, saves memory and never makes a
-step faster by more than what it lets hide (`_SLACK`), but for the parts of a pipeline. So the time of a
-layout that keeps everything and takes the batch whole bounds whatever can be had with it, and layouts taken
-from a queue in the order of their bounds are final once what is left cannot be faster: what comes out first
-is the best, what comes next the runner-up, and most of the space is never priced.
+A candidate is a layout, a remat policy and a number of microbatches; the code names one by its three places
+in the `Space`: (layout, remat, part). The policies come as ladders (`choices/remat.py`): each rung of a
+ladder keeps less for the backward pass than the rung before it.
+
+Keeping less, or taking more microbatches, saves memory and makes a step slower, or faster by the share
+`_SLACK` at most, since it gives collectives more work to hide behind. (A pipeline is the exception: its
+bubble shrinks with more microbatches.) So a layout that keeps everything and takes the batch whole gives a
+lower bound on the time of every candidate with that layout.
+
+The search is best-first over these bounds: it takes the layout with the smallest bound from a queue, finds
+its fastest candidate that fits, and yields a candidate once no bound left in the queue is below its time.
+What is yielded first is the best, what is yielded next the runner-up, and most of the space is never priced.
 """
 
 from __future__ import annotations
@@ -30,15 +37,14 @@ Size = Callable[[Candidate], float]
 # What a layout stores on a device in bytes, as far as it decides.
 Stored = Callable[[Candidate], float]
 
-# By which share recomputing or more microbatches may make a step faster at most: they give collectives more
-# to hide behind.
+# The largest share by which recomputing or more microbatches can make a step faster.
 _SLACK = 0.005
 _RUNNERS_UP = 6
-# How many of the layouts that do not fit are told of.
+# How many of the layouts that do not fit are returned.
 _MISFITS = 16
-# What stores so many times the least that any layout does counts as storing as little.
+# A layout that stores up to this many times the least that any layout stores counts as storing as little.
 _ABOUT_EQUAL = 1.1
-# A mesh size whose bound is that many times the best is not worked out further.
+# For a size of an axis whose bound is more than this many times the best step, the bound is the answer.
 _WORTH_SOLVING = 1.1
 
 
@@ -46,7 +52,7 @@ _WORTH_SOLVING = 1.1
 class Priced:
     """A candidate with its Estimate; `fits` says whether a device's memory holds it.
 
-    `bound` says that it stands for others, which keep less or take the batch in parts and are no faster.
+    With `bound` its seconds are a lower bound on those of a size of an axis, and it does not fit itself.
     """
 
     candidate: Candidate
@@ -57,10 +63,10 @@ class Priced:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a search found: `best` (None if nothing fits), runners-up of other layouts, best first.
+    """What a search found: `best` (None if nothing fits) and `others`, the best of other layouts in order.
 
-    `misfits` are layouts that no remat and no number of microbatches make fit, at their smallest, the one
-    nearest to fitting first. `priced` counts the candidates that were looked at.
+    `misfits` are layouts that fit under no remat and no number of microbatches, each as the candidate that
+    takes least memory, the nearest to fitting first. `priced` counts the candidates that were looked at.
     """
 
     best: Priced | None
@@ -86,7 +92,8 @@ def search(
         price: gives a candidate's Estimate.
         capacity_bytes: memory of a device.
         size: gives a candidate's peak memory alone, where that takes less than its price.
-        stored: where given, what is stored on a device decides before time does.
+        stored: gives the bytes that a layout stores on a device; where given, fewer bytes come before less
+            time.
         runners_up: how many other layouts to return in order.
         each_size: also return the best for every size of every mesh axis, or a bound on it where that is far
             from the best of all.
@@ -127,7 +134,7 @@ class _Search:
 
     def ranked(self, layouts: range | list[int]) -> Iterator[Priced]:
         """Yield the best candidate of each layout that fits, best first."""
-        # Layouts by what they could be at best; and those that are worked out and fit.
+        # Two heaps: layouts by their bounds, and the best candidates of the layouts already taken from there.
         open_ = [(*self._bound(layout), layout) for layout in layouts]
         heapq.heapify(open_)
         fitting: list[tuple[float, float, float, int, Priced]] = []
@@ -165,14 +172,14 @@ class _Search:
         return dataclasses.replace(fastest, bound=True)
 
     def _bound(self, layout: int) -> tuple[float, float]:
-        """Return what is stored, where that counts, and the seconds that nothing of the layout is below."""
+        """Return what the layout stores, 0 where that does not count, and a lower bound on its seconds."""
         firsts = (self._at(layout, 0, part).estimate.step_seconds for part in self._firsts(layout))
         return (self._stored[layout], min(firsts) * (1 - _SLACK))
 
     def _firsts(self, layout: int) -> range:
-        """Return the numbers of microbatches that bound all others, by their places.
+        """Return the places of the numbers of microbatches whose fastest bounds the layout's seconds.
 
-        A pipeline's bubble shrinks with more microbatches, so that none of their numbers bounds another.
+        The first, for the whole batch, is enough but in a pipeline, whose bubble shrinks with more of them.
         """
         candidate = self._space.layouts[layout]
         return range(len(self._space.parts(candidate)) if _is_pipeline(candidate) else 1)
@@ -182,7 +189,7 @@ class _Search:
         ends = [*self._space.heads[1:], len(self._space.remats)]
         ladders = [range(head, end) for head, end in zip(self._space.heads, ends, strict=True)]
         if all(self._fits(layout, 0, part) for part in self._firsts(layout)):
-            # The other ladders keep less of the same and send it further: only where all of it is too much.
+            # Ladders after the first keep values on the host: only where the device cannot hold them all.
             ladders = ladders[:1]
         elif not self._can_fit(layout, [ladder[-1] for ladder in ladders]):
             return None
@@ -192,10 +199,11 @@ class _Search:
         )
 
     def _descend(self, layout: int, ladder: range) -> Iterator[Priced]:
-        """Yield what fits where neither fewer microbatches nor a rung that keeps more would do.
+        """Yield the candidates of `layout` on `ladder` that fit and may be the fastest.
 
-        Of the candidates with as many microbatches the first rung that fits is the fastest, and of those on
-        one rung the one with fewest; what the slack allows beside them is looked at while it is faster.
+        Those are at the corners where neither fewer microbatches nor a rung that keeps more would fit. From
+        each corner the search goes on, to more microbatches and to later rungs, as long as a step gets faster
+        (`_SLACK`).
         """
         candidate = self._space.layouts[layout]
         count = len(self._space.parts(candidate))
@@ -203,12 +211,16 @@ class _Search:
             each = ((layout, remat, part) for remat in ladder for part in range(count))
             yield from (self._at(*place) for place in each if self._fits(*place))
             return
-        # With more than one microbatch their gradients lie beside their sum: only among those is more less.
+        # From one microbatch to two, memory may grow: a microbatch's gradients lie beside their sum. From two
+        # on it falls with their number. So one and more than one are searched apart.
         for parts in (range(min(count, 1)), range(1, count)):
             yield from self._stairs(layout, ladder, parts)
 
     def _stairs(self, layout: int, ladder: range, parts: range) -> Iterator[Priced]:
-        """Yield what `_descend` does of `parts`, each of which takes less than the one before."""
+        """Yield what `_descend` does among `parts`, over which memory falls, as it does over the rungs.
+
+        So the border of what fits is a staircase, walked from its corner with most microbatches by bisection.
+        """
         rung, part = ladder.start, parts.stop
         while part > parts.start and rung < ladder.stop:
             rungs = range(rung, ladder.stop)
@@ -234,7 +246,7 @@ class _Search:
                 yield one
 
     def _can_fit(self, layout: int, ends: list[int]) -> bool:
-        """Whether the layout fits when it keeps least and takes the batch in the most parts, or in one."""
+        """Whether the layout fits on a last rung (`ends`) with the most microbatches or with one."""
         if layout in self._hopeless:
             return False
         last = len(self._space.parts(self._space.layouts[layout])) - 1

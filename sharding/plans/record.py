@@ -19,7 +19,7 @@ from .vocabulary import NAMES, PLACES, REMATS, SCHEDULES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrayPlan:
-    """An array's shape and dtype, which tell a plan's own program from another, and its sharding."""
+    """How an array is sharded; its shape and dtype, by which a plan is refused for another program."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -30,8 +30,10 @@ class ArrayPlan:
 class DimPlan:
     """A named dimension and the mesh axes that shard it wherever it is computed with.
 
-    `argument` (0 the parameters, 1 the batch), `path`, `dimension` and `part` say where it stands, so that
-    it is found again in a program that nobody has named.
+    The name is a label and may be missing in another trace of the same program, so the dimension is found
+    again by its place: `argument` (0 the parameters, 1 the batch), the `path` of an array there, the
+    `dimension` of that array, and the `part` of it, where it is split into several factors (as a
+    reshape splits it).
     """
 
     size: int
@@ -57,8 +59,9 @@ class Decision:
         remat: what layers keep for their backward pass, a word of `vocabulary.REMATS` or ``names``.
         saved: under ``names``, kept value → its place.
         microbatches: parts that the batch is worked through in.
-        schedule: of pipeline stages, which can be priced and not yet run.
-        interleave: model chunks of a pipeline stage.
+        schedule: the order in which pipeline stages take microbatches, such as ``1f1b``; can be priced, not
+            yet run.
+        interleave: model chunks that a pipeline stage holds.
         kernels: ``attention`` → the kernel that carries it out and the sizes of its blocks, where that is not
             XLA's own.
         compiler_options: XLA's, for this step.
@@ -93,7 +96,7 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record(Decision):
-    """A decision with what is remembered of its making and its proof.
+    """A decision with how it came about and what the compiler made of it.
 
     Attributes:
         notes: sentences on what could not be had or should be known.
