@@ -21,12 +21,12 @@ from house import (
 HOUSE = House.read()
 # What is still to be put in order: lower a number with every change that allows it, and never raise one.
 MOST = {
-    "files in circles": 2,
-    "imports inside functions": 27,
+    "files in circles": 0,
+    "imports inside functions": 0,
     "loose files of sharding": 6,
     "loose files of runtime": 1,
     "files over 500 lines": 0,
-    "class names used twice": 8,
+    "class names used twice": 0,
 }
 
 

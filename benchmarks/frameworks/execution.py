@@ -19,7 +19,7 @@ from meshwright.sharding.cost.kept import Residuals
 from meshwright.sharding.cost.memory import Standing, Worked
 from meshwright.sharding.cost.pipeline import Dealt
 from meshwright.sharding.cost.placement import Placement
-from meshwright.sharding.cost.profile import AFTER, LAYERS, Profile
+from meshwright.sharding.cost.profile import AFTER, LAYERS, ProgramTables
 from meshwright.sharding.hardware.topology import Topology
 
 from .record import Framework
@@ -45,7 +45,7 @@ def execution_of(record: Framework, topology: Topology) -> Execution:
     )
 
 
-def _kept(record: Framework, profile: Profile, candidate: Candidate, fused: bool) -> Residuals:
+def _kept(record: Framework, profile: ProgramTables, candidate: Candidate, fused: bool) -> Residuals:
     everything = "none/fused" if record.fused_residuals else "none"
     kept = profile.saved.kept(candidate, fused_attention=fused, everything=everything)
     none = np.zeros_like(kept.twice)
@@ -98,7 +98,7 @@ def _switched(
     return found
 
 
-def loss_layers(profile: Profile) -> float:
+def loss_layers(profile: ProgramTables) -> float:
     """Return what the products after the layers, the logits', weigh in layers; attention's scores aside."""
     products, steps = profile.products, profile.steps
     flops = products.flops * steps.runs[products.equation] * ~steps.core[products.equation]
@@ -119,12 +119,12 @@ def deal_by_weight(layers: int, stages: int, loss: float) -> Dealt:
     return Dealt(most=min(layers, math.ceil(share)), last=max(0, layers - math.ceil(share * (stages - 1))))
 
 
-def _dealt_by_weight(profile: Profile, stages: int) -> Dealt:
+def _dealt_by_weight(profile: ProgramTables, stages: int) -> Dealt:
     loss = loss_layers(profile)
     return deal_by_weight(profile.layers, stages, loss) if loss else dealt_evenly(profile, stages)
 
 
-def _busy(record: Framework, profile: Profile, once: Passes, kept: Residuals) -> Busy:
+def _busy(record: Framework, profile: ProgramTables, once: Passes, kept: Residuals) -> Busy:
     found = compute.busy(profile, once, kept)
     seconds, waiting = found.seconds.copy(), found.waiting.copy()
     seconds[:, compute.KINDS.index("elementwise"), AFTER] *= record.loss_passes
@@ -134,7 +134,7 @@ def _busy(record: Framework, profile: Profile, once: Passes, kept: Residuals) ->
 
 def _standing(
     record: Framework,
-    profile: Profile,
+    profile: ProgramTables,
     placement: Placement,
     candidate: Candidate,
     over: StoredOver,
@@ -152,7 +152,7 @@ def _standing(
 
 def _moments(
     record: Framework,
-    profile: Profile,
+    profile: ProgramTables,
     candidate: Candidate,
     stored: Standing,
     work: Worked,

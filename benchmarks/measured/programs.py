@@ -7,7 +7,7 @@ import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
-from meshwright.sharding.cost.profile import Profile, profile
+from meshwright.sharding.cost.profile import ProgramTables, profile
 from meshwright.sharding.program import Program
 
 from .shapes import Architecture
@@ -20,13 +20,13 @@ _BATCH = 8
 
 
 @functools.cache
-def traced(arch: Architecture) -> tuple[Program, Profile]:
+def traced(arch: Architecture) -> tuple[Program, ProgramTables]:
     """Return the program of the decoder's loss (at some batch), and its tables at the batch of `arch`."""
     program, tables = _traced(dataclasses.replace(arch, batch=_BATCH))
     return program, _scaled(tables, program.batch_dims[0], arch.batch / _BATCH)
 
 
-def _scaled(tables: Profile, dim: int, times: float) -> Profile:
+def _scaled(tables: ProgramTables, dim: int, times: float) -> ProgramTables:
     """Return `tables` with the dim made `times` as large."""
     sizes = tables.dim_sizes.copy()
     sizes[dim] *= times
@@ -45,7 +45,7 @@ def _scaled(tables: Profile, dim: int, times: float) -> Profile:
 
 
 @functools.cache
-def _traced(arch: Architecture) -> tuple[Program, Profile]:
+def _traced(arch: Architecture) -> tuple[Program, ProgramTables]:
     import jax
     import jax.numpy as jnp
     from meshwright.models.transformer.decoder import decoder

@@ -11,7 +11,7 @@ from ..hardware.chip import Chip
 from .calibration import Calibration
 from .kept import Residuals
 from .placement import Placement
-from .profile import Profile
+from .profile import ProgramTables
 
 # Kinds of work, the second axis of `Busy.seconds`; the first are passes: forward, backward, run again.
 KINDS = ("matmul", "attention", "elementwise")
@@ -67,7 +67,7 @@ class Passes:
 
 
 def passes(
-    profile: Profile,
+    profile: ProgramTables,
     placement: Placement,
     chip: Chip,
     dtype: str,
@@ -103,7 +103,7 @@ def passes(
     )
 
 
-def busy(profile: Profile, once: Passes, kept: Residuals) -> Busy:
+def busy(profile: ProgramTables, once: Passes, kept: Residuals) -> Busy:
     """Return the seconds of one microbatch with what is run again besides `once`."""
     seconds, kernels = once.seconds.copy(), once.kernels.copy()
     products, steps, groups = profile.products, profile.steps, profile.groups
@@ -131,7 +131,7 @@ def _by_section(section: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def product_seconds(
-    profile: Profile,
+    profile: ProgramTables,
     placement: Placement,
     chip: Chip,
     dtype: str,
@@ -169,7 +169,7 @@ def product_seconds(
 
 
 def _products(
-    profile: Profile,
+    profile: ProgramTables,
     seconds_of_one: np.ndarray,
     kernel: FusedAttention | None,
     seconds: np.ndarray,
@@ -194,7 +194,7 @@ def _products(
 
 
 def _kernels(
-    profile: Profile,
+    profile: ProgramTables,
     placement: Placement,
     bytes_per_second: float,
     kernel: FusedAttention | None,

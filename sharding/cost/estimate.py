@@ -18,7 +18,7 @@ from .execution import Execution, execution_for
 from .kept import Residuals
 from .memory import Standing, Worked, worked
 from .placement import Placement, place
-from .profile import Profile, profile
+from .profile import ProgramTables, profile
 from .step import offload, step_seconds
 
 _Key = TypeVar("_Key")
@@ -44,7 +44,7 @@ class Pricer:
 
     def __init__(
         self,
-        program: Program | Profile,
+        program: Program | ProgramTables,
         topology: Topology,
         *,
         optimizer_slots: float | Sequence[float] = 8.0,
@@ -54,7 +54,7 @@ class Pricer:
         dtype: str = "bfloat16",
         other: Callable[[Candidate], Pricer | None] | None = None,
     ) -> None:
-        self.profile = program if isinstance(program, Profile) else profile(program)
+        self.profile = program if isinstance(program, ProgramTables) else profile(program)
         self.topology = topology
         self.slot_bytes = (
             float(sum(optimizer_slots)) if isinstance(optimizer_slots, Sequence) else float(optimizer_slots)
@@ -255,7 +255,7 @@ def _remembered(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
 
 
 def _optimizer_bytes(
-    memory: Mapping[str, float], table: Profile, slot_bytes: float, gradient_bytes: float | None
+    memory: Mapping[str, float], table: ProgramTables, slot_bytes: float, gradient_bytes: float | None
 ) -> float:
     """Return the bytes that an optimizer's step moves: moments and parameters both ways, gradients one way.
 

@@ -13,7 +13,7 @@ from ..hardware.axes import AXES_BY_WEIGHT
 from .candidate import Candidate, Storage
 from .collectives import Link
 from .placement import Placement
-from .profile import Profile
+from .profile import ProgramTables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class StoredOver:
     computed: list[frozenset[str]]
 
 
-def stored_over(profile: Profile, candidate: Candidate) -> StoredOver:
+def stored_over(profile: ProgramTables, candidate: Candidate) -> StoredOver:
     """Return the mesh axes that parameters, gradients and moments lie over."""
     computed, parameters, gradients, optimizer = [], [], [], []
     mesh = candidate.mesh
@@ -97,7 +97,7 @@ class Exchange:
 
 
 def exchange(
-    profile: Profile,
+    profile: ProgramTables,
     placement: Placement,
     candidate: Candidate,
     over: StoredOver,

@@ -17,25 +17,25 @@ from .kept import Residuals
 from .memory import Standing, Worked
 from .pipeline import Dealt, deal
 from .placement import Placement
-from .profile import Profile
+from .profile import ProgramTables
 
 # The parts of a price that may be another's; `Execution` says what each gives.
-KeptBy = Callable[[Profile, Candidate, bool], Residuals]
+KeptBy = Callable[[ProgramTables, Candidate, bool], Residuals]
 LinksOf = Callable[[Mapping[str, int], Topology, Calibration], Mapping[str, Link]]
-DealtBy = Callable[[Profile, int], Dealt]
-BusyWith = Callable[[Profile, Passes, Residuals], Busy]
-StandingOf = Callable[[Profile, Placement, Candidate, StoredOver, float, float | None, int], Standing]
+DealtBy = Callable[[ProgramTables, int], Dealt]
+BusyWith = Callable[[ProgramTables, Passes, Residuals], Busy]
+StandingOf = Callable[[ProgramTables, Placement, Candidate, StoredOver, float, float | None, int], Standing]
 MomentsOf = Callable[
-    [Profile, Candidate, Standing, Worked, Residuals, Dealt, bool], Iterator[dict[str, float]]
+    [ProgramTables, Candidate, Standing, Worked, Residuals, Dealt, bool], Iterator[dict[str, float]]
 ]
 
 
-def kept_by_policy(profile: Profile, candidate: Candidate, fused_attention: bool) -> Residuals:
+def kept_by_policy(profile: ProgramTables, candidate: Candidate, fused_attention: bool) -> Residuals:
     """Return what JAX keeps under the candidate's policy, and XLA runs again because something needs it."""
     return profile.saved.kept(candidate, fused_attention=fused_attention)
 
 
-def dealt_evenly(profile: Profile, stages: int) -> Dealt:
+def dealt_evenly(profile: ProgramTables, stages: int) -> Dealt:
     """Return as many layers for every stage, as stages that are slices of one array have."""
     return deal(profile.layers, stages)
 

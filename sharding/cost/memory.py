@@ -12,7 +12,7 @@ from .exchange import StoredOver, parts
 from .kept import Residuals
 from .pipeline import Dealt, in_flight
 from .placement import FORWARD, Placement
-from .profile import AFTER, BEFORE, LAYERS, Profile
+from .profile import AFTER, BEFORE, LAYERS, ProgramTables
 
 # Axes that cut what is passed on between layers and gather it where it is worked with.
 _STREAM = ("tensor", "context")
@@ -44,7 +44,7 @@ class Standing:
 
 
 def standing(
-    profile: Profile,
+    profile: ProgramTables,
     placement: Placement,
     candidate: Candidate,
     over: StoredOver,
@@ -63,7 +63,7 @@ def standing(
 
 
 def moments(
-    profile: Profile,
+    profile: ProgramTables,
     candidate: Candidate,
     stored: Standing,
     work: Worked,
@@ -116,7 +116,7 @@ def moments(
 
 
 def _state(
-    profile: Profile,
+    profile: ProgramTables,
     candidate: Candidate,
     over: StoredOver,
     slot_bytes: float,
@@ -152,7 +152,7 @@ class Worked:
 
 
 def worked(
-    profile: Profile,
+    profile: ProgramTables,
     placement: Placement,
     mesh: Mapping[str, int],
     *,
@@ -186,7 +186,7 @@ def worked(
 
 
 def _activations(
-    profile: Profile, candidate: Candidate, work: Worked, kept: Residuals
+    profile: ProgramTables, candidate: Candidate, work: Worked, kept: Residuals
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what a microbatch saves by section, for all layers, and one layer's working set."""
     saved = np.bincount(
@@ -200,7 +200,7 @@ def _activations(
     return saved, scratch
 
 
-def _gathered(profile: Profile, placement: Placement, over: StoredOver) -> tuple[float, float, float]:
+def _gathered(profile: ProgramTables, placement: Placement, over: StoredOver) -> tuple[float, float, float]:
     """Return the bytes of `Standing`'s layer, after and before."""
     table = profile.parameters
     extra = np.array([bool(s - c) for s, c in zip(over.parameters, over.computed, strict=True)], float)

@@ -32,7 +32,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .candidate import Candidate
-from .profile import Profile
+from .profile import ProgramTables
 
 FORWARD, BACKWARD = 0, 1
 
@@ -46,7 +46,7 @@ class Traffic:
     """What moves over one mesh axis in one pass: the whole group's bytes per collective, and how often.
 
     kind is ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``all_to_all``, phase FORWARD or BACKWARD.
-    `values` are rows of `Profile.values`, one for each array that moves; for each of them `bytes` is what one
+    `values` are rows of `ProgramTables.values`, one for each array that moves; for each, `bytes` is what one
     run moves in a microbatch, `runs` how often it runs there (once for each layer), and `section` whether
     that is before, in or after the layers (`tables.BEFORE`, `LAYERS`, `AFTER`).
     """
@@ -75,7 +75,7 @@ class Placement:
     """What a device has of a program, and what moves, under a candidate.
 
     Attributes:
-        value_fraction: [V], the part of each array of `Profile.values` on a device, in a microbatch.
+        value_fraction: [V], the part of each array of `ProgramTables.values` on a device, in a microbatch.
         role_fraction: [M, 4], the part of each matrix product's batch, left, right and contracted sizes.
         parameter_fraction: [P], the part of each parameter that a device computes with, however it is stored.
         parameter_partial: axis → [P], whether a parameter's gradient is a partial sum over that axis.
@@ -89,12 +89,12 @@ class Placement:
     traffic: list[Traffic]
 
 
-def place(profile: Profile, candidate: Candidate) -> Placement:
+def place(profile: ProgramTables, candidate: Candidate) -> Placement:
     """Return what a device has of each array and equation of `profile` under `candidate`, and what moves.
 
-    Of the dims of one array that `candidate.dims` puts on the same mesh axis, the first by `Profile.priority`
-    gets it; so it is with the dims of an equation. Where an array and an equation that uses it are cut
-    differently, the array moves.
+    Of the dims of one array that `candidate.dims` puts on the same mesh axis, the first by
+    `ProgramTables.priority` gets it; so it is with the dims of an equation. Where an array and an equation
+    that uses it are cut differently, the array moves.
     """
     claims = _claims(profile, candidate)
     values, steps, products = profile.values, profile.steps, profile.products
@@ -134,7 +134,7 @@ def place(profile: Profile, candidate: Candidate) -> Placement:
 
 
 def _traffic(
-    profile: Profile,
+    profile: ProgramTables,
     fraction: np.ndarray,
     mesh: Mapping[str, int],
     axis: str,
@@ -157,8 +157,8 @@ def _traffic(
     )
 
 
-def _claims(profile: Profile, candidate: Candidate) -> dict[str, list[int]]:
-    """Return axis → the dims that want it, the one that goes first by `Profile.priority` at the end."""
+def _claims(profile: ProgramTables, candidate: Candidate) -> dict[str, list[int]]:
+    """Return axis → the dims that want it, the one that goes first by `ProgramTables.priority` at the end."""
     claims: dict[str, list[int]] = {}
     for dim, axes in candidate.dims.items():
         for axis in axes:
@@ -167,7 +167,7 @@ def _claims(profile: Profile, candidate: Candidate) -> dict[str, list[int]]:
     return {axis: sorted(dims, key=lambda d: -profile.priority[d]) for axis, dims in claims.items()}
 
 
-def _padding(profile: Profile, candidate: Candidate) -> Mapping[int, float]:
+def _padding(profile: ProgramTables, candidate: Candidate) -> Mapping[int, float]:
     """Return dim → log of how much larger it gets where its axes do not divide it.
 
     XLA pads a dim of n over p devices to ceil(n / p) p, so that each has ceil(n / p).
@@ -199,7 +199,7 @@ def _winners(table: np.ndarray, claimants: list[int]) -> np.ndarray:
     return won
 
 
-def _smaller_results(profile: Profile, is_weight: np.ndarray, size: int) -> np.ndarray:
+def _smaller_results(profile: ProgramTables, is_weight: np.ndarray, size: int) -> np.ndarray:
     """Return which equations [E] read no parameter and give less than a group of `size` would gather.
 
     Gathering an operand brings a device n times the part that it has; exchanging the result the part alone.
@@ -213,7 +213,7 @@ def _smaller_results(profile: Profile, is_weight: np.ndarray, size: int) -> np.n
 
 
 def _moves(
-    profile: Profile,
+    profile: ProgramTables,
     axis: str,
     size: int,
     value_won: np.ndarray,

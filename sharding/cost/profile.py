@@ -86,7 +86,7 @@ class Parameters:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Profile:
+class ProgramTables:
     """The tables of one program; sizes are unsharded.
 
     priority [D] orders dims that want the same mesh axis: those of parameters come first.
@@ -109,14 +109,14 @@ class Profile:
     layers: int
 
 
-def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = True) -> Profile:
+def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = True) -> ProgramTables:
     """Read `program` into tables; `kernels` and `kept_by_name` are as in `flatten`."""
     flat = flatten(program, kernels=kernels, kept_by_name=kept_by_name)
     count = len(program.dims)
     in_parameters = {d for a in program.parameters for composition in a.dims for d in composition}
     priority = np.array([d + (0 if d in in_parameters else count) for d in range(count)], int)
     owners = [_owners(op) for op in flat.ops]
-    return Profile(
+    return ProgramTables(
         dim_sizes=np.array([dim.size for dim in program.dims], float),
         priority=priority,
         batch_dims=tuple(program.data_dims),
@@ -267,4 +267,4 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
     )
 
 
-__all__ = ["AFTER", "BEFORE", "LAYERS", "Profile", "profile"]
+__all__ = ["AFTER", "BEFORE", "LAYERS", "ProgramTables", "profile"]

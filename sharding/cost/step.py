@@ -18,11 +18,11 @@ from .exchange import Exchange
 from .kept import Residuals
 from .pipeline import Dealt, Stages, bubble_seconds
 from .placement import BACKWARD, FORWARD, Placement
-from .profile import AFTER, BEFORE, LAYERS, Profile
+from .profile import AFTER, BEFORE, LAYERS, ProgramTables
 
 
 def step_seconds(
-    table: Profile,
+    table: ProgramTables,
     placement: Placement,
     candidate: Candidate,
     calibration: Calibration,
@@ -81,7 +81,7 @@ class Offload:
 
 
 def offload(
-    table: Profile, placement: Placement, kept: Residuals, chip: Chip, calibration: Calibration
+    table: ProgramTables, placement: Placement, kept: Residuals, chip: Chip, calibration: Calibration
 ) -> Offload:
     """Return how long what is kept on the host takes to go there and come back in one microbatch.
 
@@ -99,7 +99,7 @@ def offload(
 
 
 def _microbatch(
-    table: Profile,
+    table: ProgramTables,
     calibration: Calibration,
     wires: Mapping[str, Link],
     work: Busy,
@@ -145,7 +145,7 @@ def _microbatch(
 
 
 def _send(
-    table: Profile,
+    table: ProgramTables,
     placement: Placement,
     wires: Mapping[str, Link],
     candidate: Candidate,

@@ -14,7 +14,7 @@ from ..plans.specs import Spec, spec_of
 from ..program.program import Argument, Program
 from ..words import gib, remat_in_words, seconds
 from .choices.storage import computed
-from .search import Priced, Stored
+from .search import Priced, StoredBytes
 
 # A parameter that is more than this part of all is worth a note if it lies whole on every device.
 _MATTERS = 0.01
@@ -89,7 +89,11 @@ def batch_of(program: Program, layout: Candidate) -> dict[str, ArrayPlan]:
 
 
 def alternatives_of(
-    program: Program, best: Priced, others: Sequence[Priced], capacity_bytes: float, stored: Stored | None
+    program: Program,
+    best: Priced,
+    others: Sequence[Priced],
+    capacity_bytes: float,
+    stored: StoredBytes | None,
 ) -> tuple[Alternative, ...]:
     """Return the layouts that lost to `best`, with the reasons."""
     return tuple(

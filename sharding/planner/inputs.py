@@ -14,7 +14,7 @@ from ..cost.calibration import Calibration, calibration_for
 from ..cost.candidate import Candidate
 from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
-from ..cost.profile import Profile, profile
+from ..cost.profile import ProgramTables, profile
 from ..hardware.topology import Topology
 from ..program.flops import work
 from ..program.program import Program
@@ -25,7 +25,7 @@ from .choices import attention as kernels
 from .choices.microbatches import batch_rows, why_not, why_untraceable
 from .choices.remat import check_names, ladders, read
 from .declared import Declared, names_of_data
-from .search import Found, Stored, search, stored_bytes
+from .search import Found, StoredBytes, search, stored_bytes
 from .space import Space, space
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Answer:
     space: Space
     found: Found
     capacity_bytes: float
-    stored: Stored | None
+    stored: StoredBytes | None
     room: float
 
 
@@ -79,16 +79,16 @@ class Problem:
         return why_untraceable(self.loss, self.params, self.batch, batch_rows(self.program))
 
     @functools.cached_property
-    def profile(self) -> Profile:
+    def profile(self) -> ProgramTables:
         """The program in tables."""
         return profile(self.program)
 
     @functools.cached_property
-    def kernel_profiles(self) -> dict[bool, Profile]:
+    def kernel_profiles(self) -> dict[bool, ProgramTables]:
         """The program in tables, with its attention carried out by kernels, as they were asked for so far."""
         return {}
 
-    def table(self, kernel: kernels.Chosen) -> Profile:
+    def table(self, kernel: kernels.Chosen) -> ProgramTables:
         """Return the program in tables, with its attention carried out by `kernel`."""
         if kernel.implementation is None:
             return self.profile
@@ -125,7 +125,7 @@ class Problem:
         dtype = _product_dtype(self.program)
 
         def priced_by(
-            table: Profile, record: Calibration, execution: Execution, other: _Other | None
+            table: ProgramTables, record: Calibration, execution: Execution, other: _Other | None
         ) -> Pricer:
             return Pricer(
                 table,

@@ -35,7 +35,7 @@ Price = Callable[[Candidate], "Estimate"]
 # The peak memory of a candidate in bytes, as its Estimate says it.
 Size = Callable[[Candidate], float]
 # What a layout stores on a device in bytes, as far as it decides.
-Stored = Callable[[Candidate], float]
+StoredBytes = Callable[[Candidate], float]
 
 # The largest share by which recomputing or more microbatches can make a step faster.
 _SLACK = 0.005
@@ -81,7 +81,7 @@ def search(
     capacity_bytes: float,
     *,
     size: Size | None = None,
-    stored: Stored | None = None,
+    stored: StoredBytes | None = None,
     runners_up: int = _RUNNERS_UP,
     each_size: bool = True,
 ) -> Found:
@@ -112,7 +112,9 @@ def search(
 
 
 class _Search:
-    def __init__(self, space: Space, price: Price, size: Size, capacity_bytes: float, stored: Stored) -> None:
+    def __init__(
+        self, space: Space, price: Price, size: Size, capacity_bytes: float, stored: StoredBytes
+    ) -> None:
         self._space, self._price, self._capacity = space, price, capacity_bytes
         self._size = size
         sizes = [stored(layout) for layout in space.layouts]
@@ -285,7 +287,7 @@ def _is_pipeline(layout: Candidate) -> bool:
     return layout.mesh.get("stage", 1) > 1
 
 
-def stored_bytes(sizes: Mapping[int, int], slots: float) -> Stored:
+def stored_bytes(sizes: Mapping[int, int], slots: float) -> StoredBytes:
     """Return what says how much of parameters and moments a layout stores on a device.
 
     `sizes` maps parameter argument index → bytes, `slots` is the moments' bytes over the parameters'.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...cost.candidate import Candidate
-from ...cost.profile import Profile
+from ...cost.profile import ProgramTables
 from ...errors import UserError, nearest
 from ...plans.vocabulary import NAMES, PLACES, REMATS
 from ...program.layers import INPUT
@@ -47,7 +47,7 @@ def read(declared: DeclaredRemat) -> Policy:
     return Policy(remat=declared)
 
 
-def check_names(policy: Policy, profile: Profile) -> None:
+def check_names(policy: Policy, profile: ProgramTables) -> None:
     """Raise UserError if the layers have no value of a name that is to be kept."""
     known = [*profile.saved.named, INPUT]
     for name in policy.saved:
@@ -55,7 +55,7 @@ def check_names(policy: Policy, profile: Profile) -> None:
             raise UserError(f"remat: no layer has a value named {name!r}; {nearest(name, known)}")
 
 
-def ladders(profile: Profile, *, host: bool) -> tuple[tuple[Policy, ...], ...]:
+def ladders(profile: ProgramTables, *, host: bool) -> tuple[tuple[Policy, ...], ...]:
     """Return ladders of policies, each rung keeping less than the one before it.
 
     The first goes from everything over fewer and fewer values to nothing: those that take most work for each
@@ -77,7 +77,7 @@ def ladders(profile: Profile, *, host: bool) -> tuple[tuple[Policy, ...], ...]:
     return tuple(found)
 
 
-def _worth_keeping(profile: Profile) -> list[str]:
+def _worth_keeping(profile: ProgramTables) -> list[str]:
     """Return the values that save products where they are kept, those that save most for a byte first."""
     saved, values, products = profile.saved, profile.values, profile.products
     flops = products.flops * profile.steps.runs[products.equation]
@@ -94,5 +94,5 @@ def _worth_keeping(profile: Profile) -> list[str]:
     return sorted(worth, key=lambda name: (-worth[name], _size(profile, name)))
 
 
-def _size(profile: Profile, name: str) -> float:
+def _size(profile: ProgramTables, name: str) -> float:
     return float(np.dot(profile.values.bytes, profile.saved.named[name]))

@@ -42,7 +42,7 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stored:
+class ParameterStorage:
     """Parameter argument index → the mesh axes of each dimension of its array."""
 
     params: Mapping[int, Storage]
@@ -58,7 +58,7 @@ def store(
     moments_over: Sequence[str] = (),
     declared: Mapping[int, Mapping[int, tuple[str, ...]]],
     tile_rows: int = 1,
-) -> Stored:
+) -> ParameterStorage:
     """Return how each parameter lies on the mesh.
 
     Args:
@@ -83,7 +83,7 @@ def store(
         for axis in moments_over:
             storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
         optimizer[argument.index] = tuple(storage)
-    return Stored(params=params, optimizer=optimizer)
+    return ParameterStorage(params=params, optimizer=optimizer)
 
 
 def computed(

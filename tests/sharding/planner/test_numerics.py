@@ -150,7 +150,6 @@ def holds(names: list[str], pick: int) -> None:
         assert error <= 2e-5 * max(np.abs(gradient).max(), 1e-3), name
 
 
-@pytest.mark.numerics
 @pytest.mark.devices(8)
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(names=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4), pick=st.integers(0, 10_000))
