@@ -19,7 +19,7 @@ from ..program.jaxpr import Body, Go, Pass, closed, scan_parts
 from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope
 from .attention import AttentionKernel
-from .gather import Scattering, Stored, gathered, learning, sums_of
+from .gather import Scattering, StoredParameter, gathered, learning, sums_of
 
 _ANCHORS = primitives(Trait.ANCHOR)
 _CHECKPOINTS = primitives(Trait.CHECKPOINT)
@@ -69,7 +69,7 @@ class Constrain(Pass):
             return inputs
         count = len(self._stored)
         rows = zip(inputs[:count], self._stored, strict=True)
-        return [*(Stored(value, *specs) for value, specs in rows), *inputs[count:]]
+        return [*(StoredParameter(value, *specs) for value, specs in rows), *inputs[count:]]
 
     def end(self, scope: Scope, outputs: list[Any]) -> list[Any]:
         """Gather the parameters that leave a scope."""
@@ -80,7 +80,7 @@ class Constrain(Pass):
     def visit(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
         """Run an equation on gathered parameters and constrain what it gives."""
         name = equation.primitive
-        if inputs and isinstance(inputs[0], Stored):
+        if inputs and isinstance(inputs[0], StoredParameter):
             passed = inputs[0].passed(equation.eqn)
             if passed is not None:
                 return [passed]
@@ -105,7 +105,8 @@ class Constrain(Pass):
             return list(self._compute(equation, [self._gather(value, dims) for value, dims in rows], go))
 
         moves = any(
-            isinstance(value, Stored) and self._spec(dims, value.value.shape) != PartitionSpec(*value.spec)
+            isinstance(value, StoredParameter)
+            and self._spec(dims, value.value.shape) != PartitionSpec(*value.spec)
             for value, dims in zip(inputs, equation.ins, strict=True)
         )
         if not moves:
@@ -136,12 +137,12 @@ class Constrain(Pass):
         scope, parts = equation.scopes[0], scan_parts(equation.eqn)
         first_xs = parts.num_consts + parts.num_carry
         outermost = not self._in_loop
-        if outermost and any(isinstance(value, Stored) for value in inputs[: parts.num_consts]):
+        if outermost and any(isinstance(value, StoredParameter) for value in inputs[: parts.num_consts]):
             inputs = settled(inputs)
         summed: dict[int, Any] = {}
         for index, dims in enumerate(equation.ins[:first_xs]):
             value = inputs[index]
-            constant = isinstance(value, Stored) and index < parts.num_consts
+            constant = isinstance(value, StoredParameter) and index < parts.num_consts
             cast = _cast(scope.jaxpr, index) if constant else None
             if cast is None:
                 inputs[index] = self._gather(value, dims)
@@ -153,17 +154,19 @@ class Constrain(Pass):
             return lambda args: self._turn(scope, args, summed, range(parts.num_consts, first_xs), body)
 
         outputs = go(inputs, around)
-        self._after_layers |= outermost and any(isinstance(value, Stored) for value in inputs[first_xs:])
+        self._after_layers |= outermost and any(
+            isinstance(value, StoredParameter) for value in inputs[first_xs:]
+        )
         return outputs
 
     def _turn(
         self, scope: Scope, args: list[Any], summed: Mapping[int, Any], carry: range, body: Body
     ) -> list[Any]:
         """Run a scan's body on rows of stored parameters, and on a carry that lies as it should."""
-        entering = [value.row() if isinstance(value, Stored) else value for value in args]
+        entering = [value.row() if isinstance(value, StoredParameter) else value for value in args]
         for index, sums in summed.items():
             spec = tuple(self._spec(scope.dims_of(scope.jaxpr.invars[index]), args[index].shape))
-            entering[index] = Stored(learning(args[index], sums), spec, spec)
+            entering[index] = StoredParameter(learning(args[index], sums), spec, spec)
         for index in carry:
             entering[index] = self._constrain(args[index], scope.dims_of(scope.jaxpr.invars[index]))
         outside, self._in_loop = self._in_loop, True
@@ -172,7 +175,7 @@ class Constrain(Pass):
         finally:
             self._in_loop = outside
 
-    def _cast_once(self, value: Stored, dims: Dims, dtype: Any) -> tuple[Any, Any]:
+    def _cast_once(self, value: StoredParameter, dims: Dims, dtype: Any) -> tuple[Any, Any]:
         """Return a parameter cast and then gathered, and the array that its gradient is summed in."""
         used, reduced = self._spec(dims, value.value.shape), PartitionSpec(*value.reduced)
         shardings = self._scattering.shardings(used, reduced)
@@ -183,7 +186,7 @@ class Constrain(Pass):
         return cast, sums_of(value.value, shardings, dtype if self._platform == "tpu" else None)
 
     def _gather(self, value: Any, dims: Dims) -> Any:
-        if not isinstance(value, Stored):
+        if not isinstance(value, StoredParameter):
             return value
         used, stored = self._spec(dims, value.value.shape), PartitionSpec(*value.spec)
         reduced = PartitionSpec(*value.reduced)

@@ -22,7 +22,7 @@ from ..program.jaxpr import run
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredParameter:
     """A parameter, or a layer's slice of one, as it is stored; `spec` says how. Gathered when used.
 
     `reduced` is the spec that its gradient is brought to.
@@ -32,11 +32,11 @@ class Stored:
     spec: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
     reduced: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
 
-    def row(self) -> Stored:
+    def row(self) -> StoredParameter:
         """Return a slice along the first dimension, which `value` is already, as it is stored."""
-        return Stored(self.value, self.spec[1:], self.reduced[1:])
+        return StoredParameter(self.value, self.spec[1:], self.reduced[1:])
 
-    def passed(self, eqn: core.JaxprEqn) -> Stored | None:
+    def passed(self, eqn: core.JaxprEqn) -> StoredParameter | None:
         """Return what a cast or a transposition of it gives, stored still; None for any other equation."""
         if eqn.primitive.name == "convert_element_type":
             return dataclasses.replace(self, value=run(eqn, [self.value])[0])
@@ -44,7 +44,7 @@ class Stored:
             return None
         order = eqn.params["permutation"]
         specs = (_permuted(self.spec, order), _permuted(self.reduced, order))
-        return Stored(run(eqn, [self.value])[0], *specs)
+        return StoredParameter(run(eqn, [self.value])[0], *specs)
 
 
 def gathered(value: Any, used: NamedSharding, reduced: Sequence[NamedSharding]) -> Any:
