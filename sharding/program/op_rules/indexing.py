@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .rule import Builder, Kind, Op, OpRule, Rule
+from .shape import cut
 
 
 def gather(op: Op) -> OpRule:
@@ -85,19 +86,6 @@ def _scatter(combine: Kind) -> Rule:
     return rule
 
 
-def dynamic_slice(op: Op) -> OpRule:
-    """Cut out a part at a computed start."""
-    builder = Builder(op)
-    for dim, (before, after) in enumerate(zip(op.ins[0], op.outs[0], strict=True)):
-        if before == after:
-            builder.factor("map", before, [(0, dim)], [(0, dim)])
-        elif after == 1:
-            builder.factor("index", before, [(0, dim)])
-        else:
-            builder.resized(0, dim, 0, dim)
-    return builder.done()
-
-
 def dynamic_update_slice(op: Op) -> OpRule:
     """Write a part at a computed start."""
     builder = Builder(op)
@@ -118,6 +106,6 @@ RULES: dict[str, Rule] = {
     "scatter-mul": _scatter("reduce"),
     "scatter-min": _scatter("reduce"),
     "scatter-max": _scatter("reduce"),
-    "dynamic_slice": dynamic_slice,
+    "dynamic_slice": cut,
     "dynamic_update_slice": dynamic_update_slice,
 }

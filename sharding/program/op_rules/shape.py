@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .rule import Builder, Op, OpRule, Rule, Shape
 
 
@@ -77,8 +79,19 @@ def refinement(
 
 def transpose(op: Op) -> OpRule:
     """Move whole dimensions."""
+    return _kept(op, op.params["permutation"])
+
+
+def squeeze(op: Op) -> OpRule:
+    """Drop dimensions of size 1."""
+    dropped = op.params["dimensions"]
+    return _kept(op, [dim for dim in range(len(op.ins[0])) if dim not in dropped])
+
+
+def _kept(op: Op, dims: Sequence[int]) -> OpRule:
+    """Relate the result's dimensions, in order, to these of the operand."""
     builder = Builder(op)
-    for out, dim in enumerate(op.params["permutation"]):
+    for out, dim in enumerate(dims):
         builder.factor("map", op.ins[0][dim], [(0, dim)], [(0, out)])
     return builder.done()
 
@@ -99,16 +112,6 @@ def broadcast_to(op: Op) -> OpRule:
     lead = len(op.outs[0]) - len(op.ins[0])
     numbers = tuple(range(lead, len(op.outs[0])))
     return broadcast_in_dim(Op(op.name, op.ins[:1], op.outs, {"broadcast_dimensions": numbers}))
-
-
-def squeeze(op: Op) -> OpRule:
-    """Drop dimensions of size 1."""
-    dropped = {int(d) for d in op.params["dimensions"]}
-    kept = [d for d in range(len(op.ins[0])) if d not in dropped]
-    builder = Builder(op)
-    for out, dim in enumerate(kept):
-        builder.factor("map", op.ins[0][dim], [(0, dim)], [(0, out)])
-    return builder.done()
 
 
 def rev(op: Op) -> OpRule:
@@ -189,8 +192,11 @@ def tile(op: Op) -> OpRule:
     return builder.done()
 
 
-def slice_(op: Op) -> OpRule:
-    """Cut out a part: dimensions taken whole pass through, one that shrinks stays kin to itself."""
+def cut(op: Op) -> OpRule:
+    """Cut out a part, at a start that may be computed.
+
+    Dimensions taken whole pass through; one that shrinks stays kin to itself.
+    """
     builder = Builder(op)
     for dim, (before, after) in enumerate(zip(op.ins[0], op.outs[0], strict=True)):
         if before == after:
@@ -220,7 +226,7 @@ RULES: dict[str, Rule] = {
     "pad": pad,
     "reshape": reshape,
     "rev": rev,
-    "slice": slice_,
+    "slice": cut,
     "split": split,
     "squeeze": squeeze,
     "stack": stack,
