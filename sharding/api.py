@@ -167,15 +167,15 @@ class Plan(Record):
             first four is not known.
         """
         given = {"loss": loss, "params": params, "batch": batch, "optimizer": optimizer}
-        if self.problem is not None:
-            given = {name: getattr(self.problem, name) if one is None else one for name, one in given.items()}
         for name, one in given.items():
-            if one is None:
+            given[name] = getattr(self.problem, name, None) if one is None else one
+            if given[name] is None:
                 raise UserError(
                     f"this plan knows no {name}; write plan.verify(loss, params, batch, optimizer)"
                 )
-        known = self.problem is not None and given["loss"] is self.problem.loss
-        fingerprint = self.problem.program.fingerprint if self.problem is not None and known else None
+        fingerprint = None
+        if self.problem is not None and given["loss"] is self.problem.loss:
+            fingerprint = self.problem.program.fingerprint
         proved, search = prove(
             self,
             self.search,
@@ -224,8 +224,7 @@ class Plan(Record):
           UserError: a path is missing or new, or an axis does not divide a new size.
         """
         decision = arrays.resized(self, params, batch)
-        kept = {field.name: getattr(decision, field.name) for field in dataclasses.fields(decision)}
-        return Plan(**kept, notes=self.notes, optimizer=self.optimizer)
+        return Plan(**vars(decision), notes=self.notes, optimizer=self.optimizer)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values."""

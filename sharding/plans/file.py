@@ -88,12 +88,12 @@ def from_dict(values: Mapping[str, Any], kind: type[_Made]) -> _Made:
     """Rebuild a plan from plain values, as a `kind` of record."""
     if (found := values.get("format")) != FORMAT:
         raise UserError(f"the plan has format {found}; this version reads format {FORMAT}")
-    read = {name: _READERS.get(name, _same)(value) for name, value in values.items() if name != "format"}
+    read = {
+        name: _READERS[name](value) if name in _READERS else value
+        for name, value in values.items()
+        if name != "format"
+    }
     return kind(**read)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _spec(entries: Any) -> Spec:

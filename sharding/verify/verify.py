@@ -140,10 +140,9 @@ def refuse_missing(topology: Topology) -> None:
 
 def environment(topology: Topology) -> dict[str, str]:
     """Return variables for the process that compiles: JAX looks for no accelerator and loads one compiler."""
-    words = {
-        "JAX_PLATFORMS": "cpu",
-        **{name: value for kind in QUIETING.values() for name, value in kind.items()},
-    }
+    words = {"JAX_PLATFORMS": "cpu"}
+    for variables in QUIETING.values():
+        words |= variables
     if topology.chip.platform == "cpu":
         words["JAX_NUM_CPU_DEVICES"] = str(topology.num_devices)
     return words

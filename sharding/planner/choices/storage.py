@@ -57,7 +57,7 @@ def store(
     over: Sequence[str],
     moments_over: Sequence[str] = (),
     declared: Mapping[int, Mapping[int, tuple[str, ...]]],
-    tile_rows: int = 1,
+    tile_rows: int,
 ) -> ParameterStorage:
     """Return how each parameter lies on the mesh.
 
