@@ -31,6 +31,8 @@ class Chip:
     device_kinds: tuple[str, ...]
     aliases: tuple[str, ...] = ()
     devices_per_chip: int = 1
+    counted_in_cores: bool = False
+    """Whether the vendor's names of slices, such as ``v4-8``, count TensorCores rather than chips."""
     nominal: bool = False
     """True where the figures describe no real chip, so that utilisation means nothing."""
 

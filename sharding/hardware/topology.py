@@ -222,8 +222,6 @@ def _block(shape: tuple[int, ...], size: int, preferred: tuple[int, ...]) -> tup
 _EXAMPLES = "cpu:8, v5p:4x4x8, 2*v5e:16x16, h100:16x8 (hosts x devices of a host)"
 _WRITTEN = re.compile(r"(?:(?P<slices>\d+)\*)?(?P<chip>[a-z][a-z0-9-]*):(?P<shape>\d+(?:x\d+)*)")
 _CLOUD_NAME = re.compile(r"(?P<chip>[a-z][a-z0-9]*)-(?P<count>\d+)")
-# Cloud names such as ``v4-32`` count TensorCores on these chips, and chips on the others.
-_COUNTED_IN_CORES = ("v4", "v5p", "tpu7x")
 
 
 def read(text: str) -> Topology:
@@ -258,7 +256,7 @@ def _malformed(text: str, cleaned: str) -> str:
     known = {alias: chip for chip in chips().values() for alias in (chip.name, *chip.aliases)}
     cloud = _CLOUD_NAME.fullmatch(cleaned)
     if cloud is not None and (chip := known.get(cloud["chip"])) is not None and chip.torus_dims:
-        counted = "cores" if chip.name in _COUNTED_IN_CORES else "chips"
+        counted = "cores" if chip.counted_in_cores else "chips"
         count = int(cloud["count"]) // (2 if counted == "cores" else 1)
         instead = f"{chip.name}:{_written(_slice_of(chip, count))}"
         return f"{text!r} counts {counted} and hides the shape; write the shape in chips, as in {instead}"
