@@ -100,6 +100,7 @@ def _torus_positions(names: Sequence[str], sizes: Sequence[int], topology: Topol
     chips = np.vectorize(lambda place: place.id, otypes=[int])(laid)
     # XLA recognises an all-gather over several torus axes if its members count like digits, and then sends
     # over the links of all of them. In another order it pads with zeros and all-reduces, 4 times the bytes.
+    # A fact of libtpu, which alone compiles for a torus, so that no other compiler's plans have the order.
     for axis, name in enumerate(names):
         order = _snake if name in _NEIGHBOURS else _count
         chips = np.take(chips, order(chips, axis, shape), axis=axis)

@@ -22,6 +22,7 @@ from ..program.jaxpr import Pass, Traced, Traces, rewritten
 from ..program.layers import INPUT, marks_of
 from ..program.program import Program
 from ..program.tracing import read
+from ..xla.compiler import compiler_of
 from ..xla.reduction import reduction_steps
 from .accumulate import Loss, differentiable, mean_of_parts
 from .attention import AttentionKernel
@@ -36,6 +37,8 @@ def passes_of(plan: Decision, program: Program, params: Any, mesh: Mesh | Abstra
     Raises UserError if `program` has not what the plan names: a kept value, or layers to rematerialise.
     """
     platform = _platform(plan, mesh)
+    # A plan may run on simulated devices in place of its own, which another compiler compiles for.
+    on_own_chips = platform == plan.topology.chip.platform
     marks = marks_of(program, plan.saved)
     settings = plan.kernels.get("attention")
     kernel = None if settings is None else AttentionKernel(mesh, settings, platform, program, marks)
@@ -51,7 +54,7 @@ def passes_of(plan: Decision, program: Program, params: Any, mesh: Mesh | Abstra
             reduced=_flat(arrays.specs_of_moments(plan, params)),
             scattering=Scattering(mesh, reduction_steps(plan.mesh, plan.topology, plan.compiler_options)),
             kernel=kernel,
-            platform=platform,
+            reduces_cast=on_own_chips and compiler_of(plan.topology).reduces_cast,
         )
     )
     if plan.remat != "none":

@@ -36,7 +36,8 @@ class Constrain(Pass):
     after a cast to a smaller type; its gradient is reduced there. Results of products, convolutions and
     look-ups, and what a scan carries, are constrained to the specs of their dims. `scattering` says over
     which axes gradients go in steps; calls of `ops.attention` are carried out by `kernel`, if there is one;
-    `platform` is what the program is lowered for.
+    `reduces_cast` says whether a gradient's sum is reduced in the smaller type it is cast to
+    (`xla.compiler.Compiler`).
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Constrain(Pass):
         reduced: Sequence[PartitionSpec],
         scattering: Scattering,
         kernel: AttentionKernel | None = None,
-        platform: str = "cpu",
+        reduces_cast: bool = False,
     ) -> None:
         self._program = program
         self._mesh = mesh
@@ -57,7 +58,7 @@ class Constrain(Pass):
         self._stored = [(tuple(spec), tuple(goal)) for spec, goal in zip(stored, reduced, strict=True)]
         self._scattering = scattering
         self._kernel = kernel
-        self._platform = platform
+        self._reduces_cast = reduces_cast
         self._of_parameters = frozenset(dim for a in program.parameters for c in a.dims for dim in c)
         self._in_loop = False
         # Behind a loop over layers. Of layers written out, one's gradients travel beside the next one's work.
@@ -182,8 +183,7 @@ class Constrain(Pass):
         # The barrier keeps a compiler from casting what has travelled.
         cast = jax.lax.optimization_barrier(jax.lax.stop_gradient(value.value).astype(dtype))
         cast = jax.lax.with_sharding_constraint(cast, NamedSharding(self._mesh, used))
-        # GPUs' compilers sum in the larger type whatever the type that travels.
-        return cast, sums_of(value.value, shardings, dtype if self._platform == "tpu" else None)
+        return cast, sums_of(value.value, shardings, dtype if self._reduces_cast else None)
 
     def _gather(self, value: Any, dims: Dims) -> Any:
         if not isinstance(value, StoredParameter):

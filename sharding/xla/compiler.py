@@ -29,6 +29,7 @@ class Compiler:
         all-reduce and a slice.
       tile_rows: rows of a tile of two-byte elements; gathers and scatters move arrays that are cut into
         whole tiles as they lie, others they pad or transpose.
+      reduces_cast: a sum that is cast to a smaller type is reduced over devices in that type.
       aligned_elements: elements of two bytes that matrix units read at once: products with a row, column or
         contraction that is no multiple of them are slower.
     """
@@ -39,11 +40,13 @@ class Compiler:
     host_is_device: bool = False
     scatters_planes: bool = False
     tile_rows: int = 1
+    reduces_cast: bool = False
     aligned_elements: int = 1
 
 
 @functools.cache
-def _quirks() -> dict[str, list[dict[str, Any]]]:
+def quirks() -> dict[str, list[dict[str, Any]]]:
+    """Return fact → its rows of `quirks.toml`."""
     return tomllib.loads(_QUIRKS.read_text(encoding="utf-8"))
 
 
@@ -51,7 +54,7 @@ def _quirks() -> dict[str, list[dict[str, Any]]]:
 def _compiler(name: str, chip: str) -> Compiler:
     facts = {
         fact: row["value"]
-        for fact, rows in _quirks().items()
+        for fact, rows in quirks().items()
         for row in rows
         if row["compiler"] == name and chip in row.get("chips", (chip,))
     }

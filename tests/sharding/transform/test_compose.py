@@ -14,6 +14,7 @@ from meshwright.sharding import Plan, declare, train_step
 from meshwright.sharding.program.jaxpr import Traces
 from meshwright.sharding.transform import compose
 from meshwright.sharding.transform.compose import PlannedLoss
+from meshwright.sharding.verify.export import abstract_mesh
 
 ROWS, WIDTH, LAYERS = 16, 8, 2
 NAMES = {"up": ("layers", "embed", "mlp"), "down": ("layers", "mlp", "embed")}
@@ -181,3 +182,24 @@ def test_a_number_of_pythons_own_insists_on_no_type() -> None:
     half = jnp.ones(2, jnp.bfloat16)
     assert Traces(lambda x, y: x * y).on(half, 2.0).result.dtype == jnp.bfloat16
     assert Traces(lambda x, y: x * y).on(half, np.float32(2.0)).result.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("topology", "casts"), [("v5e:4x4", True), ("h100:2x8", False)])
+def test_sums_are_cast_for_a_compiler_that_reduces_them_as_cast(topology: str, casts: bool) -> None:
+    """A weight that a loop reads in bfloat16: its gradient is reduced in it, or in float32."""
+
+    def chunked(params: Any, batch: Any) -> Any:
+        def chunk(total: Any, x: Any) -> Any:
+            low = x.astype(jnp.bfloat16) @ params["out"].astype(jnp.bfloat16)
+            return total + jnp.square(low.astype(jnp.float32)).sum(), None
+
+        return jax.lax.scan(chunk, 0.0, jnp.moveaxis(batch["x"].reshape(ROWS, 4, 64), 1, 0))[0] / ROWS
+
+    params = {"out": jax.ShapeDtypeStruct((64, 64), "float32")}
+    data = {"x": jax.ShapeDtypeStruct((ROWS, 256), "float32")}
+    plan = declare(chunked, params, data, topology=topology, mesh={"fsdp": 16})
+    planned = PlannedLoss(plan, chunked, abstract_mesh(plan))
+    program = jax.make_jaxpr(planned.value_and_grad)(params, data).jaxpr
+    lowered = [eqn for eqn in program.eqns if eqn.params.get("new_dtype") == jnp.bfloat16]
+    # The weight on its way to the loop, and its gradient on the way back.
+    assert len(lowered) == 1 + casts

@@ -25,21 +25,26 @@ def test_every_fact_is_of_a_known_compiler_and_chips_and_says_how_it_was_seen():
 
 
 @pytest.mark.parametrize(
-    ("topology", "reduces_whole", "last_layer_apart", "aligned_elements"),
-    [("h100:4x8", True, False, 8), ("v5p:4x4x4", False, True, 1), ("cpu:8", False, False, 1)],
+    ("topology", "reduces_whole", "last_layer_apart", "reduces_cast", "aligned_elements"),
+    [
+        ("h100:4x8", True, False, False, 8),
+        ("v5p:4x4x4", False, True, True, 1),
+        ("cpu:8", False, False, False, 1),
+    ],
 )
 def test_a_topologys_compiler_has_the_facts_of_its_own_rows(
-    topology, reduces_whole, last_layer_apart, aligned_elements
+    topology, reduces_whole, last_layer_apart, reduces_cast, aligned_elements
 ):
     found = compiler_of(Topology.parse(topology))
     assert found.reduces_whole is reduces_whole
     assert found.last_layer_apart is last_layer_apart
+    assert found.reduces_cast is reduces_cast
     assert found.aligned_elements == aligned_elements
 
 
 def test_a_row_may_hold_on_some_chips_alone(monkeypatch):
     rows = {"reduces_whole": [{"compiler": "libtpu", "chips": ["v4"], "value": True}]}
-    monkeypatch.setattr(compiler, "_quirks", lambda: rows)
+    monkeypatch.setattr(compiler, "quirks", lambda: rows)
     of = compiler._compiler.__wrapped__
     assert of("libtpu", "v4").reduces_whole
     assert not of("libtpu", "v5e").reduces_whole
