@@ -56,9 +56,7 @@ class Plan(Record):
     @classmethod
     def of(cls, record: Record, **passing: Any) -> Plan:
         """Return the Plan of a record; `passing` are the fields that the record does not have."""
-        return cls(
-            **{field.name: getattr(record, field.name) for field in dataclasses.fields(Record)}, **passing
-        )
+        return cls(**{**vars(record), **passing})
 
     def make_mesh(self, devices: Any = None) -> Mesh:
         """Return the plan's mesh over the topology's devices, or over `devices`.

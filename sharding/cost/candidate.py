@@ -6,9 +6,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from ..errors import UserError, nearest
-from ..hardware.axes import AXES
-from ..plans.vocabulary import NAMES, REMATS, SCHEDULES
+from ..errors import UserError
+from ..plans.vocabulary import check_words
 
 # The mesh axes of each dimension of an array, major first.
 Storage = tuple[tuple[str, ...], ...]
@@ -51,13 +50,7 @@ class Candidate:
     interleave: int = 1
 
     def __post_init__(self) -> None:
-        for axis in self.mesh:
-            if axis not in AXES:
-                raise UserError(f"{axis!r} is no mesh axis; {nearest(axis, AXES)}")
-        if self.remat not in (*REMATS, NAMES):
-            raise UserError(f"remat={self.remat!r} is not a policy; {nearest(self.remat, REMATS)}")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"schedule={self.schedule!r} is unknown; {nearest(self.schedule, SCHEDULES)}")
+        check_words(self.mesh, self.remat, self.schedule)
         if self.microbatches < 1 or self.interleave < 1:
             raise UserError(
                 f"microbatches={self.microbatches} and interleave={self.interleave} must be at least 1"

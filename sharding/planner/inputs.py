@@ -211,9 +211,8 @@ def _has_host(topology: Topology) -> bool:
 
     Simulated devices share one memory with it.
     """
-    if topology.chip.nominal or compiler_of(topology).host_is_device:
-        return False
-    return topology.chip.host_link_bytes_per_second_per_chip is not None
+    known = topology.chip.host_link_bytes_per_second_per_chip is not None
+    return known and not compiler_of(topology).host_is_device
 
 
 def slot_bytes(optimizer: optax.GradientTransformation, params: Any) -> float:

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError, nearest, nearest_divisors
-from ..hardware.axes import AXES
 from ..hardware.topology import Topology
 from ..ops.kernels import check_kernels
 from .estimate import Estimate
 from .origin import Alternative, Origin
 from .proof import Proof
 from .specs import Spec, axes_of, cut_into
-from .vocabulary import NAMES, PLACES, REMATS, SCHEDULES
+from .vocabulary import NAMES, PLACES, check_words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,8 +125,7 @@ def check_runs(plan: Decision) -> None:
 
 def _check(plan: Decision) -> None:
     """Raise UserError, one sentence, for the first thing in `plan` that cannot be carried out."""
-    if plan.remat not in (*REMATS, NAMES):
-        raise UserError(f"remat={plan.remat!r} is not a policy; {nearest(plan.remat, REMATS)}")
+    check_words(plan.mesh, plan.remat, plan.schedule)
     for name, place in plan.saved.items():
         if place not in PLACES:
             raise UserError(f"{name} is kept on {place!r}; {nearest(place, PLACES)}")
@@ -138,11 +136,6 @@ def _check(plan: Decision) -> None:
     for name, size in counts.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise UserError(f"{name}={size!r} must be a whole number of at least 1")
-    if plan.schedule is not None and plan.schedule not in SCHEDULES:
-        raise UserError(f"schedule={plan.schedule!r} is unknown; {nearest(plan.schedule, SCHEDULES)}")
-    for axis in plan.mesh:
-        if axis not in AXES:
-            raise UserError(f"mesh axis {axis!r} is not known; {nearest(axis, AXES)}")
     for kind, arrays in (("parameter", plan.params), ("batch array", plan.batch)):
         for path, row in arrays.items():
             _check_array(plan, f"{kind} {path!r}", row)

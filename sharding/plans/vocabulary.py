@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from ..errors import UserError, nearest
+from ..hardware.axes import AXES
+
 # What layers keep for their backward pass; `transform.remat` maps each to JAX's policy.
 REMATS = ("none", "dots", "full")
 # The policy of keeping the values that a plan names, and where each may be kept.
@@ -10,3 +15,14 @@ PLACES = ("device", "host")
 
 # Orders in which pipeline stages work: one forward, one backward; or all forward, then all backward.
 SCHEDULES = ("1f1b", "gpipe")
+
+
+def check_words(mesh: Iterable[str], remat: str, schedule: str | None) -> None:
+    """Raise UserError, naming the nearest, for a mesh axis, a policy or a schedule that is not known."""
+    if remat not in (*REMATS, NAMES):
+        raise UserError(f"remat={remat!r} is not a policy; {nearest(remat, (*REMATS, NAMES))}")
+    if schedule is not None and schedule not in SCHEDULES:
+        raise UserError(f"schedule={schedule!r} is unknown; {nearest(schedule, SCHEDULES)}")
+    for axis in mesh:
+        if axis not in AXES:
+            raise UserError(f"mesh axis {axis!r} is not known; {nearest(axis, AXES)}")
