@@ -35,12 +35,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    topology: Annotated[
+        str | None, typer.Option(help="Devices to train on, e.g. cpu:8; the same as topology=cpu:8.")
+    ] = None,
+) -> None:
     """Train a model; the same command again goes on where it stopped."""
     from ..config import load
 
+    chosen = [] if topology is None else [f"topology={topology}"]
     # Before what trains is imported, JAX above all: a mistake in the settings is told at once.
-    settings = load(config, overrides or [])
+    settings = load(config, [*(overrides or []), *chosen])
     from ..train import train as run
 
     raise typer.Exit(run(settings))

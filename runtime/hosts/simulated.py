@@ -14,7 +14,13 @@ _PER_DEVICE = 8
 
 
 def simulate(num_devices: int) -> None:
-    """Give this process `num_devices` simulated CPU devices; UserError once JAX has started with others."""
+    """Give this process `num_devices` simulated CPU devices; UserError once JAX has started with others.
+
+    >>> simulate(8)
+    >>> import jax
+    >>> jax.device_count()
+    8
+    """
     if num_devices < 1:
         raise UserError(f"simulated devices={num_devices} is below 1")
     import jax

@@ -40,6 +40,15 @@ class Pricer:
       gradient_bytes: of one accumulated gradient; as the parameter's if not given.
       dtype: of matrix products, for their peak; ``bfloat16`` if not given.
       other: gives the Pricer for a candidate that this one is not for, None where this one is.
+
+    >>> import jax
+    >>> from meshwright.sharding import Topology
+    >>> from meshwright.sharding.program import trace
+    >>> w, x = jax.ShapeDtypeStruct((4096, 4096), "bfloat16"), jax.ShapeDtypeStruct((8192, 4096), "bfloat16")
+    >>> program = trace(lambda w, x: (x @ w).mean(), w, x)
+    >>> pricer = Pricer(program, Topology.parse("v5e:1x1"))
+    >>> pricer.flops  # of a step: forward, and two products backward
+    549755813888.0
     """
 
     def __init__(

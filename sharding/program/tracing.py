@@ -30,6 +30,13 @@ def trace(fn: Callable[..., Any], *args: Any, names: Any = None, parameters: Seq
 
     Raises:
         UserError: when names do not fit the arguments.
+
+    >>> w, x = jax.ShapeDtypeStruct((8, 4), "float32"), jax.ShapeDtypeStruct((16, 8), "float32")
+    >>> def loss(params, x):
+    ...     return (x @ params["w"]).mean()
+    >>> program = trace(loss, {"w": w}, x, names={"w": ("embed", "mlp")})
+    >>> {dim.name: dim.size for dim in program.dims}
+    {'embed': 8, 'mlp': 4, 'batch': 16}
     """
     for position in parameters:
         if position not in range(len(args)):

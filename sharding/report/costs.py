@@ -89,7 +89,7 @@ def memory_chapter(estimate: Estimate | None, proof: Proof | None, capacity_byte
         title += f", {_of_both(estimate)}compiled"
         blocks.append(Bars(bars=_compared_memory(estimate, proof, kinds), head=_COMPARED))
     if estimate is not None and estimate.heap_bytes is not None:
-        words = f"As laid out, with places between that stay free, it takes {gib(estimate.heap_bytes)}."
+        words = f"With the gaps that an allocator leaves between arrays it takes {gib(estimate.heap_bytes)}."
         blocks.append(Text(words=words))
     return Chapter(title=title, blocks=tuple(blocks))
 

@@ -49,7 +49,7 @@ def _whole(plan: Record) -> str:
         ]
         if estimate.heap_bytes is not None:
             heap = gib(estimate.heap_bytes)
-            lines.append(f"as laid out, with places between that stay free, it takes {heap}")
+            lines.append(f"with the gaps that an allocator leaves between arrays it takes {heap}")
     if plan.proof is not None:
         lines += _proved(plan.proof)
     lines += [

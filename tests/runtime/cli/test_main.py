@@ -104,6 +104,9 @@ MISTAKES = {
     "no processes": typed(
         "launch", "{home}/config.yaml", "--processes", "0", says=("--processes 0", "nearest: 1")
     ),
+    "training on an unknown chip": typed(
+        "train", "{home}/config.yaml", "--topology", "v5q:2x2", says="did you mean 'v5p'"
+    ),
     "plan of no config": typed("plan", "{home}/confg.yaml", says="'config.yaml'"),
     "plan for an unknown chip": planned("--topology", "v5q:2x2", says="did you mean 'v5p'"),
     "plan for a slice that is not made": planned("--topology", "v5p:4x4x9", says="nearest: v5p:4x4x8"),
