@@ -257,6 +257,7 @@ def plan(
     schedule: str | None = None,
     attention: str | None = None,
     names: Any = None,
+    trainable: Any = None,
 ) -> Plan:
     """Return the plan for training ``loss(params, batch)`` on `topology` that is fastest and fits its memory.
 
@@ -287,6 +288,9 @@ def plan(
         attention: the implementation of `meshwright.sharding.ops.attention`: ``xla``, or a kernel, ``splash``
             or ``cudnn``; ``auto``, the default, is the chip's own where it supports what is asked.
         names: a tree like `params` of tuples of dimension names, for rules and for what is printed.
+        trainable: which parameters are trained, all floats if not given: a pattern over paths or several
+            (``"*lora*"``), patterns → bool, or a tree of bools like `params`. The others are kept in the
+            state, with no gradient and nothing of the optimizer's, as integers and keys are.
 
     Raises:
         UserError: the declared parts contradict each other, the program or the topology, or nothing fits.
@@ -299,7 +303,9 @@ def plan(
         schedule=schedule,
         attention=attention,
     )
-    problem = Problem(loss=loss, params=params, batch=batch, optimizer=optimizer, names=names)
+    problem = Problem(
+        loss=loss, params=params, batch=batch, optimizer=optimizer, names=names, trainable=trainable
+    )
     found, search = best_of(problem, Topology.parse(topology), declared)
     return Plan.of(found, optimizer=optimizer, problem=problem, search=search)
 
@@ -317,6 +323,7 @@ def declare(
     remat: str | Mapping[str, str] = "none",
     microbatches: int = 1,
     attention: str | None = None,
+    trainable: Any = None,
 ) -> Plan:
     """Return the plan that the declared `mesh` and `rules` give for ``loss(params, batch)``.
 
@@ -343,11 +350,14 @@ def declare(
         remat: what layers keep for their backward pass: a policy of `transform.remat`, or names → places.
         microbatches: parts of the batch that are computed one after another.
         attention: as in `plan`: ``auto`` if not given.
+        trainable: which parameters are trained, as in `plan`.
 
     Raises:
         UserError: the mesh does not fit the topology, a rule cannot hold, or the batch does not divide.
     """
-    problem = Problem(loss=loss, params=params, batch=batch, optimizer=optimizer, names=names)
+    problem = Problem(
+        loss=loss, params=params, batch=batch, optimizer=optimizer, names=names, trainable=trainable
+    )
     declared = Declared(
         mesh=mesh, rules=rules or {}, remat=remat, microbatches=microbatches, attention=attention
     )

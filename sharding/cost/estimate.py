@@ -34,7 +34,7 @@ class Pricer:
     Args:
       program: the traced loss; its gradient is derived, not traced.
       topology: what it runs on.
-      optimizer_slots: bytes of optimizer state for each parameter element, or the sizes of its arrays' items.
+      optimizer_slots: bytes of optimizer state for each element that is trained, or its arrays' items' sizes.
       calibration: efficiencies; the shipped ones of the chip if not given.
       execution: how a step is run; as XLA's compiler for the topology does if not given.
       gradient_bytes: of one accumulated gradient; as the parameter's if not given.
@@ -270,9 +270,11 @@ def _optimizer_bytes(
 
     Of the parameters that a device updates: as many as it has moments of, or all that it has without any.
     """
-    item = float((table.parameters.item_bytes * table.parameters.elements).sum())
-    item /= max(float(table.parameters.elements.sum()), 1.0)
+    trained = table.parameters.elements * table.parameters.trained
+    sizes = table.parameters.item_bytes * trained
+    item = float(sizes.sum()) / max(float(trained.sum()), 1.0)
     gradient = item if gradient_bytes is None else gradient_bytes
     if not slot_bytes:
-        return 2.0 * memory["params"] + memory["gradients"]
+        whole = float((table.parameters.item_bytes * table.parameters.elements).sum())
+        return 2.0 * memory["params"] * float(sizes.sum()) / max(whole, 1.0) + memory["gradients"]
     return memory["optimizer"] / slot_bytes * (2.0 * slot_bytes + gradient + 2.0 * item)

@@ -127,16 +127,18 @@ def exchange(
     table = profile.parameters
     elements = (table.elements * placement.parameter_fraction).tolist()
     item_bytes, used_bytes = table.item_bytes.tolist(), table.used_bytes.tolist()
-    sections, runs = table.section.tolist(), table.runs.tolist()
+    sections, runs, trained = table.section.tolist(), table.runs.tolist(), table.trained.tolist()
     plans: dict[_Alike, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     partial = {axis: mask.tolist() for axis, mask in placement.parameter_partial.items()}
     for n, count in enumerate(elements):
         gather = tuple(sorted(over.parameters[n] - over.computed[n], key=AXES_BY_WEIGHT.index))
-        reduce = tuple(sorted((axis for axis, mask in partial.items() if mask[n]), key=AXES_BY_WEIGHT.index))
+        summed = (axis for axis, mask in partial.items() if mask[n] and trained[n])
+        reduce = tuple(sorted(summed, key=AXES_BY_WEIGHT.index))
         moments, gradients = over.optimizer[n], over.gradients[n]
         # Where gradients are stored in parts too (ZeRO-2), new parameters are gathered beside the next
         # forward pass, which hides it; reduced whole, gradients are not, and the gather shows.
         renewed = moments - over.parameters[n] - (frozenset() if reduces_whole else gradients)
+        renewed = renewed if trained[n] else frozenset()
         row = plans[_Alike(sections[n], gather, reduce, gradients, moments, renewed)]
         row[0] += count * item_bytes[n]
         row[1] += count * (used_bytes[n] if gradient_bytes is None else gradient_bytes)

@@ -127,8 +127,8 @@ def _state(
     gradient = table.item_bytes if gradient_bytes is None else gradient_bytes
     rows = {
         "params": (over.parameters, table.item_bytes),
-        "gradients": (over.gradients, gradient),
-        "optimizer": (over.optimizer, slot_bytes),
+        "gradients": (over.gradients, gradient * table.trained),
+        "optimizer": (over.optimizer, slot_bytes * table.trained),
     }
     found = {}
     for name, (axes, size) in rows.items():
@@ -210,7 +210,8 @@ def _gathered(profile: ProgramTables, placement: Placement, over: StoredOver) ->
     elements = table.elements * placement.parameter_fraction * extra / turns
     layer = float(elements @ (table.used_bytes * (table.section == LAYERS)))
     # The loss's parameter in the type that it is used in, and its gradient in its own.
-    after = float(elements @ ((table.used_bytes + table.item_bytes) * (table.after_bytes > 0)))
+    own = table.item_bytes * table.trained
+    after = float(elements @ ((table.used_bytes + own) * (table.after_bytes > 0)))
     # A table of embeddings: the gradient that rows are added into, and what it is reduced from.
-    before = float(elements @ (2.0 * table.used_bytes * (table.section == BEFORE)))
+    before = float(elements @ (2.0 * table.used_bytes * table.trained * (table.section == BEFORE)))
     return layer, after, before

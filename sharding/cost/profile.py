@@ -72,10 +72,12 @@ class Parameters:
     """The parameters, P: argument index, elements, bytes of one, dims [P, D], section, runs of their use.
 
     used_bytes: of one as it is used: a cast comes before the gather. after_bytes: likewise after the layers,
-    0 where it is not used there: a table of embeddings may be, too.
+    0 where it is not used there: a table of embeddings may be, too. trained: 1 where it has a gradient and
+    moments, else 0.
     """
 
     argument: np.ndarray
+    trained: np.ndarray
     elements: np.ndarray
     item_bytes: np.ndarray
     used_bytes: np.ndarray
@@ -257,6 +259,7 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
         rows.append((argument, _mask(dims, count), size, section, runs))
     return Parameters(
         argument=np.array([a.index for a, *_ in rows], int),
+        trained=np.array([a.is_trained for a, *_ in rows], float),
         elements=np.array([math.prod(a.shape) for a, *_ in rows], float),
         item_bytes=np.array([a.dtype.itemsize for a, *_ in rows], float),
         used_bytes=np.array([size for _, _, size, *_ in rows], float),

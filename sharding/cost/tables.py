@@ -95,8 +95,7 @@ class _Flattener:
     def read(self) -> None:
         env: dict[Any, int] = {}
         for argument, var in zip(self.program.arguments, self.program.jaxpr.jaxpr.invars, strict=True):
-            grad = argument.is_parameter and np.issubdtype(np.dtype(_kind(argument.dtype)), np.floating)
-            env[var] = self.value(var, argument.dims, grad)
+            env[var] = self.value(var, argument.dims, argument.is_trained)
             if argument.is_parameter:
                 self.values[env[var]].parameter = argument.index
             else:

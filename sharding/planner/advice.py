@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..hardware.topology import Topology
 from ..words import gib, layout_in_words
 from .declared import Declared
-from .inputs import Answer, Problem, slot_bytes
+from .inputs import Answer, Problem
 from .search import Priced
 
 # How many times as many devices, how many slices, and how small a part of the batch are looked at.
@@ -85,9 +85,11 @@ def _larger_slice(problem: Problem, topology: Topology, declared: Declared) -> s
 
 def _stored_bytes(problem: Problem) -> float:
     """Return the bytes of all parameters and moments together, which no layout makes fewer."""
-    leaves = jax.tree.leaves(problem.params)
-    slots = 0.0 if problem.optimizer is None else slot_bytes(problem.optimizer, problem.params)
-    return sum(leaf.size * (leaf.dtype.itemsize + slots) for leaf in leaves)
+    slots = 0.0 if problem.optimizer is None else problem.slot_bytes
+    return sum(
+        math.prod(argument.shape) * (argument.dtype.itemsize + slots * argument.is_trained)
+        for argument in problem.program.parameters
+    )
 
 
 def _smaller_batch(problem: Problem, topology: Topology, declared: Declared) -> str | None:

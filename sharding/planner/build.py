@@ -11,6 +11,7 @@ from ..hardware.topology import Topology
 from ..plans.origin import Alternative, Origin
 from ..plans.record import ArrayPlan, DimPlan, Record
 from ..plans.specs import Spec, spec_of
+from ..plans.trainable import is_float
 from ..program.program import Argument, Program
 from ..words import gib, remat_in_words, seconds
 from .choices.storage import computed
@@ -44,6 +45,7 @@ def record_of(
         schedule=candidate.schedule if candidate.mesh.get("stage", 1) > 1 else None,
         interleave=candidate.interleave,
         moments=moments_of(program, candidate),
+        trainable=trainable_of(program),
         origin=Origin.of(program),
         **remembered,
     )
@@ -77,6 +79,13 @@ def moments_of(program: Program, layout: Candidate) -> dict[str, Spec]:
         for argument in program.parameters
         if layout.optimizer[argument.index] != layout.stored[argument.index]
     }
+
+
+def trainable_of(program: Program) -> tuple[str, ...] | None:
+    """Return the paths of the parameters that are trained, None where all floats are."""
+    if all(one.is_trained for one in program.parameters if is_float(one)):
+        return None
+    return tuple(argument.path for argument in program.parameters if argument.is_trained)
 
 
 def batch_of(program: Program, layout: Candidate) -> dict[str, ArrayPlan]:

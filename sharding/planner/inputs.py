@@ -16,6 +16,7 @@ from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
 from ..cost.profile import ProgramTables, profile
 from ..hardware.topology import Topology
+from ..plans.trainable import split, trained_paths
 from ..program.flops import work
 from ..program.program import Program
 from ..program.tracing import trace
@@ -64,12 +65,18 @@ class Problem:
     batch: Any
     optimizer: Any
     names: Any
+    trainable: Any = None
+
+    @functools.cached_property
+    def trained(self) -> tuple[str, ...] | None:
+        """The paths of the parameters that are trained, None where all floats are."""
+        return trained_paths(self.params, self.trainable)
 
     @functools.cached_property
     def program(self) -> Program:
         """The traced loss, with the names of parameters and data."""
         names = {1: names_of_data(self.batch)} | ({} if self.names is None else {0: self.names})
-        return trace(self.loss, self.params, self.batch, names=names)
+        return trace(self.loss, self.params, self.batch, names=names, trained=self.trained)
 
     @functools.cached_property
     def whole_batch(self) -> str | None:
@@ -116,12 +123,19 @@ class Problem:
             ladders=ladders(table, host=_has_host(topology)),
         )
 
+    @functools.cached_property
+    def slot_bytes(self) -> float:
+        """The bytes of the optimizer's arrays for each element that is trained; Adam's without one."""
+        if self.optimizer is None:
+            return _ADAM_BYTES
+        return slot_bytes(self.optimizer, split(self.params, self.trained).trained)
+
     def pricer(self, topology: Topology, declared: Declared | None = None, room: float = 1.0) -> Pricer:
         """Return what prices candidates, with attention by its kernel where they let it run.
 
         `room` is the share to count of what an allocator leaves free.
         """
-        slots = _ADAM_BYTES if self.optimizer is None else slot_bytes(self.optimizer, self.params)
+        slots = self.slot_bytes
         dtype = _product_dtype(self.program)
 
         def priced_by(
@@ -176,12 +190,14 @@ class Problem:
         self, topology: Topology, declared: Declared, offered: Space, capacity: float | None, room: float
     ) -> Answer:
         sizes = build.parameter_bytes(self.program)
-        elements = sum(math.prod(argument.shape) for argument in self.program.parameters)
         pricer = self.pricer(topology, declared, room)
         if capacity is None:
             capacity = capacity_of(topology, pricer)
-        slots = pricer.slot_bytes * elements / max(sum(sizes.values()), 1)
-        stored = stored_bytes(sizes, slots) if topology.chip.nominal else None
+        moments = {
+            argument.index: pricer.slot_bytes * math.prod(argument.shape) * argument.is_trained
+            for argument in self.program.parameters
+        }
+        stored = stored_bytes(sizes, moments) if topology.chip.nominal else None
         return Answer(
             program=self.program,
             space=offered,

@@ -287,18 +287,18 @@ def _is_pipeline(layout: Candidate) -> bool:
     return layout.mesh.get("stage", 1) > 1
 
 
-def stored_bytes(sizes: Mapping[int, int], slots: float) -> StoredBytes:
+def stored_bytes(sizes: Mapping[int, int], moments: Mapping[int, float]) -> StoredBytes:
     """Return what says how much of parameters and moments a layout stores on a device.
 
-    `sizes` maps parameter argument index → bytes, `slots` is the moments' bytes over the parameters'.
+    `sizes` maps parameter argument index → bytes, `moments` to those of its moments.
     """
 
     def stored(layout: Candidate) -> float:
         total = 0.0
         for index, size in sizes.items():
-            for part, weight in ((layout.stored, 1.0), (layout.optimizer, slots)):
+            for part, whole in ((layout.stored, size), (layout.optimizer, moments[index])):
                 cut = math.prod(layout.mesh[axis] for axes in part[index] for axis in axes)
-                total += weight * size / cut
+                total += whole / cut
         return total
 
     return stored

@@ -19,6 +19,9 @@ from ..program.program import Program
 from .record import ArrayPlan, Decision, Record
 from .specs import Spec, axes_in, cut_into, derived
 
+# Types of keys, of which NumPy knows nothing.
+_KEY_BYTES = {"key<fry>": 8, "key<rbg>": 16, "key<urbg>": 16}
+
 
 def mesh_of(plan: Decision, devices: Any = None) -> Mesh:
     """Return the plan's mesh over the topology's devices, or over `devices`."""
@@ -60,9 +63,18 @@ def axes_of_dims(plan: Decision, program: Program) -> dict[int, tuple[str, ...]]
 def bytes_per_device(plan: Decision, kind: str = "params") -> int:
     """Return the bytes of the parameters (or ``batch``) that one device holds."""
     return sum(
-        math.prod(row.shape) * jnp.dtype(row.dtype).itemsize // cut_into(axes_in(row.spec), plan.mesh)
+        math.prod(row.shape) * item_bytes(row.dtype) // cut_into(axes_in(row.spec), plan.mesh)
         for row in getattr(plan, kind).values()
     )
+
+
+def item_bytes(dtype: str) -> int:
+    """Return the bytes of one element of a type by its name, a JAX key's too.
+
+    >>> item_bytes("bfloat16"), item_bytes("key<fry>")
+    (2, 8)
+    """
+    return _KEY_BYTES[dtype] if dtype in _KEY_BYTES else jnp.dtype(dtype).itemsize
 
 
 def check(plan: Record, params: Any, batch: Any, loss: Callable[..., Any] | None = None) -> None:

@@ -113,6 +113,7 @@ _READERS: Mapping[str, Any] = {
     "params": _arrays,
     "batch": _arrays,
     "moments": lambda rows: {path: _spec(row) for path, row in rows.items()},
+    "trainable": tuple,
     "notes": tuple,
     "origin": lambda row: Origin(**row),
     "estimate": lambda row: Estimate(**row),

@@ -55,6 +55,7 @@ class Decision:
         batch: path → how an array of the global batch lies.
         moments: path of a parameter → the spec of its gradient and its optimizer's arrays, where that is
             another than the parameter's.
+        trainable: the paths of the parameters that are trained; None where all floats are.
         remat: what layers keep for their backward pass, a word of `vocabulary.REMATS` or ``names``.
         saved: under ``names``, kept value → its place.
         microbatches: parts that the batch is worked through in.
@@ -80,6 +81,7 @@ class Decision:
     schedule: str | None = None
     interleave: int = 1
     moments: Mapping[str, Spec] = dataclasses.field(default_factory=dict)
+    trainable: tuple[str, ...] | None = None
     kernels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     compiler_options: Mapping[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
 
@@ -139,6 +141,9 @@ def _check(plan: Decision) -> None:
     for kind, arrays in (("parameter", plan.params), ("batch array", plan.batch)):
         for path, row in arrays.items():
             _check_array(plan, f"{kind} {path!r}", row)
+    for path in plan.trainable or ():
+        if path not in plan.params:
+            raise UserError(f"trainable has {path!r}, which is no parameter; {nearest(path, plan.params)}")
     for name, dim in plan.dims.items():
         _check_axes(plan, f"dimension {name!r}", dim.axes)
 

@@ -139,7 +139,8 @@ class Scope:
 class Argument:
     """A leaf of the function's arguments: `position` is which argument, `path` where in it.
 
-    `names` are the user's names of its dimensions, None where there is none.
+    `names` are the user's names of its dimensions, None where there is none. `is_trained` says whether its
+    gradient is taken.
     """
 
     index: int
@@ -150,6 +151,7 @@ class Argument:
     dims: Dims
     names: tuple[str | None, ...]
     is_parameter: bool
+    is_trained: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import source_info_util
 
 from ..errors import UserError
@@ -17,7 +18,13 @@ from .resolve import Resolver
 from .walk import Walk, shape_of
 
 
-def trace(fn: Callable[..., Any], *args: Any, names: Any = None, parameters: Sequence[int] = (0,)) -> Program:
+def trace(
+    fn: Callable[..., Any],
+    *args: Any,
+    names: Any = None,
+    parameters: Sequence[int] = (0,),
+    trained: Collection[str] | None = None,
+) -> Program:
     """Trace `fn` on abstract `args` and find its named dimensions.
 
     Args:
@@ -27,6 +34,7 @@ def trace(fn: Callable[..., Any], *args: Any, names: Any = None, parameters: Seq
             of names (or None) for each array; or a dictionary from argument positions to such trees.
             Names only label what is found.
         parameters: which arguments are parameters; the others are data.
+        trained: the paths of those of the first argument whose gradients are taken; all floats if not given.
 
     Raises:
         UserError: when names do not fit the arguments.
@@ -42,11 +50,17 @@ def trace(fn: Callable[..., Any], *args: Any, names: Any = None, parameters: Seq
         if position not in range(len(args)):
             raise UserError(f"parameters={tuple(parameters)}, but there are {len(args)} arguments")
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    return read(closed, args, out_shape, names=names, parameters=parameters)
+    return read(closed, args, out_shape, names=names, parameters=parameters, trained=trained)
 
 
 def read(
-    closed: Any, args: Sequence[Any], out_shape: Any, *, names: Any = None, parameters: Sequence[int] = (0,)
+    closed: Any,
+    args: Sequence[Any],
+    out_shape: Any,
+    *,
+    names: Any = None,
+    parameters: Sequence[int] = (0,),
+    trained: Collection[str] | None = None,
 ) -> Program:
     """Name the dimensions of a jaxpr that `jax.make_jaxpr` made of `args`; see `trace`."""
     given = axis_names(args, names)
@@ -70,6 +84,10 @@ def read(
             dims=resolver.array(dims),
             names=names_of(given, position, path, shape_of(var)),
             is_parameter=position in parameters,
+            is_trained=position == 0
+            and position in parameters
+            and jnp.issubdtype(var.aval.dtype, jnp.inexact)
+            and (trained is None or path in trained),
         )
         for index, ((position, path), var, dims) in enumerate(
             zip(leaves, closed.jaxpr.invars, raw_args, strict=True)

@@ -10,6 +10,7 @@ from ..paths import by_suffix
 from ..plans.origin import Alternative, distinct, is_bound
 from ..plans.proof import Proof
 from ..plans.record import Record
+from ..plans.trainable import is_trained
 from ..words import gib, seconds
 from .document import spec_in_words, worth_a_line
 from .plan import alternative_in_words, bytes_of, cut_of, layout_of, usable_bytes
@@ -203,6 +204,8 @@ def _parameter(plan: Record, path: str) -> str:
             parts.append(f"dimension {n} of size {size} is {use}")
     if not any(cut.axes):
         parts.append("every device holds all of it")
+    if not is_trained(plan, path, plan.params[path]):
+        parts.append("it is not trained: it has no gradient and no moments")
     if path in plan.moments:
         parts.append(f"its gradient and moments are stored as {plan.moments[path]}")
     return "\n".join(["; ".join(parts), *_found_of(plan, path)])

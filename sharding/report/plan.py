@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 from ..hardware.links import describe
+from ..plans.arrays import item_bytes
 from ..plans.origin import Alternative, distinct, is_bound
 from ..plans.record import ArrayPlan, Record
 from ..plans.specs import axes_in, by_dimension, cut_into
+from ..plans.trainable import is_trained
 from ..words import gib, layout_in_words, seconds
 from .costs import cost_figures, memory_chapter, time_chapter
 from .document import Chapter, Column, Cut, Document, Drawing, Entry, Figure, List, Table, Text
@@ -74,9 +76,7 @@ def cut_of(row: ArrayPlan) -> Cut:
 
 def bytes_of(plan: Record, row: ArrayPlan) -> tuple[float, float]:
     """Return the bytes of an array on one device, and in all."""
-    import jax.numpy as jnp
-
-    whole = math.prod(row.shape) * jnp.dtype(row.dtype).itemsize
+    whole = math.prod(row.shape) * item_bytes(row.dtype)
     return whole / cut_into(axes_in(row.spec), plan.mesh), whole
 
 
@@ -168,4 +168,19 @@ def _parameters(plan: Record) -> Chapter:
         Column(name="in all", figures=True, page_only=True),
     )
     table = Table(columns=columns, entries=entries, most=_PARAMETERS)
-    return Chapter(title="parameters as stored", blocks=(table,) if entries else ())
+    trained = trained_in_words(plan)
+    blocks = (*((Text(words=trained),) if trained else ()), table)
+    return Chapter(title="parameters as stored", blocks=blocks if entries else ())
+
+
+def trained_in_words(plan: Record) -> str:
+    """Say how many of the parameters are trained; nothing where all are."""
+    elements = {path: math.prod(row.shape) for path, row in plan.params.items()}
+    trained = [path for path, row in plan.params.items() if is_trained(plan, path, row)]
+    if len(trained) == len(elements):
+        return ""
+    share = sum(elements[path] for path in trained) / max(sum(elements.values()), 1)
+    return (
+        f"Trained: {len(trained)} of {len(elements)} parameters, {share:.2%} of their elements. "
+        "The others have no gradient and no moments."
+    )

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ..plans import arrays
 from ..plans.record import Decision, check_runs
+from ..plans.trainable import Split, split
 from ..program.jaxpr import Pass, Traced, Traces, rewritten
 from ..program.layers import INPUT, marks_of
 from ..program.program import Program
@@ -77,25 +77,18 @@ def composed(traces: Traces, passes: Callable[[Program, Any], Sequence[Pass]]) -
     return function
 
 
-def with_gradients(loss: Loss, params: Any, batch: Any, *, allow_int: bool = False) -> tuple[Any, Any]:
-    """Return what `loss` gives, a scalar or ``(scalar, aux)``, and the scalar's gradients for `params`.
+def with_gradients(loss: Loss, params: Split, batch: Any) -> tuple[Any, Any]:
+    """Return what `loss` gives, a scalar or ``(scalar, aux)``, and the scalar's gradients.
 
-    With `allow_int` parameters of integer type may be among them; their gradients are None.
+    The gradients are those of the parameters that are trained, in a tree with None for the others.
     """
 
-    def twice(params: Any) -> tuple[Any, Any]:
-        found = loss(params, batch)
+    def twice(trained: Any) -> tuple[Any, Any]:
+        found = loss(params.joined(trained), batch)
         return (found[0] if isinstance(found, tuple) else found), found
 
-    gradients, found = jax.grad(twice, has_aux=True, allow_int=allow_int)(params)
-    return found, floats(gradients)
-
-
-def floats(tree: Any) -> Any:
-    """Return `tree` with None for what has no gradient."""
-    return jax.tree.map(
-        lambda leaf: leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else None, tree
-    )
+    gradients, found = jax.grad(twice, has_aux=True)(params.trained)
+    return found, gradients
 
 
 class PlannedLoss:
@@ -103,7 +96,7 @@ class PlannedLoss:
 
     def __init__(self, plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> None:
         check_runs(plan)
-        self._microbatches = plan.microbatches
+        self._microbatches, self._trainable = plan.microbatches, plan.trainable
         self.traces = Traces(loss)
         self._part = composed(self.traces, lambda program, params: passes_of(plan, program, params, mesh))
 
@@ -118,20 +111,25 @@ class PlannedLoss:
             lambda part: (self.traces.on(params, part).result, None),
         )[0]
 
-    def value_and_grad(self, params: Any, batch: Any, *, allow_int: bool = False) -> tuple[Any, Any]:
-        """Return what `loss` gives, and the gradients of the scalar with respect to `params`.
+    def split(self, params: Any) -> Split:
+        """Return `params` taken apart into those that are trained and the others."""
+        return split(params, self._trainable)
+
+    def value_and_grad(self, params: Any, batch: Any, *, of_floats: bool = False) -> tuple[Any, Any]:
+        """Return what `loss` gives, and the gradients of the scalar with respect to the trained of `params`.
 
         A part's gradients are taken before the next part is begun, so that the activations of one part only
-        are ever held. With `allow_int` parameters of integer type may be among `params`; their gradients are
-        None.
+        are ever held. The gradients are a tree like `params` with None for those that are not trained; with
+        `of_floats` those of all floats are taken.
         """
+        parts = split(params, None) if of_floats else self.split(params)
         if self._microbatches == 1:
-            return with_gradients(self._part, params, batch, allow_int=allow_int)
+            return with_gradients(self._part, parts, batch)
         return mean_of_parts(
-            lambda part: with_gradients(self._part, params, part, allow_int=allow_int),
+            lambda part: with_gradients(self._part, parts, part),
             batch,
             self._microbatches,
-            lambda part: (self.traces.on(params, part).result, floats(params)),
+            lambda part: (self.traces.on(params, part).result, parts.trained),
         )
 
 
@@ -144,7 +142,7 @@ def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:
     planned = PlannedLoss(plan, loss, mesh)
     if plan.microbatches == 1:
         return planned.value
-    return differentiable(planned.value, functools.partial(planned.value_and_grad, allow_int=True))
+    return differentiable(planned.value, functools.partial(planned.value_and_grad, of_floats=True))
 
 
 def _flat(specs: Any) -> list[Any]:

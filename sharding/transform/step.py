@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from ..plans import arrays
-from ..plans.record import Record
+from ..plans.record import Decision, Record
+from ..plans.trainable import split
 from ..program.jaxpr import shapes_of
 from .compose import PlannedLoss
 
@@ -28,10 +29,11 @@ class Step:
     """What a training loop calls.
 
     `init(key)` creates the state ``{"step", "params", "optimizer"}``, every array on the devices that
-    hold it and never whole on one. `update(state, batch)` gives the next state and the step's metrics
-    (`loss`, `grad_norm` and the loss's own aux values, scalars); it donates `state`. `evaluate(params,
-    batch)` gives ``(loss, aux)`` of one batch. `abstract_state` holds the state's ShapeDtypeStructs with
-    their shardings, `batch` the NamedShardings of a batch.
+    hold it and never whole on one; the optimizer's arrays are of the parameters that are trained.
+    `update(state, batch)` gives the next state and the step's metrics (`loss`, `grad_norm` and the loss's own
+    aux values, scalars); it donates `state`. `evaluate(params, batch)` gives ``(loss, aux)`` of one batch.
+    `abstract_state` holds the state's ShapeDtypeStructs with their shardings, `batch` the NamedShardings of a
+    batch.
     """
 
     init: jax.stages.Wrapped
@@ -65,7 +67,7 @@ def train_step(
     Raises:
         UserError: the parameters or the batch are not those that the plan was made for.
     """
-    first = _first(init, optimizer)
+    first = _first(plan, init, optimizer)
     shapes = jax.eval_shape(first, jax.random.key(0))
     arrays.check(plan, shapes["params"], batch)
     planned = PlannedLoss(plan, loss, mesh)
@@ -123,27 +125,30 @@ def first_state(
     mesh: Mesh,
 ) -> State:
     """Create the state ``{"step", "params", "optimizer"}``, every array on the devices that hold it."""
-    first = _first(init, optimizer)
+    first = _first(plan, init, optimizer)
     shapes = jax.eval_shape(first, key)
     arrays.check_arrays(plan, "parameter", shapes["params"])
     return jax.jit(first, out_shardings=arrays.shardings(plan, shapes, mesh))(key)
 
 
-def _first(init: Callable[[Any], Any], optimizer: optax.GradientTransformation) -> Callable[[Any], State]:
+def _first(
+    plan: Decision, init: Callable[[Any], Any], optimizer: optax.GradientTransformation
+) -> Callable[[Any], State]:
     def first(key: Any) -> State:
         params = init(key)
-        return {"step": jnp.int32(0), "params": params, "optimizer": optimizer.init(params)}
+        moments = optimizer.init(split(params, plan.trainable).trained)
+        return {"step": jnp.int32(0), "params": params, "optimizer": moments}
 
     return first
 
 
-def abstract_state(params: Any, optimizer: optax.GradientTransformation) -> State:
-    """Return the shapes of the state that training `params` by `optimizer` has."""
+def abstract_state(plan: Decision, params: Any, optimizer: optax.GradientTransformation) -> State:
+    """Return the shapes of the state that training `params` by `optimizer` has under `plan`."""
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     return {
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "params": params,
-        "optimizer": jax.eval_shape(optimizer.init, params),
+        "optimizer": jax.eval_shape(optimizer.init, split(params, plan.trainable).trained),
     }
 
 
@@ -157,8 +162,10 @@ def updated(
     """Return the state after one step on `batch`, and the step's metrics."""
     found, gradients = planned.value_and_grad(state["params"], batch)
     value, aux = with_aux(found)
-    updates, moments = optimizer.update(gradients, state["optimizer"], state["params"])
-    params = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), state["params"], updates)
+    parts = planned.split(state["params"])
+    updates, moments = optimizer.update(gradients, state["optimizer"], parts.trained)
+    trained = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), parts.trained, updates)
+    params = parts.joined(trained)
     metrics = {"loss": value, "grad_norm": _norm(gradients), **(aux if isinstance(aux, dict) else {})}
     if measure is not None:
         metrics |= measure(state)

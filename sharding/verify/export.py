@@ -53,7 +53,7 @@ def export_step(
       UserError: the step cannot be lowered for the topology's platform.
     """
     mesh = abstract_mesh(plan)
-    state = abstract_state(params, optimizer)
+    state = abstract_state(plan, params, optimizer)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, batch))
     leaves, tree = jax.tree.flatten(shapes)
     kept = jax.tree.leaves(arrays.shardings(plan, state, mesh))

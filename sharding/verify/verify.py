@@ -16,6 +16,7 @@ from ..plans import arrays, file
 from ..plans.proof import Proof
 from ..plans.record import Record
 from ..plans.specs import axes_in, cut_into
+from ..plans.trainable import split
 from ..program.identity import fingerprint as fingerprint_of
 from ..program.tracing import trace
 from ..transform.step import abstract_state
@@ -106,7 +107,7 @@ def verify(
             "plan": file.to_dict(plan.decision()),
             "program": fingerprint or _program_of(loss, params, batch),
             "written": _where(loss),
-            "optimizer": _optimizer_of(optimizer, params),
+            "optimizer": _optimizer_of(plan, optimizer, params),
             "versions": here,
             "schedules": schedules,
             "efficiencies": compiled_part(calibration_for(topology.chip.name)),
@@ -210,7 +211,7 @@ def stored_bytes(plan: Record, params: Any, batch: Any, optimizer: optax.Gradien
     import jax
 
     total = 0.0
-    for kind, tree in (("params", abstract_state(params, optimizer)), ("batch", batch)):
+    for kind, tree in (("params", abstract_state(plan, params, optimizer)), ("batch", batch)):
         specs = jax.tree.leaves(
             arrays.specs(plan, tree, kind), is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)
         )
@@ -233,11 +234,10 @@ def _where(loss: Callable[[Any, Any], Any]) -> str:
     return "" if code is None else f"{code.co_filename}:{code.co_firstlineno}"
 
 
-def _optimizer_of(optimizer: optax.GradientTransformation, params: Any) -> str:
-    """Return the fingerprint of an optimizer's update on `params`."""
+def _optimizer_of(plan: Record, optimizer: optax.GradientTransformation, params: Any) -> str:
+    """Return the fingerprint of an optimizer's update on the trained of `params`."""
     import jax
 
-    state = abstract_state(params, optimizer)
-    return fingerprint_of(
-        jax.make_jaxpr(optimizer.update)(state["params"], state["optimizer"], state["params"])
-    )
+    state = abstract_state(plan, params, optimizer)
+    trained = split(state["params"], plan.trainable).trained
+    return fingerprint_of(jax.make_jaxpr(optimizer.update)(trained, state["optimizer"], trained))

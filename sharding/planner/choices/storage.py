@@ -80,7 +80,7 @@ def store(
         for axis in over:
             storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
         params[argument.index] = tuple(storage)
-        for axis in moments_over:
+        for axis in moments_over if argument.is_trained else ():
             storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
         optimizer[argument.index] = tuple(storage)
     return ParameterStorage(params=params, optimizer=optimizer)
