@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jax.sharding import AbstractMesh, Mesh
@@ -18,6 +18,7 @@ from .planner.prove import prove
 from .plans import arrays, file
 from .plans.record import Record, check_runs
 from .program.program import Program
+from .program.recognise import FORMS, checked_forms
 from .report.compare import Comparison, compare
 from .report.explain import explain
 from .report.html import fragment
@@ -258,6 +259,7 @@ def plan(
     attention: str | None = None,
     names: Any = None,
     trainable: Any = None,
+    recognise: Sequence[str] = FORMS,
 ) -> Plan:
     """Return the plan for training ``loss(params, batch)`` on `topology` that is fastest and fits its memory.
 
@@ -291,6 +293,8 @@ def plan(
         trainable: which parameters are trained, all floats if not given: a pattern over paths or several
             (``"*lora*"``), patterns → bool, or a tree of bools like `params`. The others are kept in the
             state, with no gradient and nothing of the optimizer's, as integers and keys are.
+        recognise: which forms are worked through in one way however they are written: ``attention``,
+            ``losses`` over a vocabulary, and ``layers`` without a scan. `notes` says where.
 
     Raises:
         UserError: the declared parts contradict each other, the program or the topology, or nothing fits.
@@ -304,7 +308,13 @@ def plan(
         attention=attention,
     )
     problem = Problem(
-        loss=loss, params=params, batch=batch, optimizer=optimizer, names=names, trainable=trainable
+        loss=loss,
+        params=params,
+        batch=batch,
+        optimizer=optimizer,
+        names=names,
+        recognise=checked_forms(recognise),
+        trainable=trainable,
     )
     found, search = best_of(problem, Topology.parse(topology), declared)
     return Plan.of(found, optimizer=optimizer, problem=problem, search=search)
@@ -324,6 +334,7 @@ def declare(
     microbatches: int = 1,
     attention: str | None = None,
     trainable: Any = None,
+    recognise: Sequence[str] = FORMS,
 ) -> Plan:
     """Return the plan that the declared `mesh` and `rules` give for ``loss(params, batch)``.
 
@@ -351,12 +362,19 @@ def declare(
         microbatches: parts of the batch that are computed one after another.
         attention: as in `plan`: ``auto`` if not given.
         trainable: which parameters are trained, as in `plan`.
+        recognise: as in `plan`: all if not given.
 
     Raises:
         UserError: the mesh does not fit the topology, a rule cannot hold, or the batch does not divide.
     """
     problem = Problem(
-        loss=loss, params=params, batch=batch, optimizer=optimizer, names=names, trainable=trainable
+        loss=loss,
+        params=params,
+        batch=batch,
+        optimizer=optimizer,
+        names=names,
+        recognise=checked_forms(recognise),
+        trainable=trainable,
     )
     declared = Declared(
         mesh=mesh, rules=rules or {}, remat=remat, microbatches=microbatches, attention=attention

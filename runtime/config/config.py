@@ -146,6 +146,11 @@ class Config(Section):
         description="What computes attention: `xla`, or a kernel, `splash` (TPU) or `cudnn` (GPU); `auto` is "
         "the kernel of the chip where that can do what the model asks; the plan says where it cannot.",
     )
+    recognise: list[Literal["attention", "losses", "layers"]] = Field(
+        default=["attention", "losses", "layers"],
+        description="Forms that are worked through in one way however a model writes them: `attention`, "
+        "`losses` over a whole vocabulary, `layers` without a scan. The plan's notes say where.",
+    )
     compilation_cache: str | None = Field(
         default="auto",
         description="Folder of compiled programs kept between runs; `auto` is the user's cache folder, "

@@ -91,6 +91,7 @@ def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) 
             remat=config.remat or "none",
             microbatches=config.microbatches or 1,
             attention=config.attention,
+            recognise=config.recognise,
         )
     if config.plan == "auto":
         return search(config, shapes, topology, optimizer)
@@ -110,6 +111,7 @@ def search(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -
         remat=config.remat,
         microbatches=config.microbatches,
         attention=config.attention,
+        recognise=config.recognise,
         names=shapes.names,
     )
 

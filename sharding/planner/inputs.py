@@ -19,6 +19,7 @@ from ..hardware.topology import Topology
 from ..plans.trainable import split, trained_paths
 from ..program.flops import work
 from ..program.program import Program
+from ..program.recognise import FORMS
 from ..program.tracing import trace
 from ..xla.compiler import compiler_of
 from . import build
@@ -66,6 +67,7 @@ class Problem:
     optimizer: Any
     names: Any
     trainable: Any = None
+    recognise: tuple[str, ...] = FORMS
 
     @functools.cached_property
     def trained(self) -> tuple[str, ...] | None:
@@ -76,7 +78,14 @@ class Problem:
     def program(self) -> Program:
         """The traced loss, with the names of parameters and data."""
         names = {1: names_of_data(self.batch)} | ({} if self.names is None else {0: self.names})
-        return trace(self.loss, self.params, self.batch, names=names, trained=self.trained)
+        return trace(
+            self.loss,
+            self.params,
+            self.batch,
+            names=names,
+            trained=self.trained,
+            recognise=self.recognise,
+        )
 
     @functools.cached_property
     def whole_batch(self) -> str | None:
@@ -208,8 +217,8 @@ class Problem:
         )
 
     def notes(self) -> tuple[str, ...]:
-        """Say which primitives nothing is known of, and what was assumed for want of an input."""
-        found = [one.note for one in self.program.unknown]
+        """Say what was recognised, of which primitives nothing is known, and what was assumed of inputs."""
+        found = [*self.program.notes, *(one.note for one in self.program.unknown)]
         if self.optimizer is None:
             found.append(
                 f"no optimizer was given: {_ADAM_BYTES:g} bytes of moments for each parameter are assumed"

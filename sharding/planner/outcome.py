@@ -51,6 +51,7 @@ class Search:
             alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
             refused=answer.space.refused,
             kernels=kernel.kernels if kernel.can(layout.dims) else {},
+            recognise=self.problem.recognise,
         )
 
     def with_memory(self, share: float) -> Search:
@@ -104,6 +105,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         notes=(*notes, *problem.notes()),
         estimate=estimate,
         kernels=kernel.kernels if kernel.can(laid.candidate.dims) else {},
+        recognise=problem.recognise,
     )
 
 

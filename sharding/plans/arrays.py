@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from ..hardware.mesh import make_mesh
 from ..paths import by_path, by_suffix, path_of
 from ..program.jaxpr import Traces
 from ..program.program import Program
+from ..program.recognise import recognised
 from .record import ArrayPlan, Decision, Record
 from .specs import Spec, axes_in, cut_into, derived
 
@@ -82,7 +84,8 @@ def check(plan: Record, params: Any, batch: Any, loss: Callable[..., Any] | None
     check_arrays(plan, "parameter", params)
     check_arrays(plan, "batch array", batch)
     if loss is not None and plan.origin is not None:
-        plan.origin.check(Traces(loss).on(params, batch))
+        rewrite = functools.partial(recognised, which=plan.recognise)
+        plan.origin.check(Traces(loss, rewrite).on(params, batch))
 
 
 def check_arrays(plan: Decision, kind: str, tree: Any) -> None:

@@ -115,6 +115,7 @@ _READERS: Mapping[str, Any] = {
     "moments": lambda rows: {path: _spec(row) for path, row in rows.items()},
     "trainable": tuple,
     "notes": tuple,
+    "recognise": tuple,
     "origin": lambda row: Origin(**row),
     "estimate": lambda row: Estimate(**row),
     "alternatives": lambda rows: tuple(alternative_from(row) for row in rows),

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from ..errors import UserError
-from ..program.identity import fingerprint
 from ..program.jaxpr import Traced
 from ..program.program import Program
 from ..program.tracing import read
@@ -60,9 +59,9 @@ class Origin:
 
         Versions of JAX trace a function differently, so that programs are compared under the same one only.
         """
-        if jax.__version__ != self.jax or fingerprint(traced.jaxpr) == self.fingerprint:
+        if jax.__version__ != self.jax or traced.fingerprint == self.fingerprint:
             return
-        here = Origin.of(read(traced.jaxpr, traced.args, traced.result))
+        here = Origin.of(read(traced))
         names = sorted({*self.primitives, *here.primitives})
         differing = [
             f"{name} {here.primitives.get(name, 0)} times instead of {self.primitives.get(name, 0)}"

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import UserError, nearest, nearest_divisors
 from ..hardware.topology import Topology
 from ..ops.kernels import check_kernels
+from ..program.recognise import FORMS, checked_forms
 from .estimate import Estimate
 from .origin import Alternative, Origin
 from .proof import Proof
@@ -65,6 +66,7 @@ class Decision:
         kernels: ``attention`` → the kernel that carries it out and the sizes of its blocks, where that is not
             XLA's own.
         compiler_options: XLA's, for this step.
+        recognise: forms of the program that are rewritten where they are found, of `program.recognise.FORMS`.
 
     Raises:
         UserError: an axis, policy, place or kernel is not known, or an axis does not divide a dimension.
@@ -84,8 +86,10 @@ class Decision:
     trainable: tuple[str, ...] | None = None
     kernels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     compiler_options: Mapping[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    recognise: tuple[str, ...] = FORMS
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "recognise", checked_forms(self.recognise))
         if isinstance(self.topology, str):
             object.__setattr__(self, "topology", Topology.parse(self.topology))
         _check(self)

@@ -17,30 +17,44 @@ import jax.numpy as jnp
 from jax._src import source_info_util  # seen in 0.10.2 and 0.12.0
 from jax.extend import core
 
+from .identity import fingerprint
 from .primitives import Trait, primitives
 from .program import Equation, Program, Scope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Traced:
-    """A function traced on some arguments: its jaxpr, and its arguments and result as ShapeDtypeStructs."""
+    """A function traced on some arguments: its jaxpr, and its arguments and result as ShapeDtypeStructs.
+
+    `written` is the jaxpr that JAX traced, where `jaxpr` is rewritten by what was recognised in it; `notes`
+    are what a plan should tell of that.
+    """
 
     jaxpr: core.ClosedJaxpr
     args: tuple[Any, ...]
     result: Any
+    written: core.ClosedJaxpr | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the program as the user wrote it; see `identity`."""
+        return fingerprint(self.written or self.jaxpr)
 
 
 class Traces:
     """The traces of `fn`: one for each shape and type of its arguments, taken when first asked for.
 
     `fn` is called once for each, however often and inside of whatever else that is traced it is asked for.
+    `rewrite` gives what is read in place of a trace, once for each; see `recognise`.
     """
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
+    def __init__(self, fn: Callable[..., Any], rewrite: Callable[[Traced], Traced] | None = None) -> None:
         self._fn = fn
+        self._rewrite = rewrite or (lambda traced: traced)
         # Of our own, so that what `fn` reads from outside is read anew for each Traces.
         self._jitted = jax.jit(functools.partial(fn))
-        self._known: dict[int, Traced] = {}
+        self._known: dict[int, tuple[core.ClosedJaxpr, Traced]] = {}
 
     def on(self, *args: Any) -> Traced:
         """Return the trace on arguments like `args`, of which nothing is computed."""
@@ -50,12 +64,14 @@ class Traces:
         if len(found.jaxpr.in_avals) != len(jax.tree.leaves(shapes)):
             # It reads what is being traced outside, which is another thing each time.
             jaxpr, result = jax.make_jaxpr(self._fn, return_shape=True)(*shapes)
-            return Traced(jaxpr=jaxpr, args=shapes, result=result)
+            return self._rewrite(Traced(jaxpr=jaxpr, args=shapes, result=result))
         # JAX gives the same jaxpr for the same arguments, and another where settings differ.
         key = id(found.jaxpr.jaxpr)
         if key not in self._known:
-            self._known[key] = Traced(jaxpr=found.jaxpr, args=shapes, result=found.out_info)
-        return self._known[key]
+            traced = Traced(jaxpr=found.jaxpr, args=shapes, result=found.out_info)
+            # The first jaxpr is kept, so that its id stays its own.
+            self._known[key] = found.jaxpr, self._rewrite(traced)
+        return self._known[key][1]
 
 
 def shapes_of(tree: Any) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 
 from jax.extend import core, source_info_util
 
-from .identity import fingerprint
 from .op_rules.rule import Kind
 
 # The named dimensions of an array: for each array dimension the ids of the dims it consists of, major to
@@ -188,10 +187,12 @@ class Program:
 
     `arguments` and `results` are in the order of `jaxpr.in_avals` and `out_avals`. `families` are the ids
     of the dims of each family. `batch_dims` are the dims that most arrays of the data lead with, major to
-    minor.
+    minor. `fingerprint` is a hash of what the user wrote, its structure, shapes and types: the same in every
+    process, for the same JAX. `notes` say what was recognised in it, and what was not.
     """
 
     jaxpr: core.ClosedJaxpr
+    fingerprint: str
     scope: Scope
     dims: tuple[Dim, ...]
     families: tuple[tuple[int, ...], ...]
@@ -200,6 +201,7 @@ class Program:
     batch_dims: tuple[int, ...]
     conflicts: tuple[Conflict, ...]
     unknown: tuple[Unknown, ...]
+    notes: tuple[str, ...] = ()
 
     def equations(self) -> Iterator[Equation]:
         """Walk every equation in program order, a call before what it runs."""
@@ -225,11 +227,6 @@ class Program:
     def parameters(self) -> tuple[Argument, ...]:
         """The arguments that are parameters."""
         return tuple(argument for argument in self.arguments if argument.is_parameter)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of the structure, shapes and types: the same in every process, for the same JAX."""
-        return fingerprint(self.jaxpr)
 
     def labelled(self, label: str) -> tuple[tuple[int, ...], ...]:
         """Return the distinct compositions of the array dimensions that the user's names call `label`."""

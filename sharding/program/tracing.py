@@ -12,8 +12,10 @@ from jax.extend import source_info_util
 from ..errors import UserError
 from ..paths import path_of
 from . import dims as named
+from .jaxpr import Traced
 from .labels import axis_names, names_of
 from .program import Argument, Program, Result, Unknown
+from .recognise import recognised
 from .resolve import Resolver
 from .walk import Walk, shape_of
 
@@ -24,6 +26,7 @@ def trace(
     names: Any = None,
     parameters: Sequence[int] = (0,),
     trained: Collection[str] | None = None,
+    recognise: Sequence[str] = (),
 ) -> Program:
     """Trace `fn` on abstract `args` and find its named dimensions.
 
@@ -35,9 +38,10 @@ def trace(
             Names only label what is found.
         parameters: which arguments are parameters; the others are data.
         trained: the paths of those of the first argument whose gradients are taken; all floats if not given.
+        recognise: forms that are rewritten where they are found; see `recognise`.
 
     Raises:
-        UserError: when names do not fit the arguments.
+        UserError: when names do not fit the arguments, or a form is not known.
 
     >>> w, x = jax.ShapeDtypeStruct((8, 4), "float32"), jax.ShapeDtypeStruct((16, 8), "float32")
     >>> def loss(params, x):
@@ -50,19 +54,19 @@ def trace(
         if position not in range(len(args)):
             raise UserError(f"parameters={tuple(parameters)}, but there are {len(args)} arguments")
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    return read(closed, args, out_shape, names=names, parameters=parameters, trained=trained)
+    traced = recognised(Traced(jaxpr=closed, args=args, result=out_shape), recognise)
+    return read(traced, names=names, parameters=parameters, trained=trained)
 
 
 def read(
-    closed: Any,
-    args: Sequence[Any],
-    out_shape: Any,
+    traced: Traced,
     *,
     names: Any = None,
     parameters: Sequence[int] = (0,),
     trained: Collection[str] | None = None,
 ) -> Program:
-    """Name the dimensions of a jaxpr that `jax.make_jaxpr` made of `args`; see `trace`."""
+    """Name the dimensions of a function that was traced; see `trace`."""
+    closed, args, out_shape = traced.jaxpr, traced.args, traced.result
     given = axis_names(args, names)
     walk = Walk()
     raw_args = [walk.fresh(shape_of(var)) for var in closed.jaxpr.invars]
@@ -108,6 +112,7 @@ def read(
         members.setdefault(number, []).append(dim)
     return Program(
         jaxpr=closed,
+        fingerprint=traced.fingerprint,
         scope=scope,
         dims=named.build(resolver, arguments, family, batch),
         families=tuple(tuple(ids) for ids in members.values()),
@@ -119,4 +124,5 @@ def read(
             Unknown(primitive=name, count=len(eqns), where=source_info_util.summarize(eqns[0].source_info))
             for name, eqns in walk.unknown.items()
         ),
+        notes=traced.notes,
     )

@@ -21,6 +21,7 @@ from ..plans.trainable import Split, split
 from ..program.jaxpr import Pass, Traced, Traces, rewritten
 from ..program.layers import INPUT, marks_of
 from ..program.program import Program
+from ..program.recognise import recognised
 from ..program.tracing import read
 from ..xla.compiler import compiler_of
 from ..xla.reduction import reduction_steps
@@ -69,7 +70,7 @@ def composed(traces: Traces, passes: Callable[[Program, Any], Sequence[Pass]]) -
     def function(params: Any, batch: Any) -> Any:
         traced = traces.on(params, batch)
         if traced not in programs:
-            programs[traced] = read(traced.jaxpr, traced.args, traced.result)
+            programs[traced] = read(traced)
         program = programs[traced]
         outputs = rewritten(program, passes(program, params), jax.tree.leaves((params, batch)))
         return jax.tree.unflatten(jax.tree.structure(traced.result), outputs)
@@ -97,7 +98,7 @@ class PlannedLoss:
     def __init__(self, plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> None:
         check_runs(plan)
         self._microbatches, self._trainable = plan.microbatches, plan.trainable
-        self.traces = Traces(loss)
+        self.traces = Traces(loss, functools.partial(recognised, which=plan.recognise))
         self._part = composed(self.traces, lambda program, params: passes_of(plan, program, params, mesh))
 
     def value(self, params: Any, batch: Any) -> Any:
