@@ -105,14 +105,22 @@ class Plan(Record):
         return apply(self, loss, self.make_mesh() if mesh is None else mesh)
 
     def train_step(
-        self, loss: Callable[..., Any], optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+        self,
+        loss: Callable[..., Any],
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh | None = None,
+        *,
+        guard: bool | None = None,
     ) -> Callable[..., Any]:
         """Return the jitted ``(state, batch) -> (state, metrics)``, which donates the state.
 
-        The state is that of `init`. Metrics are scalars: `loss`, `grad_norm` and the loss's auxiliary values.
+        The state is that of `init`. Metrics are `loss`, `grad_norm` and the loss's auxiliary values by their
+        paths. Once loss or gradients are not finite the state stays what it was, with ``state["stopped"]``
+        set; `guard` False is without that, None is with it unless the optimizer deals with it itself.
         """
         mesh = self.make_mesh() if mesh is None else mesh
-        return step.jitted_update(self, PlannedLoss(self, loss, mesh), optimizer, mesh=mesh)
+        planned = PlannedLoss(self, loss, mesh)
+        return step.jitted_update(self, planned, optimizer, mesh=mesh, guard=guard)
 
     def init(
         self,
@@ -121,7 +129,9 @@ class Plan(Record):
         optimizer: optax.GradientTransformation | None = None,
         mesh: Mesh | None = None,
     ) -> dict[str, Any]:
-        """Return the first state of a run, ``{"step", "params", "optimizer"}``, each array created in shards.
+        """Return the first state of a run, each array created in shards.
+
+        It is ``{"step", "params", "optimizer", "stopped"}``, see `transform.step.State`.
 
         Args:
           init: ``init(key)`` returns the parameters.

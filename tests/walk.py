@@ -49,7 +49,7 @@ def walk(config: Config) -> list[str]:
     idle = {name: MagicMock() for name in ("checkpoints", "collector", "window", "stop", "watchdog")}
     loop = TrainingLoop(config=config, job=job, update=update, **idle)
     with _watched() as files:
-        loop.run(job.step.abstract_state, 0)
+        loop.run({**job.step.abstract_state, "stopped": np.bool_(False)}, 0)
     return [file.removeprefix(f"{ROOT}/") for file in files]
 
 

@@ -73,7 +73,8 @@ class TrainConfig(Section):
         default=0.7, ge=0, description="Temperature of that sample; 0 takes the likeliest token."
     )
     stop_on_nan: bool = Field(
-        default=True, description="Stop with an error, state unsaved, when the loss is not finite."
+        default=True,
+        description="Keep nothing of a step whose loss or gradients are not finite, and stop.",
     )
     step_timeout_seconds: float = Field(
         default=600.0,

@@ -76,6 +76,7 @@ def build_job(config: Config) -> Job:
         transformation,
         mesh=mesh,
         measure=lambda state: {"learning_rate": rate(state["step"])},
+        guard=None if config.train.stop_on_nan else False,
     )
     tokens = rows * sequence
     return Job(

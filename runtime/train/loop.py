@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ...sharding.transform.metrics import named
+from ...sharding.transform.step import lasting
 from ..checkpoint import Checkpoints
 from ..config import Config
 from ..data import Prefetch
 from ..faults import StepWatchdog, StopSignal
 from ..profiling import ProfileWindow
 from .job import Job
-from .metrics import Collector
+from .metrics import NOT_KEPT, Collector, NotFinite
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -45,7 +47,7 @@ class TrainingLoop:
                 state = self._step(state, step, batches)
                 if step == start + 1:
                     # While the devices are busy with the first step.
-                    self.checkpoints.prepare(self.job.step.abstract_state)
+                    self.checkpoints.prepare(lasting(self.job.step.abstract_state))
                 self.checkpoints.check()
                 stopping = self.stop.at(step)
                 if stopping or step == steps or self._due(step, self.config.checkpoint.every):
@@ -82,15 +84,17 @@ class TrainingLoop:
             with self.job.held_out.iterate(0, sharding, stop_step=count) as batches:
                 self._held_out = list(batches)
         results = [self.job.step.evaluate(params, batch) for batch in self._held_out]
-        return [(mean, aux.get("weight", 1.0)) for mean, aux in results]
+        return [(mean, named(aux, ()).get("weight", 1.0)) for mean, aux in results]
 
     def _save(self, state: Any, step: int) -> None:
-        """Save the state once the loss of every step so far is known to be finite."""
+        """Save the state once every step so far is known to have been finite."""
         self.collector.drain()
+        if self.job.step.guarded and bool(state["stopped"]):
+            raise NotFinite(f"a loss or gradient up to step {step} was not finite; {NOT_KEPT}")
         last = self.collector.last
         metrics = {key: last[key] for key in ("loss", "eval_loss") if key in last}
         with self.watchdog.paused():
-            self.checkpoints.save(step, state, metadata=self._metadata(step), metrics=metrics)
+            self.checkpoints.save(step, lasting(state), metadata=self._metadata(step), metrics=metrics)
 
     def _metadata(self, step: int) -> dict[str, Any]:
         return {

@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from ...sharding.errors import UserError
 from ...sharding.files import write_whole
 from ..errors import RunError
@@ -20,6 +22,15 @@ from ..errors import RunError
 # Steps that may be under way on the devices before the loop waits: enough to hide its own work, and few
 # enough that a stop or an error is seen soon.
 IN_FLIGHT = 2
+
+# An aux value of more numbers is no metric: a step would wait for them to come to the host.
+MOST_VALUES = 64
+
+NOT_KEPT = (
+    "nothing of that step is kept, and the same command goes on from the newest checkpoint; a lower "
+    "optimizer.learning_rate, more optimizer.warmup_steps or a smaller optimizer.clip_norm may help, and "
+    "train.stop_on_nan=false trains on whatever comes"
+)
 
 
 class Sink(Protocol):
@@ -35,7 +46,7 @@ class Sink(Protocol):
 
 
 class NotFinite(RunError):
-    """The loss of a step was infinite or not a number."""
+    """The loss or the gradients of a step were infinite or not a number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +63,8 @@ class Collector:
 
     A record has `step` (steps done, from 1), `loss`, `grad_norm`, `learning_rate`, `step_seconds` (from
     when the step could start to when its result was there, data wait included), `tokens_per_second`,
-    `data_wait_seconds`, and `eval_loss` where the step was followed by an evaluation.
+    `data_wait_seconds`, the loss's own aux values by their paths (``hits/0``, ``hits/1`` of an array), and
+    `eval_loss` where the step was followed by an evaluation.
     """
 
     def __init__(
@@ -132,7 +144,7 @@ class Collector:
     def _write(self, pending: _Pending) -> None:
         import jax
 
-        values = {key: float(value) for key, value in jax.device_get(dict(pending.values)).items()}
+        values = _numbers(jax.device_get(dict(pending.values)))
         done = time.perf_counter()
         seconds = done - max(self._last_done, pending.asked_at)
         self._last_done = done
@@ -144,9 +156,10 @@ class Collector:
             "tokens_per_second": self._tokens / seconds,
             "data_wait_seconds": pending.data_wait_seconds,
         }
-        if self._stop_on_nan and not math.isfinite(values["loss"]):
+        if self._stop_on_nan and not math.isfinite(values["loss"] + values["grad_norm"]):
             raise NotFinite(
-                f"the loss of step {pending.step} is {values['loss']}; gradient norm {values['grad_norm']}"
+                f"the loss of step {pending.step} is {values['loss']}, its gradient norm "
+                f"{values['grad_norm']}; {NOT_KEPT}"
             )
         if pending.evaluation:
             record["eval_loss"] = _weighted_mean(jax.device_get(list(pending.evaluation)))
@@ -154,6 +167,30 @@ class Collector:
         self.last = record
         for sink in self._sinks:
             sink.write(record)
+
+
+def check_metrics(shapes: Mapping[str, Any]) -> None:
+    """Raise UserError for an aux value that cannot be logged; `shapes` are a step's metrics."""
+    import jax.numpy as jnp
+
+    for name, leaf in shapes.items():
+        real = any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+        if not real or math.prod(leaf.shape) > MOST_VALUES:
+            raise UserError(
+                f"the loss's aux value {name!r} is {leaf.dtype}{list(leaf.shape)}; a log of steps holds real "
+                f"numbers, up to {MOST_VALUES} of one name: return its mean or norm, or leave it out"
+            )
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return one number for each scalar and for each item of an array, which is named by its place."""
+    found = {}
+    for name, value in values.items():
+        if np.ndim(value) == 0:
+            found[name] = float(value)
+        else:
+            found |= {f"{name}/{'/'.join(map(str, at))}": float(one) for at, one in np.ndenumerate(value)}
+    return found
 
 
 def _weighted_mean(pairs: Sequence[tuple[Any, Any]]) -> float:

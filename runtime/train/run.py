@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...sharding.errors import UserError
 from ...sharding.files import user_cache
+from ...sharding.transform.step import lasting, resumed
 from ..checkpoint import Checkpoints
 from ..config import Config
 from ..faults import StepWatchdog, StopSignal, fail_fast
@@ -17,7 +18,7 @@ from .conclude import check_sample, conclude
 from .console import console
 from .job import Job, build_job
 from .loop import TrainingLoop
-from .metrics import Collector, JsonLines, Sink, TensorBoard
+from .metrics import Collector, JsonLines, Sink, TensorBoard, check_metrics
 from .planning import described_topology
 from .run_folder import RunFolder
 
@@ -42,6 +43,7 @@ def train(config: Config) -> int:
         check_sample(config, job)
         # Traced before anything is written: it may turn out that the plan cannot be carried out.
         update = job.step.update.lower(job.step.abstract_state, job.abstract_batch)
+        check_metrics(update.out_info[1])
         if hosts.is_main:
             folder.open(config, job.plan)
         try:
@@ -93,20 +95,23 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
         watchdog = stack.enter_context(StepWatchdog(config.train.step_timeout_seconds))
         # Innermost: what closes above would wait for processes that wait for this one.
         with fail_fast():
-            restored = checkpoints.restore(job.step.abstract_state)
+            restored = checkpoints.restore(lasting(job.step.abstract_state))
             if restored is not None:
                 _check_same_data(restored.metadata, job)
             start = 0 if restored is None else restored.step
             if hosts.is_main:
                 _announce(config, job, hosts, start)
-            state = job.step.init(jax.random.key(config.seed)) if restored is None else restored.state
+            if restored is None:
+                state = job.step.init(jax.random.key(config.seed))
+            else:
+                state = resumed(restored.state, job.step.abstract_state)
             compiled = update.compile()
             if profile.start_step is not None:
                 save_program(folder.profile, compiled, job.mesh)
             collector = Collector(
                 _sinks(config, job, folder, start) if hosts.is_main else [],
                 tokens_per_step=job.tokens_per_step,
-                stop_on_nan=config.train.stop_on_nan,
+                stop_on_nan=job.step.guarded,
             )
             stack.callback(collector.close)
             loop = TrainingLoop(

@@ -32,6 +32,12 @@ def mesh_of(plan: Decision, devices: Any = None) -> Mesh:
 
 def specs(plan: Decision, tree: Any, kind: str = "params") -> Any:
     """Return the PartitionSpec of every array in a tree, see `Plan.specs`."""
+    if kind == "params" and _is_state(plan, tree):
+        # A parameter may be named as a part of the state is, ``step`` say.
+        return {
+            name: specs(plan, part) if name == "params" else _specs_beside(plan, part)
+            for name, part in tree.items()
+        }
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: PartitionSpec(*_spec(plan, path_of(keys), tuple(leaf.shape), kind)), tree
     )
@@ -136,6 +142,23 @@ def _same_paths(kind: str, planned: Mapping[str, ArrayPlan], tree: Any) -> dict[
     return have
 
 
+def _is_state(plan: Decision, tree: Any) -> bool:
+    """Whether `tree` is a training state: the plan's parameters stand below its ``params``."""
+    if not isinstance(tree, dict) or "params" not in tree:
+        return False
+    return {*by_path(tree["params"])} == {*plan.params} != {*by_path(tree)}
+
+
+def _specs_beside(plan: Decision, part: Any) -> Any:
+    """Return the PartitionSpecs of a part of a training state other than its parameters."""
+
+    def spec(keys: Any, leaf: Any) -> PartitionSpec:
+        owner = by_suffix(path_of(keys), plan.params)
+        return PartitionSpec(*(() if owner is None else _spec_of_moment(plan, owner, tuple(leaf.shape))))
+
+    return jax.tree_util.tree_map_with_path(spec, part)
+
+
 def _spec(plan: Decision, path: str, shape: tuple[int, ...], kind: str) -> Spec:
     planned: ArrayPlan | None = getattr(plan, kind).get(path)
     if planned is not None:
@@ -145,7 +168,12 @@ def _spec(plan: Decision, path: str, shape: tuple[int, ...], kind: str) -> Spec:
     owner = by_suffix(path, plan.params) if kind == "params" else None
     if owner is None:
         return ()
+    if path == f"params/{owner}":
+        # Of a training state that lacks some parameters.
+        return derived(plan.params[owner].spec, plan.params[owner].shape, shape)
+    return _spec_of_moment(plan, owner, shape)
+
+
+def _spec_of_moment(plan: Decision, owner: str, shape: tuple[int, ...]) -> Spec:
     row = plan.params[owner]
-    # In a whole training state the parameters themselves stand below ``params``.
-    spec = row.spec if path == f"params/{owner}" else plan.moments.get(owner, row.spec)
-    return derived(spec, row.shape, shape)
+    return derived(plan.moments.get(owner, row.spec), row.shape, shape)

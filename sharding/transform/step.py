@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from ..plans.record import Decision, Record
 from ..plans.trainable import split
 from ..program.jaxpr import shapes_of
 from .compose import PlannedLoss
+from .metrics import named, norm
+from .optimizer import change, extra_of, handles_nonfinite, wanted
 
 if TYPE_CHECKING:
     import optax
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 
 State = dict[str, Any]
+"""``{"step", "params", "optimizer", "stopped"}``: the updates that were made, what they were made to, and
+whether a loss or gradient was not finite, from where on nothing changes."""
 Measure = Callable[[State], dict[str, Any]]
 
 
@@ -28,12 +33,14 @@ Measure = Callable[[State], dict[str, Any]]
 class Step:
     """What a training loop calls.
 
-    `init(key)` creates the state ``{"step", "params", "optimizer"}``, every array on the devices that
-    hold it and never whole on one; the optimizer's arrays are of the parameters that are trained.
-    `update(state, batch)` gives the next state and the step's metrics (`loss`, `grad_norm` and the loss's own
-    aux values, scalars); it donates `state`. `evaluate(params, batch)` gives ``(loss, aux)`` of one batch.
-    `abstract_state` holds the state's ShapeDtypeStructs with their shardings, `batch` the NamedShardings of a
-    batch.
+    `init(key)` creates the state ``{"step", "params", "optimizer", "stopped"}``, every array on the devices
+    that hold it and never whole on one; the optimizer's arrays are of the parameters that are trained.
+    `update(state, batch)` gives the next state and the step's metrics:
+    `loss`, `grad_norm` and the loss's own aux values by their paths (``aux/loss`` where a name is taken,
+    ``aux/0`` of a tuple); it donates `state`. `evaluate(params, batch)` gives ``(loss, aux)`` of one batch,
+    aux as the loss gives it. `abstract_state` holds the state's ShapeDtypeStructs with their shardings,
+    `batch` the NamedShardings of a batch. `guarded` says whether a loss or a gradient that is not finite
+    leaves the state as it was and sets ``state["stopped"]``, after which nothing changes.
     """
 
     init: jax.stages.Wrapped
@@ -41,6 +48,7 @@ class Step:
     evaluate: jax.stages.Wrapped
     abstract_state: State
     batch: Any
+    guarded: bool
 
 
 def train_step(
@@ -52,6 +60,7 @@ def train_step(
     *,
     mesh: Mesh,
     measure: Measure | None = None,
+    guard: bool | None = None,
 ) -> Step:
     """Return the step of `loss(params, batch)` under `plan`, with what goes before and after it.
 
@@ -63,10 +72,15 @@ def train_step(
         optimizer: its state is part of the step's.
         mesh: the plan's axes over devices, as `plan.make_mesh()` gives it.
         measure: gives scalars, of a state, that are added to the metrics (the learning rate, say).
+        guard: whether a step whose loss or gradients are not finite is left out, and all after it. None is
+            yes, unless the optimizer's state shows that it deals with such gradients itself, see
+            `transform.optimizer.handles_nonfinite`.
 
     Raises:
-        UserError: the parameters or the batch are not those that the plan was made for.
+        UserError: the parameters or the batch are not those that the plan was made for, or the optimizer
+            needs what a step cannot give it.
     """
+    wanted(optimizer)
     first = _first(plan, init, optimizer)
     shapes = jax.eval_shape(first, jax.random.key(0))
     arrays.check(plan, shapes["params"], batch)
@@ -75,7 +89,7 @@ def train_step(
     of_batch = arrays.shardings(plan, batch, mesh, "batch")
     return Step(
         init=jax.jit(first, out_shardings=of_state),
-        update=jitted_update(plan, planned, optimizer, mesh=mesh, measure=measure),
+        update=jitted_update(plan, planned, optimizer, mesh=mesh, measure=measure, guard=guard),
         evaluate=jax.jit(
             lambda params, batch: with_aux(planned.value(params, batch)),
             in_shardings=(of_state["params"], of_batch),
@@ -86,6 +100,7 @@ def train_step(
             of_state,
         ),
         batch=of_batch,
+        guarded=_guarded(guard, shapes["optimizer"]),
     )
 
 
@@ -96,6 +111,7 @@ def jitted_update(
     *,
     mesh: Mesh,
     measure: Measure | None = None,
+    guard: bool | None = None,
 ) -> jax.stages.Wrapped:
     """Return the jitted ``(state, batch) -> (state, metrics)``; it learns the state's structure when called.
 
@@ -104,13 +120,15 @@ def jitted_update(
     """
 
     def update(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        # One of other making may lack the flag.
+        state = {"stopped": jnp.bool_(False), **state}
         shapes = shapes_of((state, batch))
         arrays.check(plan, shapes[0]["params"], shapes[1])
         if plan.origin is not None:
             plan.origin.check(planned.traces.on(shapes[0]["params"], shapes[1]))
         of_state = arrays.shardings(plan, shapes[0], mesh)
         batch = jax.lax.with_sharding_constraint(batch, arrays.shardings(plan, shapes[1], mesh, "batch"))
-        state, metrics = updated(planned, optimizer, state, batch, measure)
+        state, metrics = updated(planned, optimizer, state, batch, measure, guard=guard)
         return jax.lax.with_sharding_constraint(state, of_state), metrics
 
     return jax.jit(update, donate_argnums=0, compiler_options=dict(plan.compiler_options) or None)
@@ -124,7 +142,7 @@ def first_state(
     *,
     mesh: Mesh,
 ) -> State:
-    """Create the state ``{"step", "params", "optimizer"}``, every array on the devices that hold it."""
+    """Create the first state, every array on the devices that hold it."""
     first = _first(plan, init, optimizer)
     shapes = jax.eval_shape(first, key)
     arrays.check_arrays(plan, "parameter", shapes["params"])
@@ -136,10 +154,25 @@ def _first(
 ) -> Callable[[Any], State]:
     def first(key: Any) -> State:
         params = init(key)
-        moments = optimizer.init(split(params, plan.trainable).trained)
-        return {"step": jnp.int32(0), "params": params, "optimizer": moments}
+        return {
+            "step": jnp.int32(0),
+            "params": params,
+            "optimizer": optimizer.init(split(params, plan.trainable).trained),
+            "stopped": jnp.bool_(False),
+        }
 
     return first
+
+
+def lasting(state: State) -> State:
+    """Return what of a state outlasts a run: all but ``stopped``, which no state that is kept has set."""
+    return {key: part for key, part in state.items() if key != "stopped"}
+
+
+def resumed(kept: State, like: State) -> State:
+    """Return the state that goes on from what `lasting` gave; `like` is the step's `abstract_state`."""
+    stopped = jax.jit(lambda: jnp.bool_(False), out_shardings=like["stopped"].sharding)()
+    return {**kept, "stopped": stopped}
 
 
 def abstract_state(plan: Decision, params: Any, optimizer: optax.GradientTransformation) -> State:
@@ -149,6 +182,7 @@ def abstract_state(plan: Decision, params: Any, optimizer: optax.GradientTransfo
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "params": params,
         "optimizer": jax.eval_shape(optimizer.init, split(params, plan.trainable).trained),
+        "stopped": jax.ShapeDtypeStruct((), jnp.bool_),
     }
 
 
@@ -158,25 +192,53 @@ def updated(
     state: State,
     batch: Any,
     measure: Measure | None = None,
+    *,
+    guard: bool | None = None,
 ) -> tuple[State, dict[str, Any]]:
-    """Return the state after one step on `batch`, and the step's metrics."""
+    """Return the state after one step on `batch`, and the step's metrics; `guard` is as of `train_step`."""
     found, gradients = planned.value_and_grad(state["params"], batch)
     value, aux = with_aux(found)
+    length = norm(gradients)
     parts = planned.split(state["params"])
-    updates, moments = optimizer.update(gradients, state["optimizer"], parts.trained)
-    trained = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), parts.trained, updates)
-    params = parts.joined(trained)
-    metrics = {"loss": value, "grad_norm": _norm(gradients), **(aux if isinstance(aux, dict) else {})}
-    if measure is not None:
-        metrics |= measure(state)
-    return {"step": state["step"] + 1, "params": params, "optimizer": moments}, metrics
+
+    def scalar(trained: Any) -> Any:
+        return with_aux(planned.value(parts.joined(trained), batch))[0]
+
+    extra = extra_of(scalar, value, gradients)
+    changes, moments = change(
+        optimizer,
+        gradients,
+        state["optimizer"],
+        parts.trained,
+        {name: extra[name] for name in wanted(optimizer)},
+    )
+    trained = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), parts.trained, changes)
+    after = {"step": state["step"] + 1, "params": parts.joined(trained), "optimizer": moments}
+    stopped = state["stopped"]
+    if _guarded(guard, state["optimizer"]):
+        stopped |= ~(jnp.all(jnp.isfinite(value)) & jnp.isfinite(length))
+        after = jax.tree.map(functools.partial(_unless, stopped), {key: state[key] for key in after}, after)
+    metrics = {"loss": value, "grad_norm": length, **({} if measure is None else measure(state))}
+    return {**after, "stopped": stopped}, {**metrics, **named(aux, metrics)}
+
+
+def _unless(stopped: Any, old: Any, new: Any) -> Any:
+    """Return `new`, or what it was if the state has stopped.
+
+    A select fuses with what made `new`, and the donated buffer of `old` is written over in place.
+    """
+    if new is old:
+        return new
+    new = jnp.asarray(new)
+    if old.shape != new.shape:
+        return new
+    return jnp.where(stopped, old if old.dtype == new.dtype else old.astype(new.dtype), new)
+
+
+def _guarded(guard: bool | None, moments: Any) -> bool:
+    return not handles_nonfinite(moments) if guard is None else guard
 
 
 def with_aux(result: Any) -> tuple[Any, Any]:
     """Return what a loss gave as ``(value, aux)``, aux being empty if it gave none."""
     return result if isinstance(result, tuple) else (result, {})
-
-
-def _norm(gradients: Any) -> Any:
-    """Root of the sum of squares over all gradients, in float32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(gradients)))

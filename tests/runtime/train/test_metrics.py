@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from meshwright.runtime.train.metrics import (
@@ -17,8 +18,10 @@ from meshwright.runtime.train.metrics import (
     JsonLines,
     NotFinite,
     TensorBoard,
+    check_metrics,
     read_lines,
 )
+from meshwright.sharding import UserError
 
 
 class Kept:
@@ -35,13 +38,16 @@ class Kept:
         self.closed = True
 
 
-def submit(collector: Collector, step: int, loss: Any = 1.0, **more: Any) -> None:
+def submit(
+    collector: Collector, step: int, loss: Any = 1.0, metrics: Mapping[str, Any] | None = None, **more: Any
+) -> None:
     collector.wait_for_slot()
     values = {
         "loss": jnp.float32(loss),
         "grad_norm": jnp.float32(2.0),
         "learning_rate": jnp.float32(0.5),
         "weight": jnp.float32(64),
+        **(metrics or {}),
     }
     collector.submit(step, values, asked_at=time.perf_counter(), data_wait_seconds=0.25, **more)
 
@@ -106,10 +112,40 @@ def test_a_loss_that_is_not_finite_stops_the_loop(loss: float) -> None:
         for step in range(3, 20):
             submit(collector, step)
 
-    with pytest.raises(NotFinite, match=f"the loss of step 2 is {loss}; gradient norm 2.0"):
+    with pytest.raises(
+        NotFinite, match=f"the loss of step 2 is {loss}, its gradient norm 2.0; nothing of that step is kept"
+    ):
         go_on()
     collector.close()
     assert [record["step"] for record in sink.records] == [1]
+
+
+def test_a_gradient_that_is_not_finite_stops_it_though_the_loss_is() -> None:
+    collector = Collector([Kept()], tokens_per_step=1)
+    submit(collector, 1, metrics={"grad_norm": jnp.float32("inf")})
+    with pytest.raises(NotFinite, match=r"the loss of step 1 is 1\.0, its gradient norm inf"):
+        collector.drain()
+    collector.close()
+
+
+def test_items_of_an_array_are_logged_by_their_places() -> None:
+    sink = Kept()
+    collector = Collector([sink], tokens_per_step=1)
+    submit(collector, 1, metrics={"hits": jnp.array([[3, 4], [5, 6]]), "share": jnp.array([True])})
+    collector.close()
+    record = sink.records[0]
+    assert [record[f"hits/{at}"] for at in ("0/0", "0/1", "1/0", "1/1")] == [3, 4, 5, 6]
+    assert record["share/0"] == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((8, 9), "float32"), ((), "complex64"), ((65,), "bool"), ((1000,), "int32")]
+)
+def test_an_aux_value_that_no_log_can_hold_is_refused(shape: tuple[int, ...], dtype: str) -> None:
+    values = {"loss": jax.ShapeDtypeStruct((), "float32"), "odd": jax.ShapeDtypeStruct(shape, dtype)}
+    with pytest.raises(UserError, match=r"the loss's aux value 'odd' is .*return its mean or norm"):
+        check_metrics(values)
+    check_metrics({"few": jax.ShapeDtypeStruct((8, 8), "bfloat16"), "one": jax.ShapeDtypeStruct((), "bool")})
 
 
 def test_it_stops_at_the_end_of_the_run_too() -> None:

@@ -126,6 +126,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(small_config, tmp_path):
     result = meshwright("train", *words(small_config, run, *wild))
     assert result.returncode == 1
     assert "error: the loss of step" in result.stderr
+    assert "nothing of that step is kept" in result.stderr
     assert "Traceback" not in result.stderr
     assert max(saved_steps(run), default=0) <= len(metrics(run))
 

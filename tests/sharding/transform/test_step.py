@@ -13,7 +13,7 @@ from meshwright.models import mlp
 from meshwright.runtime.config import parse
 from meshwright.runtime.train import optimizer
 from meshwright.sharding import UserError, declare, train_step
-from meshwright.sharding.transform.step import Step, with_aux
+from meshwright.sharding.transform.step import Step, lasting, with_aux
 
 pytestmark = pytest.mark.numerics
 
@@ -188,3 +188,97 @@ def test_other_parameters_than_planned_are_refused() -> None:
 def test_a_loss_with_or_without_aux_values() -> None:
     assert with_aux(1.0) == (1.0, {})
     assert with_aux((1.0, {"weight": 2})) == (1.0, {"weight": 2})
+
+
+def fragile(params: Any, batch: Any) -> Any:
+    """A loss that is finite unless the batch says otherwise; ``edge`` makes the gradient alone infinite."""
+    found = jnp.mean((batch["x"] @ params["w"]) ** 2) * jnp.mean(batch["scale"])
+    return found + jnp.mean(jnp.sqrt(jnp.maximum(batch["edge"] + 0 * jnp.sum(params["w"]), 0)))
+
+
+def fragile_init(key: Any) -> Any:
+    return {"w": jax.random.normal(key, (8, 8))}
+
+
+def fragile_batch(scale: float = 1.0, edge: float = 1.0) -> Any:
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+    return {"x": x, "scale": jnp.full((16,), scale, "float32"), "edge": jnp.full((16,), edge, "float32")}
+
+
+def fragile_step(made: Any, **how: Any) -> Step:
+    shapes = jax.eval_shape(fragile_init, jax.random.key(0))
+    plan = declare(
+        fragile, shapes, fragile_batch(), topology="cpu:8", mesh={"fsdp": 8}, rules={"*w": [None, "fsdp"]}
+    )
+    return train_step(plan, fragile, fragile_init, fragile_batch(), made, mesh=plan.make_mesh(), **how)
+
+
+def values(state: Any) -> list[np.ndarray]:
+    plain = jax.tree.map(
+        lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf,
+        lasting(state),
+    )
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(plain)]
+
+
+@pytest.mark.devices(8)
+def test_what_is_not_finite_changes_nothing_and_neither_does_what_comes_after() -> None:
+    # Its state holds a key beside what is of the parameters' shapes.
+    step = fragile_step(optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.adam(0.1)))
+    assert step.guarded
+    for bad in ({"scale": np.nan}, {"scale": np.inf}, {"edge": 0.0}):
+        state, _ = step.update(step.init(jax.random.key(0)), fragile_batch())
+        assert not state["stopped"]
+        before = values(state)
+        for batch, finite in ((fragile_batch(**bad), False), (fragile_batch(), True)):
+            state, metrics = step.update(state, batch)
+            assert np.isfinite(metrics["loss"] + metrics["grad_norm"]) == finite
+            assert state["stopped"]
+            for got, wanted in zip(values(state), before, strict=True):
+                np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.devices(8)
+def test_an_optimizer_that_deals_with_nan_is_left_to_do_so() -> None:
+    made = optax.apply_if_finite(optax.sgd(0.1), 5)
+    step = fragile_step(made)
+    assert not step.guarded
+    state, _ = step.update(step.init(jax.random.key(0)), fragile_batch(scale=float("nan")))
+    assert (int(state["step"]), int(state["optimizer"].notfinite_count)) == (1, 1)
+    again, _ = step.update(state, fragile_batch())
+    wanted, _ = fragile_step(optax.sgd(0.1)).update(
+        fragile_step(optax.sgd(0.1)).init(jax.random.key(0)), fragile_batch()
+    )
+    assert (int(again["step"]), bool(again["stopped"])) == (2, False)
+    np.testing.assert_allclose(again["params"]["w"], wanted["params"]["w"], rtol=1e-6)
+
+
+@pytest.mark.devices(8)
+def test_the_guard_can_be_taken_away_and_a_state_without_the_flag_is_sound() -> None:
+    step = fragile_step(optax.sgd(0.1), guard=False)
+    state, _ = step.update(step.init(jax.random.key(0)), fragile_batch(scale=float("nan")))
+    assert np.isnan(np.asarray(state["params"]["w"])).all()
+    step = fragile_step(optax.sgd(0.1))
+    state, _ = step.update(lasting(step.init(jax.random.key(0))), fragile_batch())
+    assert (int(state["step"]), bool(state["stopped"])) == (1, False)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("name", ["step", "params", "optimizer", "stopped"])
+def test_a_parameter_may_be_named_as_a_part_of_the_state(name: str) -> None:
+    def init(key: Any) -> Any:
+        return {name: jax.random.normal(key, (8, 16)), "out": jax.random.normal(key, (16, 8))}
+
+    def loss(params: Any, batch: Any) -> Any:
+        return jnp.mean((batch["x"] @ params[name] @ params["out"]) ** 2)
+
+    batch = {"x": fragile_batch()["x"]}
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    names = {name: ("embed", "mlp"), "out": ("mlp", "embed")}
+    plan = declare(loss, shapes, batch, topology="cpu:8", mesh={"fsdp": 8}, names=names)
+    state = plan.init(init, jax.random.key(0), optax.adam(0.1))
+    state, metrics = plan.train_step(loss, optax.adam(0.1))(state, batch)
+    np.testing.assert_allclose(metrics["loss"], loss(init(jax.random.key(0)), batch), rtol=1e-5)
+    for tree in (state["params"], state["optimizer"][0].mu):
+        for leaf in jax.tree.leaves(tree):
+            assert leaf.addressable_data(0).size == leaf.size // 8

@@ -1,0 +1,111 @@
+"""An optimizer's update as a step calls it: what it wants besides gradients, and what it does with NaN."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from ..errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import optax
+
+# What a step can give an optimizer beyond gradients, state and parameters, by the names that Optax's own
+# optimizers know them by: `obj_fn` is Sophia's name of `value_fn`, `grad_fn` is that of SAM.
+EXTRA = ("value", "grad", "value_fn", "obj_fn", "grad_fn")
+
+# Python's own words for a call that lacks an argument.
+_MISSING = re.compile(r"missing \d+ required (?:keyword-only |positional )?arguments?: (.*)")
+
+# Words in the names of records and fields by which an optimizer's state shows what it does with NaN:
+# ApplyIfFiniteState, ZeroNansState, `should_skip` of MultiSteps, DynamicLossScale, DynamicScale.
+_HANDLES = re.compile(
+    r"(?:not|if|is|last|non)_?finite|(?:^|_)nans?(?:_|$)|(?:loss|dynamic)_scal(?:e|ing)|should_skip"
+)
+
+
+def wanted(optimizer: optax.GradientTransformation) -> frozenset[str]:
+    """Return which of `EXTRA` the optimizer's update takes.
+
+    Raises UserError if it needs, by its own signature, what a step has not.
+    """
+    parameters = inspect.signature(optimizer.update).parameters.values()
+    needed = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
+    for name in needed:
+        if name not in EXTRA:
+            raise _unknown(name)
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return frozenset(EXTRA)
+    return frozenset(one.name for one in parameters if one.name in EXTRA)
+
+
+def change(
+    optimizer: optax.GradientTransformation, gradients: Any, state: Any, params: Any, extra: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Return what `optimizer` adds to `params`, and its next state.
+
+    `extra` are values by their names in `EXTRA`, those that are `wanted`. Raises UserError if an optimizer
+    within it needs another.
+    """
+    try:
+        return optimizer.update(gradients, state, params, **extra)
+    except TypeError as error:
+        found = _MISSING.search(str(error))
+        names = re.findall(r"'(\w+)'", found[1]) if found else []
+        unknown = next((name for name in names if name not in EXTRA), None)
+        if unknown is None:
+            raise
+        raise _unknown(unknown) from None
+
+
+def extra_of(scalar: Callable[[Any], Any], value: Any, gradients: Any) -> dict[str, Any]:
+    """Return the values of `EXTRA`; `scalar` is the loss's scalar as a function of the parameters."""
+
+    def value_fn(params: Any, obj_fn: Any = None, grad_fn: Any = None) -> Any:
+        # Line searches hand on to it what they do not know, and refuse what it has no name for.
+        del obj_fn, grad_fn
+        return scalar(params)
+
+    def grad_fn(params: Any, inner_step: Any = None) -> Any:
+        del inner_step
+        return jax.grad(scalar)(params)
+
+    return {"value": value, "grad": gradients, "value_fn": value_fn, "obj_fn": scalar, "grad_fn": grad_fn}
+
+
+def handles_nonfinite(state: Any) -> bool:
+    """Whether an optimizer's state shows that it deals with gradients that are not finite itself.
+
+    It shows by the names of its records and fields, as in ``ApplyIfFiniteState`` and ``loss_scale``.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> plain, guarded = optax.adam(1), optax.apply_if_finite(optax.adam(1), 5)
+    >>> handles_nonfinite(plain.init(params)), handles_nonfinite(guarded.init(params))
+    (False, True)
+    """
+    records: list[str] = []
+
+    def look(node: Any) -> bool:
+        records.append(type(node).__name__)
+        return False
+
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=look)
+    # Keys of dictionaries are among them: some keep their counts there.
+    fields = {str(getattr(key, "name", getattr(key, "key", ""))) for keys, _ in leaves for key in keys}
+    return any(_HANDLES.search(_snake(name)) for name in {*records, *fields})
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def _unknown(name: str) -> UserError:
+    return UserError(
+        f"the optimizer's update needs {name!r}, which a step has not; {nearest(name, EXTRA)}; bind it "
+        "(functools.partial), or call the update in a loop of your own around plan.apply(loss)"
+    )
