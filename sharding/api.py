@@ -70,15 +70,13 @@ class Plan(Record):
     def specs(self, tree: Any, kind: str = "params") -> Any:
         """Return a tree like `tree` of PartitionSpecs.
 
-        An optimizer's array lies as the parameter whose path its own path ends with, or without one as a
-        parameter of its shape; one that lacks a dimension of it (factored moments) or has one more
-        (histories) keeps the rest of the spec, and one that is flat is cut over the same axes. What belongs
-        to no parameter is replicated, unless it is a hundredth of a device's memory: then it is cut over
-        the axes that cut the parameters.
+        An optimizer's array has the spec of the parameter whose path its own path ends with; one that lacks a
+        dimension of it (factored moments) keeps the rest of the spec. Arrays that belong to no parameter,
+        such as counters, are replicated.
 
         Args:
           tree: parameters, a training state or a part of one; or a batch.
-          kind: ``params`` for the former, ``batch`` for a batch.
+          kind: ``params`` for the former, ``batch`` for a batch, ``state`` for a loss's state by itself.
 
         Raises:
           UserError: a parameter or an array of the batch has another shape than the plan's.
@@ -98,7 +96,7 @@ class Plan(Record):
         return arrays.axes_of_dims(self, program)
 
     def bytes_per_device(self, kind: str = "params") -> int:
-        """Return the bytes that one device holds of the parameters, or with `kind` ``batch`` of the batch."""
+        """Return the bytes that one device holds of the parameters, or of the ``batch`` or ``state``."""
         return arrays.bytes_per_device(self, kind)
 
     def apply(self, loss: Callable[..., Any], mesh: Mesh | AbstractMesh | None = None) -> Callable[..., Any]:
@@ -156,6 +154,7 @@ class Plan(Record):
         batch: Any = None,
         optimizer: optax.GradientTransformation | None = None,
         *,
+        state: Any = None,
         top: int = 1,
         limits: Limits | None = None,
         use_cache: bool = True,
@@ -169,6 +168,7 @@ class Plan(Record):
           params: its parameters: arrays or ShapeDtypeStructs.
           batch: likewise, the global batch.
           optimizer: of the step.
+          state: of the loss, where the plan has one; a plan that was just made knows it too.
           top: above 1, so many layouts are compiled and the fastest by the compiler's word is returned.
           limits: of time and memory, for each compile.
           use_cache: whether a proof that was kept on disk will do.
@@ -184,6 +184,7 @@ class Plan(Record):
                 raise UserError(
                     f"this plan knows no {name}; write plan.verify(loss, params, batch, optimizer)"
                 )
+        given["state"] = getattr(self.problem, "state", None) if state is None else state
         fingerprint = None
         if self.problem is not None and given["loss"] is self.problem.loss:
             fingerprint = self.problem.program.fingerprint
@@ -218,15 +219,20 @@ class Plan(Record):
         """Show the plan in a notebook: mesh, time, memory, parameters, what else there was."""
         return fragment(plan_document(self))
 
-    def check(self, params: Any, batch: Any, loss: Callable[..., Any] | None = None) -> None:
+    def check(
+        self, params: Any, batch: Any, loss: Callable[..., Any] | None = None, state: Any = None
+    ) -> None:
         """Raise UserError, naming the difference, if the plan was made for other arrays or another `loss`."""
-        arrays.check(self, params, batch, loss)
+        arrays.check(self, params, batch, loss, state)
 
     def check_arrays(self, kind: str, tree: Any) -> None:
-        """Raise UserError if `tree` is not what the plan has of a ``parameter`` or ``batch array``."""
+        """Raise UserError if `tree` is not what the plan has of a `kind`.
+
+        A ``parameter``, a ``batch array`` or a ``state array``.
+        """
         arrays.check_arrays(self, kind, tree)
 
-    def resized(self, params: Any, batch: Any) -> Plan:
+    def resized(self, params: Any, batch: Any, state: Any = None) -> Plan:
         """Return the same layout for arrays of other sizes, such as a model of fewer layers.
 
         The estimate, the proof and what is remembered of the search are left out.
@@ -234,7 +240,7 @@ class Plan(Record):
         Raises:
           UserError: a path is missing or new, or an axis does not divide a new size.
         """
-        decision = arrays.resized(self, params, batch)
+        decision = arrays.resized(self, params, batch, state)
         return Plan(**vars(decision), notes=self.notes, optimizer=self.optimizer)
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,7 +263,7 @@ class Plan(Record):
 
 
 def plan(
-    loss: Callable[[Any, Any], Any],
+    loss: Callable[..., Any],
     params: Any,
     batch: Any,
     *,
@@ -271,6 +277,7 @@ def plan(
     attention: str | None = None,
     names: Any = None,
     trainable: Any = None,
+    state: Any = None,
     recognise: Sequence[str] = FORMS,
 ) -> Plan:
     """Return the plan for training ``loss(params, batch)`` on `topology` that is fastest and fits its memory.
@@ -305,6 +312,9 @@ def plan(
         trainable: which parameters are trained, all floats if not given: a pattern over paths or several
             (``"*lora*"``), patterns → bool, or a tree of bools like `params`. The others are kept in the
             state, with no gradient and nothing of the optimizer's, as integers and keys are.
+        state: what changes beside the parameters (batch statistics, moving averages, counters, keys): a tree
+            of arrays or ShapeDtypeStructs. The loss is then ``loss(params, batch, state)`` and returns
+            ``(scalar, (aux, new state))``.
         recognise: which forms are worked through in one way however they are written: ``attention``,
             ``losses`` over a vocabulary, and ``layers`` without a scan. `notes` says where.
 
@@ -327,13 +337,14 @@ def plan(
         names=names,
         recognise=checked_forms(recognise),
         trainable=trainable,
+        state=state,
     )
     found, search = best_of(problem, Topology.parse(topology), declared)
     return Plan.of(found, optimizer=optimizer, problem=problem, search=search)
 
 
 def declare(
-    loss: Callable[[Any, Any], Any],
+    loss: Callable[..., Any],
     params: Any,
     batch: Any,
     *,
@@ -346,6 +357,7 @@ def declare(
     microbatches: int = 1,
     attention: str | None = None,
     trainable: Any = None,
+    state: Any = None,
     recognise: Sequence[str] = FORMS,
 ) -> Plan:
     """Return the plan that the declared `mesh` and `rules` give for ``loss(params, batch)``.
@@ -374,6 +386,7 @@ def declare(
         microbatches: parts of the batch that are computed one after another.
         attention: as in `plan`: ``auto`` if not given.
         trainable: which parameters are trained, as in `plan`.
+        state: what changes beside the parameters, as in `plan`.
         recognise: as in `plan`: all if not given.
 
     Raises:
@@ -387,6 +400,7 @@ def declare(
         names=names,
         recognise=checked_forms(recognise),
         trainable=trainable,
+        state=state,
     )
     declared = Declared(
         mesh=mesh, rules=rules or {}, remat=remat, microbatches=microbatches, attention=attention

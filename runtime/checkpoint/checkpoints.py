@@ -19,7 +19,7 @@ from ...sharding.files import FolderInUse, FolderLock
 from . import fingerprint, folder, manifest, spread, store
 from .agreement import first_fault, from_first
 from .errors import CheckpointError, Damaged, first_line
-from .leaves import abstract, check_arrays, leaf_names, nest
+from .leaves import abstract, check_arrays, keys_again, keys_as_numbers, leaf_names, nest
 from .reading import check_leaves, read_parts
 from .retention import Retention, expendable
 from .writing import finish
@@ -83,7 +83,7 @@ class Checkpoints:
 
         `abstract_state` is as for `restore`. Best called while the devices are busy with the first step.
         """
-        leaves = [abstract(leaf) for leaf in jax.tree.leaves(abstract_state)]
+        leaves = [abstract(leaf) for leaf in jax.tree.leaves(keys_as_numbers(abstract_state))]
         fingerprint.prepare(spread.prepare(leaves))
         store.prepare()
 
@@ -104,6 +104,7 @@ class Checkpoints:
         """
         begun = time.monotonic()
         check_arrays(state)
+        state = keys_as_numbers(state)
         record = _plain(metadata)
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         if self._saving is not None and self._saving.thread.is_alive():
@@ -190,6 +191,7 @@ class Checkpoints:
         whole, and `UserError` when the state is of another shape than the one saved.
         """
         self.wait()
+        wanted, abstract_state = abstract_state, keys_as_numbers(abstract_state)
         faults: list[str] = []
         while True:
             chosen = from_first(self._newest_whole(step, faults) if jax.process_index() == 0 else -1)
@@ -202,6 +204,7 @@ class Checkpoints:
                 fault = first_fault(check_leaves(record, leaf_names(abstract_state), parts))
                 if fault is None:
                     leaves = store.gather(parts, jax.tree.leaves(abstract_state))
+                    leaves = keys_again(leaves, jax.tree.leaves(wanted))
                     self._written.add(chosen)
                     state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
                     return Restored(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ import jax
 import numpy as np
 
 from ...sharding.errors import UserError
+
+# The type of a key → what it is an implementation of, as `jax.random.key` calls it.
+_IMPLEMENTATIONS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
 
 
 def leaf_names(tree: Any) -> list[str]:
@@ -61,12 +65,40 @@ def check_arrays(state: Any) -> None:
             raise UserError(
                 f"state leaf {name} is a {kind}, not a jax.Array; place it on the mesh with jax.device_put"
             )
-        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise UserError(f"state leaf {name} is a typed random key; keep jax.random.key_data(key) instead")
         if leaf.size == 0:
             raise UserError(f"state leaf {name} of shape {list(leaf.shape)} holds nothing; leave it out")
         if leaf.is_deleted():
             raise UserError(f"state leaf {name} was donated to an earlier step; save what that step returned")
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of JAX's typed random keys."""
+    return jax.numpy.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key)
+
+
+def keys_as_numbers(tree: Any) -> Any:
+    """Return a tree, of arrays or abstract, with random keys as the uint32 numbers that are saved of them."""
+
+    def numbers(leaf: Any) -> Any:
+        if not is_key(leaf):
+            return leaf
+        if isinstance(leaf, jax.Array):
+            return jax.random.key_data(leaf)
+        found = jax.eval_shape(jax.random.key_data, leaf)
+        return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(numbers, tree)
+
+
+def keys_again(leaves: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+    """Return `leaves` with numbers as random keys again where `like`, abstract leaves, has keys."""
+    found = []
+    for leaf, wanted in zip(leaves, like, strict=True):
+        if is_key(wanted):
+            wrap = functools.partial(jax.random.wrap_key_data, impl=_IMPLEMENTATIONS[str(wanted.dtype)])
+            leaf = jax.jit(wrap, out_shardings=wanted.sharding)(leaf)
+        found.append(leaf)
+    return found
 
 
 def nbytes(leaves: Sequence[Any]) -> int:

@@ -275,6 +275,7 @@ def _optimizer_bytes(
     item = float(sizes.sum()) / max(float(trained.sum()), 1.0)
     gradient = item if gradient_bytes is None else gradient_bytes
     if not slot_bytes:
-        whole = float((table.parameters.item_bytes * table.parameters.elements).sum())
+        kept = table.parameters.elements * (1.0 - table.parameters.state)
+        whole = float((table.parameters.item_bytes * kept).sum())
         return 2.0 * memory["params"] * float(sizes.sum()) / max(whole, 1.0) + memory["gradients"]
     return memory["optimizer"] / slot_bytes * (2.0 * slot_bytes + gradient + 2.0 * item)

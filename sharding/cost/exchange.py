@@ -127,11 +127,13 @@ def exchange(
     table = profile.parameters
     elements = (table.elements * placement.parameter_fraction).tolist()
     item_bytes, used_bytes = table.item_bytes.tolist(), table.used_bytes.tolist()
-    sections, runs, trained = table.section.tolist(), table.runs.tolist(), table.trained.tolist()
+    sections, runs = table.section.tolist(), table.runs.tolist()
+    trained, read = table.trained.tolist(), table.read.tolist()
     plans: dict[_Alike, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     partial = {axis: mask.tolist() for axis, mask in placement.parameter_partial.items()}
     for n, count in enumerate(elements):
-        gather = tuple(sorted(over.parameters[n] - over.computed[n], key=AXES_BY_WEIGHT.index))
+        moved = over.parameters[n] - over.computed[n] if read[n] else ()
+        gather = tuple(sorted(moved, key=AXES_BY_WEIGHT.index))
         summed = (axis for axis, mask in partial.items() if mask[n] and trained[n])
         reduce = tuple(sorted(summed, key=AXES_BY_WEIGHT.index))
         moments, gradients = over.optimizer[n], over.gradients[n]

@@ -122,14 +122,16 @@ def _state(
     slot_bytes: float,
     gradient_bytes: float | None,
 ) -> dict[str, np.ndarray]:
-    """Return parameters', gradients' and moments' bytes by section; XLA holds nothing for itself."""
+    """Return parameters', gradients', moments' and the state's bytes by section; XLA holds nothing itself."""
     table, mesh = profile.parameters, candidate.mesh
     gradient = table.item_bytes if gradient_bytes is None else gradient_bytes
     rows = {
-        "params": (over.parameters, table.item_bytes),
+        "params": (over.parameters, table.item_bytes * (1.0 - table.state)),
         "gradients": (over.gradients, gradient * table.trained),
         "optimizer": (over.optimizer, slot_bytes * table.trained),
     }
+    if table.state.any():
+        rows["state"] = (over.parameters, table.item_bytes * table.state)
     found = {}
     for name, (axes, size) in rows.items():
         divided = parts(axes, mesh)

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from ..program.aside import aside
 from ..program.flops import matmul_roles, work
 from ..program.layers import saved_values
 from ..program.program import Program
@@ -69,15 +70,19 @@ class Products:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Parameters:
-    """The parameters, P: argument index, elements, bytes of one, dims [P, D], section, runs of their use.
+    """What is stored, parameters and state, P rows of argument index, elements, bytes of one, dims [P, D].
+
+    section, runs: of their use.
 
     used_bytes: of one as it is used: a cast comes before the gather. after_bytes: likewise after the layers,
     0 where it is not used there: a table of embeddings may be, too. trained: 1 where it has a gradient and
-    moments, else 0.
+    moments, else 0; state: 1 of what changes beside the parameters; read: 1 where the loss reads it.
     """
 
     argument: np.ndarray
     trained: np.ndarray
+    state: np.ndarray
+    read: np.ndarray
     elements: np.ndarray
     item_bytes: np.ndarray
     used_bytes: np.ndarray
@@ -129,9 +134,7 @@ def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = Tru
         products=_products(flat, owners, count),
         groups=fuse(flat),
         parameters=_parameters(program, flat, count),
-        parameter_dims=tuple(
-            tuple(d for composition in a.dims for d in composition) for a in program.parameters
-        ),
+        parameter_dims=tuple(tuple(d for composition in a.dims for d in composition) for a in program.stored),
         saved=residuals(
             flat, {name: (value.equation, value.operand) for name, value in saved_values(program).items()}
         ),
@@ -250,8 +253,8 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
                 after.setdefault(parameter, flat.values[index].item_bytes)
             if parameter >= 0 and parameter not in used:
                 used[parameter] = (op.section, op.runs, flat.values[index].item_bytes)
-    rows = []
-    for argument in program.parameters:
+    rows, unread = [], aside(program).inputs
+    for argument in program.stored:
         dims = {d for composition in argument.dims for d in composition}
         section, runs, size = used.get(argument.index, (BEFORE, 1, argument.dtype.itemsize))
         if flat.layer_dim in dims:
@@ -260,6 +263,8 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
     return Parameters(
         argument=np.array([a.index for a, *_ in rows], int),
         trained=np.array([a.is_trained for a, *_ in rows], float),
+        state=np.array([a.is_state for a, *_ in rows], float),
+        read=np.array([not (a.is_state and unread[a.index]) for a, *_ in rows], float),
         elements=np.array([math.prod(a.shape) for a, *_ in rows], float),
         item_bytes=np.array([a.dtype.itemsize for a, *_ in rows], float),
         used_bytes=np.array([size for _, _, size, *_ in rows], float),

@@ -96,10 +96,10 @@ class _Flattener:
         env: dict[Any, int] = {}
         for argument, var in zip(self.program.arguments, self.program.jaxpr.jaxpr.invars, strict=True):
             env[var] = self.value(var, argument.dims, argument.is_trained)
-            if argument.is_parameter:
-                self.values[env[var]].parameter = argument.index
-            else:
+            if argument.is_data:
                 self.inputs.append(env[var])
+            else:
+                self.values[env[var]].parameter = argument.index
         self.scope(self.program.scope, env, 1, False)
 
     def value(self, var: Any, dims: Dims, grad: bool, runs: int = 1) -> int:

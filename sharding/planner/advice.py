@@ -88,7 +88,7 @@ def _stored_bytes(problem: Problem) -> float:
     slots = 0.0 if problem.optimizer is None else problem.slot_bytes
     return sum(
         math.prod(argument.shape) * (argument.dtype.itemsize + slots * argument.is_trained)
-        for argument in problem.program.parameters
+        for argument in problem.program.stored
     )
 
 

@@ -93,7 +93,16 @@ def batch_of(program: Program, layout: Candidate) -> dict[str, ArrayPlan]:
     return {
         argument.path: _array(argument, computed(argument, layout.dims, layout.mesh))
         for argument in program.arguments
-        if not argument.is_parameter
+        if argument.is_data
+    }
+
+
+def state_of(program: Program, layout: Candidate) -> dict[str, ArrayPlan]:
+    """Return how every array of what changes beside the parameters is stored."""
+    return {
+        argument.path: _array(argument, layout.stored[argument.index])
+        for argument in program.stored
+        if argument.is_state
     }
 
 
@@ -128,21 +137,21 @@ def alternatives_of(
 
 def notes_of(program: Program, layout: Candidate) -> tuple[str, ...]:
     """Say which parameters that matter lie whole on every device although others are stored in parts."""
-    cut = [argument for argument in program.parameters if any(layout.stored[argument.index])]
+    cut = [argument for argument in program.stored if any(layout.stored[argument.index])]
     if not cut:
         return ()
-    total = sum(_bytes(argument) for argument in program.parameters)
+    total = sum(_bytes(argument) for argument in program.stored)
     over = " x ".join(f"{axis}={size}" for axis, size in layout.mesh.items() if size > 1 and axis != "data")
     return tuple(
         f"{argument.path} {argument.shape} lies whole on every device: {over} divides no dimension of it"
-        for argument in program.parameters
+        for argument in program.stored
         if not any(layout.stored[argument.index]) and _bytes(argument) > _MATTERS * total
     )
 
 
 def parameter_bytes(program: Program) -> Mapping[int, int]:
-    """Return parameter argument index → bytes."""
-    return {argument.index: _bytes(argument) for argument in program.parameters}
+    """Return the index of each argument that is stored → bytes."""
+    return {argument.index: _bytes(argument) for argument in program.stored}
 
 
 def _bytes(argument: Argument) -> int:

@@ -16,6 +16,8 @@ from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
 from ..cost.profile import ProgramTables, profile
 from ..hardware.topology import Topology
+from ..paths import by_path
+from ..plans.arrays import check_new_state
 from ..plans.trainable import split, trained_paths
 from ..program.flops import work
 from ..program.program import Program
@@ -68,6 +70,12 @@ class Problem:
     names: Any
     trainable: Any = None
     recognise: tuple[str, ...] = FORMS
+    state: Any = None
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """What the loss takes: parameters, batch and, where it has one, its state."""
+        return (self.params, self.batch) if self.state is None else (self.params, self.batch, self.state)
 
     @functools.cached_property
     def trained(self) -> tuple[str, ...] | None:
@@ -78,18 +86,23 @@ class Problem:
     def program(self) -> Program:
         """The traced loss, with the names of parameters and data."""
         names = {1: names_of_data(self.batch)} | ({} if self.names is None else {0: self.names})
-        return trace(
+        found = trace(
             self.loss,
-            self.params,
-            self.batch,
+            *self.args,
             names=names,
+            state=(2,),
             trained=self.trained,
             recognise=self.recognise,
         )
+        if self.state is not None:
+            check_new_state(by_path(self.state), found.results)
+        return found
 
     @functools.cached_property
     def whole_batch(self) -> str | None:
         """Why the batch cannot be worked through in parts; None if it can."""
+        if self.state is not None:
+            return "the loss has a state, which every part of the batch would change by itself"
         if reason := why_not(self.program):
             return reason
         return why_untraceable(self.loss, self.params, self.batch, batch_rows(self.program))
@@ -204,7 +217,7 @@ class Problem:
             capacity = capacity_of(topology, pricer)
         moments = {
             argument.index: pricer.slot_bytes * math.prod(argument.shape) * argument.is_trained
-            for argument in self.program.parameters
+            for argument in self.program.stored
         }
         stored = stored_bytes(sizes, moments) if topology.chip.nominal else None
         return Answer(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..cost.candidate import Candidate
 from ..errors import UserError
 from ..hardware.topology import Topology
 from ..plans.record import Record
 from ..words import gib, layout_in_words, seconds
+from ..xla.compiler import compiler_of
 from . import build
 from .advice import nothing_fits
+from .choices.microbatches import check
+from .choices.storage import state_storage
 from .declared import Declared, ruled
 from .inputs import ROOMS, Answer, Problem, capacity_of
 from .search import Priced
@@ -52,6 +56,7 @@ class Search:
             refused=answer.space.refused,
             kernels=kernel.kernels if kernel.can(layout.dims) else {},
             recognise=self.problem.recognise,
+            state=None if self.problem.state is None else build.state_of(program, layout),
         )
 
     def with_memory(self, share: float) -> Search:
@@ -87,10 +92,14 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         batch=problem.batch,
         names=problem.names,
     )
+    candidate = laid.candidate
+    if problem.state is not None:
+        check(candidate.microbatches, problem.whole_batch)
+        candidate = _with_state(problem, topology, candidate)
     kernel = problem.kernel(topology, declared)
     pricer = problem.pricer(topology, declared)
-    estimate = pricer.price(laid.candidate)
-    notes = (*laid.notes, *kernel.notes_on(laid.candidate.dims))
+    estimate = pricer.price(candidate)
+    notes = (*laid.notes, *kernel.notes_on(candidate.dims))
     capacity = capacity_of(topology, pricer)
     if estimate.needed_bytes > capacity and not topology.chip.nominal:
         notes += (
@@ -100,13 +109,27 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     return build.record_of(
         problem.program,
         topology,
-        laid.candidate,
+        candidate,
         batch=laid.batch,
         notes=(*notes, *problem.notes()),
         estimate=estimate,
-        kernels=kernel.kernels if kernel.can(laid.candidate.dims) else {},
         recognise=problem.recognise,
+        kernels=kernel.kernels if kernel.can(candidate.dims) else {},
+        state=None if problem.state is None else build.state_of(problem.program, candidate),
     )
+
+
+def _with_state(problem: Problem, topology: Topology, candidate: Candidate) -> Candidate:
+    """Return a declared layout, which rules give of the parameters, with the state laid out by the trace."""
+    state = state_storage(
+        problem.program,
+        candidate.mesh,
+        candidate.dims,
+        candidate.stored,
+        tile_rows=compiler_of(topology).tile_rows,
+    )
+    stored = {**candidate.stored, **state}
+    return dataclasses.replace(candidate, stored=stored, optimizer=stored, gradients=stored)
 
 
 def searched_instead(problem: Problem, record: Record) -> str:

@@ -56,7 +56,7 @@ def prove(
     Args:
         plan: compiled first.
         search: what it came out of; without one nothing else is tried.
-        program: its ``loss``, ``params``, ``batch`` and ``optimizer``.
+        program: its ``loss``, ``params``, ``batch``, ``optimizer`` and ``state``.
         fingerprint: of the traced loss, where it is known.
         top: layouts to compile, of which the fastest is taken.
         limits: time and memory of each compile.

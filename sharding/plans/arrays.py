@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,20 +14,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..errors import UserError, nearest
 from ..hardware.mesh import make_mesh
-from ..hardware.topology import Topology
-from ..paths import by_path, map_by_path
+from ..paths import by_path, by_suffix, path_of
 from ..program.jaxpr import Traces
-from ..program.program import Program
+from ..program.program import Program, Result
 from ..program.recognise import recognised
-from .owners import ALL, Owners, spec_by_owner, spread
 from .record import ArrayPlan, Decision, Record
-from .specs import Spec, axes_in, cut_into
-from .trainable import is_trained
+from .specs import Spec, axes_in, cut_into, derived
 
 # Types of keys, of which NumPy knows nothing.
 _KEY_BYTES = {"key<fry>": 8, "key<rbg>": 16, "key<urbg>": 16}
-# The share of a device's memory from which on an array matters.
-_MATTERS = 0.01
 
 
 def mesh_of(plan: Decision, devices: Any = None) -> Mesh:
@@ -37,24 +32,13 @@ def mesh_of(plan: Decision, devices: Any = None) -> Mesh:
 
 def specs(plan: Decision, tree: Any, kind: str = "params") -> Any:
     """Return the PartitionSpec of every array in a tree, see `Plan.specs`."""
-    if kind == "batch":
-        return map_by_path(lambda path, leaf: PartitionSpec(*_planned(plan.batch, path, leaf)), tree)
-    lying = Lying(plan)
-    if _is_state(plan, tree):
+    if kind == "params" and _is_state(plan, tree):
         # A parameter may be named as a part of the state is, ``step`` say.
-        return {
-            name: specs(plan, part) if name == "params" else map_by_path(lying.spec, part)
-            for name, part in tree.items()
-        }
-
-    def spec(path: str, leaf: Any) -> PartitionSpec:
-        # Below ``params`` of a state that lacks some of them.
-        for own in (path, path.removeprefix("params/")):
-            if own in plan.params:
-                return PartitionSpec(*_planned(plan.params, own, leaf))
-        return lying.spec(path, leaf)
-
-    return map_by_path(spec, tree)
+        by_part = {"params": specs, "state": _specs_beside if plan.state is None else _specs_of_state}
+        return {name: by_part.get(name, _specs_beside)(plan, part) for name, part in tree.items()}
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: PartitionSpec(*_spec(plan, path_of(keys), tuple(leaf.shape), kind)), tree
+    )
 
 
 def shardings(plan: Decision, tree: Any, mesh: Mesh | AbstractMesh, kind: str = "params") -> Any:
@@ -64,9 +48,12 @@ def shardings(plan: Decision, tree: Any, mesh: Mesh | AbstractMesh, kind: str = 
 
 def specs_of_moments(plan: Decision, params: Any) -> Any:
     """Return the PartitionSpec of every parameter's gradient and moments, in a tree of parameters."""
-    return map_by_path(
-        lambda path, leaf: PartitionSpec(*plan.moments.get(path, _planned(plan.params, path, leaf))), params
-    )
+
+    def spec(keys: Any, leaf: Any) -> PartitionSpec:
+        path = path_of(keys)
+        return PartitionSpec(*plan.moments.get(path, _spec(plan, path, tuple(leaf.shape), "params")))
+
+    return jax.tree_util.tree_map_with_path(spec, params)
 
 
 def axes_of_dims(plan: Decision, program: Program) -> dict[int, tuple[str, ...]]:
@@ -80,16 +67,11 @@ def axes_of_dims(plan: Decision, program: Program) -> dict[int, tuple[str, ...]]
 
 
 def bytes_per_device(plan: Decision, kind: str = "params") -> int:
-    """Return the bytes of the parameters (or ``batch``) that one device holds."""
+    """Return the bytes of the parameters (or ``batch``, or ``state``) that one device holds."""
     return sum(
         math.prod(row.shape) * item_bytes(row.dtype) // cut_into(axes_in(row.spec), plan.mesh)
-        for row in getattr(plan, kind).values()
+        for row in (getattr(plan, kind) or {}).values()
     )
-
-
-def whole_bytes(rows: Mapping[str, ArrayPlan]) -> int:
-    """Return the bytes of arrays, of all devices together."""
-    return sum(math.prod(row.shape) * item_bytes(row.dtype) for row in rows.values())
 
 
 def item_bytes(dtype: str) -> int:
@@ -101,33 +83,82 @@ def item_bytes(dtype: str) -> int:
     return _KEY_BYTES[dtype] if dtype in _KEY_BYTES else jnp.dtype(dtype).itemsize
 
 
-def check(plan: Record, params: Any, batch: Any, loss: Callable[..., Any] | None = None) -> None:
-    """Raise UserError, naming what differs, if the plan was made for other arrays or another `loss`."""
+def check(
+    plan: Record, params: Any, batch: Any, loss: Callable[..., Any] | None = None, state: Any = None
+) -> None:
+    """Raise UserError, naming what differs, if the plan was made for other arrays or another `loss`.
+
+    `state` are the arrays that change beside the parameters, None for a loss without them.
+    """
     check_arrays(plan, "parameter", params)
     check_arrays(plan, "batch array", batch)
+    check_has_state(plan, state)
+    if state is not None:
+        check_arrays(plan, "state array", state)
     if loss is not None and plan.origin is not None:
         rewrite = functools.partial(recognised, which=plan.recognise)
-        plan.origin.check(Traces(loss, rewrite).on(params, batch))
+        plan.origin.check(Traces(loss, rewrite).on(params, batch, *(() if state is None else (state,))))
+
+
+def check_has_state(plan: Decision, state: Any) -> None:
+    """Raise UserError if a loss with a state, or without, meets a plan for one of the other kind."""
+    if plan.state is None and state is not None:
+        raise UserError("the plan was made for a loss without a state; plan with state=its shapes")
+    if plan.state is not None and state is None:
+        raise UserError(
+            f"the plan was made for loss(params, batch, state) with a state of {len(plan.state)} arrays; "
+            "give the state too"
+        )
+
+
+def check_new_state(old: Mapping[str, Any], results: Iterable[Result]) -> None:
+    """Raise UserError if a loss with a state gives no new one, or one that is not like the `old` by path."""
+    new = {row.path: row for row in results}
+    if any(path != "0" and not path.startswith(("1/0", "1/1")) for path in new) or "0" not in new:
+        raise UserError(
+            "a loss with a state returns (loss, (aux, state)), with {} for no aux; "
+            f"this one returns arrays at {', '.join(map(repr, list(new)[:4]))}"
+        )
+    rows = {path.removeprefix("1/1").removeprefix("/"): row for path, row in new.items() if path[:3] == "1/1"}
+    for path in old:
+        if path not in rows:
+            raise UserError(f"the new state lacks {path!r}, which the state has; {nearest(path, rows)}")
+    for path, row in rows.items():
+        if path not in old:
+            raise UserError(f"the new state has {path!r}, which the state lacks; {nearest(path, old)}")
+        wanted = old[path]
+        if (row.shape, row.dtype) != (tuple(wanted.shape), wanted.dtype):
+            raise UserError(
+                f"the new state has {path!r} as {row.dtype}{list(row.shape)}, the state as "
+                f"{wanted.dtype}{list(wanted.shape)}; return it as it came"
+            )
 
 
 def check_arrays(plan: Decision, kind: str, tree: Any) -> None:
-    """Raise UserError if `tree` is not what the plan has of a ``parameter`` or ``batch array``."""
-    planned = plan.params if kind == "parameter" else plan.batch
+    """Raise UserError if `tree` is not what the plan has of a `kind`.
+
+    A ``parameter``, a ``batch array`` or a ``state array``.
+    """
+    planned = _table(plan, kind)
     for path, shape in _same_paths(kind, planned, tree).items():
         if planned[path].shape != shape:
             raise UserError(f"{kind} {path!r} has shape {shape}; the plan was made for {planned[path].shape}")
 
 
-def resized(plan: Decision, params: Any, batch: Any) -> Decision:
+def resized(plan: Decision, params: Any, batch: Any, state: Any = None) -> Decision:
     """Return the same decision for arrays of other sizes, such as a model of fewer layers.
 
     Raises UserError if a path is missing or new, or if an axis does not divide a new size.
     """
+    check_has_state(plan, state)
     rows = {"params": _reshaped(plan, "parameter", params), "batch": _reshaped(plan, "batch array", batch)}
+    if state is not None:
+        rows["state"] = _reshaped(plan, "state array", state)
     dims = {}
     for name, dim in plan.dims.items():
-        whole = (plan.params, plan.batch)[dim.argument][dim.path].shape[dim.dimension]
-        size = rows["params" if dim.argument == 0 else "batch"][dim.path].shape[dim.dimension]
+        table = ("params", "batch", "state")[dim.argument]
+        whole = getattr(plan, table)[dim.path].shape[dim.dimension]
+        size = rows[table][dim.path].shape[dim.dimension]
         if whole * dim.size % size and size * dim.size % whole:
             raise UserError(f"{name}={dim.size} of {dim.path!r} does not keep its share of {whole} in {size}")
         # A part of a dimension that is several in one grows and shrinks with the whole.
@@ -136,12 +167,17 @@ def resized(plan: Decision, params: Any, batch: Any) -> Decision:
 
 
 def _reshaped(plan: Decision, kind: str, tree: Any) -> dict[str, ArrayPlan]:
-    planned = plan.params if kind == "parameter" else plan.batch
+    planned = _table(plan, kind)
     have = _same_paths(kind, planned, tree)
     for path, row in planned.items():
         if len(have[path]) != len(row.shape):
             raise UserError(f"{kind} {path!r} has shape {have[path]}, not one like {row.shape}")
     return {path: dataclasses.replace(row, shape=have[path]) for path, row in planned.items()}
+
+
+def _table(plan: Decision, kind: str) -> Mapping[str, ArrayPlan]:
+    tables = {"parameter": plan.params, "batch array": plan.batch, "state array": plan.state or {}}
+    return tables[kind]
 
 
 def _same_paths(kind: str, planned: Mapping[str, ArrayPlan], tree: Any) -> dict[str, tuple[int, ...]]:
@@ -158,14 +194,6 @@ def _same_paths(kind: str, planned: Mapping[str, ArrayPlan], tree: Any) -> dict[
     return have
 
 
-def _planned(rows: Mapping[str, ArrayPlan], path: str, leaf: Any) -> Spec:
-    if path not in rows:
-        return ()
-    if rows[path].shape != tuple(leaf.shape):
-        raise UserError(f"{path!r} has shape {tuple(leaf.shape)}; the plan was made for {rows[path].shape}")
-    return rows[path].spec
-
-
 def _is_state(plan: Decision, tree: Any) -> bool:
     """Whether `tree` is a training state: the plan's parameters stand below its ``params``."""
     if not isinstance(tree, dict) or "params" not in tree:
@@ -173,37 +201,38 @@ def _is_state(plan: Decision, tree: Any) -> bool:
     return {*by_path(tree["params"])} == {*plan.params} != {*by_path(tree)}
 
 
-class Lying:
-    """How arrays that belong to a plan's parameters lie, as their owner's moments do, and those of none."""
-
-    def __init__(self, plan: Decision) -> None:
-        rows = {path: row for path, row in plan.params.items() if is_trained(plan, path, row)}
-        self._owners = Owners({path: row.shape for path, row in rows.items()})
-        self._mesh = plan.mesh
-        self._specs = {path: plan.moments.get(path, row.spec) for path, row in rows.items()}
-        used = {axis for spec in self._specs.values() for axis in axes_in(spec)}
-        self._axes = tuple(axis for axis in plan.mesh if axis in used)
-        self._least = least_that_matters(plan.topology, whole_bytes(plan.params))
-
-    def spec(self, path: str, leaf: Any) -> PartitionSpec:
-        """Return the spec of an array at `path` of an optimizer's state, say.
-
-        One that belongs to no parameter is cut over the axes of the parameters if it matters on a device.
-        """
-        shape = tuple(jnp.shape(leaf))
-        owned = self._owners.of(path, shape)
-        if owned.owner is not None:
-            spec = (self._axes,) if owned.owner == ALL else self._specs[owned.owner]
-            return PartitionSpec(*spec_by_owner(owned, shape, spec, self._mesh))
-        if math.prod(shape) * item_bytes(str(jnp.result_type(leaf))) > self._least:
-            return PartitionSpec(*spread(shape, self._axes, self._mesh))
-        return PartitionSpec()
+def _specs_of_state(plan: Decision, state: Any) -> Any:
+    return specs(plan, state, "state")
 
 
-def least_that_matters(topology: Topology, parameter_bytes: float) -> float:
-    """Return the bytes from which an array that is whole on every device is worth cutting, or a word.
+def _specs_beside(plan: Decision, part: Any) -> Any:
+    """Return the PartitionSpecs of a part of a training state other than its parameters."""
 
-    A hundredth of a device's memory; of simulated ones, whose memory is that of no chip, of the parameters.
-    """
-    whole = parameter_bytes if topology.chip.nominal else topology.chip.usable_bytes
-    return _MATTERS * whole
+    def spec(keys: Any, leaf: Any) -> PartitionSpec:
+        owner = by_suffix(path_of(keys), plan.params)
+        return PartitionSpec(*(() if owner is None else _spec_of_moment(plan, owner, tuple(leaf.shape))))
+
+    return jax.tree_util.tree_map_with_path(spec, part)
+
+
+def _spec(plan: Decision, path: str, shape: tuple[int, ...], kind: str) -> Spec:
+    planned: ArrayPlan | None = (getattr(plan, kind) or {}).get(path)
+    if planned is not None:
+        if planned.shape != shape:
+            raise UserError(f"{path!r} has shape {shape}; the plan was made for {planned.shape}")
+        return planned.spec
+    # In a whole training state the loss's own stands below ``state``, and may be like the parameters.
+    if kind == "params" and plan.state is not None and path.startswith("state/"):
+        return _spec(plan, path.removeprefix("state/"), shape, "state")
+    owner = by_suffix(path, plan.params) if kind == "params" else None
+    if owner is None:
+        return ()
+    if path == f"params/{owner}":
+        # Of a training state that lacks some parameters.
+        return derived(plan.params[owner].spec, plan.params[owner].shape, shape)
+    return _spec_of_moment(plan, owner, shape)
+
+
+def _spec_of_moment(plan: Decision, owner: str, shape: tuple[int, ...]) -> Spec:
+    row = plan.params[owner]
+    return derived(plan.moments.get(owner, row.spec), row.shape, shape)

@@ -23,7 +23,7 @@ FORMAT = 1
 _ALWAYS = ("remat", "microbatches", "notes")
 
 # One line for each of their entries.
-_TABLES = ("dims", "params", "batch", "moments", "refused")
+_TABLES = ("dims", "params", "batch", "moments", "state", "refused")
 
 _Made = TypeVar("_Made", bound=Record)
 
@@ -114,6 +114,7 @@ _READERS: Mapping[str, Any] = {
     "batch": _arrays,
     "moments": lambda rows: {path: _spec(row) for path, row in rows.items()},
     "trainable": tuple,
+    "state": _arrays,
     "notes": tuple,
     "recognise": tuple,
     "origin": lambda row: Origin(**row),

@@ -57,6 +57,8 @@ class Decision:
         moments: path of a parameter → the spec of its gradient and its optimizer's arrays, where that is
             another than the parameter's.
         trainable: the paths of the parameters that are trained; None where all floats are.
+        state: path → how an array of what changes beside the parameters is stored; None where the loss has no
+            state.
         remat: what layers keep for their backward pass, a word of `vocabulary.REMATS` or ``names``.
         saved: under ``names``, kept value → its place.
         microbatches: parts that the batch is worked through in.
@@ -84,6 +86,7 @@ class Decision:
     interleave: int = 1
     moments: Mapping[str, Spec] = dataclasses.field(default_factory=dict)
     trainable: tuple[str, ...] | None = None
+    state: Mapping[str, ArrayPlan] | None = None
     kernels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     compiler_options: Mapping[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     recognise: tuple[str, ...] = FORMS
@@ -142,7 +145,8 @@ def _check(plan: Decision) -> None:
     for name, size in counts.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise UserError(f"{name}={size!r} must be a whole number of at least 1")
-    for kind, arrays in (("parameter", plan.params), ("batch array", plan.batch)):
+    tables = {"parameter": plan.params, "batch array": plan.batch, "state array": plan.state or {}}
+    for kind, arrays in tables.items():
         for path, row in arrays.items():
             _check_array(plan, f"{kind} {path!r}", row)
     for path in plan.trainable or ():

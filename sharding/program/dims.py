@@ -37,7 +37,7 @@ def leading_batch(arguments: Sequence[Argument]) -> tuple[int, ...]:
     votes: Counter[tuple[int, ...]] = Counter()
     for argument in arguments:
         lead = argument.dims[0] if argument.dims else ()
-        if lead and not argument.is_parameter and not in_parameters.intersection(lead):
+        if lead and argument.is_data and not in_parameters.intersection(lead):
             votes[lead] += 1
     return max(votes, key=lambda dims: votes[dims], default=())
 
@@ -54,7 +54,10 @@ def build(
     in_data: set[int] = set()
     for argument in arguments:
         for dimension, composition in enumerate(argument.dims):
-            (in_parameters if argument.is_parameter else in_data).update(composition)
+            if argument.is_parameter:
+                in_parameters.update(composition)
+            elif argument.is_data:
+                in_data.update(composition)
             for part, dim in enumerate(composition):
                 place = Place(argument=argument.index, path=argument.path, dimension=dimension, part=part)
                 places[dim].append(place)

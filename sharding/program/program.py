@@ -139,7 +139,7 @@ class Argument:
     """A leaf of the function's arguments: `position` is which argument, `path` where in it.
 
     `names` are the user's names of its dimensions, None where there is none. `is_trained` says whether its
-    gradient is taken.
+    gradient is taken. `is_state` is what a step reads and writes beside the parameters.
     """
 
     index: int
@@ -151,6 +151,12 @@ class Argument:
     names: tuple[str | None, ...]
     is_parameter: bool
     is_trained: bool = False
+    is_state: bool = False
+
+    @property
+    def is_data(self) -> bool:
+        """Whether it comes with each batch."""
+        return not (self.is_parameter or self.is_state)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,7 +221,7 @@ class Program:
     def data_dims(self) -> tuple[int, ...]:
         """The dims that lead any array of the data and are in no parameter."""
         taken = {d for a in self.parameters for composition in a.dims for d in composition}
-        leading = (a.dims[0] for a in self.arguments if not a.is_parameter and a.dims)
+        leading = (a.dims[0] for a in self.arguments if a.is_data and a.dims)
         return tuple(dict.fromkeys(d for composition in leading for d in composition if d not in taken))
 
     @functools.cached_property
@@ -227,6 +233,11 @@ class Program:
     def parameters(self) -> tuple[Argument, ...]:
         """The arguments that are parameters."""
         return tuple(argument for argument in self.arguments if argument.is_parameter)
+
+    @functools.cached_property
+    def stored(self) -> tuple[Argument, ...]:
+        """The arguments that lie on the devices from step to step: the parameters, then the state."""
+        return tuple(argument for argument in self.arguments if not argument.is_data)
 
     def labelled(self, label: str) -> tuple[tuple[int, ...], ...]:
         """Return the distinct compositions of the array dimensions that the user's names call `label`."""

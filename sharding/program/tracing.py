@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import source_info_util
 
 from ..errors import UserError
-from ..paths import by_path, path_of
+from ..paths import path_of
 from . import dims as named
 from .jaxpr import Traced
 from .labels import axis_names, names_of
@@ -25,6 +25,7 @@ def trace(
     *args: Any,
     names: Any = None,
     parameters: Sequence[int] = (0,),
+    state: Sequence[int] = (),
     trained: Collection[str] | None = None,
     recognise: Sequence[str] = (),
 ) -> Program:
@@ -36,7 +37,8 @@ def trace(
         names: the user's names of array dimensions, as a tree parallel to the first argument with a tuple
             of names (or None) for each array; or a dictionary from argument positions to such trees.
             Names only label what is found.
-        parameters: which arguments are parameters; the others are data.
+        parameters: which arguments are parameters.
+        state: which arguments, that are no parameters, are a state; all others are data.
         trained: the paths of those of the first argument whose gradients are taken; all floats if not given.
         recognise: forms that are rewritten where they are found; see `recognise`.
 
@@ -55,7 +57,7 @@ def trace(
             raise UserError(f"parameters={tuple(parameters)}, but there are {len(args)} arguments")
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
     traced = recognised(Traced(jaxpr=closed, args=args, result=out_shape), recognise)
-    return read(traced, names=names, parameters=parameters, trained=trained)
+    return read(traced, names=names, parameters=parameters, state=state, trained=trained)
 
 
 def read(
@@ -63,6 +65,7 @@ def read(
     *,
     names: Any = None,
     parameters: Sequence[int] = (0,),
+    state: Sequence[int] = (),
     trained: Collection[str] | None = None,
 ) -> Program:
     """Name the dimensions of a function that was traced; see `trace`."""
@@ -73,7 +76,11 @@ def read(
     raw = walk.scope(closed.jaxpr, raw_args)
 
     resolver = Resolver(walk)
-    leaves = [(position, path) for position, arg in enumerate(args) for path in by_path(arg)]
+    leaves = [
+        (position, path_of(keys))
+        for position, arg in enumerate(args)
+        for keys, _ in jax.tree_util.tree_leaves_with_path(arg)
+    ]
     arguments = tuple(
         Argument(
             index=index,
@@ -88,6 +95,7 @@ def read(
             and position in parameters
             and jnp.issubdtype(var.aval.dtype, jnp.inexact)
             and (trained is None or path in trained),
+            is_state=position in state and position not in parameters,
         )
         for index, ((position, path), var, dims) in enumerate(
             zip(leaves, closed.jaxpr.invars, raw_args, strict=True)

@@ -28,7 +28,7 @@ from .proof import by_kind, compiler_of
 # Items of an Estimate that are no work of the device's, which a compiled program says nothing of.
 _NOT_COMPILED = {"host": "host, issuing", "stragglers": "stragglers", "bubble": "bubble"}
 # What of an Estimate's memory is a compiled step's arguments: what it is given and gives back.
-_ARGUMENTS = ("params", "optimizer", "batch")
+_ARGUMENTS = ("params", "optimizer", "state", "batch")
 _ROUNDING = 1e-9
 _COMPARED = ("estimated", "compiled", "")
 _KINDS = {"compute": "computing", "talk": "collectives and transfers", "other": "else"}

@@ -32,8 +32,12 @@ from .gather import Scattering
 from .remat import Name, Remat
 
 
-def passes_of(plan: Decision, program: Program, params: Any, mesh: Mesh | AbstractMesh) -> list[Pass]:
+def passes_of(
+    plan: Decision, program: Program, mesh: Mesh | AbstractMesh, params: Any, state: Any = None
+) -> list[Pass]:
     """Return the passes that carry `plan` out on `program`, in order; each keeps the program's values.
+
+    `params` and `state` are its arguments, those that are stored.
 
     Raises UserError if `program` has not what the plan names: a kept value, or layers to rematerialise.
     """
@@ -43,6 +47,7 @@ def passes_of(plan: Decision, program: Program, params: Any, mesh: Mesh | Abstra
     marks = marks_of(program, plan.saved)
     settings = plan.kernels.get("attention")
     kernel = None if settings is None else AttentionKernel(mesh, settings, platform, program, marks)
+    of_state = [] if state is None else _flat(arrays.specs(plan, state, "state"))
     passes: list[Pass] = []
     if plan.saved:
         passes.append(Name(marks, inputs=INPUT in plan.saved, kernel=kernel))
@@ -51,8 +56,8 @@ def passes_of(plan: Decision, program: Program, params: Any, mesh: Mesh | Abstra
             program,
             mesh,
             arrays.axes_of_dims(plan, program),
-            stored=_flat(arrays.specs(plan, params)),
-            reduced=_flat(arrays.specs_of_moments(plan, params)),
+            stored=_flat(arrays.specs(plan, params)) + of_state,
+            reduced=_flat(arrays.specs_of_moments(plan, params)) + of_state,
             scattering=Scattering(mesh, reduction_steps(plan.mesh, plan.topology, plan.compiler_options)),
             kernel=kernel,
             reduces_cast=on_own_chips and compiler_of(plan.topology).reduces_cast,
@@ -63,29 +68,33 @@ def passes_of(plan: Decision, program: Program, params: Any, mesh: Mesh | Abstra
     return passes
 
 
-def composed(traces: Traces, passes: Callable[[Program, Any], Sequence[Pass]]) -> Loss:
-    """Return the function of (params, batch) with passes over it, as `passes` gives them for its program."""
+def composed(traces: Traces, passes: Callable[..., Sequence[Pass]]) -> Loss:
+    """Return the function that was traced, of (params, batch) or (params, batch, state), with passes over it.
+
+    `passes` gives them for its program, parameters and, where it has one, state.
+    """
     programs: weakref.WeakKeyDictionary[Traced, Program] = weakref.WeakKeyDictionary()
 
-    def function(params: Any, batch: Any) -> Any:
-        traced = traces.on(params, batch)
+    def function(params: Any, batch: Any, *state: Any) -> Any:
+        args = (params, batch, *state)
+        traced = traces.on(*args)
         if traced not in programs:
-            programs[traced] = read(traced)
+            programs[traced] = read(traced, state=(2,))
         program = programs[traced]
-        outputs = rewritten(program, passes(program, params), jax.tree.leaves((params, batch)))
+        outputs = rewritten(program, passes(program, params, *state), jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(traced.result), outputs)
 
     return function
 
 
-def with_gradients(loss: Loss, params: Split, batch: Any) -> tuple[Any, Any]:
-    """Return what `loss` gives, a scalar or ``(scalar, aux)``, and the scalar's gradients.
+def with_gradients(loss: Loss, params: Split, batch: Any, *state: Any) -> tuple[Any, Any]:
+    """Return what `loss` gives, a scalar or ``(scalar, …)``, and the scalar's gradients.
 
     The gradients are those of the parameters that are trained, in a tree with None for the others.
     """
 
     def twice(trained: Any) -> tuple[Any, Any]:
-        found = loss(params.joined(trained), batch)
+        found = loss(params.joined(trained), batch, *state)
         return (found[0] if isinstance(found, tuple) else found), found
 
     gradients, found = jax.grad(twice, has_aux=True)(params.trained)
@@ -93,18 +102,21 @@ def with_gradients(loss: Loss, params: Split, batch: Any) -> tuple[Any, Any]:
 
 
 class PlannedLoss:
-    """`loss(params, batch)` worked through as `plan` says on `mesh`; `traces` are those of `loss`."""
+    """`loss(params, batch)` worked through as `plan` says on `mesh`; `traces` are those of `loss`.
+
+    Where the plan has a state, it is `loss(params, batch, state)`, which gives ``(scalar, (aux, state))``.
+    """
 
     def __init__(self, plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> None:
         check_runs(plan)
         self._microbatches, self._trainable = plan.microbatches, plan.trainable
         self.traces = Traces(loss, functools.partial(recognised, which=plan.recognise))
-        self._part = composed(self.traces, lambda program, params: passes_of(plan, program, params, mesh))
+        self._part = composed(self.traces, functools.partial(_passes, plan, mesh))
 
-    def value(self, params: Any, batch: Any) -> Any:
-        """Return what `loss` gives: a scalar, or ``(scalar, aux)``."""
+    def value(self, params: Any, batch: Any, *state: Any) -> Any:
+        """Return what `loss` gives: a scalar, or ``(scalar, …)``."""
         if self._microbatches == 1:
-            return self._part(params, batch)
+            return self._part(params, batch, *state)
         return mean_of_parts(
             lambda part: (self._part(params, part), None),
             batch,
@@ -116,7 +128,9 @@ class PlannedLoss:
         """Return `params` taken apart into those that are trained and the others."""
         return split(params, self._trainable)
 
-    def value_and_grad(self, params: Any, batch: Any, *, of_floats: bool = False) -> tuple[Any, Any]:
+    def value_and_grad(
+        self, params: Any, batch: Any, *state: Any, of_floats: bool = False
+    ) -> tuple[Any, Any]:
         """Return what `loss` gives, and the gradients of the scalar with respect to the trained of `params`.
 
         A part's gradients are taken before the next part is begun, so that the activations of one part only
@@ -125,7 +139,7 @@ class PlannedLoss:
         """
         parts = split(params, None) if of_floats else self.split(params)
         if self._microbatches == 1:
-            return with_gradients(self._part, parts, batch)
+            return with_gradients(self._part, parts, batch, *state)
         return mean_of_parts(
             lambda part: with_gradients(self._part, parts, part),
             batch,
@@ -144,6 +158,12 @@ def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:
     if plan.microbatches == 1:
         return planned.value
     return differentiable(planned.value, functools.partial(planned.value_and_grad, of_floats=True))
+
+
+def _passes(
+    plan: Decision, mesh: Mesh | AbstractMesh, program: Program, params: Any, *state: Any
+) -> list[Pass]:
+    return passes_of(plan, program, mesh, params, *state)
 
 
 def _flat(specs: Any) -> list[Any]:

@@ -15,14 +15,16 @@ from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, spec_of
+from ..program.aside import aside
 from ..program.jaxpr import Body, Go, Pass, closed, scan_parts
 from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope
 from .attention import AttentionKernel
-from .gather import Scattering, StoredParameter, gathered, learning, sums_of
+from .gather import Scattering, StoredParameter, elementwise, gathered, learning, sums_of
 
 _ANCHORS = primitives(Trait.ANCHOR)
 _CHECKPOINTS = primitives(Trait.CHECKPOINT)
+_ELEMENTWISE = primitives(Trait.ELEMENTWISE)
 
 _Mode = jax.lax.GatherScatterMode
 
@@ -31,13 +33,13 @@ class Constrain(Pass):
     """Lays out the arrays of `program` on `mesh`.
 
     `axes` are the mesh axes of every dim while computing, by its number; `stored` the specs in which the
-    parameters are kept, and `reduced` those of their gradients and moments, in the order of the program's
-    arguments. Each parameter is gathered to its computing spec where it is used, layer by layer inside scans,
-    after a cast to a smaller type; its gradient is reduced there. Results of products, convolutions and
-    look-ups, and what a scan carries, are constrained to the specs of their dims. `scattering` says over
-    which axes gradients go in steps; calls of `ops.attention` are carried out by `kernel`, if there is one;
-    `reduces_cast` says whether a gradient's sum is reduced in the smaller type it is cast to
-    (`xla.compiler.Compiler`).
+    parameters, and after them the state, are kept, and `reduced` those of their gradients and moments, in the
+    order of `program.stored`. Each parameter is gathered to its computing spec where it is used, layer by
+    layer inside scans, after a cast to a smaller type; its gradient is reduced there. Results of products,
+    convolutions and look-ups, and what a scan carries, are constrained to the specs of their dims.
+    `scattering` says over which axes gradients go in steps; calls of `ops.attention` are carried out by
+    `kernel`, if there is one; `reduces_cast` says whether a gradient's sum is reduced in the smaller type it
+    is cast to (`xla.compiler.Compiler`).
     """
 
     def __init__(
@@ -60,23 +62,31 @@ class Constrain(Pass):
         self._kernel = kernel
         self._reduces_cast = reduces_cast
         self._of_parameters = frozenset(dim for a in program.parameters for c in a.dims for dim in c)
+        self._aside = aside(program)
         self._in_loop = False
         # Behind a loop over layers. Of layers written out, one's gradients travel beside the next one's work.
         self._after_layers = False
 
     def begin(self, scope: Scope, inputs: list[Any]) -> list[Any]:
-        """Take the program's parameters as they are stored."""
+        """Take what the program has stored as it is."""
         if scope is not self._program.scope:
             return inputs
-        count = len(self._stored)
-        rows = zip(inputs[:count], self._stored, strict=True)
-        return [*(StoredParameter(value, *specs) for value, specs in rows), *inputs[count:]]
+        taken = list(inputs)
+        for argument, specs in zip(self._program.stored, self._stored, strict=True):
+            taken[argument.index] = StoredParameter(inputs[argument.index], *specs)
+        return taken
 
     def end(self, scope: Scope, outputs: list[Any]) -> list[Any]:
-        """Gather the parameters that leave a scope."""
-        rows = zip(outputs, scope.jaxpr.outvars, strict=True)
-        found = [self._gather(output, scope.dims_of(atom)) for output, atom in rows]
-        return [before_gradients(found[0]), *found[1:]] if scope is self._program.scope else found
+        """Gather the parameters that leave a scope, but for what only the new state needs."""
+        beside = self._aside.outs.get(scope, (False,) * len(outputs))
+        found = [
+            output if alone else self._gather(output, scope.dims_of(atom))
+            for output, atom, alone in zip(outputs, scope.jaxpr.outvars, beside, strict=True)
+        ]
+        if scope is not self._program.scope:
+            return found
+        kept = [one.value if isinstance(one, StoredParameter) else one for one in found]
+        return [before_gradients(kept[0]), *kept[1:]]
 
     def visit(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
         """Run an equation on gathered parameters and constrain what it gives."""
@@ -85,6 +95,10 @@ class Constrain(Pass):
             passed = inputs[0].passed(equation.eqn)
             if passed is not None:
                 return [passed]
+        if equation.index in self._aside.equations and name in _ELEMENTWISE:
+            where_stored = elementwise(equation.eqn, inputs, self._mesh)
+            if where_stored is not None:
+                return [where_stored]
         if self._kernel is not None and name in ("jit", "name"):
             outputs = self._kernel.visit(equation, inputs, self._gather, self._spec)
             if outputs is not None:

@@ -47,6 +47,28 @@ class StoredParameter:
         return StoredParameter(run(eqn, [self.value])[0], *specs)
 
 
+def elementwise(
+    eqn: core.JaxprEqn, inputs: Sequence[Any], mesh: Mesh | AbstractMesh
+) -> StoredParameter | None:
+    """Return what an equation makes of parameters and scalars, position by position, where they are stored.
+
+    None if something else is among its inputs. So a moving average of parameters gathers nothing.
+    """
+    stored = [value for value in inputs if isinstance(value, StoredParameter)]
+    if not stored or any(jnp.ndim(value) for value in inputs if not isinstance(value, StoredParameter)):
+        return None
+    like = stored[-1]
+    sharding = NamedSharding(mesh, PartitionSpec(*like.spec))
+
+    def lying(value: Any) -> Any:
+        if not isinstance(value, StoredParameter):
+            return value
+        return value.value if value.spec == like.spec else _brought(value.value, [sharding])
+
+    (made,) = run(eqn, [lying(value) for value in inputs])
+    return dataclasses.replace(like, value=made)
+
+
 def gathered(value: Any, used: NamedSharding, reduced: Sequence[NamedSharding]) -> Any:
     """Bring a stored parameter to where it is used; its gradient is brought to `reduced`, one by one."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from ..errors import UserError
 from ..plans import arrays
 from ..plans.record import Decision, Record
 from ..plans.trainable import split
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 State = dict[str, Any]
 """``{"step", "params", "optimizer", "stopped"}``: the updates that were made, what they were made to, and
-whether a loss or gradient was not finite, from where on nothing changes."""
+whether a loss or gradient was not finite, from where on nothing changes; and ``state``, that of the loss,
+where it has one."""
 Measure = Callable[[State], dict[str, Any]]
 
 
@@ -41,6 +43,9 @@ class Step:
     aux as the loss gives it. `abstract_state` holds the state's ShapeDtypeStructs with their shardings,
     `batch` the NamedShardings of a batch. `guarded` says whether a loss or a gradient that is not finite
     leaves the state as it was and sets ``state["stopped"]``, after which nothing changes.
+
+    Of a loss with a state `init(key)` creates that too, below ``state``; `update` replaces it by what the
+    loss returns, and `evaluate(params, batch, state)` reads it and leaves it as it is.
     """
 
     init: jax.stages.Wrapped
@@ -66,8 +71,9 @@ def train_step(
 
     Args:
         plan: how the step is worked through.
-        loss: the unsharded function, to a scalar or ``(scalar, aux)``.
-        init: gives the parameters, from a random key.
+        loss: the unsharded function, to a scalar or ``(scalar, aux)``; where the plan has a state,
+            ``loss(params, batch, state)`` to ``(scalar, (aux, state))``.
+        init: gives the parameters, from a random key; where the plan has a state, ``(params, state)``.
         batch: a tree of arrays or ShapeDtypeStructs, the global batch.
         optimizer: its state is part of the step's.
         mesh: the plan's axes over devices, as `plan.make_mesh()` gives it.
@@ -83,7 +89,7 @@ def train_step(
     wanted(optimizer)
     first = _first(plan, init, optimizer)
     shapes = jax.eval_shape(first, jax.random.key(0))
-    arrays.check(plan, shapes["params"], batch)
+    arrays.check(plan, shapes["params"], batch, state=shapes.get("state"))
     planned = PlannedLoss(plan, loss, mesh)
     of_state = arrays.shardings(plan, shapes, mesh)
     of_batch = arrays.shardings(plan, batch, mesh, "batch")
@@ -91,8 +97,8 @@ def train_step(
         init=jax.jit(first, out_shardings=of_state),
         update=jitted_update(plan, planned, optimizer, mesh=mesh, measure=measure, guard=guard),
         evaluate=jax.jit(
-            lambda params, batch: with_aux(planned.value(params, batch)),
-            in_shardings=(of_state["params"], of_batch),
+            lambda params, batch, *state: parts_of(planned.value(params, batch, *state), *state)[:2],
+            in_shardings=(of_state["params"], of_batch, *_of_loss(of_state)),
         ),
         abstract_state=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -123,9 +129,9 @@ def jitted_update(
         # One of other making may lack the flag.
         state = {"stopped": jnp.bool_(False), **state}
         shapes = shapes_of((state, batch))
-        arrays.check(plan, shapes[0]["params"], shapes[1])
+        arrays.check(plan, shapes[0]["params"], shapes[1], state=shapes[0].get("state"))
         if plan.origin is not None:
-            plan.origin.check(planned.traces.on(shapes[0]["params"], shapes[1]))
+            plan.origin.check(planned.traces.on(shapes[0]["params"], shapes[1], *_of_loss(shapes[0])))
         of_state = arrays.shardings(plan, shapes[0], mesh)
         batch = jax.lax.with_sharding_constraint(batch, arrays.shardings(plan, shapes[1], mesh, "batch"))
         state, metrics = updated(planned, optimizer, state, batch, measure, guard=guard)
@@ -146,6 +152,8 @@ def first_state(
     first = _first(plan, init, optimizer)
     shapes = jax.eval_shape(first, key)
     arrays.check_arrays(plan, "parameter", shapes["params"])
+    if "state" in shapes:
+        arrays.check_arrays(plan, "state array", shapes["state"])
     return jax.jit(first, out_shardings=arrays.shardings(plan, shapes, mesh))(key)
 
 
@@ -153,15 +161,25 @@ def _first(
     plan: Decision, init: Callable[[Any], Any], optimizer: optax.GradientTransformation
 ) -> Callable[[Any], State]:
     def first(key: Any) -> State:
-        params = init(key)
+        params, beside = init(key), {}
+        if plan.state is not None:
+            if not isinstance(params, tuple) or len(params) != 2:
+                raise UserError("the plan has a state: init(key) has to return (params, state)")
+            params, beside["state"] = params
         return {
             "step": jnp.int32(0),
             "params": params,
             "optimizer": optimizer.init(split(params, plan.trainable).trained),
+            **beside,
             "stopped": jnp.bool_(False),
         }
 
     return first
+
+
+def _of_loss(state: State) -> tuple[Any, ...]:
+    """Return what a loss takes of a training state beside the parameters."""
+    return (state["state"],) if "state" in state else ()
 
 
 def lasting(state: State) -> State:
@@ -175,13 +193,23 @@ def resumed(kept: State, like: State) -> State:
     return {**kept, "stopped": stopped}
 
 
-def abstract_state(plan: Decision, params: Any, optimizer: optax.GradientTransformation) -> State:
-    """Return the shapes of the state that training `params` by `optimizer` has under `plan`."""
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+def abstract_state(
+    plan: Decision, params: Any, optimizer: optax.GradientTransformation, loss_state: Any = None
+) -> State:
+    """Return the shapes of the state that training `params` by `optimizer` has under `plan`.
+
+    `loss_state` is that of the loss, None where it has none.
+    """
+
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+    params = shapes(params)
     return {
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "params": params,
         "optimizer": jax.eval_shape(optimizer.init, split(params, plan.trainable).trained),
+        **({} if plan.state is None else {"state": shapes(loss_state)}),
         "stopped": jax.ShapeDtypeStruct((), jnp.bool_),
     }
 
@@ -196,13 +224,14 @@ def updated(
     guard: bool | None = None,
 ) -> tuple[State, dict[str, Any]]:
     """Return the state after one step on `batch`, and the step's metrics; `guard` is as of `train_step`."""
-    found, gradients = planned.value_and_grad(state["params"], batch)
-    value, aux = with_aux(found)
+    beside = _of_loss(state)
+    found, gradients = planned.value_and_grad(state["params"], batch, *beside)
+    value, aux, changed = parts_of(found, *beside)
     length = norm(gradients)
     parts = planned.split(state["params"])
 
     def scalar(trained: Any) -> Any:
-        return with_aux(planned.value(parts.joined(trained), batch))[0]
+        return with_aux(planned.value(parts.joined(trained), batch, *beside))[0]
 
     extra = extra_of(scalar, value, gradients)
     changes, moments = change(
@@ -213,7 +242,7 @@ def updated(
         {name: extra[name] for name in wanted(optimizer)},
     )
     trained = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), parts.trained, changes)
-    after = {"step": state["step"] + 1, "params": parts.joined(trained), "optimizer": moments}
+    after = {"step": state["step"] + 1, "params": parts.joined(trained), "optimizer": moments, **changed}
     stopped = state["stopped"]
     if _guarded(guard, state["optimizer"]):
         stopped |= ~(jnp.all(jnp.isfinite(value)) & jnp.isfinite(length))
@@ -237,6 +266,22 @@ def _unless(stopped: Any, old: Any, new: Any) -> Any:
 
 def _guarded(guard: bool | None, moments: Any) -> bool:
     return not handles_nonfinite(moments) if guard is None else guard
+
+
+def parts_of(result: Any, *state: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Return what a loss gave as (value, aux, what changes of a training state by it).
+
+    Raises UserError if a loss that took a `state` gave none, or one of another structure.
+    """
+    value, aux = with_aux(result)
+    if not state:
+        return value, aux, {}
+    if not isinstance(aux, tuple) or len(aux) != 2:
+        raise UserError("a loss with a state returns (loss, (aux, state)), with {} for no aux")
+    old, new = map(jax.tree.structure, (state[0], aux[1]))
+    if old != new:
+        raise UserError(f"the new state has another structure than the state: {new} instead of {old}")
+    return value, aux[0], {"state": aux[1]}
 
 
 def with_aux(result: Any) -> tuple[Any, Any]:

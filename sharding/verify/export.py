@@ -43,6 +43,7 @@ def export_step(
     batch: Any,
     optimizer: optax.GradientTransformation,
     topology: Topology,
+    loss_state: Any = None,
 ) -> Exported:
     """Return the training step of `plan`, lowered for `topology` without its devices or its compiler.
 
@@ -53,7 +54,7 @@ def export_step(
       UserError: the step cannot be lowered for the topology's platform.
     """
     mesh = abstract_mesh(plan)
-    state = abstract_state(plan, params, optimizer)
+    state = abstract_state(plan, params, optimizer, loss_state)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, batch))
     leaves, tree = jax.tree.flatten(shapes)
     kept = jax.tree.leaves(arrays.shardings(plan, state, mesh))

@@ -71,6 +71,7 @@ def verify(
     batch: Any,
     optimizer: optax.GradientTransformation,
     *,
+    state: Any = None,
     fingerprint: str | None = None,
     limits: Limits | None = None,
     use_cache: bool = True,
@@ -86,6 +87,7 @@ def verify(
       params: its parameters: arrays or ShapeDtypeStructs.
       batch: likewise, the global batch.
       optimizer: of the step.
+      state: what the loss reads and gives anew beside the parameters, None for a loss without it.
       fingerprint: of the traced loss, if it is known.
       limits: of time and memory, for the compile.
       use_cache: whether a kept answer will do.
@@ -98,14 +100,14 @@ def verify(
     """
     topology = plan.topology
     refuse_missing(topology)
-    early = _too_large_already(plan, params, batch, optimizer, topology)
+    early = _too_large_already(plan, params, batch, optimizer, topology, state)
     if early is not None:
         return early
     here = versions(topology)
     key = cache.key_of(
         {
             "plan": file.to_dict(plan.decision()),
-            "program": fingerprint or _program_of(loss, params, batch),
+            "program": fingerprint or _program_of(loss, params, batch, state),
             "written": _where(loss),
             "optimizer": _optimizer_of(plan, optimizer, params),
             "versions": here,
@@ -116,8 +118,8 @@ def verify(
     known = cache.load(key, lambda kept: _judge(kept, topology, cached=True)) if use_cache else None
     if known is not None:
         return known
-    arrays.check(plan, params, batch, loss)
-    exported = export_step(plan, loss, params, batch, optimizer, topology)
+    arrays.check(plan, params, batch, loss, state)
+    exported = export_step(plan, loss, params, batch, optimizer, topology, state)
     request = {
         "plan": file.to_dict(plan),
         "donated": exported.donated,
@@ -191,11 +193,16 @@ def _too_much(peak: float, capacity: float) -> str:
 
 
 def _too_large_already(
-    plan: Record, params: Any, batch: Any, optimizer: optax.GradientTransformation, topology: Topology
+    plan: Record,
+    params: Any,
+    batch: Any,
+    optimizer: optax.GradientTransformation,
+    topology: Topology,
+    state: Any,
 ) -> Verdict | None:
     """Return the verdict on a plan that is too large to be worth compiling, else None."""
     capacity = capacity_of(topology)
-    stored = stored_bytes(plan, params, batch, optimizer)
+    stored = stored_bytes(plan, params, batch, optimizer, state)
     if stored > capacity:
         message = f"parameters, moments and batch alone take {gib(stored)} of a device's {gib(capacity)}"
         return Verdict(outcome="out_of_memory", message=message, peak_bytes=stored, capacity_bytes=capacity)
@@ -206,12 +213,14 @@ def _too_large_already(
     return None
 
 
-def stored_bytes(plan: Record, params: Any, batch: Any, optimizer: optax.GradientTransformation) -> float:
+def stored_bytes(
+    plan: Record, params: Any, batch: Any, optimizer: optax.GradientTransformation, state: Any = None
+) -> float:
     """Return the bytes of a device that the state and the batch take, without padding."""
     import jax
 
     total = 0.0
-    for kind, tree in (("params", abstract_state(plan, params, optimizer)), ("batch", batch)):
+    for kind, tree in (("params", abstract_state(plan, params, optimizer, state)), ("batch", batch)):
         specs = jax.tree.leaves(
             arrays.specs(plan, tree, kind), is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)
         )
@@ -220,11 +229,12 @@ def stored_bytes(plan: Record, params: Any, batch: Any, optimizer: optax.Gradien
     return total
 
 
-def _program_of(loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> str:
+def _program_of(loss: Callable[..., Any], params: Any, batch: Any, state: Any) -> str:
     """Return the fingerprint of the traced loss."""
     import jax
 
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (params, batch))
+    args = (params, batch) if state is None else (params, batch, state)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
     return trace(loss, *shapes).fingerprint
 
 

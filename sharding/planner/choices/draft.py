@@ -75,7 +75,7 @@ class Given:
         """The dims that arrays of the data lead with and parameters lack, the batch's first."""
         of_data = dict.fromkeys(self.program.batch_dims[:1])
         for argument in self.program.arguments:
-            lead = argument.dims[0][:1] if not argument.is_parameter and argument.dims else ()
+            lead = argument.dims[0][:1] if argument.is_data and argument.dims else ()
             of_data.update(dict.fromkeys(dim for dim in lead if dim in self.program.data_dims))
         return tuple(dim for dim in of_data if self.program.dims[dim].whole is None)
 

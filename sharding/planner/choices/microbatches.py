@@ -13,7 +13,7 @@ from ...program.program import Program
 
 def why_not(program: Program) -> str | None:
     """Return why the losses of parts of the batch do not add up to the loss of the batch; None if they do."""
-    rows = {argument.shape[:1] for argument in program.arguments if not argument.is_parameter}
+    rows = {argument.shape[:1] for argument in program.arguments if argument.is_data}
     if len(rows) != 1 or () in rows:
         return "the arrays of the batch do not all lead with the same number of rows"
     for result in program.results[1:]:
@@ -65,7 +65,7 @@ def options(rows_of_device: int) -> Sequence[int]:
 
 def batch_rows(program: Program) -> int:
     """Return the rows of the batch, 1 if no array of the data has any."""
-    leads = [a.shape[0] for a in program.arguments if not a.is_parameter and a.shape]
+    leads = [a.shape[0] for a in program.arguments if a.is_data and a.shape]
     return max(leads, key=leads.count, default=1)
 
 

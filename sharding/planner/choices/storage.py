@@ -43,7 +43,7 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParameterStorage:
-    """Parameter argument index → the mesh axes of each dimension of its array."""
+    """Index of an argument that is stored → the mesh axes of each dimension of its array."""
 
     params: Mapping[int, Storage]
     optimizer: Mapping[int, Storage]
@@ -59,7 +59,7 @@ def store(
     declared: Mapping[int, Mapping[int, tuple[str, ...]]],
     tile_rows: int,
 ) -> ParameterStorage:
-    """Return how each parameter lies on the mesh.
+    """Return how each parameter, and each array of the state, lies on the mesh.
 
     Args:
         program: the traced program.
@@ -83,7 +83,41 @@ def store(
         for axis in moments_over if argument.is_trained else ():
             storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
         optimizer[argument.index] = tuple(storage)
-    return ParameterStorage(params=params, optimizer=optimizer)
+    state = state_storage(program, mesh, dims, params, over=over, tile_rows=tile_rows)
+    return ParameterStorage(params={**params, **state}, optimizer={**optimizer, **state})
+
+
+def state_storage(
+    program: Program,
+    mesh: Mapping[str, int],
+    dims: Mapping[int, tuple[str, ...]],
+    params: Mapping[int, Storage],
+    *,
+    over: Sequence[str] = ("fsdp",),
+    tile_rows: int,
+) -> dict[int, Storage]:
+    """Return how each array of the state lies, where `params` says how the parameters do.
+
+    One that has the dims of a parameter, as a moving average of it has, lies as that does; any other as a
+    parameter of its size would. The other arguments are as of `store`.
+    """
+    total = sum(math.prod(argument.shape) for argument in program.parameters)
+    of_parameters: dict[object, Storage] = {}
+    for argument in program.parameters:
+        of_parameters.setdefault((argument.shape, argument.dims), params[argument.index])
+    found = {}
+    for argument in program.stored:
+        if not argument.is_state:
+            continue
+        storage = of_parameters.get((argument.shape, argument.dims))
+        if storage is None:
+            cut = computed(argument, dims, mesh)
+            choices = _worth_cutting(argument, program, total, range(len(argument.shape)))
+            for axis in over:
+                cut = _cut(cut, argument.shape, choices, axis, mesh, tile_rows)
+            storage = tuple(cut)
+        found[argument.index] = storage
+    return found
 
 
 def computed(

@@ -85,7 +85,7 @@ def _is_shardable(dim: Dim) -> bool:
 
 def _of_data(program: Program) -> set[int]:
     """Return the dims that the data have, such as a sequence that positions are learned for."""
-    return {dim for a in program.arguments if not a.is_parameter for c in a.dims for dim in c}
+    return {dim for a in program.arguments if a.is_data for c in a.dims for dim in c}
 
 
 def _between_activations(program: Program) -> set[int]:
