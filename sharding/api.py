@@ -70,9 +70,11 @@ class Plan(Record):
     def specs(self, tree: Any, kind: str = "params") -> Any:
         """Return a tree like `tree` of PartitionSpecs.
 
-        An optimizer's array has the spec of the parameter whose path its own path ends with; one that lacks a
-        dimension of it (factored moments) keeps the rest of the spec. Arrays that belong to no parameter,
-        such as counters, are replicated.
+        An optimizer's array lies as the parameter whose path its own path ends with, or without one as a
+        parameter of its shape; one that lacks a dimension of it (factored moments) or has one more
+        (histories) keeps the rest of the spec, and one that is flat is cut over the same axes. What belongs
+        to no parameter is replicated, unless it is a hundredth of a device's memory: then it is cut over
+        the axes that cut the parameters.
 
         Args:
           tree: parameters, a training state or a part of one; or a batch.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,27 +30,53 @@ def flatten(tree: Any) -> tuple[list[Leaf], Any]:
     attribute = jax.tree_util.GetAttrKey
     return [
         Leaf(
-            path=path_of(keys),
+            path=path,
             shape=tuple(getattr(leaf, "shape", ())),
             in_record=any(isinstance(key, attribute) for key in keys[1:-1]),
         )
-        for keys, leaf in leaves
+        for path, (keys, leaf) in zip(unique_paths([keys for keys, _ in leaves]), leaves, strict=True)
     ], structure
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """Return path → leaf, in the tree's order."""
+def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Return path → leaf, in the tree's order.
+
+    >>> by_path({"a": {"b": 1}, "c": 2}), by_path({"a/b": 1, "a": {"b": 2}})
+    ({'a/b': 1, 'c': 2}, {'a/b': 2, 'a%2Fb': 1})
+    """
     import jax
 
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    rows = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    paths = unique_paths([keys for keys, _ in rows])
+    return {path: leaf for path, (_, leaf) in zip(paths, rows, strict=True)}
+
+
+def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Return a tree like `tree` of what `function` gives of each leaf's path and the leaf."""
+    import jax
+
+    rows = by_path(tree)
+    return jax.tree.structure(tree).unflatten([function(path, leaf) for path, leaf in rows.items()])
+
+
+def unique_paths(keys: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Return the path of each leaf of one tree.
+
+    Where two leaves would have one path (``{"a/b": …, "a": {"b": …}}``), slashes inside of keys are ``%2F``.
+    """
+    paths = [path_of(one) for one in keys]
+    counts = Counter(paths)
+    if len(counts) == len(paths):
+        return paths
+    return [
+        path if counts[path] == 1 else "/".join(path_of((key,)).replace("/", "%2F") for key in one)
+        for path, one in zip(paths, keys, strict=True)
+    ]
 
 
 def names_by_path(names: Any) -> dict[str, tuple[str | None, ...]]:
     """Return the named dimensions of every array, by path, from a tree whose leaves are tuples of names."""
-    import jax
-
-    leaves, _ = jax.tree_util.tree_flatten_with_path(names, is_leaf=_is_names)
-    return {path_of(keys): leaf for keys, leaf in leaves if leaf is not None}
+    return {path: leaf for path, leaf in by_path(names, _is_names).items() if leaf is not None}
 
 
 def _is_names(node: Any) -> bool:
@@ -69,14 +96,17 @@ def path_of(keys: tuple[Any, ...]) -> str:
 def by_suffix(path: str, found: Mapping[str, Any]) -> str | None:
     """Return the key of `found` that is `path` or, failing that, its longest ending at a `/`.
 
-    Optimizer states mirror the parameters below a prefix of their own: ``0/mu/layers/wq``.
+    Optimizer states mirror the parameters below a prefix of their own: ``0/mu/layers/wq``. A bare array has
+    no path, and any ends with it.
     """
+    return next((ending for ending in endings_of(path) if ending in found), None)
+
+
+def endings_of(path: str) -> Iterator[str]:
+    """Yield `path` and its endings at a `/`, the longest first, the empty one last."""
     parts = path.split("/")
-    for start in range(len(parts)):
-        ending = "/".join(parts[start:])
-        if ending in found:
-            return ending
-    return None
+    for start in range(len(parts) + 1):
+        yield "/".join(parts[start:])
 
 
 def matches(pattern: str, path: str) -> bool:

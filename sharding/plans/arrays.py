@@ -14,15 +14,20 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..errors import UserError, nearest
 from ..hardware.mesh import make_mesh
-from ..paths import by_path, by_suffix, path_of
+from ..hardware.topology import Topology
+from ..paths import by_path, map_by_path
 from ..program.jaxpr import Traces
 from ..program.program import Program, Result
 from ..program.recognise import recognised
+from .owners import ALL, Owners, spec_by_owner, spread
 from .record import ArrayPlan, Decision, Record
-from .specs import Spec, axes_in, cut_into, derived
+from .specs import Spec, axes_in, cut_into
+from .trainable import is_trained
 
 # Types of keys, of which NumPy knows nothing.
 _KEY_BYTES = {"key<fry>": 8, "key<rbg>": 16, "key<urbg>": 16}
+# The share of a device's memory from which on an array matters.
+_MATTERS = 0.01
 
 
 def mesh_of(plan: Decision, devices: Any = None) -> Mesh:
@@ -32,13 +37,29 @@ def mesh_of(plan: Decision, devices: Any = None) -> Mesh:
 
 def specs(plan: Decision, tree: Any, kind: str = "params") -> Any:
     """Return the PartitionSpec of every array in a tree, see `Plan.specs`."""
-    if kind == "params" and _is_state(plan, tree):
+    if kind != "params":
+        rows = getattr(plan, kind) or {}
+        return map_by_path(lambda path, leaf: PartitionSpec(*_planned(rows, path, leaf)), tree)
+    lying = Lying(plan)
+    if _is_state(plan, tree):
         # A parameter may be named as a part of the state is, ``step`` say.
-        by_part = {"params": specs, "state": _specs_beside if plan.state is None else _specs_of_state}
-        return {name: by_part.get(name, _specs_beside)(plan, part) for name, part in tree.items()}
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: PartitionSpec(*_spec(plan, path_of(keys), tuple(leaf.shape), kind)), tree
-    )
+        kinds = {"params": "params"} if plan.state is None else {"params": "params", "state": "state"}
+        return {
+            name: specs(plan, part, kinds[name]) if name in kinds else map_by_path(lying.spec, part)
+            for name, part in tree.items()
+        }
+
+    def spec(path: str, leaf: Any) -> PartitionSpec:
+        # Below ``params`` of a state that lacks some of them.
+        for own in (path, path.removeprefix("params/")):
+            if own in plan.params:
+                return PartitionSpec(*_planned(plan.params, own, leaf))
+        # The loss's own state stands below ``state``, and may be like the parameters.
+        if plan.state is not None and path.startswith("state/"):
+            return PartitionSpec(*_planned(plan.state, path.removeprefix("state/"), leaf))
+        return lying.spec(path, leaf)
+
+    return map_by_path(spec, tree)
 
 
 def shardings(plan: Decision, tree: Any, mesh: Mesh | AbstractMesh, kind: str = "params") -> Any:
@@ -48,12 +69,9 @@ def shardings(plan: Decision, tree: Any, mesh: Mesh | AbstractMesh, kind: str = 
 
 def specs_of_moments(plan: Decision, params: Any) -> Any:
     """Return the PartitionSpec of every parameter's gradient and moments, in a tree of parameters."""
-
-    def spec(keys: Any, leaf: Any) -> PartitionSpec:
-        path = path_of(keys)
-        return PartitionSpec(*plan.moments.get(path, _spec(plan, path, tuple(leaf.shape), "params")))
-
-    return jax.tree_util.tree_map_with_path(spec, params)
+    return map_by_path(
+        lambda path, leaf: PartitionSpec(*plan.moments.get(path, _planned(plan.params, path, leaf))), params
+    )
 
 
 def axes_of_dims(plan: Decision, program: Program) -> dict[int, tuple[str, ...]]:
@@ -72,6 +90,11 @@ def bytes_per_device(plan: Decision, kind: str = "params") -> int:
         math.prod(row.shape) * item_bytes(row.dtype) // cut_into(axes_in(row.spec), plan.mesh)
         for row in (getattr(plan, kind) or {}).values()
     )
+
+
+def whole_bytes(rows: Mapping[str, ArrayPlan]) -> int:
+    """Return the bytes of arrays, of all devices together."""
+    return sum(math.prod(row.shape) * item_bytes(row.dtype) for row in rows.values())
 
 
 def item_bytes(dtype: str) -> int:
@@ -194,6 +217,14 @@ def _same_paths(kind: str, planned: Mapping[str, ArrayPlan], tree: Any) -> dict[
     return have
 
 
+def _planned(rows: Mapping[str, ArrayPlan], path: str, leaf: Any) -> Spec:
+    if path not in rows:
+        return ()
+    if rows[path].shape != tuple(leaf.shape):
+        raise UserError(f"{path!r} has shape {tuple(leaf.shape)}; the plan was made for {rows[path].shape}")
+    return rows[path].spec
+
+
 def _is_state(plan: Decision, tree: Any) -> bool:
     """Whether `tree` is a training state: the plan's parameters stand below its ``params``."""
     if not isinstance(tree, dict) or "params" not in tree:
@@ -201,38 +232,37 @@ def _is_state(plan: Decision, tree: Any) -> bool:
     return {*by_path(tree["params"])} == {*plan.params} != {*by_path(tree)}
 
 
-def _specs_of_state(plan: Decision, state: Any) -> Any:
-    return specs(plan, state, "state")
+class Lying:
+    """How arrays that belong to a plan's parameters lie, as their owner's moments do, and those of none."""
+
+    def __init__(self, plan: Decision) -> None:
+        rows = {path: row for path, row in plan.params.items() if is_trained(plan, path, row)}
+        self._owners = Owners({path: row.shape for path, row in rows.items()})
+        self._mesh = plan.mesh
+        self._specs = {path: plan.moments.get(path, row.spec) for path, row in rows.items()}
+        used = {axis for spec in self._specs.values() for axis in axes_in(spec)}
+        self._axes = tuple(axis for axis in plan.mesh if axis in used)
+        self._least = least_that_matters(plan.topology, whole_bytes(plan.params))
+
+    def spec(self, path: str, leaf: Any) -> PartitionSpec:
+        """Return the spec of an array at `path` of an optimizer's state, say.
+
+        One that belongs to no parameter is cut over the axes of the parameters if it matters on a device.
+        """
+        shape = tuple(jnp.shape(leaf))
+        owned = self._owners.of(path, shape)
+        if owned.owner is not None:
+            spec = (self._axes,) if owned.owner == ALL else self._specs[owned.owner]
+            return PartitionSpec(*spec_by_owner(owned, shape, spec, self._mesh))
+        if math.prod(shape) * item_bytes(str(jnp.result_type(leaf))) > self._least:
+            return PartitionSpec(*spread(shape, self._axes, self._mesh))
+        return PartitionSpec()
 
 
-def _specs_beside(plan: Decision, part: Any) -> Any:
-    """Return the PartitionSpecs of a part of a training state other than its parameters."""
+def least_that_matters(topology: Topology, parameter_bytes: float) -> float:
+    """Return the bytes from which an array that is whole on every device is worth cutting, or a word.
 
-    def spec(keys: Any, leaf: Any) -> PartitionSpec:
-        owner = by_suffix(path_of(keys), plan.params)
-        return PartitionSpec(*(() if owner is None else _spec_of_moment(plan, owner, tuple(leaf.shape))))
-
-    return jax.tree_util.tree_map_with_path(spec, part)
-
-
-def _spec(plan: Decision, path: str, shape: tuple[int, ...], kind: str) -> Spec:
-    planned: ArrayPlan | None = (getattr(plan, kind) or {}).get(path)
-    if planned is not None:
-        if planned.shape != shape:
-            raise UserError(f"{path!r} has shape {shape}; the plan was made for {planned.shape}")
-        return planned.spec
-    # In a whole training state the loss's own stands below ``state``, and may be like the parameters.
-    if kind == "params" and plan.state is not None and path.startswith("state/"):
-        return _spec(plan, path.removeprefix("state/"), shape, "state")
-    owner = by_suffix(path, plan.params) if kind == "params" else None
-    if owner is None:
-        return ()
-    if path == f"params/{owner}":
-        # Of a training state that lacks some parameters.
-        return derived(plan.params[owner].spec, plan.params[owner].shape, shape)
-    return _spec_of_moment(plan, owner, shape)
-
-
-def _spec_of_moment(plan: Decision, owner: str, shape: tuple[int, ...]) -> Spec:
-    row = plan.params[owner]
-    return derived(plan.moments.get(owner, row.spec), row.shape, shape)
+    A hundredth of a device's memory; of simulated ones, whose memory is that of no chip, of the parameters.
+    """
+    whole = parameter_bytes if topology.chip.nominal else topology.chip.usable_bytes
+    return _MATTERS * whole

@@ -47,18 +47,3 @@ def axes_in(spec: Iterable[str | tuple[str, ...] | None]) -> tuple[str, ...]:
 def cut_into(axes: Iterable[str], mesh: Mapping[str, int]) -> int:
     """Return the number of parts that `axes` of `mesh` cut into."""
     return math.prod(mesh[axis] for axis in axes)
-
-
-def derived(spec: Spec, shape: tuple[int, ...], other: tuple[int, ...]) -> Spec:
-    """Return the spec of an array of shape `other` that belongs to one of `shape` with `spec`.
-
-    An array of the same shape lies alike; one that lacks a single dimension of it (factored moments) keeps
-    the rest of the spec; any other is whole.
-    """
-    if other == shape:
-        return spec
-    padded = spec + (None,) * (len(shape) - len(spec))
-    for lost in range(len(shape)):
-        if shape[:lost] + shape[lost + 1 :] == other:
-            return padded[:lost] + padded[lost + 1 :]
-    return ()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import UserError, nearest
-from ..paths import by_path, endings, matches, path_of, specificity
+from ..paths import by_path, endings, matches, specificity, unique_paths
 from .record import ArrayPlan, Decision
 
 
@@ -129,9 +129,8 @@ def _masked(mask: Any, params: Any) -> tuple[str, ...]:
         near = nearest(odd, have) if odd is not None else "give a bool for each parameter, or patterns"
         raise UserError(f"trainable {what}; {near}") from None
     chosen = []
-    rows = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(whole), strict=True)
-    for (keys, leaf), wanted in rows:
-        path = path_of(keys)
+    rows = zip(by_path(params).items(), jax.tree.leaves(whole), strict=True)
+    for (path, leaf), wanted in rows:
         if not _is_bool(wanted):
             raise UserError(f"trainable has {wanted!r} for {path!r}; give True or False")
         if wanted and not is_float(leaf):
@@ -174,7 +173,11 @@ def split(params: Any, trained: Collection[str] | None) -> Split:
     """
     rows, structure = jax.tree_util.tree_flatten_with_path(params)
     chosen = None if trained is None else frozenset(trained)
-    places = tuple(is_float(leaf) and (chosen is None or path_of(keys) in chosen) for keys, leaf in rows)
+    paths = unique_paths([keys for keys, _ in rows])
+    places = tuple(
+        is_float(leaf) and (chosen is None or path in chosen)
+        for path, (_, leaf) in zip(paths, rows, strict=True)
+    )
     leaves = tuple(leaf for _, leaf in rows)
     return Split(
         trained=structure.unflatten(

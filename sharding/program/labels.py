@@ -37,8 +37,7 @@ def axis_names(args: Sequence[Any], names: Any) -> dict[tuple[int, str], AxisNam
         if position not in range(len(args)):
             raise UserError(f"names are given for argument {position}, but there are {len(args)} arguments")
         known = by_path(args[position])
-        for keys, given in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_axis_names):
-            path = path_of(keys)
+        for path, given in by_path(tree, _is_axis_names).items():
             if not _is_axis_names(given):
                 raise UserError(f"the names at {path!r} are {given!r}, not a tuple of dimension names")
             if path not in known:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import source_info_util
 
 from ..errors import UserError
-from ..paths import path_of
+from ..paths import by_path, path_of
 from . import dims as named
 from .jaxpr import Traced
 from .labels import axis_names, names_of
@@ -76,11 +76,7 @@ def read(
     raw = walk.scope(closed.jaxpr, raw_args)
 
     resolver = Resolver(walk)
-    leaves = [
-        (position, path_of(keys))
-        for position, arg in enumerate(args)
-        for keys, _ in jax.tree_util.tree_leaves_with_path(arg)
-    ]
+    leaves = [(position, path) for position, arg in enumerate(args) for path in by_path(arg)]
     arguments = tuple(
         Argument(
             index=index,
