@@ -48,6 +48,17 @@ class Model:
     """``flops_per_token(sequence)``: floating-point operations of one training step per token, forward and
     backward, without recomputation, and with only the visible half of causal attention counted."""
 
+    trainable: Any = None
+    """Which parameters are trained, as in `meshwright.sharding.plan`; all of them if None."""
+
+    has_state: bool = False
+    """Whether something changes beside the parameters: `init` then gives ``(params, state)``, and the loss is
+    ``loss(params, batch, state)`` and gives ``(loss, (aux, new state))``."""
+
+    evaluation: Callable[..., Any] | None = None
+    """The loss that held-out batches are judged by, of the same arguments, to ``(loss, aux)``; None if it is
+    `loss`. Of use where training drops values out or takes the statistics of its own batch."""
+
     empty_cache: Callable[[int, int], Any] | None = None
     """``empty_cache(batch, length)``: keys and values of no token yet; None if the model cannot decode."""
 

@@ -32,3 +32,27 @@ def mysterious() -> Model:
         return value + 0 * MYSTERY.bind(jax.lax.stop_gradient(value)), aux
 
     return dataclasses.replace(model, loss=loss)
+
+
+def changing() -> Model:
+    """A perceptron trained with dropout on its matrix, and judged by a moving average of its parameters."""
+    model = perceptron()
+
+    def init(key: Any) -> Any:
+        params = model.init(key)
+        return params, {"average": params, "draws": jax.random.key(4), "count": jax.numpy.int32(0)}
+
+    def loss(params: Any, batch: Any, state: Any) -> Any:
+        draws, now = jax.random.split(state["draws"])
+        kept = jax.random.bernoulli(now, 0.8, params["up"].shape)
+        value, aux = model.loss({**params, "up": params["up"] * kept}, batch)
+        average = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * new, state["average"], params)
+        return value, (aux, {"average": average, "draws": draws, "count": state["count"] + 1})
+
+    return dataclasses.replace(
+        model,
+        init=init,
+        loss=loss,
+        has_state=True,
+        evaluation=lambda params, batch, state: model.loss(state["average"], batch),
+    )

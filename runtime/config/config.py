@@ -41,6 +41,12 @@ class ModelConfig(Section):
         "The module is imported, so its code runs.",
     )
     arguments: dict[str, Any] = Field(default={}, description="Keyword arguments for `build`.")
+    trainable: str | list[str] | dict[str, bool] | None = Field(
+        default=None,
+        description="Which parameters are trained: a pattern over their paths or several, which are trained "
+        'alone, or patterns → bool, e.g. {"embed/*": false}. Null leaves it to the model, whose parameters '
+        "are all trained unless it says otherwise.",
+    )
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

@@ -75,6 +75,7 @@ def build_job(config: Config) -> Job:
         shapes.batch,
         transformation,
         mesh=mesh,
+        evaluation=None if model.evaluation is None else jax.jit(model.evaluation),
         measure=lambda state: {"learning_rate": rate(state["step"])},
         guard=None if config.train.stop_on_nan else False,
     )

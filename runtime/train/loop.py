@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...sharding.transform.metrics import named
-from ...sharding.transform.step import lasting
+from ...sharding.transform.step import lasting, of_loss
 from ..checkpoint import Checkpoints
 from ..config import Config
 from ..data import Prefetch
@@ -71,11 +71,11 @@ class TrainingLoop:
             metrics,
             asked_at=asked_at,
             data_wait_seconds=batches.wait_seconds,
-            evaluation=self._evaluate(state["params"]) if evaluate else (),
+            evaluation=self._evaluate(state) if evaluate else (),
         )
         return state
 
-    def _evaluate(self, params: Any) -> list[tuple[Any, Any]]:
+    def _evaluate(self, state: Any) -> list[tuple[Any, Any]]:
         """Return (mean loss, weight) of each held-out batch, still on the devices."""
         if not self._held_out:
             assert self.job.held_out is not None
@@ -83,7 +83,8 @@ class TrainingLoop:
             count = self.config.train.evaluate_batches
             with self.job.held_out.iterate(0, sharding, stop_step=count) as batches:
                 self._held_out = list(batches)
-        results = [self.job.step.evaluate(params, batch) for batch in self._held_out]
+        step = self.job.step
+        results = [step.evaluate(state["params"], batch, *of_loss(state)) for batch in self._held_out]
         return [(mean, named(aux, ()).get("weight", 1.0)) for mean, aux in results]
 
     def _save(self, state: Any, step: int) -> None:

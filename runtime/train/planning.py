@@ -15,6 +15,7 @@ from ...sharding.errors import UserError, nearest
 from ...sharding.files import write_whole
 from ...sharding.hardware.axes import resolve_axes
 from ...sharding.planner.outcome import searched_instead
+from ...sharding.plans.trainable import trained_paths
 from ...sharding.report.compare import compare
 from ...sharding.report.html import page as page_of
 from ...sharding.report.plan import plan_document
@@ -32,10 +33,12 @@ class Shapes:
     """What a config trains, as abstract arrays: `init` and `loss` are jitted, so that each is traced once."""
 
     init: Callable[[Any], Any]
-    loss: Callable[[Any, Any], Any]
+    loss: Callable[..., Any]
     params: Any
     batch: Any
     names: Any
+    state: Any = None
+    trainable: Any = None
 
     @classmethod
     def of(cls, config: Config, model: Model) -> Shapes:
@@ -46,12 +49,16 @@ class Shapes:
         init = jax.jit(model.init)
         # A key made for real would start the devices, which planning has no need of.
         key = jax.eval_shape(lambda: jax.random.key(0))
+        first = jax.eval_shape(init, key)
+        params, state = first if model.has_state else (first, None)
         return cls(
             init=init,
             loss=jax.jit(model.loss),
-            params=jax.eval_shape(init, key),
+            params=params,
             batch=dict.fromkeys(KEYS, shape),
             names=model.names,
+            state=state,
+            trainable=model.trainable if config.model.trainable is None else config.model.trainable,
         )
 
 
@@ -92,6 +99,8 @@ def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) 
             microbatches=config.microbatches or 1,
             attention=config.attention,
             recognise=config.recognise,
+            state=shapes.state,
+            trainable=shapes.trainable,
         )
     if config.plan == "auto":
         return search(config, shapes, topology, optimizer)
@@ -112,6 +121,8 @@ def search(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -
         microbatches=config.microbatches,
         attention=config.attention,
         recognise=config.recognise,
+        state=shapes.state,
+        trainable=shapes.trainable,
         names=shapes.names,
     )
 
@@ -128,7 +139,9 @@ class Planned:
     def verified(self, top: int = 1) -> Planned:
         """Have the topology's compiler judge the plan, or choose among the `top` best; see `Plan.verify`."""
         shapes = self.shapes
-        plan = self.plan.verify(shapes.loss, shapes.params, shapes.batch, self.optimizer, top=top)
+        plan = self.plan.verify(
+            shapes.loss, shapes.params, shapes.batch, self.optimizer, state=shapes.state, top=top
+        )
         return dataclasses.replace(self, plan=plan)
 
 
@@ -175,6 +188,7 @@ def facts(plan: Plan, planning_seconds: float, why: str | None = None) -> dict[s
         "dims": {name: list(dim.axes) for name, dim in plan.dims.items()},
         "remat": plan.saved or plan.remat,
         "microbatches": plan.microbatches,
+        **({} if plan.trainable is None else {"trainable": list(plan.trainable)}),
         "kernels": {operation: dict(kernel) for operation, kernel in plan.kernels.items()},
         "estimate": None if estimate is None else estimate.to_dict(),
         "alternatives": [dataclasses.asdict(row) for row in plan.alternatives],
@@ -225,14 +239,25 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
             f"the config declares attention={config.attention} and {config.plan} has {planned}; "
             "leave one of them out"
         )
+    if config.model.trainable is not None:
+        wanted = trained_paths(shapes.params, shapes.trainable)
+        if wanted != found.trainable:
+            raise UserError(
+                f"the config trains {_counted(wanted)} and {config.plan} {_counted(found.trainable)}; "
+                "leave model.trainable out, or plan again"
+            )
     if config.rules:
         rules = ", ".join(config.rules)
         raise UserError(f"the config declares rules ({rules}) beside {config.plan}; leave one of them out")
     try:
-        found.check(shapes.params, shapes.batch, shapes.loss)
+        found.check(shapes.params, shapes.batch, shapes.loss, shapes.state)
     except UserError as error:
         raise UserError(f"{config.plan}: {error}; {_again(config)}") from None
     return found
+
+
+def _counted(trained: tuple[str, ...] | None) -> str:
+    return "all parameters" if trained is None else f"{len(trained)} parameters ({trained[0]}, …)"
 
 
 def _again(config: Config) -> str:

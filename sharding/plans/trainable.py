@@ -54,11 +54,11 @@ def trained_paths(params: Any, trainable: Any) -> tuple[str, ...] | None:
         params: a tree of arrays or ShapeDtypeStructs.
         trainable: None for all floats; a pattern over paths or several, which are trained alone; patterns →
             bool, the closest of which decides, what none matches being trained; or a tree of bools like
-            `params`, or like the upper part of it.
+            `params`, or like the upper part of it. A pattern that matches a folder matches what is in it.
 
     Raises:
-        UserError: a pattern matches nothing that can be trained, the tree is not like the parameters, an
-            array that has no gradient is asked to be trained, or nothing is.
+        UserError: a pattern matches nothing that can be trained, or says nothing, the tree is not like the
+            parameters, an array that has no gradient is asked to be trained, or nothing is.
     """
     if trainable is None:
         return None
@@ -68,8 +68,9 @@ def trained_paths(params: Any, trainable: Any) -> tuple[str, ...] | None:
         trainable = (trainable,)
     if _are_patterns(trainable):
         chosen = _matched(dict.fromkeys(trainable, True), leaves, floats, others=False)
-    elif _is_by_pattern(trainable):
+    elif _is_by_pattern(trainable, params):
         chosen = _matched(trainable, leaves, floats, others=True)
+        _check_each_says_something(trainable, floats)
     else:
         chosen = _masked(trainable, params)
     if not chosen:
@@ -83,13 +84,29 @@ def _are_patterns(trainable: Any) -> bool:
     )
 
 
-def _is_by_pattern(trainable: Any) -> bool:
-    """Whether it maps patterns to bools; a flat tree of bools says the same, read either way."""
-    return (
-        isinstance(trainable, Mapping)
-        and all(isinstance(key, str) and _is_bool(value) for key, value in trainable.items())
-        and any("*" in key or "/" in key for key in trainable)
-    )
+def _is_by_pattern(trainable: Any, params: Any) -> bool:
+    """Whether it maps patterns to bools, and is not a tree like the upper part of `params`."""
+    if not isinstance(trainable, Mapping):
+        return False
+    if not all(isinstance(key, str) and _is_bool(value) for key, value in trainable.items()):
+        return False
+    return not (isinstance(params, Mapping) and {*trainable} == {*params})
+
+
+def _in(pattern: str, path: str) -> bool:
+    return matches(pattern, path) or matches(f"{pattern}/*", path)
+
+
+def _check_each_says_something(patterns: Mapping[str, bool], floats: Sequence[str]) -> None:
+    """Raise UserError for a pattern → True that takes nothing back: all else is trained too."""
+    frozen = [pattern for pattern, wanted in patterns.items() if not wanted]
+    for pattern, wanted in patterns.items():
+        found = [path for path in floats if wanted and _in(pattern, path)]
+        if found and not any(_in(one, path) for one in frozen for path in found):
+            raise UserError(
+                f"trainable {pattern}: True says nothing, since what no pattern matches is trained; "
+                f'give trainable={pattern!r} to train that alone, or add "*": False'
+            )
 
 
 def _is_bool(value: Any) -> bool:
@@ -100,11 +117,13 @@ def _matched(
     patterns: Mapping[str, bool], leaves: Mapping[str, Any], floats: Sequence[str], *, others: bool
 ) -> tuple[str, ...]:
     for pattern, wanted in patterns.items():
-        found = [path for path in leaves if matches(pattern, path)]
+        found = [path for path in leaves if _in(pattern, path)]
         if not found:
-            raise UserError(
-                f"trainable {pattern} matches no parameter; {nearest(pattern, endings(leaves, pattern))}"
-            )
+            folders = [
+                "/".join(path.split("/")[:n]) for path in leaves for n in range(1, path.count("/") + 1)
+            ]
+            near = nearest(pattern, endings([*leaves, *folders], pattern))
+            raise UserError(f"trainable {pattern} matches no parameter; {near}")
         if wanted and not any(path in floats for path in found):
             raise UserError(
                 f"trainable {pattern} matches {found[0]} of type {_dtype(leaves[found[0]])}, which has no "
@@ -112,7 +131,7 @@ def _matched(
             )
 
     def decided(path: str) -> bool:
-        matching = [pattern for pattern in patterns if matches(pattern, path)]
+        matching = [pattern for pattern in patterns if _in(pattern, path)]
         return patterns[max(matching, key=specificity)] if matching else others
 
     return tuple(path for path in floats if decided(path))

@@ -64,6 +64,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     *,
     mesh: Mesh,
+    evaluation: Callable[..., Any] | None = None,
     measure: Measure | None = None,
     guard: bool | None = None,
 ) -> Step:
@@ -77,6 +78,8 @@ def train_step(
         batch: a tree of arrays or ShapeDtypeStructs, the global batch.
         optimizer: its state is part of the step's.
         mesh: the plan's axes over devices, as `plan.make_mesh()` gives it.
+        evaluation: the loss that `evaluate` takes in place of `loss`, of the same arguments, to a scalar or
+            ``(scalar, aux)``: one that drops nothing out, say, and reads the statistics that are kept.
         measure: gives scalars, of a state, that are added to the metrics (the learning rate, say).
         guard: whether a step whose loss or gradients are not finite is left out, and all after it. None is
             yes, unless the optimizer's state shows that it deals with such gradients itself, see
@@ -97,8 +100,8 @@ def train_step(
         init=jax.jit(first, out_shardings=of_state),
         update=jitted_update(plan, planned, optimizer, mesh=mesh, measure=measure, guard=guard),
         evaluate=jax.jit(
-            lambda params, batch, *state: parts_of(planned.value(params, batch, *state), *state)[:2],
-            in_shardings=(of_state["params"], of_batch, *_of_loss(of_state)),
+            _evaluated(planned) if evaluation is None else _judged(PlannedLoss(plan, evaluation, mesh)),
+            in_shardings=(of_state["params"], of_batch, *of_loss(of_state)),
         ),
         abstract_state=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -108,6 +111,14 @@ def train_step(
         batch=of_batch,
         guarded=_guarded(guard, shapes["optimizer"]),
     )
+
+
+def _evaluated(planned: PlannedLoss) -> Callable[..., Any]:
+    return lambda params, batch, *state: parts_of(planned.value(params, batch, *state), *state)[:2]
+
+
+def _judged(planned: PlannedLoss) -> Callable[..., Any]:
+    return lambda *args: with_aux(planned.value(*args))
 
 
 def jitted_update(
@@ -131,7 +142,7 @@ def jitted_update(
         shapes = shapes_of((state, batch))
         arrays.check(plan, shapes[0]["params"], shapes[1], state=shapes[0].get("state"))
         if plan.origin is not None:
-            plan.origin.check(planned.traces.on(shapes[0]["params"], shapes[1], *_of_loss(shapes[0])))
+            plan.origin.check(planned.traces.on(shapes[0]["params"], shapes[1], *of_loss(shapes[0])))
         of_state = arrays.shardings(plan, shapes[0], mesh)
         batch = jax.lax.with_sharding_constraint(batch, arrays.shardings(plan, shapes[1], mesh, "batch"))
         state, metrics = updated(planned, optimizer, state, batch, measure, guard=guard)
@@ -177,7 +188,7 @@ def _first(
     return first
 
 
-def _of_loss(state: State) -> tuple[Any, ...]:
+def of_loss(state: State) -> tuple[Any, ...]:
     """Return what a loss takes of a training state beside the parameters."""
     return (state["state"],) if "state" in state else ()
 
@@ -224,7 +235,7 @@ def updated(
     guard: bool | None = None,
 ) -> tuple[State, dict[str, Any]]:
     """Return the state after one step on `batch`, and the step's metrics; `guard` is as of `train_step`."""
-    beside = _of_loss(state)
+    beside = of_loss(state)
     found, gradients = planned.value_and_grad(state["params"], batch, *beside)
     value, aux, changed = parts_of(found, *beside)
     length = norm(gradients)

@@ -192,6 +192,8 @@ def test_the_plan_keeps_it_and_says_it() -> None:
             ("lora/a", "lora/b"),
         ),
         ({"lora/*": False, "lora/b": True}, ("base", "lora/b")),
+        ("lora", ("lora/a", "lora/b")),
+        ({"base": False}, ("lora/a", "lora/b")),
     ],
 )
 def test_ways_of_writing_it(trainable: Any, wanted: Any) -> None:
@@ -203,9 +205,10 @@ def test_ways_of_writing_it(trainable: Any, wanted: Any) -> None:
     [
         ("lorra/*", r"trainable lorra/\* matches no parameter; did you mean .lora/"),
         ("quantised", "trainable quantised matches quantised of type int8, which has no gradient"),
-        ({"base": True}, "trainable lacks"),
-        ({**dict.fromkeys(SHAPES, False), "lara": True}, "trainable has 'lara', which no parameter has; did"),
+        ({"base": True}, "trainable base: True says nothing, .* trainable='base' to train that alone"),
+        ({**dict.fromkeys(SHAPES, False), "lara": True}, "trainable lara matches no parameter; did you"),
         (dict.fromkeys(SHAPES, True), "trainable has True for 'noise' of type key<fry>"),
+        ({**dict.fromkeys(SHAPES, False), "lora": {"c": True}}, "trainable has 'lora/c', which no"),
         (dict.fromkeys(SHAPES, 1), "trainable has 1 for 'base'; give True or False"),
         (dict.fromkeys(SHAPES, False), "trainable leaves none of the 3 parameters of floats to train"),
     ],
