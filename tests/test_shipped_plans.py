@@ -13,6 +13,9 @@ from meshwright.sharding import Plan
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PLANS = sorted((CONFIGS / "plans").glob("*.plan.json"))
 LAYERS = 2
+# Of each compiler a small and a large one: a slice of v6e takes minutes. benchmarks/ship_plans.py compiles
+# them all, whole.
+COMPILED = ("llama3-8b.v5p-4x4x8", "llama3-405b.v5p-8x8x16", "llama3-8b.h100-4x8", "llama3-70b.h100-32x8")
 
 
 def test_there_are_plans() -> None:
@@ -43,9 +46,10 @@ def test_the_lines_of_its_proof_are_of_files_that_are_here(path: pathlib.Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
-def test_it_compiles_for_its_topology(path: pathlib.Path) -> None:
+@pytest.mark.parametrize("name", COMPILED)
+def test_it_compiles_for_its_topology(name: str) -> None:
     """In a reduced number of layers, which the collectives of a scanned layer do not change in kind."""
+    path = CONFIGS / "plans" / f"{name}.plan.json"
     made = Plan.load(path)
     assert made.proof is not None
     config = load(CONFIGS / f"{path.name.partition('.')[0]}.yaml", [f"topology={made.topology}"])

@@ -144,7 +144,8 @@ def holds(names: list[str], pick: int) -> None:
     )
     expected = jax.jit(jax.value_and_grad(loss))(params, batch)
     got = jax.jit(jax.value_and_grad(made.apply(loss)))(*placed)
-    np.testing.assert_allclose(got[0], expected[0], rtol=2e-6)
+    # Parts are added in another order, terms of both signs among them: some tens of float32 roundings.
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
     for name, gradient in expected[1].items():
         error = np.abs(np.asarray(got[1][name]) - np.asarray(gradient)).max()
         assert error <= 2e-5 * max(np.abs(gradient).max(), 1e-3), name
