@@ -24,6 +24,7 @@ from .report.explain import explain
 from .report.html import fragment
 from .report.plan import plan_document
 from .transform import step
+from .transform.check import AccumulationCheck, check_accumulation
 from .transform.compose import PlannedLoss, apply
 from .verify.process import Limits
 
@@ -148,6 +149,33 @@ class Plan(Record):
         if optimizer is None:
             raise UserError("this plan knows no optimizer; write plan.init(init, key, optimizer)")
         return step.first_state(self, init, key, optimizer, mesh=self.make_mesh() if mesh is None else mesh)
+
+    def check_accumulation(
+        self,
+        loss: Callable[..., Any],
+        params: Any,
+        batch: Any,
+        *state: Any,
+        mesh: Mesh | None = None,
+    ) -> AccumulationCheck:
+        """Try on real arrays whether two parts of a batch give the loss and the gradients of the whole.
+
+        The planned loss is worked through whole, in two parts, and whole with its rows in another order, on
+        as few rows of `batch` as the mesh can share out. Nothing is tried where the estimate says that it
+        would not fit beside a run's state; the result says so.
+
+        Args:
+          loss: the function that the plan was made for.
+          params: arrays, wherever they lie.
+          batch: likewise, a global batch.
+          state: likewise, of a loss with one.
+          mesh: the plan's axes over devices, if not those of `make_mesh()`.
+
+        Raises:
+          UserError: the two differ by more than rounding, or the loss does not come in parts at all.
+        """
+        mesh = self.make_mesh() if mesh is None else mesh
+        return check_accumulation(self, loss, params, batch, *state, mesh=mesh)
 
     def verify(
         self,

@@ -82,6 +82,10 @@ class TrainConfig(Section):
         default=True,
         description="Keep nothing of a step whose loss or gradients are not finite, and stop.",
     )
+    check_accumulation: bool = Field(
+        default=True,
+        description="Under microbatches, try two parts of a few rows against the whole before training.",
+    )
     step_timeout_seconds: float = Field(
         default=600.0,
         gt=0,

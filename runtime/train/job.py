@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class Job:
     topology: Topology
     plan: Plan
     mesh: Mesh
+    loss: Callable[[Any, Any], Any]
     step: Step
     abstract_batch: Any
     tokens_per_step: int
@@ -87,6 +89,7 @@ def build_job(config: Config) -> Job:
         topology=topology,
         plan=plan,
         mesh=mesh,
+        loss=shapes.loss,
         step=step,
         abstract_batch=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -25,6 +25,8 @@ from .run_folder import RunFolder
 if TYPE_CHECKING:
     from jax.stages import Lowered
 
+    from ...sharding.transform.check import AccumulationCheck
+
 
 def train(config: Config) -> int:
     """Train as `config` says, going on from the newest whole checkpoint of its run folder.
@@ -105,6 +107,10 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
                 state = job.step.init(jax.random.key(config.seed))
             else:
                 state = resumed(restored.state, job.step.abstract_state)
+            if job.plan.microbatches > 1 and config.train.check_accumulation:
+                found = _checked(job, state["params"], start)
+                if hosts.is_main:
+                    print(found, file=sys.stderr, flush=True)
             compiled = update.compile()
             if profile.start_step is not None:
                 save_program(folder.profile, compiled, job.mesh)
@@ -131,6 +137,16 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
         config, job, state["params"], step=step, last=collector.last, reason=stop.reason, say=hosts.is_main
     )
     return 0
+
+
+def _checked(job: Job, params: Any, start: int) -> AccumulationCheck:
+    """Return what two parts of the first batch's rows give against the whole."""
+    with job.data.iterate(start, job.step.batch["tokens"], stop_step=start + 1) as batches:
+        batch = next(batches)
+    try:
+        return job.plan.check_accumulation(job.loss, params, batch, mesh=job.mesh)
+    except UserError as error:
+        raise UserError(f"{error}; train.check_accumulation=false trains all the same") from None
 
 
 def _check_same_data(metadata: Any, job: Job) -> None:

@@ -38,6 +38,7 @@ _FREE = frozenset(
         "train.sample_tokens",
         "train.sample_temperature",
         "train.stop_on_nan",
+        "train.check_accumulation",
         "train.step_timeout_seconds",
     }
 )

@@ -1,0 +1,257 @@
+"""Accumulation tried on real arrays: two parts against the whole, on the fewest rows that can be had."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from ..errors import UserError
+from ..paths import by_path, map_by_path
+from ..plans import arrays
+from ..plans.record import Decision, Record
+from ..plans.specs import axes_of, cut_into
+from ..plans.trainable import is_trained
+from ..program.program import Program
+from ..program.tracing import read
+from ..words import gib, seconds
+from .compose import PlannedLoss
+from .metrics import norm
+from .step import with_aux
+
+# A gradient is compared with its own norm, or with this share of the norm of all: what cancels in one of them
+# leaves rounding, as large as that of the sums that cancelled.
+_SMALLEST_SHARE = 1 / 64
+# By how many roundings of the narrowest type two orders of the same sums may differ. A sum of many in a wide
+# type gathers some; one that is rounded to a narrow type has that rounding and little else.
+_WIDE_ROUNDINGS, _NARROW_ROUNDINGS = 64, 2
+# What the rows in another order change by more than this is not rounding: their order means something.
+_MOST_ROUNDING = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AccumulationCheck:
+    """What two parts of a batch gave, against the whole of it.
+
+    Attributes:
+        rows: of the batch that were worked through; 0 where nothing was tried.
+        apart: the largest relative difference between the two, of a parameter's gradient or of the loss.
+        where: that parameter's path, or ``loss``.
+        rounding: what the rows in another order change the same by.
+        seconds: that the check took, compiling included.
+        note: why nothing was tried, or a warning; None where all is well.
+    """
+
+    rows: int
+    apart: float
+    where: str
+    rounding: float
+    seconds: float
+    note: str | None = None
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f"accumulation was not checked: {self.note}"
+        found = (
+            f"accumulation was checked on {self.rows} rows in {seconds(self.seconds)}: the gradients of two "
+            f"parts are those of the whole to {self.apart:.1g}"
+        )
+        return found if self.note is None else f"{found}; {self.note}"
+
+
+def check_accumulation(
+    plan: Record, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh
+) -> AccumulationCheck:
+    """Compare the planned loss in two parts with the whole, see `Plan.check_accumulation`."""
+    begun = time.perf_counter()
+    arrays.check(plan, params, batch, state=state[0] if state else None)
+    program = read(PlannedLoss(plan, loss, mesh).traces.on(params, batch, *state))
+    params = jax.device_put(params, arrays.shardings(plan, params, mesh))
+    state = tuple(jax.device_put(one, arrays.shardings(plan, one, mesh, "state")) for one in state)
+    for some in _numbers_of_rows(plan, program):
+        if reason := _too_large(plan, program, some.rows):
+            return _skipped(reason, begun)
+        small = jax.eval_shape(some, batch)
+        try:
+            sized = arrays.resized(plan, params, small, *state)
+            whole = _gradients(sized, loss, mesh, 1)
+            # Some losses have their rows written into them, or work on several together.
+            jax.eval_shape(whole, params, small, *state)
+        except Exception:  # The user's own function may raise anything where its sizes do not agree.
+            continue
+        placed = arrays.shardings(sized, small, mesh, "batch")
+        taken = jax.jit(some, static_argnums=1, out_shardings=placed)
+        expected = whole(params, taken(batch, False), *state)
+        if not all(map(math.isfinite, jax.tree.leaves(jax.device_get(_norms(expected))))):
+            return _skipped(f"the loss or a gradient on {some.rows} rows of this batch is not finite", begun)
+        parts = _gradients(sized, loss, mesh, 2)
+        found = _apart(expected, parts(params, taken(batch, False), *state))
+        rounding = _apart(expected, whole(params, taken(batch, True), *state))
+        return _verdict(some.rows, found, rounding, _tolerance(program), begun)
+    return _skipped(f"its {_rows(program)} rows do not go over the mesh in two parts", begun)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Some:
+    """Takes `rows` of the `whole` rows of a batch, all over it; `leading` are the arrays that have them."""
+
+    rows: int
+    whole: int
+    leading: frozenset[str]
+
+    def __call__(self, batch: Any, reversed: bool = False) -> Any:
+        at = np.arange(self.rows) * (self.whole // self.rows)
+        at = at[::-1] if reversed else at
+        return map_by_path(lambda path, leaf: jnp.asarray(leaf)[at] if path in self.leading else leaf, batch)
+
+    def __hash__(self) -> int:
+        return hash((self.rows, self.whole, self.leading))
+
+
+def _numbers_of_rows(plan: Decision, program: Program) -> Iterator[_Some]:
+    """Yield what takes some rows, the fewest first, that the mesh shares out in two parts."""
+    leading = frozenset(
+        one.path
+        for one in program.arguments
+        if one.position == 1 and one.dims and one.dims[0] == program.batch_dims
+    )
+    entries = [next(iter(plan.batch[path].spec), None) for path in leading]
+    step = 2 * math.lcm(*(cut_into(axes_of(entry), plan.mesh) for entry in entries))
+    whole = _rows(program) if leading else 0
+    for rows in range(step, whole + 1, step):
+        if whole % rows == 0:
+            yield _Some(rows=rows, whole=whole, leading=leading)
+
+
+def _rows(program: Program) -> int:
+    return math.prod(program.dims[dim].size for dim in program.batch_dims)
+
+
+def _too_large(plan: Record, program: Program, rows: int) -> str | None:
+    """Return why the check would not fit beside a run's state; None if it does, or if nothing is known."""
+    chip = plan.topology.chip
+    if plan.estimate is None or chip.nominal:
+        return None
+    memory = dict(plan.estimate.memory)
+    # Worked through at once: a part of the batch as planned, here all the rows of the check.
+    share = rows * plan.microbatches / _rows(program)
+    growing = ("saved_activations", "temporaries")
+    needed = sum(bytes * max(share, 1.0) if name in growing else bytes for name, bytes in memory.items())
+    # Two trees of gradients are compared, beside the one that is being made.
+    gradients = sum(
+        arrays.item_bytes(row.dtype) * math.prod(row.shape) / _cut(plan, path)
+        for path, row in plan.params.items()
+        if is_trained(plan, path, row)
+    )
+    needed += 2 * gradients
+    if needed <= chip.usable_bytes:
+        return None
+    return f"it would need {gib(needed)} of a device's {gib(chip.usable_bytes)}"
+
+
+def _cut(plan: Decision, path: str) -> int:
+    spec = plan.moments.get(path, plan.params[path].spec)
+    return cut_into([axis for entry in spec for axis in axes_of(entry)], plan.mesh)
+
+
+def _gradients(plan: Decision, loss: Any, mesh: Mesh, microbatches: int) -> Callable[[Any, Any], Any]:
+    """Return the jitted ``(params, batch, …) -> (loss, {path: gradient})``."""
+    planned = PlannedLoss(dataclasses.replace(plan, microbatches=microbatches), loss, mesh)
+
+    def function(params: Any, batch: Any, *state: Any) -> tuple[Any, dict[str, Any]]:
+        found, gradients = planned.value_and_grad(params, batch, *state)
+        lying = by_path(arrays.specs_of_moments(plan, params))
+        return with_aux(found)[0], {
+            path: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, lying[path]))
+            for path, leaf in by_path(gradients, lambda node: node is None).items()
+            if leaf is not None
+        }
+
+    return jax.jit(function)
+
+
+@jax.jit
+def _norms(result: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    return jnp.abs(result[0]), {path: norm(leaf) for path, leaf in result[1].items()}
+
+
+@jax.jit
+def _between(one: tuple[Any, dict[str, Any]], other: tuple[Any, dict[str, Any]]) -> Any:
+    def less(one: Any, other: Any) -> Any:
+        wide = jnp.promote_types(one.dtype, jnp.float32)
+        return one.astype(wide) - other.astype(wide)
+
+    return _norms(jax.tree.map(less, one, other))
+
+
+def _apart(
+    expected: tuple[Any, dict[str, Any]], found: tuple[Any, dict[str, Any]]
+) -> dict[str | None, float]:
+    """Return by how much of itself each gradient differs, by its path, and the loss, at None."""
+    (value, lengths), (change, changes) = jax.device_get((_norms(expected), _between(expected, found)))
+    least = _SMALLEST_SHARE * math.sqrt(sum(float(length) ** 2 for length in lengths.values()))
+    tiny = float(np.finfo(np.float32).tiny)
+    apart: dict[str | None, float] = {None: float(change) / max(float(value), tiny)}
+    for path, length in lengths.items():
+        apart[path] = float(changes[path]) / max(float(length), least, tiny)
+    return apart
+
+
+def _tolerance(program: Program) -> float:
+    """Return what two orders of the same sums may differ by in the types of `program`."""
+    types = (
+        getattr(variable.aval, "dtype", None)
+        for equation in program.equations()
+        for variable in equation.eqn.outvars
+    )
+    kinds = {kind for kind in types if kind is not None and jnp.issubdtype(kind, jnp.inexact)}
+    widest_rounding = max((float(jnp.finfo(kind).eps) for kind in kinds), default=0.0)
+    narrow = widest_rounding > float(jnp.finfo(jnp.float32).eps)
+    return widest_rounding * (_NARROW_ROUNDINGS if narrow else _WIDE_ROUNDINGS)
+
+
+def _verdict(
+    rows: int,
+    found: dict[str | None, float],
+    rounding: dict[str | None, float],
+    tolerance: float,
+    begun: float,
+) -> AccumulationCheck:
+    """Return the check, or raise UserError where no rounding explains what was found."""
+    allowed = {path: max(tolerance, min(4 * rounding[path], _MOST_ROUNDING)) for path in found}
+    worst = max(found, key=lambda path: found[path] / allowed[path])
+    what = "the loss" if worst is None else f"the gradient of {worst!r}"
+    # Not less than: what is no number is beyond everything.
+    if not found[worst] <= allowed[worst]:
+        raise UserError(
+            f"microbatches change the result: on {rows} rows of this batch {what} in two parts differs by "
+            f"{found[worst]:.2g} of itself from that of the whole, and other orders of the rows change it by "
+            f"{rounding[worst]:.2g}; train with microbatches=1, or report the loss"
+        )
+    note = None
+    if found[worst] > tolerance:
+        note = (
+            f"warning: {what} differs by {found[worst]:.2g} of itself, as much as rounding does: the rows in "
+            f"another order change it by {rounding[worst]:.2g}"
+        )
+    return AccumulationCheck(
+        rows=rows,
+        apart=found[worst],
+        where="loss" if worst is None else worst,
+        rounding=rounding[worst],
+        seconds=time.perf_counter() - begun,
+        note=note,
+    )
+
+
+def _skipped(reason: str, begun: float) -> AccumulationCheck:
+    return AccumulationCheck(
+        rows=0, apart=0.0, where="loss", rounding=0.0, seconds=time.perf_counter() - begun, note=reason
+    )
