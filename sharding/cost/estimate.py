@@ -202,6 +202,9 @@ class Pricer:
         time = step_seconds(table, placement, candidate, calibration, wires, dealt, done, moved, kept, host)
         rate = (chip.hbm_bytes_per_second or 1.0) * calibration.optimizer_efficiency
         time["optimizer"] = _optimizer_bytes(memory, table, self.slot_bytes, self.gradient_bytes) / rate
+        # A stack is made of the parameters, its gradient taken apart: each is read and written once.
+        moved_bytes = 4.0 * memory.get("stacks", 0.0) * candidate.microbatches
+        time["stacks"] = moved_bytes / ((chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency)
         time["host"] += calibration.step_seconds
         # The slowest of n devices is later than the mean by about as much again each time n doubles.
         doublings = math.log2(max(candidate.num_devices, 1))

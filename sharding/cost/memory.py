@@ -136,6 +136,13 @@ def _state(
     for name, (axes, size) in rows.items():
         divided = parts(axes, mesh)
         found[name] = np.bincount(table.section, weights=table.elements * size / divided, minlength=3)
+    if table.stacked_bytes.any():
+        # Made in every step and kept to its end. Their gradients are stacked before they are parameters' own:
+        # cast to a smaller type the stack is in their place, else it is beside them.
+        beside = table.trained * (table.stacked_bytes >= table.item_bytes)
+        each = 1.0 / parts(over.parameters, mesh) + beside / parts(over.gradients, mesh)
+        weights = table.elements * table.stacked_bytes * each
+        found["stacks"] = np.bincount(table.section, weights=weights, minlength=3)
     return {**found, "framework": np.zeros(3)}
 
 

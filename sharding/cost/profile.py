@@ -77,12 +77,14 @@ class Parameters:
     used_bytes: of one as it is used: a cast comes before the gather. after_bytes: likewise after the layers,
     0 where it is not used there: a table of embeddings may be, too. trained: 1 where it has a gradient and
     moments, else 0; state: 1 of what changes beside the parameters; read: 1 where the loss reads it.
+    Parameters that the program stacks are one; stacked_bytes are of one element of the stack, 0 of others.
     """
 
     argument: np.ndarray
     trained: np.ndarray
     state: np.ndarray
     read: np.ndarray
+    stacked_bytes: np.ndarray
     elements: np.ndarray
     item_bytes: np.ndarray
     used_bytes: np.ndarray
@@ -134,7 +136,9 @@ def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = Tru
         products=_products(flat, owners, count),
         groups=fuse(flat),
         parameters=_parameters(program, flat, count),
-        parameter_dims=tuple(tuple(d for composition in a.dims for d in composition) for a in program.stored),
+        parameter_dims=tuple(
+            tuple(d for composition in members[0].dims for d in composition) for members in program.weights
+        ),
         saved=residuals(
             flat, {name: (value.equation, value.operand) for name, value in saved_values(program).items()}
         ),
@@ -254,18 +258,24 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
             if parameter >= 0 and parameter not in used:
                 used[parameter] = (op.section, op.runs, flat.values[index].item_bytes)
     rows, unread = [], aside(program).inputs
-    for argument in program.stored:
+    for members in program.weights:
+        argument, stack = members[0], program.stack_of.get(members[0].index)
         dims = {d for composition in argument.dims for d in composition}
+        if stack is not None:
+            dims.add(stack.dim)
         section, runs, size = used.get(argument.index, (BEFORE, 1, argument.dtype.itemsize))
         if flat.layer_dim in dims:
             section, runs = LAYERS, flat.layers
         rows.append((argument, _mask(dims, count), size, section, runs))
+    shares = [sum(a.is_trained for a in members) / len(members) for members in program.weights]
+    stacks = [program.stack_of.get(members[0].index) for members in program.weights]
     return Parameters(
         argument=np.array([a.index for a, *_ in rows], int),
-        trained=np.array([a.is_trained for a, *_ in rows], float),
+        trained=np.array(shares, float),
         state=np.array([a.is_state for a, *_ in rows], float),
         read=np.array([not (a.is_state and unread[a.index]) for a, *_ in rows], float),
-        elements=np.array([math.prod(a.shape) for a, *_ in rows], float),
+        stacked_bytes=np.array([0 if stack is None else stack.item_bytes for stack in stacks], float),
+        elements=np.array([sum(math.prod(a.shape) for a in members) for members in program.weights], float),
         item_bytes=np.array([a.dtype.itemsize for a, *_ in rows], float),
         used_bytes=np.array([size for _, _, size, *_ in rows], float),
         after_bytes=np.array([after.get(a.index, 0) for a, *_ in rows], float),

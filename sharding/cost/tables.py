@@ -14,6 +14,7 @@ from ..program.flops import work
 from ..program.jaxpr import scan_parts, while_parts
 from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope, walk_equations
+from ..program.stacks import is_stack
 
 # Where an equation stands towards the scan over layers, for pipeline stages.
 BEFORE, LAYERS, AFTER = 0, 1, 2
@@ -99,7 +100,10 @@ class _Flattener:
             if argument.is_data:
                 self.inputs.append(env[var])
             else:
-                self.values[env[var]].parameter = argument.index
+                # What is stacked is one parameter, wherever it is used.
+                stack = self.program.stack_of.get(argument.index)
+                first = argument.index if stack is None else min(stack.arguments)
+                self.values[env[var]].parameter = first
         self.scope(self.program.scope, env, 1, False)
 
     def value(self, var: Any, dims: Dims, grad: bool, runs: int = 1) -> int:
@@ -142,6 +146,8 @@ class _Flattener:
         name = equation.primitive
         if not equation.scopes:
             return self._op(equation, ins, runs, rematted)
+        if is_stack(equation.eqn):
+            return self._stack(equation, ins, runs)
         if self._kernels and attention_call(equation.eqn) is not None:
             return self._attention(equation, ins, runs)
         if name == "scan":
@@ -162,6 +168,16 @@ class _Flattener:
         inner = equation.scopes[0]
         checkpointed = rematted or name in _CHECKPOINTS
         return self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, checkpointed)
+
+    def _stack(self, equation: Equation, ins: list[int], runs: int) -> list[int]:
+        """Read what is stacked; of parameters what that takes is priced with them, as they are stored."""
+        if any(self.values[i].parameter not in self.program.stack_of for i in ins):
+            inner = equation.scopes[0]
+            return self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, False)
+        grad = any(self.values[i].grad for i in ins)
+        out = self.value(equation.eqn.outvars[0], equation.outs[0], grad, runs)
+        self.values[out].parameter = self.values[ins[0]].parameter
+        return [out]
 
     def _attention(self, equation: Equation, ins: list[int], runs: int) -> list[int]:
         """Read what one kernel does, of which nothing is in memory but what it reads and writes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from .labels import label_votes, unique
 from .program import Argument, Dim, Place
@@ -47,10 +47,11 @@ def build(
     arguments: Sequence[Argument],
     family: Sequence[int],
     batch: tuple[int, ...],
+    stacked: Collection[int] = (),
 ) -> tuple[Dim, ...]:
-    """Put together what is known of every dim."""
+    """Put together what is known of every dim; `stacked` are those that parameters are stacked along."""
     places: dict[int, list[Place]] = defaultdict(list)
-    in_parameters: set[int] = set()
+    in_parameters: set[int] = set(stacked)
     in_data: set[int] = set()
     for argument in arguments:
         for dimension, composition in enumerate(argument.dims):

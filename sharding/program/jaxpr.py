@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax._src import source_info_util  # seen in 0.10.2 and 0.12.0
+from jax.core import Tracer
 from jax.extend import core
 
 from .identity import fingerprint
@@ -88,6 +89,16 @@ def shapes_of(tree: Any) -> Any:
 def closed(jaxpr: Any) -> core.ClosedJaxpr:
     """Return `jaxpr` with its constants: 0.12 keeps jaxprs in equations open when they have none."""
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is an array of JAX's with numbers in it, rather than one that is being traced."""
+    return isinstance(value, jax.Array) and not isinstance(value, Tracer)
+
+
+def is_extended(dtype: Any) -> bool:
+    """Whether `dtype` is one of JAX's own kinds, as random keys are, of which there is no zero."""
+    return jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
 def call_body(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
@@ -181,7 +192,7 @@ def counted_trips(equation: core.JaxprEqn) -> int | None:
 
 
 @contextlib.contextmanager
-def _context_of(equation: core.JaxprEqn) -> Iterator[None]:
+def context_of(equation: core.JaxprEqn) -> Iterator[None]:
     """Within it, new equations carry the source line, name scope and settings of `equation`."""
     info = equation.source_info
     scope = source_info_util.current_name_stack() + info.name_stack
@@ -255,7 +266,7 @@ class _Rewriter:
             return atom.val if isinstance(atom, core.Literal) else values[atom]
 
         for equation in scope.equations:
-            with _context_of(equation.eqn):
+            with context_of(equation.eqn):
                 outputs = self._visit(0, equation, [read(atom) for atom in equation.eqn.invars], ())
             values.update(zip(equation.eqn.outvars, outputs, strict=True))
         results = [read(atom) for atom in scope.jaxpr.outvars]
@@ -315,6 +326,26 @@ def _scan_again(equation: core.JaxprEqn, inputs: list[Any], body: Body) -> Seque
         unroll=equation.params["unroll"],
     )
     return [*carry, *rows]
+
+
+def _region_again(equation: core.JaxprEqn, inputs: list[Any], body: Body) -> Sequence[Any]:
+    params = equation.params
+    region = jax.shard_map(
+        lambda *args: tuple(body(list(args))),
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=tuple(params["out_specs"]),
+        axis_names=set(params["manual_axes"]),
+        check_vma=params["check_vma"],
+    )
+    return region(*inputs)
+
+
+def run_around(equation: core.JaxprEqn, inputs: list[Any], body: Body) -> Sequence[Any]:
+    """Run a jitted call, a scan, a checkpoint or a manual region with `body` in place of its program."""
+    name = equation.primitive.name
+    again = _region_again if name == "shard_map" else _AGAIN[name]
+    return again(equation, inputs, body)
 
 
 # How what is gone into is run with another body.

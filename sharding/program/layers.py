@@ -20,6 +20,7 @@ from ..errors import UserError, nearest
 from .jaxpr import scan_parts
 from .primitives import Trait, primitives
 from .program import Equation, Program, Scope
+from .stacks import is_stack, path_of_stack
 
 INPUT = "layer:in"
 
@@ -101,10 +102,16 @@ def marks_of(program: Program, names: Collection[str]) -> Marks:
 
 def _outside(scope: Scope, paths: dict[Any, str]) -> Iterator[tuple[str, SavedValue]]:
     for equation in scope.equations:
-        if equation.primitive == "jit" and equation.scopes:
+        if is_stack(equation.eqn):
+            if all(_is_known(atom, paths) for atom in equation.eqn.invars):
+                found = path_of_stack([paths[atom] for atom in equation.eqn.invars])
+                paths[equation.eqn.outvars[0]] = found
+        elif equation.primitive == "jit" and equation.scopes:
             yield from _outside(equation.scopes[0], _passed(equation, paths))
         elif is_layer_scan(equation.eqn):
             yield from _layer(equation.scopes[0], _passed(equation, paths))
+        elif equation.primitive in _VIEWS and _is_known(equation.eqn.invars[0], paths):
+            paths[equation.eqn.outvars[0]] = paths[equation.eqn.invars[0]]
 
 
 def _passed(equation: Equation, paths: Mapping[Any, str]) -> dict[Any, str]:

@@ -160,6 +160,20 @@ class Argument:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Stack:
+    """Parameters of layers that the program stacks for a scan over them, by argument index.
+
+    `path` is what their paths have in common, `dim` the layers' own dim, `item_bytes` those of an element of
+    the stack, which may be cast.
+    """
+
+    arguments: tuple[int, ...]
+    path: str
+    dim: int
+    item_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
     """A leaf of what the function returns."""
 
@@ -194,7 +208,8 @@ class Program:
     `arguments` and `results` are in the order of `jaxpr.in_avals` and `out_avals`. `families` are the ids
     of the dims of each family. `batch_dims` are the dims that most arrays of the data lead with, major to
     minor. `fingerprint` is a hash of what the user wrote, its structure, shapes and types: the same in every
-    process, for the same JAX. `notes` say what was recognised in it, and what was not.
+    process, for the same JAX. `notes` say what was recognised in it, and what was not. `stacks` are the
+    parameters that are stacked for a scan.
     """
 
     jaxpr: core.ClosedJaxpr
@@ -208,6 +223,7 @@ class Program:
     conflicts: tuple[Conflict, ...]
     unknown: tuple[Unknown, ...]
     notes: tuple[str, ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
     def equations(self) -> Iterator[Equation]:
         """Walk every equation in program order, a call before what it runs."""
@@ -238,6 +254,20 @@ class Program:
     def stored(self) -> tuple[Argument, ...]:
         """The arguments that lie on the devices from step to step: the parameters, then the state."""
         return tuple(argument for argument in self.arguments if not argument.is_data)
+
+    @functools.cached_property
+    def stack_of(self) -> Mapping[int, Stack]:
+        """The stack that a parameter is part of, by argument index."""
+        return {index: stack for stack in self.stacks for index in stack.arguments}
+
+    @functools.cached_property
+    def weights(self) -> tuple[tuple[Argument, ...], ...]:
+        """What is stored as the program uses it: parameters that are stacked together, all others alone."""
+        found: dict[int, list[Argument]] = {}
+        for argument in self.stored:
+            stack = self.stack_of.get(argument.index)
+            found.setdefault(argument.index if stack is None else min(stack.arguments), []).append(argument)
+        return tuple(tuple(found[index]) for index in sorted(found))
 
     def labelled(self, label: str) -> tuple[tuple[int, ...], ...]:
         """Return the distinct compositions of the array dimensions that the user's names call `label`."""

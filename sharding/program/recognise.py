@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from ..errors import UserError, nearest
 from .jaxpr import Traced
+from .repeats.roll import rolled
 
 # In the order in which they are looked for: what a layer computes is one thing before layers are compared.
 FORMS = ("attention", "losses", "layers")
@@ -21,7 +22,7 @@ FORMS = ("attention", "losses", "layers")
 # tell; the argument itself where there is none of it.
 Recogniser = Callable[[Traced], Traced]
 
-_RECOGNISERS: Mapping[str, Recogniser] = {}
+_RECOGNISERS: Mapping[str, Recogniser] = {"layers": rolled}
 
 
 def recognised(traced: Traced, which: Iterable[str] = FORMS) -> Traced:

@@ -17,6 +17,7 @@ from .labels import axis_names, names_of
 from .program import Argument, Program, Result, Unknown
 from .recognise import recognised
 from .resolve import Resolver
+from .stacks import stacks_of
 from .walk import Walk, shape_of
 
 
@@ -110,11 +111,12 @@ def read(
     members: dict[int, list[int]] = {}
     for dim, number in enumerate(family):
         members.setdefault(number, []).append(dim)
+    stacks = stacks_of(scope, arguments)
     return Program(
         jaxpr=closed,
         fingerprint=traced.fingerprint,
         scope=scope,
-        dims=named.build(resolver, arguments, family, batch),
+        dims=named.build(resolver, arguments, family, batch, {stack.dim for stack in stacks}),
         families=tuple(tuple(ids) for ids in members.values()),
         arguments=arguments,
         results=results,
@@ -125,4 +127,5 @@ def read(
             for name, eqns in walk.unknown.items()
         ),
         notes=traced.notes,
+        stacks=stacks,
     )

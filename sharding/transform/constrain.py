@@ -5,6 +5,7 @@ Parameters are stored one way and used another (`gather`); what they wait for is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, spec_of
 from ..program.aside import aside
-from ..program.jaxpr import Body, Go, Pass, closed, scan_parts
+from ..program.jaxpr import Body, Go, Pass, closed, run, scan_parts
 from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope
+from ..program.stacks import is_stack
 from .attention import AttentionKernel
 from .gather import Scattering, StoredParameter, elementwise, gathered, learning, sums_of
 
@@ -103,6 +105,8 @@ class Constrain(Pass):
             outputs = self._kernel.visit(equation, inputs, self._gather, self._spec)
             if outputs is not None:
                 return outputs
+        if is_stack(equation.eqn) and all(isinstance(value, StoredParameter) for value in inputs):
+            return [self._stack(equation, inputs)]
         if equation.scopes and name == "scan":
             return self._scan(equation, inputs, go)
         if equation.scopes and (name == "jit" or name in _CHECKPOINTS):
@@ -189,6 +193,17 @@ class Constrain(Pass):
             return body(entering)
         finally:
             self._in_loop = outside
+
+    def _stack(self, equation: Equation, inputs: list[Any]) -> Any:
+        """Return parameters stacked, stored as most of them are; so are their gradients before they part."""
+        stored = Counter((value.spec, value.reduced) for value in inputs)
+        (spec, reduced), _ = stored.most_common(1)[0]
+        spec, reduced = (None, *spec), (None, *reduced)
+        whole = run(equation.eqn, [value.value for value in inputs])[0]
+        if any(axes_in(one) for one in (spec, reduced)):
+            used, goal = (NamedSharding(self._mesh, PartitionSpec(*one)) for one in (spec, reduced))
+            whole = gathered(whole, used, [goal])
+        return StoredParameter(whole, spec, reduced)
 
     def _cast_once(self, value: StoredParameter, dims: Dims, dtype: Any) -> tuple[Any, Any]:
         """Return a parameter cast and then gathered, and the array that its gradient is summed in."""

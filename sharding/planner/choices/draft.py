@@ -32,7 +32,7 @@ def _layers(program: Program) -> Layers | None:
     for argument in program.parameters:
         for dim in {dim for composition in argument.dims for dim in composition}.intersection(sizes):
             sizes[dim] += math.prod(argument.shape)
-    if not sizes:
+    if not any(sizes.values()):
         return None
     most = program.dims[max(sizes, key=lambda dim: (sizes[dim], -dim))]
     return Layers(dim=most.id, name=most.name, count=most.size)

@@ -143,7 +143,9 @@ def _worth_cutting(argument: Argument, program: Program, total: int, dimensions:
         if any(program.dims[dim].scanned for dim in composition)
     }
     inner = [n for n, size in enumerate(argument.shape) if n not in walked and size > 1]
-    if len(inner) < 2 and math.prod(argument.shape) < _LEAST_VECTOR * total:
+    stack = program.stack_of.get(argument.index)
+    size = math.prod(argument.shape) * (1 if stack is None else len(stack.arguments))
+    if len(inner) < 2 and size < _LEAST_VECTOR * total:
         return []
     return [n for n in inner if n in dimensions]
 
