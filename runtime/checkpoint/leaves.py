@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,26 @@ _IMPLEMENTATIONS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": 
 
 
 def leaf_names(tree: Any) -> list[str]:
-    """Return a name for each leaf, in the order of `jax.tree.leaves`: ``params/embed/table``."""
+    """Return a name for each leaf, in the order of `jax.tree.leaves`: ``params/embed/table``.
+
+    Where names would meet (``{"a/b": …, "a": {"b": …}}``, or ``{"a/b": …, "a": …}``, which cannot be nested),
+    slashes inside of keys are ``%2F``.
+    """
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") or "(state)" for path in paths]
+    names = [_joined(path) for path in paths]
+    counts = Counter(names)
+    above = {name[:at] for name in names for at, char in enumerate(name) if char == "/"}
+    meeting = {name for name in names if counts[name] > 1 or name in above}
+    return [
+        "/".join(_joined((key,)).replace("/", "%2F") for key in path)
+        if name in meeting or any(name.startswith(f"{other}/") for other in meeting)
+        else name or "(state)"
+        for path, name in zip(paths, names, strict=True)
+    ]
+
+
+def _joined(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def nest(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:

@@ -115,6 +115,23 @@ def test_random_keys_come_back_as_keys(implementation, tmp_path) -> None:
         np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(saved[name]))
 
 
+@pytest.mark.devices(1)
+@pytest.mark.parametrize(
+    "keys", [("a/b", ("a", "b")), ("a/b", ("a",)), ("a/b/c", ("a/b",)), ("a/b/c", ("a", "b/c"))]
+)
+def test_names_that_would_meet_are_told_apart(keys: Any, tmp_path: pathlib.Path) -> None:
+    first, rest = keys
+    inner: Any = jnp.arange(3.0)
+    for key in reversed(rest):
+        inner = {key: inner}
+    state = {"params": {first: jnp.arange(4.0), **inner}, "optimizer": [{first: jnp.arange(5.0), **inner}]}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, metadata={})
+        restored = checkpoints.restore(abstract(state))
+    assert restored is not None
+    assert_same(restored.state, state)
+
+
 @pytest.mark.devices(8)
 def test_restores_what_one_device_saved_onto_an_explicit_mesh(tmp_path) -> None:
     saved = make_state(make_mesh(1, 1))
