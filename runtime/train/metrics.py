@@ -27,9 +27,9 @@ IN_FLIGHT = 2
 MOST_VALUES = 64
 
 NOT_KEPT = (
-    "nothing of that step is kept, and the same command goes on from the newest checkpoint; a lower "
-    "optimizer.learning_rate, more optimizer.warmup_steps or a smaller optimizer.clip_norm may help, and "
-    "train.stop_on_nan=false trains on whatever comes"
+    "nothing of that step is kept, and every checkpoint is of before; a lower optimizer.learning_rate, more "
+    "optimizer.warmup_steps or a smaller optimizer.clip_norm may help, in a folder of its own (run=FOLDER), "
+    "and train.stop_on_nan=false trains on whatever comes"
 )
 
 

@@ -65,7 +65,7 @@ def test_it_learns_what_it_always_did(reference):
 
 def test_the_layout_does_not_change_what_is_learnt(small_config, reference, tmp_path):
     run = tmp_path / "run"
-    train(
+    result = train(
         small_config,
         run,
         "topology=cpu:8",
@@ -73,13 +73,15 @@ def test_the_layout_does_not_change_what_is_learnt(small_config, reference, tmp_
         "remat=full",
         "microbatches=2",
     )
+    assert "accumulation was checked on 8 rows in " in result.stderr
     assert losses(run) == pytest.approx(losses(reference), rel=1e-4)
 
 
 def test_two_processes_learn_what_one_does(small_config, reference, tmp_path):
     run = tmp_path / "run"
-    result = meshwright("launch", *words(small_config, run), "--processes", 2)
+    result = meshwright("launch", *words(small_config, run, "microbatches=2"), "--processes", 2)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "accumulation was checked on 8 rows in " in result.stdout + result.stderr
     assert losses(run) == pytest.approx(losses(reference), rel=1e-4)
 
 
