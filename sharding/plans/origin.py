@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
 from ..errors import UserError
+from ..program.identity import primitive_counts
 from ..program.jaxpr import Traced
 from ..program.program import Program
-from ..program.tracing import read
 from .estimate import Estimate
 
 
@@ -39,7 +38,7 @@ class Alternative:
 class Origin:
     """The program that a plan was made for: its fingerprint under a version of JAX, and what it consists of.
 
-    `primitives` counts its equations by primitive, loops' bodies once.
+    `primitives` counts the equations that the user wrote by primitive, loops' bodies once.
     """
 
     fingerprint: str
@@ -49,10 +48,8 @@ class Origin:
     @classmethod
     def of(cls, program: Program) -> Origin:
         """Return the origin that `program` is."""
-        counts = Counter(equation.primitive for equation in program.equations())
-        return cls(
-            fingerprint=program.fingerprint, jax=jax.__version__, primitives=dict(sorted(counts.items()))
-        )
+        counts = primitive_counts(program.written)
+        return cls(fingerprint=program.fingerprint, jax=jax.__version__, primitives=counts)
 
     def check(self, traced: Traced) -> None:
         """Raise UserError, naming what differs, if another program was traced.
@@ -61,12 +58,12 @@ class Origin:
         """
         if jax.__version__ != self.jax or traced.fingerprint == self.fingerprint:
             return
-        here = Origin.of(read(traced))
-        names = sorted({*self.primitives, *here.primitives})
+        here = primitive_counts(traced.written or traced.jaxpr)
+        names = sorted({*self.primitives, *here})
         differing = [
-            f"{name} {here.primitives.get(name, 0)} times instead of {self.primitives.get(name, 0)}"
+            f"{name} {here.get(name, 0)} times instead of {self.primitives.get(name, 0)}"
             for name in names
-            if here.primitives.get(name, 0) != self.primitives.get(name, 0)
+            if here.get(name, 0) != self.primitives.get(name, 0)
         ]
         what = "; ".join(differing[:3]) or "the same operations on other constants, shapes or orders"
         raise UserError(f"the plan was made for another program on the same arrays: this one has {what}")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jax.extend import core
+
+from .primitives import Trait, primitives
 
 # Not part of what a program computes, or different from one tracing to the next.
 _IGNORED = frozenset(
@@ -22,6 +25,21 @@ def fingerprint(closed: core.ClosedJaxpr) -> str:
     digest = hashlib.sha256()
     _jaxpr(digest, closed.jaxpr)
     return digest.hexdigest()[:32]
+
+
+def primitive_counts(closed: core.ClosedJaxpr) -> dict[str, int]:
+    """Return how often each primitive stands in `closed`, what calls and loops run included, by name."""
+    counts: Counter[str] = Counter()
+    inside = primitives(Trait.CALL) | primitives(Trait.CONTROL)
+
+    def count(jaxpr: core.Jaxpr) -> None:
+        for eqn in jaxpr.eqns:
+            counts[eqn.primitive.name] += 1
+            for inner in core.jaxprs_in_params(eqn.params) if eqn.primitive.name in inside else ():
+                count(inner)
+
+    count(closed.jaxpr)
+    return dict(sorted(counts.items()))
 
 
 def _jaxpr(digest: Any, jaxpr: core.Jaxpr) -> None:

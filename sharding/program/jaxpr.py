@@ -354,3 +354,72 @@ _AGAIN: dict[str, Callable[[core.JaxprEqn, list[Any], Body], Sequence[Any]]] = {
     "scan": _scan_again,
     **dict.fromkeys(primitives(Trait.CHECKPOINT), _checkpoint_again),
 }
+
+
+def inlined(equation: core.JaxprEqn, call: core.JaxprEqn | None) -> core.JaxprEqn:
+    """Return `equation`, of what `call` runs, with the name scope of both, as it stands outside."""
+    if call is None or not str(call.source_info.name_stack):
+        return equation
+    info = equation.source_info
+    stack = call.source_info.name_stack + info.name_stack
+    return equation.replace(source_info=info.replace(name_stack=stack))
+
+
+def with_inputs(jaxpr: core.Jaxpr, **parts: Any) -> core.Jaxpr:
+    """Return `jaxpr` with other ``constvars``, ``invars``, ``eqns`` and ``outvars``."""
+    debug = jaxpr.debug_info
+    if len(parts["invars"]) != len(jaxpr.invars) or parts["constvars"]:
+        debug = debug.with_unknown_names()
+    return jaxpr.replace(**parts, debug_info=debug)
+
+
+def again(
+    equation: core.JaxprEqn, bodies: Sequence[core.ClosedJaxpr], more: Sequence[Any]
+) -> tuple[core.ClosedJaxpr, list[Any]]:
+    """Return `equation`, a scan, cond or checkpoint, with other `bodies` as a program, and what it is run on.
+
+    Each body takes the original's inputs and then `more`. Inputs that no body reads are left out.
+    """
+    inputs = [*equation.invars, *more]
+    given = [n for n, atom in enumerate(inputs) if not isinstance(atom, core.Literal)]
+    if equation.primitive.name in primitives(Trait.CHECKPOINT):
+        return _checkpoint_of(equation, bodies[0], inputs)
+
+    def run_again(*values: Any) -> Sequence[Any]:
+        full: list[Any] = [getattr(atom, "val", None) for atom in inputs]
+        for n, value in zip(given, values, strict=True):
+            full[n] = value
+        own, extra = full[: len(equation.invars)], full[len(equation.invars) :]
+        if equation.primitive.name == "scan":
+            return _scan_again(equation, own, lambda xs: core.jaxpr_as_fun(bodies[0])(*xs, *extra))
+        arms = [lambda *xs, body=body: core.jaxpr_as_fun(body)(*xs) for body in bodies]
+        return jax.lax.switch(own[0], arms, *own[1:], *extra)
+
+    kinds = [
+        jax.ShapeDtypeStruct(
+            atom.aval.shape, atom.aval.dtype, weak_type=getattr(atom.aval, "weak_type", False)
+        )
+        for atom in (inputs[n] for n in given)
+    ]
+    made = jax.make_jaxpr(run_again)(*kinds)
+    return made, [inputs[n] for n in given]
+
+
+def _checkpoint_of(
+    equation: core.JaxprEqn, body: core.ClosedJaxpr, inputs: Sequence[Any]
+) -> tuple[core.ClosedJaxpr, list[Any]]:
+    read = {atom for eqn in body.eqns for atom in eqn.invars if not isinstance(atom, core.Literal)}
+    read.update(atom for atom in body.jaxpr.outvars if not isinstance(atom, core.Literal))
+    used = [n for n, var in enumerate(body.jaxpr.invars) if var in read]
+    inner = with_inputs(
+        body.jaxpr,
+        constvars=[],
+        invars=[body.jaxpr.invars[n] for n in used],
+        eqns=body.jaxpr.eqns,
+        outvars=body.jaxpr.outvars,
+    )
+    outer: list[Any] = [core.Var(inputs[n].aval) for n in used]
+    results = [core.Var(var.aval) for var in equation.outvars]
+    made = equation.replace(invars=outer, outvars=results, params={**equation.params, "jaxpr": inner})
+    program = with_inputs(body.jaxpr, constvars=[], invars=outer, eqns=[made], outvars=results)
+    return core.ClosedJaxpr(program, []), [inputs[n] for n in used]

@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.extend import core, source_info_util
 
+from .identity import fingerprint
 from .op_rules.rule import Kind
 
 # The named dimensions of an array: for each array dimension the ids of the dims it consists of, major to
@@ -207,13 +208,12 @@ class Program:
 
     `arguments` and `results` are in the order of `jaxpr.in_avals` and `out_avals`. `families` are the ids
     of the dims of each family. `batch_dims` are the dims that most arrays of the data lead with, major to
-    minor. `fingerprint` is a hash of what the user wrote, its structure, shapes and types: the same in every
-    process, for the same JAX. `notes` say what was recognised in it, and what was not. `stacks` are the
-    parameters that are stacked for a scan.
+    minor. `written` is the jaxpr of what the user wrote, `jaxpr` is that with what was recognised
+    rewritten, and `notes` say what that was. `stacks` are the parameters that are stacked for a scan.
     """
 
     jaxpr: core.ClosedJaxpr
-    fingerprint: str
+    written: core.ClosedJaxpr
     scope: Scope
     dims: tuple[Dim, ...]
     families: tuple[tuple[int, ...], ...]
@@ -268,6 +268,11 @@ class Program:
             stack = self.stack_of.get(argument.index)
             found.setdefault(argument.index if stack is None else min(stack.arguments), []).append(argument)
         return tuple(tuple(found[index]) for index in sorted(found))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of what the user wrote, its structure, shapes and types: the same in every process."""
+        return fingerprint(self.written)
 
     def labelled(self, label: str) -> tuple[tuple[int, ...], ...]:
         """Return the distinct compositions of the array dimensions that the user's names call `label`."""

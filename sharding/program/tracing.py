@@ -114,7 +114,7 @@ def read(
     stacks = stacks_of(scope, arguments)
     return Program(
         jaxpr=closed,
-        fingerprint=traced.fingerprint,
+        written=traced.written or closed,
         scope=scope,
         dims=named.build(resolver, arguments, family, batch, {stack.dim for stack in stacks}),
         families=tuple(tuple(ids) for ids in members.values()),

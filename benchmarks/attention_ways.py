@@ -1,0 +1,351 @@
+"""Attention in the ways that people write it: functions of arrays, each with what is to become of it.
+
+Arrays: query ``[batch, length, heads, width]``, key and value with fewer heads; `segment` and `keep` (a key
+that counts) ``[batch, length]``; `bias` ``[heads, length, length]``; `pairs` ``[batch, 1, length, length]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BATCH, LENGTH, HEADS, KV_HEADS, WIDTH = 2, 16, 4, 2, 8
+
+Way = Callable[[dict[str, jax.Array]], jax.Array]
+
+
+def arrays(seed: int = 0, length: int = LENGTH) -> dict[str, jax.Array]:
+    """Return arrays for every way."""
+    draw = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(draw.normal(size=shape), jnp.float32)
+
+    keep = np.ones((BATCH, length), bool)
+    keep[1, -5:] = False
+    return {
+        "query": normal(BATCH, length, HEADS, WIDTH),
+        "key": normal(BATCH, length, KV_HEADS, WIDTH),
+        "value": normal(BATCH, length, KV_HEADS, WIDTH),
+        "segment": jnp.asarray(np.sort(draw.integers(0, 3, (BATCH, length))), jnp.int32),
+        "keep": jnp.asarray(keep),
+        "bias": normal(HEADS, length, length),
+        "pairs": jnp.asarray(draw.random((BATCH, 1, length, length)) < 0.6) | jnp.eye(length, dtype=bool),
+    }
+
+
+def rows(x: dict[str, jax.Array]) -> jax.Array:
+    """Return the place of each query, as a column."""
+    return jnp.arange(x["query"].shape[1])[:, None]
+
+
+def columns(x: dict[str, jax.Array]) -> jax.Array:
+    """Return the place of each key, as a row."""
+    return jnp.arange(x["key"].shape[1])[None, :]
+
+
+def repeated(x: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return queries, and keys and values with as many heads."""
+    times = x["query"].shape[2] // x["key"].shape[2]
+    return x["query"], jnp.repeat(x["key"], times, 2), jnp.repeat(x["value"], times, 2)
+
+
+def masked(change: Callable[..., jax.Array]) -> Way:
+    """Return attention whose scores ``[batch, heads, rows, columns]`` are changed before the softmax."""
+
+    def way(x: dict[str, jax.Array]) -> jax.Array:
+        query, key, value = repeated(x)
+        scores = change(jnp.einsum("bqhd,bkhd->bhqk", query, key) * WIDTH**-0.5, x)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+
+    return way
+
+
+def hiding(visible: Callable[[dict[str, jax.Array]], jax.Array], fill: float = -1e30) -> Way:
+    """Return attention to what is `visible`."""
+    return masked(lambda scores, x: jnp.where(visible(x), scores, fill))
+
+
+def adding(bias: Callable[[dict[str, jax.Array]], jax.Array]) -> Way:
+    """Return attention with something added to scores."""
+    return masked(lambda scores, x: scores + bias(x))
+
+
+def library(**options: Callable[[dict[str, jax.Array]], Any]) -> Way:
+    """Return `jax.nn.dot_product_attention`, with options made of the arrays."""
+
+    def way(x: dict[str, jax.Array]) -> jax.Array:
+        given = {name: option(x) for name, option in options.items()}
+        return jax.nn.dot_product_attention(x["query"], x["key"], x["value"], **given)
+
+    return way
+
+
+def causal(x: dict[str, jax.Array]) -> jax.Array:
+    return rows(x) >= columns(x)
+
+
+def documents(x: dict[str, jax.Array]) -> jax.Array:
+    return x["segment"][:, None, :, None] == x["segment"][:, None, None, :]
+
+
+def kept(x: dict[str, jax.Array]) -> jax.Array:
+    return x["keep"][:, None, None, :]
+
+
+def heads_first(x: dict[str, jax.Array]) -> jax.Array:
+    """As torch lays it out: heads before the sequence, matrix products by `@`."""
+    query, key, value = (array.transpose(0, 2, 1, 3) for array in repeated(x))
+    scores = query @ key.swapaxes(-1, -2) / math.sqrt(WIDTH)
+    scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    return (jax.nn.softmax(scores, -1) @ value).transpose(0, 2, 1, 3)
+
+
+def heads_in_the_batch(x: dict[str, jax.Array]) -> jax.Array:
+    batch, length = x["query"].shape[:2]
+    query, key, value = (a.swapaxes(1, 2).reshape(batch * HEADS, length, WIDTH) for a in repeated(x))
+    scores = jnp.einsum("nqd,nkd->nqk", query, key) * WIDTH**-0.5
+    out = jax.nn.softmax(jnp.where(causal(x), scores, -1e30)) @ value
+    return out.reshape(batch, HEADS, length, WIDTH).swapaxes(1, 2)
+
+
+def softmax_by_hand(x: dict[str, jax.Array]) -> jax.Array:
+    query, key, value = repeated(x)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query * WIDTH**-0.5, key)
+    scores = scores - 1e9 * (rows(x) < columns(x))
+    power = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return jnp.einsum("bhqk,bkhd->bqhd", power / power.sum(-1, keepdims=True), value)
+
+
+def groups_of_heads(x: dict[str, jax.Array]) -> jax.Array:
+    batch, length = x["query"].shape[:2]
+    query = x["query"].reshape(batch, length, KV_HEADS, HEADS // KV_HEADS, WIDTH)
+    scores = jnp.einsum("bqngd,bknd->bngqk", query, x["key"]) * WIDTH**-0.5
+    weights = jax.nn.softmax(jnp.where(causal(x), scores, -1e30), -1)
+    return jnp.einsum("bngqk,bknd->bqngd", weights, x["value"]).reshape(x["query"].shape)
+
+
+def one_kv_head(x: dict[str, jax.Array]) -> jax.Array:
+    scores = jnp.einsum("bqhd,bkd->bhqk", x["query"], x["key"][:, :, 0]) * WIDTH**-0.5
+    weights = jax.nn.softmax(jnp.where(causal(x), scores, -1e30), -1)
+    return jnp.einsum("bhqk,bkd->bqhd", weights, x["value"][:, :, 0])
+
+
+def mapped_over_heads(x: dict[str, jax.Array]) -> jax.Array:
+    """One head of one sequence, mapped over heads and over the batch, as Equinox's users do."""
+
+    def head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        scores = query @ key.T / jnp.sqrt(query.shape[-1])
+        scores = jnp.where(jnp.tril(jnp.ones(scores.shape)) == 0, jnp.finfo(scores.dtype).min, scores)
+        return jax.nn.softmax(scores, axis=-1) @ value
+
+    return jax.vmap(jax.vmap(head, (1, 1, 1), 1))(*repeated(x))
+
+
+def half_precision(x: dict[str, jax.Array]) -> jax.Array:
+    query, key, value = (array.astype(jnp.bfloat16) for array in repeated(x))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32) * WIDTH**-0.5
+    weights = jax.nn.softmax(jnp.where(causal(x), scores, -1e30), -1).astype(jnp.bfloat16)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value).astype(jnp.float32)
+
+
+def widened(x: dict[str, jax.Array]) -> jax.Array:
+    query, key, value = (array.astype(jnp.bfloat16) for array in repeated(x))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query.astype(jnp.float32) * WIDTH**-0.5, key.astype(jnp.float32))
+    weights = jax.nn.softmax(jnp.where(causal(x), scores, -1e30), -1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value.astype(jnp.float32))
+
+
+def in_a_checkpoint(x: dict[str, jax.Array]) -> jax.Array:
+    mask = causal(x) & documents(x)
+    inner = masked(lambda scores, x: jnp.where(mask, scores, -1e30))
+    return jax.checkpoint(inner)(x)
+
+
+def in_a_loop(x: dict[str, jax.Array]) -> jax.Array:
+    mask = causal(x) & documents(x)
+    inner = masked(lambda scores, x: jnp.where(mask, scores, -1e30))
+
+    def turn(query: jax.Array, scale: jax.Array) -> tuple[jax.Array, None]:
+        return inner({**x, "query": query * scale}), None
+
+    return jax.lax.scan(turn, x["query"], jnp.arange(1.0, 3.0))[0]
+
+
+def in_a_checkpointed_loop(x: dict[str, jax.Array]) -> jax.Array:
+    def turn(query: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return library(mask=documents, is_causal=lambda x: True)({**x, "query": query}), None
+
+    return jax.lax.scan(jax.checkpoint(turn), x["query"], None, length=2)[0]
+
+
+def under_a_condition(x: dict[str, jax.Array]) -> jax.Array:
+    return jax.lax.cond(x["keep"][0, 0], hiding(causal), lambda x: x["query"], x)
+
+
+def jitted(x: dict[str, jax.Array]) -> jax.Array:
+    return jax.jit(jax.jit(hiding(causal)))(x)
+
+
+def capped(x: dict[str, jax.Array]) -> jax.Array:
+    return masked(lambda s, x: jnp.where(causal(x), 20.0 * jnp.tanh(s / 20.0), -1e30))(x)
+
+
+def linen_mask(x: dict[str, jax.Array]) -> jax.Array:
+    from flax import linen as nn
+
+    ids = x["segment"]
+    mask = nn.combine_masks(nn.make_causal_mask(ids), nn.make_attention_mask(ids, ids, jnp.equal))
+    return nn.dot_product_attention(*repeated(x), mask=mask)
+
+
+def nnx_padding(x: dict[str, jax.Array]) -> jax.Array:
+    from flax import nnx
+
+    mask = nnx.make_attention_mask(x["keep"], x["keep"])
+    return nnx.dot_product_attention(*repeated(x), mask=mask)
+
+
+def nnx_module(x: dict[str, jax.Array]) -> jax.Array:
+    from flax import nnx
+
+    features = HEADS * WIDTH
+    module = nnx.MultiHeadAttention(HEADS, features, decode=False, rngs=nnx.Rngs(0))
+    flat = x["query"].reshape(*x["query"].shape[:2], features)
+    return module(flat, mask=nnx.make_causal_mask(x["segment"])).reshape(x["query"].shape)
+
+
+def linen_module(x: dict[str, jax.Array]) -> jax.Array:
+    from flax import linen as nn
+
+    module = nn.MultiHeadDotProductAttention(HEADS)
+    flat = x["query"].reshape(*x["query"].shape[:2], HEADS * WIDTH)
+    mask = nn.make_causal_mask(x["segment"])
+    return module.apply(module.init(jax.random.key(0), flat), flat, mask=mask).reshape(x["query"].shape)
+
+
+def dropped(x: dict[str, jax.Array]) -> jax.Array:
+    query, key, value = repeated(x)
+    scores = jnp.where(causal(x), jnp.einsum("bqhd,bkhd->bhqk", query, key), -1e30)
+    weights = jax.nn.softmax(scores, -1)
+    keep = jax.random.bernoulli(jax.random.key(1), 0.9, weights.shape)
+    return jnp.einsum("bhqk,bkhd->bqhd", jnp.where(keep, weights / 0.9, 0.0), value)
+
+
+def two_products(x: dict[str, jax.Array]) -> jax.Array:
+    query, key, value = repeated(x)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query[..., :4], key[..., :4])
+    scores += jnp.einsum("bqhd,bkhd->bhqk", query[..., 4:], key[..., 4:])
+    weights = jax.nn.softmax(jnp.where(causal(x), scores, -1e30), -1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def with_a_sink(x: dict[str, jax.Array]) -> jax.Array:
+    query, key, value = repeated(x)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    weights = jax.nn.softmax(jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, 1))), -1)[..., :-1]
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def difference(x: dict[str, jax.Array]) -> jax.Array:
+    query, key, value = repeated(x)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    weights = jax.nn.softmax(scores, -1) - 0.3 * jax.nn.softmax(2 * scores, -1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def weights_returned(x: dict[str, jax.Array]) -> jax.Array:
+    query, key, value = repeated(x)
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key), -1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value) * (1 + jnp.mean(weights**2))
+
+
+def alibi(x: dict[str, jax.Array]) -> jax.Array:
+    slopes = 2.0 ** -jnp.arange(1.0, HEADS + 1)
+    return -slopes[:, None, None] * jnp.abs(rows(x) - columns(x))
+
+
+# What becomes a call of attention.
+WAYS: dict[str, Way] = {
+    "no mask": masked(lambda scores, x: scores),
+    "tril of ones": hiding(lambda x: jnp.tril(jnp.ones((LENGTH, LENGTH), bool)), -jnp.inf),
+    "tril of floats": masked(lambda s, x: jnp.where(jnp.tril(jnp.ones((LENGTH, LENGTH))) > 0.5, s, -1e10)),
+    "places compared": hiding(causal, float(jnp.finfo(jnp.float32).min)),
+    "not the future": masked(lambda s, x: jnp.where(columns(x) > rows(x), -1e9, s)),
+    "triu of -inf added": adding(lambda x: jnp.triu(jnp.full((LENGTH, LENGTH), -jnp.inf), 1)),
+    "(1 - mask) * -1e9 added": adding(lambda x: (1.0 - causal(x).astype(jnp.float32)) * -1e9),
+    "where of 0 and -1e9 added": adding(lambda x: jnp.where(causal(x), 0.0, -1e9)),
+    "mask from numpy": hiding(lambda x: np.tri(LENGTH, dtype=bool)),
+    "window": hiding(lambda x: causal(x) & (rows(x) - columns(x) < 5)),
+    "window by two triangles": hiding(
+        lambda x: jnp.tril(jnp.ones((LENGTH, LENGTH), bool)) & jnp.triu(jnp.ones((LENGTH, LENGTH), bool), -4)
+    ),
+    "window of distances": hiding(lambda x: (rows(x) - columns(x) >= 0) & ~(rows(x) - columns(x) > 4)),
+    "blocks": hiding(lambda x: rows(x) // 4 == columns(x) // 4),
+    "causal blocks": hiding(lambda x: causal(x) & (rows(x) // 8 == columns(x) // 8)),
+    "first keys only": hiding(lambda x: columns(x) < 11),
+    "segments": hiding(documents),
+    "causal segments": hiding(lambda x: causal(x) & documents(x)),
+    "causal segments, added": adding(lambda x: jnp.where(causal(x) & documents(x), 0.0, -1e30)),
+    "segments in a window": hiding(lambda x: causal(x) & documents(x) & (rows(x) - columns(x) < 6)),
+    "padding": hiding(kept),
+    "padding, added": adding(lambda x: (1.0 - kept(x)) * -1e9),
+    "causal padding": hiding(lambda x: causal(x) & kept(x)),
+    "neither future nor padding": masked(lambda s, x: jnp.where(~kept(x) | (columns(x) > rows(x)), -1e9, s)),
+    "padding of both": hiding(lambda x: kept(x) & x["keep"][:, None, :, None]),
+    "padding told by segments": hiding(
+        lambda x: documents(x) & (x["segment"] > 0)[:, None, None, :] & causal(x)
+    ),
+    "heads first": heads_first,
+    "heads in the batch": heads_in_the_batch,
+    "softmax by hand": softmax_by_hand,
+    "groups of heads": groups_of_heads,
+    "one head of keys": one_kv_head,
+    "mapped over heads": mapped_over_heads,
+    "half precision": half_precision,
+    "widened to float32": widened,
+    "in a checkpoint": in_a_checkpoint,
+    "in a loop": in_a_loop,
+    "in a checkpointed loop": in_a_checkpointed_loop,
+    "under a condition": under_a_condition,
+    "jitted twice": jitted,
+    "capped": capped,
+    "jax.nn": library(),
+    "jax.nn, causal": library(is_causal=lambda x: True, implementation=lambda x: "xla"),
+    "jax.nn, window": library(is_causal=lambda x: True, local_window_size=lambda x: 3),
+    "jax.nn, mask": library(mask=lambda x: causal(x)[None, None] & documents(x)),
+    "jax.nn, lengths": library(key_value_seq_lengths=lambda x: jnp.sum(x["keep"], 1, dtype=jnp.int32)),
+    "jax.nn, scale": library(scale=lambda x: 0.3, is_causal=lambda x: True),
+    "jax.nn, mapped": lambda x: jax.vmap(lambda q, k, v: jax.nn.dot_product_attention(q, k, v))(
+        x["query"], x["key"], x["value"]
+    ),
+    "Linen's function": linen_mask,
+    "Linen's module": linen_module,
+    "NNX's function, padded": nnx_padding,
+    "NNX's module": nnx_module,
+}
+
+# What is left as it is written, with a note that says what of it is in the way.
+LEFT: dict[str, tuple[Way, str]] = {
+    "prefix": (hiding(lambda x: causal(x) | (columns(x) < 5)), "neither causal, nor a window or blocks"),
+    "window of both sides": (hiding(lambda x: jnp.abs(rows(x) - columns(x)) < 3), "reaches ahead"),
+    "any pairs": (hiding(lambda x: x["pairs"]), "an array of its own"),
+    "bias of heads": (adding(lambda x: x["bias"]), "an array is added"),
+    "bias of distances": (adding(alibi), "an array is added"),
+    "jax.nn, bias": (library(bias=lambda x: x["bias"][None]), "an array is added"),
+    "dropout": (dropped, "dropped at random"),
+    "scores of two products": (two_products, "an array is added"),
+    "weights returned": (weights_returned, "read by more than"),
+    "two masks, added": (
+        adding(lambda x: jnp.where(kept(x), 0.0, -1e9) + jnp.where(causal(x), 0.0, -1e9)),
+        "not the mean of all",
+    ),
+}
+
+# What is no attention.
+OTHER: dict[str, Way] = {"a sink": with_a_sink, "a difference of softmaxes": difference}

@@ -1,0 +1,77 @@
+"""Programs with what was found in them replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from jax.extend import core, source_info_util
+
+from ...words import gib
+from ..jaxpr import Traced
+from .attention import AttentionFinder
+from .calls import Calls
+from .opened import Made, Opening, Rebuilding
+from .spans import NotThis
+from .values import Sources
+
+
+def with_attention(traced: Traced) -> Traced:
+    """Return `traced` with each attention that is found a call of `ops.attention`."""
+    if not _has(traced.jaxpr.jaxpr, "exp", {}):
+        return traced
+    opening = Opening(traced.jaxpr)
+    values = Sources(opening)
+    finder, calls = AttentionFinder(values), Calls(values)
+    made: dict[int, Any] = {}
+    for one in finder.search():
+        try:
+            program, inputs = calls.of(one)
+        except NotThis as why:
+            finder.missed.append((one.product, one.scores_aval, str(why)))
+            continue
+        made[id(one.product)] = _Bringing(opening, one.scope, program, inputs)
+    notes = tuple(_left(finder.missed))
+    if not made:
+        return dataclasses.replace(traced, notes=(*traced.notes, *notes)) if notes else traced
+    jaxpr = Rebuilding(opening, made).program()
+    return dataclasses.replace(traced, jaxpr=jaxpr, notes=(*traced.notes, *notes))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Bringing:
+    """Gives a program and what it reads, brought into the scope where it is to stand."""
+
+    opening: Opening
+    scope: Any
+    program: core.ClosedJaxpr
+    inputs: list[Any]
+
+    def __call__(self) -> Made:
+        """Return the program and its inputs in the scope."""
+        return self.program, [self.opening.bring(atom, self.scope) for atom in self.inputs]
+
+
+def _has(jaxpr: core.Jaxpr, name: str, known: dict[int, bool]) -> bool:
+    """Whether a program has a primitive anywhere."""
+    key = id(jaxpr)
+    if key not in known:
+        known[key] = any(eqn.primitive.name == name for eqn in jaxpr.eqns) or any(
+            _has(inner, name, known) for eqn in jaxpr.eqns for inner in core.jaxprs_in_params(eqn.params)
+        )
+    return known[key]
+
+
+def _left(missed: Iterable[tuple[core.JaxprEqn, Any, str]]) -> list[str]:
+    """Say of each place where attention is left as it is written, why and what that costs."""
+    places = Counter(
+        (source_info_util.summarize(eqn.source_info), why, aval.size * aval.dtype.itemsize)
+        for eqn, aval, why in missed
+    )
+    return [
+        f"attention is left as it is written ({where}{'' if count == 1 else f', {count} times'}): {why}; "
+        f"its scores take {gib(size)} of the whole batch{'' if count == 1 else ' each'}"
+        for (where, why, size), count in places.items()
+    ]

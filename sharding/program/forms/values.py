@@ -1,0 +1,242 @@
+"""Values of an opened program: what makes them, and what they are where that can be told without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core
+
+from .opened import Opening
+
+# What gives the same numbers on, in another type or under another name.
+SAME = frozenset({"convert_element_type", "copy", "copy_p", "name", "stop_gradient", "optimization_barrier"})
+
+# Of each dimension of an array, the index of an element: an array of them, all alike in shape.
+Index = Sequence[Any]
+
+
+class Untold(Exception):
+    """A value depends on data, or on a dimension that it should not depend on."""
+
+
+class Sources:
+    """What makes the values of a program, looked up through the bodies that they are handed into."""
+
+    def __init__(self, opening: Opening) -> None:
+        self.opening = opening
+        self.consts = {var: one for scope in opening.top.scopes() for var, one in scope.consts.items()}
+        self._digests: dict[Any, int] = {}
+        self._interned: dict[Any, int] = {}
+        self._kept: list[Any] = []
+
+    def made(self, atom: Any, *names: str) -> core.JaxprEqn | None:
+        """Return the equation that makes `atom`, if it is one of these primitives or none are given."""
+        atom = self.opening.outside(atom)
+        eqn = None if isinstance(atom, core.Literal) else self.opening.maker.get(atom)
+        return eqn if eqn is not None and (not names or eqn.primitive.name in names) else None
+
+    def plain(self, atom: Any) -> Any:
+        """Return what `atom` is before changes of type and name."""
+        atom = self.opening.outside(atom)
+        while (eqn := self.made(atom, *SAME)) is not None:
+            atom = self.opening.outside(eqn.invars[0])
+        return atom
+
+    def same(self, one: Any, other: Any) -> bool:
+        """Whether two atoms are computed alike from the same values."""
+        return self.digest(one) == self.digest(other)
+
+    def digest(self, atom: Any, depth: int = 40) -> int:
+        """Return a number that is equal for values that are computed alike from the same values.
+
+        What lies more than `depth` equations back counts as given.
+        """
+        atom = self.opening.outside(atom)
+        if isinstance(atom, core.Literal):
+            value = np.asarray(atom.val)
+            return self._number(("literal", value.tobytes(), str(value.dtype), value.shape))
+        found = self._digests.get(atom)
+        if found is None:
+            found = self._digests[atom] = self._number(self._key(atom, depth))
+        return found
+
+    def _key(self, atom: core.Var, depth: int) -> Any:
+        eqn = self.opening.maker.get(atom)
+        if eqn is None:
+            self._kept.append(self.consts.get(atom, atom))
+            return "given", id(self._kept[-1])
+        if depth == 0 or eqn.effects or id(eqn) in self.opening.home[atom].bodies:
+            return "made", id(atom)
+        params = tuple((name, self._word(value)) for name, value in eqn.params.items())
+        place = next(n for n, var in enumerate(eqn.outvars) if var is atom)
+        return eqn.primitive.name, params, tuple(self.digest(one, depth - 1) for one in eqn.invars), place
+
+    def _word(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(self._word(one) for one in value)
+        try:
+            hash(value)
+        except TypeError:
+            value = id(value)
+        self._kept.append(value)
+        return value
+
+    def _number(self, key: Any) -> int:
+        return self._interned.setdefault(key, len(self._interned))
+
+    def number(self, atom: Any) -> float | None:
+        """Return the one number that `atom` holds everywhere, None if it cannot be told."""
+        atom = self.opening.outside(atom)
+        while (eqn := self.made(atom, "broadcast_in_dim", *SAME)) is not None:
+            atom = self.opening.outside(eqn.invars[0])
+        if shape(atom) != ():
+            return None
+        try:
+            return float(self.points(atom, []))
+        except (Untold, TypeError, ValueError, OverflowError):
+            return None
+
+    def points(self, atom: Any, at: Index) -> np.ndarray:
+        """Return `atom` at some indices, of which None may be one that it does not depend on.
+
+        Raises Untold if it depends on data, or on an index of which None is given.
+        """
+        atom = self.opening.outside(atom)
+        if isinstance(atom, core.Literal):
+            return np.asarray(atom.val)
+        if atom in self.consts:
+            if any(one is None for one in at):
+                raise Untold
+            return np.asarray(self.consts[atom])[tuple(at)]
+        eqn = self.opening.maker.get(atom)
+        if eqn is None:
+            raise Untold
+        name = eqn.primitive.name
+        if name in _LAID:
+            return _LAID[name](self, eqn, at)
+        rule = POINTWISE.get(name)
+        if rule is None and name not in SAME:
+            raise Untold
+        inputs = [self.points(one, at if shape(one) else []) for one in eqn.invars]
+        if rule is None:
+            return inputs[0].astype(eqn.params["new_dtype"]) if "new_dtype" in eqn.params else inputs[0]
+        return np.asarray(rule(*inputs))
+
+
+def shape(atom: Any) -> tuple[int, ...]:
+    """Return the shape of an atom."""
+    return tuple(getattr(atom.aval, "shape", ()))
+
+
+def moved(eqn: core.JaxprEqn, of_result: Sequence[Any], absent: Any) -> list[Any] | None:
+    """Return, for each dimension of what `eqn` lays out, what `of_result` has of it; None for others.
+
+    Broadcasts, transposes and squeezes are followed; a dimension of size 1 that is stretched gets `absent`.
+    """
+    name, before = eqn.primitive.name, shape(eqn.invars[0])
+    if name == "broadcast_in_dim":
+        where, after = eqn.params["broadcast_dimensions"], eqn.params["shape"]
+        return [of_result[d] if before[n] == after[d] else absent for n, d in enumerate(where)]
+    if name == "transpose":
+        order = list(eqn.params["permutation"])
+        return [of_result[order.index(d)] for d in range(len(order))]
+    if name == "squeeze":
+        kept = iter(of_result)
+        dimensions = eqn.params["dimensions"]
+        return [absent if d in dimensions else next(kept) for d in range(len(before))]
+    return None
+
+
+def _moved(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
+    found = moved(eqn, at, 0)
+    assert found is not None
+    return values.points(eqn.invars[0], found)
+
+
+def _iota(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
+    del values
+    index = at[eqn.params["dimension"]]
+    if index is None:
+        raise Untold
+    return np.asarray(index).astype(eqn.params["dtype"])
+
+
+def _reshape(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
+    before, after = shape(eqn.invars[0]), shape(eqn.outvars[0])
+    if any(one is None for one in at):
+        # Sizes of 1 come and go without touching the rest.
+        kept = [one for one, size in zip(at, after, strict=True) if size > 1]
+        if [size for size in before if size > 1] != [size for size in after if size > 1]:
+            raise Untold
+        rest = iter(kept)
+        return values.points(eqn.invars[0], [next(rest) if size > 1 else 0 for size in before])
+    if not at:
+        return values.points(eqn.invars[0], [0] * len(before))
+    place = np.ravel_multi_index(np.broadcast_arrays(*at), after)
+    return values.points(eqn.invars[0], list(np.unravel_index(place, before)) if before else [])
+
+
+def _slice(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
+    if any(one is None for one in at):
+        raise Untold
+    strides = eqn.params["strides"] or (1,) * len(at)
+    starts = eqn.params["start_indices"]
+    places = [np.asarray(i) * s + b for i, s, b in zip(at, strides, starts, strict=True)]
+    return values.points(eqn.invars[0], places)
+
+
+def _integer_quotient(a: Any, b: Any) -> Any:
+    if np.issubdtype(np.asarray(a).dtype, np.integer):
+        # XLA's division of integers rounds towards zero.
+        return np.trunc(np.asarray(a) / np.asarray(b)).astype(np.asarray(a).dtype)
+    return a / b
+
+
+def _select(which: Any, *cases: Any) -> Any:
+    if len(cases) != 2:
+        raise Untold
+    return np.where(which, cases[1], cases[0])
+
+
+_LAID: Mapping[str, Callable[[Sources, core.JaxprEqn, Index], np.ndarray]] = {
+    "iota": _iota,
+    "broadcast_in_dim": _moved,
+    "transpose": _moved,
+    "squeeze": _moved,
+    "reshape": _reshape,
+    "slice": _slice,
+}
+
+# What primitives do to each element by itself, in numpy.
+POINTWISE: Mapping[str, Callable[..., Any]] = {
+    "abs": np.abs,
+    "add": np.add,
+    "and": np.bitwise_and,
+    "clamp": lambda low, x, high: np.clip(x, low, high),
+    "div": _integer_quotient,
+    "eq": np.equal,
+    "exp": np.exp,
+    "floor": np.floor,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "le": np.less_equal,
+    "log": np.log,
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "not": np.invert,
+    "or": np.bitwise_or,
+    "pow": np.power,
+    "rem": np.fmod,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "select_n": _select,
+    "sign": np.sign,
+    "sqrt": np.sqrt,
+    "sub": np.subtract,
+    "xor": np.bitwise_xor,
+}

@@ -1,0 +1,98 @@
+"""Attention as people write it is recognised, keeps its values, and is what a plan's kernel carries out."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+import attention_ways as ways
+from meshwright.sharding.program.recognise import recognised
+from recognition import calls, traced
+
+LOOSE = {"half precision": 1e-2, "widened to float32": 1e-2}
+
+
+def floats(given):
+    return {name: one for name, one in given.items() if one.dtype == jnp.float32}
+
+
+def loss_of(chosen):
+    def loss(floats, given):
+        out = {name: way({**given, **floats}) for name, way in chosen.items()}
+        return sum(jnp.sum(jnp.sin(one)) for one in out.values()), out
+
+    return loss
+
+
+def both(loss, found, given):
+    def again(floats, given):
+        leaves = core.jaxpr_as_fun(found.jaxpr)(*jax.tree.leaves((floats, given)))
+        return jax.tree.unflatten(jax.tree.structure(found.result), leaves)
+
+    run = [jax.jit(jax.value_and_grad(one, has_aux=True)) for one in (loss, again)]
+    return [one(floats(given), given) for one in run]
+
+
+def unseeing():
+    """Sequences of which some queries see no key: padded in front, or wholly."""
+    given = ways.arrays(seed=1)
+    keep = np.array(given["keep"])
+    keep[0, :3], keep[1] = False, False
+    return {**given, "keep": jnp.asarray(keep), "segment": given["segment"] * keep}
+
+
+SAMPLE = [
+    "triu of -inf added",
+    "window by two triangles",
+    "causal blocks",
+    "segments in a window",
+    "heads in the batch",
+    "softmax by hand",
+    "mapped over heads",
+    "widened to float32",
+    "in a checkpointed loop",
+    "jax.nn, lengths",
+    "NNX's function, padded",
+]
+PADDED = [name for name in ways.WAYS if "padd" in name]
+ALL = pytest.param(list(ways.WAYS), ways.arrays, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("names", "make"), [(SAMPLE, ways.arrays), (PADDED, unseeing), ALL])
+def test_every_way_becomes_one_call_and_keeps_values_and_gradients(names, make) -> None:
+    given = make()
+    chosen = {name: ways.WAYS[name] for name in names}
+    loss = loss_of(chosen)
+    found = recognised(traced(loss, floats(given), given), ("attention",))
+    assert calls(found.jaxpr.jaxpr) == len(chosen)
+    assert found.notes == ()
+    ((_, plain), gradient), ((_, mine), other) = both(loss, found, given)
+    for name, out in plain.items():
+        np.testing.assert_allclose(mine[name], out, rtol=1e-4, atol=LOOSE.get(name, 1e-5), err_msg=name)
+    for name, one in gradient.items():
+        np.testing.assert_allclose(other[name], one, atol=2e-2, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ways.LEFT)
+def test_what_is_left_is_told_with_its_line_and_its_scores(name) -> None:
+    way, why = ways.LEFT[name]
+    given = ways.arrays()
+    one = traced(loss_of({name: way}), floats(given), given)
+    found = recognised(one, ("attention",))
+    assert found.jaxpr is one.jaxpr
+    (note,) = found.notes
+    assert why in note
+    assert "attention_ways.py:" in note
+    assert "its scores take 8.0 KiB" in note
+
+
+@pytest.mark.parametrize("name", ways.OTHER)
+def test_what_is_no_attention_is_left_without_a_word(name) -> None:
+    given = ways.arrays()
+    one = traced(loss_of({name: ways.OTHER[name]}), floats(given), given)
+    assert recognised(one, ("attention",)).jaxpr is one.jaxpr
