@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from ..hardware.axes import resolve_axes
 from ..hardware.topology import Topology
 from ..paths import by_path, matches
 from ..plans.record import ArrayPlan
-from ..plans.specs import Spec, axes_in, by_dimension, cut_into
+from ..plans.specs import axes_in, by_dimension, cut_into
 from ..program.program import Dim, Program
 from ..rules.application import is_pattern
 from ..rules.rules import Rules
@@ -52,11 +52,6 @@ class Kept:
     batch: tuple[str, ...] | None = None
     dims: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     arrays: Mapping[int, Mapping[int, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
-
-
-def names_of_data(batch: Any) -> Any:
-    """Return a tree like `batch` of the names that rules may use for it."""
-    return jax.tree.map(lambda leaf: (DATA_NAMES + (None,) * leaf.ndim)[: leaf.ndim], batch)
 
 
 def keep(program: Program, declared: Declared, mesh: Mapping[str, int], params: Any, names: Any) -> Kept:
@@ -143,9 +138,7 @@ class Ruled:
     notes: tuple[str, ...]
 
 
-def ruled(
-    program: Program, topology: Topology, declared: Declared, *, params: Any, batch: Any, names: Any
-) -> Ruled:
+def ruled(program: Program, topology: Topology, declared: Declared, *, params: Any, names: Any) -> Ruled:
     """Return the layout of `program` by the declared mesh and rules, over the default rules.
 
     What is not declared is as plain as can be: moments lie as their parameters, layers keep what JAX keeps,
@@ -155,7 +148,7 @@ def ruled(
     sizes = resolve_axes(declared.mesh, topology.num_devices)
     rules = Rules(declared.rules).with_defaults()
     count = 1 if declared.microbatches is None else declared.microbatches
-    _check_batch(batch, rules, sizes, count)
+    _check_batch(program, rules, sizes, count)
     # A rule for a dimension of the data holds for no parameter, and so would count as matching nothing.
     of_params = Rules(
         {key: rule for key, rule in declared.rules.items() if key not in DATA_NAMES}, defaults=rules.defaults
@@ -176,16 +169,17 @@ def ruled(
         saved=policy.saved,
         microbatches=count,
     )
-    rows = _arrays(batch, _flat_specs(rules.specs(batch, sizes, names_of_data(batch), partial=True)))
+    rows = {
+        argument.path: ArrayPlan(
+            shape=argument.shape,
+            dtype=str(argument.dtype),
+            spec=tuple(rules.spec(argument.names, argument.shape, sizes)),
+        )
+        for argument in program.arguments
+        if not argument.is_parameter
+    }
     _check_axes_work(candidate, rows)
     return Ruled(candidate=candidate, batch=rows, notes=tuple(of_params.notes(params, sizes, names)))
-
-
-def _arrays(tree: Any, specs: Sequence[Spec]) -> dict[str, ArrayPlan]:
-    return {
-        path: ArrayPlan(shape=tuple(leaf.shape), dtype=str(leaf.dtype), spec=tuple(spec))
-        for (path, leaf), spec in zip(by_path(tree).items(), specs, strict=True)
-    }
 
 
 def _ruled_dims(program: Program, rules: Rules, sizes: Mapping[str, int]) -> dict[int, tuple[str, ...]]:
@@ -226,15 +220,15 @@ def _check_axes_work(layout: Candidate, batch: Mapping[str, ArrayPlan]) -> None:
             )
 
 
-def _check_batch(batch: Any, rules: Rules, sizes: Mapping[str, int], microbatches: int) -> None:
+def _check_batch(program: Program, rules: Rules, sizes: Mapping[str, int], microbatches: int) -> None:
     spread = rules.declared.get("batch", rules.defaults.get("batch", ()))
     parts = {axis: sizes[axis] for axis in spread if axis in sizes}
     devices = math.prod(parts.values())
     if microbatches < 1:
         raise UserError(f"microbatches={microbatches} must be a whole number of at least 1")
     needed = devices * microbatches
-    for leaf in jax.tree.leaves(batch):
-        rows = leaf.shape[0] if leaf.ndim else 0
+    led = [a.shape[0] for a in program.arguments if not a.is_parameter and a.names[:1] == DATA_NAMES[:1]]
+    for rows in led or [0]:
         if rows and rows % needed == 0:
             continue
         factors = {**parts, "microbatches": microbatches}

@@ -20,6 +20,7 @@ from ..paths import by_path
 from ..plans.arrays import check_new_state
 from ..plans.trainable import split, trained_paths
 from ..program.flops import work
+from ..program.loss import abstract, checked
 from ..program.program import Program
 from ..program.recognise import FORMS
 from ..program.tracing import trace
@@ -28,7 +29,7 @@ from . import build
 from .choices import attention as kernels
 from .choices.microbatches import batch_rows, why_not, why_untraceable
 from .choices.remat import check_names, ladders, read
-from .declared import Declared, names_of_data
+from .declared import DATA_NAMES, Declared
 from .search import Found, StoredBytes, search, stored_bytes
 from .space import Space, space
 
@@ -77,6 +78,12 @@ class Problem:
         """What the loss takes: parameters, batch and, where it has one, its state."""
         return (self.params, self.batch) if self.state is None else (self.params, self.batch, self.state)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", abstract(self.params, "parameter"))
+        object.__setattr__(self, "batch", abstract(self.batch, "batch array"))
+        if self.state is not None:
+            object.__setattr__(self, "state", abstract(self.state, "state array"))
+
     @functools.cached_property
     def trained(self) -> tuple[str, ...] | None:
         """The paths of the parameters that are trained, None where all floats are."""
@@ -85,11 +92,11 @@ class Problem:
     @functools.cached_property
     def program(self) -> Program:
         """The traced loss, with the names of parameters and data."""
-        names = {1: names_of_data(self.batch)} | ({} if self.names is None else {0: self.names})
         found = trace(
-            self.loss,
+            checked(self.loss),
             *self.args,
-            names=names,
+            names=None if self.names is None else {0: self.names},
+            rows=DATA_NAMES,
             state=(2,),
             trained=self.trained,
             recognise=self.recognise,

@@ -89,7 +89,6 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         topology,
         declared,
         params=problem.params,
-        batch=problem.batch,
         names=problem.names,
     )
     candidate = laid.candidate

@@ -17,11 +17,12 @@ from ..hardware.mesh import make_mesh
 from ..hardware.topology import Topology
 from ..paths import by_path, map_by_path
 from ..program.jaxpr import Traces
+from ..program.loss import abstract, check_leaves, checked
 from ..program.program import Program, Result
 from ..program.recognise import recognised
 from .owners import ALL, Owners, spec_by_owner, spread
 from .record import ArrayPlan, Decision, Record
-from .specs import Spec, axes_in, cut_into
+from .specs import Spec, axes_in, axes_of, cut_into
 from .trainable import is_trained
 
 # Types of keys, of which NumPy knows nothing.
@@ -120,7 +121,12 @@ def check(
         check_arrays(plan, "state array", state)
     if loss is not None and plan.origin is not None:
         rewrite = functools.partial(recognised, which=plan.recognise)
-        plan.origin.check(Traces(loss, rewrite).on(params, batch, *(() if state is None else (state,))))
+        args = (
+            abstract(params, "parameter"),
+            abstract(batch, "batch array"),
+            *(() if state is None else (abstract(state, "state array"),)),
+        )
+        plan.origin.check(Traces(checked(loss), rewrite).on(*args))
 
 
 def check_has_state(plan: Decision, state: Any) -> None:
@@ -163,9 +169,49 @@ def check_arrays(plan: Decision, kind: str, tree: Any) -> None:
     A ``parameter``, a ``batch array`` or a ``state array``.
     """
     planned = _table(plan, kind)
-    for path, shape in _same_paths(kind, planned, tree).items():
+    for path, (shape, dtype) in _same_paths(kind, planned, tree).items():
         if planned[path].shape != shape:
             raise UserError(f"{kind} {path!r} has shape {shape}; the plan was made for {planned[path].shape}")
+        _check_type(kind, path, planned[path], dtype)
+
+
+def check_rows(plan: Decision, batch: Any) -> None:
+    """Raise UserError if `batch` differs from what the plan was made for in more than its number of rows.
+
+    So does one whose rows do not divide by the axes that cut them.
+    """
+    have = _same_paths("batch array", plan.batch, batch)
+    cut = [row.shape[0] for row in plan.batch.values() if row.spec and row.spec[0]]
+    leads = cut or [row.shape[0] for row in plan.batch.values() if row.shape]
+    planned_rows = max(leads, key=leads.count, default=0)
+    first: tuple[str, int] | None = None
+    for path, row in plan.batch.items():
+        shape, dtype = have[path]
+        _check_type("batch array", path, row, dtype)
+        led = row.shape[:1] == (planned_rows,)
+        if shape != row.shape and not (led and shape and shape[1:] == row.shape[1:]):
+            raise UserError(f"batch array {path!r} has shape {shape}; the plan was made for {row.shape}")
+        if not (led and row.spec and row.spec[0]):
+            continue
+        first = first or (path, shape[0])
+        if shape[0] != first[1]:
+            raise UserError(f"batch array {path!r} has {shape[0]} rows and {first[0]!r} has {first[1]}")
+        parts = axes_of(row.spec[0])
+        needed = cut_into(parts, plan.mesh)
+        if left := shape[0] % needed:
+            written = " x ".join(f"{axis}={plan.mesh[axis]}" for axis in parts)
+            near = " or ".join(str(n) for n in (shape[0] - left, shape[0] - left + needed) if n)
+            raise UserError(f"a batch of {shape[0]} rows does not divide by {written}; nearest: {near} rows")
+
+
+def _check_type(kind: str, path: str, row: ArrayPlan, dtype: str) -> None:
+    if dtype != (wanted := _canonical(row.dtype)):
+        raise UserError(f"{kind} {path!r} is of type {dtype}; the plan was made for {wanted}")
+
+
+def _canonical(dtype: str) -> str:
+    """Return the type that JAX has for a type by its name: int32 for int64, unless told otherwise."""
+    return dtype if dtype in _KEY_BYTES else str(jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)))
 
 
 def resized(plan: Decision, params: Any, batch: Any, state: Any = None) -> Decision:
@@ -193,9 +239,9 @@ def _reshaped(plan: Decision, kind: str, tree: Any) -> dict[str, ArrayPlan]:
     planned = _table(plan, kind)
     have = _same_paths(kind, planned, tree)
     for path, row in planned.items():
-        if len(have[path]) != len(row.shape):
-            raise UserError(f"{kind} {path!r} has shape {have[path]}, not one like {row.shape}")
-    return {path: dataclasses.replace(row, shape=have[path]) for path, row in planned.items()}
+        if len(have[path][0]) != len(row.shape):
+            raise UserError(f"{kind} {path!r} has shape {have[path][0]}, not one like {row.shape}")
+    return {path: dataclasses.replace(row, shape=have[path][0]) for path, row in planned.items()}
 
 
 def _table(plan: Decision, kind: str) -> Mapping[str, ArrayPlan]:
@@ -203,9 +249,14 @@ def _table(plan: Decision, kind: str) -> Mapping[str, ArrayPlan]:
     return tables[kind]
 
 
-def _same_paths(kind: str, planned: Mapping[str, ArrayPlan], tree: Any) -> dict[str, tuple[int, ...]]:
-    """Return path → shape of `tree`. Raises UserError if it has other paths than the plan."""
-    have = {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()}
+def _same_paths(
+    kind: str, planned: Mapping[str, ArrayPlan], tree: Any
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return path → shape and type of `tree`. Raises UserError if it has other paths than the plan."""
+    check_leaves(tree, kind)
+    have = {
+        path: (tuple(jnp.shape(leaf)), str(jnp.result_type(leaf))) for path, leaf in by_path(tree).items()
+    }
     for path in planned:
         if path not in have:
             raise UserError(f"the plan has a {kind} {path!r} that the program lacks; {nearest(path, have)}")
@@ -220,8 +271,8 @@ def _same_paths(kind: str, planned: Mapping[str, ArrayPlan], tree: Any) -> dict[
 def _planned(rows: Mapping[str, ArrayPlan], path: str, leaf: Any) -> Spec:
     if path not in rows:
         return ()
-    if rows[path].shape != tuple(leaf.shape):
-        raise UserError(f"{path!r} has shape {tuple(leaf.shape)}; the plan was made for {rows[path].shape}")
+    if rows[path].shape != tuple(jnp.shape(leaf)):
+        raise UserError(f"{path!r} has shape {jnp.shape(leaf)}; the plan was made for {rows[path].shape}")
     return rows[path].spec
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
@@ -29,17 +31,46 @@ def families(count: int, kin: Iterable[tuple[tuple[int, ...], tuple[int, ...]]])
 
 
 def leading_batch(arguments: Sequence[Argument]) -> tuple[int, ...]:
-    """Return the dims that most arrays of the data lead with; ties go to the first.
+    """Return the dims that most arrays of the data lead with.
 
-    Dims that parameters have do not count: a table that comes with the data is no batch.
+    Ties go to the most elements, then to the first. Dims that parameters have do not count: a table that
+    comes with the data is no batch. Those that come second in other data (the sequence of a mask) only do
+    where there is nothing else.
     """
     in_parameters = {d for a in arguments if a.is_parameter for dim in a.dims for d in dim}
+    data = [a for a in arguments if a.is_data and a.dims]
+    second = {d for a in data for dim in a.dims[1:] for d in dim}
     votes: Counter[tuple[int, ...]] = Counter()
-    for argument in arguments:
-        lead = argument.dims[0] if argument.dims else ()
-        if lead and argument.is_data and not in_parameters.intersection(lead):
+    elements: Counter[tuple[int, ...]] = Counter()
+    for argument in data:
+        lead = argument.dims[0]
+        if lead and not in_parameters.intersection(lead):
             votes[lead] += 1
-    return max(votes, key=lambda dims: votes[dims], default=())
+            elements[lead] += math.prod(argument.shape)
+    first = [lead for lead in votes if not second.intersection(lead)]
+    return max(first or votes, key=lambda lead: (votes[lead], elements[lead]), default=())
+
+
+def with_names_of_rows(
+    arguments: Sequence[Argument], batch: tuple[int, ...], names: Sequence[str]
+) -> tuple[Argument, ...]:
+    """Return `arguments`, the data that lead with the dims `batch` under `names`, as far as they have none.
+
+    Data that meet no other, such as the ids of rows, lead with the batch if they have as many rows.
+    """
+    leading = {a.shape[0] for a in arguments if batch and a.is_data and a.dims[:1] == (batch,)}
+    met = Counter(d for a in arguments for dims in {*a.dims} for d in dims)
+
+    def named(argument: Argument) -> Argument:
+        if not argument.is_data or not argument.shape or any(argument.names):
+            return argument
+        lead = argument.dims[0]
+        alone = argument.shape[0] in leading and all(met[d] == 1 for d in lead)
+        if (lead != batch and not alone) or not lead:
+            return argument
+        return dataclasses.replace(argument, names=(*names, *argument.names)[: len(argument.shape)])
+
+    return tuple(map(named, arguments)) if names else tuple(arguments)
 
 
 def build(

@@ -29,6 +29,7 @@ def trace(
     state: Sequence[int] = (),
     trained: Collection[str] | None = None,
     recognise: Sequence[str] = (),
+    rows: Sequence[str] = (),
 ) -> Program:
     """Trace `fn` on abstract `args` and find its named dimensions.
 
@@ -42,6 +43,7 @@ def trace(
         state: which arguments, that are no parameters, are a state; all others are data.
         trained: the paths of those of the first argument whose gradients are taken; all floats if not given.
         recognise: forms that are rewritten where they are found; see `recognise`.
+        rows: names of the first dimensions of the data that lead with the batch.
 
     Raises:
         UserError: when names do not fit the arguments, or a form is not known.
@@ -58,7 +60,7 @@ def trace(
             raise UserError(f"parameters={tuple(parameters)}, but there are {len(args)} arguments")
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
     traced = recognised(Traced(jaxpr=closed, args=args, result=out_shape), recognise)
-    return read(traced, names=names, parameters=parameters, state=state, trained=trained)
+    return read(traced, names=names, parameters=parameters, state=state, trained=trained, rows=rows)
 
 
 def read(
@@ -68,6 +70,7 @@ def read(
     parameters: Sequence[int] = (0,),
     state: Sequence[int] = (),
     trained: Collection[str] | None = None,
+    rows: Sequence[str] = (),
 ) -> Program:
     """Name the dimensions of a function that was traced; see `trace`."""
     closed, args, out_shape = traced.jaxpr, traced.args, traced.result
@@ -98,6 +101,8 @@ def read(
             zip(leaves, closed.jaxpr.invars, raw_args, strict=True)
         )
     )
+    batch = named.leading_batch(arguments)
+    arguments = named.with_names_of_rows(arguments, batch, rows)
     for argument in arguments:
         resolver.note_conflicts(argument.dims, argument.shape, None, argument.path)
     scope = resolver.scope(raw)
@@ -107,7 +112,6 @@ def read(
     )
     kin = [(resolver.seq(a), resolver.seq(b)) for a, b in walk.kin]
     family = named.families(len(resolver.sizes), kin)
-    batch = named.leading_batch(arguments)
     members: dict[int, list[int]] = {}
     for dim, number in enumerate(family):
         members.setdefault(number, []).append(dim)

@@ -20,6 +20,7 @@ from ..plans.record import Decision, check_runs
 from ..plans.trainable import Split, split
 from ..program.jaxpr import Pass, Traced, Traces, rewritten
 from ..program.layers import INPUT, marks_of
+from ..program.loss import checked
 from ..program.program import Program
 from ..program.recognise import recognised
 from ..program.tracing import read
@@ -110,7 +111,7 @@ class PlannedLoss:
     def __init__(self, plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> None:
         check_runs(plan)
         self._microbatches, self._trainable = plan.microbatches, plan.trainable
-        self.traces = Traces(loss, functools.partial(recognised, which=plan.recognise))
+        self.traces = Traces(checked(loss), functools.partial(recognised, which=plan.recognise))
         self._part = composed(self.traces, functools.partial(_passes, plan, mesh))
 
     def value(self, params: Any, batch: Any, *state: Any) -> Any:

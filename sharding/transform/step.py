@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ..errors import UserError
+from ..paths import map_by_path
 from ..plans import arrays
 from ..plans.record import Decision, Record
 from ..plans.trainable import split
 from ..program.jaxpr import shapes_of
+from ..program.loss import abstract, insisting
 from .compose import PlannedLoss
 from .metrics import named, norm
 from .optimizer import change, extra_of, handles_nonfinite, wanted
@@ -99,9 +102,10 @@ def train_step(
     return Step(
         init=jax.jit(first, out_shardings=of_state),
         update=jitted_update(plan, planned, optimizer, mesh=mesh, measure=measure, guard=guard),
-        evaluate=jax.jit(
+        evaluate=jitted_evaluate(
+            plan,
             _evaluated(planned) if evaluation is None else _judged(PlannedLoss(plan, evaluation, mesh)),
-            in_shardings=(of_state["params"], of_batch, *of_loss(of_state)),
+            mesh=mesh,
         ),
         abstract_state=jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -139,7 +143,8 @@ def jitted_update(
     def update(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         # One of other making may lack the flag.
         state = {"stopped": jnp.bool_(False), **state}
-        shapes = shapes_of((state, batch))
+        state["params"] = insisting(state["params"], "parameter")
+        shapes = shapes_of(state), abstract(batch, "batch array")
         arrays.check(plan, shapes[0]["params"], shapes[1], state=shapes[0].get("state"))
         if plan.origin is not None:
             plan.origin.check(planned.traces.on(shapes[0]["params"], shapes[1], *of_loss(shapes[0])))
@@ -149,6 +154,33 @@ def jitted_update(
         return jax.lax.with_sharding_constraint(state, of_state), metrics
 
     return jax.jit(update, donate_argnums=0, compiler_options=dict(plan.compiler_options) or None)
+
+
+def jitted_evaluate(plan: Decision, function: Callable[..., Any], *, mesh: Mesh) -> jax.stages.Wrapped:
+    """Return `function` of ``(params, batch)``, or ``(params, batch, state)``, jitted; rows may be fewer.
+
+    Raises UserError, when called, if the arrays are otherwise not those that the plan was made for.
+    """
+
+    def evaluate(params: Any, batch: Any, *state: Any) -> tuple[Any, Any]:
+        arrays.check_arrays(plan, "parameter", params)
+        arrays.check_rows(plan, batch)
+        arrays.check_has_state(plan, state[0] if state else None)
+        for one in state:
+            arrays.check_arrays(plan, "state array", one)
+        rows = {path: NamedSharding(mesh, PartitionSpec(*row.spec)) for path, row in plan.batch.items()}
+        of_batch = map_by_path(lambda path, _: rows[path], batch)
+        of_params = arrays.shardings(plan, params, mesh)
+        return function(
+            jax.lax.with_sharding_constraint(params, of_params),
+            jax.lax.with_sharding_constraint(batch, of_batch),
+            *(
+                jax.lax.with_sharding_constraint(one, arrays.shardings(plan, one, mesh, "state"))
+                for one in state
+            ),
+        )
+
+    return jax.jit(evaluate)
 
 
 def first_state(
@@ -176,7 +208,8 @@ def _first(
         if plan.state is not None:
             if not isinstance(params, tuple) or len(params) != 2:
                 raise UserError("the plan has a state: init(key) has to return (params, state)")
-            params, beside["state"] = params
+            params, beside["state"] = params[0], insisting(params[1], "state array")
+        params = insisting(params, "parameter")
         return {
             "step": jnp.int32(0),
             "params": params,

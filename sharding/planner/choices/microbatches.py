@@ -40,6 +40,8 @@ def why_untraceable(loss: Callable[[Any, Any], Any], params: Any, batch: Any, ro
     part = rows // next((d for d in divisors(rows) if d > 1), 1)
 
     def first(leaf: Any) -> Any:
+        if leaf.shape[:1] != (rows,):
+            return leaf
         return jax.ShapeDtypeStruct((part, *leaf.shape[1:]), leaf.dtype)
 
     try:
@@ -65,7 +67,8 @@ def options(rows_of_device: int) -> Sequence[int]:
 
 def batch_rows(program: Program) -> int:
     """Return the rows of the batch, 1 if no array of the data has any."""
-    leads = [a.shape[0] for a in program.arguments if a.is_data and a.shape]
+    data = [a for a in program.arguments if a.is_data and a.shape]
+    leads = [a.shape[0] for a in data if a.dims[0] == program.batch_dims] or [a.shape[0] for a in data]
     return max(leads, key=leads.count, default=1)
 
 
