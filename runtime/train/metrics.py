@@ -17,14 +17,12 @@ import numpy as np
 
 from ...sharding.errors import UserError
 from ...sharding.files import write_whole
+from ...sharding.transform.metrics import LOGGED
 from ..errors import RunError
 
 # Steps that may be under way on the devices before the loop waits: enough to hide its own work, and few
 # enough that a stop or an error is seen soon.
 IN_FLIGHT = 2
-
-# An aux value of more numbers is no metric: a step would wait for them to come to the host.
-MOST_VALUES = 64
 
 NOT_KEPT = (
     "nothing of that step is kept, and every checkpoint is of before; a lower optimizer.learning_rate, more "
@@ -175,10 +173,10 @@ def check_metrics(shapes: Mapping[str, Any]) -> None:
 
     for name, leaf in shapes.items():
         real = any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
-        if not real or math.prod(leaf.shape) > MOST_VALUES:
+        if not real or math.prod(leaf.shape) > LOGGED:
             raise UserError(
                 f"the loss's aux value {name!r} is {leaf.dtype}{list(leaf.shape)}; a log of steps holds real "
-                f"numbers, up to {MOST_VALUES} of one name: return its mean or norm, or leave it out"
+                f"numbers, up to {LOGGED} of one name: return its mean or norm, or leave it out"
             )
 
 

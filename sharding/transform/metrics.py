@@ -7,8 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..paths import path_of
+
+# Numbers of one name that a log of steps takes; larger arrays stay on the devices that made them.
+LOGGED = 64
 
 
 def named(aux: Any, taken: Iterable[str]) -> dict[str, Any]:
@@ -35,6 +39,17 @@ def named(aux: Any, taken: Iterable[str]) -> dict[str, Any]:
         used.add(path)
         found[path] = leaf
     return found
+
+
+def whole(metrics: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Return `metrics` with what a log takes whole on every device, so that each process can read it."""
+    every = NamedSharding(mesh, PartitionSpec())
+    return {
+        name: jax.lax.with_sharding_constraint(value, every)
+        if jnp.ndim(value) > 0 and jnp.size(value) <= LOGGED
+        else value
+        for name, value in metrics.items()
+    }
 
 
 def norm(gradients: Any) -> Any:

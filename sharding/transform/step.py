@@ -19,7 +19,7 @@ from ..plans.trainable import split
 from ..program.jaxpr import shapes_of
 from ..program.loss import abstract, insisting
 from .compose import PlannedLoss
-from .metrics import named, norm
+from .metrics import named, norm, whole
 from .optimizer import change, extra_of, handles_nonfinite, wanted
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def jitted_update(
         of_state = arrays.shardings(plan, shapes[0], mesh)
         batch = jax.lax.with_sharding_constraint(batch, arrays.shardings(plan, shapes[1], mesh, "batch"))
         state, metrics = updated(planned, optimizer, state, batch, measure, guard=guard)
-        return jax.lax.with_sharding_constraint(state, of_state), metrics
+        return jax.lax.with_sharding_constraint(state, of_state), whole(metrics, mesh)
 
     return jax.jit(update, donate_argnums=0, compiler_options=dict(plan.compiler_options) or None)
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from meshwright.sharding import declare, train_step
+from meshwright.sharding.transform.metrics import LOGGED
 
 pytestmark = pytest.mark.numerics
 
@@ -40,6 +41,9 @@ def one_step(loss: Any, init: Any = init, optimizer: Any = None, **how: Any) -> 
     placed = jax.device_put(batch(), step.batch)
     value = jax.device_get(step.evaluate(state["params"], placed))
     state, metrics = step.update(state, placed)
+    for leaf in metrics.values():
+        # What is logged can be read by every process.
+        assert leaf.size > LOGGED or leaf.is_fully_replicated
     return jax.device_get(metrics), value, jax.device_get(state["params"])
 
 
