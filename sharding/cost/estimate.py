@@ -201,7 +201,9 @@ class Pricer:
         dealt = execution.dealt(table, candidate.mesh.get("stage", 1))
         time = step_seconds(table, placement, candidate, calibration, wires, dealt, done, moved, kept, host)
         rate = (chip.hbm_bytes_per_second or 1.0) * calibration.optimizer_efficiency
-        time["optimizer"] = _optimizer_bytes(memory, table, self.slot_bytes, self.gradient_bytes) / rate
+        moved_bytes = _optimizer_bytes(memory, table, self.slot_bytes, self.gradient_bytes)
+        # What changes beside the parameters is read and written, and as much of them is read for it.
+        time["optimizer"] = (moved_bytes + 3.0 * memory.get("state", 0.0)) / rate
         # A stack is made of the parameters, its gradient taken apart: each is read and written once.
         moved_bytes = 4.0 * memory.get("stacks", 0.0) * candidate.microbatches
         time["stacks"] = moved_bytes / ((chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency)

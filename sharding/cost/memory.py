@@ -216,7 +216,7 @@ def _gathered(profile: ProgramTables, placement: Placement, over: StoredOver) ->
     # Of layers one at a time: a stacked parameter's elements are those of all turns of the scan. What stands
     # outside is whole, however often it is used.
     turns = np.where(table.section == LAYERS, table.runs, 1.0)
-    elements = table.elements * placement.parameter_fraction * extra / turns
+    elements = table.elements * table.read * placement.parameter_fraction * extra / turns
     layer = float(elements @ (table.used_bytes * (table.section == LAYERS)))
     # The loss's parameter in the type that it is used in, and its gradient in its own.
     own = table.item_bytes * table.trained

@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend import core
 
 from ..ops.attention import attention_call
+from ..program.aside import aside
 from ..program.flops import work
 from ..program.jaxpr import scan_parts, while_parts
 from ..program.primitives import Trait, primitives
@@ -91,6 +92,7 @@ class _Flattener:
         self.layers = 1
         self.layer_dim = -1
         self._main = _main_scan(program)
+        self._aside = aside(program).equations
         self._section = BEFORE
 
     def read(self) -> None:
@@ -259,7 +261,9 @@ class _Flattener:
         return self.scope(body, env, times, rematted)
 
     def _op(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
-        grad = equation.primitive != "stop_gradient" and any(self.values[i].grad for i in ins)
+        beside = equation.index in self._aside
+        stops = beside or equation.primitive == "stop_gradient"
+        grad = not stops and any(self.values[i].grad for i in ins)
         outs = [
             self.value(var, equation.outs[n], grad and _floats(var), runs)
             for n, var in enumerate(equation.eqn.outvars)
@@ -273,6 +277,9 @@ class _Flattener:
             largest = max(ins, key=lambda i: self.values[i].elements, default=-1)
             for out in outs:
                 self.values[out].parameter = self.values[largest].parameter if largest >= 0 else -1
+        if beside and all(self.values[i].parameter >= 0 or self.values[i].elements <= 1 for i in ins):
+            # Worked out where it is stored, beside the optimizer's step (`Pricer.time`).
+            return outs
         for out in outs:
             self.values[out].producer = len(self.ops)
         self.ops.append(

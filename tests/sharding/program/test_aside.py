@@ -267,6 +267,42 @@ def test_the_plan_prices_keeps_and_says_it() -> None:
     assert "state" not in without.to_dict()
 
 
+def test_a_moving_average_costs_its_room_and_one_pass_over_it() -> None:
+    """It gathers nothing, and no value of it is an activation."""
+
+    def priced(state: Any) -> Any:
+        def averaging(params: Any, batch: Any, state: Any) -> Any:
+            value = jnp.square(jnp.tanh(batch["x"] @ params["up"] * params["scale"]) @ params["down"]).mean()
+            return value, (
+                {},
+                jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, state, params) if state else {},
+            )
+
+        shapes = {
+            name: jax.ShapeDtypeStruct(tuple(32 * n for n in leaf.shape), "float32")
+            for name, leaf in PARAMS.items()
+        }
+        batch = {"x": jax.ShapeDtypeStruct((512, 32 * WIDTH), "float32")}
+        made = declare(
+            averaging,
+            shapes,
+            batch,
+            topology="v5e:2x4",
+            mesh={"fsdp": 8},
+            names=NAMES,
+            state=state and shapes,
+        )
+        assert made.estimate is not None
+        return made.estimate
+
+    without, kept = priced({}), priced(PARAMS)
+    assert kept.memory.pop("state") == pytest.approx(kept.memory["params"])
+    assert kept.memory == without.memory
+    differing = {item for item in kept.time if kept.time[item] != without.time[item]}
+    assert differing <= {"optimizer", "stragglers"}
+    assert kept.time["optimizer"] < 2 * without.time["optimizer"]
+
+
 def test_a_large_one_that_is_like_no_parameter_is_cut_by_itself() -> None:
     table = jax.ShapeDtypeStruct((128, 96), "float32")
 
