@@ -176,7 +176,7 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
             spec=tuple(rules.spec(argument.names, argument.shape, sizes)),
         )
         for argument in program.arguments
-        if not argument.is_parameter
+        if argument.is_data
     }
     _check_axes_work(candidate, rows)
     return Ruled(candidate=candidate, batch=rows, notes=tuple(of_params.notes(params, sizes, names)))
@@ -227,7 +227,7 @@ def _check_batch(program: Program, rules: Rules, sizes: Mapping[str, int], micro
     if microbatches < 1:
         raise UserError(f"microbatches={microbatches} must be a whole number of at least 1")
     needed = devices * microbatches
-    led = [a.shape[0] for a in program.arguments if not a.is_parameter and a.names[:1] == DATA_NAMES[:1]]
+    led = [a.shape[0] for a in program.arguments if a.is_data and a.names[:1] == DATA_NAMES[:1]]
     for rows in led or [0]:
         if rows and rows % needed == 0:
             continue

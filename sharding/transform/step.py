@@ -144,6 +144,8 @@ def jitted_update(
         # One of other making may lack the flag.
         state = {"stopped": jnp.bool_(False), **state}
         state["params"] = insisting(state["params"], "parameter")
+        if "state" in state:
+            state["state"] = insisting(state["state"], "state array")
         shapes = shapes_of(state), abstract(batch, "batch array")
         arrays.check(plan, shapes[0]["params"], shapes[1], state=shapes[0].get("state"))
         if plan.origin is not None:
@@ -325,7 +327,7 @@ def parts_of(result: Any, *state: Any) -> tuple[Any, Any, dict[str, Any]]:
     old, new = map(jax.tree.structure, (state[0], aux[1]))
     if old != new:
         raise UserError(f"the new state has another structure than the state: {new} instead of {old}")
-    return value, aux[0], {"state": aux[1]}
+    return value, aux[0], {"state": insisting(aux[1], "state array")}
 
 
 def with_aux(result: Any) -> tuple[Any, Any]:
