@@ -135,8 +135,11 @@ def alternatives_of(
     )
 
 
-def notes_of(program: Program, layout: Candidate) -> tuple[str, ...]:
-    """Say which parameters that matter lie whole on every device although others are stored in parts."""
+def notes_of(program: Program, layout: Candidate, *, of_state: bool = False) -> tuple[str, ...]:
+    """Say which arrays that matter lie whole on every device although others are stored in parts.
+
+    Those that are stored: the parameters and the state, or with `of_state` the latter alone.
+    """
     cut = [argument for argument in program.stored if any(layout.stored[argument.index])]
     if not cut:
         return ()
@@ -145,6 +148,7 @@ def notes_of(program: Program, layout: Candidate) -> tuple[str, ...]:
     return tuple(
         f"{argument.path} {argument.shape} lies whole on every device: {over} divides no dimension of it"
         for argument in program.stored
+        if argument.is_state or not of_state
         if not any(layout.stored[argument.index]) and _bytes(argument) > _MATTERS * total
     )
 

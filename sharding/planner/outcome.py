@@ -99,6 +99,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     pricer = problem.pricer(topology, declared)
     estimate = pricer.price(candidate)
     notes = (*laid.notes, *kernel.notes_on(candidate.dims))
+    notes += build.notes_of(problem.program, candidate, of_state=True)
     capacity = capacity_of(topology, pricer)
     if estimate.needed_bytes > capacity and not topology.chip.nominal:
         notes += (

@@ -282,6 +282,7 @@ def _differs(first: Record, second: Record) -> dict[str, dict[str, Both]]:
             for plan in (first, second)
         ),
         "batch": ({p: _spec(row) for p, row in plan.batch.items()} for plan in (first, second)),
+        "state": ({p: _spec(row) for p, row in (plan.state or {}).items()} for plan in (first, second)),
         "values": ({name: getattr(plan, name) for name in _VALUES} for plan in (first, second)),
         "saved": (dict(plan.saved) for plan in (first, second)),
         "kernels": (dict(plan.kernels) for plan in (first, second)),

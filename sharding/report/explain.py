@@ -9,7 +9,7 @@ from ..errors import UserError, nearest
 from ..paths import by_suffix
 from ..plans.origin import Alternative, distinct, is_bound
 from ..plans.proof import Proof
-from ..plans.record import Record
+from ..plans.record import ArrayPlan, Record
 from ..plans.trainable import is_trained
 from ..words import gib, seconds
 from .document import spec_in_words, worth_a_line
@@ -35,7 +35,11 @@ def explain(plan: Record, subject: str | None = None) -> str:
     path = subject if subject in plan.params else _ending(subject, plan.params)
     if path is not None:
         return _parameter(plan, path)
-    known = [*plan.mesh, *plan.dims, *plan.params, *(path.split("/")[-1] for path in plan.params)]
+    state = plan.state or {}
+    path = subject if subject in state else _ending(subject, state)
+    if path is not None:
+        return _stored(plan, path, state[path], "it is read and given anew by each step")
+    known = [*plan.mesh, *plan.dims, *plan.params, *state, *(path.split("/")[-1] for path in plan.params)]
     raise UserError(f"{subject!r} is no axis, dimension or parameter of the plan; {nearest(subject, known)}")
 
 
@@ -186,7 +190,16 @@ def _dimension(plan: Record, name: str) -> str:
 
 
 def _parameter(plan: Record, path: str) -> str:
-    row, cut = plan.params[path], cut_of(plan.params[path])
+    more = []
+    if not is_trained(plan, path, plan.params[path]):
+        more.append("it is not trained: it has no gradient and no moments")
+    if path in plan.moments:
+        more.append(f"its gradient and moments are stored as {plan.moments[path]}")
+    return _stored(plan, path, plan.params[path], *more)
+
+
+def _stored(plan: Record, path: str, row: ArrayPlan, *more: str) -> str:
+    cut = cut_of(row)
     on_device, whole = bytes_of(plan, row)
     computing = {axis for dim in plan.dims.values() for axis in dim.axes if "tensor" in dim.axes}
     parts = [
@@ -204,11 +217,7 @@ def _parameter(plan: Record, path: str) -> str:
             parts.append(f"dimension {n} of size {size} is {use}")
     if not any(cut.axes):
         parts.append("every device holds all of it")
-    if not is_trained(plan, path, plan.params[path]):
-        parts.append("it is not trained: it has no gradient and no moments")
-    if path in plan.moments:
-        parts.append(f"its gradient and moments are stored as {plan.moments[path]}")
-    return "\n".join(["; ".join(parts), *_found_of(plan, path)])
+    return "\n".join(["; ".join((*parts, *more)), *_found_of(plan, path)])
 
 
 def _found_of(plan: Record, path: str) -> list[str]:

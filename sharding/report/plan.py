@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from ..hardware.links import describe
 from ..plans.arrays import item_bytes
@@ -37,6 +38,7 @@ def plan_document(plan: Record) -> Document:
         _others(plan, capacity),
         _dims(plan),
         _parameters(plan),
+        _state(plan),
         Chapter(title="notes", blocks=(List(items=plan.notes),) if plan.notes else ()),
     ]
     return Document(
@@ -156,21 +158,30 @@ def _dims(plan: Record) -> Chapter:
 
 
 def _parameters(plan: Record) -> Chapter:
-    sizes = {path: bytes_of(plan, row) for path, row in plan.params.items()}
+    trained = trained_in_words(plan)
+    blocks = (*((Text(words=trained),) if trained else ()), _arrays(plan, "parameter", plan.params))
+    return Chapter(title="parameters as stored", blocks=blocks if plan.params else ())
+
+
+def _state(plan: Record) -> Chapter:
+    """Return where what changes beside the parameters lies; nothing where the loss has no state."""
+    blocks = (_arrays(plan, "state", plan.state),) if plan.state else ()
+    return Chapter(title="what changes beside them, as stored", blocks=blocks)
+
+
+def _arrays(plan: Record, kind: str, rows: Mapping[str, ArrayPlan]) -> Table:
+    sizes = {path: bytes_of(plan, row) for path, row in rows.items()}
     entries = tuple(
-        Entry(cells=(path, cut_of(plan.params[path]), *map(gib, sizes[path])))
+        Entry(cells=(path, cut_of(rows[path]), *map(gib, sizes[path])))
         for path in sorted(sizes, key=lambda path: -sizes[path][1])
     )
     columns = (
-        Column(name="parameter"),
+        Column(name=kind),
         Column(name="shape"),
         Column(name="on a device", figures=True),
         Column(name="in all", figures=True, page_only=True),
     )
-    table = Table(columns=columns, entries=entries, most=_PARAMETERS)
-    trained = trained_in_words(plan)
-    blocks = (*((Text(words=trained),) if trained else ()), table)
-    return Chapter(title="parameters as stored", blocks=blocks if entries else ())
+    return Table(columns=columns, entries=entries, most=_PARAMETERS)
 
 
 def trained_in_words(plan: Record) -> str:

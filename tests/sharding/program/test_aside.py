@@ -260,7 +260,9 @@ def test_the_plan_prices_keeps_and_says_it() -> None:
     assert Plan.from_dict(json.loads(json.dumps(found.to_dict()))).decision() == found.decision()
     assert found.estimate is not None
     assert found.estimate.memory["state"] == found.bytes_per_device("state")
-    assert "state" in plain_text(plan_document(found))
+    assert "average/up" in plain_text(plan_document(found))
+    assert "given anew by each step" in found.explain("statistics/mean")
+    assert "state" in found.compare(planned(**MESHES["fsdp"])).to_dict()["differs"]
     without = planned(
         **MESHES["three axes"], state=None, loss=lambda p, b: loss(p, b, init(jax.random.key(0))[1])[0]
     )
@@ -316,6 +318,12 @@ def test_a_large_one_that_is_like_no_parameter_is_cut_by_itself() -> None:
         assert found.state is not None
         assert "fsdp" in found.state["table"].spec
         assert found.state["rows"].spec == found.batch["x"].spec
+    odd = planned(
+        **MESHES["fsdp"],
+        loss=lambda p, b, s: (loss(p, b, init(jax.random.key(0))[1])[0], ({}, s)),
+        state={"odd": jax.ShapeDtypeStruct((129, 97), "float32")},
+    )
+    assert any("odd (129, 97) lies whole on every device" in note for note in odd.notes)
 
 
 @pytest.mark.parametrize(
