@@ -16,6 +16,7 @@ import jax
 
 from ...sharding.errors import UserError, nearest
 from ...sharding.files import FolderInUse, FolderLock
+from ...sharding.transform.step import has_stopped, lasting, resumed
 from . import fingerprint, folder, manifest, spread, store
 from .agreement import first_fault, from_first
 from .errors import CheckpointError, Damaged, first_line
@@ -83,7 +84,7 @@ class Checkpoints:
 
         `abstract_state` is as for `restore`. Best called while the devices are busy with the first step.
         """
-        leaves = [abstract(leaf) for leaf in jax.tree.leaves(keys_as_numbers(abstract_state))]
+        leaves = [abstract(leaf) for leaf in jax.tree.leaves(keys_as_numbers(lasting(abstract_state)))]
         fingerprint.prepare(spread.prepare(leaves))
         store.prepare()
 
@@ -100,11 +101,17 @@ class Checkpoints:
         Returns when the state is in host memory, and writes it in the background: the next step may donate
         the state's buffers. While another save is being written, waits for it and says so. A step that this
         object has saved or restored already is not saved again. Raises `UserError` for leaves that are not
-        `jax.Array`s and `CheckpointError` when the save before this one could not be written.
+        `jax.Array`s and `CheckpointError` when the save before this one could not be written, or for a
+        training state that has stopped: it is not of `step`, whose loss or gradients were not finite.
         """
         begun = time.monotonic()
         check_arrays(state)
-        state = keys_as_numbers(state)
+        if has_stopped(state):
+            raise CheckpointError(
+                f"the state is not saved at step {step}: a loss or gradient was not finite, and it has "
+                f"stopped after {int(state['step'])} steps"
+            )
+        state = keys_as_numbers(lasting(state))
         record = _plain(metadata)
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         if self._saving is not None and self._saving.thread.is_alive():
@@ -184,14 +191,16 @@ class Checkpoints:
         """Read the newest checkpoint that is whole onto the shardings of `abstract_state`.
 
         `abstract_state` is a tree of `jax.ShapeDtypeStruct`s with shardings, of the structure that was saved
-        but on any mesh. A checkpoint that is not what was saved is moved to ``damaged/`` with a warning that
-        names the leaf or the file, and the one before it is read; `step` asks for one and no other.
+        but on any mesh. A training state's ``stopped`` is not saved, and comes back as False. A checkpoint
+        that is not what was saved is moved to ``damaged/`` with a warning that names the leaf or the file,
+        and the one before it is read; `step` asks for one and no other.
 
         Returns None when there is no checkpoint. Raises `CheckpointError` when there were some and none is
         whole, and `UserError` when the state is of another shape than the one saved.
         """
         self.wait()
-        wanted, abstract_state = abstract_state, keys_as_numbers(abstract_state)
+        whole, wanted = abstract_state, lasting(abstract_state)
+        abstract_state = keys_as_numbers(wanted)
         faults: list[str] = []
         while True:
             chosen = from_first(self._newest_whole(step, faults) if jax.process_index() == 0 else -1)
@@ -208,7 +217,10 @@ class Checkpoints:
                     self._written.add(chosen)
                     state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
                     return Restored(
-                        step=chosen, state=state, metadata=record.metadata, metrics=record.metrics
+                        step=chosen,
+                        state=resumed(state, whole),
+                        metadata=record.metadata,
+                        metrics=record.metrics,
                     )
             self._set_aside(chosen, str(fault), faults)
 

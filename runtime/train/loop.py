@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...sharding.transform.metrics import named
-from ...sharding.transform.step import lasting, of_loss
+from ...sharding.transform.step import has_stopped, of_loss
 from ..checkpoint import Checkpoints
 from ..config import Config
 from ..data import Prefetch
@@ -47,7 +47,7 @@ class TrainingLoop:
                 state = self._step(state, step, batches)
                 if step == start + 1:
                     # While the devices are busy with the first step.
-                    self.checkpoints.prepare(lasting(self.job.step.abstract_state))
+                    self.checkpoints.prepare(self.job.step.abstract_state)
                 self.checkpoints.check()
                 stopping = self.stop.at(step)
                 if stopping or step == steps or self._due(step, self.config.checkpoint.every):
@@ -90,12 +90,12 @@ class TrainingLoop:
     def _save(self, state: Any, step: int) -> None:
         """Save the state once every step so far is known to have been finite."""
         self.collector.drain()
-        if self.job.step.guarded and bool(state["stopped"]):
+        if self.job.step.guarded and has_stopped(state):
             raise NotFinite(f"a loss or gradient up to step {step} was not finite; {NOT_KEPT}")
         last = self.collector.last
         metrics = {key: last[key] for key in ("loss", "eval_loss") if key in last}
         with self.watchdog.paused():
-            self.checkpoints.save(step, lasting(state), metadata=self._metadata(step), metrics=metrics)
+            self.checkpoints.save(step, state, metadata=self._metadata(step), metrics=metrics)
 
     def _metadata(self, step: int) -> dict[str, Any]:
         return {

@@ -24,6 +24,9 @@ from ..errors import RunError
 # enough that a stop or an error is seen soon.
 IN_FLIGHT = 2
 
+# What a record says beside a step's metrics.
+_OWN = ("step", "step_seconds", "tokens_per_second", "data_wait_seconds", "eval_loss")
+
 NOT_KEPT = (
     "nothing of that step is kept, and every checkpoint is of before; a lower optimizer.learning_rate, more "
     "optimizer.warmup_steps or a smaller optimizer.clip_norm may help, in a folder of its own (run=FOLDER), "
@@ -142,7 +145,7 @@ class Collector:
     def _write(self, pending: _Pending) -> None:
         import jax
 
-        values = _numbers(jax.device_get(dict(pending.values)))
+        values = _numbers(jax.device_get(_apart(pending.values)))
         done = time.perf_counter()
         seconds = done - max(self._last_done, pending.asked_at)
         self._last_done = done
@@ -178,6 +181,15 @@ def check_metrics(shapes: Mapping[str, Any]) -> None:
                 f"the loss's aux value {name!r} is {leaf.dtype}{list(leaf.shape)}; a log of steps holds real "
                 f"numbers, up to {LOGGED} of one name: return its mean or norm, or leave it out"
             )
+
+
+def _apart(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return aux values by names that are none of a record's own."""
+    found = {name: value for name, value in values.items() if name not in _OWN}
+    for name in _OWN:
+        if name in values:
+            found[f"aux/{name}"] = values[name]
+    return found
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

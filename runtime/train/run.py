@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ...sharding.errors import UserError
 from ...sharding.files import user_cache
-from ...sharding.transform.step import lasting, resumed
 from ..checkpoint import Checkpoints
 from ..config import Config
 from ..faults import StepWatchdog, StopSignal, fail_fast
@@ -97,16 +96,13 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
         watchdog = stack.enter_context(StepWatchdog(config.train.step_timeout_seconds))
         # Innermost: what closes above would wait for processes that wait for this one.
         with fail_fast():
-            restored = checkpoints.restore(lasting(job.step.abstract_state))
+            restored = checkpoints.restore(job.step.abstract_state)
             if restored is not None:
                 _check_same_data(restored.metadata, job)
             start = 0 if restored is None else restored.step
             if hosts.is_main:
                 _announce(config, job, hosts, start)
-            if restored is None:
-                state = job.step.init(jax.random.key(config.seed))
-            else:
-                state = resumed(restored.state, job.step.abstract_state)
+            state = job.step.init(jax.random.key(config.seed)) if restored is None else restored.state
             if job.plan.microbatches > 1 and config.train.check_accumulation:
                 found = _checked(job, state["params"], start)
                 if hosts.is_main:

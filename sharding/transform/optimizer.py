@@ -48,7 +48,7 @@ def change(
 ) -> tuple[Any, Any]:
     """Return what `optimizer` adds to `params`, and its next state.
 
-    `extra` are values by their names in `EXTRA`, those that are `wanted`. Raises UserError if an optimizer
+    `extra` is what `extra_of` gives. Raises UserError if an optimizer
     within it needs another.
     """
     try:
@@ -62,8 +62,10 @@ def change(
         raise _unknown(unknown) from None
 
 
-def extra_of(scalar: Callable[[Any], Any], value: Any, gradients: Any) -> dict[str, Any]:
-    """Return the values of `EXTRA`; `scalar` is the loss's scalar as a function of the parameters."""
+def extra_of(
+    optimizer: optax.GradientTransformation, scalar: Callable[[Any], Any], value: Any, gradients: Any
+) -> dict[str, Any]:
+    """Return the values of `EXTRA` that `optimizer` takes; `scalar` is the loss's, of the parameters."""
 
     def value_fn(params: Any, obj_fn: Any = None, grad_fn: Any = None) -> Any:
         # Line searches hand on to it what they do not know, and refuse what it has no name for.
@@ -74,7 +76,8 @@ def extra_of(scalar: Callable[[Any], Any], value: Any, gradients: Any) -> dict[s
         del inner_step
         return jax.grad(scalar)(params)
 
-    return {"value": value, "grad": gradients, "value_fn": value_fn, "obj_fn": scalar, "grad_fn": grad_fn}
+    every = dict(zip(EXTRA, (value, gradients, value_fn, scalar, grad_fn), strict=True))
+    return {name: every[name] for name in EXTRA if name in wanted(optimizer)}
 
 
 def handles_nonfinite(state: Any) -> bool:

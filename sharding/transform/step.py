@@ -228,15 +228,31 @@ def of_loss(state: State) -> tuple[Any, ...]:
     return (state["state"],) if "state" in state else ()
 
 
-def lasting(state: State) -> State:
-    """Return what of a state outlasts a run: all but ``stopped``, which no state that is kept has set."""
+def lasting(state: Any) -> Any:
+    """Return what of a state outlasts a run: all but ``stopped``, which no state that is kept has set.
+
+    Any other tree is returned as it is.
+    """
+    if not _is_training(state):
+        return state
     return {key: part for key, part in state.items() if key != "stopped"}
 
 
-def resumed(kept: State, like: State) -> State:
-    """Return the state that goes on from what `lasting` gave; `like` is the step's `abstract_state`."""
+def resumed(kept: Any, like: Any) -> Any:
+    """Return the state that goes on from what `lasting` gave of one `like` this, a state or its shapes."""
+    if not _is_training(like):
+        return kept
     stopped = jax.jit(lambda: jnp.bool_(False), out_shardings=like["stopped"].sharding)()
     return {**kept, "stopped": stopped}
+
+
+def has_stopped(state: Any) -> bool:
+    """Whether a tree is a training state, a loss or gradient of whose steps was not finite."""
+    return _is_training(state) and bool(state["stopped"])
+
+
+def _is_training(state: Any) -> bool:
+    return isinstance(state, dict) and {"step", "params", "optimizer", "stopped"} <= state.keys()
 
 
 def abstract_state(
@@ -279,14 +295,8 @@ def updated(
     def scalar(trained: Any) -> Any:
         return with_aux(planned.value(parts.joined(trained), batch, *beside))[0]
 
-    extra = extra_of(scalar, value, gradients)
-    changes, moments = change(
-        optimizer,
-        gradients,
-        state["optimizer"],
-        parts.trained,
-        {name: extra[name] for name in wanted(optimizer)},
-    )
+    extra = extra_of(optimizer, scalar, value, gradients)
+    changes, moments = change(optimizer, gradients, state["optimizer"], parts.trained, extra)
     trained = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), parts.trained, changes)
     after = {"step": state["step"] + 1, "params": parts.joined(trained), "optimizer": moments, **changed}
     stopped = state["stopped"]

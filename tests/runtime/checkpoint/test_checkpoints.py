@@ -133,6 +133,25 @@ def test_names_that_would_meet_are_told_apart(keys: Any, tmp_path: pathlib.Path)
 
 
 @pytest.mark.devices(8)
+def test_a_training_state_that_has_stopped_is_not_saved_and_one_without_the_flag_goes_on(tmp_path) -> None:
+    mesh = make_mesh(2, 4)
+    old = make_state(mesh)
+    flag = jax.device_put(jnp.bool_(False), NamedSharding(mesh, PartitionSpec()))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, old, metadata={})
+        restored = checkpoints.restore(abstract({**old, "stopped": flag}))
+        assert restored is not None
+        assert_same(restored.state, {**old, "stopped": flag})
+        with pytest.raises(CheckpointError, match=r"not saved at step 2: a loss or gradient was not finite"):
+            checkpoints.save(2, {**old, "stopped": ~flag}, metadata={})
+        checkpoints.save(3, restored.state, metadata={})
+        restored = checkpoints.restore(abstract(old))
+    assert restored is not None
+    assert restored.step == 3
+    assert_same(restored.state, old)
+
+
+@pytest.mark.devices(8)
 def test_restores_what_one_device_saved_onto_an_explicit_mesh(tmp_path) -> None:
     saved = make_state(make_mesh(1, 1))
     with Checkpoints(tmp_path) as checkpoints:

@@ -138,6 +138,16 @@ def test_items_of_an_array_are_logged_by_their_places() -> None:
     assert record["share/0"] == 1
 
 
+def test_an_aux_value_takes_no_name_of_the_records_own() -> None:
+    sink = Kept()
+    collector = Collector([sink], tokens_per_step=1)
+    submit(collector, 1, metrics={"step": jnp.float32(7), "eval_loss": jnp.float32(8)})
+    collector.close()
+    record = sink.records[0]
+    assert (record["step"], record["aux/step"], record["aux/eval_loss"]) == (1, 7, 8)
+    assert "eval_loss" not in record
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((8, 9), "float32"), ((), "complex64"), ((65,), "bool"), ((1000,), "int32")]
 )
