@@ -17,6 +17,7 @@ from .planner.outcome import Search, best_of, declared_plan
 from .planner.prove import prove
 from .plans import arrays, file
 from .plans.record import Record, check_runs
+from .plans.vocabulary import EXACT
 from .program.program import Program
 from .program.recognise import FORMS, checked_forms
 from .report.compare import Comparison, compare
@@ -24,6 +25,7 @@ from .report.explain import explain
 from .report.html import fragment
 from .report.plan import plan_document
 from .transform import step
+from .transform.accumulation.proof import MAX_PASSES
 from .transform.check import AccumulationCheck, check_accumulation
 from .transform.compose import PlannedLoss, apply
 from .verify.process import Limits
@@ -309,6 +311,8 @@ def plan(
     trainable: Any = None,
     state: Any = None,
     recognise: Sequence[str] = FORMS,
+    accumulation: str = EXACT,
+    max_passes: int = MAX_PASSES,
 ) -> Plan:
     """Return the plan for training ``loss(params, batch)`` on `topology` that is fastest and fits its memory.
 
@@ -347,9 +351,14 @@ def plan(
             ``(scalar, (aux, new state))``.
         recognise: which forms are worked through in one way however they are written: ``attention``,
             ``losses`` over a vocabulary, and ``layers`` without a scan. `notes` says where.
+        accumulation: what microbatches give: ``exact``, the whole batch's value and gradients, or ``by
+            part``, the mean of the parts'.
+        max_passes: with ``exact``, passes over the batch that microbatches may take: one, and one more for
+            each sum over the examples that another waits for.
 
     Raises:
-        UserError: the declared parts contradict each other, the program or the topology, or nothing fits.
+        UserError: the declared parts contradict each other, the program or the topology, or nothing fits; or
+            the loss does not come in `microbatches`.
     """
     declared = Declared(
         mesh=mesh or {},
@@ -358,6 +367,8 @@ def plan(
         microbatches=microbatches,
         schedule=schedule,
         attention=attention,
+        accumulation=accumulation,
+        max_passes=max_passes,
     )
     problem = Problem(
         loss=loss,
@@ -389,6 +400,8 @@ def declare(
     trainable: Any = None,
     state: Any = None,
     recognise: Sequence[str] = FORMS,
+    accumulation: str = EXACT,
+    max_passes: int = MAX_PASSES,
 ) -> Plan:
     """Return the plan that the declared `mesh` and `rules` give for ``loss(params, batch)``.
 
@@ -418,9 +431,12 @@ def declare(
         trainable: which parameters are trained, as in `plan`.
         state: what changes beside the parameters, as in `plan`.
         recognise: as in `plan`: all if not given.
+        accumulation: as in `plan`.
+        max_passes: as in `plan`.
 
     Raises:
-        UserError: the mesh does not fit the topology, a rule cannot hold, or the batch does not divide.
+        UserError: the mesh does not fit the topology, a rule cannot hold, the batch does not divide, or the
+            loss does not come in `microbatches`.
     """
     problem = Problem(
         loss=loss,
@@ -433,7 +449,13 @@ def declare(
         state=state,
     )
     declared = Declared(
-        mesh=mesh, rules=rules or {}, remat=remat, microbatches=microbatches, attention=attention
+        mesh=mesh,
+        rules=rules or {},
+        remat=remat,
+        microbatches=microbatches,
+        attention=attention,
+        accumulation=accumulation,
+        max_passes=max_passes,
     )
     made = declared_plan(problem, Topology.parse(topology), declared)
     return Plan.of(made, optimizer=optimizer, problem=problem)

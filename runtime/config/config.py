@@ -152,6 +152,16 @@ class Config(Section):
         description="Parts a step's batch is worked through in (gradient accumulation). Null leaves it to "
         "the plan; where that is `declared`, 1.",
     )
+    accumulation: Literal["exact", "by part"] = Field(
+        default="exact",
+        description="What microbatches give: `exact`, the whole batch's value and gradients, proved or "
+        "refused, or `by part`, the mean of what parts give.",
+    )
+    max_passes: Count = Field(
+        default=3,
+        description="Passes over the batch that exact accumulation may take, one and one more for each sum "
+        "over the examples that another waits for.",
+    )
     attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
         default="auto",
         description="What computes attention: `xla`, or a kernel, `splash` (TPU) or `cudnn` (GPU); `auto` is "

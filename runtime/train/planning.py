@@ -97,6 +97,8 @@ def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) 
             optimizer=optimizer,
             remat=config.remat or "none",
             microbatches=config.microbatches or 1,
+            accumulation=config.accumulation,
+            max_passes=config.max_passes,
             attention=config.attention,
             recognise=config.recognise,
             state=shapes.state,
@@ -119,6 +121,8 @@ def search(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -
         rules=config.rules,
         remat=config.remat,
         microbatches=config.microbatches,
+        accumulation=config.accumulation,
+        max_passes=config.max_passes,
         attention=config.attention,
         recognise=config.recognise,
         state=shapes.state,
@@ -233,6 +237,11 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
                 f"the config declares {key}={declared} and {config.plan} has {key}={planned}; "
                 "leave one of them out"
             )
+    if config.accumulation not in ("exact", found.accumulation):
+        raise UserError(
+            f"the config declares accumulation={config.accumulation} and {config.plan} has "
+            f"{found.accumulation}; leave one of them out"
+        )
     planned = found.kernels.get("attention", {}).get("implementation", "xla")
     if config.attention not in ("auto", planned):
         raise UserError(

@@ -17,9 +17,11 @@ from ..hardware.topology import Topology
 from ..paths import by_path, matches
 from ..plans.record import ArrayPlan
 from ..plans.specs import axes_in, by_dimension, cut_into
+from ..plans.vocabulary import EXACT, check_accumulation
 from ..program.program import Dim, Program
 from ..rules.application import is_pattern
 from ..rules.rules import Rules
+from ..transform.accumulation.proof import MAX_PASSES
 from .choices.remat import read
 
 # What the first two dimensions of an array of the data are called in rules.
@@ -39,6 +41,13 @@ class Declared:
     microbatches: int | None = None
     schedule: str | None = None
     attention: str | None = None
+    accumulation: str = EXACT
+    max_passes: int = MAX_PASSES
+
+    def __post_init__(self) -> None:
+        check_accumulation(self.accumulation)
+        if isinstance(self.max_passes, bool) or not isinstance(self.max_passes, int) or self.max_passes < 1:
+            raise UserError(f"max_passes={self.max_passes!r} must be a whole number of at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

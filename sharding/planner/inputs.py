@@ -15,19 +15,22 @@ from ..cost.candidate import Candidate
 from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
 from ..cost.profile import ProgramTables, profile
+from ..errors import UserError
 from ..hardware.topology import Topology
 from ..paths import by_path
 from ..plans.arrays import check_new_state
 from ..plans.trainable import split, trained_paths
+from ..plans.vocabulary import BY_PART
 from ..program.flops import work
 from ..program.loss import abstract, checked
 from ..program.program import Program
 from ..program.recognise import FORMS
 from ..program.tracing import trace
+from ..transform.accumulation.proof import InParts
 from ..xla.compiler import compiler_of
 from . import build
 from .choices import attention as kernels
-from .choices.microbatches import batch_rows, why_not, why_untraceable
+from .choices.microbatches import PartsProof
 from .choices.remat import check_names, ladders, read
 from .declared import DATA_NAMES, Declared
 from .search import Found, StoredBytes, search, stored_bytes
@@ -105,14 +108,20 @@ class Problem:
             check_new_state(by_path(self.state), found.results)
         return found
 
+    def accumulation(self, declared: Declared) -> PartsProof:
+        """Return what is proved of working the batch through in parts, each number when first asked for."""
+        return PartsProof(
+            program=self.program,
+            args=self.args,
+            by_part=declared.accumulation == BY_PART,
+            max_passes=declared.max_passes,
+            known=self.proved,
+        )
+
     @functools.cached_property
-    def whole_batch(self) -> str | None:
-        """Why the batch cannot be worked through in parts; None if it can."""
-        if self.state is not None:
-            return "the loss has a state, which every part of the batch would change by itself"
-        if reason := why_not(self.program):
-            return reason
-        return why_untraceable(self.loss, self.params, self.batch, batch_rows(self.program))
+    def proved(self) -> dict[int, InParts | UserError]:
+        """What was proved so far, by the number of parts."""
+        return {}
 
     @functools.cached_property
     def profile(self) -> ProgramTables:
@@ -148,7 +157,7 @@ class Problem:
             declared,
             params=self.params,
             names=self.names,
-            whole_batch=self.whole_batch,
+            proof=self.accumulation(declared),
             ladders=ladders(table, host=_has_host(topology)),
         )
 

@@ -12,7 +12,6 @@ from ..words import gib, layout_in_words, seconds
 from ..xla.compiler import compiler_of
 from . import build
 from .advice import nothing_fits
-from .choices.microbatches import check
 from .choices.storage import state_storage
 from .declared import Declared, ruled
 from .inputs import ROOMS, Answer, Problem, capacity_of
@@ -50,12 +49,15 @@ class Search:
             program,
             self.topology,
             layout,
-            notes=notes + self.problem.notes(),
+            notes=notes
+            + self.problem.notes()
+            + self.problem.accumulation(self.declared).notes(layout.microbatches),
             estimate=chosen.estimate,
             alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
             refused=answer.space.refused,
             kernels=kernel.kernels if kernel.can(layout.dims) else {},
             recognise=self.problem.recognise,
+            accumulation=self.declared.accumulation,
             state=None if self.problem.state is None else build.state_of(program, layout),
         )
 
@@ -91,9 +93,10 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         params=problem.params,
         names=problem.names,
     )
+    proof = problem.accumulation(declared)
+    proof.check(laid.candidate.microbatches)
     candidate = laid.candidate
     if problem.state is not None:
-        check(candidate.microbatches, problem.whole_batch)
         candidate = _with_state(problem, topology, candidate)
     kernel = problem.kernel(topology, declared)
     pricer = problem.pricer(topology, declared)
@@ -111,9 +114,10 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         topology,
         candidate,
         batch=laid.batch,
-        notes=(*notes, *problem.notes()),
+        notes=(*notes, *problem.notes(), *proof.notes(laid.candidate.microbatches)),
         estimate=estimate,
         recognise=problem.recognise,
+        accumulation=declared.accumulation,
         kernels=kernel.kernels if kernel.can(candidate.dims) else {},
         state=None if problem.state is None else build.state_of(problem.program, candidate),
     )

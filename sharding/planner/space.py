@@ -63,7 +63,7 @@ def space(
     *,
     params: Any = None,
     names: Any = None,
-    whole_batch: str | None = None,
+    proof: microbatches.PartsProof | None = None,
     ladders: Sequence[Sequence[Policy]] = (PLAIN,),
 ) -> Space:
     """Return what is worth considering for `program` on `topology`, with the declared parts kept.
@@ -74,17 +74,17 @@ def space(
         declared: what is not searched for.
         params: the parameters' tree, needed for rules.
         names: the user's names of their dimensions, as in `trace`.
-        whole_batch: why the batch cannot be worked through in parts, where that is not to be read off the
-            program.
+        proof: in which numbers of parts the batch can be worked through; whole only if not given.
         ladders: what layers may keep, see `remats.ladders`; for programs that have layers.
 
     Raises:
         UserError: the declared parts contradict each other, the program or the topology.
     """
     offered = _offered(program, declared.remat, ladders)
-    whole_batch = microbatches.why_not(program) or whole_batch
     if declared.microbatches is not None:
-        microbatches.check(declared.microbatches, whole_batch)
+        microbatches.check_number(declared.microbatches)
+        if proof is not None:
+            proof.check(declared.microbatches)
     stages.check_schedule(declared.schedule, declared.mesh.get("stage"))
     given = Given(
         program=program,
@@ -92,7 +92,7 @@ def space(
         declared=declared,
         params=params,
         names=names,
-        whole_batch=whole_batch,
+        proof=proof,
     )
     layouts, refused = _layouts(given)
     return Space(
@@ -164,9 +164,9 @@ def _parts(given: Given, batch_parts: int) -> tuple[int, ...]:
     """Return the numbers of microbatches to consider where the batch is cut into `batch_parts`."""
     if given.declared.microbatches is not None:
         return (given.declared.microbatches,)
-    if given.rows % batch_parts or given.whole_batch is not None:
+    if given.rows % batch_parts or given.proof is None:
         return (1,)
-    return tuple(microbatches.options(given.rows // batch_parts))
+    return given.proof.among(microbatches.options(given.rows // batch_parts))
 
 
 def _nothing(refused: Mapping[str, str], devices: int) -> str:

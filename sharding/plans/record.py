@@ -14,7 +14,7 @@ from .estimate import Estimate
 from .origin import Alternative, Origin
 from .proof import Proof
 from .specs import Spec, axes_of, cut_into
-from .vocabulary import NAMES, PLACES, check_words
+from .vocabulary import EXACT, NAMES, PLACES, check_accumulation, check_words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,8 @@ class Decision:
         remat: what layers keep for their backward pass, a word of `vocabulary.REMATS` or ``names``.
         saved: under ``names``, kept value → its place.
         microbatches: parts that the batch is worked through in.
+        accumulation: how the parts go together: ``exact``, to the whole batch's value and gradients, or ``by
+            part``, to the mean of the parts'.
         schedule: the order in which pipeline stages take microbatches, such as ``1f1b``; can be priced, not
             yet run.
         interleave: model chunks that a pipeline stage holds.
@@ -82,6 +84,7 @@ class Decision:
     remat: str = "none"
     saved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     microbatches: int = 1
+    accumulation: str = EXACT
     schedule: str | None = None
     interleave: int = 1
     moments: Mapping[str, Spec] = dataclasses.field(default_factory=dict)
@@ -135,6 +138,7 @@ def check_runs(plan: Decision) -> None:
 def _check(plan: Decision) -> None:
     """Raise UserError, one sentence, for the first thing in `plan` that cannot be carried out."""
     check_words(plan.mesh, plan.remat, plan.schedule)
+    check_accumulation(plan.accumulation)
     for name, place in plan.saved.items():
         if place not in PLACES:
             raise UserError(f"{name} is kept on {place!r}; {nearest(place, PLACES)}")

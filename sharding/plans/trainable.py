@@ -174,6 +174,11 @@ class Split:
     _places: tuple[bool, ...]
     _structure: Any
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The numbers of the leaves that are trained."""
+        return tuple(n for n, place in enumerate(self._places) if place)
+
     def joined(self, trained: Any) -> Any:
         """Return the whole tree, with the arrays of `trained` for those that are trained."""
         new = iter(jax.tree.leaves(trained))

@@ -1,4 +1,4 @@
-"""Words that a plan may hold: policies of rematerialisation, places of kept values, schedules of stages."""
+"""Words that a plan may hold: of rematerialisation, kept values, accumulation, stages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ REMATS = ("none", "dots", "full")
 NAMES = "names"
 PLACES = ("device", "host")
 
+# How the gradients of microbatches go together: to those of the whole batch, or to the mean of the parts'.
+EXACT, BY_PART = "exact", "by part"
+ACCUMULATIONS = (EXACT, BY_PART)
+
 # Orders in which pipeline stages work: one forward, one backward; or all forward, then all backward.
 SCHEDULES = ("1f1b", "gpipe")
 
@@ -26,3 +30,10 @@ def check_words(mesh: Iterable[str], remat: str, schedule: str | None) -> None:
     for axis in mesh:
         if axis not in AXES:
             raise UserError(f"mesh axis {axis!r} is not known; {nearest(axis, AXES)}")
+
+
+def check_accumulation(accumulation: str) -> str:
+    """Return the word. Raises UserError, naming the nearest, if it is none."""
+    if accumulation not in ACCUMULATIONS:
+        raise UserError(f"accumulation={accumulation!r} is unknown; {nearest(accumulation, ACCUMULATIONS)}")
+    return accumulation

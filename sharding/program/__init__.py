@@ -10,9 +10,6 @@ if TYPE_CHECKING:
     from .flops import Work as Work
     from .flops import total_flops as total_flops
     from .flops import work as work
-    from .mixing import Mixing as Mixing
-    from .mixing import batch_mixing as batch_mixing
-    from .mixing import batch_reduction as batch_reduction
     from .op_rules import register_op_rule as register_op_rule
     from .op_rules.rule import Op as Op
     from .op_rules.rule import OpRule as OpRule
@@ -32,14 +29,11 @@ _HOMES = {
     "Dim": "program",
     "Equation": "program",
     "Factor": "program",
-    "Mixing": "mixing",
     "Op": "op_rules.rule",
     "OpRule": "op_rules.rule",
     "Program": "program",
     "Scope": "program",
     "Work": "flops",
-    "batch_mixing": "mixing",
-    "batch_reduction": "mixing",
     "einsum_rule": "op_rules.rule",
     "register_op_rule": "op_rules",
     "total_flops": "flops",

@@ -57,10 +57,6 @@ class Trait(enum.Flag):
     """Its gradient is read off its result rather than its operand."""
     BY_FACTOR = enum.auto()
     """Its gradient multiplies by a function of its result, which is computed along with it."""
-    QUESTION = enum.auto()
-    """Asks something of numbers and gives a truth value."""
-    GUARD = enum.auto()
-    """Keeps numbers within bounds, as ``maximum(count, 1)`` does."""
 
 
 _MOVED = Trait.MOVE | Trait.LINEAR
@@ -114,9 +110,9 @@ _TABLE: tuple[tuple[Trait, str], ...] = (
     (Trait.ELEMENTWISE | Trait.LINEAR, "add add_any sub neg conj complex real imag reduce_precision"),
     (Trait.ELEMENTWISE | Trait.BILINEAR, "mul"),
     (Trait.ELEMENTWISE | Trait.PICKING, "select_n"),
-    (Trait.ELEMENTWISE | Trait.QUESTION, "and eq ge gt is_finite le lt ne not or"),
-    (Trait.ELEMENTWISE | Trait.GUARD, "clamp"),
-    (Trait.ELEMENTWISE | Trait.GUARD | Trait.BY_RESULT, "max"),
+    (Trait.ELEMENTWISE, "and eq ge gt is_finite le lt ne not or"),
+    (Trait.ELEMENTWISE, "clamp"),
+    (Trait.ELEMENTWISE | Trait.BY_RESULT, "max"),
     (Trait.ELEMENTWISE | Trait.BY_RESULT, "exp exp2 rsqrt sqrt"),
     (Trait.ELEMENTWISE | Trait.BY_RESULT | Trait.BY_FACTOR, "logistic tanh"),
     (

@@ -2,7 +2,7 @@
 
 The passes are asked in this order about each equation, and hand on to the next: `Name` (values of layers that
 are to be kept), `Constrain` (where arrays lie, and the kernels of attention), `Remat` (a checkpoint around
-each layer). The last step differentiates, plainly or a part of the batch at a time.
+each layer). The last step differentiates, plainly or a part of the batch at a time (`accumulation`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from ..plans import arrays
 from ..plans.record import Decision, check_runs
 from ..plans.trainable import Split, split
+from ..plans.vocabulary import EXACT
 from ..program.jaxpr import Pass, Traced, Traces, rewritten
-from ..program.layers import INPUT, marks_of
+from ..program.layers import INPUT, layer_scans, marks_of
 from ..program.loss import checked
 from ..program.program import Program
 from ..program.recognise import recognised
 from ..program.tracing import read
 from ..xla.compiler import compiler_of
 from ..xla.reduction import reduction_steps
-from .accumulate import Loss, differentiable, mean_of_parts
+from .accumulation.by_part import mean_of_parts
+from .accumulation.differentiable import Loss, differentiable
+from .accumulation.proof import proved
+from .accumulation.run import Run
 from .attention import AttentionKernel
 from .constrain import Constrain
 from .gather import Scattering
@@ -34,24 +38,32 @@ from .remat import Name, Remat
 
 
 def passes_of(
-    plan: Decision, program: Program, mesh: Mesh | AbstractMesh, params: Any, state: Any = None
+    plan: Decision,
+    program: Program,
+    mesh: Mesh | AbstractMesh,
+    params: Any,
+    state: Any = None,
+    *,
+    learns: bool = True,
 ) -> list[Pass]:
     """Return the passes that carry `plan` out on `program`, in order; each keeps the program's values.
 
-    `params` and `state` are its arguments, those that are stored.
+    `params` and `state` are its arguments, those that are stored. `learns` says whether gradients are taken,
+    without which there is nothing to keep.
 
     Raises UserError if `program` has not what the plan names: a kept value, or layers to rematerialise.
     """
+    saved = plan.saved if learns else {}
     platform = _platform(plan, mesh)
     # A plan may run on simulated devices in place of its own, which another compiler compiles for.
     on_own_chips = platform == plan.topology.chip.platform
-    marks = marks_of(program, plan.saved)
+    marks = marks_of(program, saved)
     settings = plan.kernels.get("attention")
     kernel = None if settings is None else AttentionKernel(mesh, settings, platform, program, marks)
     of_state = [] if state is None else _flat(arrays.specs(plan, state, "state"))
     passes: list[Pass] = []
-    if plan.saved:
-        passes.append(Name(marks, inputs=INPUT in plan.saved, kernel=kernel))
+    if saved:
+        passes.append(Name(marks, inputs=INPUT in saved, kernel=kernel))
     passes.append(
         Constrain(
             program,
@@ -64,25 +76,28 @@ def passes_of(
             reduces_cast=on_own_chips and compiler_of(plan.topology).reduces_cast,
         )
     )
-    if plan.remat != "none":
+    if learns and plan.remat != "none":
         passes.append(Remat(program, plan.remat, plan.saved))
     return passes
 
 
-def composed(traces: Traces, passes: Callable[..., Sequence[Pass]]) -> Loss:
+def composed(
+    traces: Traces, passes: Callable[..., Sequence[Pass]], *, state: Sequence[int] = (2,)
+) -> Callable[..., Any]:
     """Return the function that was traced, of (params, batch) or (params, batch, state), with passes over it.
 
-    `passes` gives them for its program, parameters and, where it has one, state.
+    `passes` gives them for its program, parameters and, where it has one, state; `state` says which argument
+    that is.
     """
     programs: weakref.WeakKeyDictionary[Traced, Program] = weakref.WeakKeyDictionary()
 
-    def function(params: Any, batch: Any, *state: Any) -> Any:
-        args = (params, batch, *state)
-        traced = traces.on(*args)
+    def function(params: Any, *others: Any) -> Any:
+        traced = traces.on(params, *others)
         if traced not in programs:
-            programs[traced] = read(traced, state=(2,))
+            programs[traced] = read(traced, state=state)
         program = programs[traced]
-        outputs = rewritten(program, passes(program, params, *state), jax.tree.leaves(args))
+        held = [others[place - 1] for place in state if place <= len(others)]
+        outputs = rewritten(program, passes(program, params, *held), jax.tree.leaves((params, *others)))
         return jax.tree.unflatten(jax.tree.structure(traced.result), outputs)
 
     return function
@@ -110,7 +125,9 @@ class PlannedLoss:
 
     def __init__(self, plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> None:
         check_runs(plan)
+        self._plan, self._mesh = plan, mesh
         self._microbatches, self._trainable = plan.microbatches, plan.trainable
+        self._runs: weakref.WeakKeyDictionary[Traced, Run] = weakref.WeakKeyDictionary()
         self.traces = Traces(checked(loss), functools.partial(recognised, which=plan.recognise))
         self._part = composed(self.traces, functools.partial(_passes, plan, mesh))
 
@@ -118,6 +135,8 @@ class PlannedLoss:
         """Return what `loss` gives: a scalar, or ``(scalar, …)``."""
         if self._microbatches == 1:
             return self._part(params, batch, *state)
+        if self._plan.accumulation == EXACT:
+            return self._run(params, batch, *state).value(params, batch, *state)
         return mean_of_parts(
             lambda part: (self._part(params, part), None),
             batch,
@@ -141,12 +160,32 @@ class PlannedLoss:
         parts = split(params, None) if of_floats else self.split(params)
         if self._microbatches == 1:
             return with_gradients(self._part, parts, batch, *state)
+        if self._plan.accumulation == EXACT:
+            run = self._run(params, batch, *state)
+            return run.value_and_grad(parts.places, params, batch, *state)
         return mean_of_parts(
             lambda part: with_gradients(self._part, parts, part),
             batch,
             self._microbatches,
             lambda part: (self.traces.on(params, part).result, parts.trained),
         )
+
+    def _run(self, *args: Any) -> Run:
+        """Return what works the batch through in parts, as it is proved of the whole batch's program."""
+        traced = self.traces.on(*args)
+        if traced not in self._runs:
+            self._runs[traced] = Run(proved(traced, self._microbatches), self._planned, self._part)
+        return self._runs[traced]
+
+    def _planned(self, function: Callable[..., Any], learns: bool) -> Callable[..., Any]:
+        """Return a function of a part with the plan's passes over it."""
+
+        def passes(program: Program, params: Any, *state: Any) -> list[Pass]:
+            # A part of the loss may have none of its layers.
+            has_layers = learns and any(layer_scans(program.scope))
+            return passes_of(self._plan, program, self._mesh, params, *state, learns=has_layers)
+
+        return composed(Traces(function), passes, state=() if self._plan.state is None else (2,))
 
 
 def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:

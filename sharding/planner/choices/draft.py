@@ -12,7 +12,7 @@ from ...cost.candidate import Storage
 from ...hardware.topology import Topology
 from ...program.program import Program
 from ..declared import Declared, Kept
-from .microbatches import batch_rows
+from .microbatches import PartsProof, batch_rows
 
 _Found = TypeVar("_Found")
 
@@ -43,7 +43,7 @@ class Given:
     """What every choice is made for.
 
     `params` and `names` are the parameters' tree and the user's names of their dimensions, for rules.
-    `whole_batch` says why the batch cannot be worked through in parts, None where it can.
+    `proof` says in how many parts the batch can be worked through.
     """
 
     program: Program
@@ -51,7 +51,7 @@ class Given:
     declared: Declared
     params: Any = None
     names: Any = None
-    whole_batch: str | None = None
+    proof: PartsProof | None = None
     known: dict[object, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: object, make: Callable[[], _Found]) -> _Found:

@@ -2,62 +2,98 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from ...errors import UserError, nearest_divisors
-from ...program import batch_mixing, batch_reduction
+from ...program.jaxpr import Traced
 from ...program.program import Program
+from ...transform.accumulation.proof import MAX_PASSES, InParts, apart_in_words, proved
 
 
-def why_not(program: Program) -> str | None:
-    """Return why the losses of parts of the batch do not add up to the loss of the batch; None if they do."""
-    rows = {argument.shape[:1] for argument in program.arguments if argument.is_data}
-    if len(rows) != 1 or () in rows:
-        return "the arrays of the batch do not all lead with the same number of rows"
-    for result in program.results[1:]:
-        if result.shape:
-            return f"the loss returns an array of shape {result.shape} at {result.path!r} beside its value"
-    if mixings := batch_mixing(program):
-        first = mixings[0]
-        return f"its loss mixes examples: {first.reason}, at {first.where}"
-    kind = batch_reduction(program)
-    if kind == "sum":
-        return "its loss is a sum over the batch; return the mean"
-    if kind == "ratio" and not any(result.path == "1/weight" for result in program.results):
-        return (
-            "its loss is a weighted mean and nothing says how much each part of the batch weighs; "
-            'return (loss, {"weight": the sum of weights})'
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PartsProof:
+    """Into how many parts the batch of `program` may go, proved for each number when first asked; `args` are
+    its (params, batch).
+
+    With `by_part` the parts' mean is taken, whatever that is of the whole. `known` is what was proved so far.
+    """
+
+    program: Program
+    args: tuple[Any, ...]
+    by_part: bool = False
+    max_passes: int = MAX_PASSES
+    known: dict[int, InParts | UserError] = dataclasses.field(default_factory=dict)
+
+    def why_not(self, parts: int) -> str | None:
+        """Return why `parts` parts do not give the whole batch's value and gradients; None if they do."""
+        if parts == 1:
+            return None
+        if self.by_part:
+            if any(argument.is_state for argument in self.program.arguments):
+                return (
+                    f"microbatches={parts} by part would each change the state by itself; leave out by part"
+                )
+            return None
+        found = self._proved(parts)
+        return str(found) if isinstance(found, UserError) else None
+
+    def check(self, parts: int) -> None:
+        """Raise UserError where `why_not` has a reason."""
+        if reason := self.why_not(parts):
+            raise UserError(reason)
+
+    def among(self, numbers: Sequence[int]) -> tuple[int, ...]:
+        """Return those of `numbers`, smallest first, that can be had.
+
+        What comes in many parts comes in the fewer that divide them, so few are looked at.
+        """
+        more = [number for number in numbers if number > 1]
+        if not more or self.why_not(more[-1]) is None:
+            return tuple(numbers)
+        if self.why_not(more[0]) is not None:
+            return (1,)
+        return tuple(number for number in numbers if self.why_not(number) is None)
+
+    def notes(self, parts: int) -> tuple[str, ...]:
+        """Say what a plan of `parts` parts should tell: its passes, and what is not computed in parts."""
+        if parts == 1:
+            return ()
+        if self.by_part:
+            return (
+                "accumulation is by part: the result is the mean of what the parts give, not the batch's",
+            )
+        found = self._proved(parts)
+        if isinstance(found, UserError):
+            return ()
+        passes = found.levels.passes
+        several = (
+            f"microbatches={parts} take {passes} passes over the batch, since sums over the examples wait "
+            "for one another"
         )
-    return None
+        return ((several,) if passes > 1 else ()) + apart_in_words(
+            found, [r.path for r in self.program.results]
+        )
+
+    def _proved(self, parts: int) -> InParts | UserError:
+        if parts not in self.known:
+            results = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in self.program.results]
+            traced = Traced(jaxpr=self.program.jaxpr, args=self.args, result=results)
+            try:
+                self.known[parts] = proved(traced, parts, self.max_passes)
+            except UserError as error:
+                self.known[parts] = error
+        return self.known[parts]
 
 
-def why_untraceable(loss: Callable[[Any, Any], Any], params: Any, batch: Any, rows: int) -> str | None:
-    """Return why the loss of a part of the batch's `rows` cannot even be traced; None if it can."""
-    import jax
-
-    part = rows // next((d for d in divisors(rows) if d > 1), 1)
-
-    def first(leaf: Any) -> Any:
-        if leaf.shape[:1] != (rows,):
-            return leaf
-        return jax.ShapeDtypeStruct((part, *leaf.shape[1:]), leaf.dtype)
-
-    try:
-        jax.eval_shape(loss, params, jax.tree.map(first, batch))
-    except Exception as error:  # The user's own function may raise anything where its sizes do not agree.
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"the loss has its {rows} rows written into it and fails on {part} of them: {said}"
-    return None
-
-
-def check(microbatches: int, reason: str | None) -> None:
-    """Raise UserError for a number that is none, or if there is a `reason` against more than one part."""
+def check_number(microbatches: int) -> None:
+    """Raise UserError for a number that is none."""
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise UserError(f"microbatches={microbatches!r} is no whole number from 1")
-    if microbatches > 1 and reason:
-        raise UserError(f"microbatches={microbatches} would change the result, since {reason}")
 
 
 def options(rows_of_device: int) -> Sequence[int]:

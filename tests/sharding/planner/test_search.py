@@ -12,6 +12,7 @@ from meshwright.sharding import Topology
 from meshwright.sharding.cost import Estimate, Pricer
 from meshwright.sharding.cost.candidate import Candidate
 from meshwright.sharding.cost.profile import profile
+from meshwright.sharding.planner.choices.microbatches import PartsProof
 from meshwright.sharding.planner.choices.remat import ladders
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.search import search
@@ -26,7 +27,8 @@ def problem(name: str, topology: str, **declared: Any) -> tuple[Space, Pricer]:
     tables = profile(program)
     # Simulated devices have no link to a host.
     offered = ladders(tables, host=not where.chip.nominal)
-    return space(program, where, Declared(**declared), ladders=offered), Pricer(tables, where)
+    proof = PartsProof(program=program, args=case.shapes())
+    return space(program, where, Declared(**declared), proof=proof, ladders=offered), Pricer(tables, where)
 
 
 def layout_of(candidate: Candidate) -> Any:

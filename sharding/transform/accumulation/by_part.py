@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch worked through in parts, one after the other, with the same mean."""
+"""The mean of what the parts of a batch give, each worked through as if it were the batch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..errors import UserError, nearest_divisors
-
-Loss = Callable[[Any, Any], Any]
+from ...errors import UserError, nearest_divisors
 
 
 def mean_of_parts(
@@ -49,33 +47,6 @@ def mean_of_parts(
     if isinstance(result, tuple) and isinstance(result[1], dict) and "weight" in result[1]:
         result = result[0], {**result[1], "weight": weight}
     return result, others
-
-
-def differentiable(value: Loss, with_gradients: Callable[[Any, Any], tuple[Any, Any]]) -> Loss:
-    """Return `value(params, batch)`, whose gradients are those that `with_gradients` gives beside it.
-
-    Aux values have none; those with respect to the batch are refused.
-    """
-
-    @jax.custom_vjp
-    def function(params: Any, batch: Any) -> Any:
-        return value(params, batch)
-
-    def forward(params: Any, batch: Any) -> Any:
-        if any(leaf.perturbed for leaf in jax.tree.leaves(batch, is_leaf=_is_primal)):
-            raise UserError("accumulate gives gradients with respect to the parameters, not to the batch")
-        return with_gradients(*jax.tree.map(lambda leaf: leaf.value, (params, batch), is_leaf=_is_primal))
-
-    def backward(gradients: Any, cotangent: Any) -> Any:
-        scale = cotangent[0] if isinstance(cotangent, tuple) else cotangent
-        return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients), None
-
-    function.defvjp(forward, backward, symbolic_zeros=True)
-    return function
-
-
-def _is_primal(node: Any) -> bool:
-    return hasattr(node, "perturbed")
 
 
 def _weight(result: Any) -> Any:

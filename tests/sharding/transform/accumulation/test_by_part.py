@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from meshwright.sharding import UserError
 from meshwright.sharding.plans.trainable import split
-from meshwright.sharding.transform.accumulate import differentiable, mean_of_parts
+from meshwright.sharding.transform.accumulation.by_part import mean_of_parts
+from meshwright.sharding.transform.accumulation.differentiable import differentiable
 from meshwright.sharding.transform.compose import with_gradients
 
 pytestmark = pytest.mark.numerics

@@ -1,0 +1,284 @@
+"""A loss worked through in parts, with the value, the aux and the gradients that the whole batch gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .levels import Sweep, tail
+from .proof import InParts
+from .shared import put_together
+from .values import Array, Held, Kind, Task, evaluate
+
+# Gives a function of (parameters, a part of the batch, a state if there is one, more) with a plan's passes
+# over it; the flag says whether its gradient is taken.
+Planned = Callable[[Callable[..., Any], bool], Callable[..., Any]]
+
+# Runs one part: (what is added up so far, its index, the loss's arguments) to the same, and rows.
+_Part = Callable[[Any, Array, tuple[Any, ...]], tuple[Any, Sequence[Array]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Call:
+    """One call of a loss: its arguments, and the arrays that are known of its program so far."""
+
+    args: tuple[Any, ...]
+    known: dict[Held, Array]
+
+
+class Run:
+    """Runs what `in_parts` read, each function of a part `planned`; `whole` is the loss of all rows."""
+
+    def __init__(self, read: InParts, planned: Planned, whole: Callable[[Any, Any], Any]) -> None:
+        self._read = read
+        self._whole = whole
+        levels = read.levels
+        passes = {*levels.counts, *levels.before, *levels.after, *levels.values}
+        self._forward = {one: planned(self._function(_targets(one)), False) for one in passes}
+        last = levels.last
+        self._last = (
+            planned(self._function([*_inputs(levels.learnt), *_targets(last)]), True) if last else None
+        )
+        self._backward = {k: planned(self._function(self._above(k)), True) for k in levels.backward}
+
+    def value(self, *args: Any) -> Any:
+        """Return what the loss gives of (params, batch) or (params, batch, state)."""
+        call = self._begin(args)
+        for one in (*self._read.levels.counts, *self._read.levels.values):
+            self._add(one, call)
+        return self._result(call)
+
+    def value_and_grad(self, trained: Sequence[int], *args: Any) -> tuple[Any, Any]:
+        """Return what the loss gives, and its gradients for the `trained` leaves of the parameters."""
+        read, plan = self._read, self._read.levels
+        call = self._begin(args)
+        for one in (*plan.counts, *plan.before):
+            self._add(one, call)
+        sums: list[Array] = []
+        if plan.last is not None:
+            if plan.scaled:
+                cotangents = [jnp.ones(plan.learnt[0].outs[0].shape, plan.learnt[0].outs[0].dtype)]
+            else:
+                cotangents = self._cotangents(call)
+            sums = self._learn(trained, cotangents, call)
+        for one in plan.after:
+            self._add(one, call)
+        if plan.scaled:
+            (scale,) = self._tail_gradients((), call.known)[1]
+            sums = [total * scale.reshape(()).astype(total.dtype) for total in sums]
+        own = self._tail_gradients(trained, call.known)[0]
+        sums = (
+            [one + total.astype(one.dtype) for one, total in zip(own, sums, strict=True)]
+            if sums and own
+            else sums or own
+        )
+        gradients: list[Any] = [None] * len(read.params)
+        for place, total in zip(trained, sums, strict=True):
+            gradients[place] = total.astype(read.params[place].dtype)
+        return self._result(call), jax.tree.unflatten(jax.tree.structure(args[0]), gradients)
+
+    # What is known
+
+    def _begin(self, args: tuple[Any, ...]) -> _Call:
+        leaves = zip(self._read.arguments, jax.tree.leaves(args), strict=True)
+        return _Call(args=args, known={value: leaf for value, leaf in leaves if value.kind is Kind.SHARED})
+
+    def _result(self, call: _Call) -> Any:
+        read = self._read
+        targets = [one for n, one in enumerate(read.outs) if n not in read.apart]
+        found = iter(evaluate(read.graph.ops, targets, call.known, None))
+        whole = jax.tree.leaves(self._whole(*call.args)) if read.apart else []
+        outs = [whole[n] if n in read.apart else next(found) for n in range(len(read.outs))]
+        return jax.tree.unflatten(jax.tree.structure(read.result), outs)
+
+    # Passes
+
+    def _function(self, targets: Sequence[Held]) -> Callable[..., list[Array]]:
+        read = self._read
+        totals = [op.outs[0] for op in read.graph.ops if op.is_total]
+
+        def function(*args: Any) -> list[Array]:
+            *own, (index, arrays) = args
+            known = dict(zip(read.arguments, jax.tree.leaves(own), strict=True))
+            known |= {value: array for value, array in zip(totals, arrays, strict=True) if array is not None}
+            return evaluate(read.graph.ops, targets, known, index)
+
+        return function
+
+    def _more(self, index: Array, known: Mapping[Held, Array]) -> tuple[Array, list[Array | None]]:
+        return index, [known.get(op.outs[0]) for op in self._read.graph.ops if op.is_total]
+
+    def _over_parts(self, one_part: _Part, start: Any, call: _Call) -> Any:
+        """Run `one_part` on each; add up what it gives first, stack what it gives second."""
+        read = self._read
+        params, batch, *state = call.args
+        leaves, structure = jax.tree.flatten(batch)
+        cut = [n for n, value in enumerate(read.batch) if value.kind is Kind.EXAMPLES]
+        rows = [_split(leaves[n], read.parts) for n in cut]
+
+        def body(carry: Any, xs: tuple[Array, list[Array]]) -> tuple[Any, Any]:
+            index, own = xs
+            part = list(leaves)
+            for n, leaf in zip(cut, own, strict=True):
+                part[n] = leaf
+            return one_part(carry, index, (params, jax.tree.unflatten(structure, part), *state))
+
+        return lax.scan(body, start, (jnp.arange(read.parts), rows))
+
+    def _add(self, one: Sweep, call: _Call) -> None:
+        """Add the totals and the rows of a pass to what is known."""
+        function = self._forward[one]
+
+        def part(carry: Any, index: Array, args: tuple[Any, ...]) -> tuple[Any, Sequence[Array]]:
+            found = function(*args, self._more(index, call.known))
+            return _added(one.totals, carry, found), found[len(one.totals) :]
+
+        self._keep(one, *self._over_parts(part, [_zero(op) for op in one.totals], call), call.known)
+
+    def _keep(
+        self, one: Sweep, sums: Sequence[Array], rows: Sequence[Array], known: dict[Held, Array]
+    ) -> None:
+        for op, total in zip(one.totals, sums, strict=True):
+            known[op.outs[0]] = total.astype(op.outs[0].dtype)
+        for value, stacked in zip(one.stacks, rows, strict=True):
+            known[value] = put_together(stacked, value.form.axis, value.form.pre, value.shape)
+
+    def _learn(self, places: Sequence[int], cotangents: Sequence[Array], call: _Call) -> list[Array]:
+        """Return the sums of the parts' gradients for the parameters; add what the pass gives besides."""
+        plan = self._read.levels
+        assert plan.last is not None
+        assert self._last is not None
+        one, function, count = plan.last, self._last, len(plan.learnt)
+        leaves, structure = jax.tree.flatten(call.args[0])
+
+        def part(carry: Any, index: Array, args: tuple[Any, ...]) -> tuple[Any, Sequence[Array]]:
+            sums, gradients = carry
+
+            def learnt(floats: list[Array]) -> tuple[list[Array], list[Array]]:
+                filled = list(leaves)
+                for place, leaf in zip(places, floats, strict=True):
+                    filled[place] = leaf
+                found = function(structure.unflatten(filled), *args[1:], self._more(index, call.known))
+                return found[:count], found[count:]
+
+            _, pull, found = jax.vjp(learnt, [leaves[n] for n in places], has_aux=True)
+            (grown,) = pull(list(cotangents))
+            return (_added(one.totals, sums, found), _grown(gradients, grown)), found[len(one.totals) :]
+
+        start = [_zero(op) for op in one.totals], [_empty(leaves[n]) for n in places]
+        (sums, gradients), rows = self._over_parts(part, start, call)
+        self._keep(one, sums, rows, call.known)
+        return gradients
+
+    # Derivatives of the tail, and of sums with respect to earlier ones
+
+    def _tail_gradients(
+        self, places: Sequence[int], known: Mapping[Held, Array]
+    ) -> tuple[list[Array], list[Array]]:
+        """Return the loss's derivatives for some parameters and the totals, each where the other stays."""
+        read, plan = self._read, self._read.levels
+        floats = [read.params[n] for n in places]
+        totals = [op.outs[0] for op in plan.learnt]
+        fixed = {value: array for value, array in known.items() if value not in (*floats, *totals)}
+        for op in read.graph.ops:
+            if op.is_total and op.outs[0] not in fixed and op.outs[0] not in totals:
+                fixed[op.outs[0]] = jnp.zeros(op.outs[0].shape, op.outs[0].dtype)
+        names = list(fixed)
+
+        def loss(own: list[Array], at: list[Array]) -> Array:
+            run = tail(read.graph, [*names, *floats, *totals], [read.outs[0]])
+            return run([*fixed.values(), *own, *at])[0]
+
+        own = [known[value] for value in floats]
+        at = [known.get(value, jnp.zeros(value.shape, value.dtype)) for value in totals]
+        return jax.grad(loss, argnums=(0, 1))(own, at)
+
+    def _cotangents(self, call: _Call) -> list[Array]:
+        """Return the loss's full derivatives for the totals: the tail's, and through sums of later levels."""
+        plan = self._read.levels
+        found = dict(zip(plan.learnt, self._tail_gradients((), call.known)[1], strict=True))
+        for level in plan.backward:
+            at = [op for op in plan.learnt if op.outs[0].level == level]
+            later = [found[op] for op in plan.learnt if op.outs[0].level > level]
+            for op, total in zip(at, self._through(level, at, later, call), strict=True):
+                found[op] = found[op] + total.astype(found[op].dtype)
+        return [found[op] for op in plan.learnt]
+
+    def _through(
+        self, level: int, at: Sequence[Task], cotangents: Sequence[Array], call: _Call
+    ) -> list[Array]:
+        """Return the derivatives for the totals `at` a level that come through sums of later ones."""
+        function = self._backward[level]
+
+        def part(carry: Any, index: Array, args: tuple[Any, ...]) -> tuple[Any, Sequence[Array]]:
+            def sums(arrays: list[Array]) -> list[Array]:
+                moved = call.known | {op.outs[0]: array for op, array in zip(at, arrays, strict=True)}
+                return function(*args, self._more(index, moved))
+
+            _, pull = jax.vjp(sums, [call.known[op.outs[0]] for op in at])
+            (grown,) = pull(list(cotangents))
+            return _grown(carry, grown), ()
+
+        return self._over_parts(part, [_empty(op.outs[0]) for op in at], call)[0]
+
+    def _above(self, level: int) -> list[Held]:
+        return _inputs([op for op in self._read.levels.learnt if op.outs[0].level > level])
+
+
+def _inputs(totals: Sequence[Task]) -> list[Held]:
+    return [op.ins[0] for op in totals]
+
+
+def _targets(one: Sweep) -> list[Held]:
+    return [*_inputs(one.totals), *one.stacks]
+
+
+def _split(leaf: Array, parts: int) -> Array:
+    """Return rows by stride, which keeps a sharded batch where it is: ``[parts, rows / parts, ...]``."""
+    rows = leaf.shape[0]
+    return jnp.swapaxes(leaf.reshape(rows // parts, parts, *leaf.shape[1:]), 0, 1)
+
+
+def _wide(dtype: Any) -> Any:
+    """Return the type to add up in: float32 at least."""
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+    return jnp.float32 if narrow else dtype
+
+
+def _empty(like: Any) -> Array:
+    return jnp.zeros(like.shape, _wide(like.dtype))
+
+
+def _grown(totals: Sequence[Array], more: Sequence[Array]) -> list[Array]:
+    return [total + one.astype(total.dtype) for total, one in zip(totals, more, strict=True)]
+
+
+_COMBINE: dict[str, Callable[[Array, Array], Array]] = {
+    "sum": jnp.add,
+    "max": jnp.maximum,
+    "min": jnp.minimum,
+    "or": jnp.logical_or,
+    "and": jnp.logical_and,
+}
+
+
+def _zero(op: Task) -> Array:
+    value, combine = op.ins[0], op.ins[0].combine
+    if combine == "sum":
+        return jnp.zeros(value.shape, _wide(value.dtype))
+    if combine in ("or", "and"):
+        return jnp.full(value.shape, combine == "and")
+    if jnp.issubdtype(value.dtype, jnp.inexact):
+        return jnp.full(value.shape, -jnp.inf if combine == "max" else jnp.inf, value.dtype)
+    info = jnp.iinfo(value.dtype)
+    return jnp.full(value.shape, info.min if combine == "max" else info.max, value.dtype)
+
+
+def _added(totals: Sequence[Task], carry: Sequence[Array], found: Sequence[Array]) -> list[Array]:
+    rows = zip(totals, carry, found, strict=False)
+    return [_COMBINE[op.ins[0].combine](total, part.astype(total.dtype)) for op, total, part in rows]

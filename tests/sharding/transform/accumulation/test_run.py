@@ -1,0 +1,210 @@
+"""Losses under microbatches: the whole batch's value, aux and gradients by both doors, or one sentence."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from meshwright.sharding import UserError, declare, plan
+
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
+
+ROWS, TIME, WIDTH, CLASSES = 16, 4, 16, 4
+
+
+def params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "inside": jax.random.normal(keys[0], (WIDTH, WIDTH)) / 4,
+        "layers": jax.random.normal(keys[1], (3, WIDTH, WIDTH)) / 4,
+        "outside": jax.random.normal(keys[2], (WIDTH, CLASSES)) / 4,
+    }
+
+
+def batch():
+    keys = jax.random.split(jax.random.key(1), 2)
+    lengths = jnp.arange(ROWS) * 7 % (TIME + 1)
+    return {
+        "x": jax.random.normal(keys[0], (ROWS, TIME, WIDTH)),
+        "y": jax.random.randint(keys[1], (ROWS, TIME), 0, CLASSES),
+        "counts": (jnp.arange(TIME) < lengths[:, None]) * 1.0,
+    }
+
+
+def logits(p, b):
+    return jnp.tanh(b["x"] @ p["inside"]) @ p["outside"]
+
+
+def each(p, b):
+    return optax.softmax_cross_entropy_with_integer_labels(logits(p, b), b["y"])
+
+
+def a_sum(p, b):
+    return each(p, b).sum()
+
+
+def a_masked_mean(p, b):
+    aux = {"counted": b["counts"].sum(dtype=int), "each": each(p, b), "any": (b["counts"] > 0).any(axis=1)}
+    return (each(p, b) * b["counts"]).sum() / b["counts"].sum(), aux
+
+
+def two_denominators(p, b):
+    return each(p, b).mean() + (each(p, b) * b["counts"]).sum() / b["counts"].sum()
+
+
+def row_numbers_and_a_literal(p, b):
+    noise = jax.random.normal(jax.random.key(3), (ROWS, TIME))
+    return (each(p, b) * (jnp.arange(ROWS)[:, None] + noise)).sum() / ROWS
+
+
+def a_flood(p, b):
+    return jnp.abs(each(p, b).mean() - 1.5) + 1.5
+
+
+def free_bits(p, b):
+    return jnp.maximum(logits(p, b).mean((0, 1)), 0.05).sum() + each(p, b).mean()
+
+
+def balanced_layers(p, b):
+    @jax.checkpoint
+    def layer(h, w):
+        gate = jax.nn.softmax(h @ w)
+        share = jax.nn.one_hot(gate.argmax(-1), WIDTH).mean((0, 1))
+        return h + jnp.tanh(h @ w), WIDTH * jnp.sum(share * gate.mean((0, 1)))
+
+    h, balance = jax.lax.scan(layer, b["x"] @ p["inside"], p["layers"])
+    return jnp.square(h).mean() + 0.1 * balance.sum(), {"balance": balance}
+
+
+def the_worst(p, b):
+    return each(p, b).max()
+
+
+def a_gradient_of_its_own(p, b):
+    @jax.custom_vjp
+    def scaled(x, w):
+        return jnp.tanh(x @ w)
+
+    # Its rows are those of the whole batch, also where a part of it is differentiated.
+    scaled.defvjp(
+        lambda x, w: (scaled(x, w), (x, w)),
+        lambda kept, g: (g @ kept[1].T, jnp.einsum("btd,bth->dh", kept[0], g) / kept[0].shape[0]),
+    )
+    return jnp.square(jax.nn.relu(scaled(b["x"], p["inside"]))).sum()
+
+
+def a_median_beside_it(p, b):
+    return each(p, b).mean(), {"median": jnp.median(each(p, b).sum(-1)), "each": each(p, b)}
+
+
+ACCEPTED = (
+    a_sum,
+    a_masked_mean,
+    two_denominators,
+    row_numbers_and_a_literal,
+    a_flood,
+    free_bits,
+    balanced_layers,
+    the_worst,
+    a_gradient_of_its_own,
+    a_median_beside_it,
+)
+
+
+def doors(loss, parts, **more):
+    shapes = jax.eval_shape(params), jax.eval_shape(batch)
+    names = {"inside": ("embed", "mlp"), "layers": (None, "embed", "mlp"), "outside": ("embed", None)}
+    given = {"topology": "cpu:8", "microbatches": parts, **more}
+    yield declare(loss, *shapes, mesh={"fsdp": 4, "tensor": 2}, names=names, **given)
+    yield plan(loss, *shapes, **given)
+
+
+def both(loss):
+    def function(p, b):
+        found = loss(p, b)
+        return found if isinstance(found, tuple) else (found, {})
+
+    return jax.jit(jax.value_and_grad(function, has_aux=True))
+
+
+@pytest.mark.parametrize("loss", ACCEPTED, ids=lambda loss: loss.__name__)
+def test_parts_give_the_value_aux_and_gradients_of_the_whole_batch(loss):
+    want = both(loss)(params(), batch())
+    for made in doors(loss, 2):
+        got = both(made.apply(loss))(params(), batch())
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, want)
+        assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, want)
+        value = jax.jit(made.apply(loss))(params(), batch())
+        np.testing.assert_allclose(value[0] if isinstance(value, tuple) else value, want[0][0], rtol=1e-5)
+
+
+def contrastive(p, b):
+    z = b["x"][:, 0] @ p["inside"]
+    return -jnp.diag(jax.nn.log_softmax(z @ b["x"][:, 1].T)).mean()
+
+
+def sorted_losses(p, b):
+    return jnp.sort(each(p, b).sum(-1))[:4].mean()
+
+
+def a_state_walked_along_the_rows(p, b):
+    return jax.lax.scan(lambda s, x: (0.9 * s + jnp.sum(x @ p["inside"]), None), 0.0, b["x"])[0]
+
+
+def normalised_twice(p, b):
+    h = b["x"]
+    for _ in range(2):
+        h = jnp.tanh(h @ p["inside"])
+        h = (h - h.mean((0, 1))) / (h.std((0, 1)) + 1e-3)
+    return jnp.square(h @ p["outside"]).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (contrastive, "every example meets every other, at "),
+        (sorted_losses, "sort along the examples, at "),
+        (a_state_walked_along_the_rows, "what is carried is more than a sum, at "),
+        (normalised_twice, "passes over the batch, since sums over the examples wait for one another"),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_what_does_not_come_in_parts_is_refused_by_both_doors_with_one_sentence(loss, says):
+    said = []
+    shapes = jax.eval_shape(params), jax.eval_shape(batch)
+    for door in (functools.partial(declare, mesh={"data": 8}), plan):
+        with pytest.raises(UserError, match=says) as caught:
+            door(loss, *shapes, topology="cpu:8", microbatches=2)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert f"({loss.__name__})" in said[0]
+    assert "accumulation='by part'" in said[0]
+
+
+def test_what_is_refused_is_taken_by_part_if_that_is_asked_and_the_plan_says_so():
+    for made in doors(contrastive, 2, accumulation="by part"):
+        assert any("the mean of what the parts give" in note for note in made.notes)
+        b = batch()
+        halves = [jax.tree.map(lambda leaf: leaf[n::2], b) for n in range(2)]  # noqa: B023
+        want = sum(contrastive(params(), half) for half in halves) / 2
+        np.testing.assert_allclose(made.apply(contrastive)(params(), b), want, rtol=1e-5)
+        assert type(made).from_dict(made.to_dict()).accumulation == "by part"
+
+
+def test_more_passes_may_be_allowed():
+    def normalised(p, b):
+        h = b["x"] @ p["inside"]
+        h = (h - h.mean((0, 1))) / (h.std((0, 1)) + 1e-3)
+        return jnp.square(jnp.tanh(h) @ p["outside"]).mean()
+
+    shapes = jax.eval_shape(params), jax.eval_shape(batch)
+    with pytest.raises(UserError, match="it takes 5 passes"):
+        plan(normalised, *shapes, topology="cpu:8", microbatches=2)
+    made = plan(normalised, *shapes, topology="cpu:8", microbatches=2, max_passes=5)
+    assert any("take 5 passes" in note for note in made.notes)
+    want, got = both(normalised)(params(), batch()), both(made.apply(normalised))(params(), batch())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
