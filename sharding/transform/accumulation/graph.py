@@ -33,17 +33,17 @@ from .values import (
 )
 
 # Reads one equation: its results, given its operands.
-Rule = Callable[["Graph", core.JaxprEqn, list[Held]], list[Held]]
+Rule = Callable[["PartGraph", core.JaxprEqn, list[Held]], list[Held]]
 
 
 class Reading(NamedTuple):
     """How a program is read: the rule of an equation, and a part's slice of what is shared along an axis."""
 
     rule: Callable[[core.JaxprEqn], Rule]
-    slice: Callable[[Graph, Held, int, int], Held]
+    slice: Callable[[PartGraph, Held, int, int], Held]
 
 
-class Graph:
+class PartGraph:
     """What is done with each of `parts` parts. `cut` says that sums may be completed here, between passes.
 
     `reading` says how equations are read; `ties` are those whose maximum over the examples is learnt from.
@@ -267,7 +267,7 @@ class Graph:
         `shift` are the dimensions that each operand loses on the way in, as a loop takes the first; `reading`
         is this graph's if not given.
         """
-        inner = Graph(self.parts, reading or self.reading, cut=False)
+        inner = PartGraph(self.parts, reading or self.reading, cut=False)
         inner.calls = list(self.calls)
         values = []
         for number, (var, outer) in enumerate(zip(closed.jaxpr.invars, ins, strict=True)):
@@ -294,7 +294,7 @@ class Graph:
 class Body:
     """A program read on values of given forms; what needs its sums complete is for `later`."""
 
-    graph: Graph
+    graph: PartGraph
     ins: list[Held]
     outs: list[Held]
 
@@ -321,7 +321,7 @@ class Body:
         return needed(targets)[1]
 
 
-def inlined(graph: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def inlined(graph: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Stand for calls whose equations are read in their place."""
     raise AssertionError(eqn.primitive.name)
 

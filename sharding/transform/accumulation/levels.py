@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from .graph import Graph
+from .graph import PartGraph
 from .values import Array, Held, Kind, NotInParts, Task, evaluate, needed
 
 # Elements of sums that later passes need, which every device holds.
@@ -78,7 +78,7 @@ def totals_under(values: Iterable[Held]) -> set[Task]:
 
 
 def levels(
-    graph: Graph,
+    graph: PartGraph,
     params: Sequence[Held],
     shared: Sequence[Held],
     loss: Held,
@@ -143,7 +143,7 @@ def levels(
 
 
 def tail(
-    graph: Graph, known: Sequence[Held], targets: Sequence[Held]
+    graph: PartGraph, known: Sequence[Held], targets: Sequence[Held]
 ) -> Callable[[Sequence[Array]], list[Array]]:
     """Return the function of the arrays of `known` that gives `targets`, after all parts."""
     return lambda arrays: evaluate(graph.ops, targets, dict(zip(known, arrays, strict=True)), None)
@@ -203,7 +203,7 @@ def _learnt(loss: Held) -> set[Task]:
 
 
 def _read_by_derivatives(
-    graph: Graph,
+    graph: PartGraph,
     params: Sequence[Held],
     shared: Sequence[Held],
     loss: Held,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ...errors import UserError, nearest_divisors
 from ...program.jaxpr import Traced
-from .graph import Graph, Reading
+from .graph import PartGraph, Reading
 from .levels import Levels, levels
 from .rules import rule_of
 from .shared import sliced
@@ -28,7 +28,7 @@ class InParts:
     `apart` are places of results that only the whole batch gives, with the reason.
     """
 
-    graph: Graph
+    graph: PartGraph
     parts: int
     rows: int
     result: Any
@@ -81,7 +81,7 @@ def in_parts(traced: Traced, parts: int) -> InParts:
     check_rows(rows, parts)
     ties: frozenset[int] = frozenset()
     while True:
-        graph = Graph(parts, Reading(rule=rule_of, slice=sliced), cut=True, ties=ties)
+        graph = PartGraph(parts, Reading(rule=rule_of, slice=sliced), cut=True, ties=ties)
         jaxpr = traced.jaxpr.jaxpr
         count, beyond = len(jax.tree.leaves(params)), len(jax.tree.leaves((params, batch)))
         ins = [Held(tuple(v.aval.shape), v.aval.dtype, heavy=n < count) for n, v in enumerate(jaxpr.invars)]
@@ -137,7 +137,7 @@ def refusal(parts: int, why: NotInParts) -> str:
     )
 
 
-def _completed(graph: Graph, found: Sequence[Held]) -> tuple[list[Held], dict[int, NotInParts]]:
+def _completed(graph: PartGraph, found: Sequence[Held]) -> tuple[list[Held], dict[int, NotInParts]]:
     if found[0].kind is Kind.MIXED:
         assert found[0].why is not None
         raise found[0].why

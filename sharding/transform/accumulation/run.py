@@ -138,7 +138,8 @@ class Run:
             found = function(*args, self._more(index, call.known))
             return _added(one.totals, carry, found), found[len(one.totals) :]
 
-        self._keep(one, *self._over_parts(part, [_zero(op) for op in one.totals], call), call.known)
+        sums, rows = self._over_parts(part, [_zero(op) for op in one.totals], call)
+        self._keep(one, sums, rows, call.known)
 
     def _keep(
         self, one: Sweep, sums: Sequence[Array], rows: Sequence[Array], known: dict[Held, Array]

@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.random import threefry_prng_impl
 
 from ...program.primitives import Trait, primitives
-from .graph import Graph
+from .graph import PartGraph
 from .values import Array, Held, Task, examples
 
 _ELEMENTWISE = primitives(Trait.ELEMENTWISE)
@@ -36,7 +36,7 @@ def put_together(stacked: Array, axis: int, pre: int, shape: tuple[int, ...]) ->
     return jnp.moveaxis(split, 0, axis + 1).reshape(shape)
 
 
-def sliced(graph: Graph, whole: Held, axis: int, pre: int) -> Held:
+def sliced(graph: PartGraph, whole: Held, axis: int, pre: int) -> Held:
     """Return a part's slice of a shared value."""
     result = _sunk(graph, whole, axis, pre)
     if result is None:
@@ -46,7 +46,7 @@ def sliced(graph: Graph, whole: Held, axis: int, pre: int) -> Held:
     return result
 
 
-def _sunk(graph: Graph, whole: Held, axis: int, pre: int) -> Held | None:
+def _sunk(graph: PartGraph, whole: Held, axis: int, pre: int) -> Held | None:
     op = whole.op
     if op is None or op.eqn is None:
         return None
@@ -67,7 +67,7 @@ def _sunk(graph: Graph, whole: Held, axis: int, pre: int) -> Held | None:
     return None
 
 
-def _broadcast(graph: Graph, op: Task, whole: Held, axis: int, pre: int) -> Held:
+def _broadcast(graph: PartGraph, op: Task, whole: Held, axis: int, pre: int) -> Held:
     ins, dims = list(op.ins), tuple(op.eqn.params["broadcast_dimensions"])
     if axis in dims and ins[0].shape[dims.index(axis)] == whole.shape[axis]:
         ins[0] = graph.rows(ins[0], dims.index(axis), pre)
@@ -75,7 +75,7 @@ def _broadcast(graph: Graph, op: Task, whole: Held, axis: int, pre: int) -> Held
     return graph.bind(op.eqn, ins, [examples(axis, pre)], shape=shape)[0]
 
 
-def _opened(graph: Graph, op: Task) -> Held:
+def _opened(graph: PartGraph, op: Task) -> Held:
     """Return random bits as the hash of their numbers, of which a part needs its own."""
     params, key = op.eqn.params, op.ins[0]
 
@@ -95,7 +95,7 @@ def _places(shape: tuple[int, ...], axis: int, pre: int, parts: int, index: Any,
     return (local // post * parts + own) * post + local % post
 
 
-def _counted(graph: Graph, whole: Held, axis: int, pre: int, dimension: int) -> Held:
+def _counted(graph: PartGraph, whole: Held, axis: int, pre: int, dimension: int) -> Held:
     shape = graph.small(whole.shape, axis)
 
     def run(index: Any) -> list[Array]:
@@ -106,7 +106,7 @@ def _counted(graph: Graph, whole: Held, axis: int, pre: int, dimension: int) -> 
     return graph.emit(run, [], [Held(whole.shape, whole.dtype, examples(axis, pre))])[0]
 
 
-def _linear(graph: Graph, whole: Held, axis: int, pre: int, *, high: bool) -> Held:
+def _linear(graph: PartGraph, whole: Held, axis: int, pre: int, *, high: bool) -> Held:
     """Return the numbers of an array's elements, in two words of 32 bits of which one is 0."""
     shape = graph.small(whole.shape, axis)
 

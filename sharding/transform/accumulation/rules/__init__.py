@@ -6,7 +6,7 @@ from jax.extend import core
 
 from ....ops.attention import attention_call
 from ....program.primitives import Trait, primitives
-from ..graph import Graph, Rule, inlined
+from ..graph import PartGraph, Rule, inlined
 from ..values import Held, Kind, NotInParts
 from . import calls, lookups, loops, moves, sums
 
@@ -18,7 +18,7 @@ def rule_of(eqn: core.JaxprEqn) -> Rule:
     return _RULES.get(eqn.primitive.name, unknown)
 
 
-def unknown(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def unknown(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Refuse what nothing is known of."""
     del g, ins
     raise NotInParts(f"{eqn.primitive.name} over the examples is not understood")
@@ -27,7 +27,7 @@ def unknown(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
 def _on_sums(rule: Rule) -> Rule:
     """Return a rule that reads operations on incomplete sums first, and `rule` where there are examples."""
 
-    def read(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+    def read(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         if any(one.kind is Kind.EXAMPLES for one in ins):
             return rule(g, eqn, ins)
         if all(one.kind is not Kind.LATE for one in ins):

@@ -16,11 +16,11 @@ from jax.extend import core
 
 from ....program.jaxpr import call_body, closed, context_of
 from ....program.jaxpr import run as run_as_is
-from ..graph import Body, Graph, Reading, Rule, inlined, value_of
+from ..graph import Body, PartGraph, Reading, Rule, inlined, value_of
 from ..values import SUM, Form, Held, Kind, NotInParts
 
 
-def checkpoint(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def checkpoint(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a checkpoint: one for the parts, and after it what needs their sums complete.
 
     Where a sum comes back to the examples inside, it is opened.
@@ -39,7 +39,7 @@ def checkpoint(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return _called(g, eqn, ins, body, around)
 
 
-def attention(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def attention(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a call of `ops.attention`, which stays one for the plan's kernel to carry out."""
     inner = call_body(eqn)
     assert inner is not None
@@ -54,7 +54,7 @@ def attention(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return _called(g, eqn, ins, body, around)
 
 
-def _called(g: Graph, eqn: core.JaxprEqn, ins: list[Held], body: Body, around: Any) -> list[Held]:
+def _called(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held], body: Body, around: Any) -> list[Held]:
     """Add a call of `body` by the parts, and what it leaves for later."""
     late = [out.kind is Kind.LATE for out in body.outs]
     now = [n for n, one in enumerate(late) if not one]
@@ -89,7 +89,7 @@ def _called(g: Graph, eqn: core.JaxprEqn, ins: list[Held], body: Body, around: A
     return [results[n] for n in range(len(late))]
 
 
-def custom_vjp(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def custom_vjp(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a function whose gradient the user wrote."""
     ins = [g.shared(one) if one.kind is Kind.SUM else one for one in ins]
     avals = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in ins]
@@ -156,7 +156,7 @@ def custom_vjp(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.emit(run, ins, outs)
 
 
-def custom_jvp(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def custom_jvp(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a function whose derivative the user wrote."""
     ins = [g.shared(one) if one.kind is Kind.SUM else one for one in ins]
     avals = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in ins]
@@ -211,7 +211,7 @@ def custom_jvp(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.emit(run, ins, outs)
 
 
-def linear_solve(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def linear_solve(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read `lax.custom_linear_solve`: the system of each example by itself."""
     counts, programs = eqn.params["const_lengths"], eqn.params["jaxprs"]
     names = ("matvec", "vecmat", "solve", "transpose_solve")
@@ -252,7 +252,7 @@ def linear_solve(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.emit(run, [*ins[:first], *right], outs)
 
 
-def _as_they_are(g: Graph) -> Reading:
+def _as_they_are(g: PartGraph) -> Reading:
     """Return the reading of `g` within a derivative that is written out, which is not taken again."""
 
     def rule(eqn: core.JaxprEqn) -> Rule:

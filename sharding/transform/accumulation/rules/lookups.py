@@ -9,11 +9,11 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from ..graph import Graph, known_now, one_of
+from ..graph import PartGraph, known_now, one_of
 from ..values import SUM, Held, Kind, NotInParts, examples
 
 
-def gather(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def gather(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a look-up."""
     table, at = ins
     dims, sizes = eqn.params["dimension_numbers"], list(eqn.params["slice_sizes"])
@@ -47,7 +47,7 @@ def gather(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     )
 
 
-def scatter(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def scatter(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read writing into an array; what examples add to one that all share is a sum."""
     table, at, new = ins
     dims = eqn.params["dimension_numbers"]
@@ -87,7 +87,7 @@ def _written_along(table: Held, at: Held, new: Held, dims: Any, free: list[int])
 
 
 def _scattered(
-    g: Graph, eqn: core.JaxprEqn, ins: list[Held], found: tuple[int, int], free: list[int]
+    g: PartGraph, eqn: core.JaxprEqn, ins: list[Held], found: tuple[int, int], free: list[int]
 ) -> list[Held]:
     table, at, new = ins
     (axis, pre), dims = found, eqn.params["dimension_numbers"]
@@ -140,7 +140,7 @@ def _own_rows(indices: Held, place: int, rows: int) -> int | None:
     return None
 
 
-def _within(g: Graph, indices: Held, axis: int, pre: int, place: int) -> Held:
+def _within(g: PartGraph, indices: Held, axis: int, pre: int, place: int) -> Held:
     """Return indices whose component `place` counts the rows of the part."""
     value = g.rows(indices, axis, pre)
 

@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend import core
 
 from ....program.jaxpr import branches, context_of, scan_parts, while_parts
-from ..graph import Body, Graph, value_of
+from ..graph import Body, PartGraph, value_of
 from ..values import LATE, SHARED, SUM, Form, Held, Kind, NotInParts, examples
 
 
@@ -26,7 +26,7 @@ def join(a: Form, b: Form) -> Form:
     raise NotInParts("a loop or branch gives now examples, now sums, or examples along different dimensions")
 
 
-def scan(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def scan(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a scan. What its turns need complete sums for is a second scan, after the parts are done."""
     try:
         return _scan(g, eqn, ins)
@@ -40,7 +40,7 @@ def scan(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         raise first from None
 
 
-def _scan(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def _scan(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     parts = scan_parts(eqn)
     consts, carries = parts.num_consts, parts.num_consts + parts.num_carry
     if any(one.kind is Kind.EXAMPLES and one.form.axis == 0 for one in ins[carries:]):
@@ -69,7 +69,7 @@ class _Split:
     """A scan as one that the parts run and, of what is late, one that runs when their sums are complete."""
 
     def __init__(
-        self, g: Graph, eqn: core.JaxprEqn, ins: list[Held], body: Body, num_consts: int, num_carry: int
+        self, g: PartGraph, eqn: core.JaxprEqn, ins: list[Held], body: Body, num_consts: int, num_carry: int
     ) -> None:
         self.g, self.eqn, self.ins, self.body = g, eqn, ins, body
         self.consts = range(num_consts)
@@ -168,7 +168,7 @@ class _Split:
         return run
 
 
-def _over_rows(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def _over_rows(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a walk over the examples themselves: what it carries are only sums, grown by one row's share."""
     parts = scan_parts(eqn)
     consts, carries = parts.num_consts, parts.num_consts + parts.num_carry
@@ -229,7 +229,7 @@ def _check_sums(jaxpr: core.Jaxpr, held: Sequence[Any], grown: set[Any]) -> None
         fresh.discard(out)
 
 
-def while_loop(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def while_loop(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a while loop, which runs as often for every part."""
     parts = while_parts(eqn)
     tests, bodies = parts.num_cond_consts, parts.num_cond_consts + parts.num_body_consts
@@ -269,7 +269,7 @@ def while_loop(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.emit(run, ready, outs)
 
 
-def cond(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def cond(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a choice among branches, which is the same for every part."""
     which, args = g.shared(ins[0]), [g.shared(one) if one.kind is Kind.SUM else one for one in ins[1:]]
     arms = [g.body(arm, args) for arm in branches(eqn)]

@@ -7,11 +7,11 @@ from typing import Any
 
 from jax.extend import core
 
-from ..graph import Graph, one_of
+from ..graph import PartGraph, one_of
 from ..values import Held, Kind, NotInParts, examples
 
 
-def elementwise(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def elementwise(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read an operation on each position; operands may be scalars, or of size 1 where others are not."""
     v = one_of(ins)
     if any(getattr(var.aval, "ndim", None) != len(v.shape) for var in eqn.outvars):
@@ -25,7 +25,7 @@ def elementwise(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, ready, [v.form] * len(eqn.outvars))
 
 
-def same_axis(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def same_axis(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read an operation on leading dimensions each by itself, which adds or takes away trailing ones."""
     v = one_of(ins)
     aval: Any = eqn.outvars[0].aval
@@ -34,19 +34,19 @@ def same_axis(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, ins, [v.form])
 
 
-def passing(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def passing(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read an operation that gives each operand on as it is."""
     return g.bind(eqn, ins, [one.form for one in ins])
 
 
-def broadcast_in_dim(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def broadcast_in_dim(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a broadcast."""
     v, shape = ins[0], eqn.params["shape"]
     axis = int(eqn.params["broadcast_dimensions"][v.form.axis])
     return g.bind(eqn, ins, [examples(axis, v.form.pre)], shape=g.small(shape, axis))
 
 
-def reshape(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def reshape(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a reshape: the part's factor keeps its place in the order of all elements."""
     v, sizes = ins[0], eqn.params["new_sizes"]
     if eqn.params.get("dimensions") is not None:
@@ -61,27 +61,27 @@ def reshape(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     raise NotInParts(f"a reshape groups the examples so that {g.parts} parts do not come out whole")
 
 
-def squeeze(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def squeeze(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read the removal of dimensions of size 1."""
     v = ins[0]
     dims = [d % len(v.shape) for d in eqn.params["dimensions"]]
     return g.bind(eqn, ins, [examples(v.form.axis - sum(d < v.form.axis for d in dims), v.form.pre)])
 
 
-def transpose(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def transpose(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a transposition."""
     v = ins[0]
     return g.bind(eqn, ins, [examples(list(eqn.params["permutation"]).index(v.form.axis), v.form.pre)])
 
 
-def rev(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def rev(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a reversal of other dimensions."""
     if ins[0].form.axis in eqn.params["dimensions"]:
         raise NotInParts("the examples are reversed")
     return g.bind(eqn, ins, [ins[0].form])
 
 
-def pad(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def pad(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read padding of other dimensions."""
     v = ins[0]
     if v.kind is not Kind.EXAMPLES:
@@ -91,7 +91,7 @@ def pad(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, [v, g.shared(ins[1])], [v.form])
 
 
-def slice_(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def slice_(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a slice of other dimensions."""
     v, p = ins[0], eqn.params
     axis = v.form.axis
@@ -101,7 +101,7 @@ def slice_(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, ins, [v.form], limit_indices=g.small(p["limit_indices"], axis))
 
 
-def dynamic_slice(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def dynamic_slice(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a slice at a computed place of other dimensions."""
     v, sizes = ins[0], eqn.params["slice_sizes"]
     if v.kind is not Kind.EXAMPLES or sizes[v.form.axis] != v.shape[v.form.axis]:
@@ -110,7 +110,7 @@ def dynamic_slice(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, [v, *rest], [v.form], slice_sizes=g.small(sizes, v.form.axis))
 
 
-def dynamic_update_slice(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def dynamic_update_slice(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read writing at a computed place of other dimensions."""
     form = one_of(ins[:2]).form
     if ins[0].shape[form.axis] != ins[1].shape[form.axis]:
@@ -122,7 +122,7 @@ def dynamic_update_slice(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[
 def along(dimension: str) -> Any:
     """Return the rule of what works along a dimension that the parameter `dimension` says."""
 
-    def rule(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+    def rule(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         form = one_of(ins).form
         if eqn.params.get(dimension, len(ins[0].shape) - 1) == form.axis:
             raise NotInParts(f"{eqn.primitive.name} along the examples")
@@ -131,14 +131,14 @@ def along(dimension: str) -> Any:
     return rule
 
 
-def stack(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def stack(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read arrays laid along a new dimension."""
     form, new = one_of(ins).form, eqn.params["axis"]
     ready = [g.bring(one, form) for one in ins]
     return g.bind(eqn, ready, [examples(form.axis + (new <= form.axis), form.pre)])
 
 
-def unstack(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def unstack(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read an array taken apart along another dimension."""
     form, gone = ins[0].form, eqn.params["axis"]
     if gone == form.axis:
@@ -146,7 +146,7 @@ def unstack(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, ins, [examples(form.axis - (gone < form.axis), form.pre)] * len(eqn.outvars))
 
 
-def tile(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def tile(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read copies along other dimensions."""
     v = ins[0]
     if len(eqn.params["reps"]) != len(v.shape) or eqn.params["reps"][v.form.axis] != 1:
@@ -154,7 +154,7 @@ def tile(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, ins, [v.form])
 
 
-def matrices(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def matrices(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read an operation on matrices in the last two dimensions."""
     form = one_of(ins).form
     last = 1 if eqn.primitive.name == "lu_pivots_to_permutation" else 2
@@ -163,7 +163,7 @@ def matrices(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, [g.bring(one, form) for one in ins], [form] * len(eqn.outvars))
 
 
-def window(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def window(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a window that slides over other dimensions."""
     form, p = one_of(ins).form, eqn.params
     axis = form.axis
@@ -174,7 +174,7 @@ def window(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, [g.bring(one, form) for one in ins], [form] * len(eqn.outvars))
 
 
-def fft(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def fft(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a Fourier transform along other dimensions."""
     v = ins[0]
     if v.form.axis >= len(v.shape) - len(eqn.params["fft_lengths"]):

@@ -10,7 +10,7 @@ from jax import lax
 from jax.extend import core
 
 from ....program.primitives import Trait, primitives
-from ..graph import Graph, one_of, value_of
+from ..graph import PartGraph, one_of, value_of
 from ..values import SUM, Held, Kind, NotInParts, examples
 
 _LINEAR = primitives(Trait.LINEAR) - {"reduce_precision"}
@@ -31,7 +31,7 @@ REDUCTIONS = {
 }
 
 
-def reduce(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def reduce(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a reduction; over the examples its result is incomplete."""
     v, axes, name = ins[0], eqn.params["axes"], eqn.primitive.name
     form = one_of(ins).form
@@ -44,7 +44,7 @@ def reduce(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return [_learnt(g, v, out, tuple(axes))] if id(eqn) in g.ties else [out]
 
 
-def _learnt(g: Graph, v: Held, extreme: Held, axes: tuple[int, ...]) -> Held:
+def _learnt(g: PartGraph, v: Held, extreme: Held, axes: tuple[int, ...]) -> Held:
     """Return a maximum over the examples whose gradient goes in equal parts to all that reach it."""
     top = _stopped(g, g.complete(extreme))
     keep = [1 if d in axes else size for d, size in enumerate(v.shape)]
@@ -68,7 +68,7 @@ def _learnt(g: Graph, v: Held, extreme: Held, axes: tuple[int, ...]) -> Held:
     return g.emit(joined, [top, summed, counted], [Held(extreme.shape, extreme.dtype)])[0]
 
 
-def _stopped(g: Graph, value: Held) -> Held:
+def _stopped(g: PartGraph, value: Held) -> Held:
     out = Held(value.shape, value.dtype, value.form)
     g.emit(lambda _, array: [lax.stop_gradient(array)], [value], [out])
     assert out.op is not None
@@ -76,7 +76,7 @@ def _stopped(g: Graph, value: Held) -> Held:
     return out
 
 
-def linear(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held] | None:
+def linear(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held] | None:
     """Return the results of an operation on incomplete sums if it is linear in them, else None.
 
     Between passes a sum is completed rather than kept so wherever that saves memory or a pass.
@@ -101,7 +101,7 @@ def linear(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held] | None:
     return g.bind(eqn, ready, [SUM] * len(eqn.outvars))
 
 
-def _linear_in(g: Graph, eqn: core.JaxprEqn, ins: list[Held], here: set[int]) -> set[int] | None:
+def _linear_in(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held], here: set[int]) -> set[int] | None:
     """Return the operands that `eqn` is linear in, all together, given which are sums."""
     name, dtype = eqn.primitive.name, ins[min(here)].dtype
     if name == "convert_element_type":
@@ -129,7 +129,7 @@ def _linear_in(g: Graph, eqn: core.JaxprEqn, ins: list[Held], here: set[int]) ->
     return None
 
 
-def dot_general(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def dot_general(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a product: of examples with something shared, or summed over the examples."""
     contract, batch = eqn.params["dimension_numbers"]
     me = 0 if ins[0].kind is Kind.EXAMPLES else 1
@@ -154,7 +154,7 @@ def dot_general(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, [v, other] if me == 0 else [other, v], [out])
 
 
-def convolution(g: Graph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+def convolution(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a convolution of each example, or one that sums over them, as a gradient's does."""
     lhs, rhs = ins
     p, spec = eqn.params, eqn.params["dimension_numbers"]
