@@ -318,7 +318,7 @@ CASES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A loss, its parameters and what changes beside them (None if nothing) as shapes, and what makes both."""
+    """A loss, the shapes of its parameters and of what changes beside them, and what makes both."""
 
     loss: Callable[..., Any]
     params: Any

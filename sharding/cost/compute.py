@@ -143,7 +143,8 @@ def product_seconds(
 
     The efficiency e / prod(1 + h / size) over rows, columns and contraction: each role is cut into tiles and
     has a ramp of h elements in which the matrix units fill or drain, so that size / (size + h) of its time is
-    useful. A product's gradients swap its roles, which leaves the efficiency as it is.
+    useful. A product's gradients swap its roles, which leaves the efficiency as it is. Without rows, columns
+    or contraction it is a sum of products to compilers, and the vector units' where these are faster.
     """
     products = profile.products
     sizes = np.maximum(products.role_sizes * placement.role_fraction, 1.0)
@@ -156,7 +157,11 @@ def product_seconds(
         peak = peak * np.where(unaligned, calibration.unaligned_efficiency, 1.0)
     moved = (profile.values.bytes * placement.value_fraction)[products.values].sum(axis=1)
     rate = (chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency
-    computed = np.maximum(flops * ramp / peak, moved / rate)
+    computed = flops * ramp / peak
+    if chip.vector_f32_flops is not None:
+        summed = flops / (chip.vector_f32_flops * calibration.matmul_efficiency)
+        computed = np.where((sizes[:, 1:] < 2).any(axis=1), np.minimum(computed, summed), computed)
+    computed = np.maximum(computed, moved / rate)
     if kernel is None:
         return computed
     core = profile.steps.core[products.equation]

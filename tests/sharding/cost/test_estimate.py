@@ -254,3 +254,21 @@ def test_rows_of_heads_that_are_kept_fill_whole_tiles():
     ]
     # A tile's row has 128 elements, a head's 64: half of what tanh gives, and of its factor, is empty.
     assert kept[0] - kept[1] == pytest.approx(2 * LAYERS * 4 * 32 * 128 * 2)
+
+
+def test_a_convolution_of_each_channel_by_itself_costs_what_vector_units_take():
+    """A channel has one column: matrix units would be filled to a part in thousands."""
+    rows, channels, taps = 65536, 4096, 256
+
+    def convolved(kernel, signal):
+        numbers = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(
+            signal, kernel, (1,), "SAME", dimension_numbers=numbers, feature_group_count=channels
+        ).sum()
+
+    kernel = jax.ShapeDtypeStruct((taps, 1, channels), jnp.float32)
+    program = trace(convolved, kernel, jax.ShapeDtypeStruct((1, rows, channels), jnp.float32))
+    ramped = Calibration(matmul_half_size=64)
+    pricer = Pricer(program, TOPOLOGY, calibration=ramped, dtype="float32")
+    seconds = pricer.price(Candidate(mesh={}, dims={})).time["compute/matmul"]
+    assert seconds == pytest.approx(pricer.flops / CHIP.vector_f32_flops)
