@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -254,6 +255,11 @@ class Program:
     def stored(self) -> tuple[Argument, ...]:
         """The arguments that lie on the devices from step to step: the parameters, then the state."""
         return tuple(argument for argument in self.arguments if not argument.is_data)
+
+    @functools.cached_property
+    def elements(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(math.prod(argument.shape) for argument in self.parameters)
 
     @functools.cached_property
     def stack_of(self) -> Mapping[int, Stack]:

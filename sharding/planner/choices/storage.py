@@ -70,9 +70,14 @@ def store(
         declared: argument index → array dimension → axes that are kept as they are.
         tile_rows: rows that gathers move whole, see `Compiler`.
     """
-    total = sum(math.prod(argument.shape) for argument in program.parameters)
+    total = program.elements
     params, optimizer = {}, {}
     for argument in program.parameters:
+        stack = program.stack_of.get(argument.index)
+        first = argument.index if stack is None else stack.arguments[0]
+        if first in params and _alike(program, argument.index, first, declared):
+            params[argument.index], optimizer[argument.index] = params[first], optimizer[first]
+            continue
         kept = declared.get(argument.index, {})
         storage = [kept.get(n, axes) for n, axes in enumerate(computed(argument, dims, mesh))]
         open_dimensions = [n for n in range(len(argument.shape)) if n not in kept]
@@ -85,6 +90,14 @@ def store(
         optimizer[argument.index] = tuple(storage)
     state = state_storage(program, mesh, dims, params, over=over, tile_rows=tile_rows)
     return ParameterStorage(params={**params, **state}, optimizer={**optimizer, **state})
+
+
+def _alike(
+    program: Program, index: int, other: int, declared: Mapping[int, Mapping[int, tuple[str, ...]]]
+) -> bool:
+    """Whether two parameters of one stack are asked to lie alike."""
+    trained = program.arguments[index].is_trained == program.arguments[other].is_trained
+    return trained and (not declared or declared.get(index) == declared.get(other))
 
 
 def state_storage(
@@ -101,7 +114,9 @@ def state_storage(
     One that has the dims of a parameter, as a moving average of it has, lies as that does; any other as a
     parameter of its size would. The other arguments are as of `store`.
     """
-    total = sum(math.prod(argument.shape) for argument in program.parameters)
+    if len(program.stored) == len(program.parameters):
+        return {}
+    total = program.elements
     of_parameters: dict[object, Storage] = {}
     for argument in program.parameters:
         of_parameters.setdefault((argument.shape, argument.dims), params[argument.index])
