@@ -1,8 +1,8 @@
 """Layers in Python loops against scanned ones: `python benchmarks/unrolled.py [--only WORD] [--compile]`.
 
-Each model is planned as people write it, its layers in a Python loop, and as its scanned twin. Printed are the
-copies found, the seconds of tracing, of finding them and of planning, and the planned step of both. With
-`--compile` a small one of each is compiled for `--target` as written, as planned and as the twin is: peak memory
+Each model is planned as people write it, its layers in a Python loop, and as its scanned twin. Printed are
+the copies found, the seconds of tracing, of finding them and of planning, and the planned step of both. With
+`--compile` a small one of each is compiled for `--target` as planned, as its twin and as written: peak memory
 and seconds of the compiler.
 """
 
@@ -373,8 +373,8 @@ def planned(name: str, model: Written, size: Size) -> None:
         rows.append((made.estimate, time.perf_counter() - began))
     (ours, planning), (twin, of_twin) = rows
     print(
-        f"{name:22} loops of {'+'.join(map(str, loops)) or '-':8} trace {tracing:5.2f} s  find {finding:5.2f} s  "
-        f"plan {planning:5.2f} s (twin {of_twin:5.2f})  step {ours.step_seconds:8.4f} s (twin "
+        f"{name:22} loops of {'+'.join(map(str, loops)) or '-':8} trace {tracing:5.2f} s  "
+        f"find {finding:5.2f} s  plan {planning:5.2f} s (twin {of_twin:5.2f})  step {ours.step_seconds:8.4f} s (twin "
         f"{twin.step_seconds:8.4f}, {ours.step_seconds / twin.step_seconds:5.3f})  MFU {ours.mfu:.1%}",
         flush=True,
     )

@@ -176,7 +176,7 @@ class Finder:
 
     def _in_cycles(self, made: Repeat) -> Repeat | None:
         """Return a repeat as it is, or with as many copies in one as its literals take to come again."""
-        length, count = cycle_of(made), len(made.copies)
+        length, count = cycle_of(self.graph, made), len(made.copies)
         if length > 1 and count // length >= _LEAST_COPIES:
             p = made.spine
             copies = [copy[:p] for copy in made.copies]

@@ -7,6 +7,7 @@ spine, so that where and in which order it was computed does not matter.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,8 @@ class Graph:
         self.results = {value for value in flat.outs if not isinstance(value, Written)}
         self.position = {n: place for place, n in enumerate(self.spine)}
         self.owner: dict[int, int] = {}
+        self._origins: dict[int, Any] = {}
+        self._names: dict[Any, int] = {}
         self._slots()
 
     @property
@@ -67,6 +70,19 @@ class Graph:
     def place_of(self, value: int) -> int:
         """Return which result of its equation a value is."""
         return self.eqns[self.flat.producer[value]].outs.index(value)
+
+    def origin(self, atom: Atom) -> Any:
+        """Return what is equal for values that are computed alike, apart from the spine."""
+        maker = self.maker(atom)
+        if isinstance(atom, Written) or maker < 0 or maker in self.position:
+            return atom.name if isinstance(atom, Written) else ("value", atom)
+        if atom not in self._origins:
+            one = self.eqns[maker]
+            given = tuple([self.origin(inner) for inner in (*one.ins, *one.literals)])
+            name = one.key, given, one.outs.index(atom)
+            # Interned: what is made of many others would be as long as all that they are made of.
+            self._origins[atom] = "made", self._names.setdefault(name, len(self._names))
+        return self._origins[atom]
 
     def bytes_of(self, value: int) -> int:
         """Return the bytes of a value."""

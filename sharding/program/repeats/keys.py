@@ -195,5 +195,10 @@ class Keys:
         return "object", id(value)
 
 
+def described(eqn: core.JaxprEqn) -> Any:
+    """Return what two equations have in common that look alike: the primitive, shapes and types."""
+    return eqn.primitive.name, tuple([_aval(v.aval) for v in (*eqn.invars, *eqn.outvars)])
+
+
 def _aval(aval: Any) -> Any:
     return getattr(aval, "shape", None), getattr(aval, "dtype", aval)

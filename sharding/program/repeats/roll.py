@@ -17,6 +17,7 @@ from .flat import FlatEquation, flatten
 from .graph import Graph
 from .inside import cast_within, run_given
 from .keys import Keys, Written
+from .notes import notes_of
 from .rows import Evaluation
 from .wiring import Place, Repeat, Source
 
@@ -32,7 +33,9 @@ def rolled(traced: Traced) -> Traced:
     count = len(traced.jaxpr.in_avals)
     is_param = [n < params for n in range(count)]
     found = search(traced.jaxpr, is_param, [not one for one in is_param], Keys())
-    if found is None:
+    if found.notes:
+        traced = dataclasses.replace(traced, notes=(*traced.notes, *found.notes))
+    if not (found.repeats or found.inner):
         return traced
     shapes = [
         jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
@@ -44,8 +47,8 @@ def rolled(traced: Traced) -> Traced:
 
 def search(
     program: core.ClosedJaxpr, is_param: Sequence[bool], is_data: Sequence[bool], keys: Keys
-) -> Rolling | None:
-    """Return how `program` is run with its repeats as scans, those in its loops too; None if it has none."""
+) -> Rolling:
+    """Return how `program` is run with its repeats as scans, those in its loops too."""
     graph = Graph(flatten(program, keys), is_param, is_data)
     repeats = Finder(graph).find()
     inner = {}
@@ -53,9 +56,10 @@ def search(
         if n in graph.owner or not one.works:
             continue
         found = _search_inside(graph, one, keys)
-        if found is not None:
+        if found is not None and (found.repeats or found.inner):
             inner[n] = found
-    return Rolling(graph=graph, repeats=repeats, inner=inner) if repeats or inner else None
+    notes = [*notes_of(graph, repeats), *(note for one in inner.values() for note in one.notes)]
+    return Rolling(graph=graph, repeats=repeats, inner=inner, notes=tuple(notes))
 
 
 def _search_inside(graph: Graph, one: FlatEquation, keys: Keys) -> Rolling | None:
@@ -78,11 +82,15 @@ def _search_inside(graph: Graph, one: FlatEquation, keys: Keys) -> Rolling | Non
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Rolling:
-    """A program with its repeats; `inner` are those of programs that its equations run."""
+    """A program with its repeats; `inner` are those of programs that its equations run.
+
+    `notes` say what was found, and what nearly.
+    """
 
     graph: Graph
     repeats: list[Repeat]
     inner: dict[int, Rolling]
+    notes: tuple[str, ...]
 
     def run(self, args: Sequence[Any]) -> list[Any]:
         """Run the program, its repeats as scans."""

@@ -178,13 +178,13 @@ def _serves_only(graph: Graph, n: int, copy: set[int]) -> bool:
     )
 
 
-def cycle_of(repeat: Repeat) -> int:
-    """Return after how many copies the literals that differ come again; 1 if they do not."""
+def cycle_of(graph: Graph, repeat: Repeat) -> int:
+    """Return after how many copies the literals, or the masks, that differ come again; 1 if they do not."""
     whole, count = 1, len(repeat.copies)
     for row in repeat.rows:
-        if not all(isinstance(atom, Written) for atom in row):
+        if any(not isinstance(atom, Written) and graph.depends_on_params[atom] for atom in row):
             continue
-        names = [name_of(atom) for atom in row]
+        names = [graph.origin(atom) for atom in row]
         for length in range(2, min(count // 2, _LONGEST_CYCLE) + 1):
             if all(names[r] == names[r - length] for r in range(length, count)):
                 whole = math.lcm(whole, length)

@@ -176,7 +176,7 @@ def test_what_is_no_layer_is_left_as_it_is_written(layers: int) -> None:
         return jnp.mean(x**2)
 
     traced, found = rolled(loss, weights(layers=1), jnp.ones((2, WIDTH)))
-    assert found is traced
+    assert found.jaxpr is traced.jaxpr
 
 
 def test_the_switch_leaves_the_program_as_it_is_written() -> None:
@@ -273,3 +273,45 @@ def test_written_out_layers_are_worked_through_as_planned(mesh: dict[str, int]) 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), after["params"], expected
     )
+
+
+def test_notes_say_what_is_run_as_a_scan_and_what_nearly_could_be() -> None:
+    _, found = rolled(plain, weights(), jnp.ones((2, WIDTH)))
+    (note,) = found.notes
+    assert note.startswith("4 layers written out one after another (")
+    assert "test_repeats.py" in note
+
+    def different(params: Any, x: Any) -> Any:
+        """Each layer has a rule of its own for its gradient."""
+        for n, p in enumerate(params):
+
+            @jax.custom_vjp
+            def touched(x: Any) -> Any:
+                return jnp.sin(x)
+
+            touched.defvjp(lambda x: (jnp.sin(x), x), lambda x, g, n=n: (g * jnp.cos(x) * (1 + n),))
+            x = touched(layer(p, x))
+        return jnp.mean(x**2)
+
+    traced, found = rolled(different, weights(), jnp.ones((2, WIDTH)))
+    assert found.jaxpr is traced.jaxpr
+    (note,) = found.notes
+    assert note.startswith("4 stretches at ")
+    assert "custom_vjp_call" in note
+    assert "is not the same in all of them" in note
+
+
+def test_masks_that_come_again_make_one_copy_of_several_layers() -> None:
+    """Every other layer hides later rows: its mask is made in it, and no array of masks is made for all."""
+
+    def masked(params: Any, x: Any) -> Any:
+        for n, p in enumerate(params):
+            rows = jnp.arange(x.shape[0])
+            mask = rows[:, None] >= rows if n % 2 else rows[:, None] == rows
+            x = jnp.where(mask, 1.0, 0.0) @ layer(p, x)
+        return jnp.mean(x**2)
+
+    _, found = rolled(masked, weights(), jnp.ones((2, WIDTH)))
+    (scan,) = scans(found.jaxpr.jaxpr)
+    assert scan.params["length"] == LAYERS // 2
+    assert not [atom for atom in scan.invars if str(atom.aval.dtype) == "bool"]

@@ -1,0 +1,69 @@
+"""What a plan says of layers that are written out: those run as a scan, and those that nearly could be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jax.extend import source_info_util
+
+from .flat import FlatEquation
+from .graph import Graph
+from .keys import described
+from .wiring import Repeat
+
+# Products in stretches that nearly repeat, below which nobody misses a loop.
+_LEAST_WORK = 8
+
+
+def notes_of(graph: Graph, repeats: Sequence[Repeat]) -> list[str]:
+    """Return a sentence for each repeat, and one for the longest stretch that nearly repeats."""
+    found = []
+    for repeat in repeats:
+        works = [n for n in repeat.copies[0] if graph.eqns[n].works]
+        found.append(
+            f"{len(repeat.copies)} layers written out one after another ({_where(graph.eqns[works[0]])}) run "
+            "as one scan over their parameters, which are stacked in each step; recognise= without 'layers' "
+            "leaves them as they are written"
+        )
+    return found + _nearly(graph)
+
+
+def _where(one: FlatEquation) -> str:
+    return source_info_util.summarize(one.eqn.source_info)
+
+
+def _nearly(graph: Graph) -> list[str]:
+    left = [n for n in graph.spine if n not in graph.owner]
+    if sum(graph.eqns[n].works for n in left) < _LEAST_WORK:
+        return []
+    numbers: dict[object, int] = {}
+    coarse = np.array([numbers.setdefault(described(graph.eqns[n].eqn), len(numbers)) for n in left])
+    best = (0, 0, 0)
+    for p in range(1, len(left) // 2 + 1):
+        same = coarse[:-p] == coarse[p:]
+        if np.count_nonzero(same) < p:
+            continue
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]]).astype(np.int8)))
+        lengths = edges[1::2] - edges[::2]
+        longest = int(np.argmax(lengths))
+        if lengths[longest] >= p and lengths[longest] + p > best[0]:
+            best = (int(lengths[longest]) + p, int(edges[2 * longest]), p)
+    length, first, p = best
+    stretch = [graph.eqns[n] for n in left[first : first + length]]
+    if not length or sum(one.works for one in stretch) < _LEAST_WORK:
+        return []
+    return [
+        f"{length // p} stretches at {_where(stretch[0])} look alike and are left as they are written: "
+        f"{_why(stretch, p)}"
+    ]
+
+
+def _why(stretch: Sequence[FlatEquation], p: int) -> str:
+    """Say what keeps copies of `p` equations from being one loop."""
+    for one, other in zip(stretch, stretch[p:], strict=False):
+        if one.eqn.effects:
+            return f"{one.name} ({_where(one)}) has an effect outside of the program"
+        if one.key != other.key:
+            return f"{one.name} ({_where(one)}) is not the same in all of them"
+    return "they do not hand on to one another, or nothing that differs between them is a parameter"
