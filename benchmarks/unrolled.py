@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen, nnx
-from meshwright.sharding import UserError, plan
+from meshwright.sharding import Topology, UserError, plan
 from meshwright.sharding.program.jaxpr import Traced, shapes_of
-from meshwright.sharding.program.recognise import recognised
+from meshwright.sharding.program.recognise import FORMS, recognised
 
 HALF = jnp.bfloat16
 
@@ -374,19 +374,61 @@ def planned(name: str, model: Written, size: Size) -> None:
     (ours, planning), (twin, of_twin) = rows
     print(
         f"{name:22} loops of {'+'.join(map(str, loops)) or '-':8} trace {tracing:5.2f} s  "
-        f"find {finding:5.2f} s  plan {planning:5.2f} s (twin {of_twin:5.2f})  step {ours.step_seconds:8.4f} s (twin "
-        f"{twin.step_seconds:8.4f}, {ours.step_seconds / twin.step_seconds:5.3f})  MFU {ours.mfu:.1%}",
+        f"find {finding:5.2f} s  plan {planning:5.2f} s (twin {of_twin:5.2f})  "
+        f"step {ours.step_seconds:8.4f} s (twin {twin.step_seconds:8.4f}, "
+        f"{ours.step_seconds / twin.step_seconds:5.3f})  MFU {ours.mfu:.1%}",
         flush=True,
     )
+
+
+def compiled(name: str, model: Written, topology: str) -> None:
+    """Compile the step of a model as planned, of its twin, and as written; print peaks and seconds."""
+    rows = {
+        "planned": (model.loss, model.params, FORMS, "full"),
+        "twin": (model.twin, model.stacked(), FORMS, "full"),
+        "written": (model.loss, model.params, (), "none"),
+    }
+    first = 0.0
+    for word, (loss, params, forms, remat) in rows.items():
+        made = plan(
+            loss,
+            params,
+            model.batch,
+            topology=topology,
+            optimizer=optax.adamw(1e-3),
+            mesh={"fsdp": Topology.parse(topology).num_devices},
+            remat=remat,
+            microbatches=1,
+            recognise=forms,
+        )
+        began = time.perf_counter()
+        proof = made.verify(use_cache=False).proof
+        assert proof is not None
+        peak, first = proof.peak_bytes, first or proof.peak_bytes
+        print(
+            f"{name:22} {topology:8} {word:8} peak {peak / 2**30:7.3f} GiB (planned is {first / peak:5.3f} of it, "
+            f"estimate {made.estimate.peak_bytes / 2**30:7.3f})  compiled in {proof.compile_seconds:6.1f} s, "
+            f"all {time.perf_counter() - began:6.1f} s",
+            flush=True,
+        )
 
 
 def main() -> None:
     """Print a row for each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="models whose name has this word")
+    parser.add_argument("--compile", action="store_true", help="compile small ones")
+    parser.add_argument("--target", default="v5e:2x4", help="what they are compiled for")
+    parser.add_argument("--layers", type=int, default=8, help="how many layers of them")
     words = parser.parse_args()
     for name, (make, size) in MODELS.items():
-        if words.only.lower() in name.lower():
+        if words.only.lower() not in name.lower():
+            continue
+        if words.compile:
+            small = {"layers": words.layers, "vocabulary": 8192, "batch": 32, "length": 512}
+            small |= {"width": 1024, "hidden": 4096, "heads": 8, "kv_heads": 8}
+            compiled(name, make(dataclasses.replace(size, **small)), words.target)
+        else:
             planned(name, make(size), size)
 
 
