@@ -44,6 +44,20 @@ class Repeat:
         """Return the values that a copy gives, and their places."""
         return _places(graph, self.copies[copy])
 
+    def is_chain(self) -> bool:
+        """Whether what a copy hands on depends on what it was handed; else they are branches, side by side."""
+        depends: dict[int, bool] = {}
+
+        def reached(j: int) -> bool:
+            if j not in depends:
+                depends[j] = False
+                depends[j] = any(
+                    kind == "carry" or (kind == "in" and reached(where[0])) for kind, where in self.sources[j]
+                )
+            return depends[j]
+
+        return any(reached(j) for (j, _), _ in self.carries)
+
     def has_parameters(self, graph: Graph) -> bool:
         """Whether any of what differs comes of parameters alone."""
         return any(not isinstance(row[0], Written) and graph.is_param[row[0]] for row in self.rows)

@@ -315,3 +315,12 @@ def test_masks_that_come_again_make_one_copy_of_several_layers() -> None:
     (scan,) = scans(found.jaxpr.jaxpr)
     assert scan.params["length"] == LAYERS // 2
     assert not [atom for atom in scan.invars if str(atom.aval.dtype) == "bool"]
+
+
+def test_branches_side_by_side_are_no_layers() -> None:
+    def loss(params: Any, x: Any) -> Any:
+        found = jax.lax.optimization_barrier([jnp.sin(x @ p["up"]) for p in params])
+        return sum(jnp.mean(a * b) for a, b in zip(found, reversed(found), strict=True))
+
+    traced, found = rolled(loss, weights(layers=8), jnp.ones((2, WIDTH)))
+    assert found.jaxpr is traced.jaxpr
