@@ -406,9 +406,9 @@ def compiled(name: str, model: Written, topology: str) -> None:
         assert proof is not None
         peak, first = proof.peak_bytes, first or proof.peak_bytes
         print(
-            f"{name:22} {topology:8} {word:8} peak {peak / 2**30:7.3f} GiB (planned is {first / peak:5.3f} of "
-            f"it, estimate {made.estimate.peak_bytes / 2**30:7.3f})  compiled in {proof.compile_seconds:6.1f} s, "
-            f"all {time.perf_counter() - began:6.1f} s",
+            f"{name:22} {topology:8} {word:8} peak {peak / 2**30:7.3f} GiB "
+            f"(planned is {first / peak:5.3f} of it, estimate {made.estimate.peak_bytes / 2**30:7.3f})  "
+            f"compiled in {proof.compile_seconds:6.1f} s, all {time.perf_counter() - began:6.1f} s",
             flush=True,
         )
 

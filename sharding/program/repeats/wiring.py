@@ -45,7 +45,7 @@ class Repeat:
         return _places(graph, self.copies[copy])
 
     def is_chain(self) -> bool:
-        """Whether what a copy hands on depends on what it was handed; else they are branches, side by side."""
+        """Whether what a copy hands on depends on what it was handed; else copies stand side by side."""
         depends: dict[int, bool] = {}
 
         def reached(j: int) -> bool:
