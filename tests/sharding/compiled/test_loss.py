@@ -8,6 +8,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from meshwright.models import decoder
 from meshwright.models.transformer.config import DecoderConfig
 from meshwright.sharding import plan
@@ -57,6 +58,7 @@ def proof(topology: str, fsdp: int) -> Proof:
     return found
 
 
+@pytest.mark.slow
 def test_a_tpu_keeps_neither_them_nor_their_gradient_through_the_layers() -> None:
     """Nor what the loss's forward pass reads until the end."""
     found = proof("v5e:4x4", 16)

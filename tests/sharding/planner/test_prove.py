@@ -105,6 +105,7 @@ def test_what_is_declared_does_not_make_way() -> None:
         wide_plan(microbatches=1).verify()
 
 
+@pytest.mark.slow
 def test_of_several_the_fastest_as_compiled_is_kept() -> None:
     made = decoder_plan("h100:2x8")
     proved = made.verify(top=3)
@@ -125,6 +126,7 @@ def test_options_are_tried_with_several_and_kept_where_they_help() -> None:
     assert proved.compiler_options == (trial.options if took < without else {})
 
 
+@pytest.mark.slow
 def test_what_helps_is_kept_when_the_next_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real compiles, whose seconds are made to depend on the options alone."""
     harmful, helpful, further = (
