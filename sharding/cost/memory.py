@@ -112,6 +112,8 @@ def moments(
             items["temporaries"] = float(beside if phase == BEFORE else scratch[phase])
             items["communication"] = stored.gathered(phase)
             items["batch"] = batch
+            if profile.captured_bytes:
+                items["captured"] = profile.captured_bytes
             yield items
 
 

@@ -15,6 +15,8 @@ from .fusion import Groups, fuse
 from .kept import Saved, residuals
 from .tables import AFTER, BEFORE, LAYERS, Flat, FlatOp, flatten
 
+# Captured arrays of fewer bytes, such as a table of angles, are counted with nothing.
+_LEAST_CAPTURED = 2**16
 # Kinds of factor that a device can have a part of.
 _DIVISIBLE = ("map", "contract", "reduce", "index", "group", "resize")
 
@@ -115,6 +117,7 @@ class ProgramTables:
     saved: Saved
     carries: tuple[int, ...]
     inputs: tuple[int, ...]
+    captured_bytes: float
     layers: int
 
 
@@ -144,6 +147,7 @@ def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = Tru
         ),
         carries=flat.carries,
         inputs=flat.inputs,
+        captured_bytes=float(sum(one.bytes for one in program.captured if one.bytes >= _LEAST_CAPTURED)),
         layers=flat.layers,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..cost.candidate import Candidate, Storage
 from ..hardware.topology import Topology
+from ..plans.arrays import least_that_matters
 from ..plans.origin import Alternative, Origin
 from ..plans.record import ArrayPlan, DimPlan, Record
 from ..plans.specs import Spec, spec_of
@@ -135,21 +136,37 @@ def alternatives_of(
     )
 
 
-def notes_of(program: Program, layout: Candidate, *, of_state: bool = False) -> tuple[str, ...]:
-    """Say which arrays that matter lie whole on every device although others are stored in parts.
-
-    Those that are stored: the parameters and the state, or with `of_state` the latter alone.
-    """
+def notes_of(program: Program, topology: Topology, layout: Candidate) -> tuple[str, ...]:
+    """Say which parameters that matter lie whole on every device although others are stored in parts."""
     cut = [argument for argument in program.stored if any(layout.stored[argument.index])]
     if not cut:
         return ()
     total = sum(_bytes(argument) for argument in program.stored)
-    over = " x ".join(f"{axis}={size}" for axis, size in layout.mesh.items() if size > 1 and axis != "data")
+    axes = {axis: size for axis, size in layout.mesh.items() if size > 1 and axis != "data"}
+    over = " x ".join(f"{axis}={size}" for axis, size in axes.items())
+
+    def why(argument: Argument) -> str:
+        divided = any(size % parts == 0 for size in argument.shape for parts in axes.values())
+        return "no rule cuts it" if divided else f"{over} divides no dimension of it"
+
     return tuple(
-        f"{argument.path} {argument.shape} lies whole on every device: {over} divides no dimension of it"
+        f"{argument.path} {argument.shape} lies whole on every device: {why(argument)}"
         for argument in program.stored
-        if argument.is_state or not of_state
-        if not any(layout.stored[argument.index]) and _bytes(argument) > _MATTERS * total
+        if not any(layout.stored[argument.index])
+        and _bytes(argument) > min(_MATTERS * total, least_that_matters(topology, total))
+    )
+
+
+def notes_of_captured(program: Program, topology: Topology) -> tuple[str, ...]:
+    """Say which captured arrays matter: a hundredth of a device's memory, or more than all parameters."""
+    parameters = sum(parameter_bytes(program).values())
+    least = min(least_that_matters(topology, parameters), parameters)
+    return tuple(
+        f"the loss captures an array {one.shape} of {one.dtype} ({one.where}), which lies whole on every "
+        f"device as a constant of the program, {gib(one.bytes)}; pass it among the parameters, and the "
+        "others as trainable=, and it is cut as they are"
+        for one in program.captured
+        if one.bytes > least
     )
 
 

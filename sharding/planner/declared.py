@@ -151,8 +151,7 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
     """Return the layout of `program` by the declared mesh and rules, over the default rules.
 
     What is not declared is as plain as can be: moments lie as their parameters, layers keep what JAX keeps,
-    the batch is taken whole. Raises UserError if a rule cannot hold, an axis shards nothing, or the batch
-    does not divide.
+    the batch is taken whole. Raises UserError if a rule cannot hold or the batch does not divide.
     """
     sizes = resolve_axes(declared.mesh, topology.num_devices)
     rules = Rules(declared.rules).with_defaults()
@@ -162,6 +161,9 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
     of_params = Rules(
         {key: rule for key, rule in declared.rules.items() if key not in DATA_NAMES}, defaults=rules.defaults
     )
+    if names is None and any(any(argument.names) for argument in program.parameters):
+        # Names that the parameters carry themselves.
+        names = jax.tree.structure(params).unflatten([argument.names for argument in program.parameters])
     flat = _flat_specs(of_params.specs(params, sizes, names))
     stored = {
         argument.index: by_dimension(spec, len(argument.shape))
@@ -187,7 +189,6 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
         for argument in program.arguments
         if argument.is_data
     }
-    _check_axes_work(candidate, rows)
     return Ruled(candidate=candidate, batch=rows, notes=tuple(of_params.notes(params, sizes, names)))
 
 
@@ -214,19 +215,6 @@ def _ruled_dims(program: Program, rules: Rules, sizes: Mapping[str, int]) -> dic
 def _ruled_label(dim: Dim, rules: Rules) -> str | None:
     """Return the first of the dim's labels that some rule speaks of."""
     return next((label for label in dim.labels if label in rules.declared or label in rules.defaults), None)
-
-
-def _check_axes_work(layout: Candidate, batch: Mapping[str, ArrayPlan]) -> None:
-    """Refuse a mesh axis that shards nothing: the devices along it would repeat each other's work."""
-    working = {axis for storage in layout.stored.values() for axes in storage for axis in axes}
-    working.update(axis for row in batch.values() for axis in axes_in(row.spec))
-    working.update(axis for axes in layout.dims.values() for axis in axes)
-    for axis, size in layout.mesh.items():
-        if size > 1 and axis not in working:
-            raise UserError(
-                f"mesh axis {axis}={size} shards nothing in this program; give it a rule, "
-                f"or its devices to another axis, e.g. {axis}=1, data=-1"
-            )
 
 
 def _check_batch(program: Program, rules: Rules, sizes: Mapping[str, int], microbatches: int) -> None:

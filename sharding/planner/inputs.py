@@ -245,9 +245,10 @@ class Problem:
             room=room,
         )
 
-    def notes(self) -> tuple[str, ...]:
+    def notes(self, topology: Topology) -> tuple[str, ...]:
         """Say what was recognised, of which primitives nothing is known, and what was assumed of inputs."""
         found = [*self.program.notes, *(one.note for one in self.program.unknown)]
+        found += build.notes_of_captured(self.program, topology)
         if self.optimizer is None:
             found.append(
                 f"no optimizer was given: {_ADAM_BYTES:g} bytes of moments for each parameter are assumed"

@@ -16,6 +16,7 @@ from .choices.storage import state_storage
 from .declared import Declared, ruled
 from .inputs import ROOMS, Answer, Problem, capacity_of
 from .search import Priced
+from .unnamed import with_unnamed
 
 # How many of the layouts that do not fit a plan tells of.
 _MISFITS_SHOWN = 3
@@ -42,7 +43,7 @@ class Search:
         found = (answer.found.best, *answer.found.others, *answer.found.misfits[:_MISFITS_SHOWN])
         others = [one for one in found if one is not None and one is not chosen]
         kernel = self.problem.kernel(self.topology, self.declared)
-        notes = build.notes_of(program, layout) + kernel.notes_on(layout.dims)
+        notes = build.notes_of(program, self.topology, layout) + kernel.notes_on(layout.dims)
         if answer.room < 1.0 and chosen.fits:
             notes += (_TIGHT,)
         return build.record_of(
@@ -50,7 +51,7 @@ class Search:
             self.topology,
             layout,
             notes=notes
-            + self.problem.notes()
+            + self.problem.notes(self.topology)
             + self.problem.accumulation(self.declared).notes(layout.microbatches),
             estimate=chosen.estimate,
             alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
@@ -95,6 +96,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     )
     proof = problem.accumulation(declared)
     proof.check(laid.candidate.microbatches)
+    laid = with_unnamed(problem.program, topology, declared, laid)
     candidate = laid.candidate
     if problem.state is not None:
         candidate = _with_state(problem, topology, candidate)
@@ -102,7 +104,13 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     pricer = problem.pricer(topology, declared)
     estimate = pricer.price(candidate)
     notes = (*laid.notes, *kernel.notes_on(candidate.dims))
-    notes += build.notes_of(problem.program, candidate, of_state=True)
+    # Rules say of theirs where they yield.
+    said = " ".join(notes).replace(",", " ").replace(":", " ").split()
+    notes += tuple(
+        note
+        for note in build.notes_of(problem.program, topology, candidate)
+        if note.partition(" ")[0] not in said
+    )
     capacity = capacity_of(topology, pricer)
     if estimate.needed_bytes > capacity and not topology.chip.nominal:
         notes += (
@@ -114,7 +122,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         topology,
         candidate,
         batch=laid.batch,
-        notes=(*notes, *problem.notes(), *proof.notes(laid.candidate.microbatches)),
+        notes=(*notes, *problem.notes(topology), *proof.notes(laid.candidate.microbatches)),
         estimate=estimate,
         recognise=problem.recognise,
         accumulation=declared.accumulation,

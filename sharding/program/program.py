@@ -203,6 +203,20 @@ class Unknown:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Captured:
+    """An array that a function reads from outside: a constant of its program. `where` reads it first."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    where: str
+
+    @property
+    def bytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
     """A traced function over named dimensions.
@@ -233,6 +247,22 @@ class Program:
     def located(self) -> Iterator[tuple[Equation, str]]:
         """Walk every equation with the user's source line, that of the call around it where it has none."""
         return _located(self.scope, "")
+
+    @functools.cached_property
+    def captured(self) -> tuple[Captured, ...]:
+        """The arrays that the function reads from outside, largest first."""
+        found: dict[int, Captured] = {}
+        for scope, consts, where in _holding_constants(self.scope, self.jaxpr.consts, ""):
+            uses = {
+                var: eqn for eqn in reversed(scope.jaxpr.eqns) for var in eqn.invars if type(var) is core.Var
+            }
+            for var, value in zip(scope.jaxpr.constvars, consts, strict=True):
+                aval: Any = var.aval
+                line = source_info_util.summarize(uses[var].source_info) if var in uses else where
+                found.setdefault(
+                    id(value), Captured(shape=tuple(aval.shape), dtype=aval.dtype, where=line or where)
+                )
+        return tuple(sorted(found.values(), key=lambda one: -one.bytes))
 
     @functools.cached_property
     def data_dims(self) -> tuple[int, ...]:
@@ -290,6 +320,24 @@ class Program:
                 if name == label and composition
             )
         )
+
+
+def _holding_constants(scope: Scope, consts: Any, where: str) -> Iterator[tuple[Scope, Any, str]]:
+    """Walk the scopes that have constants, with these and the user's source line of what runs them."""
+    if consts:
+        yield scope, consts, where
+    for equation in scope.equations:
+        inner = equation.where or where
+        for one in equation.scopes:
+            held = next((c for c in _closed_in(equation.eqn) if c.jaxpr is one.jaxpr), None)
+            yield from _holding_constants(one, held.consts if held is not None else (), inner)
+
+
+def _closed_in(eqn: core.JaxprEqn) -> Iterator[core.ClosedJaxpr]:
+    for value in eqn.params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(one, core.ClosedJaxpr):
+                yield one
 
 
 def walk_equations(scope: Scope) -> Iterator[Equation]:

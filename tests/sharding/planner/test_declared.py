@@ -145,7 +145,9 @@ def test_single_arrays_for_parameters_and_batch() -> None:
 
 def test_defaults_that_yield_are_noted() -> None:
     plan = declare_mlp(
-        params=shapes(up=(9, 32), bias=(32,), down=(32, 9)), batch=shapes(x=(ROWS, 9), y=(ROWS, 9))
+        params=shapes(up=(9, 32), bias=(32,), down=(32, 9), other=(8,)),
+        batch=shapes(x=(ROWS, 9), y=(ROWS, 9)),
+        names={**MLP_NAMES, "other": ("embed",)},
     )
     assert plan.params["up"].spec == (None, "tensor")
     (note,) = plan.notes

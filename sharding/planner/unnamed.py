@@ -1,0 +1,128 @@
+"""Parameters that no rule speaks of, laid out by the trace as a search would, and axes that shard none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ..cost.candidate import Candidate
+from ..errors import UserError, nearest, nearest_divisors
+from ..hardware.topology import Topology
+from ..paths import matches
+from ..plans.specs import axes_in
+from ..program.program import Argument, Program
+from ..rules.application import is_pattern, mentioned
+from ..rules.rules import Rules
+from ..xla.compiler import compiler_of
+from .choices.storage import store
+from .choices.tensor import TensorGroups
+from .declared import DATA_NAMES, Declared, Ruled
+
+# The axis that stores parameters which it does not compute with.
+_STORING = "fsdp"
+
+
+def with_unnamed(program: Program, topology: Topology, declared: Declared, laid: Ruled) -> Ruled:
+    """Return a declared layout, with the parameters that no rule speaks of laid out by the trace.
+
+    Those are parameters without names, or with one that no rule knows. ``tensor`` shards of their dimensions
+    what it would in a search, if it shards nothing yet, and ``fsdp`` stores them in parts.
+
+    Raises UserError for an axis that shards no parameter though rules give it some, or nothing at all.
+    """
+    rules = Rules(declared.rules).with_defaults()
+    open_ = {a.index for a in program.parameters if _is_open(a, rules)}
+    candidate = laid.candidate
+    if open_:
+        candidate = _stored(program, topology, _computed(program, candidate, open_), rules, open_)
+    _check_axes(program, candidate, laid, rules)
+    return dataclasses.replace(laid, candidate=candidate)
+
+
+def _is_open(argument: Argument, rules: Rules) -> bool:
+    if any(is_pattern(key) and matches(key, argument.path) for key in rules.declared):
+        return False
+    given = [name for name in argument.names if name is not None]
+    return not given or any(name not in _known(rules) for name in given)
+
+
+def _known(rules: Rules) -> set[str]:
+    return {key for key in (*rules.declared, *rules.defaults) if not is_pattern(key)}
+
+
+def _computed(program: Program, candidate: Candidate, open_: set[int]) -> Candidate:
+    """Return `candidate` with ``tensor`` over dimensions of what is open, if it has no other."""
+    size, axis = candidate.mesh.get("tensor", 1), "tensor"
+    used = {one for axes in candidate.dims.values() for one in axes}
+    used.update(one for storage in candidate.stored.values() for axes in storage for one in axes)
+    if size == 1 or axis in used:
+        return candidate
+    ruled = {dim for a in program.parameters if a.index not in open_ for c in a.dims for dim in c} | {
+        *candidate.dims
+    }
+    groups = TensorGroups(program, ruled).of(size)
+    if not groups:
+        return candidate
+    return dataclasses.replace(candidate, dims={**candidate.dims, **dict.fromkeys(groups[0], (axis,))})
+
+
+def _stored(
+    program: Program, topology: Topology, candidate: Candidate, rules: Rules, open_: set[int]
+) -> Candidate:
+    known = _known(rules)
+    kept = {
+        argument.index: {
+            n: candidate.stored[argument.index][n] for n, name in enumerate(argument.names) if name in known
+        }
+        for argument in program.parameters
+    }
+    over = (_STORING,) if candidate.mesh.get(_STORING, 1) > 1 else ()
+    found = store(
+        program,
+        candidate.mesh,
+        candidate.dims,
+        over=over,
+        declared=kept,
+        tile_rows=compiler_of(topology).tile_rows,
+    ).params
+    stored = {index: found[index] if index in open_ else old for index, old in candidate.stored.items()}
+    return dataclasses.replace(candidate, stored=stored, optimizer=stored, gradients=stored)
+
+
+def _check_axes(program: Program, layout: Candidate, laid: Ruled, rules: Rules) -> None:
+    """Refuse a mesh axis that shards nothing, or no parameter where rules give it some."""
+    of_parameters = {axis for storage in layout.stored.values() for axes in storage for axis in axes}
+    working = of_parameters | {axis for row in laid.batch.values() for axis in axes_in(row.spec)}
+    working.update(axis for axes in layout.dims.values() for axis in axes)
+    meant: dict[str, str] = {}
+    for key, rule in {**rules.defaults, **rules.declared}.items():
+        if key not in DATA_NAMES:
+            for axis in mentioned(rule):
+                meant.setdefault(axis, key)
+    for axis, size in layout.mesh.items():
+        if size == 1 or axis in of_parameters:
+            continue
+        if axis not in working:
+            raise UserError(
+                f"mesh axis {axis}={size} shards nothing in this program; give it a rule, "
+                f"or its devices to another axis, e.g. {axis}=1, data=-1"
+            )
+        if axis in meant and program.parameters:
+            raise UserError(_shards_no_parameter(program, axis, size, meant[axis], _known(rules)))
+
+
+def _shards_no_parameter(program: Program, axis: str, size: int, rule: str, known: set[str]) -> str:
+    largest = max(program.parameters, key=lambda a: (len(a.shape), *sorted(a.shape, reverse=True)))
+    names: Sequence[str] = list(dict.fromkeys(n for a in program.parameters for n in a.names if n))
+    said = [name for name in names if name not in known]
+    if said:
+        why = f"no rule knows {said[0]!r}: {nearest(said[0], known)}"
+    elif names and rule not in names and not is_pattern(rule):
+        why = f"the rule {rule} is for a dimension that no parameter has; theirs are {', '.join(names[:6])}"
+    else:
+        near = nearest_divisors(max(largest.shape, default=1), size)
+        why = f"it divides none of their dimensions ({largest.path} is {largest.shape}; nearest: {near})"
+    return (
+        f"mesh axis {axis}={size} shards no parameter, so that each device holds them whole: {why}; "
+        f"for data parallelism alone write {axis}=1, data=-1"
+    )
