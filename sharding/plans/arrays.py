@@ -78,11 +78,17 @@ def specs_of_moments(plan: Decision, params: Any) -> Any:
 def axes_of_dims(plan: Decision, program: Program) -> dict[int, tuple[str, ...]]:
     """Return the mesh axes of the dims of a traced `program`, by their numbers."""
     at = {(a.position, a.path): a.dims for a in program.arguments}
-    return {
-        at[row.argument, row.path][row.dimension][row.part]: row.axes
-        for row in plan.dims.values()
-        if row.axes
-    }
+    parts: dict[tuple[int, str, int], int] = {}
+    for row in plan.dims.values():
+        place = (row.argument, row.path, row.dimension)
+        parts[place] = max(parts.get(place, 0), row.part + 1)
+    found = {}
+    for row in plan.dims.values():
+        dims = at[row.argument, row.path][row.dimension]
+        # Where a dimension is several in one, a part of the rows may have fewer of them: XLA is told nothing.
+        if row.axes and len(dims) >= parts[row.argument, row.path, row.dimension]:
+            found[dims[row.part]] = row.axes
+    return found
 
 
 def bytes_per_device(plan: Decision, kind: str = "params") -> int:

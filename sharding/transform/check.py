@@ -19,6 +19,7 @@ from ..plans import arrays
 from ..plans.record import Decision, Record
 from ..plans.specs import axes_of, cut_into
 from ..plans.trainable import is_trained
+from ..plans.vocabulary import BY_PART
 from ..program.program import Program
 from ..program.tracing import read
 from ..words import gib, seconds
@@ -71,6 +72,8 @@ def check_accumulation(
 ) -> AccumulationCheck:
     """Compare the planned loss in two parts with the whole, see `Plan.check_accumulation`."""
     begun = time.perf_counter()
+    if plan.accumulation == BY_PART:
+        return _skipped("by part it is the mean of what the parts give, not what the whole gives", begun)
     arrays.check(plan, params, batch, state=state[0] if state else None)
     program = read(PlannedLoss(plan, loss, mesh).traces.on(params, batch, *state))
     params = jax.device_put(params, arrays.shardings(plan, params, mesh))

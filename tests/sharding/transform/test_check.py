@@ -82,6 +82,24 @@ def test_a_gradient_beyond_rounding_is_refused_with_its_path_and_numbers(monkeyp
 
 
 @pytest.mark.devices(8)
+def test_it_takes_as_many_rows_as_the_loss_has_written_into_it() -> None:
+    def in_groups(params: Any, batch: Any) -> Any:
+        assert batch["x"].shape[0] >= 32
+        groups = jax.tree.map(lambda leaf: leaf.reshape(16, -1, WIDTH), batch)
+        return jnp.mean(jax.vmap(lambda group: loss(params, group)[0])(groups))
+
+    assert planned(of=in_groups).check_accumulation(in_groups, init(jax.random.key(0)), batch()).rows == 32
+
+
+@pytest.mark.devices(8)
+def test_the_mean_of_the_parts_is_taken_for_what_it_is() -> None:
+    found = planned(microbatches=2, accumulation="by part").check_accumulation(
+        loss, init(jax.random.key(0)), batch()
+    )
+    assert (found.rows, str(found)[:43]) == (0, "accumulation was not checked: by part it is")
+
+
+@pytest.mark.devices(8)
 def test_nothing_is_said_of_what_is_not_finite() -> None:
     none = {**batch(), "x": np.full((ROWS, WIDTH), np.nan, np.float32)}
     found = planned().check_accumulation(loss, init(jax.random.key(0)), none)

@@ -15,6 +15,7 @@ from meshwright.sharding.transform.metrics import LOGGED
 pytestmark = pytest.mark.numerics
 
 ROWS, WIDTH = 16, 8
+SGD = optax.sgd(0.1)
 
 
 class Counts(NamedTuple):
@@ -96,8 +97,33 @@ def test_whatever_a_loss_gives_is_among_the_metrics(aux: Any, wanted: Any) -> No
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("made", [optax.sgd(0.1), optax.adam(1e-2)])
-@pytest.mark.parametrize("dtype", ["complex64", "bfloat16", "float16"])
+def test_two_parts_give_the_metrics_of_the_whole() -> None:
+    def loss(params: Any, batch: Any) -> Any:
+        found = outputs(params, batch)
+        return jnp.mean(found**2), (
+            found.max(),
+            {"each": found, "odd": (found > 0).sum(1)},
+            {"loss": found.sum()},
+        )
+
+    one, (_, whole), _ = one_step(loss)
+    two, (_, evaluated), _ = one_step(loss, microbatches=2)
+    assert set(one) == set(two) == {"loss", "grad_norm", "aux/0", "aux/1/each", "aux/1/odd", "aux/2/loss"}
+    for got, wanted in zip(jax.tree.leaves((two, evaluated)), jax.tree.leaves((one, whole)), strict=True):
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize(
+    ("dtype", "made"),
+    [
+        ("complex64", SGD),
+        ("complex64", optax.adam(1e-2)),
+        ("bfloat16", optax.adam(1e-2)),
+        ("float16", SGD),
+    ],
+)
 def test_parameters_of_any_float_type_are_trained_as_in_plain_jax(dtype: str, made: Any) -> None:
     def init(key: Any) -> Any:
         w, v, turn = jax.random.normal(key, (3, WIDTH, WIDTH)) / 3
@@ -112,7 +138,7 @@ def test_parameters_of_any_float_type_are_trained_as_in_plain_jax(dtype: str, ma
     gradients = jax.jit(jax.grad(loss))(params, batch())
     changes, _ = made.update(gradients, made.init(params), params)
     after = optax.apply_updates(params, changes)
-    metrics, _, found = one_step(loss, init, made)
+    metrics, _, found = one_step(loss, init, made, microbatches=2 if made is SGD else 1)
     wide = jax.tree.map(lambda leaf: np.asarray(leaf).astype("complex128"), gradients)
     length = np.sqrt(sum(np.sum(np.abs(leaf) ** 2) for leaf in jax.tree.leaves(wide)))
     rounding = 1e-5 if dtype == "complex64" else float(jnp.finfo(dtype).eps)
