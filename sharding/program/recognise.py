@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 from ..errors import UserError, nearest
-from .forms.rewriting import with_attention
+from .forms.rewriting import with_attention, with_losses
 from .jaxpr import Traced
 from .repeats.roll import rolled
 
@@ -23,7 +23,11 @@ FORMS = ("attention", "losses", "layers")
 # tell; the argument itself where there is none of it.
 Recogniser = Callable[[Traced], Traced]
 
-_RECOGNISERS: Mapping[str, Recogniser] = {"attention": with_attention, "layers": rolled}
+_RECOGNISERS: Mapping[str, Recogniser] = {
+    "attention": with_attention,
+    "losses": with_losses,
+    "layers": rolled,
+}
 
 
 def recognised(traced: Traced, which: Iterable[str] = FORMS) -> Traced:

@@ -76,12 +76,12 @@ class AttentionFinder:
         """Return every attention of the program, bodies included."""
         found = []
         for scope in self.values.opening.top.scopes():
-            live = _live(scope)
+            equations = live(scope)
             self._results.update(atom for atom in scope.outvars if not isinstance(atom, core.Literal))
-            for eqn in live:
+            for eqn in equations:
                 for atom in {atom for atom in eqn.invars if not isinstance(atom, core.Literal)}:
                     self._users.setdefault(atom, []).append(eqn)
-            for eqn in live:
+            for eqn in equations:
                 if eqn.primitive.name == "exp" and (one := self._read(eqn, scope)) is not None:
                     found.append(one)
         return found
@@ -410,7 +410,7 @@ def through(eqn: core.JaxprEqn, labels: Labels, sizes: Sequence[int]) -> Labels:
     return labels
 
 
-def _live(scope: Opened) -> list[core.JaxprEqn]:
+def live(scope: Opened) -> list[core.JaxprEqn]:
     """Return the equations of a scope that its results depend on."""
     needed = {atom for atom in scope.outvars if not isinstance(atom, core.Literal)}
     kept = []

@@ -19,6 +19,9 @@ from .opened import shapes
 from .spans import NotThis, Seen, seen_by
 from .values import Sources, shape
 
+# Queries that are scored at a time at most; and at least, where scores are few enough to be kept.
+_CHUNK, _LEAST = 1024, 64
+
 _LOW = ("bfloat16", "float16")
 
 
@@ -270,12 +273,18 @@ def _carried_out(call: Call, *arrays: Any) -> Any:
         window=call.seen.window,
         cap=call.cap,
         scale=call.scale,
+        chunk=_chunk(query.shape[1]),
     )
     if sees is not None:
         out = jnp.where(sees[:, :, None, None], out, _of_unseeing(call, query, key, value))
     # A width and groups of heads are as many as the result has of them.
     out = laid_out(out, (*orders[0][:3], (width,)), call.out, call.sizes)
     return out.astype(call.dtype)
+
+
+def _chunk(rows: int) -> int | None:
+    """Return how many queries XLA scores at a time, so that scores are not kept for the backward pass."""
+    return next((size for size in range(min(_CHUNK, rows // 2), _LEAST - 1, -1) if rows % size == 0), None)
 
 
 def _of_unseeing(call: Call, query: Any, key: Any, value: Any) -> Any:

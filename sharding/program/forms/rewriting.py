@@ -13,6 +13,7 @@ from ...words import gib
 from ..jaxpr import Traced
 from .attention import AttentionFinder
 from .calls import Calls
+from .losses import RegionFinder, in_chunks, placed, product_with_vocabulary
 from .opened import Made, Opening, Rebuilding
 from .spans import NotThis
 from .values import Sources
@@ -33,11 +34,43 @@ def with_attention(traced: Traced) -> Traced:
             finder.missed.append((one.product, one.scores_aval, str(why)))
             continue
         made[id(one.product)] = _Bringing(opening, one.scope, program, inputs)
-    notes = tuple(_left(finder.missed))
+    notes = tuple(_left("attention", "scores", finder.missed))
     if not made:
         return dataclasses.replace(traced, notes=(*traced.notes, *notes)) if notes else traced
     jaxpr = Rebuilding(opening, made).program()
     return dataclasses.replace(traced, jaxpr=jaxpr, notes=(*traced.notes, *notes))
+
+
+def with_losses(traced: Traced) -> Traced:
+    """Return `traced` with each loss over a large vocabulary worked through in chunks of positions."""
+    if not _has_logits(traced.jaxpr.jaxpr, {}):
+        return traced
+    opening = Opening(traced.jaxpr)
+    finder = RegionFinder()
+    made: dict[int, Any] = {}
+    kept: list[core.JaxprEqn] = []
+    for scope in opening.top.scopes():
+        # What replaces one region may lie in the next: they are found one after another.
+        while (found := finder.search(scope)) and not any(found[0].product is one for one in kept):
+            region, program = found[0], in_chunks(found[0])
+            site = placed(region)
+            kept += [region.product, site]
+            made[id(site)] = _Bringing(opening, scope, program, region.inputs)
+    notes = tuple(_left("a loss over the vocabulary", "logits", finder.missed))
+    if not made:
+        return dataclasses.replace(traced, notes=(*traced.notes, *notes)) if notes else traced
+    jaxpr = Rebuilding(opening, made).program()
+    return dataclasses.replace(traced, jaxpr=jaxpr, notes=(*traced.notes, *notes))
+
+
+def _has_logits(jaxpr: core.Jaxpr, known: dict[int, bool]) -> bool:
+    """Whether a program has a product with as many results as a large vocabulary gives, anywhere."""
+    key = id(jaxpr)
+    if key not in known:
+        known[key] = any(product_with_vocabulary(eqn) is not None for eqn in jaxpr.eqns) or any(
+            _has_logits(inner, known) for eqn in jaxpr.eqns for inner in core.jaxprs_in_params(eqn.params)
+        )
+    return known[key]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,14 +97,14 @@ def _has(jaxpr: core.Jaxpr, name: str, known: dict[int, bool]) -> bool:
     return known[key]
 
 
-def _left(missed: Iterable[tuple[core.JaxprEqn, Any, str]]) -> list[str]:
-    """Say of each place where attention is left as it is written, why and what that costs."""
+def _left(what: str, arrays: str, missed: Iterable[tuple[core.JaxprEqn, Any, str]]) -> list[str]:
+    """Say of each place where something is left as it is written, why, and what its arrays take."""
     places = Counter(
         (source_info_util.summarize(eqn.source_info), why, aval.size * aval.dtype.itemsize)
         for eqn, aval, why in missed
     )
     return [
-        f"attention is left as it is written ({where}{'' if count == 1 else f', {count} times'}): {why}; "
-        f"its scores take {gib(size)} of the whole batch{'' if count == 1 else ' each'}"
+        f"{what} is left as it is written ({where}{'' if count == 1 else f', {count} times'}): {why}; "
+        f"its {arrays} take {gib(size)} of the whole batch{'' if count == 1 else ' each'}"
         for (where, why, size), count in places.items()
     ]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import core
+from meshwright.sharding import declare
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import attention_ways as ways
@@ -96,3 +97,48 @@ def test_what_is_no_attention_is_left_without_a_word(name) -> None:
     given = ways.arrays()
     one = traced(loss_of({name: ways.OTHER[name]}), floats(given), given)
     assert recognised(one, ("attention",)).jaxpr is one.jaxpr
+
+
+def packed(params, batch):
+    """Two layers in a checkpointed scan, whose mask is made once outside of it."""
+    place = jnp.arange(batch["segment"].shape[1])
+    same = batch["segment"][:, :, None] == batch["segment"][:, None, :]
+    mask = (same & (place[:, None] >= place))[:, None]
+
+    def layer(x, weights):
+        query, key, value = (jnp.einsum("bsd,dnh->bsnh", x, weights[name]) for name in "qkv")
+        out = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return x + jnp.einsum("bsnh,nhd->bsd", out, weights["o"]), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(layer), batch["x"], params)
+    return jnp.mean(x**2)
+
+
+@pytest.mark.devices(8)
+def test_planned_attention_on_several_devices_is_the_plain_one_and_holds_no_scores() -> None:
+    draw = np.random.default_rng(0)
+    rows, length, width, heads, depth = 8, 256, 16, 4, 2
+    sizes = {"q": (width, heads, 8), "k": (width, 2, 8), "v": (width, 2, 8), "o": (heads, 8, width)}
+    params = {k: jnp.asarray(draw.normal(size=(depth, *s)), jnp.float32) / 4 for k, s in sizes.items()}
+    batch = {
+        "x": jnp.asarray(draw.normal(size=(rows, length, width)), jnp.float32),
+        "segment": jnp.asarray(np.sort(draw.integers(0, 4, (rows, length))), jnp.int32),
+    }
+    expected = jax.value_and_grad(packed)(params, batch)
+    temporary = {}
+    for which in (("attention",), ()):
+        mesh, rules = {"fsdp": 4, "tensor": 2}, {"*q": [None, None, "tensor"], "*o": [None, "tensor"]}
+        made = declare(packed, params, batch, topology="cpu:8", mesh=mesh, rules=rules, recognise=which)
+        devices = made.make_mesh()
+        laid = (
+            jax.device_put(params, made.shardings(params, devices)),
+            jax.device_put(batch, made.shardings(batch, devices, "batch")),
+        )
+        compiled = jax.jit(jax.value_and_grad(made.apply(packed, devices))).lower(*laid).compile()
+        temporary[which] = compiled.memory_analysis().temp_size_in_bytes
+        value, gradients = compiled(*laid)
+        np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+        for name, one in gradients.items():
+            np.testing.assert_allclose(one, expected[1][name], atol=1e-5, err_msg=name)
+    # Scores of a device's two rows and two heads take 1 MiB in float32, forward and backward.
+    assert temporary["attention",] < temporary[()] - (1 << 20)
