@@ -39,6 +39,8 @@ def _why_not(found: Layers | None, stages: int) -> str | None:
     """Return why a program cannot be cut into so many stages; None if it can."""
     if found is None:
         return f"stage={stages} cuts the layers of a scan over stacked parameters, and this program has none"
+    if found.written_out:
+        return f"stage={stages} cuts parameters that are stacked, and these layers' are arrays of their own"
     if found.count % stages:
         near = nearest_divisors(found.count, stages)
         return f"stage={stages} does not divide {found.name}={found.count}; nearest: {near}"

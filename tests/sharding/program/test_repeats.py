@@ -223,15 +223,16 @@ def stacked(params: Any) -> Any:
     return {**params, "blocks": jax.tree.map(lambda *rows: jnp.stack(rows), *params["blocks"])}
 
 
-def test_a_plan_of_written_out_layers_is_that_of_scanned_ones() -> None:
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}])
+def test_a_plan_of_written_out_layers_is_that_of_scanned_ones(mesh: dict[str, int]) -> None:
     params, batch = init(jax.random.key(0)), batch_of()
-    plan = ms.plan(language_loss, params, batch, topology="v5e:2x4", mesh={"fsdp": 8}, remat="full")
+    plan = ms.plan(language_loss, params, batch, topology="v5e:2x4", mesh=mesh, remat="full")
     twin = ms.plan(
         lambda p, b: language_loss(p, b, scanned=True),
         stacked(params),
         batch,
         topology="v5e:2x4",
-        mesh={"fsdp": 8},
+        mesh=mesh,
         remat="full",
     )
     assert plan.estimate.step_seconds < 1.1 * twin.estimate.step_seconds
@@ -242,6 +243,11 @@ def test_a_plan_of_written_out_layers_is_that_of_scanned_ones() -> None:
         if path.startswith("blocks/"):
             of_one = plan.params[path.replace("blocks/", "blocks/2/")]
             assert of_one.spec == row.spec[1:], path
+
+
+def test_stages_of_written_out_layers_are_refused() -> None:
+    with pytest.raises(ms.UserError, match="these layers' are arrays of their own"):
+        ms.plan(language_loss, init(jax.random.key(0)), batch_of(), topology="v5e:2x4", mesh={"stage": 2})
 
 
 def test_kept_values_are_named_without_the_layers_numbers() -> None:
