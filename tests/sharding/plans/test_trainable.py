@@ -106,9 +106,9 @@ def _close(got: Any, wanted: Any) -> None:
     ("optimizer", "how"),
     [
         ("adamw", "three axes"),
-        ("clipped momentum", "two parts"),
-        ("factored", "three axes"),
         ("labelled", "two parts"),
+        pytest.param("clipped momentum", "two parts", marks=pytest.mark.slow),
+        pytest.param("factored", "three axes", marks=pytest.mark.slow),
     ],
 )
 def test_adapters_on_a_frozen_base_train_as_they_do_alone(optimizer: str, how: str) -> None:

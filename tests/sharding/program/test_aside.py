@@ -118,7 +118,12 @@ def assert_close(got: Any, wanted: Any) -> None:
 
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(
-    ("optimizer", "how"), [("adamw", "three axes"), ("momentum", "fsdp"), ("factored", "searched")]
+    ("optimizer", "how"),
+    [
+        ("factored", "searched"),
+        pytest.param("adamw", "three axes", marks=pytest.mark.slow),
+        pytest.param("momentum", "fsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_it_changes_as_in_plain_training(optimizer: str, how: str) -> None:
     made = OPTIMIZERS[optimizer]
