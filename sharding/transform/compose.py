@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from ..errors import UserError
 from ..plans import arrays
 from ..plans.record import Decision, check_runs
 from ..plans.trainable import Split, split
@@ -34,6 +35,7 @@ from .accumulation.run import Run
 from .attention import AttentionKernel
 from .constrain import Constrain
 from .gather import Scattering
+from .meshes import explicit_axes, of_plan
 from .remat import Name, Remat
 
 
@@ -125,6 +127,7 @@ class PlannedLoss:
 
     def __init__(self, plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> None:
         check_runs(plan)
+        mesh = of_plan(plan, mesh)
         self._plan, self._mesh = plan, mesh
         self._microbatches, self._trainable = plan.microbatches, plan.trainable
         self._runs: weakref.WeakKeyDictionary[Traced, Run] = weakref.WeakKeyDictionary()
@@ -195,9 +198,28 @@ def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:
     parameters only.
     """
     planned = PlannedLoss(plan, loss, mesh)
-    if plan.microbatches == 1:
-        return planned.value
-    return differentiable(planned.value, functools.partial(planned.value_and_grad, of_floats=True))
+    one = planned.value
+    if plan.microbatches > 1:
+        one = differentiable(planned.value, functools.partial(planned.value_and_grad, of_floats=True))
+
+    @functools.wraps(loss)
+    def function(*args: Any) -> Any:
+        if axes := explicit_axes():
+            raise UserError(
+                f"plan.apply is called under a mesh whose axes {', '.join(axes)} are explicit; set "
+                "plan.make_mesh() in its place, or jax.make_mesh(…, axis_types=(AxisType.Auto, …))"
+            )
+        try:
+            return one(*args)
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+        raise UserError(
+            "what plan.apply gives is differentiated by reverse only (jax.grad, jax.vjp, and these of one "
+            "another): take jax.jacrev for jax.jvp or jax.jacfwd, or differentiate the loss itself"
+        )
+
+    return function
 
 
 def _passes(

@@ -19,6 +19,7 @@ from ..plans.trainable import split
 from ..program.jaxpr import shapes_of
 from ..program.loss import abstract, insisting
 from .compose import PlannedLoss
+from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
 from .optimizer import change, extra_of, handles_nonfinite, wanted
 
@@ -93,6 +94,7 @@ def train_step(
             needs what a step cannot give it.
     """
     wanted(optimizer)
+    mesh = of_plan(plan, mesh)
     first = _first(plan, init, optimizer)
     shapes = jax.eval_shape(first, jax.random.key(0))
     arrays.check(plan, shapes["params"], batch, state=shapes.get("state"))
@@ -139,8 +141,13 @@ def jitted_update(
     `state` is donated and stays where `plan` puts it; `batch` may lie anywhere, on the host too. Raises
     UserError, when called, if the state, the batch or the loss are not those that the plan was made for.
     """
+    mesh = of_plan(plan, mesh)
 
     def update(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        with automatic(mesh):
+            return within(state, batch)
+
+    def within(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         # One of other making may lack the flag.
         state = {"stopped": jnp.bool_(False), **state}
         state["params"] = insisting(state["params"], "parameter")
@@ -163,8 +170,13 @@ def jitted_evaluate(plan: Decision, function: Callable[..., Any], *, mesh: Mesh)
 
     Raises UserError, when called, if the arrays are otherwise not those that the plan was made for.
     """
+    mesh = of_plan(plan, mesh)
 
     def evaluate(params: Any, batch: Any, *state: Any) -> tuple[Any, Any]:
+        with automatic(mesh):
+            return within(params, batch, *state)
+
+    def within(params: Any, batch: Any, *state: Any) -> tuple[Any, Any]:
         arrays.check_arrays(plan, "parameter", params)
         arrays.check_rows(plan, batch)
         arrays.check_has_state(plan, state[0] if state else None)
@@ -194,6 +206,7 @@ def first_state(
     mesh: Mesh,
 ) -> State:
     """Create the first state, every array on the devices that hold it."""
+    mesh = of_plan(plan, mesh)
     first = _first(plan, init, optimizer)
     shapes = jax.eval_shape(first, key)
     arrays.check_arrays(plan, "parameter", shapes["params"])

@@ -1,0 +1,62 @@
+"""Meshes as users make them, brought to what a plan's shardings are written for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from ..errors import UserError
+from ..plans.record import Decision
+
+
+def of_plan(plan: Decision, mesh: Mesh | AbstractMesh) -> Any:
+    """Return `mesh` with the plan's axes, of automatic types.
+
+    `jax.make_mesh` gives axes that say in the type of every array how it lies (explicit ones); a plan says it
+    by constraints instead. The order of the axes may be another, axes of one device may be missing or more.
+
+    Raises:
+      UserError: its axes are not the plan's.
+    """
+    have = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    wanted = {axis: size for axis, size in plan.mesh.items() if size > 1}
+    if have != wanted:
+        raise UserError(
+            f"the mesh is {_written(have)}, the plan's {_written(wanted)}; give it plan.make_mesh(), "
+            "or plan for this mesh"
+        )
+    whole = set(plan.mesh) <= set(mesh.axis_names)
+    if whole and all(kind == AxisType.Auto for kind in mesh.axis_types):
+        return mesh
+    names = tuple(mesh.axis_names) if whole else (*have, *(axis for axis in plan.mesh if axis not in have))
+    sizes = tuple({**plan.mesh, **dict(mesh.shape)}[axis] for axis in names)
+    types = (AxisType.Auto,) * len(names)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(sizes, names, axis_types=types)
+    return Mesh(mesh.devices.reshape(sizes), names, axis_types=types)
+
+
+@contextlib.contextmanager
+def automatic(mesh: Mesh | AbstractMesh) -> Iterator[None]:
+    """Within it, what is traced lies as a plan's constraints say, whatever mesh the caller has set."""
+    if not explicit_axes():
+        yield
+        return
+    own = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    with jax.sharding.use_abstract_mesh(own):
+        yield
+
+
+def explicit_axes() -> tuple[str, ...]:
+    """Return the axes of the mesh that the caller has set whose types are explicit."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
+
+
+def _written(axes: dict[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in axes.items()) if axes else "one device"
