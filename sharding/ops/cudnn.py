@@ -28,6 +28,24 @@ _OLDEST = 91200
 
 
 @contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """Within it JAX traces cuDNN's attention where the library is not there, for the oldest that it takes."""
+    asked = fused_attention_stablehlo.check_cudnn_version
+
+    def version() -> int:
+        try:
+            return asked()
+        except RuntimeError:
+            return _OLDEST
+
+    fused_attention_stablehlo.check_cudnn_version = version
+    try:
+        yield
+    finally:
+        fused_attention_stablehlo.check_cudnn_version = asked
+
+
+@contextlib.contextmanager
 def described() -> Iterator[None]:
     """Within it JAX traces and lowers cuDNN's attention for a GPU that is not here, under `jax.shard_map`."""
     asked = fused_attention_stablehlo.check_cudnn_version

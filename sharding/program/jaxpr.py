@@ -18,6 +18,7 @@ from jax._src import source_info_util  # seen in 0.10.2 and 0.12.0
 from jax.core import Tracer
 from jax.extend import core
 
+from ..ops import cudnn
 from .identity import fingerprint
 from .primitives import Trait, primitives
 from .program import Equation, Program, Scope
@@ -61,10 +62,12 @@ class Traces:
         """Return the trace on arguments like `args`, of which nothing is computed."""
         # Where arrays lie is no part of the program.
         shapes = shapes_of(args)
-        found = self._jitted.trace(*shapes)
+        with cudnn.traced():
+            found = self._jitted.trace(*shapes)
         if len(found.jaxpr.in_avals) != len(jax.tree.leaves(shapes)):
             # It reads what is being traced outside, which is another thing each time.
-            jaxpr, result = jax.make_jaxpr(self._fn, return_shape=True)(*shapes)
+            with cudnn.traced():
+                jaxpr, result = jax.make_jaxpr(self._fn, return_shape=True)(*shapes)
             return self._rewrite(Traced(jaxpr=jaxpr, args=shapes, result=result))
         # JAX gives the same jaxpr for the same arguments, and another where settings differ.
         key = id(found.jaxpr.jaxpr)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend import source_info_util
 
 from ..errors import UserError
+from ..ops import cudnn
 from ..paths import by_path, path_of
 from . import dims as named
 from .jaxpr import Traced
@@ -58,7 +59,8 @@ def trace(
     for position in parameters:
         if position not in range(len(args)):
             raise UserError(f"parameters={tuple(parameters)}, but there are {len(args)} arguments")
-    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+    with cudnn.traced():
+        closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
     traced = recognised(Traced(jaxpr=closed, args=args, result=out_shape), recognise)
     return read(traced, names=names, parameters=parameters, state=state, trained=trained, rows=rows)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jax.extend import core, source_info_util
 
 from ...words import gib
 from ..jaxpr import Traced
-from .attention import AttentionFinder
+from .attention import AttentionFinder, WrittenAttention
 from .calls import Calls
+from .library import by_cudnn
 from .losses import RegionFinder, in_chunks, placed, product_with_vocabulary
 from .opened import Made, Opening, Rebuilding
 from .spans import NotThis
@@ -21,13 +22,13 @@ from .values import Sources
 
 def with_attention(traced: Traced) -> Traced:
     """Return `traced` with each attention that is found a call of `ops.attention`."""
-    if not _has(traced.jaxpr.jaxpr, "exp", {}):
+    if not any(_has(traced.jaxpr.jaxpr, name, {}) for name in ("exp", "custom_vjp_call")):
         return traced
     opening = Opening(traced.jaxpr)
     values = Sources(opening)
     finder, calls = AttentionFinder(values), Calls(values)
     made: dict[int, Any] = {}
-    for one in finder.search():
+    for one in (*finder.search(), *_for_cudnn(opening, finder)):
         try:
             program, inputs = calls.of(one)
         except NotThis as why:
@@ -39,6 +40,19 @@ def with_attention(traced: Traced) -> Traced:
         return dataclasses.replace(traced, notes=(*traced.notes, *notes)) if notes else traced
     jaxpr = Rebuilding(opening, made).program()
     return dataclasses.replace(traced, jaxpr=jaxpr, notes=(*traced.notes, *notes))
+
+
+def _for_cudnn(opening: Opening, finder: AttentionFinder) -> Iterator[WrittenAttention]:
+    """Give the attention that is asked of cuDNN."""
+    for scope in opening.top.scopes():
+        for eqn in scope.equations:
+            try:
+                found = by_cudnn(eqn, scope, finder.values, finder.masks)
+            except NotThis as why:
+                finder.missed.append((eqn, eqn.invars[0].aval, str(why)))
+                continue
+            if found is not None:
+                yield found
 
 
 def with_losses(traced: Traced) -> Traced:

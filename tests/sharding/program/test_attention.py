@@ -142,3 +142,29 @@ def test_planned_attention_on_several_devices_is_the_plain_one_and_holds_no_scor
             np.testing.assert_allclose(one, expected[1][name], atol=1e-5, err_msg=name)
     # Scores of a device's two rows and two heads take 1 MiB in float32, forward and backward.
     assert temporary["attention",] < temporary[()] - (1 << 20)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "local_window_size": (70, 0)}, {"mask": True}])
+def test_attention_that_asks_for_cudnn_is_planned_and_run_where_there_is_none(options) -> None:
+    def loss(params, batch, implementation="cudnn"):
+        ids = batch["segment"]
+        mask = (ids[:, :, None] == ids[:, None, :])[:, None] if "mask" in options else None
+        query, key = (batch["x"] * params[name] for name in "qk")
+        query, key = query.astype(jnp.bfloat16), key[:, :, :2].astype(jnp.bfloat16)
+        given = {**options, "mask": mask, "implementation": implementation}
+        return jnp.mean(jax.nn.dot_product_attention(query, key, key, **given).astype(jnp.float32) ** 2)
+
+    draw = np.random.default_rng(0)
+    params = {name: jnp.ones(64) for name in "qk"}
+    batch = {
+        "x": jnp.asarray(draw.normal(size=(8, 128, 4, 64)), jnp.float32),
+        "segment": jnp.asarray(np.sort(draw.integers(0, 3, (8, 128))), jnp.int32),
+    }
+    made = declare(loss, params, batch, topology="cpu:8", mesh={"data": 8})
+    value, gradients = jax.jit(jax.value_and_grad(made.apply(loss)))(params, batch)
+    expected = jax.value_and_grad(loss)(params, batch, "xla")
+    np.testing.assert_allclose(value, expected[0], rtol=1e-2)
+    for name, one in gradients.items():
+        a, b = (np.asarray(each, np.float32) for each in (one, expected[1][name]))
+        np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max(), err_msg=name)
