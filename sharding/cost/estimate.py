@@ -39,6 +39,8 @@ class Pricer:
       execution: how a step is run; as XLA's compiler for the topology does if not given.
       gradient_bytes: of one accumulated gradient; as the parameter's if not given.
       dtype: of matrix products, for their peak; ``bfloat16`` if not given.
+      more_passes: of microbatches over the batch, in parts of one forward and backward; see
+        `transform.accumulation.levels`.
       other: gives the Pricer for a candidate that this one is not for, None where this one is.
 
     >>> import jax
@@ -61,6 +63,7 @@ class Pricer:
         execution: Execution | None = None,
         gradient_bytes: float | None = None,
         dtype: str = "bfloat16",
+        more_passes: float = 0.0,
         other: Callable[[Candidate], Pricer | None] | None = None,
     ) -> None:
         self.profile = program if isinstance(program, ProgramTables) else profile(program)
@@ -72,6 +75,7 @@ class Pricer:
         self.execution = execution_for(topology) if execution is None else execution
         self.gradient_bytes = gradient_bytes
         self.dtype = dtype
+        self._more_passes = more_passes
         self._other = other
         self._placements: dict[object, Placement] = {}
         self._stored: dict[object, tuple[StoredOver, object]] = {}
@@ -200,6 +204,9 @@ class Pricer:
         host = offload(table, placement, kept, chip, calibration)
         dealt = execution.dealt(table, candidate.mesh.get("stage", 1))
         time = step_seconds(table, placement, candidate, calibration, wires, dealt, done, moved, kept, host)
+        if candidate.microbatches > 1 and self._more_passes:
+            once = ("host", "bubble")
+            time["passes"] = self._more_passes * sum(s for name, s in time.items() if name not in once)
         rate = (chip.hbm_bytes_per_second or 1.0) * calibration.optimizer_efficiency
         moved_bytes = _optimizer_bytes(memory, table, self.slot_bytes, self.gradient_bytes)
         # What changes beside the parameters is read and written, and as much of them is read for it.

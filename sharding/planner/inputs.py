@@ -186,6 +186,7 @@ class Problem:
                 dtype=dtype,
                 calibration=dataclasses.replace(record, fragmentation=room * record.fragmentation),
                 execution=execution,
+                more_passes=self.accumulation(declared or Declared()).more_passes,
                 other=other,
             )
 

@@ -120,7 +120,7 @@ def _shares(
 
 def _kind(name: str) -> str:
     """Return the colour of an item of time: computing, talking, or else."""
-    if name.startswith("compute") or name == "optimizer":
+    if name.startswith("compute") or name in ("optimizer", "passes"):
         return "compute"
     return "talk" if "/" in name else "other"
 
@@ -136,7 +136,7 @@ def _as_compiled(estimate: Estimate | None) -> dict[str, dict[str, float]]:
     """Return the items of an Estimate's time below the names that a compiled step has for them."""
     found: dict[str, dict[str, float]] = {}
     for name, size in (estimate.time if estimate is not None else {}).items():
-        if name.startswith("compute/") or name == "optimizer":
+        if name.startswith("compute/") or name in ("optimizer", "passes"):
             within = "compute"
         else:
             within = "host" if name == "offload/host" else _NOT_COMPILED.get(name, name)

@@ -31,6 +31,7 @@ class InParts:
     graph: PartGraph
     parts: int
     rows: int
+    pre: int
     result: Any
     params: tuple[Held, ...]
     batch: tuple[Held, ...]
@@ -70,8 +71,10 @@ def check_rows(rows: int, parts: int) -> None:
         raise UserError(f"microbatches={parts} does not divide the batch of {rows} rows; nearest: {near}")
 
 
-def in_parts(traced: Traced, parts: int) -> InParts:
-    """Read a traced ``loss(params, batch)``, or with a state, as work done in `parts` parts, rows by stride.
+def in_parts(traced: Traced, parts: int, *, by_block: bool = False) -> InParts:
+    """Read a traced ``loss(params, batch)``, or with a state, as work done in `parts` parts.
+
+    Rows go to parts by stride, which keeps a sharded batch where it is, or by block.
 
     Raises NotInParts, with the user's line, if its value or gradients cannot be had so; UserError if the rows
     do not divide.
@@ -79,6 +82,7 @@ def in_parts(traced: Traced, parts: int) -> InParts:
     params, batch, *_ = traced.args
     rows = rows_of(batch)
     check_rows(rows, parts)
+    pre = 1 if by_block else rows // parts
     ties: frozenset[int] = frozenset()
     while True:
         graph = PartGraph(parts, Reading(rule=rule_of, slice=sliced), cut=True, ties=ties)
@@ -87,7 +91,7 @@ def in_parts(traced: Traced, parts: int) -> InParts:
         ins = [Held(tuple(v.aval.shape), v.aval.dtype, heavy=n < count) for n, v in enumerate(jaxpr.invars)]
         for value in ins[count:beyond]:
             if value.shape and value.shape[0] == rows:
-                value.form = examples(0, rows // parts)
+                value.form = examples(0, pre)
         found = graph.read(traced.jaxpr, ins)
         outs, apart = _completed(graph, found)
         shared = [value for value in ins[count:] if value.kind is Kind.SHARED]
@@ -104,6 +108,7 @@ def in_parts(traced: Traced, parts: int) -> InParts:
         graph=graph,
         parts=parts,
         rows=rows,
+        pre=pre,
         result=traced.result,
         params=tuple(ins[:count]),
         batch=tuple(ins[count:beyond]),

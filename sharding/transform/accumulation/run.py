@@ -119,7 +119,7 @@ class Run:
         params, batch, *state = call.args
         leaves, structure = jax.tree.flatten(batch)
         cut = [n for n, value in enumerate(read.batch) if value.kind is Kind.EXAMPLES]
-        rows = [_split(leaves[n], read.parts) for n in cut]
+        rows = [_split(leaves[n], read.pre, read.parts) for n in cut]
 
         def body(carry: Any, xs: tuple[Array, list[Array]]) -> tuple[Any, Any]:
             index, own = xs
@@ -239,10 +239,11 @@ def _targets(one: Sweep) -> list[Held]:
     return [*_inputs(one.totals), *one.stacks]
 
 
-def _split(leaf: Array, parts: int) -> Array:
-    """Return rows by stride, which keeps a sharded batch where it is: ``[parts, rows / parts, ...]``."""
-    rows = leaf.shape[0]
-    return jnp.swapaxes(leaf.reshape(rows // parts, parts, *leaf.shape[1:]), 0, 1)
+def _split(leaf: Array, pre: int, parts: int) -> Array:
+    """Return ``[parts, rows / parts, ...]`` of rows that are ``pre * parts * post``."""
+    rows, *rest = leaf.shape
+    by_part = jnp.moveaxis(leaf.reshape(pre, parts, rows // (pre * parts), *rest), 1, 0)
+    return by_part.reshape(parts, rows // parts, *rest)
 
 
 def _wide(dtype: Any) -> Any:
