@@ -9,30 +9,31 @@ import jax
 
 from ...errors import UserError
 
-Loss = Callable[[Any, Any], Any]
+Loss = Callable[..., Any]
 
 
-def differentiable(value: Loss, with_gradients: Callable[[Any, Any], tuple[Any, Any]]) -> Loss:
-    """Return `value(params, batch)`, whose gradients are those that `with_gradients` gives beside it.
+def differentiable(value: Loss, with_gradients: Callable[..., tuple[Any, Any]]) -> Loss:
+    """Return `value(params, batch, …)`, whose gradients are those that `with_gradients` gives beside it.
 
-    Aux values have none; those with respect to the batch are refused.
+    Aux values have none; those with respect to anything but the parameters are refused.
     """
 
     @jax.custom_vjp
-    def function(params: Any, batch: Any) -> Any:
-        return value(params, batch)
+    def function(params: Any, others: tuple[Any, ...]) -> Any:
+        return value(params, *others)
 
-    def forward(params: Any, batch: Any) -> Any:
-        if any(leaf.perturbed for leaf in jax.tree.leaves(batch, is_leaf=_is_primal)):
+    def forward(params: Any, others: tuple[Any, ...]) -> Any:
+        if any(leaf.perturbed for leaf in jax.tree.leaves(others, is_leaf=_is_primal)):
             raise UserError("accumulate gives gradients with respect to the parameters, not to the batch")
-        return with_gradients(*jax.tree.map(lambda leaf: leaf.value, (params, batch), is_leaf=_is_primal))
+        params, others = jax.tree.map(lambda leaf: leaf.value, (params, others), is_leaf=_is_primal)
+        return with_gradients(params, *others)
 
     def backward(gradients: Any, cotangent: Any) -> Any:
         scale = cotangent[0] if isinstance(cotangent, tuple) else cotangent
         return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients), None
 
     function.defvjp(forward, backward, symbolic_zeros=True)
-    return function
+    return lambda params, *others: function(params, others)
 
 
 def _is_primal(node: Any) -> bool:

@@ -352,12 +352,17 @@ def _bound(eqn: core.JaxprEqn, changed: Mapping[str, Any]) -> Callable[..., Sequ
 
 def known_now(value: Held, most: int = 1 << 20) -> np.ndarray | None:
     """Return a shared array that depends on nothing given, or None; `most` are its elements."""
+    found = _known_now(value, most)
+    return None if found is None or jnp.issubdtype(found.dtype, jax.dtypes.extended) else np.asarray(found)
+
+
+def _known_now(value: Held, most: int) -> Any:
     op = value.op
     if op is None or op.run is None or value.kind is not Kind.SHARED or np.prod(value.shape) > most:
         return None
-    ins = [known_now(one, most) for one in op.ins]
+    ins = [_known_now(one, most) for one in op.ins]
     if any(one is None for one in ins):
         return None
     with jax.ensure_compile_time_eval():
         found = op.run(None, *ins)[op.outs.index(value)]
-    return None if isinstance(found, Tracer) else np.asarray(found)
+    return None if isinstance(found, Tracer) else jnp.asarray(found)

@@ -208,3 +208,50 @@ def test_more_passes_may_be_allowed():
     assert any("take 5 passes" in note for note in made.notes)
     want, got = both(normalised)(params(), batch()), both(made.apply(normalised))(params(), batch())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_gradients_are_added_up_in_float32(dtype):
+    narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), params())
+
+    def loss(p, b):
+        return each(p, b).astype(jnp.float32).mean()
+
+    made = declare(
+        loss, narrow, jax.eval_shape(batch), topology="cpu:8", mesh={"data": 1, "tensor": 8}, microbatches=16,
+        names={"inside": ("embed", "mlp"), "layers": (None, "embed", "mlp"), "outside": ("mlp", None)},
+    )  # fmt: skip
+    exact = jax.grad(loss)(params(), batch())
+    whole, parts = (jax.jit(jax.grad(one))(narrow, batch()) for one in (loss, made.apply(loss)))
+
+    def apart(found):
+        return float(jnp.linalg.norm(found["inside"].astype(jnp.float32) - exact["inside"]))
+
+    assert parts["inside"].dtype == dtype
+    assert apart(parts) < 2 * apart(whole)
+
+
+def test_complex_parameters_have_their_gradients():
+    phases = {"turn": jnp.exp(1j * jnp.arange(WIDTH))}
+
+    def loss(p, b):
+        return jnp.abs(jnp.sum(b["x"] * p["turn"], -1)).mean()
+
+    shapes = jax.eval_shape(lambda: phases), jax.eval_shape(batch)
+    made = plan(loss, *shapes, topology="cpu:8", microbatches=2)
+    want, got = jax.grad(loss)(phases, batch()), jax.jit(jax.grad(made.apply(loss)))(phases, batch())
+    np.testing.assert_allclose(got["turn"], want["turn"], rtol=1e-5)
+    assert np.abs(want["turn"]).min() > 0
+
+
+def test_a_state_is_the_one_that_the_whole_batch_leaves():
+    def loss(p, b, state):
+        h = b["x"] @ p["inside"]
+        seen = {"mean": 0.9 * state["mean"] + 0.1 * h.mean((0, 1)), "steps": state["steps"] + 1}
+        return jnp.square(h - state["mean"]).mean(), ({"rows": h.sum((1, 2))}, seen)
+
+    state = {"mean": jnp.ones(WIDTH), "steps": jnp.int32(4)}
+    made = plan(loss, params(), batch(), topology="cpu:8", microbatches=2, state=state)
+    want = jax.value_and_grad(loss, has_aux=True)(params(), batch(), state)
+    got = jax.jit(jax.value_and_grad(made.apply(loss), has_aux=True))(params(), batch(), state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
