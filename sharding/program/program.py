@@ -8,9 +8,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jax.extend import core, source_info_util
+from jax.extend import core
 
 from .identity import fingerprint
+from .lines import line_of
 from .op_rules.rule import Kind
 
 # The named dimensions of an array: for each array dimension the ids of the dims it consists of, major to
@@ -113,8 +114,8 @@ class Equation:
 
     @property
     def where(self) -> str:
-        """The user's source line that wrote it: ``file.py:12:4 (function)``."""
-        return source_info_util.summarize(self.eqn.source_info)
+        """The user's source line that wrote it: ``file.py:12 (function)``."""
+        return line_of(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -258,7 +259,7 @@ class Program:
             }
             for var, value in zip(scope.jaxpr.constvars, consts, strict=True):
                 aval: Any = var.aval
-                line = source_info_util.summarize(uses[var].source_info) if var in uses else where
+                line = line_of(uses[var]) if var in uses else where
                 found.setdefault(
                     id(value), Captured(shape=tuple(aval.shape), dtype=aval.dtype, where=line or where)
                 )

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import source_info_util
 
 from ..errors import UserError
 from ..ops import cudnn
@@ -15,6 +14,7 @@ from ..paths import by_path, path_of
 from . import dims as named
 from .jaxpr import Traced
 from .labels import axis_names, names_of
+from .lines import line_of
 from .program import Argument, Program, Result, Unknown
 from .recognise import recognised
 from .resolve import Resolver
@@ -129,7 +129,7 @@ def read(
         batch_dims=batch,
         conflicts=tuple(resolver.conflicts),
         unknown=tuple(
-            Unknown(primitive=name, count=len(eqns), where=source_info_util.summarize(eqns[0].source_info))
+            Unknown(primitive=name, count=len(eqns), where=line_of(eqns[0]))
             for name, eqns in walk.unknown.items()
         ),
         notes=traced.notes,

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jax.extend import core, source_info_util
+from jax.extend import core
 
 from ...words import gib
 from ..jaxpr import Traced
+from ..lines import line_of
 from .attention import AttentionFinder, WrittenAttention
 from .calls import Calls
 from .library import by_cudnn
@@ -113,10 +114,7 @@ def _has(jaxpr: core.Jaxpr, name: str, known: dict[int, bool]) -> bool:
 
 def _left(what: str, arrays: str, missed: Iterable[tuple[core.JaxprEqn, Any, str]]) -> list[str]:
     """Say of each place where something is left as it is written, why, and what its arrays take."""
-    places = Counter(
-        (source_info_util.summarize(eqn.source_info), why, aval.size * aval.dtype.itemsize)
-        for eqn, aval, why in missed
-    )
+    places = Counter((line_of(eqn), why, aval.size * aval.dtype.itemsize) for eqn, aval, why in missed)
     return [
         f"{what} is left as it is written ({where}{'' if count == 1 else f', {count} times'}): {why}; "
         f"its {arrays} take {gib(size)} of the whole batch{'' if count == 1 else ' each'}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jax.extend import source_info_util
 
+from ..lines import line_of
 from .flat import FlatEquation
 from .graph import Graph
 from .keys import described
@@ -17,20 +17,19 @@ _LEAST_WORK = 8
 
 
 def notes_of(graph: Graph, repeats: Sequence[Repeat]) -> list[str]:
-    """Return a sentence for each repeat, and one for the longest stretch that nearly repeats."""
-    found = []
+    """Return a sentence for all repeats, and one for the longest stretch that nearly repeats."""
+    if not repeats:
+        return _nearly(graph)
+    places: dict[str, list[str]] = {}
     for repeat in repeats:
-        works = [n for n in repeat.copies[0] if graph.eqns[n].works]
-        found.append(
-            f"{len(repeat.copies)} layers written out one after another ({_where(graph.eqns[works[0]])}) run "
-            "as one scan over their parameters, which are stacked in each step; recognise= without 'layers' "
-            "leaves them as they are written"
-        )
-    return found + _nearly(graph)
-
-
-def _where(one: FlatEquation) -> str:
-    return source_info_util.summarize(one.eqn.source_info)
+        work = next(n for n in repeat.copies[0] if graph.eqns[n].works)
+        places.setdefault(line_of(graph.eqns[work].eqn), []).append(str(len(repeat.copies)))
+    told = ", ".join(f"{' and '.join(counts)} ({where})" for where, counts in places.items())
+    return [
+        f"layers written out one after another run as scans over their parameters, which are stacked in each "
+        f"step: {told}; recognise= without 'layers' leaves them as they are written",
+        *_nearly(graph),
+    ]
 
 
 def _nearly(graph: Graph) -> list[str]:
@@ -54,7 +53,7 @@ def _nearly(graph: Graph) -> list[str]:
     if not length or sum(one.works for one in stretch) < _LEAST_WORK:
         return []
     return [
-        f"{length // p} stretches at {_where(stretch[0])} look alike and are left as they are written: "
+        f"{length // p} stretches at {line_of(stretch[0].eqn)} look alike and are left as they are written: "
         f"{_why(stretch, p)}"
     ]
 
@@ -63,7 +62,7 @@ def _why(stretch: Sequence[FlatEquation], p: int) -> str:
     """Say what keeps copies of `p` equations from being one loop."""
     for one, other in zip(stretch, stretch[p:], strict=False):
         if one.eqn.effects:
-            return f"{one.name} ({_where(one)}) has an effect outside of the program"
+            return f"{one.name} ({line_of(one.eqn)}) has an effect outside of the program"
         if one.key != other.key:
-            return f"{one.name} ({_where(one)}) is not the same in all of them"
+            return f"{one.name} ({line_of(one.eqn)}) is not the same in all of them"
     return "they do not hand on to one another, or nothing that differs between them is a parameter"

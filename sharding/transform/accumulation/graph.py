@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend import core, source_info_util
+from jax.extend import core
 
 from ...program.jaxpr import call_body, context_of
+from ...program.lines import line_of
 from .values import (
     LATE,
     MIXED,
@@ -251,7 +252,7 @@ class PartGraph:
 
         A jitted function's trace is kept with the lines of its first call.
         """
-        lines = [source_info_util.summarize(one.source_info) for one in (*self.calls, eqn)]
+        lines = [line_of(one) for one in (*self.calls, eqn)]
         lines = [line for line in lines if ":" in line]
         return " in ".join(dict.fromkeys([lines[-1], lines[0]])) if lines else ""
 

@@ -284,7 +284,8 @@ def test_written_out_layers_are_worked_through_as_planned(mesh: dict[str, int]) 
 def test_notes_say_what_is_run_as_a_scan_and_what_nearly_could_be() -> None:
     _, found = rolled(plain, weights(), jnp.ones((2, WIDTH)))
     (note,) = found.notes
-    assert note.startswith("4 layers written out one after another (")
+    assert note.startswith("layers written out one after another run as scans")
+    assert "4 (" in note
     assert "test_repeats.py" in note
 
     def different(params: Any, x: Any) -> Any:
