@@ -26,7 +26,9 @@ from .values import moved, shape
 
 # Numbers of logits that a whole batch may have at once, and one row of it may have in a chunk: 1/4 GiB.
 WHOLE_BATCH = 1 << 26
-_ROW_CHUNK = 1 << 26
+ROW_CHUNK = 1 << 26
+# In a loop, up to so many times a chunk are left: somebody has chosen them already.
+_CHOSEN = 8
 # Chunks of positions that are not told apart into rows and a sequence.
 _CHUNKS = 16
 
@@ -85,6 +87,8 @@ class RegionFinder:
             if side is None:
                 continue
             reading = _Reading(scope, eqn, side, equations[n + 1 :])
+            if _in_a_loop(scope) and reading.of_a_row <= _CHOSEN * ROW_CHUNK:
+                continue
             try:
                 found.append(reading.region())
             except NotThis as why:
@@ -117,6 +121,11 @@ class _Reading:
         if isinstance(hidden, core.Literal) or isinstance(product.invars[side], core.Literal):
             raise NotThis("")
         self._operands = {hidden: tuple(of_hidden), product.invars[side]: (NEITHER, NEITHER)}
+
+    @property
+    def of_a_row(self) -> int:
+        """How many logits the positions that would be divided have."""
+        return self.length * self._vocabulary
 
     def region(self) -> Region:
         """Return the region of the product. Raises NotThis if what it gives is not worked on by position."""
@@ -285,6 +294,13 @@ class _Reading:
         return depending
 
 
+def _in_a_loop(scope: Opened) -> bool:
+    one: Opened | None = scope
+    while one is not None and (one.at is None or one.at.primitive.name != "scan"):
+        one = one.outer
+    return one is not None
+
+
 def _values(eqn: core.JaxprEqn) -> list[Any]:
     return [atom for atom in (*eqn.invars, *eqn.outvars) if not isinstance(atom, core.Literal)]
 
@@ -335,7 +351,7 @@ def chunks_of(region: Region) -> tuple[int, int]:
     of_product = region.kinds[region.product.outvars[0]]
     sizes = shape(region.product.outvars[0])
     vocabulary = sizes[of_product.index(VOCABULARY)]
-    most = max(1, min(_ROW_CHUNK // vocabulary, region.length // 2))
+    most = max(1, min(ROW_CHUNK // vocabulary, region.length // 2))
     if OTHER not in of_product:
         most = max(1, region.length // _CHUNKS)
     best = next(size for size in range(most, 0, -1) if region.length % size == 0)

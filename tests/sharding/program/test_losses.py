@@ -17,6 +17,7 @@ ROWS, LENGTH, WIDTH, VOCABULARY = 8, 24, 16, 96
 @pytest.fixture(autouse=True)
 def small(monkeypatch) -> None:
     monkeypatch.setattr(losses, "WHOLE_BATCH", 4096)
+    monkeypatch.setattr(losses, "ROW_CHUNK", 256)
 
 
 def arrays(length=LENGTH, vocabulary=VOCABULARY):
@@ -123,6 +124,13 @@ def test_other_uses_of_logits_are_left_with_a_note() -> None:
     assert "dot_general reads its logits otherwise than by position; its logits take 72.0 KiB" in note
 
 
+def test_chunks_of_a_loop_that_somebody_has_chosen_are_left(monkeypatch) -> None:
+    params, batch = arrays()
+    monkeypatch.setattr(losses, "ROW_CHUNK", LENGTH * VOCABULARY)
+    one = traced(parts, params, batch)
+    assert recognised(one, ("losses",)) is one
+
+
 def test_small_logits_and_layers_are_left_without_a_word(monkeypatch) -> None:
     params, batch = arrays()
     monkeypatch.setattr(losses, "WHOLE_BATCH", ROWS * LENGTH * VOCABULARY)
@@ -131,7 +139,8 @@ def test_small_logits_and_layers_are_left_without_a_word(monkeypatch) -> None:
 
 
 @pytest.mark.devices(8)
-def test_planned_loss_on_several_devices_is_the_plain_one_and_takes_less_memory() -> None:
+def test_planned_loss_on_several_devices_is_the_plain_one_and_takes_less_memory(monkeypatch) -> None:
+    monkeypatch.setattr(losses, "ROW_CHUNK", 1 << 13)
     params, batch = arrays(length=128, vocabulary=1024)
     mesh, rules = {"fsdp": 4, "tensor": 2}, {"*head": ["fsdp", "tensor"], "*bias": ["tensor"]}
     temporary = {}
