@@ -366,4 +366,4 @@ def _known_now(value: Held, most: int) -> Any:
         return None
     with jax.ensure_compile_time_eval():
         found = op.run(None, *ins)[op.outs.index(value)]
-    return None if isinstance(found, Tracer) else jnp.asarray(found)
+    return None if isinstance(found, Tracer) else found

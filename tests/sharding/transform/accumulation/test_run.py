@@ -101,7 +101,12 @@ def a_median_beside_it(p, b):
     return each(p, b).mean(), {"median": jnp.median(each(p, b).sum(-1)), "each": each(p, b)}
 
 
+def picked_by_row_and_place(p, b):
+    return -jax.nn.log_softmax(logits(p, b))[jnp.arange(ROWS)[:, None], jnp.arange(TIME), b["y"]].mean()
+
+
 ACCEPTED = (
+    picked_by_row_and_place,
     a_sum,
     a_masked_mean,
     two_denominators,
