@@ -29,8 +29,9 @@ from meshwright.models import decoder
 from meshwright.sharding import UserError
 from meshwright.sharding.cost import Pricer
 from meshwright.sharding.planner.declared import Declared
-from meshwright.sharding.planner.inputs import Problem, slot_bytes
+from meshwright.sharding.planner.inputs import Problem
 from meshwright.sharding.planner.search import Priced, search
+from meshwright.sharding.planner.slots import slot_bytes
 from meshwright.sharding.program.layers import INPUT
 from meshwright.sharding.words import remat_in_words
 

@@ -13,7 +13,7 @@ from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link
 from .compute import Passes, passes, peak_flops
-from .exchange import Exchange, StoredOver, exchange, stored_over
+from .exchange import Exchange, StoredOver, exchange, parts, stored_over
 from .execution import Execution, execution_for
 from .kept import Residuals
 from .memory import Standing, Worked, worked
@@ -35,6 +35,8 @@ class Pricer:
       program: the traced loss; its gradient is derived, not traced.
       topology: what it runs on.
       optimizer_slots: bytes of optimizer state for each element that is trained, or its arrays' items' sizes.
+      optimizer_bytes: gives the bytes of the optimizer's arrays on a device, were all layers on each stage,
+        where they are not cut as parameters are; `optimizer_slots` says it if not given.
       calibration: efficiencies; the shipped ones of the chip if not given.
       execution: how a step is run; as XLA's compiler for the topology does if not given.
       gradient_bytes: of one accumulated gradient; as the parameter's if not given.
@@ -59,6 +61,7 @@ class Pricer:
         topology: Topology,
         *,
         optimizer_slots: float | Sequence[float] = 8.0,
+        optimizer_bytes: Callable[[Candidate], float] | None = None,
         calibration: Calibration | None = None,
         execution: Execution | None = None,
         gradient_bytes: float | None = None,
@@ -71,6 +74,7 @@ class Pricer:
         self.slot_bytes = (
             float(sum(optimizer_slots)) if isinstance(optimizer_slots, Sequence) else float(optimizer_slots)
         )
+        self._optimizer_bytes = optimizer_bytes
         self.calibration = calibration_for(topology.chip.name) if calibration is None else calibration
         self.execution = execution_for(topology) if execution is None else execution
         self.gradient_bytes = gradient_bytes
@@ -79,6 +83,7 @@ class Pricer:
         self._other = other
         self._placements: dict[object, Placement] = {}
         self._stored: dict[object, tuple[StoredOver, object]] = {}
+        self._slots: dict[object, tuple[float, object]] = {}
         self._exchanges: dict[object, tuple[Exchange, object]] = {}
         self._standing: dict[object, tuple[Standing, object]] = {}
         self._passes: dict[int, tuple[Passes, Placement]] = {}
@@ -149,7 +154,7 @@ class Pricer:
                 placement,
                 candidate,
                 over,
-                self.slot_bytes,
+                self._slot_bytes(candidate, over),
                 self.gradient_bytes,
                 self.topology.num_slices,
             )
@@ -176,6 +181,18 @@ class Pricer:
         )
         items = max(found, key=lambda items: sum(items.values()))
         return {name: float(size) for name, size in items.items()}
+
+    def _slot_bytes(self, candidate: Candidate, over: StoredOver) -> float:
+        """Return the bytes of optimizer state for each trained element whose moments a device holds."""
+        if self._optimizer_bytes is None:
+            return self.slot_bytes
+        known = self._slots.get(id(over))
+        if known is None:
+            table = self.profile.parameters
+            held = float((table.elements * table.trained / parts(over.optimizer, candidate.mesh)).sum())
+            found = self._optimizer_bytes(candidate) / max(held, 1.0)
+            known = _remembered(self._slots, id(over), (found, over))
+        return known[0]
 
     def _kept(self, candidate: Candidate) -> Residuals:
         return self.execution.kept(self.profile, candidate, self.execution.attention is not None)
@@ -208,7 +225,8 @@ class Pricer:
             once = ("host", "bubble")
             time["passes"] = self._more_passes * sum(s for name, s in time.items() if name not in once)
         rate = (chip.hbm_bytes_per_second or 1.0) * calibration.optimizer_efficiency
-        moved_bytes = _optimizer_bytes(memory, table, self.slot_bytes, self.gradient_bytes)
+        slots = self._slot_bytes(candidate, over)
+        moved_bytes = _optimizer_bytes(memory, table, slots, self.gradient_bytes)
         # What changes beside the parameters is read and written, and as much of them is read for it.
         time["optimizer"] = (moved_bytes + 3.0 * memory.get("state", 0.0)) / rate
         # A stack is made of the parameters, its gradient taken apart: each is read and written once.

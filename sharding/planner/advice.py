@@ -85,7 +85,8 @@ def _larger_slice(problem: Problem, topology: Topology, declared: Declared) -> s
 
 def _stored_bytes(problem: Problem) -> float:
     """Return the bytes of all parameters and moments together, which no layout makes fewer."""
-    slots = 0.0 if problem.optimizer is None else problem.slot_bytes
+    arrays = problem.optimizer_arrays
+    slots = 0.0 if arrays is None else arrays.slot_bytes
     return sum(
         math.prod(argument.shape) * (argument.dtype.itemsize + slots * argument.is_trained)
         for argument in problem.program.stored

@@ -6,9 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-
-import jax
+from typing import Any
 
 from ..cost.calibration import Calibration, calibration_for
 from ..cost.candidate import Candidate
@@ -34,10 +32,8 @@ from .choices.microbatches import PartsProof
 from .choices.remat import check_names, ladders, read
 from .declared import DATA_NAMES, Declared
 from .search import Found, StoredBytes, search, stored_bytes
+from .slots import OptimizerArrays
 from .space import Space, space
-
-if TYPE_CHECKING:
-    import optax
 
 # Bytes of moments for each parameter element where no optimizer is given: Adam's two, in float32.
 _ADAM_BYTES = 8.0
@@ -162,18 +158,18 @@ class Problem:
         )
 
     @functools.cached_property
-    def slot_bytes(self) -> float:
-        """The bytes of the optimizer's arrays for each element that is trained; Adam's without one."""
+    def optimizer_arrays(self) -> OptimizerArrays | None:
+        """The arrays of the optimizer, None where none is given."""
         if self.optimizer is None:
-            return _ADAM_BYTES
-        return slot_bytes(self.optimizer, split(self.params, self.trained).trained)
+            return None
+        return OptimizerArrays(self.program, self.optimizer, split(self.params, self.trained).trained)
 
     def pricer(self, topology: Topology, declared: Declared | None = None, room: float = 1.0) -> Pricer:
         """Return what prices candidates, with attention by its kernel where they let it run.
 
         `room` is the share to count of what an allocator leaves free.
         """
-        slots = self.slot_bytes
+        arrays = self.optimizer_arrays
         dtype = _product_dtype(self.program)
 
         def priced_by(
@@ -182,7 +178,8 @@ class Problem:
             return Pricer(
                 table,
                 topology,
-                optimizer_slots=slots,
+                optimizer_slots=_ADAM_BYTES if arrays is None else arrays.slot_bytes,
+                optimizer_bytes=None if arrays is None else arrays.sized(topology),
                 dtype=dtype,
                 calibration=dataclasses.replace(record, fragmentation=room * record.fragmentation),
                 execution=execution,
@@ -246,11 +243,16 @@ class Problem:
             room=room,
         )
 
-    def notes(self, topology: Topology) -> tuple[str, ...]:
-        """Say what was recognised, of which primitives nothing is known, and what was assumed of inputs."""
+    def notes(self, topology: Topology, layout: Candidate) -> tuple[str, ...]:
+        """Say what was recognised, of which primitives nothing is known, and what was assumed of inputs.
+
+        And which arrays of the optimizer lie whole under `layout` though they matter.
+        """
         found = [*self.program.notes, *(one.note for one in self.program.unknown)]
         found += build.notes_of_captured(self.program, topology)
-        if self.optimizer is None:
+        if self.optimizer_arrays is not None:
+            found += self.optimizer_arrays.notes(layout, topology)
+        else:
             found.append(
                 f"no optimizer was given: {_ADAM_BYTES:g} bytes of moments for each parameter are assumed"
             )
@@ -269,13 +271,6 @@ def _has_host(topology: Topology) -> bool:
     """
     known = topology.chip.host_link_bytes_per_second_per_chip is not None
     return known and not compiler_of(topology).host_is_device
-
-
-def slot_bytes(optimizer: optax.GradientTransformation, params: Any) -> float:
-    """Return the bytes of an optimizer's arrays for each element of the parameters."""
-    state = jax.eval_shape(optimizer.init, params)
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
-    return total / max(sum(leaf.size for leaf in jax.tree.leaves(params)), 1)
 
 
 def _product_dtype(program: Program) -> str:

@@ -51,7 +51,7 @@ class Search:
             self.topology,
             layout,
             notes=notes
-            + self.problem.notes(self.topology)
+            + self.problem.notes(self.topology, layout)
             + self.problem.accumulation(self.declared).notes(layout.microbatches),
             estimate=chosen.estimate,
             alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
@@ -122,7 +122,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         topology,
         candidate,
         batch=laid.batch,
-        notes=(*notes, *problem.notes(topology), *proof.notes(laid.candidate.microbatches)),
+        notes=(*notes, *problem.notes(topology, candidate), *proof.notes(laid.candidate.microbatches)),
         estimate=estimate,
         recognise=problem.recognise,
         accumulation=declared.accumulation,

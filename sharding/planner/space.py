@@ -173,5 +173,6 @@ def _nothing(refused: Mapping[str, str], devices: int) -> str:
     reasons = list(dict.fromkeys(refused.values()))
     if len(reasons) == 1:
         return reasons[0]
-    wanted = [reason for reason in reasons if "batch of" in reason] or reasons
-    return f"there is no layout of this program over {devices} devices: {wanted[0]}"
+    # What is said of what the user wrote comes before what is said of an axis of the search's own.
+    telling = [r for words in ("batch of", "shards no parameter") for r in reasons if words in r]
+    return f"there is no layout of this program over {devices} devices: {(telling or reasons)[0]}"

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from ..cost.candidate import Candidate
-from ..errors import UserError, nearest, nearest_divisors
+from ..errors import UserError, nearest
 from ..hardware.topology import Topology
 from ..paths import matches
 from ..plans.specs import axes_in
@@ -14,7 +14,7 @@ from ..program.program import Argument, Program
 from ..rules.application import is_pattern, mentioned
 from ..rules.rules import Rules
 from ..xla.compiler import compiler_of
-from .choices.storage import store
+from .choices.storage import shards_no_parameter, store
 from .choices.tensor import TensorGroups
 from .declared import DATA_NAMES, Declared, Ruled
 
@@ -112,17 +112,11 @@ def _check_axes(program: Program, layout: Candidate, laid: Ruled, rules: Rules) 
 
 
 def _shards_no_parameter(program: Program, axis: str, size: int, rule: str, known: set[str]) -> str:
-    largest = max(program.parameters, key=lambda a: (len(a.shape), *sorted(a.shape, reverse=True)))
     names: Sequence[str] = list(dict.fromkeys(n for a in program.parameters for n in a.names if n))
     said = [name for name in names if name not in known]
+    why = None
     if said:
         why = f"no rule knows {said[0]!r}: {nearest(said[0], known)}"
     elif names and rule not in names and not is_pattern(rule):
         why = f"the rule {rule} is for a dimension that no parameter has; theirs are {', '.join(names[:6])}"
-    else:
-        near = nearest_divisors(max(largest.shape, default=1), size)
-        why = f"it divides none of their dimensions ({largest.path} is {largest.shape}; nearest: {near})"
-    return (
-        f"mesh axis {axis}={size} shards no parameter, so that each device holds them whole: {why}; "
-        f"for data parallelism alone write {axis}=1, data=-1"
-    )
+    return shards_no_parameter(program, axis, size, why)

@@ -41,7 +41,7 @@ def specs(plan: Decision, tree: Any, kind: str = "params") -> Any:
     if kind != "params":
         rows = getattr(plan, kind) or {}
         return map_by_path(lambda path, leaf: PartitionSpec(*_planned(rows, path, leaf)), tree)
-    lying = Lying(plan)
+    lying = lying_under(plan)
     if _is_state(plan, tree):
         # A parameter may be named as a part of the state is, ``step`` say.
         kinds = {"params": "params"} if plan.state is None else {"params": "params", "state": "state"}
@@ -289,17 +289,24 @@ def _is_state(plan: Decision, tree: Any) -> bool:
     return {*by_path(tree["params"])} == {*plan.params} != {*by_path(tree)}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Lying:
-    """How arrays that belong to a plan's parameters lie, as their owner's moments do, and those of none."""
+    """How arrays that belong to parameters lie, as their owner's moments do, and those of none.
 
-    def __init__(self, plan: Decision) -> None:
-        rows = {path: row for path, row in plan.params.items() if is_trained(plan, path, row)}
-        self._owners = Owners({path: row.shape for path, row in rows.items()})
-        self._mesh = plan.mesh
-        self._specs = {path: plan.moments.get(path, row.spec) for path, row in rows.items()}
-        used = {axis for spec in self._specs.values() for axis in axes_in(spec)}
-        self._axes = tuple(axis for axis in plan.mesh if axis in used)
-        self._least = least_that_matters(plan.topology, whole_bytes(plan.params))
+    `specs` has the spec of each trained parameter's moments on `mesh`; arrays of more than `least` bytes
+    matter.
+    """
+
+    owners: Owners
+    specs: Mapping[str, Spec]
+    mesh: Mapping[str, int]
+    least: float
+
+    @functools.cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes that cut some parameter's moments, in the mesh's order."""
+        used = {axis for spec in self.specs.values() for axis in axes_in(spec)}
+        return tuple(axis for axis in self.mesh if axis in used)
 
     def spec(self, path: str, leaf: Any) -> PartitionSpec:
         """Return the spec of an array at `path` of an optimizer's state, say.
@@ -307,13 +314,24 @@ class Lying:
         One that belongs to no parameter is cut over the axes of the parameters if it matters on a device.
         """
         shape = tuple(jnp.shape(leaf))
-        owned = self._owners.of(path, shape)
+        owned = self.owners.of(path, shape)
         if owned.owner is not None:
-            spec = (self._axes,) if owned.owner == ALL else self._specs[owned.owner]
-            return PartitionSpec(*spec_by_owner(owned, shape, spec, self._mesh))
-        if math.prod(shape) * item_bytes(str(jnp.result_type(leaf))) > self._least:
-            return PartitionSpec(*spread(shape, self._axes, self._mesh))
+            spec = (self.axes,) if owned.owner == ALL else self.specs[owned.owner]
+            return PartitionSpec(*spec_by_owner(owned, shape, spec, self.mesh))
+        if math.prod(shape) * item_bytes(str(jnp.result_type(leaf))) > self.least:
+            return PartitionSpec(*spread(shape, self.axes, self.mesh))
         return PartitionSpec()
+
+
+def lying_under(plan: Decision) -> Lying:
+    """Return how arrays that belong to the parameters of `plan` lie under it."""
+    rows = {path: row for path, row in plan.params.items() if is_trained(plan, path, row)}
+    return Lying(
+        owners=Owners({path: row.shape for path, row in rows.items()}),
+        specs={path: plan.moments.get(path, row.spec) for path, row in rows.items()},
+        mesh=plan.mesh,
+        least=least_that_matters(plan.topology, whole_bytes(plan.params)),
+    )
 
 
 def least_that_matters(topology: Topology, parameter_bytes: float) -> float:

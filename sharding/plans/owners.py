@@ -48,12 +48,18 @@ class Owners:
         self._params = params
         self._paths = tuple(params)
         self._elements = sum(math.prod(shape) for shape in params.values())
+        self._known: dict[tuple[str, Shape], Owned] = {}
         self._by_shape: dict[Shape, list[str]] = {}
         for path, shape in params.items():
             self._by_shape.setdefault(shape, []).append(path)
 
     def of(self, path: str, shape: Shape) -> Owned:
         """Return whose the array at `path` is."""
+        if (path, shape) not in self._known:
+            self._known[path, shape] = self._found(path, shape)
+        return self._known[path, shape]
+
+    def _found(self, path: str, shape: Shape) -> Owned:
         if math.prod(shape) <= 1:
             return Owned()
         named = [owner for owner in endings_of(path) if owner in self._params]

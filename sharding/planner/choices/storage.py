@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from ...cost.candidate import Storage
+from ...errors import nearest_divisors
 from ...plans.specs import cut_into
 from ...program.program import Argument, Program
 from ...xla.compiler import compiler_of
@@ -15,6 +16,8 @@ from .draft import Draft, Given, Refused
 # A vector is stored whole unless it is more than this part of all parameters: a gather of so few bytes
 # costs its latency in every layer and saves nothing.
 _LEAST_VECTOR = 0.01
+# The axis that stores parameters which it does not compute with.
+_STORING = "fsdp"
 
 
 def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
@@ -25,7 +28,7 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
             given.program,
             draft.mesh,
             draft.dims,
-            over=("fsdp",),
+            over=(_STORING,),
             moments_over=moments_over,
             declared=draft.kept.arrays,
             tile_rows=compiler_of(given.topology).tile_rows,
@@ -34,6 +37,9 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
             continue
         seen.append(stored)
         made = dataclasses.replace(draft, stored=stored.params, optimizer=stored.optimizer)
+        if (reason := _stores_nothing(given, made)) is not None:
+            yield Refused(sizes=draft.mesh, reason=reason)
+            continue
         if idle := _idle(made):
             size = draft.mesh[idle]
             yield Refused(sizes={idle: size}, reason=f"{idle}={size} would shard nothing in this program")
@@ -195,6 +201,36 @@ def _cut(
         best = max(whole, key=worth)
         cut[best] = (*cut[best], axis)
     return cut
+
+
+def _stores_nothing(given: Given, draft: Draft) -> str | None:
+    """Say why ``fsdp`` cuts no parameter, where the user gave it a size so that it does."""
+    size, parameters = draft.mesh.get(_STORING, 1), given.program.parameters
+    if size == 1 or _STORING not in given.declared.mesh or not parameters:
+        return None
+    if any(_STORING in axes for one in parameters for axes in draft.stored[one.index]):
+        return None
+    divided = [one for one in parameters if any(length % size == 0 for length in one.shape)]
+    if not divided:
+        return shards_no_parameter(given.program, _STORING, size)
+    largest = max(divided, key=lambda one: math.prod(one.shape))
+    if largest.index in draft.kept.arrays:
+        # Rules keep it as it is asked to be.
+        return None
+    why = f"{largest.path} {largest.shape} is too small to gather, scanned over, or cut by other axes"
+    return shards_no_parameter(given.program, _STORING, size, why)
+
+
+def shards_no_parameter(program: Program, axis: str, size: int, why: str | None = None) -> str:
+    """Say that a mesh axis shards no parameter: because it divides none, or `why`."""
+    if why is None:
+        largest = max(program.parameters, key=lambda a: (len(a.shape), *sorted(a.shape, reverse=True)))
+        near = nearest_divisors(max(largest.shape, default=1), size)
+        why = f"it divides none of their dimensions ({largest.path} is {largest.shape}; nearest: {near})"
+    return (
+        f"mesh axis {axis}={size} shards no parameter, so that each device holds them whole: {why}; "
+        f"for data parallelism alone write {axis}=1, data=-1"
+    )
 
 
 def _idle(draft: Draft) -> str | None:

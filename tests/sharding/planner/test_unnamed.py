@@ -105,6 +105,35 @@ def test_an_axis_that_shards_no_parameter_is_one_sentence(make: Callable[[], Pla
         make()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "mesh", "said"),
+    [
+        (
+            (63, 65),
+            {"fsdp": 8},
+            r"^mesh axis fsdp=8 shards no parameter, .*\(63, 65\); nearest: 5 or 13\);",
+        ),
+        ((63, 65), {"fsdp": -1}, r"^mesh axis fsdp=8 shards no parameter, .*"),
+        ((63, 66), {"fsdp": 4, "tensor": 2}, r"^mesh axis fsdp=4 shards no parameter, .*"),
+        ((63, 65), {"fsdp": 2}, r"no layout .*: mesh axis fsdp=2 shards no parameter, .*"),
+    ],
+)
+def test_a_search_refuses_an_axis_that_was_declared_and_shards_no_parameter(
+    sizes: tuple[int, int], mesh: dict[str, int], said: str
+) -> None:
+    def make(**declared: Any) -> Plan:
+        return plan(lambda w, x: (x @ w).mean(), shape(*sizes), shape(16, 63), topology="cpu:8", **declared)
+
+    with pytest.raises(UserError, match=said):
+        make(mesh=mesh)
+    # Not declared, or with a dimension for it, or whole because a rule says so.
+    assert make().mesh
+    assert make(mesh={"data": 8}).mesh["data"] == 8
+    whole = {"embed": None, "mlp": None, "vocab": None}
+    kept = plan(loss, PARAMS, IDS, topology="cpu:8", mesh={"fsdp": 8}, names=NAMES, rules=whole)
+    assert not any(row.spec for row in kept.params.values())
+
+
 def test_what_lies_whole_though_it_matters_is_noted() -> None:
     params = {**PARAMS, "odd": shape(33, 35)}
 
