@@ -170,9 +170,10 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
         for argument, spec in zip(program.parameters, flat, strict=True)
     }
     policy = read(declared.remat or "none")
+    dims, regrouped = _ruled_dims(program, rules, sizes)
     candidate = Candidate(
         mesh=sizes,
-        dims=_ruled_dims(program, rules, sizes),
+        dims=dims,
         stored=stored,
         optimizer=stored,
         gradients=stored,
@@ -189,27 +190,39 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
         for argument in program.arguments
         if argument.is_data
     }
-    return Ruled(candidate=candidate, batch=rows, notes=tuple(of_params.notes(params, sizes, names)))
+    return Ruled(candidate=candidate, batch=rows, notes=(*of_params.notes(params, sizes, names), *regrouped))
 
 
-def _ruled_dims(program: Program, rules: Rules, sizes: Mapping[str, int]) -> dict[int, tuple[str, ...]]:
-    """Say how each dim is sharded while computing.
+def _ruled_dims(
+    program: Program, rules: Rules, sizes: Mapping[str, int]
+) -> tuple[dict[int, tuple[str, ...]], list[str]]:
+    """Say how each dim is sharded while computing, and of which rows XLA decides it.
 
     An axis that shards the batch holds different rows on each of its devices, so that no other dimension
     can be spread over it while computing: parameters that are stored over it are gathered first.
     """
-    of_batch = set(axes_in(rules.spec(("batch",), (cut_into(sizes, sizes),), sizes)))
-    planned = {}
+    of_batch = axes_in(rules.spec(("batch",), (cut_into(sizes, sizes),), sizes))
+    regrouped = {
+        dim for a in program.arguments if a.is_data and a.dims for dim in a.dims[0] if len(a.dims[0]) > 1
+    }
+    planned, notes = {}, []
     for dim in program.dims:
         label = _ruled_label(dim, rules)
         if not dim.places or label is None or dim.whole is not None:
+            continue
+        if dim.id in regrouped and label == "batch" and dim.size % cut_into(of_batch, sizes):
+            written = " x ".join(f"{axis}={sizes[axis]}" for axis in of_batch)
+            notes.append(
+                f"the loss takes its rows in {dim.size} groups, which {written} does not divide: the rows "
+                "lie over it, and XLA lays out what is computed of the groups"
+            )
             continue
         axes = _long(axes_in(rules.spec((label,), (dim.size,), sizes)), sizes)
         if label != "batch":
             axes = tuple(axis for axis in axes if axis not in of_batch)
         if axes:
             planned[dim.id] = axes
-    return planned
+    return planned, notes
 
 
 def _ruled_label(dim: Dim, rules: Rules) -> str | None:

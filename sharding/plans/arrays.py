@@ -91,6 +91,16 @@ def axes_of_dims(plan: Decision, program: Program) -> dict[int, tuple[str, ...]]
     return found
 
 
+def unsaid_dims(plan: Decision, program: Program, axes: Mapping[int, tuple[str, ...]]) -> frozenset[int]:
+    """Return the dims of rows that the plan cuts though it says nothing of the dims: a loss regroups them."""
+    rows = [
+        a
+        for a in program.arguments
+        if a.is_data and a.dims and plan.batch[a.path].spec[:1] not in ((), (None,))
+    ]
+    return frozenset(dim for a in rows if a.dims[0] and a.dims[0][0] not in axes for dim in a.dims[0])
+
+
 def bytes_per_device(plan: Decision, kind: str = "params") -> int:
     """Return the bytes of the parameters (or ``batch``, or ``state``) that one device holds."""
     return sum(

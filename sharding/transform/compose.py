@@ -63,6 +63,7 @@ def passes_of(
     settings = plan.kernels.get("attention")
     kernel = None if settings is None else AttentionKernel(mesh, settings, platform, program, marks)
     of_state = [] if state is None else _flat(arrays.specs(plan, state, "state"))
+    axes = arrays.axes_of_dims(plan, program)
     passes: list[Pass] = []
     if saved:
         passes.append(Name(marks, inputs=INPUT in saved, kernel=kernel))
@@ -70,11 +71,12 @@ def passes_of(
         Constrain(
             program,
             mesh,
-            arrays.axes_of_dims(plan, program),
+            axes,
             stored=_flat(arrays.specs(plan, params)) + of_state,
             reduced=_flat(arrays.specs_of_moments(plan, params)) + of_state,
             scattering=Scattering(mesh, reduction_steps(plan.mesh, plan.topology, plan.compiler_options)),
             kernel=kernel,
+            unsaid=arrays.unsaid_dims(plan, program, axes),
             reduces_cast=on_own_chips and compiler_of(plan.topology).reduces_cast,
         )
     )

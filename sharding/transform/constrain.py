@@ -6,7 +6,7 @@ Parameters are stored one way and used another (`gather`); what they wait for is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,8 +40,8 @@ class Constrain(Pass):
     layer inside scans, after a cast to a smaller type; its gradient is reduced there. Results of products,
     convolutions and look-ups, and what a scan carries, are constrained to the specs of their dims.
     `scattering` says over which axes gradients go in steps; calls of `ops.attention` are carried out by
-    `kernel`, if there is one; `reduces_cast` says whether a gradient's sum is reduced in the smaller type it
-    is cast to (`xla.compiler.Compiler`).
+    `kernel`, if there is one; XLA decides how the dims in `unsaid` lie; `reduces_cast` says whether a
+    gradient's sum is reduced in the smaller type it is cast to (`xla.compiler.Compiler`).
     """
 
     def __init__(
@@ -54,9 +54,11 @@ class Constrain(Pass):
         reduced: Sequence[PartitionSpec],
         scattering: Scattering,
         kernel: AttentionKernel | None = None,
+        unsaid: Collection[int] = (),
         reduces_cast: bool = False,
     ) -> None:
         self._program = program
+        self._unsaid = frozenset(unsaid)
         self._mesh = mesh
         self._axes = axes
         self._stored = [(tuple(spec), tuple(goal)) for spec, goal in zip(stored, reduced, strict=True)]
@@ -231,6 +233,12 @@ class Constrain(Pass):
         if not getattr(value, "ndim", 0):
             return value
         spec = self._spec(dims, value.shape)
+        if not self._unsaid.isdisjoint(dim for composition in dims for dim in composition):
+            entries: list[Any] = [*spec, *[None] * (len(dims) - len(spec))]
+            for n, composition in enumerate(dims):
+                if entries[n] is None and not self._unsaid.isdisjoint(composition):
+                    entries[n] = PartitionSpec.UNCONSTRAINED
+            spec = PartitionSpec(*entries)
         return jax.lax.with_sharding_constraint(value, NamedSharding(self._mesh, spec))
 
     def _spec(self, dims: Dims, shape: tuple[int, ...]) -> PartitionSpec:

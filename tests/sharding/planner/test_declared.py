@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from meshwright.models import DecoderConfig, decoder
@@ -207,3 +208,22 @@ def test_declarations_that_cannot_hold_are_one_sentence(changes: dict[str, Any],
     with pytest.raises(UserError, match=sentence) as caught:
         declare_mlp(**changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 4}])
+def test_a_loss_may_take_its_rows_in_fewer_groups_than_devices(mesh: dict[str, int]) -> None:
+    def loss(params, batch):
+        groups = batch.reshape(4, 8, 16)
+        return jnp.mean(jax.vmap(lambda rows: jnp.std(jnp.tanh(rows @ params), axis=0).mean())(groups))
+
+    params, batch = (
+        jax.random.normal(jax.random.key(0), (16, 16)),
+        jax.random.normal(jax.random.key(1), (32, 16)),
+    )
+    made = declare(loss, params, batch, topology="cpu:8", mesh=mesh, names=("embed", "mlp"))
+    assert any("takes its rows in 4 groups" in note for note in made.notes)
+    found = jax.jit(jax.value_and_grad(made.apply(loss)))(params, batch)
+    wanted = jax.jit(jax.value_and_grad(loss))(params, batch)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-6)
