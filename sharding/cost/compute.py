@@ -160,7 +160,9 @@ def product_seconds(
     computed = flops * ramp / peak
     if chip.vector_f32_flops is not None:
         summed = flops / (chip.vector_f32_flops * calibration.matmul_efficiency)
-        computed = np.where((sizes[:, 1:] < 2).any(axis=1), np.minimum(computed, summed), computed)
+        # By the whole product's roles: a cut never makes it cheaper at once, and the search's bounds hold.
+        short = (products.role_sizes[:, 1:] < 2).any(axis=1)
+        computed = np.where(short, np.minimum(computed, summed), computed)
     computed = np.maximum(computed, moved / rate)
     if kernel is None:
         return computed

@@ -70,7 +70,7 @@ def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     >>> def rows(params, x):
     ...     return x @ params
-    >>> jax.eval_shape(checked(rows), jnp.ones(3), jnp.ones((2, 3)))
+    >>> checked(rows)(jnp.ones(3), jnp.ones((2, 3)))
     Traceback (most recent call last):
     ...
     meshwright.sharding.errors.UserError: the loss (rows) gives an array of shape (2,): return its mean or sum

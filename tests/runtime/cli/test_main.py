@@ -82,7 +82,7 @@ MISTAKES = {
     "unknown axis in a rule": override("rules={embed: fdsp}", says=("fdsp", "fsdp")),
     "topology that is not one": override("topology=v5q:2x2x2", says=("v5q", "v5p")),
     "devices that are not here": override(
-        "topology=v5p:4x4x4", "mesh={fsdp: -1}", "train.global_batch=64", says="v5p:4x4x4"
+        "topology=v5p:4x4x4", "mesh={data: -1}", "train.global_batch=64", says="v5p:4x4x4"
     ),
     "batch that does not divide": override("train.global_batch=6", says=("6", "4")),
     "microbatches that do not divide": override("microbatches=3", says=("3", "8")),
@@ -130,7 +130,9 @@ MISTAKES = {
     ),
     "plan on an unknown axis": planned("mesh={tensr: 2}", says="did you mean 'tensor'"),
     "plan with a rule for nothing": planned("rules={embd: fsdp}", says="did you mean 'embed'"),
-    "plan in parts that do not divide": planned("microbatches=5", says="a batch of 16 rows does not divide"),
+    "plan in parts that do not divide": planned(
+        "microbatches=5", says="does not divide the batch of 16 rows"
+    ),
     "plan that does not fit": planned(
         "plan=auto",
         "model={preset: llama3-70b}",
