@@ -29,7 +29,8 @@ Weights = dict[str, Array]
     ("name", "most"),
     [
         ("mlp", 0.15),
-        ("lstm", 0.16),
+        # On CPU the step that may keep its old state holds the parameters once more.
+        ("lstm", 0.17),
         pytest.param("decoder", 0.18, marks=pytest.mark.slow),
         pytest.param("state_space", 0.19, marks=pytest.mark.slow),
         pytest.param("encoder_decoder", 0.25, marks=pytest.mark.slow),
