@@ -93,11 +93,8 @@ def axes_of_dims(plan: Decision, program: Program) -> dict[int, tuple[str, ...]]
 
 def unsaid_dims(plan: Decision, program: Program, axes: Mapping[int, tuple[str, ...]]) -> frozenset[int]:
     """Return the dims of rows that the plan cuts though it says nothing of the dims: a loss regroups them."""
-    rows = [
-        a
-        for a in program.arguments
-        if a.is_data and a.dims and plan.batch[a.path].spec[:1] not in ((), (None,))
-    ]
+    cut = {path for path, row in plan.batch.items() if row.spec[:1] not in ((), (None,))}
+    rows = [a for a in program.arguments if a.position == 1 and a.dims and a.path in cut]
     return frozenset(dim for a in rows if a.dims[0] and a.dims[0][0] not in axes for dim in a.dims[0])
 
 
