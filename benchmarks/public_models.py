@@ -363,6 +363,14 @@ def problem(case: Case, make: Callable[[nnx.Rngs], nnx.Module], dtype: Any) -> P
     return Problem(loss=still, params=params, rest=None, made=made)
 
 
+def loaded(case: Case) -> Any:
+    """Return the module of a model, which can be made with the Flax that is here."""
+    module = importlib.import_module(f"bonsai.models.{case.module}")
+    make = case.full(module)
+    nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    return module
+
+
 def shapes(row: dict[str, tuple[Any, ...]], rows: int) -> dict[str, Any]:
     """Return the batch's shapes; a row's array is given by its sizes, its type and, of integers, how many."""
 
@@ -442,9 +450,10 @@ def main() -> None:
     for name in asked.names or CASES:
         case = CASES[name]
         try:
-            module = importlib.import_module(f"bonsai.models.{case.module}")
-        except ImportError as error:
-            print(f"{name}: not tried, {error}")
+            module = loaded(case)
+        # A package that is missing, or a version of Flax that the model was not written for.
+        except (ImportError, ValueError) as error:
+            print(f"{name}: not tried, {str(error).partition(chr(10))[0]}")
             continue
         for line in planned(name, case, module):
             print(line, flush=True)
