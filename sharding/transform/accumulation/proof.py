@@ -130,16 +130,17 @@ def proved(traced: Traced, parts: int, max_passes: int | None = None) -> InParts
         if why is not None:
             raise why
     except NotInParts as refused:
-        raise UserError(refusal(parts, refused)) from None
+        raise UserError(refusal(parts, refused, has_state=len(traced.args) > 2)) from None
     return read
 
 
-def refusal(parts: int, why: NotInParts) -> str:
-    """Say that `parts` do not give the whole batch's values, and what there is instead."""
-    return (
-        f"microbatches={parts} would change the result: {why}; "
-        "accumulation='by part' takes the mean of the parts all the same"
-    )
+def refusal(parts: int, why: NotInParts, *, has_state: bool = False) -> str:
+    """Say that `parts` do not give the whole batch's values, and what there is instead.
+
+    A loss's state has no mean of parts.
+    """
+    told = f"microbatches={parts} would change the result: {why}"
+    return told if has_state else f"{told}; accumulation='by part' takes the mean of the parts all the same"
 
 
 def _completed(graph: PartGraph, found: Sequence[Held]) -> tuple[list[Held], dict[int, NotInParts]]:

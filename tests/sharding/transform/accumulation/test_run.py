@@ -260,3 +260,22 @@ def test_a_state_is_the_one_that_the_whole_batch_leaves():
     want = jax.value_and_grad(loss, has_aux=True)(params(), batch(), state)
     got = jax.jit(jax.value_and_grad(made.apply(loss), has_aux=True))(params(), batch(), state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_a_loss_with_a_state_is_not_sent_to_what_it_cannot_have() -> None:
+    def ranked(params, batch, state):
+        best = jnp.sort(batch @ params)[-3:]
+        return best.mean(), ({}, state + 1)
+
+    shape = jax.ShapeDtypeStruct
+    with pytest.raises(UserError, match="sort along the examples") as error:
+        declare(
+            ranked,
+            shape((4,), "float32"),
+            shape((16, 4), "float32"),
+            topology="cpu:8",
+            mesh={"data": 8},
+            microbatches=2,
+            state=shape((), "int32"),
+        )
+    assert "by part" not in str(error.value)
