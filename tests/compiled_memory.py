@@ -14,13 +14,16 @@ from meshwright.sharding.transform.step import train_step
 _OPTIMIZER = optax.adamw(1e-3)
 
 
-def measure(name: str, scale: int) -> dict[str, Any]:
-    """Return the bytes of one device unsharded and planned, and what part of the parameters is replicated."""
+def measure(name: str, scale: int, *, guard: bool | None = None) -> dict[str, Any]:
+    """Return the bytes of one device unsharded and planned, and what part of the parameters is replicated.
+
+    `guard` is as of `train_step`.
+    """
     case = zoo.MODELS[name](scale=scale)
     params, batch = case.shapes()
     alone = plan(case.loss, params, batch, topology="cpu:1", optimizer=_OPTIMIZER)
     spread = plan(case.loss, params, batch, topology="cpu:8", optimizer=_OPTIMIZER)
-    whole, part = (_bytes(case, made, batch) for made in (alone, spread))
+    whole, part = (_bytes(case, made, batch, guard) for made in (alone, spread))
     total = sum(math.prod(row.shape) for row in spread.params.values())
     kept = sum(math.prod(row.shape) for row in spread.params.values() if not row.spec)
     return {
@@ -34,9 +37,9 @@ def measure(name: str, scale: int) -> dict[str, Any]:
     }
 
 
-def _bytes(case: zoo.Case, made: Plan, batch: Any) -> int:
+def _bytes(case: zoo.Case, made: Plan, batch: Any, guard: bool | None) -> int:
     mesh = made.make_mesh(jax.devices()[: math.prod(made.mesh.values())])
-    step = train_step(made, case.loss, case.init, batch, _OPTIMIZER, mesh=mesh)
+    step = train_step(made, case.loss, case.init, batch, _OPTIMIZER, mesh=mesh, guard=guard)
     placed = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         batch,

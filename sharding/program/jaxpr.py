@@ -48,14 +48,26 @@ class Traces:
     """The traces of `fn`: one for each shape and type of its arguments, taken when first asked for.
 
     `fn` is called once for each, however often and inside of whatever else that is traced it is asked for.
-    `rewrite` gives what is read in place of a trace, once for each; see `recognise`.
+    `rewrite` gives what is read in place of a trace, once for each; see `recognise`. `check` is asked about
+    what `fn` gives.
     """
 
-    def __init__(self, fn: Callable[..., Any], rewrite: Callable[[Traced], Traced] | None = None) -> None:
-        self._fn = fn
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        rewrite: Callable[[Traced], Traced] | None = None,
+        check: Callable[[Any], None] | None = None,
+    ) -> None:
+        def called(*args: Any) -> Any:
+            result = fn(*args)
+            if check is not None:
+                check(result)
+            return result
+
+        self._fn = called
         self._rewrite = rewrite or (lambda traced: traced)
         # Of our own, so that what `fn` reads from outside is read anew for each Traces.
-        self._jitted = jax.jit(functools.partial(fn))
+        self._jitted = jax.jit(called)
         self._known: dict[int, tuple[core.ClosedJaxpr, Traced]] = {}
 
     def on(self, *args: Any) -> Traced:
@@ -78,13 +90,13 @@ class Traces:
         return self._known[key][1]
 
 
-def shapes_of(tree: Any) -> Any:
-    """Return a tree of arrays, or of what is like them, as ShapeDtypeStructs."""
+def shapes_of(tree: Any, *, weak: bool = True) -> Any:
+    """Return arrays, or what is like them, as ShapeDtypeStructs; weak types are kept if `weak`."""
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         # Python's own numbers have no type that insists on itself.
-        weak = getattr(leaf, "weak_type", None) or type(leaf) in (int, float, complex)
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), weak_type=weak)
+        is_weak = getattr(leaf, "weak_type", None) or type(leaf) in (int, float, complex)
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), weak_type=weak and is_weak)
 
     return jax.tree.map(shape, tree)
 

@@ -79,12 +79,17 @@ def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(loss)
     def function(*args: Any) -> Any:
         result = loss(*args)
-        wrong = _wrong(result)
-        if wrong is not None:
-            raise UserError(f"the loss ({_named(loss)}) {wrong}")
+        check_result(loss, result)
         return result
 
     return function
+
+
+def check_result(loss: Callable[..., Any], result: Any) -> None:
+    """Raise UserError if `result`, which `loss` gave, is no scalar of floats and no ``(scalar, aux)``."""
+    wrong = _wrong(result)
+    if wrong is not None:
+        raise UserError(f"the loss ({_named(loss)}) {wrong}")
 
 
 def _wrong(result: Any) -> str | None:

@@ -17,7 +17,7 @@ from ..plans import arrays
 from ..plans.record import Decision, Record
 from ..plans.trainable import split
 from ..program.jaxpr import shapes_of
-from ..program.loss import abstract, insisting
+from ..program.loss import insisting
 from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
@@ -153,7 +153,8 @@ def jitted_update(
         state["params"] = insisting(state["params"], "parameter")
         if "state" in state:
             state["state"] = insisting(state["state"], "state array")
-        shapes = shapes_of(state), abstract(batch, "batch array")
+        # Inside of a jitted function all of a batch are arrays already.
+        shapes = shapes_of(state), shapes_of(batch, weak=False)
         arrays.check(plan, shapes[0]["params"], shapes[1], state=shapes[0].get("state"))
         if plan.origin is not None:
             plan.origin.check(planned.traces.on(shapes[0]["params"], shapes[1], *of_loss(shapes[0])))

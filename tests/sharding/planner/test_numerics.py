@@ -29,8 +29,7 @@ Weights = dict[str, Array]
     ("name", "most"),
     [
         ("mlp", 0.15),
-        # On CPU the step that may keep its old state holds the parameters once more.
-        ("lstm", 0.17),
+        ("lstm", 0.16),
         pytest.param("decoder", 0.18, marks=pytest.mark.slow),
         pytest.param("state_space", 0.19, marks=pytest.mark.slow),
         pytest.param("encoder_decoder", 0.25, marks=pytest.mark.slow),
@@ -41,9 +40,17 @@ Weights = dict[str, Array]
     ],
 )
 def test_a_device_holds_little_more_than_its_share(name: str, most: float) -> None:
-    found = measure(name, 8)
+    found = measure(name, 8, guard=False)
     assert found["share"] < most
     assert found["replicated"] < 0.02
+
+
+@pytest.mark.devices(8)
+def test_a_step_that_may_keep_its_old_state_holds_its_gradients_at_once_and_no_more() -> None:
+    """Whether to keep it is known when all gradients are, which without the guard are used up one by one."""
+    guarded, plain = measure("lstm", 8), measure("lstm", 8, guard=False)
+    gradients = 4 * guarded["parameters"] / 8
+    assert 0 <= guarded["device_bytes"] - plain["device_bytes"] < 1.1 * gradients
 
 
 def product(x: Array, w: Weights) -> Array:
@@ -133,23 +140,25 @@ def program(names: list[str]) -> Callable[[Weights, Array], Array]:
 
 def holds(names: list[str], pick: int) -> None:
     """Check a program's values and gradients under one of the layouts that the search would consider."""
-    loss = program(names)
-    params, batch = weights(jax.random.key(0)), jax.random.normal(jax.random.key(1), (ROWS, LENGTH, WIDTH))
-    where = Topology.parse("cpu:8")
-    problem = Problem(loss=loss, params=params, batch=batch, optimizer=optax.sgd(0.1), names=None)
-    candidates = list(problem.space(where, Declared()).candidates())
-    made = Plan.of(record_of(problem.program, where, candidates[pick % len(candidates)]))
-    mesh = made.make_mesh()
-    placed = jax.device_put(
-        (params, batch), (made.shardings(params, mesh), made.shardings(batch, mesh, "batch"))
-    )
-    expected = jax.jit(jax.value_and_grad(loss))(params, batch)
-    got = jax.jit(jax.value_and_grad(made.apply(loss)))(*placed)
-    # Parts are added in another order, terms of both signs among them: some tens of float32 roundings.
-    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
-    for name, gradient in expected[1].items():
-        error = np.abs(np.asarray(got[1][name]) - np.asarray(gradient)).max()
-        assert error <= 1e-4 * max(np.abs(gradient).max(), 1e-3), name
+    # In float64: several of the steps make differences of rounding in float32 as large as the bounds.
+    with jax.enable_x64(True):
+        loss = program(names)
+        params = weights(jax.random.key(0))
+        batch = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, WIDTH))
+        where = Topology.parse("cpu:8")
+        problem = Problem(loss=loss, params=params, batch=batch, optimizer=optax.sgd(0.1), names=None)
+        candidates = list(problem.space(where, Declared()).candidates())
+        made = Plan.of(record_of(problem.program, where, candidates[pick % len(candidates)]))
+        mesh = made.make_mesh()
+        placed = jax.device_put(
+            (params, batch), (made.shardings(params, mesh), made.shardings(batch, mesh, "batch"))
+        )
+        expected = jax.jit(jax.value_and_grad(loss))(params, batch)
+        got = jax.jit(jax.value_and_grad(made.apply(loss)))(*placed)
+        np.testing.assert_allclose(got[0], expected[0], rtol=2e-6)
+        for name, gradient in expected[1].items():
+            error = np.abs(np.asarray(got[1][name]) - np.asarray(gradient)).max()
+            assert error <= 2e-5 * max(np.abs(gradient).max(), 1e-3), name
 
 
 @pytest.mark.devices(8)

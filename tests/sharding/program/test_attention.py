@@ -61,10 +61,11 @@ SAMPLE = [
     "NNX's function, padded",
 ]
 PADDED = [name for name in ways.WAYS if "padd" in name]
-ALL = pytest.param(list(ways.WAYS), ways.arrays, marks=pytest.mark.slow)
+# A few at a time: gradients of all together are so large that their roundings are.
+THIRDS = [pytest.param(list(ways.WAYS)[start::3], ways.arrays, marks=pytest.mark.slow) for start in range(3)]
 
 
-@pytest.mark.parametrize(("names", "make"), [(SAMPLE, ways.arrays), (PADDED, unseeing), ALL])
+@pytest.mark.parametrize(("names", "make"), [(SAMPLE, ways.arrays), (PADDED, unseeing), *THIRDS])
 def test_every_way_becomes_one_call_and_keeps_values_and_gradients(names, make) -> None:
     given = make()
     chosen = {name: ways.WAYS[name] for name in names}
@@ -76,7 +77,7 @@ def test_every_way_becomes_one_call_and_keeps_values_and_gradients(names, make) 
     for name, out in plain.items():
         np.testing.assert_allclose(mine[name], out, rtol=1e-4, atol=LOOSE.get(name, 1e-5), err_msg=name)
     for name, one in gradient.items():
-        np.testing.assert_allclose(other[name], one, rtol=2e-3, atol=2e-2, err_msg=name)
+        np.testing.assert_allclose(other[name], one, atol=2e-2, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ways.LEFT)
