@@ -61,11 +61,12 @@ SAMPLE = [
     "NNX's function, padded",
 ]
 PADDED = [name for name in ways.WAYS if "padd" in name]
-# A few at a time: gradients of all together are so large that their roundings are.
-THIRDS = [pytest.param(list(ways.WAYS)[start::3], ways.arrays, marks=pytest.mark.slow) for start in range(3)]
+# By itself: a gradient of bfloat16 is off by one rounding of its own size, those of float32 by a millionth.
+HALVES = [([name], ways.arrays) for name in LOOSE]
+ALL = pytest.param([name for name in ways.WAYS if name not in LOOSE], ways.arrays, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("names", "make"), [(SAMPLE, ways.arrays), (PADDED, unseeing), *THIRDS])
+@pytest.mark.parametrize(("names", "make"), [(SAMPLE, ways.arrays), (PADDED, unseeing), *HALVES, ALL])
 def test_every_way_becomes_one_call_and_keeps_values_and_gradients(names, make) -> None:
     given = make()
     chosen = {name: ways.WAYS[name] for name in names}
@@ -77,7 +78,9 @@ def test_every_way_becomes_one_call_and_keeps_values_and_gradients(names, make) 
     for name, out in plain.items():
         np.testing.assert_allclose(mine[name], out, rtol=1e-4, atol=LOOSE.get(name, 1e-5), err_msg=name)
     for name, one in gradient.items():
-        np.testing.assert_allclose(other[name], one, atol=2e-2, err_msg=name)
+        alone, halves = len(names) == 1, not LOOSE.keys().isdisjoint(names)
+        rounding = 2**-7 * float(abs(one).max()) if alone else 2e-2 if halves else 2e-3
+        np.testing.assert_allclose(other[name], one, atol=rounding, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ways.LEFT)
