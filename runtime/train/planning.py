@@ -6,7 +6,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...models import Model
@@ -16,6 +16,7 @@ from ...sharding.files import write_whole
 from ...sharding.hardware.axes import resolve_axes
 from ...sharding.planner.outcome import searched_instead
 from ...sharding.plans.trainable import trained_paths
+from ...sharding.program.recognise import FORMS, checked_forms
 from ...sharding.report.compare import compare
 from ...sharding.report.html import page as page_of
 from ...sharding.report.plan import plan_document
@@ -248,6 +249,12 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
             f"the config declares attention={config.attention} and {config.plan} has {planned}; "
             "leave one of them out"
         )
+    forms = checked_forms(config.recognise)
+    if forms not in (FORMS, found.recognise):
+        raise UserError(
+            f"the config declares recognise={_listed(forms)} and {config.plan} has "
+            f"{_listed(found.recognise)}; leave one of them out"
+        )
     if config.model.trainable is not None:
         wanted = trained_paths(shapes.params, shapes.trainable)
         if wanted != found.trainable:
@@ -262,7 +269,14 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
         found.check(shapes.params, shapes.batch, shapes.loss, shapes.state)
     except UserError as error:
         raise UserError(f"{config.plan}: {error}; {_again(config)}") from None
-    return found
+    if found.recognise == forms:
+        return found
+    said = f"recognise={_listed(found.recognise)} is {config.plan}'s; {_again(config)} to recognise all"
+    return dataclasses.replace(found, notes=(*(note for note in found.notes if note != said), said))
+
+
+def _listed(forms: Sequence[str]) -> str:
+    return f"[{', '.join(forms)}]"
 
 
 def _counted(trained: tuple[str, ...] | None) -> str:

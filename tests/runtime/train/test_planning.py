@@ -220,3 +220,17 @@ def test_attention_is_what_the_config_says(small_config: pathlib.Path, tmp_path:
     found.save(saved := tmp_path / "x.plan.json")
     with pytest.raises(UserError, match=r"declares attention=xla and .* has splash; leave one of them out"):
         plan_config(load(small_config, (*words[:-1], f"plan={saved}", "attention=xla")))
+
+
+def test_what_is_recognised_is_what_the_config_says(
+    small_config: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    words = ("topology=v5e:2x4", "data.sequence=64", "train.global_batch=16", "mesh=null")
+    found = plan_config(load(small_config, (*words, "plan=auto", "recognise=[attention]"))).plan
+    found.save(saved := tmp_path / "x.plan.json")
+    again = plan_config(load(small_config, (*words, f"plan={saved}"))).plan
+    assert again.recognise == ("attention",)
+    assert [note for note in again.notes if "recognise=[attention] is" in note and "plan again" in note]
+    assert plan_config(load(small_config, (*words, f"plan={saved}", "recognise=[attention]"))).plan == found
+    with pytest.raises(UserError, match=r"declares recognise=\[losses\] and .* has \[attention\]; leave one"):
+        plan_config(load(small_config, (*words, f"plan={saved}", "recognise=[losses]")))
