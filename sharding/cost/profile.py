@@ -121,7 +121,9 @@ class ProgramTables:
     layers: int
 
 
-def profile(program: Program, *, kernels: bool = False, kept_by_name: bool = True) -> ProgramTables:
+def profile(
+    program: Program, *, kernels: frozenset[int] = frozenset(), kept_by_name: bool = True
+) -> ProgramTables:
     """Read `program` into tables; `kernels` and `kept_by_name` are as in `flatten`."""
     flat = flatten(program, kernels=kernels, kept_by_name=kept_by_name)
     count = len(program.dims)

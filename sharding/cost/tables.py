@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from ..ops.attention import attention_call
 from ..program.aside import aside
 from ..program.flops import work
 from ..program.jaxpr import scan_parts, while_parts
@@ -80,7 +79,7 @@ class Flat:
 class _Flattener:
     """Flattens the scopes of a program into ops over numbered values."""
 
-    def __init__(self, program: Program, kernels: bool, kept_by_name: bool) -> None:
+    def __init__(self, program: Program, kernels: frozenset[int], kept_by_name: bool) -> None:
         self.program = program
         self.calls: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self._kernels, self._kept_by_name = kernels, kept_by_name
@@ -150,7 +149,7 @@ class _Flattener:
             return self._op(equation, ins, runs, rematted)
         if is_stack(equation.eqn):
             return self._stack(equation, ins, runs)
-        if self._kernels and attention_call(equation.eqn) is not None:
+        if equation.index in self._kernels:
             return self._attention(equation, ins, runs)
         if name == "scan":
             return self._scan(equation, ins, runs, rematted)
@@ -330,10 +329,11 @@ def _item_bytes(dtype: Any) -> int:
     return int(getattr(dtype, "itemsize", 4))
 
 
-def flatten(program: Program, *, kernels: bool = False, kept_by_name: bool = True) -> Flat:
+def flatten(program: Program, *, kernels: frozenset[int] = frozenset(), kept_by_name: bool = True) -> Flat:
     """Return the ops of `program` over numbered values.
 
-    With `kernels` calls of `ops.attention` are carried out by kernels, so that scores are nowhere else;
+    Of `kernels`, indices of calls of `ops.attention`, each is carried out by a kernel, so that its scores are
+    nowhere else;
     `kept_by_name` says that what keeps a kernel's result keeps all that its gradient reads.
     """
     reader = _Flattener(program, kernels, kept_by_name)

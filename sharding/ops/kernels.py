@@ -46,6 +46,32 @@ def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
                 raise UserError(f"kernels: attention: {key}={size!r} must be a multiple of {LANES}")
 
 
+def refusal(kernel: str, call: AttentionCall, query: Any, key: Any, value: Any) -> str | None:
+    """Return why `kernel` cannot carry out `call` on arrays of these shapes and types, None if it can.
+
+    The planner prices, and the step carries out, each call by what this says of it.
+    """
+    facts = kernel_facts()[kernel]
+    queries, keys, head_dim, value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+    if call.windowed:
+        return "its window differs from layer to layer"
+    if call.cap is not None and not facts["soft_cap"]:
+        return f"it has no soft cap (cap={call.cap:g})"
+    if str(query.dtype) not in facts["dtypes"]:
+        return f"it takes {' or '.join(facts['dtypes'])}, not {query.dtype}"
+    if head_dim != value_dim and not facts["other_value_dim"]:
+        return f"it needs heads of values as wide as those of queries, not {value_dim} and {head_dim}"
+    if head_dim > facts["most_head_dim"]:
+        return f"its heads are at most {facts['most_head_dim']} wide, not {head_dim}"
+    for name, size in (("queries", queries), ("keys", keys)):
+        if size % facts["sequence_multiple"]:
+            return f"it takes sequences in multiples of {facts['sequence_multiple']}, not {size} {name}"
+    for name, size in (("head_dim", head_dim), ("value_dim", value_dim)):
+        if size % facts["head_dim_multiple"]:
+            return f"it takes heads in multiples of {facts['head_dim_multiple']}, not {name}={size}"
+    return None
+
+
 def block_that_divides(size: int, most: int) -> int | None:
     """Return the largest block up to `most` that divides `size`, in whole lanes; None if there is none."""
     return next(

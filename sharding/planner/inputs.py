@@ -125,18 +125,20 @@ class Problem:
         return profile(self.program)
 
     @functools.cached_property
-    def kernel_profiles(self) -> dict[bool, ProgramTables]:
-        """The program in tables, with its attention carried out by kernels, as they were asked for so far."""
+    def kernel_profiles(self) -> dict[tuple[bool, frozenset[int]], ProgramTables]:
+        """The program in tables, with calls of attention carried out by kernels, as asked for so far."""
         return {}
 
     def table(self, kernel: kernels.Chosen) -> ProgramTables:
-        """Return the program in tables, with its attention carried out by `kernel`."""
+        """Return the program in tables, with the calls of attention that `kernel` takes carried out by it."""
         if kernel.implementation is None:
             return self.profile
-        kept = kernel.kept_by_name
-        if kept not in self.kernel_profiles:
-            self.kernel_profiles[kept] = profile(self.program, kernels=True, kept_by_name=kept)
-        return self.kernel_profiles[kept]
+        key = kernel.kept_by_name, kernel.calls
+        if key not in self.kernel_profiles:
+            self.kernel_profiles[key] = profile(
+                self.program, kernels=kernel.calls, kept_by_name=kernel.kept_by_name
+            )
+        return self.kernel_profiles[key]
 
     def kernel(self, topology: Topology, declared: Declared) -> kernels.Chosen:
         """Return the kernel of the program's attention."""

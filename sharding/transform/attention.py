@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..ops import cudnn
 from ..ops.attention import AttentionCall, attention_call
-from ..ops.kernels import block_that_divides, dot_product, splash, splash_kernel
+from ..ops.kernels import block_that_divides, dot_product, refusal, splash, splash_kernel
 from ..plans.specs import axes_of, cut_into
 from ..program.layers import Marks
 from ..program.primitives import Trait, primitives
@@ -99,7 +99,10 @@ class AttentionKernel:
         if equation.primitive == "name":
             return list(inputs) if self.keeps(eqn.invars[0]) else None
         call = attention_call(eqn)
-        if call is None or call.windowed:
+        if call is None:
+            return None
+        kernel = self._settings["implementation"]
+        if refusal(kernel, call, *(atom.aval for atom in eqn.invars[:3])) is not None:
             return None
         inputs = [gather(value, dims) for value, dims in zip(inputs, equation.ins, strict=True)]
         spec = spec_of(equation.ins[0], inputs[0].shape)
@@ -109,7 +112,7 @@ class AttentionKernel:
         layout = _Layout(*first)
         # What is compiled of it says what was asked for, to whoever reads it.
         with jax.named_scope(call.name):
-            if self._settings["implementation"] == "splash":
+            if kernel == "splash":
                 out = self._splash(call, eqn.outvars[0], inputs, layout)
             else:
                 out = self._cudnn(call, inputs, layout)

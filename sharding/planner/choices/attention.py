@@ -11,7 +11,8 @@ from ...errors import UserError, nearest
 from ...hardware.chip import Chip
 from ...hardware.topology import Topology
 from ...ops.attention import AttentionCall, attention_call
-from ...ops.kernels import block_that_divides, kernel_facts
+from ...ops.kernels import block_that_divides, kernel_facts, refusal
+from ...program.lines import line_of
 from ...program.program import Equation, Program
 
 # What may be declared: what the chip wants, plain XLA, or one of the kernels.
@@ -20,10 +21,10 @@ AUTO, PLAIN = "auto", "xla"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The kernel of a program's attention on one topology.
+    """The kernel of a program's attention on one topology, for the calls that it takes.
 
     kernels:       as a Plan has them; empty for plain XLA.
-    notes:         why the chip's kernel is not used, or not everywhere.
+    notes:         why the chip's kernel is not used, or not for all calls.
     implementation: its name, None for plain XLA.
     kept_by_name:  whether rematerialisation that keeps its result by name keeps all that its gradient reads.
     share:         of all scores, how many it computes: those that no mask known beforehand hides.
@@ -34,6 +35,7 @@ class Chosen:
     notes: tuple[str, ...] = ()
     implementation: str | None = None
     kept_by_name: bool = True
+    calls: frozenset[int] = frozenset()
     share: float = 1.0
     whole: frozenset[int] = frozenset()
 
@@ -52,8 +54,9 @@ class Chosen:
 def choose(program: Program, topology: Topology, declared: str | None = None) -> Chosen:
     """Return the kernel for the calls of `ops.attention` in `program`.
 
-    `declared` is ``auto`` (the chip's own, or XLA where it does not support what is asked), ``xla``, or a
-    kernel. Raises UserError for a declared kernel that the chip does not have, or that cannot do it.
+    `declared` is ``auto`` (the chip's own), ``xla``, or a kernel. A call that the kernel does not support is
+    left to XLA, and a note says so. Raises UserError for a declared kernel that the chip does not have, or
+    that can do none of the calls.
     """
     declared = AUTO if declared is None else declared
     facts, chip = kernel_facts(), topology.chip
@@ -73,54 +76,52 @@ def choose(program: Program, topology: Topology, declared: str | None = None) ->
                 "meshwright.sharding.ops.attention"
             )
         return Chosen()
-    reasons = [why for equation, call in calls if (why := _why_not(wanted, equation, call))]
-    blocks = _blocks(facts[wanted], calls, chip) if not reasons else {}
+    taken, left = [], []
+    for equation, call in calls:
+        why = refusal(wanted, call, *_arrays(equation))
+        if why is None:
+            taken.append((equation, call))
+        else:
+            left.append((equation, why))
+    blocks = _blocks(facts[wanted], taken, chip)
     if blocks is None:
-        reasons = [
-            f"no block of it fits the {chip.kernel_vmem_bytes} bytes of vector memory that a kernel gets"
-        ]
-    if reasons:
-        message = f"attention by {wanted} cannot be had: {reasons[0]}"
-        if declared != AUTO:
-            raise UserError(message)
-        return Chosen(notes=(f"{message}; XLA computes it",))
+        why = f"no block of it fits the {chip.kernel_vmem_bytes} bytes of vector memory that a kernel gets"
+        left, taken = [(equation, why) for equation, _ in calls], []
+    if not taken and declared != AUTO:
+        raise UserError(f"attention by {wanted} cannot be had: {left[0][1]}")
+    notes = _notes(wanted, left, len(calls))
+    if not taken:
+        return Chosen(notes=notes)
     return Chosen(
         kernels={"attention": {"implementation": wanted, **(blocks or {})}},
+        notes=notes,
         implementation=wanted,
         kept_by_name=facts[wanted]["kept_by_name"],
-        share=_share(calls),
-        whole=frozenset(dim for equation, _ in calls for dims in equation.ins[:3] for dim in dims[3]),
+        calls=frozenset(equation.index for equation, _ in taken),
+        share=_share(taken),
+        whole=frozenset(dim for equation, _ in taken for dims in equation.ins[:3] for dim in dims[3]),
     )
+
+
+def _notes(kernel: str, left: Sequence[tuple[Equation, str]], calls: int) -> tuple[str, ...]:
+    """Say which calls XLA computes, and why the kernel does not; all of one reason in one note."""
+    if len({why for _, why in left}) == 1 and len(left) == calls:
+        return (f"attention by {kernel} cannot be had: {left[0][1]}; XLA computes it",)
+    notes = []
+    for why in dict.fromkeys(why for _, why in left):
+        lines = [line_of(equation.eqn) for equation, other in left if other == why]
+        where = ", ".join(dict.fromkeys(lines))
+        notes.append(
+            f"attention by {kernel} cannot be had for {len(lines)} of {calls} calls ({where}): {why}; "
+            "XLA computes these"
+        )
+    return tuple(notes)
 
 
 def cost(chosen: Chosen) -> FusedAttention:
     """Return what decides how much the kernel computes."""
     assert chosen.implementation is not None
     return FusedAttention(share=chosen.share, gradient=kernel_facts()[chosen.implementation]["gradient"])
-
-
-def _why_not(kernel: str, equation: Equation, call: AttentionCall) -> str | None:
-    """Return why `kernel` cannot carry out `call`, None if it can."""
-    facts = kernel_facts()[kernel]
-    query, key, value = _arrays(equation)
-    queries, keys, head_dim, value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
-    if call.windowed:
-        return "its window differs from layer to layer"
-    if call.cap is not None and not facts["soft_cap"]:
-        return f"it has no soft cap (cap={call.cap:g})"
-    if str(query.dtype) not in facts["dtypes"]:
-        return f"it takes {' or '.join(facts['dtypes'])}, not {query.dtype}"
-    if head_dim != value_dim and not facts["other_value_dim"]:
-        return f"it needs heads of values as wide as those of queries, not {value_dim} and {head_dim}"
-    if head_dim > facts["most_head_dim"]:
-        return f"its heads are at most {facts['most_head_dim']} wide, not {head_dim}"
-    for name, size in (("queries", queries), ("keys", keys)):
-        if size % facts["sequence_multiple"]:
-            return f"it takes sequences in multiples of {facts['sequence_multiple']}, not {size} {name}"
-    for name, size in (("head_dim", head_dim), ("value_dim", value_dim)):
-        if size % facts["head_dim_multiple"]:
-            return f"it takes heads in multiples of {facts['head_dim_multiple']}, not {name}={size}"
-    return None
 
 
 def _arrays(equation: Equation) -> tuple[Any, Any, Any]:
@@ -149,7 +150,7 @@ def _blocks(
                     item=query.dtype.itemsize,
                 )
             )
-        if chip.kernel_vmem_bytes is None or max(sizes) <= chip.kernel_vmem_bytes:
+        if chip.kernel_vmem_bytes is None or max(sizes, default=0) <= chip.kernel_vmem_bytes:
             return {"block_q": block, "block_kv": block}
     return None
 

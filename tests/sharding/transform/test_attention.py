@@ -142,3 +142,17 @@ def test_what_the_kernel_cannot_do_is_left_as_it_is() -> None:
         planned = constrained(loss, mesh, lambda _: {})
         assert "pallas_call" not in str(jax.make_jaxpr(planned)(params, rows))
         np.testing.assert_allclose(jax.jit(planned)(params, rows), jax.jit(loss)(params, rows), rtol=1e-6)
+
+
+@pytest.mark.devices(8)
+def test_each_call_is_carried_out_by_what_can() -> None:
+    params = weights(2)
+    mesh = jax.make_mesh((8,), ("data",))
+    one, other = loss_of(), loss_of(window=jnp.int32(50))
+
+    def loss(params: Any, batch: Any) -> Any:
+        return one(params, batch) + other(params, batch)
+
+    planned = constrained(loss, mesh, lambda _: {})
+    assert str(jax.make_jaxpr(planned)(params, batch())).count("pallas_call") == 1
+    check(planned, loss, params)

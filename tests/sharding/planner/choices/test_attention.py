@@ -98,6 +98,43 @@ def test_what_it_cannot_do_is_said_and_left_to_xla(options: Any, topology: str, 
         plan(*program(**options), topology=topology, attention=kernel)
 
 
+def two_kinds(**options: Any) -> tuple[Any, Any, Any]:
+    """Two calls in a layer, of which the second has what `options` say."""
+    _, params, batch = program()
+
+    def loss(params: Any, batch: Any) -> Any:
+        def layer(x: Any, w: Any) -> Any:
+            for one in ({}, options):
+                query, key, value = (
+                    jnp.einsum("bse,ehd->bshd", x, w[name]) for name in ("query", "key", "value")
+                )
+                out = attention(query, key, value, segment_ids=batch["segments"], **one)
+                x = x + jnp.einsum("bshd,hde->bse", out, w["output"])
+            return x, None
+
+        x, _ = jax.lax.scan(layer, batch["x"], params)
+        return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+    return loss, params, batch
+
+
+def test_a_call_that_the_kernel_refuses_leaves_it_the_others() -> None:
+    settings = {"topology": "h100:1x8", "remat": "full", "microbatches": 1}
+    both = plan(*two_kinds(), **settings)
+    mixed = plan(*two_kinds(cap=50.0), **settings)
+    plain = plan(*two_kinds(cap=50.0), **settings, attention="xla")
+    assert mixed.kernels == both.kernels == {"attention": {"implementation": "cudnn"}}
+    (note,) = (note for note in mixed.notes if "cudnn" in note)
+    assert "cannot be had for 1 of 2 calls" in note
+    assert "test_attention.py" in note
+    assert "it has no soft cap (cap=50); XLA computes these" in note
+    seconds = [one.estimate.step_seconds for one in (both, mixed, plain) if one.estimate]
+    assert seconds[0] < seconds[1] < seconds[2]
+    # Half of the scores are in memory.
+    work = [one.estimate.time["compute/elementwise"] for one in (both, mixed, plain) if one.estimate]
+    assert work[1] - work[0] == pytest.approx((work[2] - work[0]) / 2, rel=0.1)
+
+
 def test_a_window_that_layers_choose_is_left_to_xla() -> None:
     loss, params, batch = program()
     made = plan(loss, params, {**batch, "window": jax.ShapeDtypeStruct((), "int32")}, topology="v5p:2x2x2")
