@@ -121,8 +121,13 @@ def launch(
 
 
 @app.command()
-def profile(run: RunFolderPath, as_json: Json = False) -> None:
-    """Say where the steps' time went in the trace that a run captured."""
+def profile(
+    run: Annotated[
+        pathlib.Path, typer.Argument(metavar="RUN", help="Folder of a run, or of any traces, or one trace.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say where the steps' time went in the trace that a run, or any JAX program, captured."""
     from ..profiling import print_report, profile_run
 
     found = profile_run(run)

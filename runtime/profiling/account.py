@@ -5,6 +5,7 @@ At each moment the device is in exactly one state, the first of these that holds
     compute        an operation that is not communication runs (communication beside it is *overlapped*)
     collective     only communication runs (*exposed*: the step would be shorter without it)
     compute        only a loop, call or conditional runs: it is between two of its operations
+    copy           only transfers between memories run, or the device waits for one
     data wait      nothing runs and the host waits for data
     idle           nothing runs
 
@@ -23,7 +24,7 @@ from .executions import StepWindow
 #: What a collective is, as (kind, mesh axes), such as ("all_gather", "fsdp").
 CollectiveKey = tuple[str, str]
 
-_COMPUTE, _COLLECTIVE, _CONTAINER, _WAIT = range(4)
+_COMPUTE, _COLLECTIVE, _CONTAINER, _COPY, _WAIT = range(5)
 
 
 @dataclass(kw_only=True)
@@ -31,6 +32,7 @@ class Ledger:
     """One step's times on one device, in nanoseconds, and how often things ran."""
 
     compute_ns: float = 0.0
+    copy_ns: float = 0.0
     data_wait_ns: float = 0.0
     idle_ns: float = 0.0
     exposed_ns: dict[CollectiveKey, float] = field(default_factory=lambda: defaultdict(float))
@@ -55,6 +57,8 @@ def account(
     waits: Iterable[HostSpan],
     collective_of: Callable[[OpEvent], CollectiveKey | None],
     is_container: Callable[[OpEvent], bool],
+    is_copy: Callable[[OpEvent], bool] = lambda event: event.copy,
+    name_of: Callable[[OpEvent], str] = lambda event: event.op,
 ) -> Ledger:
     """Account for `window` on the one device that `events` are of.
 
@@ -65,6 +69,8 @@ def account(
         collective_of: Kind and mesh axes of a communication, None for anything else.
         is_container: Whether an operation is a loop, call or conditional; one that holds other operations of
             its own line is one in any case.
+        is_copy: Whether an operation only moves bytes between memories, or waits until they are moved.
+        name_of: The name under which an operation is counted.
     """
     ledger = Ledger()
     inside = [e for e in events if e.start_ns < window.end_ns and e.end_ns > window.start_ns]
@@ -76,12 +82,15 @@ def account(
             continue  # a copy between memories beside the core's work is neither
         if collective is not None:
             state = _COLLECTIVE
+        elif is_copy(event):
+            state = _COPY
         else:
             state = _CONTAINER if place in holding or is_container(event) else _COMPUTE
         start, end = max(event.start_ns, window.start_ns), min(event.end_ns, window.end_ns)
-        spans.append(_Span(start_ns=start, end_ns=end, state=state, op=event.op, collective=collective))
+        name = name_of(event)
+        spans.append(_Span(start_ns=start, end_ns=end, state=state, op=name, collective=collective))
         if event.role == "run" and window.start_ns <= event.start_ns:
-            ledger.op_counts[event.op] += 1
+            ledger.op_counts[name] += 1
             # The done of an asynchronous collective is the same collective once more.
             if collective is not None and "-done" not in event.op:
                 ledger.collective_counts[collective] += 1
@@ -117,7 +126,7 @@ def _sweep(spans: Sequence[_Span], window: StepWindow, ledger: Ledger) -> None:
     moments = [(span.start_ns, 1, place) for place, span in enumerate(spans)]
     moments += [(span.end_ns, 0, place) for place, span in enumerate(spans)]
     moments.sort()
-    active: tuple[dict[int, _Span], ...] = ({}, {}, {}, {})
+    active: tuple[dict[int, _Span], ...] = ({}, {}, {}, {}, {})
     now = window.start_ns
     for moment, begins, place in moments:
         if moment > now:
@@ -150,6 +159,10 @@ def _credit(active: tuple[dict[int, _Span], ...], duration_ns: float, ledger: Le
         ledger.compute_ns += duration_ns
         innermost = max(active[_CONTAINER].values(), key=lambda span: span.start_ns)
         ledger.op_ns[innermost.op] += duration_ns
+    elif active[_COPY]:
+        ledger.copy_ns += duration_ns
+        for span in active[_COPY].values():
+            ledger.op_ns[span.op] += duration_ns / len(active[_COPY])
     elif active[_WAIT]:
         ledger.data_wait_ns += duration_ns
     else:

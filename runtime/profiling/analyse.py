@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from ...sharding.errors import UserError
-from ...sharding.hlo.text import COLLECTIVES, Instruction
-from .account import CollectiveKey, Ledger, account
+from .account import Ledger, account
 from .events import OpEvent, Trace
-from .executions import StepWindow, busiest_module, step_windows
-from .profile import CollectiveTime, HostStep, Operation, Profile, StepTime
+from .executions import Steps, StepWindow, busiest_module, busy_ns, events_by_device, find_steps
+from .operations import OpReader
+from .profile import CollectiveTime, HostStep, Profile, ProgramTime, StepTime
 from .program import SavedProgram
+from .repetition import with_executions
 
-_CONTAINERS = ("while", "conditional", "call", "async-start")
 _CPU_NOTE = (
     "simulated devices share this machine's cores: much of a collective's time is waiting for other devices"
 )
-# The mesh axes of a collective that no saved program tells of.
-_UNKNOWN = "unknown"
 _NO_PROGRAM_NOTE = "no program was saved beside the trace, so mesh axes and source lines are unknown"
+_COMMAND_BUFFERS_NOTE = (
+    "operations in command buffers bear the name of the whole buffer: they are told by their kernels"
+)
 
 
 def analyse(traces: Mapping[int, Trace], program: SavedProgram | None, files: Sequence[str] = ()) -> Profile:
@@ -31,104 +33,136 @@ def analyse(traces: Mapping[int, Trace], program: SavedProgram | None, files: Se
         files: The traces' files, for the record.
 
     Raises:
-        UserError: The traces hold no operation, or the step's program did not run once a step.
+        UserError: The traces hold no operation, or none of the saved program.
     """
+    traces = {process: with_executions(trace) for process, trace in traces.items()}
     events = [event for trace in traces.values() for event in trace.events]
     if not events:
         raise UserError(
             "the trace holds no operation of any device: no step ran while it was captured, or on a CPU the "
             "host tracer was off"
         )
-    module = busiest_module(events)
+    module = _step_module(events, program)
     notes = [_CPU_NOTE] if events[0].device.startswith("cpu") else []
-    if program is None:
-        notes.append(_NO_PROGRAM_NOTE)
-    elif any(event.module == program.program.name for event in events):
-        module = program.program.name
-    else:
-        raise UserError(
-            f"the saved program is {program.program.name!r}, but the trace holds {module!r}: "
-            "capture the profile again"
-        )
-    reader = _OpReader(program, module)
+    notes += [] if program is not None else [_NO_PROGRAM_NOTE]
+    notes += [_COMMAND_BUFFERS_NOTE] if any(e.op.startswith("command_buffer") for e in events) else []
+    steps = {
+        process: find_steps(trace, module, sure=program is not None) for process, trace in traces.items()
+    }
+    has_steps = any(windows for found in steps.values() for windows in found.windows.values())
+    reader = OpReader(program, module if has_steps else "")
     times: list[StepTime] = []
     ledgers: list[Ledger] = []
     for process, trace in traces.items():
-        for device, own in _by_device(trace).items():
+        windows = steps[process].windows if has_steps else _whole(trace)
+        for device, own in events_by_device(trace).items():
             # Only a CPU's devices are numbered across processes.
             name = device if device.startswith("cpu") or len(traces) == 1 else f"process {process} {device}"
-            try:
-                windows = step_windows(own, module, trace.steps)
-            except ValueError as error:
-                raise UserError(f"cannot tell the steps of {device} apart: {error}") from error
-            for window in windows:
-                ledger = account(own, window, trace.waits, reader.collective_of, reader.is_container)
+            for window in windows.get(device, ()):
+                ledger = account(
+                    own,
+                    window,
+                    trace.waits,
+                    reader.collective_of,
+                    reader.is_container,
+                    reader.is_copy,
+                    reader.name,
+                )
                 ledgers.append(ledger)
                 times.append(_step_time(window, name, ledger))
+        notes += [*trace.notes, *_missing(trace), *steps[process].notes]
     if not times:
-        raise UserError(f"cannot tell the steps of {module!r} apart: none of its operations runs once a step")
+        raise UserError(
+            "the trace holds transfers alone, and no operation of any program: no step ran on a device while "
+            "it was captured"
+        )
+    times.sort(key=lambda time: (time.step, _device_order(time.device)))
     return Profile(
         platform=events[0].device.partition(":")[0],
-        module=module,
+        module=module if has_steps else "",
         mesh=dict(program.mesh) if program is not None else {},
         files=tuple(files),
-        steps=tuple(sorted(times, key=lambda time: (time.step, _device_order(time.device)))),
+        steps=tuple(times) if has_steps else (),
+        whole=() if has_steps else tuple(times),
         host_steps=tuple(step for process, trace in traces.items() for step in _host_steps(process, trace)),
-        operations=_operations(ledgers, reader, sum(time.wall_seconds for time in times)),
-        notes=tuple(notes),
+        operations=reader.operations(ledgers, sum(time.wall_seconds for time in times)),
+        notes=tuple(dict.fromkeys(notes)),
+        programs=_programs(traces),
+        placed=_placed(traces, steps),
     )
 
 
-class _OpReader:
-    """What an operation is, by the program's text where there is one, and else by its name."""
-
-    def __init__(self, program: SavedProgram | None, module: str) -> None:
-        self._program = program
-        self._module = module
-        self._known: dict[str, CollectiveKey | None] = {}
-
-    def instruction(self, op: str) -> Instruction | None:
-        return self._program.program.instructions.get(op) if self._program is not None else None
-
-    def key(self, op: str) -> CollectiveKey | None:
-        if op not in self._known:
-            self._known[op] = self._read_key(op)
-        return self._known[op]
-
-    def collective_of(self, event: OpEvent) -> CollectiveKey | None:
-        # Another program's instruction may bear the same name and be something else.
-        if event.module in (self._module, ""):
-            return self.key(event.op)
-        return _key_by_name(event.op, "other program" if self._program is not None else _UNKNOWN)
-
-    def is_container(self, event: OpEvent) -> bool:
-        instruction = self.instruction(event.op) if event.module == self._module else None
-        return (instruction.opcode if instruction is not None else event.op).startswith(_CONTAINERS)
-
-    def _read_key(self, op: str) -> CollectiveKey | None:
-        instruction = self.instruction(op)
-        if instruction is None or self._program is None:
-            return _key_by_name(op)
-        if instruction.collective is None:
-            return None
-        try:
-            return instruction.collective.kind, self._program.axes(instruction).label
-        except ValueError as error:
-            raise UserError(f"the saved mesh does not fit the saved program: {error}") from error
+def _step_module(events: Sequence[OpEvent], program: SavedProgram | None) -> str:
+    module = busiest_module(events)
+    if program is None:
+        return module
+    if any(event.module == program.program.name for event in events):
+        return program.program.name
+    raise UserError(
+        f"the saved program is {program.program.name!r}, but the trace holds {module!r}: "
+        "capture the profile again"
+    )
 
 
-def _key_by_name(op: str, axes: str = _UNKNOWN) -> CollectiveKey | None:
-    # XLA's own names begin with the opcode; the longest one first, for `all-to-all` ends another.
-    kinds = sorted(COLLECTIVES, key=len, reverse=True)
-    kind = next((COLLECTIVES[opcode] for opcode in kinds if op.startswith(opcode)), None)
-    return (kind, axes) if kind is not None else None
+def _whole(trace: Trace) -> dict[str, tuple[StepWindow, ...]]:
+    """Return one window a device, from its first to its last operation of any program."""
+    found = {}
+    for device, events in events_by_device(trace).items():
+        own = [event for event in events if not event.copy]
+        end_ns = max(event.end_ns for event in own)
+        found[device] = (StepWindow(step=-1, start_ns=own[0].start_ns, end_ns=end_ns),)
+    return found
 
 
-def _by_device(trace: Trace) -> dict[str, list[OpEvent]]:
-    devices: dict[str, list[OpEvent]] = defaultdict(list)
-    for event in trace.events:
-        devices[event.device].append(event)
-    return devices
+def _programs(traces: Mapping[int, Trace]) -> tuple[ProgramTime, ...]:
+    """Return what ran, program by program, over all processes and devices."""
+    found: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
+    for trace in traces.values():
+        for events in events_by_device(trace).values():
+            own = sorted((e for e in events if not e.copy and e.role == "run"), key=lambda e: e.module)
+            for module, ran in groupby(own, key=lambda event: event.module):
+                each = list(ran)
+                runs = len({event.run for event in each if event.run is not None})
+                found[module].append((runs, len(each), busy_ns(each) / 1e9))
+    programs = [
+        ProgramTime(
+            module=module,
+            executions=sum(runs for runs, _, _ in each),
+            operations=sum(count for _, count, _ in each),
+            busy_seconds=sum(busy for _, _, busy in each),
+        )
+        for module, each in found.items()
+    ]
+    return tuple(sorted(programs, key=lambda program: -program.busy_seconds))
+
+
+def _missing(trace: Trace) -> Iterator[str]:
+    """Yield what the host launched and the trace does not hold, and devices that ran nothing."""
+    found = Counter(
+        module for module, _, _ in {(e.module, e.device, e.run) for e in trace.events if e.run is not None}
+    )
+    for module, counts in trace.launched.items():
+        if found[module] < sum(counts):
+            yield (
+                f"the trace is incomplete: the host launched {sum(counts)} executions of "
+                f"{module or 'a program'}, and it holds operations of {found[module] or 'none of them'}"
+            )
+    ran = events_by_device(trace)
+    if empty := [device for device in trace.devices if device not in ran]:
+        yield f"no operations on {', '.join(empty)}"
+
+
+def _placed(traces: Mapping[int, Trace], steps: Mapping[int, Steps]) -> tuple[int, int]:
+    placed = total = 0
+    for process, trace in traces.items():
+        for device, events in events_by_device(trace).items():
+            spans = [(w.start_ns, w.end_ns) for w in steps[process].windows.get(device, ())]
+            for event in events:
+                if event.copy or event.role != "run":
+                    continue
+                total += 1
+                placed += event.run is not None or any(start <= event.start_ns < end for start, end in spans)
+    return placed, total
 
 
 def _device_order(device: str) -> tuple[str, int]:
@@ -154,8 +188,10 @@ def _step_time(window: StepWindow, device: str, ledger: Ledger) -> StepTime:
         wall_seconds=(window.end_ns - window.start_ns) / 1e9,
         compute_seconds=ledger.compute_ns / 1e9,
         collectives=tuple(collectives),
+        copy_seconds=ledger.copy_ns / 1e9,
         data_wait_seconds=ledger.data_wait_ns / 1e9,
         idle_seconds=ledger.idle_ns / 1e9,
+        gap_seconds=window.gap_ns / 1e9,
     )
 
 
@@ -172,33 +208,3 @@ def _host_steps(process: int, trace: Trace) -> list[HostStep]:
             )
         )
     return steps
-
-
-def _operations(ledgers: Sequence[Ledger], reader: _OpReader, wall_seconds: float) -> tuple[Operation, ...]:
-    total_ns: dict[str, float] = defaultdict(float)
-    counts: dict[str, int] = defaultdict(int)
-    for ledger in ledgers:
-        _add(total_ns, ledger.op_ns)
-        _add(counts, ledger.op_counts)
-    operations = []
-    for op, spent_ns in sorted(total_ns.items(), key=lambda item: -item[1]):
-        instruction, key = reader.instruction(op), reader.key(op)
-        source = instruction.source if instruction is not None else None
-        operations.append(
-            Operation(
-                name=op,
-                kind=f"{key[0]}({key[1]})" if key is not None else "compute",
-                opcode=instruction.opcode if instruction is not None else "",
-                source=f"{source.file}:{source.line}" if source is not None else None,
-                op_name=instruction.op_name if instruction is not None else "",
-                count=counts[op] / len(ledgers),
-                seconds=spent_ns / len(ledgers) / 1e9,
-                share=spent_ns / 1e9 / wall_seconds if wall_seconds else 0.0,
-            )
-        )
-    return tuple(operations)
-
-
-def _add(total: dict[str, float] | dict[str, int], more: Mapping[str, float] | Mapping[str, int]) -> None:
-    for key, value in more.items():
-        total[key] += value  # pyright: ignore[reportArgumentType, reportOperatorIssue]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -15,10 +16,13 @@ class OpEvent:
         line: The thread, stream or core that ran it. Events of one line nest; those of two lines may overlap.
         op: The HLO instruction's name, or a kernel's where the trace knows no better.
         module: The program's name, empty where the trace does not say.
+        program: What tells programs of one name apart, empty where the trace does not say.
         run: Which execution of the program this belongs to; None where the trace does not say.
         start_ns, end_ns: Nanoseconds on the trace's clock.
         role: ``run`` occupies its line; ``rest`` is what an operation still ran elsewhere after its own line
             went on; ``flight`` is the span of an asynchronous transfer, which occupies no core.
+        kernel: A GPU kernel's own name; empty on other devices.
+        copy: Whether it moves bytes between memories and computes nothing.
     """
 
     device: str
@@ -29,6 +33,9 @@ class OpEvent:
     start_ns: float
     end_ns: float
     role: Literal["run", "rest", "flight"] = "run"
+    program: str = ""
+    kernel: str = ""
+    copy: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +49,24 @@ class HostSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What one process recorded: operations by device, the loop's steps, its waits for data."""
+    """What one process recorded: operations by device, the loop's steps, its waits for data.
+
+    Attributes:
+        events: Operations in order of start.
+        steps: Steps that the host numbered, in order.
+        waits: Waits for data, in order.
+        device_steps: Steps that a device's own ``Steps`` line holds, by device.
+        launched_ns: Host time at which an execution was launched, by `OpEvent.run`, where the trace says.
+        launched: Executions of each program that the host launched, device by device, where the trace says.
+        devices: Every device that the trace has a plane for, with operations or without.
+        notes: Sentences on what the trace lacks.
+    """
 
     events: tuple[OpEvent, ...]
     steps: tuple[HostSpan, ...]
     waits: tuple[HostSpan, ...]
+    device_steps: Mapping[str, tuple[HostSpan, ...]] = field(default_factory=dict)
+    launched_ns: Mapping[int, float] = field(default_factory=dict)
+    launched: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()

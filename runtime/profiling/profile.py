@@ -30,7 +30,10 @@ class CollectiveTime:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """One step on one device: compute, exposed collectives, data wait and idle add up to `wall_seconds`."""
+    """One step on one device: compute, exposed collectives, copies, data wait and idle make up its wall time.
+
+    `gap_seconds` passed between the step before and this one, where nobody numbered the steps; it is in none.
+    """
 
     step: int
     device: str
@@ -39,6 +42,8 @@ class StepTime:
     collectives: tuple[CollectiveTime, ...]
     data_wait_seconds: float
     idle_seconds: float
+    copy_seconds: float = 0.0
+    gap_seconds: float = 0.0
 
     @property
     def collective_seconds(self) -> float:
@@ -61,7 +66,8 @@ class Operation:
     """One operation of the program, averaged over steps and devices.
 
     `seconds` is what it took of a step, without what ran inside of it; `share` is that part of the step.
-    `kind` is ``compute`` or a collective with its axes. `source` is ``file:line``, None where XLA made it up.
+    `kind` is ``compute``, ``copy`` or a collective with its axes. `source` is ``file:line``, None where XLA
+    made it up.
     """
 
     name: str
@@ -75,10 +81,26 @@ class Operation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProgramTime:
+    """One program of a trace, on all devices: executions, operations, seconds in which one of them ran."""
+
+    module: str
+    executions: int
+    operations: int
+    busy_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Profile:
     """A captured window of steps: per step and device, per turn of each host's loop, per operation.
 
-    `estimate` is what the plan of the run was predicted to cost; None where it was declared.
+    Where a trace has no steps, `steps` is empty, `whole` has each device's time from its first to its last
+    operation, and `operations` count for all of that.
+
+    Attributes:
+        programs: What ran, program by program, the one that took most first.
+        placed: Operations of programs that belong to an execution or a step, and all.
+        estimate: What the plan of the run was predicted to cost; None where it was declared.
     """
 
     platform: str
@@ -89,16 +111,22 @@ class Profile:
     host_steps: tuple[HostStep, ...]
     operations: tuple[Operation, ...]
     notes: tuple[str, ...]
+    whole: tuple[StepTime, ...] = ()
+    programs: tuple[ProgramTime, ...] = ()
+    placed: tuple[int, int] = (0, 0)
     estimate: Estimate | None = None
 
     @property
     def devices(self) -> tuple[str, ...]:
         """The devices in the profile."""
-        return tuple(dict.fromkeys(step.device for step in self.steps))
+        return tuple(dict.fromkeys(step.device for step in self.steps or self.whole))
 
     def mean(self) -> StepTime:
-        """Return the mean step over all steps and devices, its `device` being ``all`` and its `step` -1."""
-        return _mean(self.steps, step=-1)
+        """Return the mean step over all steps and devices, its `device` being ``all`` and its `step` -1.
+
+        Where there are no steps it is the mean of the whole trace over its devices.
+        """
+        return _mean(self.steps or self.whole, step=-1)
 
     def by_step(self) -> tuple[StepTime, ...]:
         """Return each step as the mean over its devices."""
@@ -135,6 +163,8 @@ def _mean(times: tuple[StepTime, ...], *, step: int) -> StepTime:
         wall_seconds=sum(time.wall_seconds for time in times) / count,
         compute_seconds=sum(time.compute_seconds for time in times) / count,
         collectives=tuple(sorted(collectives, key=lambda c: -c.exposed_seconds)),
+        copy_seconds=sum(time.copy_seconds for time in times) / count,
+        gap_seconds=sum(time.gap_seconds for time in times) / count,
         data_wait_seconds=sum(time.data_wait_seconds for time in times) / count,
         idle_seconds=sum(time.idle_seconds for time in times) / count,
     )

@@ -12,8 +12,7 @@ from ...sharding.errors import UserError
 from .analyse import analyse
 from .profile import Profile
 from .program import load_program
-from .window import SESSIONS
-from .xplane import read_xplane
+from .xplane import SUFFIXES, read_xplane
 
 #: The folder inside of a run's that profiles are captured in.
 PROFILE_FOLDER = "profile"
@@ -27,14 +26,22 @@ _HOW = "train with profile.start_step=10 profile.num_steps=3 to capture one"
 def profile_run(run: str | Path) -> Profile:
     """Read the newest profile of a run's folder, and what the run's plan was predicted to cost.
 
+    `run` may as well be any folder with traces in it, or one trace, of any JAX program.
+
     Raises:
         UserError: The folder does not exist, holds no profile, or holds a damaged one or a damaged plan.
     """
     run = Path(run)
+    if run.is_file():
+        if not run.name.endswith(SUFFIXES):
+            raise UserError(f"{run} is no trace: their names end in {' or '.join(SUFFIXES)}")
+        return analyse({0: read_xplane(run)}, None, [str(run)])
     if not run.is_dir():
         raise UserError(f"there is no run folder at {run}")
     if not (run / PROFILE_FOLDER).is_dir():
-        raise UserError(f"the run {run} has captured no profile: {_HOW}")
+        if not _sessions(run):
+            raise UserError(f"the run {run} has captured no profile: {_HOW}")
+        return read_profile(run)
     profile = read_profile(run / PROFILE_FOLDER)
     return _with_estimate(profile, run / PLAN) if (run / PLAN).is_file() else profile
 
@@ -46,14 +53,21 @@ def read_profile(directory: str | Path) -> Profile:
         UserError: Nothing was captured in `directory`, or what was is truncated or damaged.
     """
     directory = Path(directory)
-    sessions: dict[Path, list[Path]] = {}
-    for trace in sorted((directory / SESSIONS).glob("*/*.xplane.pb")):
-        sessions.setdefault(trace.parent, []).append(trace)
+    sessions = _sessions(directory)
     if not sessions:
         raise UserError(f"no profile was captured in {directory}: {_HOW}")
     newest = max(sessions.values(), key=lambda files: max(file.stat().st_mtime_ns for file in files))
     traces = {_process(file, place): read_xplane(file) for place, file in enumerate(newest)}
     return analyse(traces, load_program(directory), [str(file) for file in newest])
+
+
+def _sessions(directory: Path) -> dict[Path, list[Path]]:
+    """Return the files of traces below a folder, by the folder that they lie in."""
+    sessions: dict[Path, list[Path]] = {}
+    for suffix in SUFFIXES:
+        for trace in sorted(directory.rglob(f"*{suffix}")):
+            sessions.setdefault(trace.parent, []).append(trace)
+    return sessions
 
 
 def _with_estimate(profile: Profile, path: Path) -> Profile:

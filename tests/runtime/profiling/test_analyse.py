@@ -78,7 +78,20 @@ def test_a_trace_without_operations_is_refused():
         analyse({0: Trace(events=(), steps=(), waits=())}, SAVED)
 
 
-def test_steps_that_cannot_be_told_apart_are_refused():
+def test_executions_that_the_hosts_steps_do_not_fit_are_steps_of_their_own_and_that_is_said():
     trace = gpu_trace(1, 2, 3)
-    with pytest.raises(UserError, match="none of its operations runs once a step"):
-        analyse({0: Trace(events=trace.events, steps=trace.steps[:2], waits=())}, SAVED)
+    profile = analyse({0: Trace(events=trace.events, steps=trace.steps[:2], waits=())}, SAVED)
+    assert [(step.step, step.wall_seconds) for step in profile.steps] == [
+        (k, pytest.approx(90e-9)) for k in range(3)
+    ]
+    assert any("numbered 2 steps, which 3 executions of jit_step are not" in n for n in profile.notes)
+
+
+def test_a_program_that_ran_once_without_a_number_is_no_step():
+    trace = gpu_trace(1)
+    profile = analyse({0: Trace(events=trace.events, steps=(), waits=())}, None)
+    assert profile.steps == ()
+    assert profile.mean().wall_seconds == pytest.approx(90e-9)
+    assert [(p.module, p.executions, p.operations) for p in profile.programs] == [("jit_step", 0, 2)]
+    assert any(note.startswith("no steps: ") for note in profile.notes)
+    assert profile.placed == (0, 2)

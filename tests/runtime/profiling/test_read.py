@@ -78,7 +78,8 @@ def test_a_captured_window_says_where_every_step_went(tmp_path):
     assert len(profile.steps) == 3 * 8
     assert (profile.module, profile.mesh) == ("jit_step", {"data": 2, "fsdp": 2, "tensor": 2})
     for step in profile.steps:
-        parts = step.compute_seconds + step.collective_seconds + step.data_wait_seconds + step.idle_seconds
+        parts = step.compute_seconds + step.collective_seconds + step.copy_seconds
+        parts += step.data_wait_seconds + step.idle_seconds
         assert parts == pytest.approx(step.wall_seconds, rel=1e-6)
         assert step.wall_seconds > 0
         assert step.compute_seconds > 0
@@ -150,9 +151,12 @@ def test_what_the_plan_was_to_cost_stands_beside_what_it_did(tmp_path):
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(report(profile))
     (row,) = [line for line in console.export_text().splitlines() if "estimate │" in line]
-    wall, compute, collectives, waited, idle = (cell.strip() for cell in row.strip("│").split("│")[1:])
+    wall, compute, collectives, copies, waited, idle = (
+        cell.strip() for cell in row.strip("│").split("│")[1:]
+    )
     assert (wall, waited) == (f"{made.estimate.step_seconds * 1e3:.3f}", "-")
-    assert float(compute) + float(collectives) + float(idle) == pytest.approx(float(wall), abs=2e-3)
+    parts = (compute, collectives, copies, idle)
+    assert sum(map(float, parts)) == pytest.approx(float(wall), abs=2e-3)
 
     planned({"data": 8}).save(run / "plan.json")
     after = profile_run(run)

@@ -1,0 +1,242 @@
+"""GPU traces made by hand from how planes look: what kernels belong to, and what is said where none knows."""
+
+import pytest
+from meshwright.runtime.profiling.analyse import analyse
+from meshwright.runtime.profiling.program import SavedProgram
+from meshwright.runtime.profiling.xplane import trace_of_planes
+from meshwright.sharding.hlo.text import parse_hlo
+
+from .planes import Gpu, event, plane
+
+STEP = [("Stream #1", "dot", 0, 60), ("Stream #1", "norm", 60, 70), ("Stream #2", "all-reduce-start", 40, 90)]
+
+
+def moved(ops, by):
+    return [(stream, op, start + by, end + by) for stream, op, start, end in ops]
+
+
+def profile(gpu, program=None):
+    return analyse({0: trace_of_planes(gpu.planes())}, program)
+
+
+def walls(found):
+    return [(s.step, round(s.wall_seconds * 1e9), round(s.gap_seconds * 1e9)) for s in found.steps]
+
+
+def test_each_execution_of_the_one_program_is_a_step_from_its_own_first_to_its_own_last_kernel():
+    gpu = Gpu()
+    for k in range(3):
+        gpu.execution(10 * k, moved(STEP, 100 + 200 * k))
+    found = profile(gpu)
+    assert walls(found) == [(0, 90, 0), (1, 90, 110), (2, 90, 110)]
+    assert found.placed == (9, 9)
+    (reduction,) = found.steps[0].collectives
+    assert (reduction.kind, round(reduction.exposed_seconds * 1e9)) == ("all_reduce", 20)
+    assert {o.name: o.count for o in found.operations} == {"dot": 1, "norm": 1, "all-reduce-start": 1}
+
+
+def test_numbered_steps_hold_the_executions_that_were_launched_in_them_however_many():
+    gpu = Gpu()
+    launches = [(5, "jit_grad"), (12, "jit_grad"), (20, "jit_update"), (35, "jit_grad"), (50, "jit_update")]
+    for k, (at, module) in enumerate(launches):
+        gpu.execution(at, moved(STEP[:2], 100 * (k + 1)), module=module)
+    gpu.step(7, 0, 30)
+    gpu.step(8, 30, 60)
+    found = profile(gpu)
+    # The first step begins where the host began it, and both end with their own last kernel.
+    assert walls(found) == [(7, 370, 0), (8, 200, 0)]
+    assert {p.module: p.executions for p in found.programs} == {"jit_grad": 3, "jit_update": 2}
+
+
+@pytest.mark.parametrize("ordinals", [True, False], ids=["said", "paired by launches"])
+def test_each_device_has_its_own_executions_though_several_are_launched_at_once(ordinals):
+    gpu = Gpu(devices=3)
+    for k in range(2):
+        for device in range(2):
+            ops = moved(STEP, 100 + 300 * k + 50 * device)
+            # Of one program, at nearly one time, from threads whose names say nothing of the device.
+            thread = f"py_xla_execute/{7 - device}"
+            gpu.execution(
+                10 * k + device, ops, device=device, thread=thread, ordinal=device if ordinals else None
+            )
+    found = profile(gpu)
+    assert [(s.step, s.device, round(s.wall_seconds * 1e9)) for s in found.steps] == [
+        (step, f"gpu:{device}", 90) for step in range(2) for device in range(2)
+    ]
+    assert "no operations on gpu:2" in found.notes
+    assert found.placed == (12, 12)
+
+
+def test_kernels_that_lost_launch_and_name_belong_to_the_execution_around_them_and_bear_their_siblings_name():
+    gpu = Gpu()
+    for k in range(3):
+        gpu.execution(10 * k, moved(STEP, 200 * k))
+    lost = gpu.streams[0]["Stream #1"]
+    gpu.execution(40, moved(STEP, 600)[:1] + moved(STEP, 600)[2:])
+    # Its number is a copy's, which was launched when nothing ran.
+    gpu.launch(999, 35, name="hipMemcpyDtoDAsync")
+    gpu.kernel(0, "Stream #2", "", 645, 655, kernel="norm", correlation=999)
+    assert "hlo_op" in dict(lost[1].stats)
+    found = profile(gpu)
+    assert found.placed == (12, 12)
+    assert next(o for o in found.operations if o.name == "norm").count == 1
+
+
+def test_transfers_are_no_kernels_unless_the_program_asked_for_them():
+    gpu = Gpu()
+    for k in range(2):
+        gpu.execution(
+            10 * k,
+            [
+                ("Stream #1", "dot", 200 * k, 200 * k + 60),
+                ("Stream #1", "fill.1", 200 * k + 60, 200 * k + 70),
+            ],
+        )
+    gpu.streams[0]["Stream #1"][1].name = "__amd_rocclr_fillBufferAligned.kd"
+    gpu.streams[0]["Stream #1"][3].name = "__amd_rocclr_fillBufferAligned.kd"
+    for at in (20, 210, 350):
+        gpu.kernel(0, "Stream #3", "", at, at + 30, kernel="__amd_rocclr_copyBuffer.kd")
+    gpu.kernel(0, "Stream #1", "", 262, 266, kernel="MemcpyH2D")
+    found = profile(gpu)
+    assert walls(found) == [(0, 70, 0), (1, 70, 130)]
+    assert [round(s.compute_seconds * 1e9) for s in found.steps] == [70, 70]
+    assert found.placed == (4, 4)
+    assert {o.name: o.kind for o in found.operations}["fill.1"] == "compute"
+    assert {o.kind for o in found.operations if "copyBuffer" in o.name} <= {"copy"}
+
+
+def test_a_copy_beside_nothing_is_told_apart_from_idling():
+    gpu = Gpu()
+    gpu.execution(0, [("Stream #1", "dot", 100, 150), ("Stream #1", "dot.1", 190, 200)])
+    gpu.execution(10, [("Stream #1", "dot", 300, 350), ("Stream #1", "dot.1", 390, 400)])
+    gpu.kernel(0, "Stream #2", "", 140, 170, kernel="MemcpyH2D")
+    first = profile(gpu).steps[0]
+    assert [round(t * 1e9) for t in (first.compute_seconds, first.copy_seconds, first.idle_seconds)] == [
+        60,
+        20,
+        20,
+    ]
+
+
+def test_kernels_of_a_command_buffer_are_told_by_their_own_names_and_by_the_programs_lines():
+    gpu = Gpu()
+    for k in range(2):
+        at = 100 * k
+        gpu.execution(10 * k, [("Stream #1", "command_buffer_3", at, at + 20)])
+        (correlation,) = (dict(e.stats)["correlation_id"] for e in gpu.streams[0]["Stream #1"][-1:])
+        named = {"module": "jit_step", "correlation": correlation}
+        gpu.streams[0]["Stream #1"][-1].name = "loop_add_fusion_1"
+        gpu.kernel(0, "Stream #1", "command_buffer_3", at + 20, at + 50, kernel="nvjet_tst_256x128", **named)
+        gpu.kernel(
+            0,
+            "Stream #2",
+            "command_buffer_3",
+            at + 50,
+            at + 70,
+            kernel="ncclDevKernel_AllGather_RING_LL",
+            **named,
+        )
+    text = """HloModule jit_step
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %loop_add_fusion.1 = f32[8]{0} fusion(%a), kind=kLoop, metadata={source_file="model.py" source_line=7}
+}
+"""
+    found = profile(gpu, SavedProgram(program=parse_hlo(text), mesh={"data": 1}))
+    assert [(o.name, o.kind, o.source) for o in found.operations] == [
+        ("command_buffer_3: nvjet_tst_256x128", "compute", None),
+        ("command_buffer_3: loop_add_fusion_1", "compute", "model.py:7"),
+        ("command_buffer_3: ncclDevKernel_AllGather_RING_LL", "all_gather(unknown)", None),
+    ]
+    assert any("command buffers" in note for note in found.notes)
+    assert found.placed == (6, 6)
+
+
+def test_without_launches_executions_are_told_by_repetition_and_what_the_host_launched_besides_is_missed():
+    gpu = Gpu(devices=2)
+    gpu.execution(0, [])
+    for k in range(2):
+        gpu.execution(10 * k, [], thread="py_xla_execute/1")
+        gpu.execution(10 * k, [], thread="py_xla_execute/2")
+    for k in range(2):
+        for stream, op, start, end in moved([*STEP, ("Stream #1", "norm", 70, 75)], 200 * k):
+            gpu.kernel(1, stream, op, start, end, module="jit_step")
+    found = profile(gpu)
+    assert walls(found) == [(0, 90, 0), (1, 90, 110)]
+    notes = " ".join(found.notes)
+    assert "no launches of the kernels on gpu:1" in notes
+    assert "launched 5 executions of jit_step, and it holds operations of 2" in notes
+    assert "no operations on gpu:0" in notes
+
+
+def test_a_loop_within_one_execution_is_not_taken_for_executions():
+    gpu = Gpu()
+    gpu.execution(0, [])
+    for k in range(6):
+        gpu.kernel(0, "Stream #1", "dot", 100 * k, 100 * k + 50, module="jit_step")
+    gpu.step(3, 0, 5)
+    found = profile(gpu)
+    assert walls(found) == [(3, 550, 0)]
+
+
+def several(gpu, times, busy=10):
+    """Run two programs in turn; the second one takes `busy` times as long from the third turn on."""
+    at = 0
+    for k in range(times):
+        length = 50 * (busy if k > 1 else 1)
+        gpu.execution(20 * k, [("Stream #1", "dot", at, at + 40)], module="jit_a")
+        gpu.execution(20 * k + 10, [("Stream #1", "dot", at + 50, at + 50 + length)], module="jit_b")
+        at += 200 + length
+    return profile(gpu)
+
+
+def test_programs_that_follow_each_other_again_and_again_are_one_step_together():
+    found = several(Gpu(), 4, busy=1)
+    assert walls(found) == [(0, 100, 0), (1, 100, 150), (2, 100, 150), (3, 100, 150)]
+    assert any("2 executions in their order are one" in note for note in found.notes)
+
+
+def test_programs_that_take_unlike_long_each_time_are_no_steps_and_are_reported_by_program():
+    found = several(Gpu(), 4)
+    assert found.steps == ()
+    assert found.by_step() == ()
+    assert any("no steps: 2 executions follow each other 4 times" in note for note in found.notes)
+    assert {p.module: p.executions for p in found.programs} == {"jit_a": 4, "jit_b": 4}
+    assert {o.name: o.count for o in found.operations} == {"jit_a/dot": 4, "jit_b/dot": 4}
+    assert found.to_dict()["programs"][0]["module"] == "jit_b"
+
+
+def test_programs_of_one_name_are_not_one_program():
+    gpu = Gpu()
+    for k in range(4):
+        ops = [("Stream #1", "dot", 1000 * k, 1000 * k + 10 ** (k % 3))]
+        gpu.execution(10 * k, ops, module="jit_dot", program=str(k % 3))
+    assert profile(gpu).steps == ()
+
+
+def test_a_devices_own_line_of_steps_is_taken_where_the_host_numbered_none():
+    lines = [
+        ("Stream #1", [event("void f<int>(int*)", k, k + 10, correlation_id=k) for k in (0, 20, 100, 120)]),
+        ("Steps", [event("4", 0, 30, group_id=0), event("5", 100, 130, group_id=1)]),
+    ]
+    found = analyse({0: trace_of_planes([plane("/device:GPU:0", lines)])}, None)
+    assert walls(found) == [(4, 30, 0), (5, 30, 70)]
+    assert found.placed == (4, 4)
+
+
+def test_a_device_that_lacks_a_step_is_named():
+    gpu = Gpu(devices=2)
+    for k in range(3):
+        for device in range(2 if k < 2 else 1):
+            gpu.execution(10 * k, moved(STEP, 200 * k), device=device, thread=f"t/{device}", ordinal=device)
+    assert "not every device has all 3 steps: gpu:1 2" in profile(gpu).notes
+
+
+def test_transfers_alone_are_refused():
+    from meshwright.sharding.errors import UserError
+
+    gpu = Gpu()
+    gpu.kernel(0, "Stream #1", "", 0, 10, kernel="MemcpyH2D")
+    with pytest.raises(UserError, match="holds transfers alone"):
+        profile(gpu)
