@@ -1,8 +1,8 @@
 """Readings of a folder of traces beside what its README says they should be.
 
-`python benchmarks/traces.py FOLDER` reads each `*.xplane.pb` and `*.xplane.pb.gz` of a folder, and prints, beside the
-row of the README's table that begins with the trace's name, what the reader makes of it: steps and their seconds, the
-longest operations, collectives, and its notes. A trace that is refused is printed with the reason.
+`python benchmarks/traces.py FOLDER` reads each `*.xplane.pb` and `*.xplane.pb.gz` of a folder. Beside the row
+of the README's table that begins with the trace's name it prints what the reader makes of it: steps and their
+seconds, the longest operations, collectives, and its notes. A refused trace is printed with the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from meshwright.runtime.profiling import Profile, profile_run
 from meshwright.sharding.errors import UserError
 
 _ROW = re.compile(r"^\| `([\w.]+)` \| (.*) \|$", re.MULTILINE)
-# Columns of the README's table after the name, and before what a reader made of it when the table was written.
+# Columns of the README's table after the name, before what a reader made of it when the table was written.
 _COLUMNS = ("steps", "seconds", "operations", "collectives")
 
 
