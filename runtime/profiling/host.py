@@ -20,7 +20,7 @@ _MODULE = re.compile(r"^(.+):XLA GPU module$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Launch:
+class KernelLaunch:
     """A call that put a kernel, a graph of kernels or a copy on a GPU's stream, and the host's thread."""
 
     name: str
@@ -48,7 +48,7 @@ class HostRecord:
     waits: list[HostSpan] = field(default_factory=list)
     closed: list[float] = field(default_factory=list)
     executions: list[HostExecution] = field(default_factory=list)
-    launches: dict[int, Launch] = field(default_factory=dict)
+    launches: dict[int, KernelLaunch] = field(default_factory=dict)
 
 
 def read_host(planes: Iterable[Any]) -> HostRecord:
@@ -87,7 +87,9 @@ def _read(
     if event.name.startswith("end: "):
         finished[stats.get("_c", -1)] = start_ns
     elif "correlation_id" in stats:
-        record.launches[int(stats["correlation_id"])] = Launch(name=event.name, line=line, at_ns=start_ns)
+        record.launches[int(stats["correlation_id"])] = KernelLaunch(
+            name=event.name, line=line, at_ns=start_ns
+        )
     elif "hlo_op" in stats and "device_ordinal" in stats:
         op = OpEvent(
             device=f"cpu:{stats['device_ordinal']}",
