@@ -9,7 +9,7 @@ from itertools import groupby
 from ...sharding.errors import UserError
 from .account import Ledger, account
 from .events import OpEvent, Trace
-from .executions import Steps, StepWindow, busiest_module, busy_ns, events_by_device, find_steps
+from .executions import FoundSteps, StepWindow, busiest_module, busy_ns, events_by_device, find_steps
 from .operations import OpReader
 from .profile import CollectiveTime, HostStep, Profile, ProgramTime, StepTime
 from .program import SavedProgram
@@ -152,7 +152,7 @@ def _missing(trace: Trace) -> Iterator[str]:
         yield f"no operations on {', '.join(empty)}"
 
 
-def _placed(traces: Mapping[int, Trace], steps: Mapping[int, Steps]) -> tuple[int, int]:
+def _placed(traces: Mapping[int, Trace], steps: Mapping[int, FoundSteps]) -> tuple[int, int]:
     placed = total = 0
     for process, trace in traces.items():
         for device, events in events_by_device(trace).items():

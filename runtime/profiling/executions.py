@@ -37,7 +37,7 @@ class StepWindow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steps:
+class FoundSteps:
     """The steps of one process's trace, by device; `notes` say how they were told, or why there are none."""
 
     windows: Mapping[str, tuple[StepWindow, ...]]
@@ -62,7 +62,7 @@ def busiest_module(events: Sequence[OpEvent]) -> str:
     return seconds.most_common(1)[0][0] if seconds else ""
 
 
-def find_steps(trace: Trace, module: str, *, sure: bool = False) -> Steps:
+def find_steps(trace: Trace, module: str, *, sure: bool = False) -> FoundSteps:
     """Divide the time of each device of a trace into steps.
 
     Args:
@@ -74,10 +74,10 @@ def find_steps(trace: Trace, module: str, *, sure: bool = False) -> Steps:
     if trace.steps:
         found = {device: _numbered(events, module, trace) for device, events in own.items()}
         if any(found.values()):
-            return Steps(windows=found, notes=_uneven(found))
+            return FoundSteps(windows=found, notes=_uneven(found))
     if any(trace.device_steps.values()):
         windows = {device: _of_device(trace.device_steps.get(device, ())) for device in own}
-        return Steps(windows=windows, notes=("the steps are those of the trace's own lines of steps",))
+        return FoundSteps(windows=windows, notes=("the steps are those of the trace's own lines of steps",))
     executions = {device: _executions(events) for device, events in own.items()}
     said = _cannot_number(trace, module, executions)
     if sure or _is_alone(trace.events, module):
@@ -85,7 +85,7 @@ def find_steps(trace: Trace, module: str, *, sure: bool = False) -> Steps:
         if any(ours.values()):
             groups = {device: [[execution] for execution in each] for device, each in ours.items()}
             how = f"nobody numbered the steps: each execution of {module} is one"
-            return Steps(windows=_grouped(groups), notes=(*said, how, *_uneven(ours)))
+            return FoundSteps(windows=_grouped(groups), notes=(*said, how, *_uneven(ours)))
     return _in_groups(executions, said)
 
 
@@ -200,14 +200,14 @@ def busy_ns(events: Sequence[OpEvent]) -> float:
     return total
 
 
-def _in_groups(executions: Mapping[str, Sequence[_Execution]], said: Sequence[str]) -> Steps:
+def _in_groups(executions: Mapping[str, Sequence[_Execution]], said: Sequence[str]) -> FoundSteps:
     """Return groups of executions that follow each other in one order as steps, if they take alike long."""
     groups: dict[str, list[list[_Execution]]] = {}
     for device, own in executions.items():
         length = period([(execution.module, execution.operations) for execution in own])
         if not own or 2 * length > len(own):
             why = f"the executions of {_programs(own)} repeat in no order" if own else "no execution is known"
-            return Steps(windows={}, notes=(*said, f"no steps: {why}"))
+            return FoundSteps(windows={}, notes=(*said, f"no steps: {why}"))
         groups[device] = [list(own[k : k + length]) for k in range(0, len(own) - length + 1, length)]
         busy = [sum(execution.busy_ns for execution in group) for group in groups[device]]
         if max(busy) > _ALIKE * min(busy):
@@ -215,12 +215,12 @@ def _in_groups(executions: Mapping[str, Sequence[_Execution]], said: Sequence[st
                 f"{length} executions follow each other {len(busy)} times in one order, but take "
                 f"{min(busy) / 1e6:.3f} to {max(busy) / 1e6:.3f} ms"
             )
-            return Steps(windows={}, notes=(*said, f"no steps: {why}"))
+            return FoundSteps(windows={}, notes=(*said, f"no steps: {why}"))
     if not groups:
-        return Steps(windows={}, notes=(*said, "no steps: no execution is known"))
+        return FoundSteps(windows={}, notes=(*said, "no steps: no execution is known"))
     lengths = sorted({len(own[0]) for own in groups.values()})
     how = f"nobody numbered the steps: {' or '.join(map(str, lengths))} executions in their order are one"
-    return Steps(windows=_grouped(groups), notes=(*said, how, *_uneven(groups)))
+    return FoundSteps(windows=_grouped(groups), notes=(*said, how, *_uneven(groups)))
 
 
 def _programs(executions: Sequence[_Execution]) -> str:
