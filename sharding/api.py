@@ -306,7 +306,8 @@ def plan(
     remat: str | Mapping[str, str] | None = None,
     microbatches: int | None = None,
     schedule: str | None = None,
-    attention: str | None = None,
+    attention: str | Sequence[str] | None = None,
+    segments: int | None = None,
     names: Any = None,
     trainable: Any = None,
     state: Any = None,
@@ -340,8 +341,12 @@ def plan(
             `meshwright.sharding.program.layers`) → ``device`` or ``host``.
         microbatches: parts of the batch that are computed one after another.
         schedule: of declared pipeline stages: ``1f1b`` or ``gpipe``.
-        attention: the implementation of `meshwright.sharding.ops.attention`: ``xla``, or a kernel, ``splash``
-            or ``cudnn``; ``auto``, the default, is the chip's own where it supports what is asked.
+        attention: the implementation of `meshwright.sharding.ops.attention`: ``xla``, or a kernel, ``splash``,
+            ``cudnn`` or ``cudnn_packed``; ``auto``, the default, is the chip's own where it supports what is
+            asked; of several the first that can is taken.
+        segments: how many segments a row of the batch has at most, its padding counted as one, where those of
+            one id lie next to each other. Kernels that read packed rows by their segments want it; a row that
+            breaks it gives a loss that is not a number.
         names: a tree like `params` of tuples of dimension names, for rules and for what is printed.
         trainable: which parameters are trained, all floats if not given: a pattern over paths or several
             (``"*lora*"``), patterns → bool, or a tree of bools like `params`. The others are kept in the
@@ -367,6 +372,7 @@ def plan(
         microbatches=microbatches,
         schedule=schedule,
         attention=attention,
+        segments=segments,
         accumulation=accumulation,
         max_passes=max_passes,
     )
@@ -396,7 +402,8 @@ def declare(
     names: Any = None,
     remat: str | Mapping[str, str] = "none",
     microbatches: int = 1,
-    attention: str | None = None,
+    attention: str | Sequence[str] | None = None,
+    segments: int | None = None,
     trainable: Any = None,
     state: Any = None,
     recognise: Sequence[str] = FORMS,
@@ -428,6 +435,7 @@ def declare(
         remat: what layers keep for their backward pass: a policy of `transform.remat`, or names → places.
         microbatches: parts of the batch that are computed one after another.
         attention: as in `plan`: ``auto`` if not given.
+        segments: as in `plan`.
         trainable: which parameters are trained, as in `plan`.
         state: what changes beside the parameters, as in `plan`.
         recognise: as in `plan`: all if not given.
@@ -454,6 +462,7 @@ def declare(
         remat=remat,
         microbatches=microbatches,
         attention=attention,
+        segments=segments,
         accumulation=accumulation,
         max_passes=max_passes,
     )

@@ -122,10 +122,14 @@ class ProgramTables:
 
 
 def profile(
-    program: Program, *, kernels: frozenset[int] = frozenset(), kept_by_name: bool = True
+    program: Program,
+    *,
+    kernels: frozenset[int] = frozenset(),
+    kept_by_name: bool = True,
+    sums: int = 1,
 ) -> ProgramTables:
-    """Read `program` into tables; `kernels` and `kept_by_name` are as in `flatten`."""
-    flat = flatten(program, kernels=kernels, kept_by_name=kept_by_name)
+    """Read `program` into tables; `kernels`, `kept_by_name` and `sums` are as in `flatten`."""
+    flat = flatten(program, kernels=kernels, kept_by_name=kept_by_name, sums=sums)
     count = len(program.dims)
     in_parameters = {d for a in program.parameters for composition in a.dims for d in composition}
     priority = np.array([d + (0 if d in in_parameters else count) for d in range(count)], int)

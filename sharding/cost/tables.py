@@ -79,10 +79,10 @@ class Flat:
 class _Flattener:
     """Flattens the scopes of a program into ops over numbered values."""
 
-    def __init__(self, program: Program, kernels: frozenset[int], kept_by_name: bool) -> None:
+    def __init__(self, program: Program, kernels: frozenset[int], kept_by_name: bool, sums: int) -> None:
         self.program = program
         self.calls: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-        self._kernels, self._kept_by_name = kernels, kept_by_name
+        self._kernels, self._kept_by_name, self._sums_of_each = kernels, kept_by_name, sums
         self._call = -1
         self.values: list[Value] = []
         self.ops: list[FlatOp] = []
@@ -195,9 +195,10 @@ class _Flattener:
         return [out]
 
     def _sums(self, equation: Equation, out: int, runs: int) -> int:
-        """Return the numbers, one a row and head, that a kernel's gradient needs and nobody names."""
+        """Return the numbers, one or more a row and head, that a kernel's gradient needs and nobody names."""
         result = self.values[out]
-        (width,) = equation.eqn.outvars[0].aval.shape[3:]  # type: ignore[attr-defined]
+        (head_dim,) = equation.eqn.outvars[0].aval.shape[3:]  # type: ignore[attr-defined]
+        width = head_dim / self._sums_of_each
         flat = tuple(dict.fromkeys(dim for composition in equation.outs[0][:3] for dim in composition))
         one = dataclasses.replace(
             result,
@@ -329,14 +330,21 @@ def _item_bytes(dtype: Any) -> int:
     return int(getattr(dtype, "itemsize", 4))
 
 
-def flatten(program: Program, *, kernels: frozenset[int] = frozenset(), kept_by_name: bool = True) -> Flat:
+def flatten(
+    program: Program,
+    *,
+    kernels: frozenset[int] = frozenset(),
+    kept_by_name: bool = True,
+    sums: int = 1,
+) -> Flat:
     """Return the ops of `program` over numbered values.
 
     Of `kernels`, indices of calls of `ops.attention`, each is carried out by a kernel, so that its scores are
     nowhere else;
-    `kept_by_name` says that what keeps a kernel's result keeps all that its gradient reads.
+    `kept_by_name` says that what keeps a kernel's result keeps all that its gradient reads; else that is
+    `sums` numbers of each row and head besides.
     """
-    reader = _Flattener(program, kernels, kept_by_name)
+    reader = _Flattener(program, kernels, kept_by_name, sums)
     reader.read()
     return Flat(
         values=reader.values,

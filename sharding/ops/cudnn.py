@@ -1,4 +1,8 @@
-"""cuDNN's attention for GPUs that are not here.
+"""cuDNN's attention: its calls with masks by chunks of queries and with packed segments, and GPUs not here.
+
+`jax.nn.dot_product_attention` takes segments as a mask of all queries and keys, writes the mask's gradient in
+JAX 0.10, and its packed layout counts grouped heads wrongly there. So the primitives under it are bound with
+operands of our own, which take no part in partitioning: under `jax.shard_map`, a device's own rows.
 
 XLA compiles calls of cuDNN without it, and leaves them in the program. JAX wants more: it asks the library
 for its version when it traces a call, and devices when it lowers one, to partition what `jax.shard_map` has
@@ -8,10 +12,18 @@ partitioned already.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import inspect
 from collections.abc import Iterator
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax._src import dispatch  # seen in 0.10.2 and 0.12.0
 from jax._src.cudnn import fused_attention_stablehlo
+
+from .segments import packed_offsets
 
 # What a call becomes: plain, with a mask, and their gradients.
 CUSTOM_CALLS = (
@@ -25,6 +37,232 @@ _PRIMITIVES = ("dot_product_attention", "custom_partitioning")
 
 # cuDNN 9.12, the oldest that the CUDA 13 wheels of these versions of JAX take.
 _OLDEST = 91200
+
+# Queries of a row that share a mask: an eighth of the row, within these; fewer make more, smaller kernels.
+_CHUNKS, _LEAST_CHUNK, _MOST_CHUNK = 8, 256, 2048
+# Where a chunk's keys may begin: whole tiles of cuDNN's kernels.
+_TILE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What of one call of cuDNN is no array."""
+
+    scale: float
+    causal: bool
+    window: int | None = None
+    most: int | None = None
+
+
+def masked(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_ids: jax.Array,
+    key_ids: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> jax.Array:
+    """Return attention within segments, ``[batch, queries, heads, value_dim]``, by masks of few queries.
+
+    The mask of a chunk of queries is ``[batch, 1, chunk, keys]``, made anew for the gradient; keys that
+    causality or a window hides from all of a chunk are not read.
+    """
+    return _masked(query, key, value, query_ids, key_ids, _Call(scale, causal, window))
+
+
+def packed(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    ids: jax.Array,
+    *,
+    most: int,
+    scale: float,
+    causal: bool,
+) -> jax.Array:
+    """Return attention within runs of `ids`, of which a row has at most `most`, by cuDNN's packed layout.
+
+    Softmax's sums are float32 ``[batch · most, heads, sequence]``, and kept for the gradient. Values may be
+    narrower than queries; one offset serves keys and values, so they are padded to the queries' width.
+    """
+    width = value.shape[3]
+    wide = jnp.pad(value, ((0, 0),) * 3 + ((0, query.shape[3] - width),))
+    return _packed(query, key, wide, ids, _Call(scale, causal, most=most))[..., :width]
+
+
+def plain(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> jax.Array:
+    """Return attention without segments; values may be of another width than queries."""
+    kinds = fused_attention_stablehlo.MaskType
+    return fused_attention_stablehlo.dot_product_attention(
+        query,
+        key,
+        value,
+        scale=scale,
+        mask_type=kinds.CAUSAL if causal else kinds.NO_MASK,
+        sliding_window_length=window,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _masked(query: Any, key: Any, value: Any, query_ids: Any, key_ids: Any, call: _Call) -> jax.Array:
+    parts = _chunks(query.shape[1], key.shape[1], call)
+    biases = (_bias(query_ids, key_ids, rows, keys, call, query.dtype) for rows, keys in parts)
+    outs = [
+        _forward((query[:, rows], key[:, keys], value[:, keys]), call, bias=bias, training=False)[0]
+        for (rows, keys), bias in zip(parts, biases, strict=True)
+    ]
+    return jnp.concatenate(outs, axis=1)
+
+
+def _masked_forward(
+    query: Any, key: Any, value: Any, query_ids: Any, key_ids: Any, call: _Call
+) -> tuple[jax.Array, Any]:
+    outs, sums = [], []
+    for rows, keys in _chunks(query.shape[1], key.shape[1], call):
+        bias = _bias(query_ids, key_ids, rows, keys, call, query.dtype)
+        out, total = _forward((query[:, rows], key[:, keys], value[:, keys]), call, bias=bias, training=True)
+        outs.append(out)
+        sums.append(total)
+    out = jnp.concatenate(outs, axis=1)
+    return out, (query, key, value, query_ids, key_ids, out, sums)
+
+
+def _masked_backward(call: _Call, kept: Any, d: jax.Array) -> tuple[Any, ...]:
+    query, key, value, query_ids, key_ids, out, sums = kept
+    of_queries = []
+    # Chunks add to the gradients of keys and values; in float32, so that each is rounded once.
+    of_key, of_value = (jnp.zeros(array.shape, jnp.float32) for array in (key, value))
+    for (rows, keys), total in zip(_chunks(query.shape[1], key.shape[1], call), sums, strict=True):
+        bias = _bias(query_ids, key_ids, rows, keys, call, query.dtype)
+        arrays = query[:, rows], key[:, keys], value[:, keys]
+        dq, dk, dv = _backward(arrays, call, total, out[:, rows], d[:, rows], bias=bias)
+        of_queries.append(dq)
+        of_key = of_key.at[:, keys].add(dk.astype(jnp.float32))
+        of_value = of_value.at[:, keys].add(dv.astype(jnp.float32))
+    gradients = of_key.astype(key.dtype), of_value.astype(value.dtype)
+    return jnp.concatenate(of_queries, axis=1), *gradients, None, None
+
+
+_masked.defvjp(_masked_forward, _masked_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _packed(query: Any, key: Any, value: Any, ids: Any, call: _Call) -> jax.Array:
+    return _forward((query, key, value), call, ids=ids, training=False)[0]
+
+
+def _packed_forward(query: Any, key: Any, value: Any, ids: Any, call: _Call) -> tuple[jax.Array, Any]:
+    out, sums = _forward((query, key, value), call, ids=ids, training=True)
+    return out, (query, key, value, ids, out, sums)
+
+
+def _packed_backward(call: _Call, kept: Any, d: jax.Array) -> tuple[Any, ...]:
+    query, key, value, ids, out, sums = kept
+    return *_backward((query, key, value), call, sums, out, d, ids=ids), None
+
+
+_packed.defvjp(_packed_forward, _packed_backward)
+
+
+def _chunks(queries: int, keys: int, call: _Call) -> list[tuple[slice, slice]]:
+    """Return the queries of each chunk, and the keys that any of them sees."""
+    most = min(max(queries // _CHUNKS, _LEAST_CHUNK), _MOST_CHUNK)
+    chunk = next((size for size in range(most, 0, -1) if queries % size == 0 and size % 2 == 0), queries)
+    chunk = chunk if 2 * chunk > most else queries
+    parts = []
+    for start in range(0, queries, chunk):
+        low = 0 if call.window is None else max(0, start - call.window + 1) // _TILE * _TILE
+        high = min(start + chunk, keys) if call.causal else keys
+        parts.append((slice(start, start + chunk), slice(low, high)))
+    return parts
+
+
+def _bias(query_ids: Any, key_ids: Any, rows: slice, keys: slice, call: _Call, dtype: Any) -> jax.Array:
+    """Return zero where a query of the chunk sees a key and a large negative number elsewhere."""
+    seen = query_ids[:, rows, None] == key_ids[:, None, keys]
+    if call.causal:
+        distance = jnp.arange(rows.start, rows.stop)[:, None] - jnp.arange(keys.start, keys.stop)
+        seen &= distance >= 0
+        if call.window is not None:
+            seen &= distance < call.window
+    hidden = fused_attention_stablehlo.get_large_negative_number(dtype)
+    return jnp.where(seen, jnp.zeros((), dtype), hidden)[:, None]
+
+
+def _settings(call: _Call, *, packs: bool, biased: bool) -> dict[str, Any]:
+    """Return what both primitives are bound with. A mask hides all that causality does."""
+    kinds = fused_attention_stablehlo.MaskType
+    kind = kinds.PADDING_CAUSAL if call.causal else kinds.PADDING
+    settings: dict[str, Any] = {
+        "scale": call.scale,
+        "seed": 42,
+        "dropout_rate": 0.0,
+        # Whether there is a mask, and whether its gradient is asked for.
+        "variadic_args": (biased, False),
+        "mask_type": kind if packs else kinds.NO_MASK,
+        "layout": fused_attention_stablehlo.AttentionLayout.BTNH.value,
+        "sliding_window_length": None,
+    }
+    if "score_mod" in inspect.signature(fused_attention_stablehlo._dot_product_attention_fwd_impl).parameters:
+        settings |= {"score_mod_name": None, "score_mod_jaxpr": None}
+    return settings
+
+
+def _operands(arrays: tuple[Any, Any, Any], call: _Call, ids: Any, bias: Any) -> tuple[Any, ...]:
+    """Return what both primitives take first: arrays, mask, lengths, offsets, and no pages."""
+    query, key, value = arrays
+    none = jnp.zeros(0, query.dtype)
+    if ids is None:
+        return query, key, value, none if bias is None else bias, none, none, none, none, none, none
+    assert call.most is not None
+    # A device's keys may have fewer heads than its queries, so that they have offsets of their own.
+    of_queries, lengths = packed_offsets(ids, call.most, query.shape[2] * query.shape[3])
+    of_keys, _ = packed_offsets(ids, call.most, key.shape[2] * key.shape[3])
+    return query, key, value, none, lengths, lengths, of_queries, of_keys, none, none
+
+
+def _forward(
+    arrays: tuple[Any, Any, Any], call: _Call, *, training: bool, ids: Any = None, bias: Any = None
+) -> Any:
+    """Return the result and, if `training`, the sums of its softmax."""
+    fused_attention_stablehlo.check_is_flash_attention(
+        *arrays,
+        fused_attention_stablehlo.AttentionLayout.BTNH.value,
+        fused_attention_stablehlo.check_cudnn_version(),
+        bias is not None,
+        training,
+        ids is not None,
+    )
+    settings = _settings(call, packs=ids is not None, biased=bias is not None)
+    bind = fused_attention_stablehlo._dot_product_attention_fwd_p.bind
+    return bind(*_operands(arrays, call, ids, bias), is_training=training, **settings)
+
+
+def _backward(
+    arrays: tuple[Any, Any, Any],
+    call: _Call,
+    sums: Any,
+    out: Any,
+    d: Any,
+    *,
+    ids: Any = None,
+    bias: Any = None,
+) -> Any:
+    """Return the gradients of queries, keys and values."""
+    settings = _settings(call, packs=ids is not None, biased=bias is not None)
+    bind = fused_attention_stablehlo._dot_product_attention_bwd_p.bind
+    return bind(*_operands(arrays, call, ids, bias), sums, out, d, **settings)
 
 
 @contextlib.contextmanager
@@ -47,14 +285,20 @@ def traced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def described() -> Iterator[None]:
-    """Within it JAX traces and lowers cuDNN's attention for a GPU that is not here, under `jax.shard_map`."""
+    """Within it JAX traces and lowers cuDNN's attention for a GPU that is not here, under `jax.shard_map`.
+
+    What such a GPU can do is in ``kernels.toml``: JAX, which would ask the one that is here, asks nothing.
+    """
     asked = fused_attention_stablehlo.check_cudnn_version
+    asked_chip = fused_attention_stablehlo.check_compute_capability
     needing = dispatch.prim_requires_devices_during_lowering
     spared = {one for one in needing if one.name.startswith(_PRIMITIVES)}
     fused_attention_stablehlo.check_cudnn_version = lambda: _OLDEST
+    fused_attention_stablehlo.check_compute_capability = lambda _: True
     needing -= spared
     try:
         yield
     finally:
         fused_attention_stablehlo.check_cudnn_version = asked
+        fused_attention_stablehlo.check_compute_capability = asked_chip
         needing |= spared

@@ -1,4 +1,4 @@
-"""Kernels of attention, from JAX's own libraries, for what one device holds of its arrays."""
+"""Kernels of attention, from libraries, for what one device holds of its arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import UserError, nearest
+from . import cudnn
 from .attention import AttentionCall, scaled
+from .segments import marked
 
 _FACTS = Path(__file__).with_name("kernels.toml")
 
@@ -22,9 +24,34 @@ LANES = 128
 
 @functools.cache
 def kernel_facts() -> Mapping[str, Mapping[str, Any]]:
-    """Return kernel → what it can do, from ``kernels.toml``."""
+    """Return kernel → what it can do on the oldest chip that has it, from ``kernels.toml``."""
     with _FACTS.open("rb") as file:
-        return tomllib.load(file)
+        tables = tomllib.load(file)
+    return {
+        name: {"packs": False, **tables.get(row.get("like", ""), {}), **row} for name, row in tables.items()
+    }
+
+
+def facts_on(kernel: str, capability: str | None) -> Mapping[str, Any]:
+    """Return what `kernel` can do on a GPU of this compute capability; None for other chips.
+
+    >>> facts_on("cudnn", "8.0")["most_head_dim"], facts_on("cudnn", "9.0")["most_head_dim"]
+    (128, 256)
+    """
+    facts = kernel_facts()[kernel]
+    newer = "from_capability" in facts and has_capability(capability, facts["from_capability"])
+    return {**facts, **facts["newer"]} if newer else facts
+
+
+def has_capability(capability: str | None, least: str) -> bool:
+    """Return whether a compute capability, None where there is none, is at least `least`.
+
+    >>> has_capability("10.0", "9.0"), has_capability("8.0", "9.0"), has_capability(None, "9.0")
+    (True, False, False)
+    """
+    if capability is None:
+        return False
+    return [int(part) for part in capability.split(".")] >= [int(part) for part in least.split(".")]
 
 
 def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
@@ -38,20 +65,25 @@ def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
                 f"kernels: attention: implementation={name!r} is no kernel; {nearest(name, facts)}"
             )
         blocks = ("block_q", "block_kv") if "blocks" in facts[name] else ()
-        for key in {*settings, *blocks} - {"implementation"}:
-            if key not in blocks:
-                raise UserError(f"kernels: attention: {name} has no {key!r}; {nearest(key, blocks)}")
+        known = (*blocks, "segments") if facts[name]["packs"] else blocks
+        for key in {*settings, *known} - {"implementation"}:
             size = settings.get(key)
-            if not isinstance(size, int) or size < LANES or size % LANES:
+            if key not in known:
+                raise UserError(f"kernels: attention: {name} has no {key!r}; {nearest(key, known)}")
+            if key in blocks and (not isinstance(size, int) or size < LANES or size % LANES):
                 raise UserError(f"kernels: attention: {key}={size!r} must be a multiple of {LANES}")
+            if key == "segments" and (not isinstance(size, int) or isinstance(size, bool) or size < 2):
+                raise UserError(f"kernels: attention: segments={size!r} must be a whole number of at least 2")
 
 
-def refusal(kernel: str, call: AttentionCall, query: Any, key: Any, value: Any) -> str | None:
-    """Return why `kernel` cannot carry out `call` on arrays of these shapes and types, None if it can.
+def refusal(
+    facts: Mapping[str, Any], call: AttentionCall, query: Any, key: Any, value: Any
+) -> str | None:
+    """Return why a kernel cannot carry out `call` on arrays of these shapes and types, None if it can.
 
-    The planner prices, and the step carries out, each call by what this says of it.
+    `facts` are the kernel's, as `facts_on` has them. The planner prices, and the step carries out, each call
+    by what this says of it.
     """
-    facts = kernel_facts()[kernel]
     queries, keys, head_dim, value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     if call.windowed:
         return "its window differs from layer to layer"
@@ -61,6 +93,8 @@ def refusal(kernel: str, call: AttentionCall, query: Any, key: Any, value: Any) 
         return f"it takes {' or '.join(facts['dtypes'])}, not {query.dtype}"
     if head_dim != value_dim and not facts["other_value_dim"]:
         return f"it needs heads of values as wide as those of queries, not {value_dim} and {head_dim}"
+    if value_dim > head_dim and facts["other_value_dim"] == "narrower":
+        return f"it needs heads of values no wider than those of queries, not {value_dim} and {head_dim}"
     if head_dim > facts["most_head_dim"]:
         return f"its heads are at most {facts['most_head_dim']} wide, not {head_dim}"
     for name, size in (("queries", queries), ("keys", keys)):
@@ -141,26 +175,27 @@ def splash(
     return jnp.swapaxes(jax.vmap(kernel)(query, key, value, segments), 1, 2)
 
 
-def dot_product(
+def by_cudnn(
     call: AttentionCall,
+    most: int | None,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     *ids: jax.Array,
-    implementation: Any = "cudnn",
 ) -> jax.Array:
-    """Return attention of the arrays of one device by `jax.nn.dot_product_attention`.
+    """Return attention of the arrays of one device by cuDNN.
 
-    Segments go to it as a mask ``[batch, 1, queries, keys]``, which is in memory once for all heads.
+    `ids` are those of queries and of keys. With `most`, the largest number of segments in a row, segments
+    that queries and keys share go to its packed layout; else they are masks of a chunk of queries.
     """
-    mask = ids[0][:, None, :, None] == ids[-1][:, None, None, :] if ids else None
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=call.scale,
-        is_causal=call.causal,
-        local_window_size=None if call.window is None else (call.window - 1, 0),
-        implementation=implementation,
-    )
+    asked = {"scale": call.scale, "causal": call.causal}
+    if not ids:
+        return cudnn.plain(query, key, value, window=call.window, **asked)
+    if most is not None and takes_packed(call):
+        return cudnn.packed(marked(query, ids[0], most), key, value, ids[0], most=most, **asked)
+    return cudnn.masked(query, key, value, ids[0], ids[-1], window=call.window, **asked)
+
+
+def takes_packed(call: AttentionCall) -> bool:
+    """Return whether cuDNN's packed layout takes a call: queries and keys of the same segments, no window."""
+    return call.segments == 1 and call.window is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,8 @@ class Declared:
     remat: str | Mapping[str, str] | None = None
     microbatches: int | None = None
     schedule: str | None = None
-    attention: str | None = None
+    attention: str | Sequence[str] | None = None
+    segments: int | None = None
     accumulation: str = EXACT
     max_passes: int = MAX_PASSES
 
@@ -48,6 +49,8 @@ class Declared:
         check_accumulation(self.accumulation)
         if isinstance(self.max_passes, bool) or not isinstance(self.max_passes, int) or self.max_passes < 1:
             raise UserError(f"max_passes={self.max_passes!r} must be a whole number of at least 1")
+        if self.segments is not None and (type(self.segments) is not int or self.segments < 1):
+            raise UserError(f"segments={self.segments!r} must be a whole number of at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -125,7 +125,7 @@ class Problem:
         return profile(self.program)
 
     @functools.cached_property
-    def kernel_profiles(self) -> dict[tuple[bool, frozenset[int]], ProgramTables]:
+    def kernel_profiles(self) -> dict[tuple[bool, int, frozenset[int]], ProgramTables]:
         """The program in tables, with calls of attention carried out by kernels, as asked for so far."""
         return {}
 
@@ -133,16 +133,16 @@ class Problem:
         """Return the program in tables, with the calls of attention that `kernel` takes carried out by it."""
         if kernel.implementation is None:
             return self.profile
-        key = kernel.kept_by_name, kernel.calls
+        key = kernel.kept_by_name, kernel.sums, kernel.calls
         if key not in self.kernel_profiles:
             self.kernel_profiles[key] = profile(
-                self.program, kernels=kernel.calls, kept_by_name=kernel.kept_by_name
+                self.program, kernels=kernel.calls, kept_by_name=kernel.kept_by_name, sums=kernel.sums
             )
         return self.kernel_profiles[key]
 
     def kernel(self, topology: Topology, declared: Declared) -> kernels.Chosen:
         """Return the kernel of the program's attention."""
-        return kernels.choose(self.program, topology, declared.attention)
+        return kernels.choose(self.program, topology, declared.attention, declared.segments)
 
     def space(self, topology: Topology, declared: Declared) -> Space:
         """Return what is worth considering."""
@@ -200,7 +200,7 @@ class Problem:
             return plain()
         return priced_by(
             self.table(kernel),
-            calibration_for(chip, kernel.implementation),
+            calibration_for(chip, kernels.priced_as(kernel)),
             execution_for(topology, kernels.cost(kernel)),
             lambda candidate: None if kernel.can(candidate.dims) else plain(),
         )

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..ops import cudnn
 from ..ops.attention import AttentionCall, attention_call
-from ..ops.kernels import block_that_divides, dot_product, refusal, splash, splash_kernel
+from ..ops.kernels import block_that_divides, by_cudnn, facts_on, refusal, splash, splash_kernel
 from ..plans.specs import axes_of, cut_into
 from ..program.layers import Marks
 from ..program.primitives import Trait, primitives
@@ -44,10 +44,11 @@ class _Layout(NamedTuple):
 class AttentionKernel:
     """Carries out calls of attention by the kernel that `settings` name, on the devices of `mesh`.
 
-    `settings` is a plan's ``kernels["attention"]``: ``implementation`` (``splash`` or ``cudnn``), and for
-    splash the largest blocks, ``block_q`` and ``block_kv``. A call that the kernel cannot do is left to XLA;
-    the planner has said so in the plan's notes. `platform` is what the program is lowered for; on a ``cpu``
-    splash is interpreted. `marks` are the names that values of the program are to be given.
+    `settings` is a plan's ``kernels["attention"]``: ``implementation``, for splash the largest blocks,
+    ``block_q`` and ``block_kv``, for kernels of packed rows ``segments``, the most of a row. A call that the
+    kernel cannot do is left to XLA; the planner has said so in the plan's notes. `platform` is what the
+    program is lowered for; on a ``cpu`` splash is interpreted. `marks` are the names that values of the
+    program are to be given. `capability` is that of the plan's GPUs.
 
     Splash's backward pass reads its result in an order of its own, and one number a row besides. It is these
     that are to be kept under a name of the result, and not the program's order of them once more.
@@ -60,8 +61,10 @@ class AttentionKernel:
         platform: str,
         program: Program,
         marks: Marks,
+        capability: str | None = None,
     ) -> None:
         self._mesh = mesh
+        self._facts = facts_on(settings["implementation"], capability)
         self._settings = settings
         self._platform = platform
         self._names: dict[Any, str] = {}
@@ -102,7 +105,7 @@ class AttentionKernel:
         if call is None:
             return None
         kernel = self._settings["implementation"]
-        if refusal(kernel, call, *(atom.aval for atom in eqn.invars[:3])) is not None:
+        if refusal(self._facts, call, *(atom.aval for atom in eqn.invars[:3])) is not None:
             return None
         inputs = [gather(value, dims) for value, dims in zip(inputs, equation.ins, strict=True)]
         spec = spec_of(equation.ins[0], inputs[0].shape)
@@ -149,7 +152,7 @@ class AttentionKernel:
             return None
 
         def local(*arrays: Any) -> Any:
-            return dot_product(call, *arrays)
+            return by_cudnn(call, self._settings.get("segments"), *arrays)
 
         try:
             with contextlib.nullcontext() if self._has_devices() else cudnn.described():

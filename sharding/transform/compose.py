@@ -27,6 +27,7 @@ from ..program.program import Program
 from ..program.recognise import recognised
 from ..program.tracing import read
 from ..xla.compiler import compiler_of
+from ..xla.gpu_targets import compute_capability
 from ..xla.reduction import reduction_steps
 from .accumulation.by_part import mean_of_parts
 from .accumulation.differentiable import Loss, differentiable
@@ -61,7 +62,8 @@ def passes_of(
     on_own_chips = platform == plan.topology.chip.platform
     marks = marks_of(program, saved)
     settings = plan.kernels.get("attention")
-    kernel = None if settings is None else AttentionKernel(mesh, settings, platform, program, marks)
+    capability = compute_capability(plan.topology.chip)
+    kernel = None if settings is None else AttentionKernel(mesh, settings, platform, program, marks, capability)
     of_state = [] if state is None else _flat(arrays.specs(plan, state, "state"))
     axes = arrays.axes_of_dims(plan, program)
     passes: list[Pass] = []

@@ -32,6 +32,12 @@ def gpu_target_names() -> tuple[str, ...]:
     return tuple(_facts()["chips"])
 
 
+def compute_capability(chip: Chip) -> str | None:
+    """Return the compute capability of a chip that has a description, such as ``9.0``; None for others."""
+    row = _facts()["chips"].get(chip.name)
+    return None if row is None else str(row["compute_capability"])
+
+
 def gpu_target(chip: Chip) -> str:
     """Return a chip as XLA's GpuTargetConfigProto, in protobuf's text format.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +12,17 @@ from ...errors import UserError, nearest
 from ...hardware.chip import Chip
 from ...hardware.topology import Topology
 from ...ops.attention import AttentionCall, attention_call
-from ...ops.kernels import block_that_divides, kernel_facts, refusal
+from ...ops.kernels import (
+    block_that_divides,
+    facts_on,
+    has_capability,
+    kernel_facts,
+    refusal,
+    takes_packed,
+)
 from ...program.lines import line_of
 from ...program.program import Equation, Program
+from ...xla.gpu_targets import compute_capability
 
 # What may be declared: what the chip wants, plain XLA, or one of the kernels.
 AUTO, PLAIN = "auto", "xla"
@@ -29,6 +38,7 @@ class Chosen:
     kept_by_name:  whether rematerialisation that keeps its result by name keeps all that its gradient reads.
     share:         of all scores, how many it computes: those that no mask known beforehand hides.
     whole:         dims that it needs whole; a layout that cuts one leaves attention to XLA.
+    sums:          rows of numbers that its gradient reads of each head and query, one for each segment.
     """
 
     kernels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -38,6 +48,7 @@ class Chosen:
     calls: frozenset[int] = frozenset()
     share: float = 1.0
     whole: frozenset[int] = frozenset()
+    sums: int = 1
 
     def can(self, dims: Mapping[int, tuple[str, ...]]) -> bool:
         """Whether the kernel runs where a layout cuts `dims` over mesh axes."""
@@ -51,22 +62,42 @@ class Chosen:
         return (f"attention by {self.implementation} needs heads whole, which {axes} cuts; XLA computes it",)
 
 
-def choose(program: Program, topology: Topology, declared: str | None = None) -> Chosen:
+def choose(
+    program: Program,
+    topology: Topology,
+    declared: str | Sequence[str] | None = None,
+    segments: int | None = None,
+) -> Chosen:
     """Return the kernel for the calls of `ops.attention` in `program`.
 
-    `declared` is ``auto`` (the chip's own), ``xla``, or a kernel. A call that the kernel does not support is
-    left to XLA, and a note says so. Raises UserError for a declared kernel that the chip does not have, or
-    that can do none of the calls.
+    `declared` is ``auto`` (the chip's own), ``xla``, a kernel, or several of these, of which the first is
+    taken that can do any of the calls. A call that the kernel does not support is left to XLA, and a note
+    says so. `segments` is how many neighbours of one id a row has at most, None where that is not known.
+
+    Raises UserError for a declared kernel that the chip does not have, or that can do none of the calls.
     """
-    declared = AUTO if declared is None else declared
-    facts, chip = kernel_facts(), topology.chip
-    if declared not in (AUTO, PLAIN, *facts):
-        raise UserError(f"attention={declared!r} is no kernel; {nearest(declared, [AUTO, PLAIN, *facts])}")
-    wanted = chip.attention_kernel if declared == AUTO else declared
+    wanted = [AUTO] if declared is None else [declared] if isinstance(declared, str) else list(declared)
+    facts = kernel_facts()
+    for name in wanted:
+        if name not in (AUTO, PLAIN, *facts):
+            raise UserError(f"attention={name!r} is no kernel; {nearest(name, [AUTO, PLAIN, *facts])}")
     calls = [(equation, call) for equation in program.equations() if (call := attention_call(equation.eqn))]
+    for name in wanted[:-1]:
+        with contextlib.suppress(UserError):
+            return _chosen(name, calls, topology.chip, segments)
+    return _chosen(wanted[-1], calls, topology.chip, segments)
+
+
+def _chosen(
+    declared: str, calls: Sequence[tuple[Equation, AttentionCall]], chip: Chip, segments: int | None
+) -> Chosen:
+    """Return the choice of one declared word. Raises UserError as `choose` does."""
+    wanted = chip.attention_kernel if declared == AUTO else declared
     if wanted in (None, PLAIN):
         return Chosen()
-    if declared != AUTO and chip.platform not in facts[wanted]["platforms"]:
+    capability = compute_capability(chip)
+    facts = facts_on(wanted, capability)
+    if declared != AUTO and chip.platform not in facts["platforms"]:
         own = f"{chip.attention_kernel}, {PLAIN}" if chip.attention_kernel else PLAIN
         raise UserError(f"attention={wanted!r} is no kernel of {chip.name}; known for it: {own}")
     if not calls:
@@ -78,29 +109,51 @@ def choose(program: Program, topology: Topology, declared: str | None = None) ->
         return Chosen()
     taken, left = [], []
     for equation, call in calls:
-        why = refusal(wanted, call, *_arrays(equation))
+        why = refusal(facts, call, *_arrays(equation))
         if why is None:
             taken.append((equation, call))
         else:
             left.append((equation, why))
-    blocks = _blocks(facts[wanted], taken, chip)
+    blocks = _blocks(facts, taken, chip)
+    why = None
     if blocks is None:
         why = f"no block of it fits the {chip.kernel_vmem_bytes} bytes of vector memory that a kernel gets"
+    elif taken and facts["packs"]:
+        why = _why_unpacked(facts, taken, capability, segments)
+    if why is not None:
         left, taken = [(equation, why) for equation, _ in calls], []
     if not taken and declared != AUTO:
         raise UserError(f"attention by {wanted} cannot be had: {left[0][1]}")
     notes = _notes(wanted, left, len(calls))
     if not taken:
         return Chosen(notes=notes)
+    settings = {"implementation": wanted, **(blocks or {})}
     return Chosen(
-        kernels={"attention": {"implementation": wanted, **(blocks or {})}},
+        kernels={"attention": {**settings, "segments": segments} if facts["packs"] else settings},
         notes=notes,
         implementation=wanted,
-        kept_by_name=facts[wanted]["kept_by_name"],
+        kept_by_name=facts["kept_by_name"],
         calls=frozenset(equation.index for equation, _ in taken),
         share=_share(taken),
         whole=frozenset(dim for equation, _ in taken for dims in equation.ins[:3] for dim in dims[3]),
+        sums=segments or 1 if facts["packs"] else 1,
     )
+
+
+def _why_unpacked(
+    facts: Mapping[str, Any],
+    calls: Sequence[tuple[Equation, AttentionCall]],
+    capability: str | None,
+    segments: int | None,
+) -> str | None:
+    """Return why a kernel of packed rows has nothing to read them by, None if it has."""
+    if not has_capability(capability, facts["capability"]):
+        return f"it is for GPUs of compute capability {facts['capability']} and later"
+    if not any(takes_packed(call) for _, call in calls):
+        return "no call has segments that queries and keys share, without a window"
+    if segments is None:
+        return "how many segments a row has at most is not known; give segments"
+    return None if segments > 1 else "it is for rows of at least two segments"
 
 
 def _notes(kernel: str, left: Sequence[tuple[Equation, str]], calls: int) -> tuple[str, ...]:
@@ -122,6 +175,13 @@ def cost(chosen: Chosen) -> FusedAttention:
     """Return what decides how much the kernel computes."""
     assert chosen.implementation is not None
     return FusedAttention(share=chosen.share, gradient=kernel_facts()[chosen.implementation]["gradient"])
+
+
+def priced_as(chosen: Chosen) -> str | None:
+    """Return the kernel whose efficiencies are known for the chosen one."""
+    if chosen.implementation is None:
+        return None
+    return str(kernel_facts()[chosen.implementation].get("like", chosen.implementation))
 
 
 def _arrays(equation: Equation) -> tuple[Any, Any, Any]:

@@ -84,7 +84,7 @@ def test_a_narrow_window_leaves_few_scores() -> None:
         ),
         ({"dtype": jnp.float16}, "v5p:2x2x2", "it takes bfloat16 or float32, not float16"),
         ({"cap": 50.0}, "h100:1x8", r"cudnn cannot be had: it has no soft cap \(cap=50\)"),
-        ({"head_dim": 512}, "h100:1x8", "at most 128 wide, not 512"),
+        ({"head_dim": 512}, "h100:1x8", "at most 256 wide, not 512"),
         ({"head_dim": 100}, "v5e:2x4", "in multiples of 8, not head_dim=100"),
     ],
 )
