@@ -341,9 +341,9 @@ def plan(
             `meshwright.sharding.program.layers`) → ``device`` or ``host``.
         microbatches: parts of the batch that are computed one after another.
         schedule: of declared pipeline stages: ``1f1b`` or ``gpipe``.
-        attention: the implementation of `meshwright.sharding.ops.attention`: ``xla``, or a kernel, ``splash``,
-            ``cudnn`` or ``cudnn_packed``; ``auto``, the default, is the chip's own where it supports what is
-            asked; of several the first that can is taken.
+        attention: the implementation of `meshwright.sharding.ops.attention`: ``xla``, or a kernel,
+            ``splash``, ``cudnn`` or ``cudnn_packed``; ``auto``, the default, is the chip's own where it
+            supports what is asked; of several the first that can is taken.
         segments: how many segments a row of the batch has at most, its padding counted as one, where those of
             one id lie next to each other. Kernels that read packed rows by their segments want it; a row that
             breaks it gives a loss that is not a number.

@@ -221,6 +221,8 @@ _CUDNN = re.compile(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"')
 # The name scope in which `transform.attention` calls a kernel.
 _CALL = re.compile(r"meshwright_attention\[([^\]]*)\]")
 _SLIDING = re.compile(r"\bwindow=(\d+)")
+# Where all that is hidden is in an array, cuDNN computes every score.
+_ALL = re.compile(r'"mask_type": ?"NO_MASK"')
 
 # Products of each kernel that contract or produce the head dimension of queries and keys, and those that do
 # so with that of values. Each kernel computes the scores. The forward one then computes the result, "dq" the
@@ -248,7 +250,7 @@ def attention_flops(module: HloModule, call: Instruction) -> float:
     if splash is None:
         # cuDNN takes [batch, sequence, heads, head_dim].
         query, key = ((*dims[:-3], dims[-2], dims[-3], dims[-1]) for dims in (query, key))
-    asked = _CALL.search(call.op_name)
+    asked = None if _ALL.search(call.attributes) else _CALL.search(call.op_name)
     window = _SLIDING.search(asked[1]) if asked else None
     # A device may have only some of the queries. The average over all devices is that of the whole sequence.
     keys = key[-2]

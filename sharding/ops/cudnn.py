@@ -90,7 +90,8 @@ def packed(
     """
     width = value.shape[3]
     wide = jnp.pad(value, ((0, 0),) * 3 + ((0, query.shape[3] - width),))
-    return _packed(query, key, wide, ids, _Call(scale, causal, most=most))[..., :width]
+    out: Any = _packed(query, key, wide, ids, _Call(scale, causal, most=most))
+    return out[..., :width]
 
 
 def plain(
@@ -104,7 +105,7 @@ def plain(
 ) -> jax.Array:
     """Return attention without segments; values may be of another width than queries."""
     kinds = fused_attention_stablehlo.MaskType
-    return fused_attention_stablehlo.dot_product_attention(
+    out: Any = fused_attention_stablehlo.dot_product_attention(
         query,
         key,
         value,
@@ -112,6 +113,7 @@ def plain(
         mask_type=kinds.CAUSAL if causal else kinds.NO_MASK,
         sliding_window_length=window,
     )
+    return out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -76,9 +76,7 @@ def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
                 raise UserError(f"kernels: attention: segments={size!r} must be a whole number of at least 2")
 
 
-def refusal(
-    facts: Mapping[str, Any], call: AttentionCall, query: Any, key: Any, value: Any
-) -> str | None:
+def refusal(facts: Mapping[str, Any], call: AttentionCall, query: Any, key: Any, value: Any) -> str | None:
     """Return why a kernel cannot carry out `call` on arrays of these shapes and types, None if it can.
 
     `facts` are the kernel's, as `facts_on` has them. The planner prices, and the step carries out, each call

@@ -93,8 +93,8 @@ def packed_offsets(ids: jax.Array, most: int, per_token: int) -> tuple[jax.Array
     batch, size = ids.shape
     if batch * size * per_token > _MOST_ELEMENTS:
         raise UserError(
-            f"cuDNN's packed layout counts {batch} x {size} x {per_token} elements of a device in int32, which "
-            "ends at 2,147,483,647; give a device fewer rows at a time (microbatches), or attention=cudnn"
+            f"cuDNN's packed layout counts {batch} x {size} x {per_token} elements of a device in int32, "
+            "which ends at 2,147,483,647; give a device fewer rows at a time, or take attention=cudnn"
         )
     starts, lengths = runs(ids, most)
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * size

@@ -63,7 +63,9 @@ def passes_of(
     marks = marks_of(program, saved)
     settings = plan.kernels.get("attention")
     capability = compute_capability(plan.topology.chip)
-    kernel = None if settings is None else AttentionKernel(mesh, settings, platform, program, marks, capability)
+    kernel = (
+        None if settings is None else AttentionKernel(mesh, settings, platform, program, marks, capability)
+    )
     of_state = [] if state is None else _flat(arrays.specs(plan, state, "state"))
     axes = arrays.axes_of_dims(plan, program)
     passes: list[Pass] = []

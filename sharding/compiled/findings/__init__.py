@@ -18,7 +18,7 @@ from .communication import (
     resharding,
 )
 from .computing import rematerialised, unknown_loops, unpriced_kernels
-from .storage import kept_whole, padding, spilled_to_host
+from .storage import kept_whole, padding, sequence_squared, spilled_to_host
 
 #: All functions that find something; others may be appended.
 FINDERS: list[Callable[[Evidence], list[Finding]]] = [
@@ -28,6 +28,7 @@ FINDERS: list[Callable[[Evidence], list[Finding]]] = [
     replicated_to_reshard,
     rematerialised,
     kept_whole,
+    sequence_squared,
     padding,
     overlaps_nothing,
     spilled_to_host,

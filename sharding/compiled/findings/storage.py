@@ -6,7 +6,7 @@ import math
 import re
 
 from ...hlo.frames import nearest_line
-from ...hlo.shapes import Array, parse_shape
+from ...hlo.shapes import Array, leaves, parse_shape
 from ...hlo.text import SourceLine
 from ...plans.proof import Finding
 from ...plans.specs import Spec, axes_in, cut_into
@@ -18,6 +18,11 @@ PADDING = 0.05
 #: A parameter below this share of the peak costs less kept whole than gathered.
 LARGE = 0.001
 
+#: Sequences shorter than this make no array of their square that matters, and are often a width as well.
+LONG = 256
+
+# In the names of what a call of `ops.attention` comes to.
+_ATTENTION = "meshwright_attention["
 _TILES = re.compile(r"\bsharding=\{devices=\[([\d,]+)\]")
 
 
@@ -59,6 +64,44 @@ def kept_whole(evidence: Evidence) -> list[Finding]:
                 )
             )
     return found
+
+
+def sequence_squared(evidence: Evidence) -> list[Finding]:
+    """Return arrays of a whole sequence by a whole sequence: attention's scores, or a mask of them.
+
+    Kernels of attention have neither in memory. Where a sequence is as long as a parameter is wide, only what
+    comes of a call of attention is told from an activation.
+    """
+    plan = evidence.planned
+    if plan is None or plan.topology.chip.attention_kernel is None:
+        return []
+    lengths = {row.shape[1] for row in plan.batch.values() if len(row.shape) > 1 and row.shape[1] >= LONG}
+    widths = {size for row in plan.params.values() for size in row.shape}
+    cut = plan.mesh.get("context", 1)
+    found: dict[SourceLine | None, dict[str, Array]] = {}
+    for name, _, _ in evidence.instruction_costs():
+        instruction = evidence.module.instructions[name]
+        of_attention = _ATTENTION in instruction.op_name
+        for array in leaves(parse_shape(instruction.shape)):
+            squared = any(
+                size in array.dims and sum(array.dims.count(part) for part in {size, size // cut}) > 1
+                for size in lengths
+                if of_attention or size not in widths
+            )
+            if squared and array.bytes > LARGE * evidence.peak_bytes:
+                found.setdefault(nearest_line(evidence.module, name), {})[name] = array
+    return [
+        Finding(
+            kind="sequence_squared",
+            what=f"a whole sequence by a whole sequence in memory, {len(arrays)} times; the largest is "
+            f"{max(arrays.values(), key=lambda one: one.bytes).text}",
+            remedy="have a kernel carry the attention out (the plan's notes say why none does), or score few "
+            "queries at a time (`attention(..., chunk=)`)",
+            bytes=max(array.bytes for array in arrays.values()),
+            source=line,
+        )
+        for line, arrays in found.items()
+    ]
 
 
 def padding(evidence: Evidence) -> list[Finding]:

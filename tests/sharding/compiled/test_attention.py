@@ -15,6 +15,7 @@ from meshwright.sharding import Plan, plan
 from meshwright.sharding.compiled.flops import attention_flops
 from meshwright.sharding.hlo.text import HloModule, parse_hlo
 from meshwright.sharding.ops import attention
+from meshwright.sharding.plans.proof import Finding
 from meshwright.sharding.verify.verify import Verdict, verify
 
 BATCH, SEQUENCE, EMBED, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 4, 512, 256, 4, 2, 128, 2
@@ -100,22 +101,51 @@ def test_what_is_kept_by_name_is_not_computed_again(own_cache: pathlib.Path) -> 
 def test_cudnn_is_compiled_in_for_a_gpu_that_is_not_here(own_cache: pathlib.Path) -> None:
     made = planned("h100:1x4", remat="none")
     assert made.kernels == {"attention": {"implementation": "cudnn"}}
-    _, text = compiled(made, own_cache)
-    calls = [one for one in text.instructions.values() if "__cudnn$fmha" in one.attributes]
-    forward = [one for one in calls if "Backward" not in one.attributes]
-    backward = [one for one in calls if "Backward" in one.attributes]
-    assert forward
-    assert len(forward) == len(backward)
+    verdict, text = compiled(made, own_cache)
+    forward, backward = cudnn_calls(text, "fmhaScaleBiasSoftmax")
+    # A chunk of half of the queries, which sees half of the keys, and one that sees all.
+    heads = (BATCH // 2) * (HEADS // 2)
+    pairs = [heads * SEQUENCE // 2 * keys for keys in (SEQUENCE // 2, SEQUENCE)]
+    assert sorted({attention_flops(text, one) for one in forward}) == [4 * n * HEAD_DIM for n in pairs]
+    assert sorted({attention_flops(text, one) for one in backward}) == [10 * n * HEAD_DIM for n in pairs]
+    assert not squared(verdict)
+
+
+def test_cudnn_takes_packed_rows_as_they_are(own_cache: pathlib.Path) -> None:
+    made = planned("h100:1x4", remat="none", attention="cudnn_packed", segments=8)
+    assert made.kernels == {"attention": {"implementation": "cudnn_packed", "segments": 8}}
+    verdict, text = compiled(made, own_cache)
+    forward, backward = cudnn_calls(text, "fmhaSoftmax")
     pairs = (BATCH // 2) * (HEADS // 2) * SEQUENCE * (SEQUENCE + 1) / 2
     assert attention_flops(text, forward[0]) == 2 * pairs * 2 * HEAD_DIM
     assert attention_flops(text, backward[0]) == 5 * pairs * 2 * HEAD_DIM
+    assert not squared(verdict)
+
+
+def cudnn_calls(text: HloModule, name: str) -> tuple[list[Any], list[Any]]:
+    """Return the calls of a kernel of cuDNN's forward, and as many for the gradient; there are no others."""
+    calls = [one for one in text.instructions.values() if "__cudnn$fmha" in one.attributes]
+    forward = [one for one in calls if f'__cudnn${name}"' in one.attributes]
+    backward = [one for one in calls if f'__cudnn${name}Backward"' in one.attributes]
+    assert forward
+    assert len(forward) == len(backward) == len(calls) / 2
+    return forward, backward
 
 
 def test_plain_attention_where_it_is_asked_for(own_cache: pathlib.Path) -> None:
     made = planned("v5e:2x2", attention="xla")
     assert not made.kernels
-    _, text = compiled(made, own_cache)
+    verdict, text = compiled(made, own_cache)
     assert not kernels(text, "")
+    found, *_ = squared(verdict)
+    assert f"[2,2,1,{SEQUENCE},2,{SEQUENCE}]" in found.what
+    assert found.source is not None
+    assert found.source.file.endswith("test_attention.py")
+
+
+def squared(verdict: Verdict) -> list[Finding]:
+    assert verdict.proof is not None
+    return [one for one in verdict.proof.findings if one.kind == "sequence_squared"]
 
 
 def test_blocks_that_do_not_fit_are_told_from_too_little_memory() -> None:
