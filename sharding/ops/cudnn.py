@@ -45,7 +45,7 @@ _TILE = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _Asked:
     """What of one call of cuDNN is no array."""
 
     scale: float
@@ -70,7 +70,7 @@ def masked(
     The mask of a chunk of queries is ``[batch, 1, chunk, keys]``, made anew for the gradient; keys that
     causality or a window hides from all of a chunk are not read.
     """
-    return _masked(query, key, value, query_ids, key_ids, _Call(scale, causal, window))
+    return _masked(query, key, value, query_ids, key_ids, _Asked(scale, causal, window))
 
 
 def packed(
@@ -90,7 +90,7 @@ def packed(
     """
     width = value.shape[3]
     wide = jnp.pad(value, ((0, 0),) * 3 + ((0, query.shape[3] - width),))
-    out: Any = _packed(query, key, wide, ids, _Call(scale, causal, most=most))
+    out: Any = _packed(query, key, wide, ids, _Asked(scale, causal, most=most))
     return out[..., :width]
 
 
@@ -117,7 +117,7 @@ def plain(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _masked(query: Any, key: Any, value: Any, query_ids: Any, key_ids: Any, call: _Call) -> jax.Array:
+def _masked(query: Any, key: Any, value: Any, query_ids: Any, key_ids: Any, call: _Asked) -> jax.Array:
     parts = _chunks(query.shape[1], key.shape[1], call)
     biases = (_bias(query_ids, key_ids, rows, keys, call, query.dtype) for rows, keys in parts)
     outs = [
@@ -128,7 +128,7 @@ def _masked(query: Any, key: Any, value: Any, query_ids: Any, key_ids: Any, call
 
 
 def _masked_forward(
-    query: Any, key: Any, value: Any, query_ids: Any, key_ids: Any, call: _Call
+    query: Any, key: Any, value: Any, query_ids: Any, key_ids: Any, call: _Asked
 ) -> tuple[jax.Array, Any]:
     outs, sums = [], []
     for rows, keys in _chunks(query.shape[1], key.shape[1], call):
@@ -140,7 +140,7 @@ def _masked_forward(
     return out, (query, key, value, query_ids, key_ids, out, sums)
 
 
-def _masked_backward(call: _Call, kept: Any, d: jax.Array) -> tuple[Any, ...]:
+def _masked_backward(call: _Asked, kept: Any, d: jax.Array) -> tuple[Any, ...]:
     query, key, value, query_ids, key_ids, out, sums = kept
     of_queries = []
     # Chunks add to the gradients of keys and values; in float32, so that each is rounded once.
@@ -160,16 +160,16 @@ _masked.defvjp(_masked_forward, _masked_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _packed(query: Any, key: Any, value: Any, ids: Any, call: _Call) -> jax.Array:
+def _packed(query: Any, key: Any, value: Any, ids: Any, call: _Asked) -> jax.Array:
     return _forward((query, key, value), call, ids=ids, training=False)[0]
 
 
-def _packed_forward(query: Any, key: Any, value: Any, ids: Any, call: _Call) -> tuple[jax.Array, Any]:
+def _packed_forward(query: Any, key: Any, value: Any, ids: Any, call: _Asked) -> tuple[jax.Array, Any]:
     out, sums = _forward((query, key, value), call, ids=ids, training=True)
     return out, (query, key, value, ids, out, sums)
 
 
-def _packed_backward(call: _Call, kept: Any, d: jax.Array) -> tuple[Any, ...]:
+def _packed_backward(call: _Asked, kept: Any, d: jax.Array) -> tuple[Any, ...]:
     query, key, value, ids, out, sums = kept
     return *_backward((query, key, value), call, sums, out, d, ids=ids), None
 
@@ -177,7 +177,7 @@ def _packed_backward(call: _Call, kept: Any, d: jax.Array) -> tuple[Any, ...]:
 _packed.defvjp(_packed_forward, _packed_backward)
 
 
-def _chunks(queries: int, keys: int, call: _Call) -> list[tuple[slice, slice]]:
+def _chunks(queries: int, keys: int, call: _Asked) -> list[tuple[slice, slice]]:
     """Return the queries of each chunk, and the keys that any of them sees."""
     most = min(max(queries // _CHUNKS, _LEAST_CHUNK), _MOST_CHUNK)
     chunk = next((size for size in range(most, 0, -1) if queries % size == 0 and size % 2 == 0), queries)
@@ -190,7 +190,7 @@ def _chunks(queries: int, keys: int, call: _Call) -> list[tuple[slice, slice]]:
     return parts
 
 
-def _bias(query_ids: Any, key_ids: Any, rows: slice, keys: slice, call: _Call, dtype: Any) -> jax.Array:
+def _bias(query_ids: Any, key_ids: Any, rows: slice, keys: slice, call: _Asked, dtype: Any) -> jax.Array:
     """Return zero where a query of the chunk sees a key and a large negative number elsewhere."""
     seen = query_ids[:, rows, None] == key_ids[:, None, keys]
     if call.causal:
@@ -202,7 +202,7 @@ def _bias(query_ids: Any, key_ids: Any, rows: slice, keys: slice, call: _Call, d
     return jnp.where(seen, jnp.zeros((), dtype), hidden)[:, None]
 
 
-def _settings(call: _Call, *, packs: bool, biased: bool) -> dict[str, Any]:
+def _settings(call: _Asked, *, packs: bool, biased: bool) -> dict[str, Any]:
     """Return what both primitives are bound with. A mask hides all that causality does."""
     kinds = fused_attention_stablehlo.MaskType
     kind = kinds.PADDING_CAUSAL if call.causal else kinds.PADDING
@@ -221,7 +221,7 @@ def _settings(call: _Call, *, packs: bool, biased: bool) -> dict[str, Any]:
     return settings
 
 
-def _operands(arrays: tuple[Any, Any, Any], call: _Call, ids: Any, bias: Any) -> tuple[Any, ...]:
+def _operands(arrays: tuple[Any, Any, Any], call: _Asked, ids: Any, bias: Any) -> tuple[Any, ...]:
     """Return what both primitives take first: arrays, mask, lengths, offsets, and no pages."""
     query, key, value = arrays
     none = jnp.zeros(0, query.dtype)
@@ -235,7 +235,7 @@ def _operands(arrays: tuple[Any, Any, Any], call: _Call, ids: Any, bias: Any) ->
 
 
 def _forward(
-    arrays: tuple[Any, Any, Any], call: _Call, *, training: bool, ids: Any = None, bias: Any = None
+    arrays: tuple[Any, Any, Any], call: _Asked, *, training: bool, ids: Any = None, bias: Any = None
 ) -> Any:
     """Return the result and, if `training`, the sums of its softmax."""
     fused_attention_stablehlo.check_is_flash_attention(
@@ -253,7 +253,7 @@ def _forward(
 
 def _backward(
     arrays: tuple[Any, Any, Any],
-    call: _Call,
+    call: _Asked,
     sums: Any,
     out: Any,
     d: Any,
