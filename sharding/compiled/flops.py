@@ -223,6 +223,7 @@ _CALL = re.compile(r"meshwright_attention\[([^\]]*)\]")
 _SLIDING = re.compile(r"\bwindow=(\d+)")
 # Where all that is hidden is in an array, cuDNN computes every score.
 _ALL = re.compile(r'"mask_type": ?"NO_MASK"')
+_AHEAD = re.compile(r"\bahead=(\d+)")
 
 # Products of each kernel that contract or produce the head dimension of queries and keys, and those that do
 # so with that of values. Each kernel computes the scores. The forward one then computes the result, "dq" the
@@ -251,7 +252,7 @@ def attention_flops(module: HloModule, call: Instruction) -> float:
         # cuDNN takes [batch, sequence, heads, head_dim].
         query, key = ((*dims[:-3], dims[-2], dims[-3], dims[-1]) for dims in (query, key))
     asked = None if _ALL.search(call.attributes) else _CALL.search(call.op_name)
-    window = _SLIDING.search(asked[1]) if asked else None
+    window, ahead = (word.search(asked[1]) if asked else None for word in (_SLIDING, _AHEAD))
     # A device may have only some of the queries. The average over all devices is that of the whole sequence.
     keys = key[-2]
     seen = visible_pairs(
@@ -259,6 +260,7 @@ def attention_flops(module: HloModule, call: Instruction) -> float:
         keys,
         causal=asked is not None and "causal" in asked[1].split(","),
         window=int(window[1]) if window else None,
+        ahead=int(ahead[1]) if ahead else 0,
     )
     of_keys, of_values = _PRODUCTS[kernel]
     return 2.0 * math.prod(query[:-1]) * seen / keys * (of_keys * query[-1] + of_values * value[-1])

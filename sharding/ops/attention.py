@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from ..errors import UserError, nearest_divisors
@@ -27,8 +28,10 @@ _HIDDEN = -1e30
 class AttentionCall:
     """What one call of `attention` asks for, apart from its arrays.
 
-    `windowed` says that the window is an array, the last operand, and then `window` is None. `segments` is
-    how many arrays of segment ids there are: one for queries and keys alike, or one of each.
+    `windowed` says that the window is an array, and then `window` is None. `segments` is how many arrays of
+    segment ids there are: one for queries and keys alike, or one of each. `ahead` and `prefix` widen what
+    causality shows. `given` names the arrays of `WEIGHING` that there are, in that order; they are the last
+    operands. `fill` and `adds` say what hides a score, `precision` what products of float32 ask for.
     """
 
     causal: bool
@@ -38,6 +41,12 @@ class AttentionCall:
     scale: float
     chunk: int | None
     segments: int
+    ahead: int = 0
+    prefix: int = 0
+    given: tuple[str, ...] = ()
+    fill: float | None = None
+    adds: bool = True
+    precision: str | None = None
 
     @property
     def name(self) -> str:
@@ -49,18 +58,26 @@ class AttentionCall:
             "scale": self.scale != 1 and self.scale,
             "chunk": self.chunk or False,
             "segments": self.segments,
+            "ahead": self.ahead,
+            "prefix": self.prefix,
+            **dict.fromkeys(self.given, True),
+            "fill": self.fill is not None and str(self.fill),
+            "replaces": not self.adds,
+            "precision": self.precision or False,
         }
         words = [key if value is True else f"{key}={value}" for key, value in told.items() if value]
         return f"{_NAME}[{','.join(words)}]"
 
     def visible(self, queries: int, keys: int) -> float:
         """Return how many (query, key) pairs causality and a window leave; segments hide more."""
-        return visible_pairs(queries, keys, causal=self.causal, window=self.window)
+        return visible_pairs(
+            queries, keys, causal=self.causal, window=self.window, ahead=self.ahead, prefix=self.prefix
+        )
 
     @property
     def operands(self) -> int:
         """How many operands the call's equation has."""
-        return 3 + self.segments + self.windowed
+        return 3 + self.segments + self.windowed + len(self.given)
 
 
 def attention(
@@ -75,12 +92,21 @@ def attention(
     cap: float | None = None,
     scale: float | None = None,
     chunk: int | None = None,
+    ahead: int = 0,
+    prefix: int = 0,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    sink: jax.Array | None = None,
+    factor: jax.Array | None = None,
+    fill: float | None = None,
+    adds: bool = True,
+    precision: str | None = None,
 ) -> jax.Array:
     """Return softmax(scale · query · keyᵀ) · value, ``[batch, queries, heads, value_dim]``.
 
-    Under a plan it is computed by the kernel that the plan names; else by XLA, in chunks of queries where
-    sequences are long. Scores and softmax are float32 either way. What a query gets that sees no key at all
-    is not defined.
+    Under a plan it is computed by the kernel that the plan names, if that can; else by XLA, in chunks of
+    queries where sequences are long. Scores and softmax are float32 either way. What a query gets that sees
+    no key at all is not defined, unless `fill` is given.
 
     Args:
         query: ``[batch, queries, heads, head_dim]``.
@@ -93,11 +119,23 @@ def attention(
         cap: scores become cap · tanh(score / cap).
         scale: of scores; head_dim ** -0.5 if not given.
         chunk: queries that XLA scores at a time; None decides by length, see `query_chunk`.
+        ahead: places after its own that a causal query sees too.
+        prefix: keys that a causal query sees wherever it stands.
+        mask: bool ``[batch, heads, queries, keys]``, each of them or 1: what is false is hidden.
+        bias: of the same shape, added to scores.
+        sink: ``[heads]``, a score that is in the sum of weights and has no value.
+        factor: of the mask's shape, multiplied with weights, such as what a dropout keeps.
+        fill: what every hidden score becomes, or what is added to it where it `adds`.
+        adds: whether scores are hidden by adding a number rather than by being replaced.
+        precision: of products of float32, such as ``highest``.
 
     Raises:
-        UserError: shapes that do not go together, or a window without `causal`.
+        UserError: shapes that do not go together, or a window, `ahead` or `prefix` without `causal`.
     """
-    _check(query, key, value, causal=causal, window=window)
+    _check(query, key, value, causal=causal, window=window, widened=bool(ahead or prefix))
+    weighing = {"mask": mask, "bias": bias, "sink": sink, "factor": factor}
+    given = tuple(name for name in WEIGHING if weighing[name] is not None)
+    _check_weighing(query, key, {name: weighing[name] for name in given})
     ids = [ids for ids in (segment_ids, key_segment_ids) if ids is not None]
     if segment_ids is None and key_segment_ids is not None:
         raise UserError("key_segment_ids without segment_ids say nothing; give both")
@@ -114,8 +152,15 @@ def attention(
         scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
         chunk=query_chunk(query.shape[1], chunk),
         segments=len(ids),
+        ahead=ahead,
+        prefix=prefix,
+        given=given,
+        fill=None if fill is None else float(fill),
+        adds=adds,
+        precision=precision,
     )
-    return _jitted(call)(query, key, value, *ids, *([] if static else [window]))
+    arrays = [weighing[name] for name in given]
+    return _jitted(call)(query, key, value, *ids, *([] if static else [window]), *arrays)
 
 
 def attention_call(eqn: core.JaxprEqn) -> AttentionCall | None:
@@ -130,7 +175,14 @@ def attention_call(eqn: core.JaxprEqn) -> AttentionCall | None:
     if any(len(shape) != 4 for shape in (query, key, value)):
         return None
     ids = [array[:2] for array in (query, key)][: call.segments]
-    if others != [*ids, *([()] if call.windowed else [])]:
+    scores = (query[0], query[2], query[1], key[1])
+    expected = [*ids, *([()] if call.windowed else [])]
+    for name, found in zip(call.given, others[len(expected) :], strict=True):
+        fits = found == query[2:3] if name == "sink" else _fits(found, scores)
+        if not fits:
+            return None
+        expected.append(found)
+    if others != expected:
         return None
     return call if _shape(eqn.outvars[0]) == (*query[:3], value[3]) else None
 
@@ -139,14 +191,20 @@ def _shape(atom: Any) -> tuple[int, ...]:
     return tuple(getattr(atom.aval, "shape", ()))
 
 
-def visible_pairs(queries: int, keys: int, *, causal: bool, window: int | None) -> float:
-    """Return how many (query, key) pairs a causal mask leaves, within a window if there is one."""
+def visible_pairs(
+    queries: int, keys: int, *, causal: bool, window: int | None, ahead: int = 0, prefix: int = 0
+) -> float:
+    """Return how many (query, key) pairs a causal mask leaves, within a window if there is one.
+
+    >>> visible_pairs(4, 4, causal=True, window=None), visible_pairs(4, 4, causal=True, window=2, ahead=1)
+    (10.0, 10.0)
+    """
     if not causal:
         return float(queries * keys)
-    reach = min(keys if window is None else window, keys)
-    rows = min(queries, reach)
-    # The first rows see one key more each; from there on a row sees as many as it may.
-    return rows * (rows + 1) / 2 + (queries - rows) * reach
+    place = np.arange(queries)
+    last = np.minimum(np.maximum(place + ahead, prefix - 1), keys - 1)
+    first = 0 if window is None else np.maximum(place - window + 1, 0)
+    return float(np.maximum(last - first + 1, 0).sum())
 
 
 def scaled(query: jax.Array, scale: float) -> jax.Array:
@@ -162,25 +220,52 @@ _CALLS: dict[str, AttentionCall] = {}
 def _jitted(call: AttentionCall) -> Callable[..., jax.Array]:
     def computed(query: jax.Array, key: jax.Array, value: jax.Array, *others: jax.Array) -> jax.Array:
         ids = others[: call.segments]
+        after = call.segments + call.windowed
+        weighing = dict(zip(call.given, others[after:], strict=True))
         view = View(
             query_index=jnp.arange(query.shape[1], dtype=jnp.int32),
             key_index=jnp.arange(key.shape[1], dtype=jnp.int32),
             query_segments=ids[0] if ids else None,
             key_segments=ids[-1] if ids else None,
-            window=others[-1] if call.windowed else call.window,
+            window=others[call.segments] if call.windowed else call.window,
             causal=call.causal,
+            ahead=call.ahead,
+            prefix=call.prefix,
+            fill=_HIDDEN if call.fill is None else call.fill,
+            adds=call.adds,
+            **weighing,
         )
         query = scaled(query, call.scale)
+        asked = {"cap": call.cap, "precision": call.precision}
         if call.chunk is None:
-            return attend(query, key, value, view, cap=call.cap)
-        return attend_in_chunks(query, key, value, view, cap=call.cap, chunk=call.chunk)
+            return attend(query, key, value, view, **asked)
+        return attend_in_chunks(query, key, value, view, chunk=call.chunk, **asked)
 
     computed.__name__ = computed.__qualname__ = call.name
     _CALLS[call.name] = call
     return jax.jit(computed)
 
 
-def _check(query: Any, key: Any, value: Any, *, causal: bool, window: Any) -> None:
+def _fits(shape: tuple[int, ...], scores: Sequence[int]) -> bool:
+    """Whether an array may be laid out over scores ``[batch, heads, queries, keys]``."""
+    return len(shape) == 4 and all(mine in (1, size) for mine, size in zip(shape, scores, strict=True))
+
+
+def _check_weighing(query: Any, key: Any, given: Mapping[str, Any]) -> None:
+    scores = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    for name, array in given.items():
+        if name == "sink":
+            if array.shape != scores[1:2]:
+                raise UserError(
+                    f"sink has shape {array.shape}; expected one number for each of {scores[1]} heads"
+                )
+        elif not _fits(array.shape, scores):
+            raise UserError(
+                f"{name} has shape {array.shape}; expected [batch, heads, queries, keys]: {scores}, or 1"
+            )
+
+
+def _check(query: Any, key: Any, value: Any, *, causal: bool, window: Any, widened: bool) -> None:
     for name, array in (("query", query), ("key", key), ("value", value)):
         if array.ndim != 4:
             raise UserError(f"{name} has shape {array.shape}; expected [batch, sequence, heads, head_dim]")
@@ -196,10 +281,19 @@ def _check(query: Any, key: Any, value: Any, *, causal: bool, window: Any) -> No
         )
     if window is not None and not causal:
         raise UserError("a window reaches back from a causal query; leave it out, or set causal=True")
+    if widened and not causal:
+        raise UserError("ahead and prefix widen what a causal query sees; leave them out, or set causal=True")
+
+
+# Arrays that change scores and weights beyond what places and segments say.
+WEIGHING = ("mask", "bias", "sink", "factor")
 
 
 class View(NamedTuple):
-    """What queries may look at: where queries and keys stand, their documents, and how far back to see."""
+    """What queries may look at: where queries and keys stand, their documents, and how far back to see.
+
+    And what is made of scores and weights besides, see `attention`.
+    """
 
     query_index: jax.Array
     """int32 ``[queries]``: place in the row, not position in the document."""
@@ -213,17 +307,31 @@ class View(NamedTuple):
     """A query sees itself and the window - 1 places before it; None sees all before it."""
     causal: bool = True
     """Whether what stands after a query is hidden from it."""
+    ahead: int = 0
+    """Places after a query that are not hidden."""
+    prefix: int = 0
+    """First keys that are never hidden by causality."""
+    mask: jax.Array | None = None
+    """bool ``[batch, heads, queries, keys]``, each of them or 1."""
+    bias: jax.Array | None = None
+    factor: jax.Array | None = None
+    sink: jax.Array | None = None
+    """``[heads]``"""
+    fill: float = _HIDDEN
+    adds: bool = True
 
 
 def visible(view: View) -> jax.Array | None:
-    """Return which keys each query sees, bool ``[queries, keys]`` or ``[batch, queries, keys]``.
+    """Return which keys each query sees by places and segments.
 
-    None where it sees all.
+    It is bool ``[queries, keys]`` or ``[batch, queries, keys]``, or None where it sees all.
     """
     seen = None
     if view.causal:
         distance = view.query_index[:, None] - view.key_index[None, :]
-        seen = distance >= 0
+        seen = distance >= -view.ahead
+        if view.prefix:
+            seen |= view.key_index[None, :] < view.prefix
         if view.window is not None:
             seen &= distance < view.window
     if view.query_segments is not None and view.key_segments is not None:
@@ -237,7 +345,15 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, view: View, *, cap: float | None) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    view: View,
+    *,
+    cap: float | None,
+    precision: str | None = None,
+) -> jax.Array:
     """Return softmax(query · key) · value over the keys in view, ``[batch, queries, heads, head_dim]``.
 
     `query` is scaled already. `key` and `value` are ``[batch, keys, kv_heads, head_dim]``; query head h reads
@@ -250,24 +366,54 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, view: View, *, ca
     # Written as dot_general because einsum may swap operands and then transpose all the scores.
     last = query.ndim - 1
     dimensions = (((last,), (3,)), ((0, 2), (0, 2)))
-    scores = jax.lax.dot_general(query, key, dimensions, preferred_element_type=jnp.float32)
+    asked = {"preferred_element_type": jnp.float32, "precision": precision}
+    scores = jax.lax.dot_general(query, key, dimensions, **asked)
     # [batch, kv_heads, queries, (heads / kv_heads,) keys]
-    scores = soft_cap(scores, cap)
-    seen = visible(view)
-    if seen is not None:
-        # Added rather than selected: the gradient then passes without keeping the mask.
-        hidden = jnp.where(seen, jnp.float32(0), jnp.float32(_HIDDEN))
-        hidden = hidden[:, None] if seen.ndim == 3 else hidden
-        scores = scores + (hidden if heads == kv_heads else jnp.expand_dims(hidden, -2))
+    scores = _hidden(soft_cap(scores, cap), view, heads, kv_heads)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    sink = None if view.sink is None else _by_head(view.sink[None, :, None, None], heads, kv_heads)
+    if sink is not None:
+        top = jax.lax.stop_gradient(jnp.maximum(top, sink))
     # The division waits until after the product with value: fewer numbers to divide.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sink is not None:
+        total = total + jnp.exp(sink - top)
+    if view.factor is not None:
+        weights = weights * _by_head(view.factor, heads, kv_heads)
     dimensions = (((last,), (1,)), ((0, 1), (0, 2)))
-    out = jax.lax.dot_general(
-        weights.astype(value.dtype), value, dimensions, preferred_element_type=jnp.float32
-    )
+    out = jax.lax.dot_general(weights.astype(value.dtype), value, dimensions, **asked)
     out = jnp.swapaxes((out / total).astype(value.dtype), 1, 2)
     return out.reshape(batch, queries, heads, value.shape[-1]) if heads != kv_heads else out
+
+
+def _hidden(scores: jax.Array, view: View, heads: int, kv_heads: int) -> jax.Array:
+    """Return scores with the bias added, and without those that are not in view."""
+    if view.bias is not None:
+        scores = scores + _by_head(view.bias.astype(jnp.float32), heads, kv_heads)
+    seen = visible(view)
+    if view.mask is not None:
+        of_places = True if seen is None else seen[:, None] if seen.ndim == 3 else seen
+        seen = _by_head(view.mask & of_places, heads, kv_heads)
+    elif seen is not None:
+        seen = seen[:, None] if seen.ndim == 3 else seen
+        seen = seen if heads == kv_heads else jnp.expand_dims(seen, -2)
+    if seen is None:
+        return scores
+    if not view.adds:
+        return jnp.where(seen, scores, jnp.float32(view.fill))
+    # Added rather than selected: the gradient then passes without keeping the mask.
+    return scores + jnp.where(seen, jnp.float32(0), jnp.float32(view.fill))
+
+
+def _by_head(array: jax.Array, heads: int, kv_heads: int) -> jax.Array:
+    """Return ``[batch, heads, queries, keys]``, each of them or 1, laid out as scores are."""
+    if heads == kv_heads:
+        return array.astype(jnp.float32) if array.dtype != jnp.bool_ else array
+    batch, mine, queries, keys = array.shape
+    groups = (kv_heads, heads // kv_heads) if mine > 1 else (1, 1)
+    array = array.reshape(batch, *groups, queries, keys).swapaxes(2, 3)
+    return array.astype(jnp.float32) if array.dtype != jnp.bool_ else array
 
 
 def query_chunk(sequence: int, chosen: int | None) -> int | None:
@@ -292,7 +438,14 @@ def query_chunk(sequence: int, chosen: int | None) -> int | None:
 
 
 def attend_in_chunks(
-    query: jax.Array, key: jax.Array, value: jax.Array, view: View, *, cap: float | None, chunk: int
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    view: View,
+    *,
+    cap: float | None,
+    chunk: int,
+    precision: str | None = None,
 ) -> jax.Array:
     """Return what `attend` does, holding scores for `chunk` queries at a time, also in the backward pass.
 
@@ -302,17 +455,25 @@ def attend_in_chunks(
     batch, sequence, heads, _ = query.shape
     chunks = sequence // chunk
 
+    # What is of each query by itself goes by chunks, all else is there for each of them.
+    by_query = {
+        name: (array, 2)
+        for name in ("mask", "bias", "factor")
+        if (array := getattr(view, name)) is not None and array.shape[2] > 1
+    }
+    by_query["query_index"] = (view.query_index, 0)
+    if view.query_segments is not None:
+        by_query["query_segments"] = (view.query_segments, 1)
+
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(carry: None, xs: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[None, jax.Array]:
-        queries, index, segments = xs
-        part = view._replace(query_index=index, query_segments=segments)
-        return carry, attend(queries, key, value, part, cap=cap)
+    def one(carry: None, xs: tuple[jax.Array, dict[str, jax.Array]]) -> tuple[None, jax.Array]:
+        queries, own = xs
+        return carry, attend(queries, key, value, view._replace(**own), cap=cap, precision=precision)
 
     def split(x: jax.Array, axis: int) -> jax.Array:
         shape = (*x.shape[:axis], chunk, chunks, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 
-    segments = None if view.query_segments is None else split(view.query_segments, 1)
-    parts = (split(query, 1), split(view.query_index, 0), segments)
+    parts = split(query, 1), {name: split(array, axis) for name, (array, axis) in by_query.items()}
     _, out = jax.lax.scan(one, None, parts)
     return jnp.moveaxis(out, 0, 2).reshape(batch, sequence, heads, value.shape[-1])

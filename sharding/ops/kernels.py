@@ -22,6 +22,14 @@ _FACTS = Path(__file__).with_name("kernels.toml")
 LANES = 128
 
 
+_WEIGHING = {
+    "mask": "mask of each query and key",
+    "bias": "bias of scores",
+    "sink": "sink of weights",
+    "factor": "factor of weights, as of a dropout",
+}
+
+
 @functools.cache
 def kernel_facts() -> Mapping[str, Mapping[str, Any]]:
     """Return kernel → what it can do on the oldest chip that has it, from ``kernels.toml``."""
@@ -85,6 +93,12 @@ def refusal(facts: Mapping[str, Any], call: AttentionCall, query: Any, key: Any,
     queries, keys, head_dim, value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     if call.windowed:
         return "its window differs from layer to layer"
+    if call.given:
+        return f"it takes no {' and no '.join(_WEIGHING[name] for name in call.given)}"
+    if call.prefix or (call.ahead and not facts["ahead"]):
+        return "it takes no mask by places that reaches ahead of a query"
+    if call.precision is not None:
+        return f"its products ask for precision {call.precision}"
     if call.cap is not None and not facts["soft_cap"]:
         return f"it has no soft cap (cap={call.cap:g})"
     if str(query.dtype) not in facts["dtypes"]:
@@ -140,6 +154,9 @@ def splash_kernel(
     shape, (rows, columns) = (queries, keys), blocks
     if not call.causal:
         mask = masks.FullMask(shape)
+    elif call.ahead:
+        behind = None if call.window is None or call.window >= keys else call.window - 1
+        mask = masks.LocalMask(shape, window_size=(behind, call.ahead), offset=0, shard_count=row_parts)
     elif call.window is None or call.window >= keys:
         mask = masks.CausalMask(shape, shard_count=row_parts)
     else:

@@ -38,8 +38,16 @@ def reference(
     window: Any = None,
     cap: float | None = None,
     scale: float | None = None,
+    ahead: int = 0,
+    prefix: int = 0,
+    mask: Any = None,
+    bias: Any = None,
+    sink: Any = None,
+    factor: Any = None,
 ) -> np.ndarray:
     """Return attention one query at a time."""
+    shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    mask = None if mask is None else np.broadcast_to(mask, shape)
     key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
     group = query.shape[2] // key.shape[2]
     out = np.zeros((*query.shape[:3], value.shape[3]))
@@ -47,15 +55,30 @@ def reference(
         seen = [
             place
             for place in range(key.shape[1])
-            if (not causal or place <= at)
+            if (not causal or place <= at + ahead or place < prefix)
+            and (mask is None or mask[row, head, at, place])
             and (window is None or place > at - window)
             and (segment_ids is None or key_segment_ids[row, place] == segment_ids[row, at])
         ]
         scores = key[row, seen, head // group] @ query[row, at, head] * (scale or query.shape[-1] ** -0.5)
         scores = scores if cap is None else cap * np.tanh(scores / cap)
-        weights = np.exp(scores - scores.max())
-        out[row, at, head] = (weights / weights.sum()) @ value[row, seen, head // group]
+        if bias is not None:
+            scores = scores + np.broadcast_to(bias, shape)[row, head, at, seen]
+        weights = np.exp(scores)
+        weights /= weights.sum() + (0 if sink is None else np.exp(sink[head]))
+        if factor is not None:
+            weights *= np.broadcast_to(factor, shape)[row, head, at, seen]
+        out[row, at, head] = weights @ value[row, seen, head // group]
     return out
+
+
+def pairs(*shape: int) -> np.ndarray:
+    """Return a mask in which each query sees its own place and others at random."""
+    return (np.random.default_rng(7).random(shape) < 0.6) | np.eye(shape[-2], shape[-1], dtype=bool)
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return np.random.default_rng(8).normal(size=shape).astype(np.float32)
 
 
 def ids(keys: int) -> np.ndarray:
@@ -75,6 +98,29 @@ CASES = {
     "cross": (
         {"keys": KEYS},
         {"causal": False, "segment_ids": ids(QUERIES), "key_segment_ids": ids(KEYS), "chunk": 4},
+    ),
+    "window of both sides": ({}, {"window": 3, "ahead": 2}),
+    "only ahead": ({"keys": KEYS}, {"ahead": 4}),
+    "prefix": ({}, {"prefix": 5, "chunk": 3}),
+    "mask of pairs": ({}, {"mask": pairs(BATCH, 1, QUERIES, QUERIES), "window": 4}),
+    "mask, in chunks": (
+        {},
+        {"mask": pairs(1, HEADS, QUERIES, QUERIES), "chunk": 3, "segment_ids": ids(QUERIES)},
+    ),
+    "bias of heads": ({}, {"bias": numbers(1, HEADS, QUERIES, QUERIES), "chunk": 4, "cap": 2.0}),
+    "bias of keys": ({"kv_heads": HEADS}, {"bias": numbers(BATCH, 1, 1, QUERIES)}),
+    "sink": ({}, {"sink": numbers(HEADS), "chunk": 6}),
+    "factor": ({"kv_heads": 1}, {"factor": pairs(BATCH, HEADS, QUERIES, QUERIES), "chunk": 2}),
+    "all at once": (
+        {"keys": KEYS},
+        {
+            "causal": False,
+            "bias": numbers(1, 1, QUERIES, KEYS),
+            "mask": pairs(BATCH, HEADS, QUERIES, KEYS),
+            "factor": numbers(BATCH, HEADS, QUERIES, KEYS),
+            "sink": numbers(HEADS),
+            "chunk": 3,
+        },
     ),
 }
 
@@ -107,6 +153,32 @@ def test_a_call_is_one_equation_that_tells_all_of_it(case: str) -> None:
     assert (call.window, call.windowed) == (static.get("window"), "window" in traced)
     assert call.scale == options.get("scale", HEAD_DIM**-0.5)
     assert call.segments == len([name for name in options if name.endswith("segment_ids")])
+    assert set(call.given) == options.keys() & {"mask", "bias", "sink", "factor"}
+    assert (call.ahead, call.prefix) == (options.get("ahead", 0), options.get("prefix", 0))
+
+
+@pytest.mark.parametrize(("adds", "fill"), [(True, -1e9), (False, -1e9), (False, -np.inf)])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_query_that_sees_nothing_gets_what_its_fill_makes_of_it(
+    adds: bool, fill: float, chunk: int | None
+) -> None:
+    query, key, value = map(jnp.asarray, arrays())
+    mask = jnp.asarray(pairs(BATCH, 1, QUERIES, QUERIES)).at[0, :, 3].set(False)
+
+    def plain(query: Any, key: Any, value: Any) -> Any:
+        key, value = (jnp.repeat(x, 2, 2) for x in (key, value))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * HEAD_DIM**-0.5
+        scores = scores + jnp.where(mask, 0.0, fill) if adds else jnp.where(mask, scores, fill)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), value)
+
+    def ours(query: Any, key: Any, value: Any) -> Any:
+        return attention(query, key, value, causal=False, mask=mask, fill=fill, adds=adds, chunk=chunk)
+
+    np.testing.assert_allclose(ours(query, key, value), plain(query, key, value), atol=1e-6)
+    if np.isfinite(fill):
+        one, two = (jax.grad(lambda *x, f=f: jnp.sum(jnp.sin(f(*x))), (0, 1, 2)) for f in (ours, plain))
+        for got, expected in zip(one(query, key, value), two(query, key, value), strict=True):
+            np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_what_was_made_of_a_call_is_no_call() -> None:
@@ -139,6 +211,14 @@ def test_shapes_that_do_not_go_together() -> None:
         attention(query, key, value, window=3, causal=False)
     with pytest.raises(UserError, match="12 queries and 16 keys cannot share segment_ids"):
         attention(*arrays(keys=KEYS), segment_ids=ids(QUERIES), causal=False)
+    with pytest.raises(UserError, match="ahead and prefix widen what a causal query sees"):
+        attention(query, key, value, ahead=3, causal=False)
+    with pytest.raises(
+        UserError, match=r"bias has shape \(1, 3, 12, 12\); expected .*: \(2, 4, 12, 12\), or 1"
+    ):
+        attention(query, key, value, bias=np.zeros((1, 3, 12, 12), np.float32))
+    with pytest.raises(UserError, match=r"sink has shape \(2,\); expected one number for each of 4 heads"):
+        attention(query, key, value, sink=np.zeros(2, np.float32))
     with pytest.raises(UserError, match="key_segment_ids without segment_ids"):
         attention(query, key, value, key_segment_ids=ids(QUERIES))
 
