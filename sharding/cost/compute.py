@@ -55,14 +55,17 @@ def peak_flops(chip: Chip, dtype: str) -> float:
 class Passes:
     """What of `Busy` depends on nothing that is kept or run again: its forward and backward passes.
 
-    products [M], groups [G]: seconds of one forward pass, all runs; launched [M], group_runs [G]: kernels.
+    products [M], groups [G]: seconds of one forward pass, all runs; launched [M], group_runs [G]: kernels;
+    products_back [M], groups_back [G]: seconds of the backward pass.
     """
 
     seconds: np.ndarray
     kernels: np.ndarray
     products: np.ndarray
+    products_back: np.ndarray
     launched: np.ndarray
     groups: np.ndarray
+    groups_back: np.ndarray
     group_runs: np.ndarray
 
 
@@ -90,15 +93,17 @@ def passes(
         raise UserError(f"{chip.name} has no memory rate; give hbm_bytes_per_second in chips.toml")
     seconds, kernels = np.zeros((3, 3, 3)), np.zeros((3, 3))
     once = product_seconds(profile, placement, chip, dtype, calibration, kernel, aligned_elements)
-    products, launched = _products(profile, once, kernel, seconds, kernels)
+    products, products_back, launched = _products(profile, once, kernel, seconds, kernels)
     rate = chip.hbm_bytes_per_second * calibration.memory_efficiency
-    groups, group_runs = _kernels(profile, placement, rate, kernel, seconds, kernels)
+    groups, groups_back, group_runs = _kernels(profile, placement, rate, kernel, seconds, kernels)
     return Passes(
         seconds=seconds,
         kernels=kernels,
         products=products,
+        products_back=products_back,
         launched=launched,
         groups=groups,
+        groups_back=groups_back,
         group_runs=group_runs,
     )
 
@@ -181,7 +186,7 @@ def _products(
     kernel: FusedAttention | None,
     seconds: np.ndarray,
     kernels: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     products, steps = profile.products, profile.steps
     equation = products.equation
     section, runs, core = steps.section[equation], steps.runs[equation], steps.core[equation]
@@ -197,7 +202,7 @@ def _products(
     launched = np.where(core & (kernel is not None), 0.5, 1.0) * runs
     for n, times in enumerate((1.0, products.gradients)):
         kernels[n] += _by_section(section, launched * times)
-    return once, launched
+    return once, once * backward, launched
 
 
 def _kernels(
@@ -207,10 +212,10 @@ def _kernels(
     kernel: FusedAttention | None,
     seconds: np.ndarray,
     kernels: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     groups = profile.groups
     if not len(groups.section):
-        return np.zeros(0), np.zeros(0)
+        return np.zeros(0), np.zeros(0), np.zeros(0)
     size = profile.values.bytes * placement.value_fraction
     moved = size[groups.edge_value] / bytes_per_second
     # What fused attention does not write to memory costs nothing beyond its kernel.
@@ -223,4 +228,4 @@ def _kernels(
         seconds[n, 2] += _by_section(groups.section, amount)
     for n, times in enumerate((1.0, backward > 0)):
         kernels[n] += _by_section(groups.section, runs * times)
-    return forward, runs
+    return forward, backward, runs

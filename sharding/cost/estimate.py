@@ -93,9 +93,14 @@ class Pricer:
         # The gradient of a product for one operand is a product of as many flops.
         self.flops = float((products.flops * runs * (1.0 + products.gradients)).sum())
 
+    def of(self, candidate: Candidate) -> Pricer:
+        """Return the Pricer that is for `candidate`: this one, or another where its kernel does not run."""
+        other = None if self._other is None else self._other(candidate)
+        return self if other is None else other
+
     def price(self, candidate: Candidate) -> Estimate:
         """Return the estimate of `candidate`."""
-        if self._other is not None and (other := self._other(candidate)) is not None:
+        if (other := self.of(candidate)) is not self:
             return other.price(candidate)
         placement = self.place(candidate)
         over = self.stored_over(candidate)
@@ -114,7 +119,7 @@ class Pricer:
 
     def needed_bytes(self, candidate: Candidate) -> float:
         """Return the memory that `price` would say is needed, without what the step takes."""
-        if self._other is not None and (other := self._other(candidate)) is not None:
+        if (other := self.of(candidate)) is not self:
             return other.needed_bytes(candidate)
         return self._heap(self.memory(candidate, self.place(candidate), self.stored_over(candidate)))
 
@@ -159,23 +164,13 @@ class Pricer:
                 self.topology.num_slices,
             )
             standing = _remembered(self._standing, id(over), (found, over))
-        layers = self._worked.get(id(placement))
-        if layers is None:
-            made = worked(
-                self.profile,
-                placement,
-                candidate.mesh,
-                fused_attention=self.execution.attention is not None,
-                lanes=self.topology.chip.lanes,
-            )
-            layers = _remembered(self._worked, id(placement), (made, placement))
         dealt = self.execution.dealt(self.profile, candidate.mesh.get("stage", 1))
         found = self.execution.moments(
             self.profile,
             candidate,
             standing[0],
-            layers[0],
-            self._kept(candidate),
+            self.worked(placement, candidate.mesh),
+            self.kept(candidate),
             dealt,
             self.execution.last_layer_apart,
         )
@@ -194,7 +189,22 @@ class Pricer:
             known = _remembered(self._slots, id(over), (found, over))
         return known[0]
 
-    def _kept(self, candidate: Candidate) -> Residuals:
+    def worked(self, placement: Placement, mesh: Mapping[str, int]) -> Worked:
+        """Return what the values of a placed candidate weigh."""
+        known = self._worked.get(id(placement))
+        if known is None:
+            made = worked(
+                self.profile,
+                placement,
+                mesh,
+                fused_attention=self.execution.attention is not None,
+                lanes=self.topology.chip.lanes,
+            )
+            known = _remembered(self._worked, id(placement), (made, placement))
+        return known[0]
+
+    def kept(self, candidate: Candidate) -> Residuals:
+        """Return what a candidate keeps for its backward pass, and what it runs again."""
         return self.execution.kept(self.profile, candidate, self.execution.attention is not None)
 
     def time(
@@ -237,6 +247,10 @@ class Pricer:
         doublings = math.log2(max(candidate.num_devices, 1))
         time["stragglers"] = sum(time.values()) * calibration.imbalance_per_doubling * doublings
         return {name: float(seconds) for name, seconds in time.items() if seconds}
+
+    def passes(self, candidate: Candidate) -> Passes:
+        """Return a candidate's forward and backward passes over one microbatch."""
+        return self._once(self.place(candidate), self.calibration, self.execution, known=True)
 
     def _once(
         self, placement: Placement, calibration: Calibration, execution: Execution, *, known: bool

@@ -15,7 +15,9 @@ from ..hardware.topology import Topology
 from ..words import gib, layout_in_words
 from .declared import Declared
 from .inputs import Answer, Problem
+from .obstacles import in_the_way
 from .search import Priced
+from .supposing import case_of
 
 # How many times as many devices, how many slices, and how small a part of the batch are looked at.
 _MOST_DEVICES = 64
@@ -44,9 +46,18 @@ def nothing_fits(problem: Problem, topology: Topology, declared: Declared, answe
     advice = (
         f"what fits: {', or '.join(fixes)}" if fixes else "no larger slice, smaller batch or bfloat16 does"
     )
-    return (
-        f"nothing fits {topology}: the smallest layout ({layout}) needs {needs}, {gib(over)} too much, "
-        f"{gib(size)} of it {item}; {advice}"
+    way = in_the_way(case_of(problem, topology, declared, answer, nearest))
+    left = [note for note in problem.program.notes if " left as " in note]
+    return "; ".join(
+        part
+        for part in (
+            f"nothing fits {topology}: the smallest layout ({layout}) needs {needs}, {gib(over)} too much, "
+            f"{gib(size)} of it {item}",
+            way,
+            *left,
+            advice,
+        )
+        if part
     )
 
 

@@ -40,8 +40,25 @@ _ADAM_BYTES = 8.0
 # What an allocator leaves free between arrays counts; by half where nothing fits so, and then not at all.
 ROOMS = (1.0, 0.5, 0.0)
 
+# Say what a table, or a way of running a step, would be under a supposition.
+_OfTables = Callable[[ProgramTables], ProgramTables]
+_OfExecution = Callable[[Execution], Execution]
 # Give the Pricer for a candidate that another one is not for, None where that one is.
 _Other = Callable[[Candidate], Pricer | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Supposing:
+    """A program other than it is, to price what that would win.
+
+    tables, execution: give what takes the place of the program's tables and of how a step is run; dtype: of
+    products, if not given the program's own; attention: the implementation, if not given the declared one.
+    """
+
+    tables: _OfTables = lambda tables: tables
+    execution: _OfExecution = lambda execution: execution
+    dtype: str | None = None
+    attention: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,25 +183,34 @@ class Problem:
             return None
         return OptimizerArrays(self.program, self.optimizer, split(self.params, self.trained).trained)
 
-    def pricer(self, topology: Topology, declared: Declared | None = None, room: float = 1.0) -> Pricer:
+    def pricer(
+        self,
+        topology: Topology,
+        declared: Declared | None = None,
+        room: float = 1.0,
+        supposing: Supposing | None = None,
+    ) -> Pricer:
         """Return what prices candidates, with attention by its kernel where they let it run.
 
         `room` is the share to count of what an allocator leaves free.
         """
         arrays = self.optimizer_arrays
-        dtype = _product_dtype(self.program)
+        supposed = supposing or Supposing()
+        if supposed.attention is not None:
+            declared = dataclasses.replace(declared or Declared(), attention=supposed.attention)
+        dtype = supposed.dtype or _product_dtype(self.program)
 
         def priced_by(
             table: ProgramTables, record: Calibration, execution: Execution, other: _Other | None
         ) -> Pricer:
             return Pricer(
-                table,
+                supposed.tables(table),
                 topology,
                 optimizer_slots=_ADAM_BYTES if arrays is None else arrays.slot_bytes,
                 optimizer_bytes=None if arrays is None else arrays.sized(topology),
                 dtype=dtype,
                 calibration=dataclasses.replace(record, fragmentation=room * record.fragmentation),
-                execution=execution,
+                execution=supposed.execution(execution),
                 more_passes=self.accumulation(declared or Declared()).more_passes,
                 other=other,
             )

@@ -15,7 +15,10 @@ from .advice import nothing_fits
 from .choices.storage import state_storage
 from .declared import Declared, ruled
 from .inputs import ROOMS, Answer, Problem, capacity_of
+from .obstacles import notes_on
 from .search import Priced
+from .space import only
+from .supposing import Case, case_of
 from .unnamed import with_unnamed
 
 # How many of the layouts that do not fit a plan tells of.
@@ -52,7 +55,8 @@ class Search:
             layout,
             notes=notes
             + self.problem.notes(self.topology, layout)
-            + self.problem.accumulation(self.declared).notes(layout.microbatches),
+            + self.problem.accumulation(self.declared).notes(layout.microbatches)
+            + notes_on(self._case(chosen)),
             estimate=chosen.estimate,
             alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
             refused=answer.space.refused,
@@ -61,6 +65,9 @@ class Search:
             accumulation=self.declared.accumulation,
             state=None if self.problem.state is None else build.state_of(program, layout),
         )
+
+    def _case(self, chosen: Priced) -> Case:
+        return case_of(self.problem, self.topology, self.declared, self.answer, chosen)
 
     def with_memory(self, share: float) -> Search:
         """Return the search again, with `share` of the memory that this one planned for."""
@@ -117,12 +124,23 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
             f"it is estimated to need {gib(estimate.needed_bytes)} of a device's {gib(capacity)}: "
             "have it compiled (--verify) before it is booked",
         )
+    notes += (*problem.notes(topology, candidate), *proof.notes(laid.candidate.microbatches))
+    case = Case(
+        problem=problem,
+        topology=topology,
+        declared=declared,
+        candidate=candidate,
+        estimate=estimate,
+        capacity_bytes=capacity,
+        room=1.0,
+        space=only(candidate),
+    )
     return build.record_of(
         problem.program,
         topology,
         candidate,
         batch=laid.batch,
-        notes=(*notes, *problem.notes(topology, candidate), *proof.notes(laid.candidate.microbatches)),
+        notes=(*notes, *notes_on(case)),
         estimate=estimate,
         recognise=problem.recognise,
         accumulation=declared.accumulation,

@@ -120,6 +120,17 @@ def _offered(
     return ladders if chosen else ((PLAIN[0],),)
 
 
+def only(candidate: Candidate) -> Space:
+    """Return the space of one candidate."""
+    return Space(
+        layouts=(candidate,),
+        remats=(Policy(remat=candidate.remat, saved=candidate.saved),),
+        heads=(0,),
+        microbatches={_batch_parts(candidate): (candidate.microbatches,)},
+        refused={},
+    )
+
+
 def _batch_parts(layout: Candidate) -> int:
     return max(
         (cut_into(axes, layout.mesh) for axes in layout.dims.values() if "data" in axes or "fsdp" in axes),

@@ -25,3 +25,12 @@ def line_of(equation: Any) -> str:
             function = frame.function_name.rpartition("<locals>.")[2]
             return f"{name}:{frame.line_num} ({function})"
     return source_info_util.summarize(equation.source_info)
+
+
+def is_ours(line: str) -> bool:
+    """Whether a line is of this package, which tells a user nothing.
+
+    >>> is_ours("model.py:12 (forward)")
+    False
+    """
+    return line.startswith(_OURS)

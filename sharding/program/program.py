@@ -11,7 +11,7 @@ from typing import Any
 from jax.extend import core
 
 from .identity import fingerprint
-from .lines import line_of
+from .lines import is_ours, line_of
 from .op_rules.rule import Kind
 
 # The named dimensions of an array: for each array dimension the ids of the dims it consists of, major to
@@ -351,7 +351,8 @@ def walk_equations(scope: Scope) -> Iterator[Equation]:
 
 def _located(scope: Scope, outer: str) -> Iterator[tuple[Equation, str]]:
     for equation in scope.equations:
-        where = equation.where or outer
+        own = equation.where
+        where = own if own and not (outer and is_ours(own)) else outer
         yield equation, where
         for inner in equation.scopes:
             yield from _located(inner, where)
