@@ -16,6 +16,10 @@ class UserError(ValueError):
     """
 
 
+class IndivisibleBatch(UserError):
+    """A batch whose rows do not divide by what splits them; doors that name the rows say how they are set."""
+
+
 def one_line(error: BaseException) -> str:
     """Return what an error says, in one line; its kind where it says nothing.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...models import Model
 from ...sharding import Plan, Topology, declare, plan
-from ...sharding.errors import UserError, nearest
+from ...sharding.errors import IndivisibleBatch, UserError, nearest
 from ...sharding.files import write_whole
 from ...sharding.hardware.axes import resolve_axes
 from ...sharding.planner.outcome import searched_instead
@@ -81,30 +81,37 @@ def _saved(file: str) -> Plan:
     return Plan.load(path)
 
 
+def _declared(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -> Plan:
+    return declare(
+        shapes.loss,
+        shapes.params,
+        shapes.batch,
+        topology=topology,
+        mesh=DEFAULT_MESH if config.mesh is None else config.mesh,
+        rules=config.rules,
+        names=shapes.names,
+        optimizer=optimizer,
+        remat=config.remat or "none",
+        microbatches=config.microbatches or 1,
+        accumulation=config.accumulation,
+        max_passes=config.max_passes,
+        attention=config.attention,
+        recognise=config.recognise,
+        state=shapes.state,
+        trainable=shapes.trainable,
+    )
+
+
 def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -> Plan:
     """Return the plan that `config` trains by: `plan: declared`, `auto`, or a file.
 
     Raises UserError where the declared parts, the program, the topology and a plan file do not agree.
     """
     if config.plan == "declared":
-        return declare(
-            shapes.loss,
-            shapes.params,
-            shapes.batch,
-            topology=topology,
-            mesh=DEFAULT_MESH if config.mesh is None else config.mesh,
-            rules=config.rules,
-            names=shapes.names,
-            optimizer=optimizer,
-            remat=config.remat or "none",
-            microbatches=config.microbatches or 1,
-            accumulation=config.accumulation,
-            max_passes=config.max_passes,
-            attention=config.attention,
-            recognise=config.recognise,
-            state=shapes.state,
-            trainable=shapes.trainable,
-        )
+        try:
+            return _declared(config, shapes, topology, optimizer)
+        except IndivisibleBatch as error:
+            raise UserError(f"train.global_batch: {error}") from None
     if config.plan == "auto":
         return search(config, shapes, topology, optimizer)
     return _from_file(config, shapes, topology)

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from ..cost.candidate import Candidate
-from ..errors import UserError, nearest_divisors
+from ..errors import IndivisibleBatch, UserError
 from ..hardware.axes import resolve_axes
 from ..hardware.topology import Topology
 from ..paths import by_path, matches
@@ -22,6 +22,7 @@ from ..program.program import Dim, Program
 from ..rules.application import is_pattern
 from ..rules.rules import Rules
 from ..transform.accumulation.proof import MAX_PASSES
+from .choices.microbatches import indivisible
 from .choices.remat import read
 
 # What the first two dimensions of an array of the data are called in rules.
@@ -244,10 +245,4 @@ def _check_batch(program: Program, rules: Rules, sizes: Mapping[str, int], micro
     for rows in led or [0]:
         if rows and rows % needed == 0:
             continue
-        factors = {**parts, "microbatches": microbatches}
-        written = " x ".join(f"{name}={size}" for name, size in factors.items())
-        below = rows // needed * needed
-        near = f"{below} or {below + needed} rows" if below else f"{needed} rows"
-        if microbatches > 1 and rows and rows % devices == 0:
-            near += f", or microbatches={nearest_divisors(rows // devices, microbatches)}"
-        raise UserError(f"a batch of {rows} rows does not divide by {written} = {needed}; nearest: {near}")
+        raise IndivisibleBatch(indivisible(rows, parts, microbatches, needed))

@@ -23,6 +23,7 @@ from ..files import write_whole
 from ..hardware.topology import Topology
 from ..plans import arrays, file
 from ..plans.record import Record
+from ..xla.compiler import compiler_of
 from ..xla.targets import describe
 
 # ``Ran out of memory in memory space hbm. Used 122.75G of 95.74G hbm.``, and when it is known early:
@@ -63,7 +64,7 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
     topology = plan.topology
     schedules = folder / "schedules"
     schedules.mkdir()
-    if topology.is_torus and request["schedules"]:
+    if compiler_of(topology).name == "libtpu" and request["schedules"]:
         started_with = (os.environ.get("LIBTPU_INIT_ARGS", ""), dump_arguments(schedules))
         os.environ["LIBTPU_INIT_ARGS"] = " ".join(started_with).strip()
     exported = export.deserialize(bytearray(program))
@@ -118,7 +119,7 @@ def peak_of(sizes: Any, topology: Topology) -> float | None:
     held, stated = memory_of(sizes), float(sizes.peak_memory_in_bytes)
     if held["host"] == 0:
         return stated
-    if not topology.is_torus:
+    if compiler_of(topology).host_is_device:
         return held["arguments"] + held["temporaries"] + held["outputs"]
     return None if abs(stated - held["arguments"] - held["host"]) <= _SLACK * stated else stated
 

@@ -234,3 +234,8 @@ def test_what_is_recognised_is_what_the_config_says(
     assert plan_config(load(small_config, (*words, f"plan={saved}", "recognise=[attention]"))).plan == found
     with pytest.raises(UserError, match=r"declares recognise=\[losses\] and .* has \[attention\]; leave one"):
         plan_config(load(small_config, (*words, f"plan={saved}", "recognise=[losses]")))
+
+
+def test_a_batch_that_does_not_divide_is_named_as_the_config_names_it(small_config: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"^train.global_batch: a batch of 10 rows .*: 8 or 16 rows$"):
+        plan_config(load(small_config, ("topology=cpu:8", "mesh={data: 8}", "train.global_batch=10")))

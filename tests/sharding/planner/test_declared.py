@@ -181,8 +181,7 @@ def test_defaults_that_yield_are_noted() -> None:
         ),
         (
             {"batch": shapes(x=(18, 8), y=(18, 8))},
-            "a batch of 18 rows does not divide by data=2 x fsdp=2 x microbatches=1 = 4; "
-            "nearest: 16 or 20 rows",
+            "a batch of 18 rows does not divide by data=2 x fsdp=2 = 4; nearest: 16 or 20 rows",
         ),
         (
             {"microbatches": 3},
