@@ -1,4 +1,4 @@
-"""A traced program run by NumPy, an equation at a time: no compiler, so that thousands of programs take minutes.
+"""A traced program run by NumPy, an equation at a time, without a compiler: thousands take minutes.
 
 Loops, branches and calls are walked; what NumPy has no word for (look-ups, random bits) is given to JAX by
 itself, which keeps what it compiled for the next of the same shape.
@@ -278,5 +278,3 @@ _SHAPED: dict[str, Callable[..., Any]] = {
     ).view(x.dtype),
     "shift_left": lambda _, x, by: x << by,
 }
-
-

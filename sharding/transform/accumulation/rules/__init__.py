@@ -47,9 +47,9 @@ def _rules() -> dict[str, Rule]:
     found |= dict.fromkeys(sums.REDUCTIONS, sums.reduce)
     found |= {
         name: moves.along("axis")
-        for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "top_k", "split")
+        for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "top_k")
     }
-    found |= {name: moves.along("dimension") for name in ("sort", "concatenate")}
+    found["sort"] = moves.along("dimension")
     names = ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
     found |= dict.fromkeys(names, lookups.scatter)
     same = (
@@ -72,6 +72,8 @@ def _rules() -> dict[str, Rule]:
         "slice": moves.slice_,
         "dynamic_slice": moves.dynamic_slice,
         "dynamic_update_slice": moves.dynamic_update_slice,
+        "concatenate": moves.concatenate,
+        "split": moves.split,
         "stack": moves.stack,
         "unstack": moves.unstack,
         "tile": moves.tile,

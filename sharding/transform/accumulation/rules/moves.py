@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.extend import core
 
-from ..graph import PartGraph, one_of
-from ..values import Held, Kind, NotInParts, examples
+from ....program.jaxpr import context_of
+from ..graph import PartGraph, one_of, value_of
+from ..values import SUM, Held, Kind, NotInParts, examples
 
 
 def elementwise(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
@@ -82,23 +87,88 @@ def rev(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
 
 
 def pad(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
-    """Read padding of other dimensions."""
-    v = ins[0]
+    """Read padding; along the examples by as many as a part's have their like in all others."""
+    v, config = ins[0], eqn.params["padding_config"]
     if v.kind is not Kind.EXAMPLES:
         raise NotInParts("an array is padded with an example")
-    if tuple(eqn.params["padding_config"][v.form.axis]) != (0, 0, 0):
+    axis, chunk = v.form.axis, _chunk(v)
+    low, high, between = config[axis]
+    if between or low % chunk or high % chunk:
         raise NotInParts("padding moves the examples")
-    return g.bind(eqn, [v, g.shared(ins[1])], [v.form])
+    own = [one if d != axis else (low // g.parts, high // g.parts, 0) for d, one in enumerate(config)]
+    form = examples(axis, v.form.pre + (low + high) // chunk)
+    return g.bind(eqn, [v, g.shared(ins[1])], [form], padding_config=tuple(own))
 
 
 def slice_(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
-    """Read a slice of other dimensions."""
+    """Read a slice: of other dimensions, of as many of each part's examples, or of a few of all."""
     v, p = ins[0], eqn.params
     axis = v.form.axis
+    start, limit = p["start_indices"][axis], p["limit_indices"][axis]
     step = p["strides"][axis] if p["strides"] else 1
-    if p["start_indices"][axis] or p["limit_indices"][axis] != v.shape[axis] or step != 1:
+    chunk, size = _chunk(v), v.shape[axis]
+    starts, limits = list(p["start_indices"]), list(p["limit_indices"])
+    if step == 1 and start % chunk == limit % chunk == 0:
+        starts[axis], limits[axis] = start // g.parts, limit // g.parts
+        form = examples(axis, (limit - start) // chunk)
+    elif chunk // g.parts % step == 0 and start < step and limit > size - step + start:
+        limits[axis] = size // g.parts
+        form = v.form
+    else:
+        return _picked(g, eqn, v, range(start, limit, step))
+    return g.bind(eqn, ins, [form], start_indices=tuple(starts), limit_indices=tuple(limits))
+
+
+def _picked(g: PartGraph, eqn: core.JaxprEqn, v: Held, places: range) -> list[Held]:
+    """Read a slice of a few examples: a sum, to which the part that holds one gives it, the others 0."""
+    axis, post = v.form.axis, _chunk(v) // g.parts
+    if len(places) > v.shape[axis] // g.parts:
         raise NotInParts("some of the examples are cut out")
-    return g.bind(eqn, ins, [v.form], limit_indices=g.small(p["limit_indices"], axis))
+    owner = np.array([place // post % g.parts for place in places])
+    own = np.array([place // (post * g.parts) * post + place % post for place in places])
+    column = [len(places) if d == axis else 1 for d in range(len(v.shape))]
+    starts, limits = list(eqn.params["start_indices"]), list(eqn.params["limit_indices"])
+    starts[axis], limits[axis] = 0, len(places)
+    strides = [one if d != axis else 1 for d, one in enumerate(eqn.params["strides"] or [1] * len(v.shape))]
+
+    def run(index: Any, array: jax.Array) -> list[jax.Array]:
+        with context_of(eqn):
+            found = lax.slice(jnp.take(array, own, axis), starts, limits, strides)
+            return [jnp.where((owner == index).reshape(column), found, jnp.zeros_like(found))]
+
+    out = value_of(eqn.outvars[0])
+    out.form, out.combine = SUM, "or" if out.dtype == jnp.bool_ else "sum"
+    return g.emit(run, [v], [out])
+
+
+def _chunk(v: Held) -> int:
+    """Return how many entries along the examples there are of all parts, one after another."""
+    return v.shape[v.form.axis] // v.form.pre
+
+
+def concatenate(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+    """Read arrays laid one after another; along the examples each part has its own of every array."""
+    v, axis = one_of(ins), eqn.params["dimension"]
+    if axis != v.form.axis:
+        return g.bind(eqn, [g.bring(one, v.form) for one in ins], [v.form])
+    chunk = _chunk(v)
+    pres = [one.shape[axis] // chunk for one in ins]
+    if any(one.shape[axis] % chunk for one in ins):
+        raise NotInParts("the examples are joined with an array of other rows")
+    ready = [g.rows(one, axis, pre) for one, pre in zip(ins, pres, strict=True)]
+    return g.bind(eqn, ready, [examples(axis, sum(pres))])
+
+
+def split(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+    """Read an array taken apart into some, along the examples where each gets as many of every part."""
+    v, sizes = ins[0], eqn.params["sizes"]
+    if eqn.params["axis"] != v.form.axis:
+        return g.bind(eqn, ins, [v.form] * len(sizes))
+    chunk = _chunk(v)
+    if any(size % chunk for size in sizes):
+        raise NotInParts("some of the examples are cut out")
+    forms = [examples(v.form.axis, size // chunk) for size in sizes]
+    return g.bind(eqn, ins, forms, sizes=tuple(size // g.parts for size in sizes))
 
 
 def dynamic_slice(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
@@ -147,11 +217,11 @@ def unstack(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
 
 
 def tile(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
-    """Read copies along other dimensions."""
-    v = ins[0]
-    if len(eqn.params["reps"]) != len(v.shape) or eqn.params["reps"][v.form.axis] != 1:
+    """Read copies, one after another."""
+    v, reps = ins[0], eqn.params["reps"]
+    if len(reps) != len(v.shape):
         raise NotInParts("the examples are repeated")
-    return g.bind(eqn, ins, [v.form])
+    return g.bind(eqn, ins, [examples(v.form.axis, v.form.pre * reps[v.form.axis])])
 
 
 def matrices(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
