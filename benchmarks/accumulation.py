@@ -107,14 +107,19 @@ def tried(seed: int, count: int, door: int, why: Counter[str]) -> Iterator[tuple
         whole = jax.make_jaxpr(both(loss).__wrapped__)(*shapes)
         in_turn = jax.make_jaxpr(functools.partial(run.value_and_grad, places))(*shapes)
         want = interpreted(whole, flat)
-        yield judged("", number, interpreted(in_turn, flat), want)
+        outcome, line = judged("", number, interpreted(in_turn, flat), want)
+        if outcome == "WRONG" and swayed(whole, flat, want):
+            yield told("rounding decides it", line)
+            continue
+        yield told(outcome, line, only="WRONG")
         due += 2.5 * door / count
         if due >= 1:
             due -= 1
             made = declare(
                 loss, *shapes, topology="cpu:2", mesh={"data": 2}, microbatches=parts, recognise=()
             )
-            yield judged("compiled, ", number, jax.tree.leaves(both(made.apply(loss))(*arguments)), want)
+            got = jax.tree.leaves(both(made.apply(loss))(*arguments))
+            yield told(*judged("compiled, ", number, got, want), only="compiled, WRONG")
 
 
 def judged(how: str, number: int, got: Any, want: Any) -> tuple[str, str]:
@@ -123,7 +128,25 @@ def judged(how: str, number: int, got: Any, want: Any) -> tuple[str, str]:
     outcome = "exact" if apart < WRONG else "WRONG"
     if outcome == "exact" and np.isnan(want[0]):
         outcome = "not a number by either"
-    return told(f"{how}{outcome}", f"seed {number}: {apart:.1e}", only=f"{how}WRONG")
+    return f"{how}{outcome}", f"seed {number}: {apart:.1e}"
+
+
+def swayed(whole: Any, flat: list[Any], want: list[Any]) -> bool:
+    """Whether a program gives something else where its drawn numbers differ in their last digits.
+
+    Such as a branch on a sum that is 0 but for rounding: there is no right answer to compare with.
+    """
+    noise = np.random.default_rng(0)
+    for _ in range(12):
+        moved = [
+            leaf
+            if np.array_equal(leaf, np.round(leaf))
+            else leaf * (1 + 1e-15 * noise.normal(size=leaf.shape))
+            for leaf in map(np.asarray, flat)
+        ]
+        if difference(interpreted(whole, moved), want) > WRONG:
+            return True
+    return False
 
 
 def told(outcome: str, line: str, only: str | None = None) -> tuple[str, str]:
