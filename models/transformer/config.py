@@ -94,8 +94,8 @@ class DecoderConfig:
     router: Router = "softmax"
     """How experts are scored; the weights of the chosen ones add up to `router_scale`."""
     router_scale: float = 1.0
-    expert_capacity: float | None = 1.25
-    """Tokens of a row that an expert takes, over its even share; None is as many as there are."""
+    expert_capacity: float | None = None
+    """Tokens of a row that an expert takes, over its even share, for static shapes; None drops no token."""
 
     kv_rank: int | None = None
     """Latent attention: size of what keys and values are made from; None is plain attention."""

@@ -1,53 +1,31 @@
 """A mixture of experts in place of a block's MLP: each token goes to the few experts that its router names.
 
-Each row of the batch is dispatched by itself, so that a batch in parts is the whole batch, and rows on
-different devices do not meet. An expert takes `capacity` tokens of a row; what is too many is carried on by
-the residual stream (and the shared experts) alone. The products are plain batched ones over the experts.
+No token is dropped: `sharding.ops.experts` takes as many rows as each expert gets. With a capacity every shape
+is known: an expert takes so many tokens of a row, products are plain batched ones, and what is too many is
+carried on by the residual stream (and the shared experts) alone. Tokens of different rows do not meet either
+way, so that a batch in parts is the whole batch.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ...sharding.ops.experts import ExpertsCall, experts, in_slots
 from .config import DecoderConfig
-from .layers import Mlp, activated, added_gain, normal
+from .layers import Mlp, added_gain, normal
 
 
-def capacity(config: DecoderConfig, sequence: int) -> int:
-    """Return how many tokens of a row an expert takes: its even share times `expert_capacity`, or all."""
+def capacity(config: DecoderConfig, sequence: int) -> int | None:
+    """Return how many tokens of a row an expert takes, its even share times `expert_capacity`; None: all."""
     if config.expert_capacity is None:
-        return sequence
+        return None
     even = sequence * (config.experts_per_token or 1) / (config.experts or 1)
     return min(sequence, max(1, math.ceil(even * config.expert_capacity)))
-
-
-def dispatch(chosen: jax.Array, experts: int, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Give each choice a slot of its expert, the first tokens first.
-
-    Args:
-      chosen: int32 ``[sequence, choices]``, the experts of each token.
-      experts: how many there are.
-      slots: how many tokens each takes.
-
-    Returns:
-      The token in each slot, ``[experts * slots]``, `sequence` where there is none; and the slot of each
-      choice, ``[sequence, choices]``, ``experts * slots`` where there was none left.
-    """
-    sequence, choices = chosen.shape
-    flat = chosen.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    by_expert = flat[order]
-    counts = jnp.zeros(experts, jnp.int32).at[flat].add(1)
-    starts = jnp.cumsum(counts) - counts
-    rank = jnp.arange(sequence * choices, dtype=jnp.int32) - starts[by_expert]
-    slot = jnp.where(rank < slots, by_expert * slots + rank, experts * slots)
-    tokens = jnp.full(experts * slots, sequence, jnp.int32).at[slot].set(order // choices, mode="drop")
-    places = jnp.zeros(sequence * choices, jnp.int32).at[order].set(slot)
-    return tokens, places.reshape(sequence, choices)
 
 
 class Experts(nnx.Module):
@@ -72,15 +50,16 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map ``[batch, sequence, embed]`` to the same."""
         config = self.config
-        batch, sequence, embed = x.shape
-        count, slots = config.experts or 0, capacity(config, sequence)
         weights, chosen = self.route(x)
-        tokens, places = jax.vmap(lambda row: dispatch(row, count, slots))(chosen)
-        look_up = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))
-        taken = look_up(x, tokens).reshape(batch, count, slots, embed)
-        given = self._work(taken).reshape(batch, count * slots, embed)
-        back = look_up(given, places.reshape(batch, -1)).reshape(batch, sequence, -1, embed)
-        out = jnp.einsum("bsk,bske->bse", weights.astype(x.dtype), back)
+        gate = None if config.activation == "gelu" else self.gate[...].astype(x.dtype)
+        up, down = self.up[...].astype(x.dtype), self.down[...].astype(x.dtype)
+        act: Literal["silu", "gelu"] = "silu" if config.activation == "swiglu" else "gelu"
+        slots = capacity(config, x.shape[1])
+        if slots is None:
+            out = experts(x, weights, chosen, up=up, down=down, gate=gate, activation=act)
+        else:
+            call = ExpertsCall(activation=act, gated=gate is not None)
+            out = in_slots(call, x, weights, chosen, up, down, *(() if gate is None else (gate,)), slots=slots)
         return out + self.shared(x) if config.shared_experts else out
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -93,11 +72,3 @@ class Experts(nnx.Module):
         weights, chosen = jax.lax.top_k(scores, config.experts_per_token or 1)
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights * config.router_scale, chosen.astype(jnp.int32)
-
-    def _work(self, x: jax.Array) -> jax.Array:
-        """Map ``[batch, experts, slots, embed]`` to the same, every expert its own slots."""
-        up, gate = jnp.einsum("bxce,xef->bxcf", x, self.up[...].astype(x.dtype)), None
-        if self.config.activation != "gelu":
-            gate = jnp.einsum("bxce,xef->bxcf", x, self.gate[...].astype(x.dtype))
-        hidden = activated(self.config, up, gate)
-        return jnp.einsum("bxcf,xfe->bxce", hidden, self.down[...].astype(x.dtype))

@@ -306,7 +306,11 @@ class _Rewriter:
         again = _AGAIN.get(equation.primitive)
         if again is None or not equation.scopes:
             return run(equation.eqn, inputs)
-        consts = closed(equation.eqn.params["jaxpr"]).consts
+        own = closed(equation.eqn.params["jaxpr"])
+        if equation.scopes[0].jaxpr is not own.jaxpr:
+            # The scope only stands for what is run.
+            return run(equation.eqn, inputs)
+        consts = own.consts
 
         body: Body = functools.partial(self.scope, equation.scopes[0], consts)
         for around in arounds:

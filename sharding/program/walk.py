@@ -8,8 +8,9 @@ from typing import Any
 
 from jax.extend import core
 
+from ..ops.experts import experts_call, outline
 from .factors import Factors, Seq
-from .jaxpr import branches, call_body, counted_trips, scan_parts, while_parts
+from .jaxpr import branches, call_body, context_of, counted_trips, scan_parts, while_parts
 from .op_rules import builtin_rules, users_rule, whole_rule
 from .op_rules.rule import Kind, Op, OpRule, Shape
 from .primitives import Trait, primitives
@@ -153,6 +154,11 @@ class Walk:
 
     def _call(self, eqn: core.JaxprEqn, ins: list[Raw]) -> RawEquation:
         body = call_body(eqn)
+        mixture = experts_call(eqn)
+        if mixture is not None:
+            # How long its loops are depends on the data: what stands for it has the same work.
+            with context_of(eqn):
+                body = outline(mixture, *(atom.aval for atom in eqn.invars))
         assert body is not None
         inner = self.scope(body.jaxpr, ins)
         return RawEquation(eqn, _NOTHING, [], frozenset(), ins, inner.outs, [inner])

@@ -15,6 +15,7 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ..ops.experts import ExpertsCall, experts_call
 from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, spec_of
 from ..program.aside import aside
 from ..program.jaxpr import Body, Go, Pass, closed, run, scan_parts
@@ -22,6 +23,7 @@ from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope
 from ..program.stacks import is_stack
 from .attention import AttentionKernel
+from .experts import on_mesh
 from .gather import Scattering, StoredParameter, elementwise, gathered, learning, sums_of
 
 _ANCHORS = primitives(Trait.ANCHOR)
@@ -109,6 +111,8 @@ class Constrain(Pass):
                 return outputs
         if is_stack(equation.eqn) and all(isinstance(value, StoredParameter) for value in inputs):
             return [self._stack(equation, inputs)]
+        if (mixture := experts_call(equation.eqn)) is not None:
+            return [self._experts(mixture, equation, inputs)]
         if equation.scopes and name == "scan":
             return self._scan(equation, inputs, go)
         if equation.scopes and (name == "jit" or name in _CHECKPOINTS):
@@ -139,6 +143,18 @@ class Constrain(Pass):
             use, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=not self._in_loop
         )
         return again(inputs)
+
+    def _experts(self, call: ExpertsCall, equation: Equation, inputs: list[Any]) -> Any:
+        """Run a mixture's experts where they lie; of what they read, only gathered matrices are not kept."""
+
+        def use(inputs: list[Any]) -> Any:
+            rows = zip(inputs, equation.ins, strict=True)
+            arrays = [self._gather(value, dims) for value, dims in rows]
+            return on_mesh(self._mesh, call, equation.ins, self._spec, arrays)
+
+        if any(isinstance(value, StoredParameter) for value in inputs):
+            use = jax.checkpoint(use, policy=_unless_gathered, prevent_cse=not self._in_loop)
+        return self._constrain(use(inputs), equation.outs[0])
 
     def _compute(self, equation: Equation, values: list[Any], go: Go) -> Sequence[Any]:
         if looks_up_rows(equation.eqn):
@@ -253,6 +269,11 @@ class Constrain(Pass):
                 taken.update(axes)
                 cut[n] = axes
         return PartitionSpec(*spec_of(cut))
+
+
+def _unless_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Say that what an operation gives may be kept, unless it is a parameter on its way to its use."""
+    return primitive.name != "sharding_constraint"
 
 
 def _cast(jaxpr: core.Jaxpr, index: int) -> Any:

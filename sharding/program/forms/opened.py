@@ -15,6 +15,7 @@ import jax
 from jax.extend import core
 
 from ...ops.attention import attention_call
+from ...ops.experts import experts_call
 from ..jaxpr import again, branches, closed, inlined, scan_parts, with_inputs
 from ..primitives import Trait, primitives
 
@@ -153,7 +154,7 @@ def _dropped(var: Any) -> bool:
 
 def _opens(eqn: core.JaxprEqn, scope: Opened) -> bool:
     """Whether an equation is a jitted call to be opened: constants of one stay at the top of a program."""
-    if eqn.primitive.name != "jit" or attention_call(eqn) is not None:
+    if eqn.primitive.name != "jit" or attention_call(eqn) is not None or experts_call(eqn) is not None:
         return False
     return scope.outer is None or not closed(eqn.params["jaxpr"]).consts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jax.extend import core
 
 from ....ops.attention import attention_call
+from ....ops.experts import experts_call
 from ....program.primitives import Trait, primitives
 from ..graph import PartGraph, Rule, inlined
 from ..values import Held, Kind, NotInParts
@@ -15,6 +16,8 @@ def rule_of(eqn: core.JaxprEqn) -> Rule:
     """Return the rule that reads `eqn`."""
     if attention_call(eqn) is not None:
         return _ATTENTION
+    if experts_call(eqn) is not None:
+        return _EXPERTS
     return _RULES.get(eqn.primitive.name, unknown)
 
 
@@ -96,3 +99,4 @@ def _rules() -> dict[str, Rule]:
 
 _RULES = _rules()
 _ATTENTION = _on_sums(calls.attention)
+_EXPERTS = _on_sums(calls.experts)

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from ....ops.experts import experts_call, jitted
 from ....program.jaxpr import call_body, closed, context_of
 from ....program.jaxpr import run as run_as_is
 from ..graph import Body, PartGraph, Reading, Rule, inlined, value_of
@@ -52,6 +53,23 @@ def attention(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         return jax.jit(function)
 
     return _called(g, eqn, ins, body, around)
+
+
+def experts(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+    """Read a call of `ops.experts`, which takes each token by itself, whatever dimension holds the examples."""
+    call = experts_call(eqn)
+    assert call is not None
+    form = next(one.form for one in ins if one.kind is Kind.EXAMPLES)
+    if form.axis > 1 or any(one.kind is Kind.EXAMPLES for one in ins[3:]):
+        raise NotInParts("the experts differ from example to example")
+    tokens = [g.rows(one, form.axis, form.pre) for one in ins[:3]]
+
+    def run(index: Any, *arrays: Any) -> list[Any]:
+        del index
+        with context_of(eqn):
+            return [jitted(call)(*arrays)]
+
+    return g.emit(run, [*tokens, *(g.shared(one) for one in ins[3:])], [_formed(eqn.outvars[0], form)])
 
 
 def _called(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held], body: Body, around: Any) -> list[Held]:

@@ -1,0 +1,176 @@
+"""Tokens sent to the devices of their experts and back, in rounds of equal sizes until all are sent.
+
+    route ─► slots of each peer ─► all-to-all ─► sorted by expert ─► grouped products ─► all-to-all ─► weighted sum
+
+A device sends at most `slots` rows to each other one in a round. What does not fit goes in another, and a loop runs
+as many as are needed: how many slots there are decides speed and memory, never values. The first round is outside
+of the loop, so that its gradient keeps what it read; later ones, of which there mostly are none, run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .experts import SLACK, ExpertsCall, combined, through_experts
+from .grouped import by_tiles, inverse, pick, ranks, tile_of
+
+# Slots are rounded up to whole tiles of a chip's matrix unit.
+_MULTIPLE = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """The devices that exchange: `axes` of the mesh, `peers` together, all `axes` of the mesh, and `slots`."""
+
+    axes: tuple[str, ...]
+    peers: int
+    everywhere: tuple[str, ...]
+    slots: int
+
+
+def slots_of(tokens: int, choices: int, peers: int) -> int:
+    """Return how many rows a device sends to each of its `peers` in a round.
+
+    The even share and a quarter; for few rows four deviations of what a random router sends, whose variance
+    is share · (1 - 1 / peers); never more than there are.
+
+    >>> slots_of(4096, 8, 8), slots_of(16, 2, 8)
+    (5120, 32)
+    """
+    even = tokens * choices / peers
+    rows = max(even * SLACK, even + 4 * (even * (1 - 1 / peers)) ** 0.5)
+    return min(tokens * choices, -(-int(rows) // _MULTIPLE) * _MULTIPLE)
+
+
+class _Sizes(NamedTuple):
+    """What a device knows before it sends, all integers.
+
+    rank, peer: of each choice ``[tokens · choices]``, its place among those that go to its peer, by expert.
+    mine: ``[peers, experts of this device]``, how many rows each peer has for each of its experts.
+    """
+
+    rank: jax.Array
+    peer: jax.Array
+    mine: jax.Array
+
+
+def exchanged(
+    call: ExpertsCall,
+    exchange: Exchange,
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    *matrices: jax.Array,
+) -> jax.Array:
+    """Return what all experts add to this device's tokens `x` ``[tokens, embed]``.
+
+    `matrices` are those of this device's experts, of which there are as many on each. Runs where all axes of
+    the mesh are manual.
+    """
+    sizes, rounds = _sized(exchange, chosen, matrices[0].shape[0])
+    first = _one_round(call, exchange, jnp.int32(0), x, weights, matrices, sizes)
+    return first + _later_rounds(call, exchange, x, weights, matrices, sizes, rounds)
+
+
+def _sized(exchange: Exchange, chosen: jax.Array, local: int) -> tuple[_Sizes, jax.Array]:
+    """Return what is sent, and how many rounds send it: alike on all devices, as each round is collective."""
+    flat = chosen.reshape(-1)
+    rank, sizes = ranks(flat, exchange.peers * local)
+    by_peer = sizes.reshape(exchange.peers, local)
+    # The experts of one peer follow each other.
+    rank = rank + (jnp.cumsum(by_peer, 1) - by_peer).reshape(-1)[flat]
+    every = lax.all_gather(by_peer, exchange.axes)
+    most = lax.pmax(every.sum(-1).max(), exchange.everywhere)
+    found = _Sizes(rank, flat // local, every[:, lax.axis_index(exchange.axes)])
+    return found, -(-most // exchange.slots)
+
+
+def _one_round(
+    call: ExpertsCall,
+    exchange: Exchange,
+    turn: jax.Array,
+    x: jax.Array,
+    weights: jax.Array,
+    matrices: tuple[jax.Array, ...],
+    sizes: _Sizes,
+) -> jax.Array:
+    """Return what the choices of round `turn` add to each token."""
+    tokens, choices = weights.shape
+    peers, slots = exchange.peers, exchange.slots
+    slot = sizes.rank - turn * slots
+    place = jnp.where((slot >= 0) & (slot < slots), sizes.peer * slots + slot, peers * slots)
+    choice, place = inverse(place, peers * slots), place.reshape(tokens, choices)
+    rows = pick(x, jnp.minimum(choice // choices, tokens), place)
+    rows = _traded(exchange, _by_sender(call, exchange, turn, _traded(exchange, rows), matrices, sizes))
+    return combined(weights, pick(rows, place, choice[:, None])).astype(x.dtype)
+
+
+def _traded(exchange: Exchange, rows: jax.Array) -> jax.Array:
+    return lax.all_to_all(rows, exchange.axes, 0, 0, tiled=True)
+
+
+def _by_sender(
+    call: ExpertsCall,
+    exchange: Exchange,
+    turn: jax.Array,
+    rows: jax.Array,
+    matrices: tuple[jax.Array, ...],
+    sizes: _Sizes,
+) -> jax.Array:
+    """Return rows ``[peers · slots, embed]`` as they came, each through its expert of `matrices`."""
+    count = matrices[0].shape[0]
+    at = turn * exchange.slots + jnp.arange(exchange.slots)
+    ends = jnp.cumsum(sizes.mine, 1)
+    # A slot beyond a sender's last row is of no expert.
+    experts = (at[None, :, None] >= ends[:, None, :]).sum(-1, dtype=jnp.int32).reshape(-1)
+    tile = tile_of(rows.shape[0], count)
+    place, places, padded = by_tiles(experts, count, tile)
+    row = inverse(place, places)
+    laid = pick(rows, row, place[:, None])
+    return pick(through_experts(call, laid, tile, padded, *matrices), place, row[:, None])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _later_rounds(
+    call: ExpertsCall,
+    exchange: Exchange,
+    x: jax.Array,
+    weights: jax.Array,
+    matrices: tuple[jax.Array, ...],
+    sizes: _Sizes,
+    rounds: jax.Array,
+) -> jax.Array:
+    """Return what rounds after the first add."""
+
+    def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        turn, total = carry
+        return turn + 1, total + _one_round(call, exchange, turn, x, weights, matrices, sizes)
+
+    start = jnp.int32(1), jnp.zeros_like(x)
+    return lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
+
+
+def _later_forward(call: ExpertsCall, exchange: Exchange, *operands: Any) -> tuple[jax.Array, Any]:
+    return _later_rounds(call, exchange, *operands), operands
+
+
+def _later_backward(call: ExpertsCall, exchange: Exchange, kept: Any, gradient: jax.Array) -> Any:
+    *floats, sizes, rounds = kept
+
+    def body(carry: Any) -> Any:
+        turn, sums = carry
+        _, back = jax.vjp(lambda *own: _one_round(call, exchange, turn, *own, sizes), *floats)
+        return turn + 1, jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, back(gradient))
+
+    start = jnp.int32(1), jax.tree.map(jnp.zeros_like, tuple(floats))
+    sums = lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
+    return *sums, None, None
+
+
+_later_rounds.defvjp(_later_forward, _later_backward)

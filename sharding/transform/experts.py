@@ -1,0 +1,144 @@
+"""A mixture's experts where they lie: each call of `ops.experts` in a region in which all mesh axes are manual.
+
+The axes of the experts decide what moves. Those that tokens lie over too exchange tokens by all-to-alls
+(`ops.rounds`); over others every device has the same tokens, and takes those of its own experts. Left to XLA,
+sorted rows would be gathered.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from ..ops.experts import ExpertsCall, by_expert
+from ..ops.rounds import Exchange, exchanged, slots_of
+from ..plans.specs import by_dimension, cut_into
+from ..program.program import Dims
+
+# Return how the plan lays an array of these dims and this shape on the mesh.
+SpecOf = Callable[[Dims, tuple[int, ...]], PartitionSpec]
+
+# The mesh axes of one array dimension, the major one first.
+_Axes = tuple[str, ...]
+
+
+class _Layout(NamedTuple):
+    """The mesh axes of tokens' two dimensions, of experts and of their hidden size.
+
+    `scattered` are those of the hidden size that tokens lie over outside, in their second dimension.
+    """
+
+    batch: _Axes
+    sequence: _Axes
+    experts: _Axes
+    hidden: _Axes
+    scattered: _Axes
+
+    @classmethod
+    def of(cls, x: tuple[_Axes, ...], up: tuple[_Axes, ...]) -> _Layout:
+        batch, sequence, _ = x
+        experts, _, hidden = up
+        tokens = {*batch, *sequence}
+        # Axes of which all devices need the same tokens.
+        whole = {*hidden, *(() if tokens.issuperset(experts) else experts)}
+        left = tuple(axis for axis in sequence if axis not in whole)
+        dropped = sequence[len(left) :]
+        return cls(
+            batch=tuple(axis for axis in batch if axis not in whole),
+            sequence=left,
+            experts=experts,
+            hidden=hidden,
+            scattered=dropped if sequence == left + dropped else (),
+        )
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether each device of the experts' axes brings tokens of its own."""
+        return bool(self.experts) and {*self.batch, *self.sequence}.issuperset(self.experts)
+
+    @property
+    def summed(self) -> _Axes:
+        """The axes over which results are partial sums."""
+        return self.hidden if self.exchanges else (*self.experts, *self.hidden)
+
+
+def on_mesh(
+    mesh: Mesh | AbstractMesh, call: ExpertsCall, dims: Sequence[Dims], spec_of: SpecOf, arrays: Sequence[Any]
+) -> Any:
+    """Return the result of `call` of `arrays`, whose dims are `dims`, as a plan lays them on `mesh`."""
+    x, up = arrays[0], arrays[3]
+    layout = _Layout.of(
+        by_dimension(tuple(spec_of(dims[0], x.shape)), 3), by_dimension(tuple(spec_of(dims[3], up.shape)), 3)
+    )
+    parts = cut_into((*layout.batch, *layout.sequence), mesh.shape)
+    exchange = None
+    if layout.exchanges:
+        peers = cut_into(layout.experts, mesh.shape)
+        tokens = x.shape[0] * x.shape[1] // parts
+        slots = slots_of(tokens, arrays[2].shape[2], peers)
+        everywhere = tuple(mesh.axis_names)
+        exchange = Exchange(axes=layout.experts, peers=peers, everywhere=everywhere, slots=slots)
+    tokens = PartitionSpec(layout.batch or None, layout.sequence or None)
+    wide = PartitionSpec(layout.experts or None, None, layout.hidden or None)
+    narrow = PartitionSpec(layout.experts or None, layout.hidden or None)
+    out = PartitionSpec(layout.batch or None, (*layout.sequence, *_scattered(layout)) or None)
+    return jax.shard_map(
+        functools.partial(_local, mesh, call, layout, exchange),
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, wide, narrow, *(wide,) * call.gated),
+        out_specs=out,
+        # Kernels do not say over which axes their results vary.
+        check_vma=False,
+    )(*arrays)
+
+
+def _scattered(layout: _Layout) -> _Axes:
+    """Return the axes that a sum over them leaves a part of the sequence to."""
+    return layout.scattered if {*layout.scattered} == {*layout.summed} else ()
+
+
+def _local(
+    mesh: Mesh | AbstractMesh,
+    call: ExpertsCall,
+    layout: _Layout,
+    exchange: Exchange | None,
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    *matrices: jax.Array,
+) -> jax.Array:
+    """Return one device's part of the result, of its parts of the arrays."""
+    shape, count = x.shape, matrices[0].shape[0]
+    x, weights, chosen = (y.reshape(-1, y.shape[-1]) for y in (x, weights, chosen))
+    if exchange is not None:
+        out = exchanged(call, exchange, x, weights, chosen, *matrices)
+    else:
+        if layout.experts:
+            own = chosen - lax.axis_index(layout.experts).astype(jnp.int32) * count
+            chosen = jnp.where((own >= 0) & (own < count), own, count)
+        out = by_expert(call, x, weights, chosen, *matrices)
+    out = out.reshape(shape)
+    if axes := _scattered(layout):
+        return lax.psum_scatter(out, axes, scatter_dimension=1, tiled=True)
+    return _summed(layout.summed, cut_into(layout.summed, mesh.shape), out) if layout.summed else out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(axes: _Axes, size: int, x: jax.Array) -> jax.Array:
+    """Return the sum of `x` over mesh axes, `size` devices.
+
+    Its gradient is the same on all of them: `jax.shard_map` hands each an equal part, and to sum these again
+    would be a collective for nothing.
+    """
+    return lax.psum(x, axes)
+
+
+_summed.defvjp(
+    lambda axes, size, x: (_summed(axes, size, x), None), lambda axes, size, _, gradient: (gradient * size,)
+)
