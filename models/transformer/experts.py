@@ -1,9 +1,9 @@
 """A mixture of experts in place of a block's MLP: each token goes to the few experts that its router names.
 
-No token is dropped: `sharding.ops.experts` takes as many rows as each expert gets. With a capacity every shape
-is known: an expert takes so many tokens of a row, products are plain batched ones, and what is too many is
-carried on by the residual stream (and the shared experts) alone. Tokens of different rows do not meet either
-way, so that a batch in parts is the whole batch.
+No token is dropped: `sharding.ops.experts` takes as many rows as each expert gets. With a capacity every
+shape is known: an expert takes so many tokens of a row, products are plain batched ones, and what is too many
+is carried on by the residual stream (and the shared experts) alone. Tokens of different rows do not meet
+either way, so that a batch in parts is the whole batch.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class Experts(nnx.Module):
             out = experts(x, weights, chosen, up=up, down=down, gate=gate, activation=act)
         else:
             call = ExpertsCall(activation=act, gated=gate is not None)
-            out = in_slots(call, x, weights, chosen, up, down, *(() if gate is None else (gate,)), slots=slots)
+            out = in_slots(
+                call, x, weights, chosen, up, down, *(() if gate is None else (gate,)), slots=slots
+            )
         return out + self.shared(x) if config.shared_experts else out
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,9 +1,10 @@
-"""A mixture's experts: each token through the few that its router chose, none dropped, one equation of a program.
+"""A mixture's experts: each token through those its router chose, none dropped, as one equation of a program.
 
-    tokens and choices ─► sort by expert, padded to tiles ─► grouped products ─► weighted sum of a token's choices
+    tokens, choices ─► sorted by expert, padded to tiles ─► grouped products ─► weighted sum of choices
 
-Routing is the model's own. The equation is a jitted function whose body is what one device does by itself: whoever
-does not know it sees through it. A plan carries it out where its experts lie (`transform.experts`).
+Routing is the model's own. The equation is a jitted function whose body is what one device does by itself:
+whoever does not know it sees through it. A plan carries it out where its experts lie
+(`transform.experts`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SLACK = 1.25
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsCall:
-    """What one call of `experts` asks for, apart from its arrays: x, weights, chosen, up, down and, gated, gate."""
+    """What one call of `experts` asks for, apart from its arrays: x, weights, chosen, up, down (, gate)."""
 
     activation: Activation
     gated: bool
@@ -80,7 +81,9 @@ def experts(
     (1, 2, 4)
     """
     if activation not in get_args(Activation):
-        raise UserError(f"activation={activation!r} is not known; {nearest(activation, get_args(Activation))}")
+        raise UserError(
+            f"activation={activation!r} is not known; {nearest(activation, get_args(Activation))}"
+        )
     matrices = [up, down] if gate is None else [up, down, gate]
     _check(x, weights, chosen, *matrices)
     call = ExpertsCall(activation=activation, gated=gate is not None)
@@ -113,7 +116,7 @@ def through_experts(
     `sizes` are the groups' padded rows, `matrices` up, down and, where there is one, gate.
     """
     up, down, *gate = matrices
-    gated = tiled_product(tile, rows, gate[0], sizes) if gate else None
+    gated: Any = tiled_product(tile, rows, gate[0], sizes) if gate else None
     hidden = activated(call, tiled_product(tile, rows, up, sizes), gated)
     return tiled_product(tile, hidden, down, sizes)
 

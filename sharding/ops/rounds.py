@@ -1,10 +1,11 @@
 """Tokens sent to the devices of their experts and back, in rounds of equal sizes until all are sent.
 
-    route ─► slots of each peer ─► all-to-all ─► sorted by expert ─► grouped products ─► all-to-all ─► weighted sum
+    slots of each peer ─► all-to-all ─► sorted by expert ─► products ─► all-to-all ─► weighted sum
 
-A device sends at most `slots` rows to each other one in a round. What does not fit goes in another, and a loop runs
-as many as are needed: how many slots there are decides speed and memory, never values. The first round is outside
-of the loop, so that its gradient keeps what it read; later ones, of which there mostly are none, run again.
+A device sends at most `slots` rows to each other one in a round. What does not fit goes in another, and a
+loop runs as many as are needed: how many slots there are decides speed and memory, never values. The first
+round is outside of the loop, so that its gradient keeps what it read; later ones, of which there mostly are
+none, run again.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _MULTIPLE = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """The devices that exchange: `axes` of the mesh, `peers` together, all `axes` of the mesh, and `slots`."""
+class PeerExchange:
+    """An exchange over `axes` of a mesh, of `peers` devices; `everywhere` are all of the mesh's axes."""
 
     axes: tuple[str, ...]
     peers: int
@@ -62,7 +63,7 @@ class _Sizes(NamedTuple):
 
 def exchanged(
     call: ExpertsCall,
-    exchange: Exchange,
+    exchange: PeerExchange,
     x: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,
@@ -75,10 +76,11 @@ def exchanged(
     """
     sizes, rounds = _sized(exchange, chosen, matrices[0].shape[0])
     first = _one_round(call, exchange, jnp.int32(0), x, weights, matrices, sizes)
-    return first + _later_rounds(call, exchange, x, weights, matrices, sizes, rounds)
+    later: Any = _later_rounds(call, exchange, x, weights, matrices, sizes, rounds)
+    return first + later
 
 
-def _sized(exchange: Exchange, chosen: jax.Array, local: int) -> tuple[_Sizes, jax.Array]:
+def _sized(exchange: PeerExchange, chosen: jax.Array, local: int) -> tuple[_Sizes, jax.Array]:
     """Return what is sent, and how many rounds send it: alike on all devices, as each round is collective."""
     flat = chosen.reshape(-1)
     rank, sizes = ranks(flat, exchange.peers * local)
@@ -93,7 +95,7 @@ def _sized(exchange: Exchange, chosen: jax.Array, local: int) -> tuple[_Sizes, j
 
 def _one_round(
     call: ExpertsCall,
-    exchange: Exchange,
+    exchange: PeerExchange,
     turn: jax.Array,
     x: jax.Array,
     weights: jax.Array,
@@ -111,13 +113,13 @@ def _one_round(
     return combined(weights, pick(rows, place, choice[:, None])).astype(x.dtype)
 
 
-def _traded(exchange: Exchange, rows: jax.Array) -> jax.Array:
+def _traded(exchange: PeerExchange, rows: jax.Array) -> jax.Array:
     return lax.all_to_all(rows, exchange.axes, 0, 0, tiled=True)
 
 
 def _by_sender(
     call: ExpertsCall,
-    exchange: Exchange,
+    exchange: PeerExchange,
     turn: jax.Array,
     rows: jax.Array,
     matrices: tuple[jax.Array, ...],
@@ -139,7 +141,7 @@ def _by_sender(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _later_rounds(
     call: ExpertsCall,
-    exchange: Exchange,
+    exchange: PeerExchange,
     x: jax.Array,
     weights: jax.Array,
     matrices: tuple[jax.Array, ...],
@@ -156,19 +158,22 @@ def _later_rounds(
     return lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
 
 
-def _later_forward(call: ExpertsCall, exchange: Exchange, *operands: Any) -> tuple[jax.Array, Any]:
+def _later_forward(call: ExpertsCall, exchange: PeerExchange, *operands: Any) -> tuple[jax.Array, Any]:
     return _later_rounds(call, exchange, *operands), operands
 
 
-def _later_backward(call: ExpertsCall, exchange: Exchange, kept: Any, gradient: jax.Array) -> Any:
-    *floats, sizes, rounds = kept
+def _later_backward(call: ExpertsCall, exchange: PeerExchange, kept: Any, gradient: jax.Array) -> Any:
+    x, weights, matrices, sizes, rounds = kept
+    floats = (x, weights, matrices)
 
     def body(carry: Any) -> Any:
         turn, sums = carry
-        _, back = jax.vjp(lambda *own: _one_round(call, exchange, turn, *own, sizes), *floats)
+        _, back = jax.vjp(
+            lambda *own: _one_round(call, exchange, turn, own[0], own[1], own[2], sizes), *floats
+        )
         return turn + 1, jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, back(gradient))
 
-    start = jnp.int32(1), jax.tree.map(jnp.zeros_like, tuple(floats))
+    start = jnp.int32(1), jax.tree.map(jnp.zeros_like, floats)
     sums = lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
     return *sums, None, None
 

@@ -1,4 +1,4 @@
-"""A mixture's experts where they lie: each call of `ops.experts` in a region in which all mesh axes are manual.
+"""A mixture's experts where they lie: calls of `ops.experts` in regions in which all mesh axes are manual.
 
 The axes of the experts decide what moves. Those that tokens lie over too exchange tokens by all-to-alls
 (`ops.rounds`); over others every device has the same tokens, and takes those of its own experts. Left to XLA,
@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ..ops.experts import ExpertsCall, by_expert
-from ..ops.rounds import Exchange, exchanged, slots_of
+from ..ops.rounds import PeerExchange, exchanged, slots_of
 from ..plans.specs import by_dimension, cut_into
 from ..program.program import Dims
 
@@ -28,7 +28,7 @@ SpecOf = Callable[[Dims, tuple[int, ...]], PartitionSpec]
 _Axes = tuple[str, ...]
 
 
-class _Layout(NamedTuple):
+class _ExpertAxes(NamedTuple):
     """The mesh axes of tokens' two dimensions, of experts and of their hidden size.
 
     `scattered` are those of the hidden size that tokens lie over outside, in their second dimension.
@@ -41,7 +41,7 @@ class _Layout(NamedTuple):
     scattered: _Axes
 
     @classmethod
-    def of(cls, x: tuple[_Axes, ...], up: tuple[_Axes, ...]) -> _Layout:
+    def of(cls, x: tuple[_Axes, ...], up: tuple[_Axes, ...]) -> _ExpertAxes:
         batch, sequence, _ = x
         experts, _, hidden = up
         tokens = {*batch, *sequence}
@@ -73,7 +73,7 @@ def on_mesh(
 ) -> Any:
     """Return the result of `call` of `arrays`, whose dims are `dims`, as a plan lays them on `mesh`."""
     x, up = arrays[0], arrays[3]
-    layout = _Layout.of(
+    layout = _ExpertAxes.of(
         by_dimension(tuple(spec_of(dims[0], x.shape)), 3), by_dimension(tuple(spec_of(dims[3], up.shape)), 3)
     )
     parts = cut_into((*layout.batch, *layout.sequence), mesh.shape)
@@ -83,7 +83,7 @@ def on_mesh(
         tokens = x.shape[0] * x.shape[1] // parts
         slots = slots_of(tokens, arrays[2].shape[2], peers)
         everywhere = tuple(mesh.axis_names)
-        exchange = Exchange(axes=layout.experts, peers=peers, everywhere=everywhere, slots=slots)
+        exchange = PeerExchange(axes=layout.experts, peers=peers, everywhere=everywhere, slots=slots)
     tokens = PartitionSpec(layout.batch or None, layout.sequence or None)
     wide = PartitionSpec(layout.experts or None, None, layout.hidden or None)
     narrow = PartitionSpec(layout.experts or None, layout.hidden or None)
@@ -98,7 +98,7 @@ def on_mesh(
     )(*arrays)
 
 
-def _scattered(layout: _Layout) -> _Axes:
+def _scattered(layout: _ExpertAxes) -> _Axes:
     """Return the axes that a sum over them leaves a part of the sequence to."""
     return layout.scattered if {*layout.scattered} == {*layout.summed} else ()
 
@@ -106,8 +106,8 @@ def _scattered(layout: _Layout) -> _Axes:
 def _local(
     mesh: Mesh | AbstractMesh,
     call: ExpertsCall,
-    layout: _Layout,
-    exchange: Exchange | None,
+    layout: _ExpertAxes,
+    exchange: PeerExchange | None,
     x: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,

@@ -12,8 +12,9 @@ import optax
 import pytest
 from meshwright.models import decoder, preset
 from meshwright.models.transformer.config import DecoderConfig
-from meshwright.models.transformer.experts import Experts, capacity, dispatch
+from meshwright.models.transformer.experts import Experts, capacity
 from meshwright.sharding import UserError, plan
+from meshwright.sharding.ops.experts import dispatch
 
 pytestmark = pytest.mark.numerics
 
@@ -47,7 +48,7 @@ def made(config: DecoderConfig) -> Experts:
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("shared", [None, 2])
 def test_every_token_gets_what_its_experts_give(router: str, shared: int | None) -> None:
-    config = small(router=router, shared_experts=shared, expert_capacity=None, router_scale=1.5)
+    config = small(router=router, shared_experts=shared, router_scale=1.5)
     module = made(config)
     x = jax.random.normal(jax.random.key(1), (2, 16, config.embed))
     got = module(x)
@@ -73,7 +74,7 @@ def test_an_expert_takes_its_first_tokens_and_no_more() -> None:
     assert tokens.reshape(4, 2).tolist() == [[0, 1], [0, 2], [1, 4], [3, 4]]
     assert places.tolist() == [[0, 2], [1, 4], [8, 3], [6, 8]]
     assert capacity(small(expert_capacity=1.25), 16) == math.ceil(16 * 2 / 8 * 1.25)
-    assert capacity(small(expert_capacity=None), 16) == 16
+    assert capacity(small(), 16) is None
 
 
 def batch_of(config: DecoderConfig, rows: int = 8) -> dict[str, jax.Array]:
@@ -103,7 +104,7 @@ def test_a_mixture_with_dense_layers_learns() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"dense_layers": 1, **LATENT}])
 def test_it_decodes_what_it_scores(changes: dict[str, Any]) -> None:
-    model = decoder(small(expert_capacity=None, **changes))
+    model = decoder(small(**changes))
     params, tokens = model.init(jax.random.key(0)), batch_of(model.config, 2)["tokens"]
     whole = model.logits(params, tokens)
     assert model.empty_cache is not None

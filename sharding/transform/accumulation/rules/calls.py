@@ -56,7 +56,7 @@ def attention(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
 
 
 def experts(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
-    """Read a call of `ops.experts`, which takes each token by itself, whatever dimension holds the examples."""
+    """Read a call of `ops.experts`, which takes each token by itself, whichever dimension has examples."""
     call = experts_call(eqn)
     assert call is not None
     form = next(one.form for one in ins if one.kind is Kind.EXAMPLES)

@@ -1,0 +1,102 @@
+"""Calls of `ops.experts` carried out by a plan: the values and gradients of the user's own function."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from meshwright.sharding import plan
+from meshwright.sharding.ops.experts import experts
+
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
+
+LAYERS, EXPERTS, EMBED, MLP, ROWS, SEQUENCE = 2, 8, 16, 24, 16, 8
+NAMES = {
+    "router": ("layers", "embed", "scores"),
+    "gate": ("layers", "experts", "embed", "mlp"),
+    "up": ("layers", "experts", "embed", "mlp"),
+    "down": ("layers", "experts", "mlp", "embed"),
+}
+
+
+def loss(params: Any, batch: Any) -> Any:
+    def layer(x: Any, own: Any) -> tuple[Any, None]:
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(x @ own["router"]), 2)
+        matrices = {name: own[name] for name in ("gate", "up", "down")}
+        return x + experts(x, weights, chosen, **matrices), None
+
+    x, _ = jax.lax.scan(layer, batch["x"], params)
+    return jnp.mean(jnp.square(x - batch["y"]))
+
+
+@functools.cache
+def problem() -> tuple[Any, Any, Any]:
+    keys = iter(jax.random.split(jax.random.key(1), 8))
+    sizes = {"layers": LAYERS, "experts": EXPERTS, "embed": EMBED, "mlp": MLP, "scores": EXPERTS}
+    params = {
+        name: jax.random.normal(next(keys), tuple(sizes[dim] for dim in dims)) / 3
+        for name, dims in NAMES.items()
+    }
+    batch = {name: jax.random.normal(next(keys), (ROWS, SEQUENCE, EMBED)) for name in ("x", "y")}
+    return params, batch, jax.jit(jax.value_and_grad(loss))(params, batch)
+
+
+def check(**declared: Any) -> Any:
+    params, batch, (value, gradients) = problem()
+    made = plan(
+        loss,
+        params,
+        batch,
+        topology="cpu:8",
+        optimizer=optax.sgd(0.1),
+        names=NAMES,
+        **declared,
+    )
+    mesh = made.make_mesh()
+    placed = jax.device_put(
+        (params, batch), (made.shardings(params, mesh), made.shardings(batch, mesh, "batch"))
+    )
+    found, learnt = jax.jit(jax.value_and_grad(made.apply(loss)))(*placed)
+    assert abs(found - value) <= 1e-6 * abs(value)
+    for name, one in gradients.items():
+        error = np.linalg.norm(np.asarray(learnt[name]) - one) / np.linalg.norm(one)
+        assert error <= 1e-5, (name, error)
+    return made
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 2, "expert": 4},
+        {"data": 2, "expert": 2, "tensor": 2},
+        pytest.param({"fsdp": 2, "expert": 4}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "tensor": 4}, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_keep_their_values_on_any_mesh(mesh: dict[str, int]) -> None:
+    made = check(mesh=mesh)
+    if "expert" in mesh:
+        assert made.params["up"].spec[1] == "expert"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"microbatches": 2, "remat": "full"},
+        pytest.param(
+            {"rules": {"sequence": "context"}, "mesh": {"expert": 4, "context": 2}}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"rules": {"experts": "tensor"}, "mesh": {"data": 4, "tensor": 2}}, marks=pytest.mark.slow
+        ),
+        pytest.param({"rules": {"batch": "data"}}, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_keep_their_values_in_parts_and_under_rules(changes: dict[str, Any]) -> None:
+    check(**{"mesh": {"data": 2, "expert": 4}, **changes})
