@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import itertools
 import queue
 import threading
 import time
@@ -32,8 +34,10 @@ class Prefetch(Generic[T]):
         self.wait_seconds = 0.0
         self._ready: queue.Queue[T | _End] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
+        self._making = threading.Lock()
+        self._hand: list[T] = []
         # The thread must not hold `self`, or it would never be collected.
-        arguments = (start, self._ready, self._stop)
+        arguments = (start, self._ready, self._stop, self._making, self._hand)
         self._thread = threading.Thread(target=_run, args=arguments, name="meshwright-prefetch", daemon=True)
         self._finalizer = weakref.finalize(self, _close, self._ready, self._stop, self._thread)
         self._finalizer.atexit = False
@@ -57,6 +61,14 @@ class Prefetch(Generic[T]):
             raise StopIteration
         return item
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[list[T]]:
+        """Make nothing more within the block, which gets what was made and not taken yet."""
+        with self._making:
+            with self._ready.mutex:
+                ready = [*self._ready.queue]
+            yield [item for item in [*ready, *self._hand] if not isinstance(item, _End)]
+
     def __enter__(self) -> Prefetch[T]:
         return self
 
@@ -69,15 +81,23 @@ class Prefetch(Generic[T]):
         self._finalizer()
 
 
-def _run(start: Callable[[], Iterator[T]], ready: queue.Queue[T | _End], stop: threading.Event) -> None:
+def _run(
+    start: Callable[[], Iterator[T]],
+    ready: queue.Queue[T | _End],
+    stop: threading.Event,
+    making: threading.Lock,
+    hand: list[T],
+) -> None:
     end = _End()
     try:
         items = start()
         try:
-            for item in items:
-                ready.put(item)
-                if stop.is_set():
-                    return
+            while not stop.is_set():
+                with making:
+                    hand[:] = itertools.islice(items, 1)
+                if not hand:
+                    break
+                ready.put(hand[0])
         finally:
             close = getattr(items, "close", None)
             if close is not None:

@@ -13,16 +13,17 @@ import json
 import os
 import shutil
 import socket
-import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ...sharding.errors import UserError
 from ...sharding.files import write_whole
+from ..errors import RunError
+from . import marker
 from .config import MAX_STEPS
 
 #: The name under which a step's wait for data stands in a trace.
@@ -34,18 +35,37 @@ WINDOW = "profile_window"
 #: Where below a profile folder the sessions stand: the place that XProf looks in.
 SESSIONS = Path("plugins", "profile")
 
+#: A context within which nothing runs on the devices.
+Quiet = Callable[[], contextlib.AbstractContextManager[object]]
+
+# Steps after the window within which a device that the profiler left unusable shows it.
+_SETTLING = 5
+
 
 class ProfileWindow:
     """Captures `num_steps` steps from `start_step` on; outside of the window each call is one comparison.
 
     The loop calls `on_step_start`, `data_wait` and `on_step_end` for every step and `close` (or leaves the
-    context) when it ends. Devices run behind the host, so the window waits for the devices twice: before it
-    begins, that earlier steps are not in it, and before it ends, that its last step is. Writing the trace
-    happens in a thread, beside the steps that follow. A run that resumes inside the window captures its rest.
+    context) when it ends. The trace is opened and closed while nothing runs on the devices, and is written
+    before the step after the window begins: a profiler that stops beside running work can end the process. A
+    run that resumes inside the window captures its rest.
+
+    While the window is open and for some steps after it, a file in the folder says so (`marker`): a process
+    that dies in it leaves the file behind.
     """
 
-    def __init__(self, *, start_step: int | None, num_steps: int = 3, directory: str | Path) -> None:
+    def __init__(
+        self,
+        *,
+        start_step: int | None,
+        num_steps: int = 3,
+        directory: str | Path,
+        say: Callable[[str], object] | None = None,
+    ) -> None:
         """Plan a window; `start_step=None` captures nothing.
+
+        `say` takes sentences on what was captured and what failed, and no failure is raised then: a profile
+        is not worth the run. Without it failures are raised when the window opens and warned of in `close`.
 
         Raises:
             UserError: `num_steps` is not between 1 and 20, or `start_step` is negative.
@@ -60,9 +80,12 @@ class ProfileWindow:
         self._first = start_step if start_step is not None else -1
         self._end = self._first + num_steps if start_step is not None else -1
         self._directory = Path(directory)
+        self._say = say
         self._recorder: _Recorder | None = None
         self._step: contextlib.AbstractContextManager[object] | None = None
-        self._writer: threading.Thread | None = None
+        self._done = False
+        self._process: int | None = None
+        self._seconds = 0.0
         self._failure: Exception | None = None
 
     @property
@@ -70,19 +93,35 @@ class ProfileWindow:
         """Whether a trace is being captured now."""
         return self._recorder is not None
 
-    def on_step_start(self, step: int) -> None:
-        """Begin step number `step`; the first one of the window begins the trace.
+    def opens_at(self, step: int) -> bool:
+        """Whether step number `step` begins the trace."""
+        return self._first <= step < self._end and self._recorder is None and not self._done
+
+    def is_over(self, step: int) -> bool:
+        """Whether nothing is captured from step number `step` on."""
+        return self._done or step >= self._end
+
+    def give_up(self, why: str) -> None:
+        """Capture nothing, and say why."""
+        self._done = True
+        if self._say is not None:
+            self._say(f"the profile of steps {self._words()} is left out, and training goes on: {why}")
+
+    def on_step_start(self, step: int, quiet: Quiet = contextlib.nullcontext) -> None:
+        """Begin step number `step`; the first one of the window begins the trace, within ``quiet()``.
 
         Raises:
-            UserError: Another trace is being captured in this process.
+            UserError: Another trace is being captured in this process, and nobody takes sentences.
         """
+        if self._process is not None and self._done and step >= self._end + _SETTLING:
+            self._unmark()
         if not self._first <= step < self._end:
             return
         import jax.profiler
 
-        if self._recorder is None and self._writer is None:
-            self._recorder = _Recorder(self._directory, session=f"step_{self._first:08d}")
-            self._recorder.start()
+        if self.opens_at(step):
+            with quiet():
+                self._open()
         if self._recorder is not None:
             self._step = jax.profiler.StepTraceAnnotation(STEP, step_num=step)
             self._step.__enter__()
@@ -95,33 +134,42 @@ class ProfileWindow:
 
         return jax.profiler.TraceAnnotation(DATA_WAIT)
 
-    def on_step_end(self, step: int, outputs: Any = None) -> None:
+    def on_step_end(
+        self, step: int, outputs: Any = None, quiet: Quiet = contextlib.nullcontext
+    ) -> float | None:
         """End step number `step`, which gave `outputs`; the last one of the window ends the trace.
 
         Args:
             step: The step's number.
             outputs: Any arrays the step computes that later steps do not donate, such as its metrics:
                 waited for at the window's two edges.
+            quiet: The context in which nothing runs on the devices beside the loop's own steps.
+
+        Returns:
+            The `time.perf_counter` at which the outputs were there, where this waited for them; else None.
         """
         if step == self._first - 1:
             _wait_for(outputs)
+            return time.perf_counter()
         if self._recorder is None:
-            return
+            return None
         self._leave_step()
-        if step >= self._end - 1:
-            _wait_for(outputs)
-            self._stop()
+        if step < self._end - 1:
+            return None
+        _wait_for(outputs)
+        done = time.perf_counter()
+        with quiet():
+            self._stop(step)
+        return done
 
     def close(self) -> None:
-        """End a window that the loop left early, and wait until the trace is written.
+        """End a window that the loop left early, and write its trace.
 
         Warns:
-            UserWarning: The trace could not be written; training goes on without it.
+            UserWarning: The trace could not be written, and nobody takes sentences.
         """
         self._leave_step()
-        self._stop()
-        if self._writer is not None:
-            self._writer.join()
+        self._stop(None)
         if self._failure is not None:
             warnings.warn(f"the profile could not be written: {self._failure}", stacklevel=2)
             self._failure = None
@@ -133,26 +181,63 @@ class ProfileWindow:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        # An error that is not known to have another cause may be the profiler's, and the file says so.
+        if error is None or isinstance(error, (UserError, RunError)) or not isinstance(error, Exception):
+            self._unmark()
+
+    def _open(self) -> None:
+        import jax
+
+        begun = time.perf_counter()
+        self._process = jax.process_index()
+        window = self._first, self._end - self._first
+        recorder = _Recorder(self._directory, session=f"step_{self._first:08d}")
+        try:
+            marker.mark(self._directory, self._process, window)
+            recorder.start()
+        except (UserError, OSError) as error:
+            self._done = True
+            self._unmark()
+            if self._say is None:
+                raise
+            self.give_up(str(error))
+            return
+        self._recorder = recorder
+        self._seconds = time.perf_counter() - begun
+
+    def _words(self) -> str:
+        last = self._end - 1
+        return str(last) if last == self._first else f"{self._first} to {last}"
 
     def _leave_step(self) -> None:
         if self._step is not None:
             self._step.__exit__(None, None, None)
             self._step = None
 
-    def _stop(self) -> None:
+    def _stop(self, step: int | None) -> None:
         if self._recorder is None:
             return
+        begun = time.perf_counter()
         recorder, self._recorder = self._recorder, None
+        self._done = True
         recorder.finish()
-
-        def write() -> None:
-            try:
-                recorder.write()
-            except Exception as error:
+        try:
+            recorder.write()
+        except Exception as error:
+            if self._say is None:
                 self._failure = error
+            else:
+                self._say(f"the profile could not be written, and training goes on: {error}")
+            return
+        self._seconds += time.perf_counter() - begun
+        if self._say is not None and step is not None:
+            self._say(f"profile: steps {self._words()} captured, {self._seconds:.1f} s to open and to write")
 
-        self._writer = threading.Thread(target=write, name="profile-writer")
-        self._writer.start()
+    def _unmark(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                marker.unmark(self._directory, self._process)
+            self._process = None
 
 
 @contextlib.contextmanager
@@ -202,7 +287,7 @@ class _Recorder:
         self._window.__enter__()
 
     def finish(self) -> None:
-        """Mark the window's end: `write` may stop the trace later, in another thread."""
+        """Mark the window's end."""
         if self._window is not None:
             self._window.__exit__(None, None, None)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import jax
 
 from ...sharding.transform.metrics import named
 from ...sharding.transform.step import has_stopped, of_loss
@@ -21,11 +24,15 @@ from .metrics import NOT_KEPT, Collector, NotFinite
 
 @dataclasses.dataclass(kw_only=True)
 class TrainingLoop:
-    """What the steps of a run need; `update(state, batch)` is the compiled step."""
+    """What the steps of a run need.
+
+    `update(state, batch)` is the compiled step; `traced` the same, as it runs while a profile is captured.
+    """
 
     config: Config
     job: Job
     update: Callable[[Any, Any], tuple[Any, Any]]
+    traced: Callable[[Any, Any], tuple[Any, Any]]
     checkpoints: Checkpoints
     collector: Collector
     window: ProfileWindow
@@ -57,23 +64,46 @@ class TrainingLoop:
         return state, step
 
     def _step(self, state: Any, step: int, batches: Prefetch[Any]) -> Any:
+        if self.window.opens_at(step):
+            self._before_window(state, step)
         self.collector.wait_for_slot()
+
+        def quiet() -> contextlib.AbstractContextManager[object]:
+            return self._quiet(batches, state)
+
+        self.window.on_step_start(step, quiet)
         asked_at = time.perf_counter()
-        self.window.on_step_start(step)
         with self.window.data_wait():
             batch = next(batches)
-        state, metrics = self.update(state, batch)
-        self.window.on_step_end(step, metrics)
+        state, metrics = (self.traced if self.window.active else self.update)(state, batch)
+        done_at = self.window.on_step_end(step, metrics, quiet)
         train = self.config.train
         evaluate = train.evaluate_every and (self._due(step, train.evaluate_every) or step == train.steps)
         self.collector.submit(
             step,
             metrics,
             asked_at=asked_at,
+            done_at=done_at,
             data_wait_seconds=batches.wait_seconds,
             evaluation=self._evaluate(state) if evaluate else (),
         )
         return state
+
+    def _before_window(self, state: Any, step: int) -> None:
+        """Save what was trained so far: a profiler may take the process with it."""
+        if step > 1:
+            self._save(state, step - 1)
+            with self.watchdog.paused():
+                self.checkpoints.wait()
+
+    @contextlib.contextmanager
+    def _quiet(self, batches: Prefetch[Any], state: Any) -> Iterator[None]:
+        """Have nothing run on the devices within the block: no step, no reading of metrics, no transfer."""
+        self.collector.drain(held=1)
+        with self.watchdog.paused(), batches.held() as ready:
+            self.checkpoints.wait()
+            jax.block_until_ready((state, ready))
+            yield
 
     def _evaluate(self, state: Any) -> list[tuple[Any, Any]]:
         """Return (mean loss, weight) of each held-out batch, still on the devices."""

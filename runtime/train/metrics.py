@@ -56,6 +56,7 @@ class _Pending:
     values: Mapping[str, Any]
     evaluation: Sequence[tuple[Any, Any]]
     asked_at: float
+    done_at: float | None
     data_wait_seconds: float
 
 
@@ -99,12 +100,14 @@ class Collector:
         *,
         asked_at: float,
         data_wait_seconds: float,
+        done_at: float | None = None,
         evaluation: Sequence[tuple[Any, Any]] = (),
     ) -> None:
         """Hand over a step's metrics as they come from the devices, unread.
 
-        `asked_at` is the `time.perf_counter` at which the loop asked for the step's data; `evaluation`
-        holds (mean, weight) pairs of held-out batches.
+        `asked_at` is the `time.perf_counter` at which the loop asked for the step's data, `done_at` that at
+        which its results were there, where the loop has waited for them; `evaluation` holds (mean, weight)
+        pairs of held-out batches.
         """
         self._queue.put(
             _Pending(
@@ -112,15 +115,19 @@ class Collector:
                 values=values,
                 evaluation=evaluation,
                 asked_at=asked_at,
+                done_at=done_at,
                 data_wait_seconds=data_wait_seconds,
             )
         )
 
-    def drain(self) -> None:
-        """Return when every submitted step is written; raise what went wrong in one of them."""
-        for _ in range(IN_FLIGHT):
+    def drain(self, *, held: int = 0) -> None:
+        """Return when every submitted step is written; raise what went wrong in one of them.
+
+        `held` is the number of slots that the caller has and has not submitted a step for.
+        """
+        for _ in range(IN_FLIGHT - held):
             self._slots.acquire()
-        for _ in range(IN_FLIGHT):
+        for _ in range(IN_FLIGHT - held):
             self._slots.release()
         if self._error is not None:
             raise self._error
@@ -146,7 +153,7 @@ class Collector:
         import jax
 
         values = _numbers(jax.device_get(_apart(pending.values)))
-        done = time.perf_counter()
+        done = time.perf_counter() if pending.done_at is None else pending.done_at
         seconds = done - max(self._last_done, pending.asked_at)
         self._last_done = done
         values.pop("weight", None)

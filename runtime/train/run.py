@@ -6,13 +6,16 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ...sharding.errors import UserError
+from ...sharding.errors import UserError, one_line
 from ...sharding.files import user_cache
+from ...sharding.xla.options import options_to_trace
 from ..checkpoint import Checkpoints
+from ..checkpoint.agreement import from_first
 from ..config import Config
 from ..faults import StepWatchdog, StopSignal, fail_fast
 from ..hosts import Hosts, initialize
 from ..profiling import ProfileWindow, save_program
+from ..profiling.marker import died_in
 from .conclude import check_sample, conclude
 from .console import console
 from .job import Job, build_job
@@ -22,7 +25,7 @@ from .planning import described_topology
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from jax.stages import Lowered
+    from jax.stages import Compiled, Lowered
 
     from ...sharding.transform.check import AccumulationCheck
 
@@ -76,7 +79,7 @@ def use_compilation_cache(folder: str | None) -> None:
 def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Hosts) -> int:
     import jax
 
-    keep, profile = config.checkpoint, config.profile
+    keep = config.checkpoint
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         checkpoints = stack.enter_context(
@@ -88,11 +91,7 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
                 best_mode=keep.best_mode,
             )
         )
-        window = stack.enter_context(
-            ProfileWindow(
-                start_step=profile.start_step, num_steps=profile.num_steps, directory=folder.profile
-            )
-        )
+        window = stack.enter_context(_window(config, folder, hosts))
         watchdog = stack.enter_context(StepWatchdog(config.train.step_timeout_seconds))
         # Innermost: what closes above would wait for processes that wait for this one.
         with fail_fast():
@@ -108,8 +107,10 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
                 if hosts.is_main:
                     print(found, file=sys.stderr, flush=True)
             compiled = update.compile()
-            if profile.start_step is not None:
-                save_program(folder.profile, compiled, job.mesh)
+            traced = compiled
+            if not window.is_over(start + 1):
+                traced = _to_trace(update, compiled, job, window)
+                save_program(folder.profile, traced, job.mesh)
             collector = Collector(
                 _sinks(config, job, folder, start) if hosts.is_main else [],
                 tokens_per_step=job.tokens_per_step,
@@ -120,6 +121,7 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
                 config=config,
                 job=job,
                 update=compiled,
+                traced=traced,
                 checkpoints=checkpoints,
                 collector=collector,
                 window=window,
@@ -133,6 +135,49 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
         config, job, state["params"], step=step, last=collector.last, reason=stop.reason, say=hosts.is_main
     )
     return 0
+
+
+def _window(config: Config, folder: RunFolder, hosts: Hosts) -> ProfileWindow:
+    """Return the window that `config` asks for; none where a process of this run has died in it."""
+    profile = config.profile
+    start = profile.start_step
+    died = None
+    if start is not None:
+        died = died_in(folder.profile, (start, profile.num_steps))
+        # The first process's word is for all: they open and close the window at the same steps.
+        if not from_first(int(died is None)):
+            start = None
+            _say(hosts, f"no profile is captured: a process died in or after its window before ({died})")
+            _say(hosts, "training goes on without; remove that file to capture it all the same")
+    return ProfileWindow(
+        start_step=start,
+        num_steps=profile.num_steps,
+        directory=folder.profile,
+        say=lambda words: _say(hosts, words),
+    )
+
+
+def _to_trace(update: Lowered, compiled: Compiled, job: Job, window: ProfileWindow) -> Compiled:
+    """Return the step compiled so that a trace tells its operations apart; kernels are the same.
+
+    What was tuned for the first compilation is tuned for this one: XLA keeps it by fusion, in the process and
+    beside the compilation cache.
+    """
+    import jax
+
+    options = options_to_trace(job.topology)
+    if not options:
+        return compiled
+    try:
+        return update.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        window.give_up(f"the step cannot be compiled for it: {one_line(error)}")
+        return compiled
+
+
+def _say(hosts: Hosts, words: str) -> None:
+    if hosts.is_main:
+        print(words, file=sys.stderr, flush=True)
 
 
 def _checked(job: Job, params: Any, start: int) -> AccumulationCheck:

@@ -52,6 +52,19 @@ def trials_for(topology: Topology) -> list[Trial]:
     ]
 
 
+def options_to_trace(topology: Topology) -> dict[str, str | bool]:
+    """Return the options with which a step is compiled so that a trace of it tells its operations apart.
+
+    Empty where any program's trace does.
+
+    >>> options_to_trace(Topology.parse("h100:8"))
+    {'xla_gpu_enable_command_buffer': ''}
+    """
+    facts = _facts()
+    name = facts["traced"].get(topology.chip.platform)
+    return dict(facts["sets"][name]["options"]) if name is not None else {}
+
+
 def scatters_over_several_axes(options: Mapping[str, Any]) -> bool:
     """Whether a program compiled with `options` scatters a gradient over several torus axes at once."""
     return any(

@@ -94,6 +94,28 @@ def test_a_forgotten_iterator_takes_its_thread_along() -> None:
     assert not threads()
 
 
+def test_nothing_is_made_while_it_is_held() -> None:
+    made: list[int] = []
+
+    def source():
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    with Prefetch(source, depth=2) as items:
+        next(items)
+        with items.held() as ready:
+            assert next(items) == 1
+            time.sleep(0.1)
+            before = len(made)
+            # One more may have been at hand when two were ready.
+            assert set(ready) <= set(made)
+            next(items)
+            time.sleep(0.1)
+            assert len(made) == before
+        assert [next(items) for _ in range(5)] == list(range(3, 8))
+
+
 def test_the_time_waited_is_told() -> None:
     def source():
         for number in range(3):

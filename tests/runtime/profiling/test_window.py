@@ -1,10 +1,13 @@
 """When a window captures, what it leaves on disk, and what it refuses."""
 
+import contextlib
 import gzip
 import json
 
+import jax.numpy as jnp
 import pytest
 from meshwright.runtime.profiling import ProfileWindow, capture, read_profile, save_program
+from meshwright.runtime.profiling.marker import died_in
 from meshwright.sharding.errors import UserError
 
 
@@ -82,6 +85,84 @@ def test_nothing_is_written_without_a_window_or_after_it(tmp_path):
     with ProfileWindow(start_step=1, num_steps=1, directory=tmp_path) as window:
         assert not any(run(window, range(10, 13)))
     assert not list(tmp_path.iterdir())
+
+
+def markers(directory):
+    return [path.name for path in directory.glob("capturing_*")]
+
+
+@pytest.mark.devices(1)
+def test_a_file_says_that_a_window_is_open_until_the_steps_after_it_are_done(tmp_path):
+    window = ProfileWindow(start_step=2, num_steps=2, directory=tmp_path)
+    seen = {}
+    for step in range(12):
+        run(window, [step])
+        seen[step] = markers(tmp_path)
+    assert [step for step, found in seen.items() if found] == list(range(2, 9))
+    assert died_in(tmp_path, (2, 2)) is None
+
+
+@pytest.mark.devices(1)
+@pytest.mark.parametrize(
+    ("error", "left"), [(RuntimeError("illegal address"), True), (UserError("no"), False), (None, False)]
+)
+def test_the_file_stays_where_an_error_may_be_the_profilers(tmp_path, error, left):
+    with (
+        contextlib.suppress(RuntimeError, UserError),
+        ProfileWindow(start_step=0, num_steps=1, directory=tmp_path) as window,
+    ):
+        run(window, range(2))
+        if error is not None:
+            raise error
+    assert bool(markers(tmp_path)) == left
+    assert (died_in(tmp_path, (0, 1)) is not None) == left
+    assert died_in(tmp_path, (0, 2)) is None
+
+
+@pytest.mark.devices(1)
+def test_a_failed_profile_is_said_and_the_steps_go_on(tmp_path):
+    said = []
+    window = ProfileWindow(start_step=0, num_steps=1, directory=tmp_path / "window", say=said.append)
+    with capture(tmp_path / "outer"):
+        assert run(window, range(3)) == [False, False, False]
+    assert len(said) == 1
+    assert said[0].startswith("the profile of steps 0 is left out, and training goes on: cannot start")
+    assert not markers(tmp_path / "window")
+
+    (tmp_path / "file").write_text("in the way")
+    window = ProfileWindow(start_step=0, num_steps=1, directory=tmp_path / "file", say=said.append)
+    assert run(window, range(3)) == [False, False, False]
+    assert len(said) == 2
+
+
+@pytest.mark.devices(1)
+def test_a_trace_that_cannot_be_written_is_said_and_the_steps_go_on(tmp_path):
+    said = []
+    window = ProfileWindow(start_step=0, num_steps=1, directory=tmp_path, say=said.append)
+    (tmp_path / "plugins").write_text("in the way")
+    assert run(window, range(3)) == [True, False, False]
+    assert len(said) == 1
+    assert said[0].startswith("the profile could not be written, and training goes on: ")
+
+
+@pytest.mark.devices(1)
+def test_the_trace_opens_and_closes_in_quiet_and_is_whole_before_the_next_step(tmp_path):
+    states = []
+
+    @contextlib.contextmanager
+    def quiet():
+        states.append(["before", window.active])
+        yield
+        states[-1].append(window.active)
+
+    window = ProfileWindow(start_step=1, num_steps=1, directory=tmp_path)
+    x = jnp.ones(4)
+    for step in range(3):
+        window.on_step_start(step, quiet)
+        done = window.on_step_end(step, x, quiet)
+        assert (done is not None) == (step < 2)
+        assert len(list(tmp_path.rglob("*.xplane.pb"))) == (step > 0)
+    assert states == [["before", False, True], ["before", True, False]]
 
 
 @pytest.mark.devices(1)

@@ -20,6 +20,7 @@ from meshwright.sharding.verify import cache
 from meshwright.sharding.verify import process as child
 from meshwright.sharding.verify.process import Limits
 from meshwright.sharding.verify.verify import verify
+from meshwright.sharding.xla.options import options_to_trace
 
 WIDTH, ROWS = 512, 256
 
@@ -59,6 +60,15 @@ def test_a_second_time_it_is_known(own_cache: pathlib.Path) -> None:
     assert again.proof is not None
     assert again.proof.cached
     assert time.perf_counter() - start < first.proof.compile_seconds + 5.0
+
+
+def test_a_step_compiles_for_a_gpu_that_is_not_here_as_it_is_traced() -> None:
+    made = planned("h100:8")
+    options = options_to_trace(made.topology)
+    assert options == {"xla_gpu_enable_command_buffer": ""}
+    found = dataclasses.replace(made, compiler_options=options).verify()
+    assert found.proof is not None
+    assert found.proof.peak_bytes > 0
 
 
 def test_a_damaged_entry_is_compiled_again(own_cache: pathlib.Path) -> None:
