@@ -355,7 +355,8 @@ def plan(
             of arrays or ShapeDtypeStructs. The loss is then ``loss(params, batch, state)`` and returns
             ``(scalar, (aux, new state))``.
         recognise: which forms are worked through in one way however they are written: ``attention``,
-            ``losses`` over a vocabulary, and ``layers`` without a scan. `notes` says where.
+            ``losses`` over a vocabulary, and ``layers`` without a scan, unless they are faster as they are
+            written. `notes` says where.
         accumulation: what microbatches give: ``exact``, the whole batch's value and gradients, or ``by
             part``, the mean of the parts'.
         max_passes: with ``exact``, passes over the batch that microbatches may take: one, and one more for
@@ -387,7 +388,7 @@ def plan(
         state=state,
     )
     found, search = best_of(problem, Topology.parse(topology), declared)
-    return Plan.of(found, optimizer=optimizer, problem=problem, search=search)
+    return Plan.of(found, optimizer=optimizer, problem=search.problem, search=search)
 
 
 def declare(

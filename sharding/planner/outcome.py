@@ -23,6 +23,9 @@ from .unnamed import with_unnamed
 
 # How many of the layouts that do not fit a plan tells of.
 _MISFITS_SHOWN = 3
+# Layers are priced as they are written too where stacks of their parameters take this share of a step, unless
+# more parameters than that are stacked: it takes as long again as planning did.
+_STACKS, _MOST_STACKED = 0.04, 256
 # Said of a plan that fits only by less than the usual room.
 _TIGHT = (
     "it fits only if the compiler leaves less memory free between arrays than it usually does: "
@@ -83,10 +86,53 @@ def best_of(problem: Problem, topology: Topology, declared: Declared) -> tuple[R
     Raises UserError, saying by how much and what would help, if nothing fits.
     """
     answer = problem.solve(topology, declared, rooms=ROOMS)
-    if answer.found.best is None:
+    found = Search(problem=problem, topology=topology, declared=declared, answer=answer)
+    other = _as_written(found)
+    best = answer.found.best
+    if other is not None:
+        found, rolled, best = other, best, other.answer.found.best
+        assert best is not None
+        return _noted(found.plan(best), rolled, best), found
+    if best is None:
         raise UserError(nothing_fits(problem, topology, declared, answer))
-    search = Search(problem=problem, topology=topology, declared=declared, answer=answer)
-    return search.plan(answer.found.best), search
+    return found.plan(best), found
+
+
+def _as_written(search: Search) -> Search | None:
+    """Return the search with layers as they are written, where these take less time or fit at last.
+
+    It is made where the stacks of a scan over them take so much that this may be.
+    """
+    problem, topology, best = search.problem, search.topology, search.answer.found.best
+    stacks = problem.program.stacks
+    if search.declared.mesh.get("stage", 1) != 1:
+        return None
+    if not stacks or topology.chip.nominal or sum(len(one.arguments) for one in stacks) > _MOST_STACKED:
+        return None
+    if best is not None and best.estimate.time.get("stacks", 0.0) < _STACKS * best.estimate.step_seconds:
+        return None
+    forms = tuple(form for form in problem.recognise if form != "layers")
+    written = dataclasses.replace(problem, recognise=forms)
+    try:
+        answer = written.solve(topology, search.declared, rooms=ROOMS)
+    except UserError:
+        # What is declared is said of layers.
+        return None
+    found = answer.found.best
+    if found is None or (best is not None and found.estimate.step_seconds >= best.estimate.step_seconds):
+        return None
+    return dataclasses.replace(search, problem=written, answer=answer)
+
+
+def _noted(record: Record, rolled: Priced | None, written: Priced) -> Record:
+    """Return the plan with a note on why layers are not run as a scan."""
+    took = seconds(written.estimate.step_seconds)
+    instead = "what does not fit" if rolled is None else seconds(rolled.estimate.step_seconds)
+    note = (
+        f"layers stay as they are written: a step is estimated to take {took} instead of {instead} with "
+        "their parameters stacked for a scan"
+    )
+    return dataclasses.replace(record, notes=(*record.notes, note))
 
 
 def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> Record:

@@ -13,12 +13,16 @@ import heapq
 from typing import Any
 
 import numpy as np
+from jax.extend import core
 
+from ..jaxpr import call_body
+from ..primitives import Trait, primitives
 from .graph import Graph
 from .keys import Written
 from .wiring import Repeat, absorb, cycle_of, earlier, later, wire
 
 _LEAST_COPIES = 2
+_POINTWISE, _CALLS = primitives(Trait.ELEMENTWISE), primitives(Trait.CALL)
 # Equations with products in all copies together: for fewer a loop's own work is not worth it.
 _LEAST_WORK = 4
 _LONGEST_PERIOD = 8192
@@ -105,7 +109,8 @@ class Finder:
         live = self._alive(a, b, p)
         rest, count = (b - a) % p, (b - a) // p
         least = live.min()
-        ranked = sorted(range(p), key=lambda f: (live[f] > _LITTLE * least, f > rest, live[f], f))
+        parted = self._parted(a, b, p)
+        ranked = sorted(range(p), key=lambda f: (live[f] > _LITTLE * least, f > rest, live[f], parted[f], f))
         found: list[tuple[int, int]] = []
         for phase in ranked[:_MOST_CUTS]:
             if found and live[phase] > _LITTLE * least:
@@ -128,6 +133,28 @@ class Finder:
                     live[s - a + 1] += size
                     live[max(uses) - a + 1] -= size
         return np.cumsum(live)[p : 2 * p]
+
+    def _parted(self, a: int, b: int, p: int) -> list[bool]:
+        """Return for each place [p] between the copies whether elementwise work goes on over it.
+
+        One kernel would do what comes before and after it, were no border between them.
+        """
+        graph = self.graph
+
+        def goes_on(border: int) -> bool:
+            eqn = graph.eqns[graph.spine[border]]
+            makers = [graph.position.get(graph.maker(atom), -1) for atom in eqn.ins]
+            before = [s for s in makers if s >= 0]
+            last = graph.eqns[graph.spine[border - 1]]
+            users = {user for value in last.outs for user in graph.users[value]}
+            return (
+                before == [border - 1]
+                and len(users) == 1
+                and _is_pointwise(eqn.eqn)
+                and _is_pointwise(last.eqn)
+            )
+
+        return [f + a + p < b and goes_on(a + p + f) for f in range(p)]
 
     def _fitting(self, a: int, p: int, count: int) -> tuple[int, int] | None:
         """Return the longest stretch of copies that are wired alike: its first equation and its copies."""
@@ -207,6 +234,11 @@ class Finder:
             if runs:
                 return made
         return None
+
+
+def _is_pointwise(eqn: core.JaxprEqn) -> bool:
+    body = call_body(eqn) if eqn.primitive.name in _CALLS else None
+    return eqn.primitive.name in _POINTWISE if body is None else all(map(_is_pointwise, body.jaxpr.eqns))
 
 
 def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
