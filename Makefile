@@ -1,6 +1,7 @@
 # `make quickstart` and `make test` do all the set-up there is; a second run starts at once.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 EXTRAS_quickstart := tensorboard
 EXTRAS_test := test
@@ -12,7 +13,10 @@ WORKERS ?= 2
 ON_NEXT := tests/frozen tests/test_generations.py tests/models tests/runtime/train/test_run.py \
 	$(addprefix tests/sharding/,test_api.py program transform ops hlo compiled verify)
 
-.PHONY: quickstart test test-next check coverage lint types clean
+# The generation of JAX between the oldest and the newest: what reads and rewrites its programs.
+ON_MIDDLE := tests/test_generations.py $(addprefix tests/sharding/,test_api.py program transform ops)
+
+.PHONY: quickstart test test-next test-middle check coverage lint types clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/meshwright train configs/quickstart.yaml
@@ -40,6 +44,18 @@ else
 	$(MAKE) test VENV=.venv-next PYTHON=$(NEXT_PYTHON) PYTEST_ARGS="$(or $(PYTEST_ARGS),$(ON_NEXT))"
 endif
 
+# Pins of constraints-jax-0.11.txt stand in for those of the same packages in constraints.txt.
+test-middle:
+ifeq ($(strip $(NEXT_PYTHON)),)
+	@echo "no Python 3.12 or later on this machine: JAX 0.11 is not tested here"
+else
+	@mkdir -p .venv-middle
+	@grep -vE "^($$(cut -d= -f1 constraints-jax-0.11.txt | paste -sd'|'))==" constraints.txt \
+		| cat - constraints-jax-0.11.txt > .venv-middle/constraints.txt
+	$(MAKE) test VENV=.venv-middle CONSTRAINTS=.venv-middle/constraints.txt PYTHON=$(NEXT_PYTHON) \
+		PYTEST_ARGS="$(or $(PYTEST_ARGS),$(ON_MIDDLE))"
+endif
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,11 +68,11 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "meshwright needs Python 3.11 or later; %s is %s" % (sys.executable, sys.version.split()[0]))'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS_$*)]"
+$(VENV)/.%: pyproject.toml constraints.txt constraints-jax-0.11.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(EXTRAS_$*)]"
 	@touch $@
 
 .PRECIOUS: $(VENV)/.%
 
 clean:
-	rm -rf .venv .venv-next build dist *.egg-info
+	rm -rf .venv .venv-next .venv-middle build dist *.egg-info
