@@ -185,11 +185,18 @@ def config(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    as_json: Json = False,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Compare kernels of attention with plain float32 on the device here."),
+    ] = False,
+) -> None:
     """Say what is here (versions, devices, hosts, compilers, cache) and what is wrong."""
     from ..doctor import examine, render
+    from ..doctor.kernels import compare_kernels
 
-    findings = examine()
+    findings = list(compare_kernels()) if kernels else examine()
     if as_json:
         print(json.dumps([finding.to_dict() for finding in findings]))
     else:

@@ -162,10 +162,12 @@ class Config(Section):
         description="Passes over the batch that exact accumulation may take, one and one more for each sum "
         "over the examples that another waits for.",
     )
-    attention: Literal["auto", "xla", "splash", "cudnn"] = Field(
+    attention: Literal["auto", "xla", "splash", "cudnn", "cudnn_packed"] = Field(
         default="auto",
-        description="What computes attention: `xla`, or a kernel, `splash` (TPU) or `cudnn` (GPU); `auto` is "
-        "the kernel of the chip where that can do what the model asks; the plan says where it cannot.",
+        description="What computes attention: `xla`, or a kernel, `splash` (TPU), `cudnn` (GPU) or, for "
+        "packed rows on Hopper and later, `cudnn_packed`; `auto` is the kernel of the chip where that can do "
+        "what the model asks, one for packed rows once `meshwright doctor --kernels` has found it right on "
+        "every host; the plan says where it cannot.",
     )
     recognise: list[Literal["attention", "losses", "layers"]] = Field(
         default=["attention", "losses", "layers"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +27,7 @@ Batch = dict[str, np.ndarray]
 class Data:
     """A split of a corpus as numbered global batches.
 
-    A batch is ``tokens``, ``targets``, ``segment_ids`` and ``positions``, each int32
+    A batch is ``tokens``, ``targets``, ``positions`` and, where rows are packed, ``segment_ids``, each int32
     `[global_batch, sequence]`; see `Rows`. Training batches go on for ever, every row once an epoch,
     in an order drawn anew for each epoch; batch *n* depends on the corpus, the config, the seed and *n*,
     never on the hosts or on what was read before. Evaluation batches are `num_batches` fixed ones that the
@@ -39,6 +40,8 @@ class Data:
     global_batch: int
     num_tokens: int
     num_rows: int
+    segments: int | None = None
+    """The most segments that a row may have, padding counting as one; None where there may be any number."""
     _rows: Rows = dataclasses.field(repr=False)
     # step * global_batch + place in the batch → row, shuffled and repeated by grain in O(1).
     _order: Any = dataclasses.field(repr=False)
@@ -76,7 +79,17 @@ class Data:
             at = step * self.global_batch + index
             if self.split == "train" or at < self.num_rows:
                 self._rows.fill(int(self._order[at]), batch, place)
+        if not self.config.packing:
+            # One document a row: what follows it is not counted, and causal attention never sees it.
+            del batch["segment_ids"]
+        elif self.segments is not None:
+            _check_segments(batch["segment_ids"], self.segments, step, row_indices)
         return batch
+
+    @functools.cached_property
+    def most_segments(self) -> int:
+        """The most segments that any row has, padding counting as one."""
+        return self._rows.most_segments() if self.config.packing else 1
 
     def iterate(
         self,
@@ -242,6 +255,22 @@ def _check_tokens(config: DataConfig, corpus: Corpus, split: str, num_tokens: in
 KEYS = ("tokens", "targets", "segment_ids", "positions")
 
 
+def keys_of(config: DataConfig) -> tuple[str, ...]:
+    """Return the arrays of a batch: rows that are not packed have no segments to be told apart."""
+    return KEYS if config.packing else tuple(key for key in KEYS if key != "segment_ids")
+
+
+def _check_segments(ids: np.ndarray, most: int, step: int, rows: Sequence[int]) -> None:
+    """Raise UserError for a row of more than `most` segments, which attention would pass over."""
+    found = ids.max(axis=1) + (ids[:, -1] == 0)
+    if found.size and found.max() > most:
+        row = int(found.argmax())
+        raise UserError(
+            f"row {rows[row]} of batch {step} has {found[row]} segments, and the plan's attention takes "
+            f"{most}; plan again with data.segments={found[row]}, or attention=cudnn"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Rows:
     """Rows of `sequence` tokens cut from documents, made when they are asked for.
@@ -276,6 +305,21 @@ class Rows:
     def __len__(self) -> int:
         last = int(self._starts[-1])
         return -(-(last - 1) // self.sequence) if self.packing else last
+
+    def most_segments(self) -> int:
+        """Return the most documents that a packed row has tokens of, its padding counting as one more."""
+        total = int(self._starts[-1])
+        most = 0
+        # A million rows at a time, so that little memory is taken.
+        for first in range(0, len(self), 1 << 20):
+            low = np.arange(first, min(first + (1 << 20), len(self)), dtype=np.int64) * self.sequence
+            high = np.minimum(low + self.sequence, total)
+            documents = np.searchsorted(self._starts, high - 1, "right") - np.searchsorted(
+                self._starts, low, "right"
+            )
+            padded = high - low < self.sequence
+            most = max(most, int((documents + 1 + padded).max()))
+        return most
 
     def fill(self, row: int, batch: dict[str, np.ndarray], place: int) -> None:
         """Write row `row` over the padding at `place` of `batch`, which `empty` made."""

@@ -59,6 +59,12 @@ class DataConfig(Section):
         description="Lay documents end to end and cut every `sequence` tokens; otherwise each document "
         "starts a row of its own and the rest of its last row is padding.",
     )
+    segments: int | None = Field(
+        default=None,
+        ge=2,
+        description="Most segments of a packed row, its padding counting as one, for kernels of attention "
+        "that have to know; null counts them in the text. A row with more is an error, never cut.",
+    )
     shuffle: bool = Field(
         default=True,
         description="Shuffle documents once and rows anew each epoch, by the run's seed; held-out rows are "

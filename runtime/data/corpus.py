@@ -57,6 +57,7 @@ class Corpus:
     max_token: int
     skipped: dict[str, int]
     fingerprint: str
+    folder: pathlib.Path
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raise UserError unless a model with `vocab_size` embeddings has one for every id that occurs."""
@@ -76,18 +77,11 @@ def open_corpus(config: DataConfig, report: Report = to_stderr) -> Corpus:
     Many processes may do this at once: one on each machine tokenises, and an entry of the cache is complete
     or not there. One that was damaged is made again. Raises UserError for whatever is wrong with the sources.
     """
-    found = find(config.source, format=config.format, include=config.include)
-    refuse_dead_settings(config, found)
-    tokenizer = None
-    if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
-    root = cache.cache_folder(config.cache)
-    name = _entry_name(config, found, tokenizer)
-    final = root / name
-    with cache.blaming(root):
-        root.mkdir(parents=True, exist_ok=True)
+    found, tokenizer, final = _located(config)
+    with cache.blaming(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
     if not final.exists() or cache.unsound(final) is not None:
-        with cache.blaming(root), files.locked(final):
+        with cache.blaming(final.parent), files.locked(final):
             _make(config, found, tokenizer, final, report)
     meta = cache.read_meta(final)
     return Corpus(
@@ -99,7 +93,27 @@ def open_corpus(config: DataConfig, report: Report = to_stderr) -> Corpus:
         max_token=meta["max_token"],
         skipped=meta["skipped"],
         fingerprint=meta["fingerprint"],
+        folder=final,
     )
+
+
+def entry_of(config: DataConfig) -> pathlib.Path:
+    """Return the folder of the cache that has the corpus of `config`, or will have it; no text is opened.
+
+    Raises UserError for whatever is wrong with the sources.
+    """
+    return _located(config)[2]
+
+
+def _located(config: DataConfig) -> tuple[Source, Tokenizer | None, pathlib.Path]:
+    """Return the sources of `config`, their tokenizer and their entry of the cache."""
+    found = find(config.source, format=config.format, include=config.include)
+    refuse_dead_settings(config, found)
+    tokenizer = None
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer, bos_token=config.bos_token, eos_token=config.eos_token)
+    root = cache.cache_folder(config.cache)
+    return found, tokenizer, root / _entry_name(config, found, tokenizer)
 
 
 def _mapped(path: pathlib.Path, dtype: str) -> np.ndarray:

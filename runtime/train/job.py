@@ -13,13 +13,16 @@ import numpy as np
 from ...models import Model
 from ...sharding import Plan, Topology, train_step
 from ...sharding.errors import UserError
+from ...sharding.ops.kernels import kernel_facts
 from ...sharding.plans.file import to_dict
 from ...sharding.transform.step import Step
 from ..config import Config
 from ..data import Data, open_corpus, open_data
-from ..data.corpus import to_stderr
+from ..data.corpus import Report, to_stderr
+from ..data.segments import counted, rounded
 from . import optimizer
 from .model import build_model
+from .packing import Packing
 from .planning import Shapes, described_topology, plan_of
 
 if TYPE_CHECKING:
@@ -57,19 +60,24 @@ def build_job(config: Config) -> Job:
     shapes = Shapes.of(config, model)
     rate = optimizer.schedule(config.optimizer, config.train.steps)
     transformation = optimizer.build(config.optimizer, rate, model.names)
-    plan = plan_of(config, shapes, topology, transformation)
+    # One process says what there is to say of text that all of them read.
+    report = to_stderr if jax.process_index() == 0 else lambda _: None
+    packing, corpus = _packing(config, report), None
+    if packing.wanted(config) and packing.segments is None:
+        corpus = open_corpus(config.data, report)
+        counted_in = open_data(config.data, config.seed, rows, corpus=corpus)
+        packing = dataclasses.replace(packing, segments=rounded(counted(counted_in, config.seed)))
+    plan = plan_of(config, shapes, topology, transformation, packing)
     check_same_plan(plan)
     mesh = plan.make_mesh()
-    # One process says what there is to say of text that all of them read.
-    corpus = open_corpus(config.data, to_stderr if jax.process_index() == 0 else lambda _: None)
+    corpus = open_corpus(config.data, report) if corpus is None else corpus
     corpus.check_vocab(_vocab(model))
     _check_same_text(corpus.fingerprint)
-    data = open_data(config.data, config.seed, rows, corpus=corpus)
-    held_out = (
-        open_data(config.data, config.seed, rows, "eval", corpus=corpus)
-        if config.train.evaluate_every
-        else None
-    )
+    data = checked_segments(open_data(config.data, config.seed, rows, corpus=corpus), config, plan)
+    held_out = None
+    if config.train.evaluate_every:
+        held_out = open_data(config.data, config.seed, rows, "eval", corpus=corpus)
+        held_out = checked_segments(held_out, config, plan)
     step = train_step(
         plan,
         shapes.loss,
@@ -100,6 +108,41 @@ def build_job(config: Config) -> Job:
         flops_per_step=model.flops_per_token(sequence) * tokens,
         peak_flops=_peak_flops(topology),
     )
+
+
+def _packing(config: Config, report: Report) -> Packing:
+    """Return what is known of packed rows, of kernels what every process knows of its device."""
+    import jax
+
+    found = Packing.here(config)
+    if jax.process_count() == 1 or config.attention != "auto" or not config.data.packing:
+        return found
+    from jax.experimental import multihost_utils
+
+    names = sorted(kernel_facts())
+    mine = np.array([name in found.compared for name in names])
+    of_all = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, len(names))
+    agreed = tuple(name for n, name in enumerate(names) if of_all[:, n].all())
+    if found.compared != agreed and set(found.compared) - set(agreed):
+        report("note: not every host has found the same kernels right; meshwright doctor --kernels on each")
+    return dataclasses.replace(found, compared=agreed)
+
+
+def checked_segments(data: Data, config: Config, plan: Plan) -> Data:
+    """Return `data` with each batch held to the segments that the plan's attention takes of a row.
+
+    Raises UserError where a row that was counted has more.
+    """
+    most = plan.kernels.get("attention", {}).get("segments")
+    if most is None or not config.data.packing:
+        return data
+    found = counted(data, config.seed)
+    if found > most:
+        raise UserError(
+            f"a row of data.source={config.data.source!r} has {found} segments and the plan's attention "
+            f"takes {most}; plan again with data.segments={found}, or attention=cudnn"
+        )
+    return dataclasses.replace(data, segments=most)
 
 
 def _check_same_text(fingerprint: str) -> None:

@@ -21,9 +21,10 @@ from ...sharding.report.compare import compare
 from ...sharding.report.html import page as page_of
 from ...sharding.report.plan import plan_document
 from ..config import Config
-from ..data.batches import KEYS
+from ..data.batches import keys_of
 from . import optimizer
 from .model import build_model
+from .packing import Packing
 
 # What a config without a mesh runs on under `plan: declared`.
 DEFAULT_MESH = {"fsdp": -1}
@@ -56,7 +57,7 @@ class Shapes:
             init=init,
             loss=jax.jit(model.loss),
             params=params,
-            batch=dict.fromkeys(KEYS, shape),
+            batch=dict.fromkeys(keys_of(config.data), shape),
             names=model.names,
             state=state,
             trainable=model.trainable if config.model.trainable is None else config.model.trainable,
@@ -81,7 +82,7 @@ def _saved(file: str) -> Plan:
     return Plan.load(path)
 
 
-def _declared(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -> Plan:
+def _declared(config: Config, shapes: Shapes, topology: Topology, optimizer: Any, packing: Packing) -> Plan:
     return declare(
         shapes.loss,
         shapes.params,
@@ -95,30 +96,38 @@ def _declared(config: Config, shapes: Shapes, topology: Topology, optimizer: Any
         microbatches=config.microbatches or 1,
         accumulation=config.accumulation,
         max_passes=config.max_passes,
-        attention=config.attention,
+        **packing.declared(config),
         recognise=config.recognise,
         state=shapes.state,
         trainable=shapes.trainable,
     )
 
 
-def plan_of(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -> Plan:
+def plan_of(
+    config: Config, shapes: Shapes, topology: Topology, optimizer: Any, packing: Packing | None = None
+) -> Plan:
     """Return the plan that `config` trains by: `plan: declared`, `auto`, or a file.
+
+    `packing` is what is known of packed rows, by this machine where it is not given.
 
     Raises UserError where the declared parts, the program, the topology and a plan file do not agree.
     """
+    packing = Packing.here(config) if packing is None else packing
     if config.plan == "declared":
         try:
-            return _declared(config, shapes, topology, optimizer)
+            return _declared(config, shapes, topology, optimizer, packing)
         except IndivisibleBatch as error:
             raise UserError(f"train.global_batch: {error}") from None
     if config.plan == "auto":
-        return search(config, shapes, topology, optimizer)
+        return search(config, shapes, topology, optimizer, packing)
     return _from_file(config, shapes, topology)
 
 
-def search(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -> Plan:
+def search(
+    config: Config, shapes: Shapes, topology: Topology, optimizer: Any, packing: Packing | None = None
+) -> Plan:
     """Return the best plan on `topology` that keeps whatever `config` declares."""
+    packing = Packing.here(config) if packing is None else packing
     return plan(
         shapes.loss,
         shapes.params,
@@ -131,7 +140,7 @@ def search(config: Config, shapes: Shapes, topology: Topology, optimizer: Any) -
         microbatches=config.microbatches,
         accumulation=config.accumulation,
         max_passes=config.max_passes,
-        attention=config.attention,
+        **packing.declared(config),
         recognise=config.recognise,
         state=shapes.state,
         trainable=shapes.trainable,

@@ -267,6 +267,14 @@ def _backward(
     return bind(*_operands(arrays, call, ids, bias), sums, out, d, **settings)
 
 
+def library_version() -> int | None:
+    """Return the version of cuDNN that JAX runs with, such as 91200; None where there is none."""
+    try:
+        return int(fused_attention_stablehlo.check_cudnn_version())
+    except RuntimeError:
+        return None
+
+
 @contextlib.contextmanager
 def traced() -> Iterator[None]:
     """Within it JAX traces cuDNN's attention where the library is not there, for the oldest that it takes."""

@@ -59,7 +59,6 @@ def test_without_packing_each_document_starts_a_row(by_hand) -> None:
     assert rows_of(by_hand(3, packing=False)) == {
         "tokens": [[1, 2, 3], [4, 5, 0], [6, 7, 8], [9, 0, 0]],
         "targets": [[2, 3, 0], [5, 0, -1], [7, 8, 9], [0, -1, -1]],
-        "segment_ids": [[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]],
         "positions": [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 0]],
     }
 
