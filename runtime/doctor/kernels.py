@@ -24,9 +24,9 @@ from .check import Check
 
 # Heads, heads of keys, width of queries and keys, width of values.
 SHAPES = ((16, 16, 64, 64), (16, 4, 128, 128), (16, 1, 128, 128), (16, 16, 192, 128), (8, 4, 256, 256))
-# A kernel may be wrong by so many times what plain attention in bfloat16 is (by 2.2 times are gradients that XLA
-# adds up of four chunks), and no less than half a step of bfloat16 at the largest value. A token too many or too
-# few is a hundred times as much.
+# A kernel may be wrong by so many times what plain attention in bfloat16 is (gradients that XLA adds up of
+# four chunks are by 2.2 times), and no less than half a step of bfloat16 at the largest value. A token too
+# many or too few is a hundred times as much.
 _TIMES, _LEAST = 4.0, 2.0**-9
 _MOST = 16
 _FILE = "kernels.json"

@@ -215,7 +215,9 @@ def test_attention_is_what_the_config_says(small_config: pathlib.Path, tmp_path:
     assert not plan_config(load(small_config, (*words, "attention=xla"))).plan.kernels
     with pytest.raises(UserError, match="attention='cudnn' is no kernel of v5e; known for it: splash, xla"):
         plan_config(load(small_config, (*words, "attention=cudnn")))
-    with pytest.raises(UserError, match="attention: input should be 'auto', 'xla', 'splash' or 'cudnn'"):
+    with pytest.raises(
+        UserError, match="attention: input should be 'auto', 'xla', 'splash', 'cudnn' or 'cudnn_packed'"
+    ):
         load(small_config, (*words, "attention=flash"))
     found.save(saved := tmp_path / "x.plan.json")
     with pytest.raises(UserError, match=r"declares attention=xla and .* has splash; leave one of them out"):
