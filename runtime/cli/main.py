@@ -194,9 +194,13 @@ def doctor(
 ) -> None:
     """Say what is here (versions, devices, hosts, compilers, cache) and what is wrong."""
     from ..doctor import examine, render
-    from ..doctor.kernels import compare_kernels
 
-    findings = list(compare_kernels()) if kernels else examine()
+    if kernels:
+        from ..doctor.kernels import compare_kernels
+
+        findings = list(compare_kernels())
+    else:
+        findings = examine()
     if as_json:
         print(json.dumps([finding.to_dict() for finding in findings]))
     else:

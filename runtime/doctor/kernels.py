@@ -15,9 +15,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ...sharding import Topology, declare
 from ...sharding.errors import UserError
 from ...sharding.files import user_cache, write_whole
 from ...sharding.hardware.attached import attached_accelerators
+from ...sharding.ops import attention
+from ...sharding.ops.cudnn import library_version
 from ...sharding.ops.kernels import kernel_facts
 from ...sharding.processes import run
 from .check import Check
@@ -34,7 +37,7 @@ _MODULE = "meshwright.runtime.doctor.kernels"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
+class Compared:
     """One comparison: the largest error of values and gradients over bfloat16's own, or why there is none."""
 
     shape: tuple[int, ...]
@@ -65,7 +68,7 @@ def compare_kernels(*, timeout_seconds: float = 300.0) -> Iterator[Check]:
     found: dict[str, bool] = {}
     for name in ("xla", *mine):
         lines, failure = _asked(name, timeout_seconds)
-        cases = [Case(**line) for line in lines if not line["refused"]]
+        cases = [Compared(**line) for line in lines if not line["refused"]]
         found[name] = bool(cases) and all(case.passed for case in cases)
         yield _check(name, cases, failure)
     if here is not None:
@@ -91,8 +94,6 @@ def _here() -> str | None:
     """Return what an outcome holds for: the device and what computes on it; None on a CPU."""
     import jax
 
-    from ...sharding.ops.cudnn import library_version
-
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return None
@@ -111,7 +112,7 @@ def _read() -> dict[str, dict[str, bool]]:
         return {}
 
 
-def _check(name: str, cases: list[Case], failure: str | None) -> Check:
+def _check(name: str, cases: list[Compared], failure: str | None) -> Check:
     title = f"attention by {name}"
     if failure is not None:
         return Check(name=title, value=failure, status="bad", advice="plans leave it out unless it is named")
@@ -146,7 +147,7 @@ def _asked(what: str, timeout_seconds: float) -> tuple[list[dict[str, Any]], str
     return [], (said or [f"the process ended with {done.returncode}"])[-1][:200]
 
 
-def compare(kernel: str, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Iterator[Case]:
+def compare(kernel: str, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Iterator[Compared]:
     """Compare `kernel`, or ``xla``, in `shapes` and four layouts of segments on the first device."""
     import jax
 
@@ -159,12 +160,12 @@ def compare(kernel: str, shapes: Sequence[tuple[int, ...]] = SHAPES) -> Iterator
         for layout, ids in layouts(sequence).items():
             try:
                 worst_of = worst_of or _comparison(kernel, heads, sequence)
-                yield Case(shape=heads, layout=layout, worst=worst_of(ids))
+                yield Compared(shape=heads, layout=layout, worst=worst_of(ids))
             except UserError as error:
-                yield Case(shape=heads, layout=layout, why=str(error), refused=True)
+                yield Compared(shape=heads, layout=layout, why=str(error), refused=True)
             except Exception as error:  # whatever a library raises is an answer about this kernel
                 message = " ".join(str(error).split())
-                yield Case(shape=heads, layout=layout, why=f"{type(error).__name__}: {message}"[:200])
+                yield Compared(shape=heads, layout=layout, why=f"{type(error).__name__}: {message}"[:200])
 
 
 def layouts(sequence: int) -> Mapping[str, Any]:
@@ -200,9 +201,6 @@ def _comparison(kernel: str, shape: tuple[int, ...], sequence: int) -> Callable[
     import jax
     import jax.numpy as jnp
     import numpy as np
-
-    from ...sharding import Topology, declare
-    from ...sharding.ops import attention
 
     heads, kv_heads, wide, value_wide = shape
     sizes = {"query": (heads, wide), "key": (kv_heads, wide), "value": (kv_heads, value_wide)}

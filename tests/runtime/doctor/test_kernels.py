@@ -7,8 +7,7 @@ import pathlib
 import jax.numpy as jnp
 import pytest
 from meshwright.runtime.doctor import kernels
-from meshwright.runtime.doctor.kernels import SHAPES, Case, compare, compare_kernels
-from meshwright.sharding import ops
+from meshwright.runtime.doctor.kernels import SHAPES, Compared, compare, compare_kernels
 
 pytestmark = pytest.mark.numerics
 
@@ -27,13 +26,13 @@ def test_xla_in_chunks_is_right_in_all_layouts() -> None:
 def test_a_kernel_that_overlooks_segments_or_gives_no_numbers_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = ops.attention
+    whole = kernels.attention
 
     def blind(query, key, value, *, segment_ids, chunk):
         out = whole(query, key, value, segment_ids=segment_ids if chunk == 256 else None)
         return jnp.where(segment_ids[..., None, None] == 16, jnp.nan, out) if chunk == 64 else out
 
-    monkeypatch.setattr(ops, "attention", blind)
+    monkeypatch.setattr(kernels, "attention", blind)
     one, many, _, most = compare("xla", [(4, 4, 16, 16)])
     # Chunks are what the comparison gives XLA and not the plain maths beside it.
     assert (one.passed, many.passed, most.passed) == (True, False, False)
@@ -67,4 +66,4 @@ def test_the_outcome_is_kept_for_the_device_and_versions_it_is_of(
 
 
 def test_what_is_not_a_number_is_no_pass() -> None:
-    assert not Case(shape=(1,), layout="many").passed
+    assert not Compared(shape=(1,), layout="many").passed
