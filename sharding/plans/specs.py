@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 # One entry an array dimension: no axis, one, or several with the major one first.
 Spec = tuple[str | tuple[str, ...] | None, ...]
@@ -42,6 +42,24 @@ def by_dimension(spec: Spec, rank: int) -> tuple[tuple[str, ...], ...]:
 def axes_in(spec: Iterable[str | tuple[str, ...] | None]) -> tuple[str, ...]:
     """Return all mesh axes of a spec, or of a PartitionSpec, in its order."""
     return tuple(axis for entry in spec for axis in axes_of(entry))
+
+
+def only(spec: Spec, axes: Collection[str]) -> Spec:
+    """Return a spec with those of its axes that are among `axes`.
+
+    >>> only((("data", "fsdp"), None, "tensor"), ["fsdp"]), only(("data", "tensor"), ["tensor"])
+    (('fsdp',), (None, 'tensor'))
+    """
+    return spec_of(tuple(axis for axis in axes_of(entry) if axis in axes) for entry in spec)
+
+
+def without(spec: Spec, axes: Collection[str]) -> Spec:
+    """Return a spec with those of its axes that are not among `axes`.
+
+    >>> without((("data", "fsdp"), None, "tensor"), ["fsdp"])
+    ('data', None, 'tensor')
+    """
+    return spec_of(tuple(axis for axis in axes_of(entry) if axis not in axes) for entry in spec)
 
 
 def cut_into(axes: Iterable[str], mesh: Mapping[str, int]) -> int:

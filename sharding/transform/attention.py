@@ -19,6 +19,7 @@ from ..plans.specs import axes_of, cut_into
 from ..program.layers import Marks
 from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program
+from .meshes import by_device
 
 # What an array goes through and is still the same numbers.
 _PASSING = primitives(Trait.VIEW) | {"name"}
@@ -186,14 +187,8 @@ class AttentionKernel:
         # Ids for queries and keys alike are given twice: a device has all keys, and its own rows of queries.
         both = (ids[0], ids[-1]) if ids else ()
         of_ids = (PartitionSpec(batch, rows), PartitionSpec(batch, None))[: len(both)]
-        return jax.shard_map(
-            local,
-            mesh=self._mesh,
-            in_specs=(*of_first, of_queries, of_keys, of_keys, *of_ids),
-            out_specs=of_queries,
-            # Kernels do not say over which axes their results vary.
-            check_vma=False,
-        )(*first, query, key, value, *both)
+        in_specs = (*of_first, of_queries, of_keys, of_keys, *of_ids)
+        return by_device(local, self._mesh, in_specs, of_queries)(*first, query, key, value, *both)
 
     def _has_devices(self) -> bool:
         """Whether the mesh is of devices that are here, rather than of described ones."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,10 +32,11 @@ from ..xla.reduction import reduction_steps
 from .accumulation.by_part import mean_of_parts
 from .accumulation.differentiable import Loss, differentiable
 from .accumulation.proof import proved
-from .accumulation.run import Run
+from .accumulation.region import region_of
+from .accumulation.run import Planned, Run
 from .attention import AttentionKernel
 from .constrain import Constrain
-from .gather import Scattering
+from .gather import ByHand, Scattering
 from .meshes import explicit_axes, of_plan
 from .remat import Name, Remat
 
@@ -48,11 +49,13 @@ def passes_of(
     state: Any = None,
     *,
     learns: bool = True,
+    by_hand: tuple[str, ...] = (),
 ) -> list[Pass]:
     """Return the passes that carry `plan` out on `program`, in order; each keeps the program's values.
 
     `params` and `state` are its arguments, those that are stored. `learns` says whether gradients are taken,
-    without which there is nothing to keep.
+    without which there is nothing to keep. The axes `by_hand` are manual where the program is run, and are
+    those of `mesh` that cut rows.
 
     Raises UserError if `program` has not what the plan names: a kept value, or layers to rematerialise.
     """
@@ -60,6 +63,9 @@ def passes_of(
     platform = _platform(plan, mesh)
     # A plan may run on simulated devices in place of its own, which another compiler compiles for.
     on_own_chips = platform == plan.topology.chip.platform
+    steps = {} if by_hand else reduction_steps(plan.mesh, plan.topology, plan.compiler_options)
+    if by_hand:
+        mesh = jax.sharding.get_abstract_mesh()
     marks = marks_of(program, saved)
     settings = plan.kernels.get("attention")
     capability = compute_capability(plan.topology.chip)
@@ -67,7 +73,10 @@ def passes_of(
         None if settings is None else AttentionKernel(mesh, settings, platform, program, marks, capability)
     )
     of_state = [] if state is None else _flat(arrays.specs(plan, state, "state"))
-    axes = arrays.axes_of_dims(plan, program)
+    axes = {
+        dim: tuple(axis for axis in axes if axis not in by_hand)
+        for dim, axes in arrays.axes_of_dims(plan, program).items()
+    }
     passes: list[Pass] = []
     if saved:
         passes.append(Name(marks, inputs=INPUT in saved, kernel=kernel))
@@ -78,10 +87,11 @@ def passes_of(
             axes,
             stored=_flat(arrays.specs(plan, params)) + of_state,
             reduced=_flat(arrays.specs_of_moments(plan, params)) + of_state,
-            scattering=Scattering(mesh, reduction_steps(plan.mesh, plan.topology, plan.compiler_options)),
+            scattering=Scattering(mesh, steps),
             kernel=kernel,
             unsaid=arrays.unsaid_dims(plan, program, axes),
             reduces_cast=on_own_chips and compiler_of(plan.topology).reduces_cast,
+            by_hand=ByHand(axes=by_hand, widens=platform == "cpu"),
         )
     )
     if learns and plan.remat != "none":
@@ -90,22 +100,29 @@ def passes_of(
 
 
 def composed(
-    traces: Traces, passes: Callable[..., Sequence[Pass]], *, state: Sequence[int] = (2,)
+    traces: Traces,
+    passes: Callable[..., Sequence[Pass]],
+    *,
+    state: Sequence[int] = (2,),
+    stored: Mapping[int, Any] | None = None,
 ) -> Callable[..., Any]:
     """Return the function that was traced, of (params, batch) or (params, batch, state), with passes over it.
 
     `passes` gives them for its program, parameters and, where it has one, state; `state` says which argument
-    that is.
+    that is. `stored` has the shapes of arguments of which a device has but its part when it is called.
     """
+    whole = stored or {}
+
     programs: weakref.WeakKeyDictionary[Traced, Program] = weakref.WeakKeyDictionary()
 
-    def function(params: Any, *others: Any) -> Any:
+    def function(*args: Any) -> Any:
+        params, *others = (whole.get(place, one) for place, one in enumerate(args))
         traced = traces.on(params, *others)
         if traced not in programs:
             programs[traced] = read(traced, state=state)
         program = programs[traced]
         held = [others[place - 1] for place in state if place <= len(others)]
-        outputs = rewritten(program, passes(program, params, *held), jax.tree.leaves((params, *others)))
+        outputs = rewritten(program, passes(program, params, *held), jax.tree.leaves(args))
         return jax.tree.unflatten(jax.tree.structure(traced.result), outputs)
 
     return function
@@ -187,18 +204,31 @@ class PlannedLoss:
         """Return what works the batch through in parts, as it is proved of the whole batch's program."""
         traced = self.traces.on(*args)
         if traced not in self._runs:
-            self._runs[traced] = Run(proved(traced, self._microbatches), self._planned, self._part)
+            read = proved(traced, self._microbatches)
+            region = region_of(self._plan, self._mesh, traced, read)
+            if region is None:
+                run = Run(read, self._planned(), self._part)
+            else:
+                stored = {0: traced.args[0], **dict(enumerate(traced.args[2:], 2))}
+                run = Run(region.read, self._planned(region.axes, stored), self._part, region)
+            self._runs[traced] = run
         return self._runs[traced]
 
-    def _planned(self, function: Callable[..., Any], learns: bool) -> Callable[..., Any]:
-        """Return a function of a part with the plan's passes over it."""
+    def _planned(self, by_hand: tuple[str, ...] = (), stored: Mapping[int, Any] | None = None) -> Planned:
+        """Return what lays the plan's passes over a function of a part, in a region with axes `by_hand`."""
 
-        def passes(program: Program, params: Any, *state: Any) -> list[Pass]:
-            # A part of the loss may have none of its layers.
-            has_layers = learns and any(layer_scans(program.scope))
-            return passes_of(self._plan, program, self._mesh, params, *state, learns=has_layers)
+        def planned(function: Callable[..., Any], learns: bool) -> Callable[..., Any]:
+            def passes(program: Program, params: Any, *state: Any) -> list[Pass]:
+                # A part of the loss may have none of its layers.
+                has_layers = learns and any(layer_scans(program.scope))
+                return passes_of(
+                    self._plan, program, self._mesh, params, *state, learns=has_layers, by_hand=by_hand
+                )
 
-        return composed(Traces(function), passes, state=() if self._plan.state is None else (2,))
+            state = () if self._plan.state is None else (2,)
+            return composed(Traces(function), passes, state=state, stored=stored)
+
+        return planned
 
 
 def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:

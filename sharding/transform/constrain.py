@@ -16,7 +16,7 @@ from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..ops.experts import ExpertsCall, experts_call
-from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, spec_of
+from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, only, spec_of, without
 from ..program.aside import aside
 from ..program.jaxpr import Body, Go, Pass, closed, run, scan_parts
 from ..program.primitives import Trait, primitives
@@ -24,7 +24,8 @@ from ..program.program import Dims, Equation, Program, Scope
 from ..program.stacks import is_stack
 from .attention import AttentionKernel
 from .experts import on_mesh
-from .gather import Scattering, StoredParameter, elementwise, gathered, learning, sums_of
+from .gather import NOTHING, ByHand, Scattering, StoredParameter, elementwise, gathered, learning, sums_of
+from .meshes import by_device
 
 _ANCHORS = primitives(Trait.ANCHOR)
 _CHECKPOINTS = primitives(Trait.CHECKPOINT)
@@ -43,7 +44,8 @@ class Constrain(Pass):
     convolutions and look-ups, and what a scan carries, are constrained to the specs of their dims.
     `scattering` says over which axes gradients go in steps; calls of `ops.attention` are carried out by
     `kernel`, if there is one; XLA decides how the dims in `unsaid` lie; `reduces_cast` says whether a
-    gradient's sum is reduced in the smaller type it is cast to (`xla.compiler.Compiler`).
+    gradient's sum is reduced in the smaller type it is cast to (`xla.compiler.Compiler`). The axes of
+    `by_hand` are manual around the program; `mesh` and `axes` are what is left to XLA.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Constrain(Pass):
         kernel: AttentionKernel | None = None,
         unsaid: Collection[int] = (),
         reduces_cast: bool = False,
+        by_hand: ByHand = NOTHING,
     ) -> None:
+        self._by_hand = by_hand
         self._program = program
         self._unsaid = frozenset(unsaid)
         self._mesh = mesh
@@ -102,7 +106,7 @@ class Constrain(Pass):
             if passed is not None:
                 return [passed]
         if equation.index in self._aside.equations and name in _ELEMENTWISE:
-            where_stored = elementwise(equation.eqn, inputs, self._mesh)
+            where_stored = elementwise(equation.eqn, inputs, self._mesh, self._by_hand)
             if where_stored is not None:
                 return [where_stored]
         if self._kernel is not None and name in ("jit", "name"):
@@ -130,8 +134,7 @@ class Constrain(Pass):
             return list(self._compute(equation, [self._gather(value, dims) for value, dims in rows], go))
 
         moves = any(
-            isinstance(value, StoredParameter)
-            and self._spec(dims, value.value.shape) != PartitionSpec(*value.spec)
+            isinstance(value, StoredParameter) and self._used(value, dims) != PartitionSpec(*value.spec)
             for value, dims in zip(inputs, equation.ins, strict=True)
         )
         if not moves:
@@ -216,34 +219,54 @@ class Constrain(Pass):
         """Return parameters stacked, stored as most of them are; so are their gradients before they part."""
         stored = Counter((value.spec, value.reduced) for value in inputs)
         (spec, reduced), _ = stored.most_common(1)[0]
+        by_hand = self._by_hand
+        if any(only(value.spec, by_hand.axes) != only(spec, by_hand.axes) for value in inputs):
+            values = [self._whole(value) for value in inputs]
+            spec, reduced = without(spec, by_hand.axes), without(reduced, by_hand.axes)
+        else:
+            values = [value.value for value in inputs]
         spec, reduced = (None, *spec), (None, *reduced)
-        whole = run(equation.eqn, [value.value for value in inputs])[0]
-        if any(axes_in(one) for one in (spec, reduced)):
-            used, goal = (NamedSharding(self._mesh, PartitionSpec(*one)) for one in (spec, reduced))
+        whole = run(equation.eqn, values)[0]
+        if any(axes_in(by_hand.rest(one)) for one in (spec, reduced)):
+            used, goal = (NamedSharding(self._mesh, by_hand.rest(one)) for one in (spec, reduced))
             whole = gathered(whole, used, [goal])
         return StoredParameter(whole, spec, reduced)
 
     def _cast_once(self, value: StoredParameter, dims: Dims, dtype: Any) -> tuple[Any, Any]:
         """Return a parameter cast and then gathered, and the array that its gradient is summed in."""
-        used, reduced = self._spec(dims, value.value.shape), PartitionSpec(*value.reduced)
+        used, reduced = self._used(value, dims), self._by_hand.rest(value.reduced)
         shardings = self._scattering.shardings(used, reduced)
         # The barrier keeps a compiler from casting what has travelled.
         cast = jax.lax.optimization_barrier(jax.lax.stop_gradient(value.value).astype(dtype))
+        cast = self._by_hand.gather(cast, value.spec)
         cast = jax.lax.with_sharding_constraint(cast, NamedSharding(self._mesh, used))
-        return cast, sums_of(value.value, shardings, dtype if self._reduces_cast else None)
+        travels = dtype if self._reduces_cast else None
+        return cast, sums_of(value.value, shardings, travels, self._by_hand, value.spec)
 
     def _gather(self, value: Any, dims: Dims) -> Any:
         if not isinstance(value, StoredParameter):
             return value
-        used, stored = self._spec(dims, value.value.shape), PartitionSpec(*value.spec)
-        reduced = PartitionSpec(*value.reduced)
-        if not any((used, stored, reduced)):
+        used, reduced = self._used(value, dims), self._by_hand.rest(value.reduced)
+        if not any((used, axes_in(value.spec), reduced)):
             return value.value
+        sharding = NamedSharding(self._mesh, used)
         if not jnp.issubdtype(value.value.dtype, jnp.inexact):
-            return jax.lax.with_sharding_constraint(value.value, NamedSharding(self._mesh, used))
-        return gathered(
-            value.value, NamedSharding(self._mesh, used), self._scattering.shardings(used, reduced)
+            return jax.lax.with_sharding_constraint(self._by_hand.gather(value.value, value.spec), sharding)
+        shardings = self._scattering.shardings(used, reduced)
+        return gathered(value.value, sharding, shardings, self._by_hand, value.spec)
+
+    def _used(self, value: StoredParameter, dims: Dims) -> PartitionSpec:
+        """Return how a stored parameter lies where it is computed with."""
+        held = by_dimension(only(value.spec, self._by_hand.axes), value.value.ndim)
+        rows = zip(value.value.shape, held, strict=True)
+        return self._spec(dims, tuple(size * cut_into(axes, self._mesh.shape) for size, axes in rows))
+
+    def _whole(self, value: StoredParameter) -> Any:
+        """Return a parameter that is whole over what is done by hand, stored otherwise."""
+        used, goal = (
+            NamedSharding(self._mesh, self._by_hand.rest(one)) for one in (value.spec, value.reduced)
         )
+        return gathered(value.value, used, [goal], self._by_hand, value.spec)
 
     def _constrain(self, value: Any, dims: Dims) -> Any:
         if not getattr(value, "ndim", 0):
@@ -403,22 +426,12 @@ class Lookup:
             scattered = list(self._entries)
             if self._scattered is not None:
                 scattered[self._scattered] += self._axes
-            return jax.shard_map(
-                self._read,
-                mesh=self._mesh,
-                in_specs=(self._of_table, self._spec_of_ids()),
-                out_specs=self._spec(scattered),
-                check_vma=False,
-            )(table, ids)
+            in_specs = (self._of_table, self._spec_of_ids())
+            return by_device(self._read, self._mesh, in_specs, self._spec(scattered))(table, ids)
 
         def backward(ids: Any, gradient: Any) -> tuple[Any, Any]:
-            learnt = jax.shard_map(
-                self._learn,
-                mesh=self._mesh,
-                in_specs=(self._spec_of_ids(), self._spec(self._entries)),
-                out_specs=self._of_table,
-                check_vma=False,
-            )(ids, gradient)
+            in_specs = (self._spec_of_ids(), self._spec(self._entries))
+            learnt = by_device(self._learn, self._mesh, in_specs, self._of_table)(ids, gradient)
             return learnt, np.zeros(ids.shape, jax.dtypes.float0)
 
         rows.defvjp(lambda table, ids: (rows(table, ids), ids), backward)

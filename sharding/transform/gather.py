@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ..plans.specs import by_dimension
+from ..plans.specs import Spec, axes_in, by_dimension, only, without
 from ..program.jaxpr import run
 
 
@@ -47,8 +47,50 @@ class StoredParameter:
         return StoredParameter(run(eqn, [self.value])[0], *specs)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByHand:
+    """Gathers over `axes`, which are manual around what is traced, and scatters gradients over them.
+
+    With `widens` a gradient is scattered in float32 at least: XLA on a CPU cannot in less.
+    """
+
+    axes: tuple[str, ...] = ()
+    widens: bool = False
+
+    def needed(self, spec: Spec) -> bool:
+        """Whether an array stored so is not whole over the axes."""
+        return any(axis in self.axes for axis in axes_in(spec))
+
+    def gather(self, value: Any, spec: Spec) -> Any:
+        """Return what `value` is a device's part of."""
+        for place, axes in self._cut(value, spec):
+            value = jax.lax.all_gather(value, axes, axis=place, tiled=True)
+        return value
+
+    def scatter(self, gradient: Any, spec: Spec) -> Any:
+        """Return a device's part of the sum of `gradient` over the devices."""
+        dtype = gradient.dtype
+        wide = jnp.promote_types(dtype, jnp.float32) if self.widens else dtype
+        for place, axes in self._cut(gradient, spec):
+            sent = gradient.astype(wide)
+            gradient = jax.lax.psum_scatter(sent, axes, scatter_dimension=place, tiled=True)
+        return gradient.astype(dtype)
+
+    def rest(self, spec: Any) -> PartitionSpec:
+        """Return what of a spec is not done by hand."""
+        return PartitionSpec(*without(tuple(spec), self.axes))
+
+    def _cut(self, value: Any, spec: Spec) -> list[tuple[int, tuple[str, ...]]]:
+        entries = enumerate(by_dimension(tuple(only(spec, self.axes)), value.ndim))
+        return [(place, axes) for place, axes in entries if axes]
+
+
+# Where all is left to XLA.
+NOTHING = ByHand()
+
+
 def elementwise(
-    eqn: core.JaxprEqn, inputs: Sequence[Any], mesh: Mesh | AbstractMesh
+    eqn: core.JaxprEqn, inputs: Sequence[Any], mesh: Mesh | AbstractMesh, by_hand: ByHand
 ) -> StoredParameter | None:
     """Return what an equation makes of parameters and scalars, position by position, where they are stored.
 
@@ -58,7 +100,9 @@ def elementwise(
     if not stored or any(jnp.ndim(value) for value in inputs if not isinstance(value, StoredParameter)):
         return None
     like = stored[-1]
-    sharding = NamedSharding(mesh, PartitionSpec(*like.spec))
+    if any(only(one.spec, by_hand.axes) != only(like.spec, by_hand.axes) for one in stored):
+        return None
+    sharding = NamedSharding(mesh, by_hand.rest(like.spec))
 
     def lying(value: Any) -> Any:
         if not isinstance(value, StoredParameter):
@@ -69,21 +113,33 @@ def elementwise(
     return dataclasses.replace(like, value=made)
 
 
-def gathered(value: Any, used: NamedSharding, reduced: Sequence[NamedSharding]) -> Any:
-    """Bring a stored parameter to where it is used; its gradient is brought to `reduced`, one by one."""
+def gathered(
+    value: Any,
+    used: NamedSharding,
+    reduced: Sequence[NamedSharding],
+    by_hand: ByHand = NOTHING,
+    stored: Spec = (),
+) -> Any:
+    """Bring a parameter, `stored` so, to where it is used; its gradient goes to `reduced`, one by one."""
 
     @jax.custom_vjp
     def gather(value: Any) -> Any:
-        return jax.lax.with_sharding_constraint(value, used)
+        return jax.lax.with_sharding_constraint(by_hand.gather(value, stored), used)
 
     def backward(_: None, gradient: Any) -> tuple[Any]:
-        return (_brought(gradient, reduced),)
+        return (_brought(by_hand.scatter(gradient, stored), reduced),)
 
     gather.defvjp(lambda value: (gather(value), None), backward)
     return gather(value)
 
 
-def sums_of(value: Any, reduced: Sequence[NamedSharding], travels: Any = None) -> Any:
+def sums_of(
+    value: Any,
+    reduced: Sequence[NamedSharding],
+    travels: Any = None,
+    by_hand: ByHand = NOTHING,
+    stored: Spec = (),
+) -> Any:
     """Return an array of zeros whose gradient becomes that of a stored parameter, brought to `reduced`.
 
     A loop that reads the parameter in a smaller type adds its gradient up there, in the parameter's own type
@@ -92,11 +148,12 @@ def sums_of(value: Any, reduced: Sequence[NamedSharding], travels: Any = None) -
 
     @jax.custom_vjp
     def zeros(value: Any) -> Any:
-        return jax.lax.with_sharding_constraint(jnp.zeros_like(value), reduced[0])
+        whole = jax.eval_shape(lambda value: by_hand.gather(value, stored), value)
+        return jax.lax.with_sharding_constraint(jnp.zeros(whole.shape, value.dtype), reduced[0])
 
     def backward(_: None, gradient: Any) -> tuple[Any]:
         sent = gradient if travels is None else gradient.astype(travels)
-        return (_brought(sent, reduced).astype(gradient.dtype),)
+        return (_brought(by_hand.scatter(sent, stored), reduced).astype(gradient.dtype),)
 
     zeros.defvjp(lambda value: (zeros(value), None), backward)
     return zeros(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -56,6 +56,20 @@ def explicit_axes() -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(axis for axis, kind in kinds if kind == AxisType.Explicit)
+
+
+def by_device(function: Callable[..., Any], mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any) -> Any:
+    """Return `function` run by each device on its parts; axes that are manual already stay what they are.
+
+    Kernels and sums within do not say over which axes their results vary.
+    """
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = {axis for axis, kind in kinds if kind != AxisType.Manual}
+    if not free:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False
+    )
 
 
 def _written(axes: dict[str, int]) -> str:

@@ -12,6 +12,7 @@ from jax import lax
 
 from .levels import Sweep, tail
 from .proof import InParts
+from .region import Region
 from .shared import put_together
 from .values import Array, Held, Kind, Task, evaluate
 
@@ -19,8 +20,8 @@ from .values import Array, Held, Kind, Task, evaluate
 # over it; the flag says whether its gradient is taken.
 Planned = Callable[[Callable[..., Any], bool], Callable[..., Any]]
 
-# Runs one part: (what is added up so far, its index, the loss's arguments) to the same, and rows.
-_Part = Callable[[Any, Array, tuple[Any, ...]], tuple[Any, Sequence[Array]]]
+# Runs one part: (sums so far, gradients so far, its index, a call of the loss) to both grown, and rows.
+_Part = Callable[[Any, Any, Array, "_Call"], tuple[Any, Any, Sequence[Array]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,12 +30,23 @@ class _Call:
 
     args: tuple[Any, ...]
     known: dict[Held, Array]
+    cotangents: Sequence[Array] = ()
 
 
 class Run:
-    """Runs what `in_parts` read, each function of a part `planned`; `whole` is the loss of all rows."""
+    """Runs what `in_parts` read, each function of a part `planned`; `whole` is the loss of all rows.
 
-    def __init__(self, read: InParts, planned: Planned, whole: Callable[[Any, Any], Any]) -> None:
+    With a `region` its devices work their own parts through, which follow one another.
+    """
+
+    def __init__(
+        self,
+        read: InParts,
+        planned: Planned,
+        whole: Callable[[Any, Any], Any],
+        region: Region | None = None,
+    ) -> None:
+        self._region = region
         self._read = read
         self._whole = whole
         levels = read.levels
@@ -113,32 +125,83 @@ class Run:
     def _more(self, index: Array, known: Mapping[Held, Array]) -> tuple[Array, list[Array | None]]:
         return index, [known.get(op.outs[0]) for op in self._read.graph.ops if op.is_total]
 
-    def _over_parts(self, one_part: _Part, start: Any, call: _Call) -> Any:
-        """Run `one_part` on each; add up what it gives first, stack what it gives second."""
+    def _over_parts(
+        self,
+        one_part: _Part,
+        start: Sequence[tuple[str, Array]],
+        call: _Call,
+        places: Sequence[int] = (),
+    ) -> tuple[list[Array], list[Array], list[Array]]:
+        """Run `one_part` on each; add up what it gives first and second, stack what it gives third.
+
+        `start` has how each sum is combined, and what it begins with; gradients are of the parameters at
+        `places`.
+        """
+        read, region = self._read, self._region
+        combines, zeros = [one for one, _ in start], [zero for _, zero in start]
+        if region is None:
+            return self._loop(one_part, zeros, call, places, read.parts, jnp.arange(read.parts))
+        leaves, structures = zip(*(jax.tree.flatten(one) for one in call.args), strict=True)
+        totals = [op.outs[0] for op in read.graph.ops if op.is_total and op.outs[0] in call.known]
+        own = read.parts // region.devices
+
+        def body(params: Any, batch: Any, state: Any, others: Any) -> Any:
+            arrays, cotangents = others
+            args = tuple(map(jax.tree.unflatten, structures, (params, batch, state)))
+            local = _Call(args=args, known=dict(zip(totals, arrays, strict=True)), cotangents=cotangents)
+            numbers = region.number() * own + jnp.arange(own)
+            sums, gradients, rows = self._loop(one_part, zeros, local, places, own, numbers)
+            return list(map(region.total, combines, sums)), gradients, rows
+
+        return region.run(
+            body,
+            leaves[0],
+            leaves[1],
+            [value.kind is Kind.EXAMPLES for value in read.batch],
+            leaves[2] if len(leaves) > 2 else (),
+            ([call.known[value] for value in totals], list(call.cotangents)),
+            places,
+        )
+
+    def _loop(
+        self,
+        one_part: _Part,
+        zeros: Sequence[Array],
+        call: _Call,
+        places: Sequence[int],
+        parts: int,
+        numbers: Array,
+    ) -> tuple[list[Array], list[Array], list[Array]]:
+        """Run `one_part` on each of the `parts` that `call` has rows of, which have these `numbers`."""
         read = self._read
         params, batch, *state = call.args
         leaves, structure = jax.tree.flatten(batch)
         cut = [n for n, value in enumerate(read.batch) if value.kind is Kind.EXAMPLES]
-        rows = [_split(leaves[n], read.pre, read.parts) for n in cut]
+        rows = [_split(leaves[n], read.pre, parts) for n in cut]
 
         def body(carry: Any, xs: tuple[Array, list[Array]]) -> tuple[Any, Any]:
             index, own = xs
             part = list(leaves)
             for n, leaf in zip(cut, own, strict=True):
                 part[n] = leaf
-            return one_part(carry, index, (params, jax.tree.unflatten(structure, part), *state))
+            args = (params, jax.tree.unflatten(structure, part), *state)
+            sums, gradients, found = one_part(*carry, index, dataclasses.replace(call, args=args))
+            return (sums, gradients), found
 
-        return lax.scan(body, start, (jnp.arange(read.parts), rows))
+        trained = jax.tree.leaves(params)
+        start = list(zeros), [_empty(trained[n]) for n in places]
+        (sums, gradients), stacked = lax.scan(body, start, (numbers, rows))
+        return sums, gradients, stacked
 
     def _add(self, one: Sweep, call: _Call) -> None:
         """Add the totals and the rows of a pass to what is known."""
         function = self._forward[one]
 
-        def part(carry: Any, index: Array, args: tuple[Any, ...]) -> tuple[Any, Sequence[Array]]:
-            found = function(*args, self._more(index, call.known))
-            return _added(one.totals, carry, found), found[len(one.totals) :]
+        def part(sums: Any, none: Any, index: Array, at: _Call) -> tuple[Any, Any, Sequence[Array]]:
+            found = function(*at.args, self._more(index, at.known))
+            return _added(one.totals, sums, found), none, found[len(one.totals) :]
 
-        sums, rows = self._over_parts(part, [_zero(op) for op in one.totals], call)
+        sums, _, rows = self._over_parts(part, _zeros(one.totals), call)
         self._keep(one, sums, rows, call.known)
 
     def _keep(
@@ -155,24 +218,23 @@ class Run:
         assert plan.last is not None
         assert self._last is not None
         one, function, count = plan.last, self._last, len(plan.learnt)
-        leaves, structure = jax.tree.flatten(call.args[0])
 
-        def part(carry: Any, index: Array, args: tuple[Any, ...]) -> tuple[Any, Sequence[Array]]:
-            sums, gradients = carry
+        def part(sums: Any, gradients: Any, index: Array, at: _Call) -> tuple[Any, Any, Sequence[Array]]:
+            leaves, structure = jax.tree.flatten(at.args[0])
 
             def learnt(floats: list[Array]) -> tuple[list[Array], list[Array]]:
                 filled = list(leaves)
                 for place, leaf in zip(places, floats, strict=True):
                     filled[place] = leaf
-                found = function(structure.unflatten(filled), *args[1:], self._more(index, call.known))
+                found = function(structure.unflatten(filled), *at.args[1:], self._more(index, at.known))
                 return found[:count], found[count:]
 
             _, pull, found = jax.vjp(learnt, [leaves[n] for n in places], has_aux=True)
-            (grown,) = pull(list(cotangents))
-            return (_added(one.totals, sums, found), _grown(gradients, grown)), found[len(one.totals) :]
+            (grown,) = pull(list(at.cotangents))
+            return _added(one.totals, sums, found), _grown(gradients, grown), found[len(one.totals) :]
 
-        start = [_zero(op) for op in one.totals], [_empty(leaves[n]) for n in places]
-        (sums, gradients), rows = self._over_parts(part, start, call)
+        call = dataclasses.replace(call, cotangents=cotangents)
+        sums, gradients, rows = self._over_parts(part, _zeros(one.totals), call, places)
         self._keep(one, sums, rows, call.known)
         return gradients
 
@@ -216,16 +278,17 @@ class Run:
         """Return the derivatives for the totals `at` a level that come through sums of later ones."""
         function = self._backward[level]
 
-        def part(carry: Any, index: Array, args: tuple[Any, ...]) -> tuple[Any, Sequence[Array]]:
+        def part(totals: Any, none: Any, index: Array, inside: _Call) -> tuple[Any, Any, Sequence[Array]]:
             def sums(arrays: list[Array]) -> list[Array]:
-                moved = call.known | {op.outs[0]: array for op, array in zip(at, arrays, strict=True)}
-                return function(*args, self._more(index, moved))
+                moved = inside.known | {op.outs[0]: array for op, array in zip(at, arrays, strict=True)}
+                return function(*inside.args, self._more(index, moved))
 
-            _, pull = jax.vjp(sums, [call.known[op.outs[0]] for op in at])
-            (grown,) = pull(list(cotangents))
-            return _grown(carry, grown), ()
+            _, pull = jax.vjp(sums, [inside.known[op.outs[0]] for op in at])
+            (grown,) = pull(list(inside.cotangents))
+            return _grown(totals, grown), none, ()
 
-        return self._over_parts(part, [_empty(op.outs[0]) for op in at], call)[0]
+        start = [("sum", _empty(op.outs[0])) for op in at]
+        return self._over_parts(part, start, dataclasses.replace(call, cotangents=cotangents))[0]
 
     def _above(self, level: int) -> list[Held]:
         return _inputs([op for op in self._read.levels.learnt if op.outs[0].level > level])
@@ -279,6 +342,10 @@ def _zero(op: Task) -> Array:
         return jnp.full(value.shape, -jnp.inf if combine == "max" else jnp.inf, value.dtype)
     info = jnp.iinfo(value.dtype)
     return jnp.full(value.shape, info.min if combine == "max" else info.max, value.dtype)
+
+
+def _zeros(totals: Sequence[Task]) -> list[tuple[str, Array]]:
+    return [(op.ins[0].combine, _zero(op)) for op in totals]
 
 
 def _added(totals: Sequence[Task], carry: Sequence[Array], found: Sequence[Array]) -> list[Array]:
