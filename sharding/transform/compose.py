@@ -91,7 +91,7 @@ def passes_of(
             kernel=kernel,
             unsaid=arrays.unsaid_dims(plan, program, axes),
             reduces_cast=on_own_chips and compiler_of(plan.topology).reduces_cast,
-            by_hand=ByHand(axes=by_hand, widens=platform == "cpu"),
+            by_hand=ByHand(mesh=mesh, axes=by_hand, widens=bool(by_hand) and platform == "cpu"),
         )
     )
     if learns and plan.remat != "none":

@@ -165,7 +165,8 @@ class Constrain(Pass):
             if of_table and of_table[0] is not None:
                 aval: Any = equation.eqn.outvars[0].aval
                 of_rows = self._spec(equation.outs[0], aval.shape)
-                return [Lookup(equation.eqn, self._mesh, of_table, of_ids, of_rows).read(*values)]
+                lookup = Lookup(equation.eqn, self._mesh, of_table, of_ids, of_rows, self._by_hand.widens)
+                return [lookup.read(*values)]
         return go(values)
 
     def _scan(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
@@ -381,7 +382,7 @@ class Lookup:
     `of_table`, `of_ids` and `of_rows` say where the table, the ids and what is read lie while computing. Left
     to itself, XLA gathers the table where the rows read lie over the axes that cut it, and adds up its
     gradient whole on every device. Here each device finds the ids of its own rows, and what they read is
-    summed over the others, each keeping its part where `of_rows` says so.
+    summed over the others, each keeping its part where `of_rows` says so; in float32 at least if it `widens`.
     """
 
     def __init__(
@@ -391,7 +392,9 @@ class Lookup:
         of_table: PartitionSpec,
         of_ids: PartitionSpec,
         of_rows: PartitionSpec,
+        widens: bool = False,
     ) -> None:
+        self._widens = widens
         avals: list[Any] = [atom.aval for atom in eqn.invars]
         table, ids = avals
         self._mode, self._fill = eqn.params["mode"], eqn.params["fill_value"]
@@ -441,12 +444,13 @@ class Lookup:
         place, mine = self._own(ids)
         wide = (...,) + (None,) * (table.ndim - 1)
         found = table.at[jnp.where(mine, place, 0)].get(mode="promise_in_bounds")
-        found = jnp.where(mine[wide], found, jnp.zeros((), table.dtype))
+        found = self._wide(jnp.where(mine[wide], found, jnp.zeros((), table.dtype)))
         if self._scattered is None:
-            found = jax.lax.psum(found, self._axes)
+            found = jax.lax.psum(found, self._axes).astype(table.dtype)
         else:
             place = self._scattered
             found = jax.lax.psum_scatter(found, self._axes, scatter_dimension=place, tiled=True)
+            found = found.astype(table.dtype)
             own = found.shape[place]
             ids = jax.lax.dynamic_slice_in_dim(ids, jax.lax.axis_index(self._axes) * own, own, place)
         if self._mode != _Mode.FILL_OR_DROP:
@@ -461,7 +465,10 @@ class Lookup:
         # What is another device's lies outside, and is dropped.
         sums = sums.at[jnp.where(mine, place, self._rows)].add(gradient, mode="drop")
         others = tuple(axis for entry in self._entries for axis in entry)
-        return jax.lax.psum(sums, others) if others else sums
+        return jax.lax.psum(self._wide(sums), others).astype(sums.dtype) if others else sums
+
+    def _wide(self, value: Any) -> Any:
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32)) if self._widens else value
 
     def _own(self, ids: Any) -> tuple[Any, Any]:
         """Return where each id lies in this device's rows, and whether it does."""

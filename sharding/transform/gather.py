@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ..plans.specs import Spec, axes_in, by_dimension, only, without
+from ..plans.specs import Spec, axes_of, by_dimension, only, without
 from ..program.jaxpr import run
+from .meshes import by_device
 
 
 @jax.tree_util.register_dataclass
@@ -49,39 +50,52 @@ class StoredParameter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByHand:
-    """Gathers over `axes`, which are manual around what is traced, and scatters gradients over them.
+    """Gathers over `axes` of `mesh`, manual around what is traced, and scatters gradients over them.
 
+    What other axes cut is made manual meanwhile: XLA would gather it for a collective that is not its own.
     With `widens` a gradient is scattered in float32 at least: XLA on a CPU cannot in less.
     """
 
+    mesh: Mesh | AbstractMesh | None = None
     axes: tuple[str, ...] = ()
     widens: bool = False
 
-    def needed(self, spec: Spec) -> bool:
-        """Whether an array stored so is not whole over the axes."""
-        return any(axis in self.axes for axis in axes_in(spec))
-
     def gather(self, value: Any, spec: Spec) -> Any:
-        """Return what `value` is a device's part of."""
-        for place, axes in self._cut(value, spec):
-            value = jax.lax.all_gather(value, axes, axis=place, tiled=True)
-        return value
+        """Return what `value`, which lies as `spec` says, is a device's part of."""
+
+        def gather(value: Any) -> Any:
+            for place, axes in self._cut(spec):
+                value = jax.lax.all_gather(value, axes, axis=place, tiled=True)
+            return value
+
+        return self._by_device(gather, value, spec)
 
     def scatter(self, gradient: Any, spec: Spec) -> Any:
         """Return a device's part of the sum of `gradient` over the devices."""
         dtype = gradient.dtype
         wide = jnp.promote_types(dtype, jnp.float32) if self.widens else dtype
-        for place, axes in self._cut(gradient, spec):
-            sent = gradient.astype(wide)
-            gradient = jax.lax.psum_scatter(sent, axes, scatter_dimension=place, tiled=True)
-        return gradient.astype(dtype)
+
+        def scatter(gradient: Any) -> Any:
+            for place, axes in self._cut(spec):
+                sent = gradient.astype(wide)
+                gradient = jax.lax.psum_scatter(sent, axes, scatter_dimension=place, tiled=True)
+            return gradient.astype(dtype)
+
+        return self._by_device(scatter, gradient, spec)
 
     def rest(self, spec: Any) -> PartitionSpec:
         """Return what of a spec is not done by hand."""
         return PartitionSpec(*without(tuple(spec), self.axes))
 
-    def _cut(self, value: Any, spec: Spec) -> list[tuple[int, tuple[str, ...]]]:
-        entries = enumerate(by_dimension(tuple(only(spec, self.axes)), value.ndim))
+    def _by_device(self, function: Callable[[Any], Any], value: Any, spec: Spec) -> Any:
+        if not self._cut(spec):
+            return value
+        assert self.mesh is not None
+        rest = self.rest(spec)
+        return by_device(function, self.mesh, (rest,), rest)(value)
+
+    def _cut(self, spec: Spec) -> list[tuple[int, tuple[str, ...]]]:
+        entries = enumerate(map(axes_of, only(tuple(spec), self.axes)))
         return [(place, axes) for place, axes in entries if axes]
 
 
@@ -127,7 +141,9 @@ def gathered(
         return jax.lax.with_sharding_constraint(by_hand.gather(value, stored), used)
 
     def backward(_: None, gradient: Any) -> tuple[Any]:
-        return (_brought(by_hand.scatter(gradient, stored), reduced),)
+        if by_hand.axes:
+            return (_brought(by_hand.scatter(_brought(gradient, reduced[:1]), stored), reduced[1:]),)
+        return (_brought(gradient, reduced),)
 
     gather.defvjp(lambda value: (gather(value), None), backward)
     return gather(value)

@@ -110,7 +110,11 @@ class Region:
 
     def total(self, combine: str, value: Array) -> Array:
         """Return what all devices have of a sum, or a maximum, …, inside of the region."""
-        return _OVER[combine](value, self.axes)
+        dtype = value.dtype
+        if jnp.issubdtype(dtype, jnp.floating):
+            # XLA on a CPU combines nothing smaller in a region.
+            value = value.astype(jnp.promote_types(dtype, jnp.float32))
+        return _OVER[combine](value, self.axes).astype(dtype)
 
 
 def region_of(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced, read: InParts) -> Region | None:

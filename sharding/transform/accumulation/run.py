@@ -185,7 +185,8 @@ class Run:
             for n, leaf in zip(cut, own, strict=True):
                 part[n] = leaf
             args = (params, jax.tree.unflatten(structure, part), *state)
-            sums, gradients, found = one_part(*carry, index, dataclasses.replace(call, args=args))
+            sums, gradients = carry
+            sums, gradients, found = one_part(sums, gradients, index, dataclasses.replace(call, args=args))
             return (sums, gradients), found
 
         trained = jax.tree.leaves(params)
