@@ -33,7 +33,7 @@ _OVER: dict[str, Callable[..., Array]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Region:
+class RowRegion:
     """`axes` of `mesh` cut the rows, the major one first, and are manual.
 
     `params` and `state` are the specs in which their leaves are stored, `reduced` those of the gradients;
@@ -117,7 +117,7 @@ class Region:
         return _OVER[combine](value, self.axes).astype(dtype)
 
 
-def region_of(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced, read: InParts) -> Region | None:
+def region_of(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced, read: InParts) -> RowRegion | None:
     """Return the region that a plan's parts are worked through in, or None where XLA is to lay them out.
 
     `read` is the traced loss in the plan's parts. A region is made where gradients are partial sums over an
@@ -146,7 +146,7 @@ def region_of(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced, read: I
     if parts.levels.passes > read.levels.passes or parts.apart.keys() != read.apart.keys():
         return None
     reduced = _flat(arrays.specs_of_moments(plan, params))
-    return Region(mesh=mesh, axes=axes, params=stored, reduced=reduced, state=of_state, read=parts)
+    return RowRegion(mesh=mesh, axes=axes, params=stored, reduced=reduced, state=of_state, read=parts)
 
 
 def _axes_of_rows(plan: Decision, rows: Sequence[Spec]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from jax import lax
 
 from .levels import Sweep, tail
 from .proof import InParts
-from .region import Region
+from .region import RowRegion
 from .shared import put_together
 from .values import Array, Held, Kind, Task, evaluate
 
@@ -44,7 +44,7 @@ class Run:
         read: InParts,
         planned: Planned,
         whole: Callable[[Any, Any], Any],
-        region: Region | None = None,
+        region: RowRegion | None = None,
     ) -> None:
         self._region = region
         self._read = read
