@@ -20,6 +20,7 @@ from ..ops.experts import ExpertsCall, by_expert
 from ..ops.rounds import PeerExchange, exchanged, slots_of
 from ..plans.specs import by_dimension, cut_into
 from ..program.program import Dims
+from .meshes import by_device
 
 # Return how the plan lays an array of these dims and this shape on the mesh.
 SpecOf = Callable[[Dims, tuple[int, ...]], PartitionSpec]
@@ -88,14 +89,9 @@ def on_mesh(
     wide = PartitionSpec(layout.experts or None, None, layout.hidden or None)
     narrow = PartitionSpec(layout.experts or None, layout.hidden or None)
     out = PartitionSpec(layout.batch or None, (*layout.sequence, *_scattered(layout)) or None)
-    return jax.shard_map(
-        functools.partial(_local, mesh, call, layout, exchange),
-        mesh=mesh,
-        in_specs=(tokens, tokens, tokens, wide, narrow, *(wide,) * call.gated),
-        out_specs=out,
-        # Kernels do not say over which axes their results vary.
-        check_vma=False,
-    )(*arrays)
+    local = functools.partial(_local, mesh, call, layout, exchange)
+    in_specs = (tokens, tokens, tokens, wide, narrow, *(wide,) * call.gated)
+    return by_device(local, mesh, in_specs, out)(*arrays)
 
 
 def _scattered(layout: _ExpertAxes) -> _Axes:
