@@ -30,8 +30,17 @@ class Calibration:
       matmul_half_size: size of a role at which a product is half as fast as a large one.
       unaligned_efficiency: share of an aligned product's rate that one reaches with a role which matrix units
         do not read whole (`Execution.aligned_elements`).
-      attention_efficiency: share of the peak that a fused attention kernel reaches.
+      attention_efficiency: share of the peak that a fused attention kernel reaches, with wide heads over many
+        keys.
+      attention_half_width: width of a head at which such a kernel is half as fast as with a wide one.
+      attention_half_keys: keys of a query, those that no mask known beforehand hides, at which it is half as
+        fast as with many.
+      masked_efficiency: share of that which its gradient reaches where segments are read as a mask of queries
+        by keys.
       memory_efficiency: share of the HBM's rate that elementwise work reaches.
+      kept_passes: times that a value which a loop over layers keeps for the backward pass goes through memory
+        beyond what its maker writes and its reader reads: the stack of all turns filled with zeros, the value
+        copied into it and out again.
       optimizer_efficiency: share of the HBM's rate that the optimizer reaches.
       kernel_seconds: host's time for one kernel; a step is never faster than its kernels are issued.
       microbatch_seconds: host's time for a microbatch.
@@ -56,10 +65,14 @@ class Calibration:
     """
 
     matmul_efficiency: float = _also_compiled(1.0)
-    matmul_half_size: float = 0.0
-    unaligned_efficiency: float = 1.0
+    matmul_half_size: float = _also_compiled(0.0)
+    unaligned_efficiency: float = _also_compiled(1.0)
     attention_efficiency: float = _also_compiled(1.0)
+    attention_half_width: float = _also_compiled(0.0)
+    attention_half_keys: float = _also_compiled(0.0)
+    masked_efficiency: float = _also_compiled(1.0)
     memory_efficiency: float = _also_compiled(1.0)
+    kept_passes: float = 0.0
     optimizer_efficiency: float = 1.0
     kernel_seconds: float = 0.0
     microbatch_seconds: float = 0.0

@@ -24,10 +24,12 @@ class FusedAttention:
     share:    of all scores, how many it computes (1/2: the half that causality hides is skipped).
     gradient: the work of its backward pass over that of its forward pass (2.5: five products over two, since
               it computes the scores once more).
+    masked:   of its work, how much is with segments that it reads as a mask of queries by keys.
     """
 
     share: float = 1.0
     gradient: float = 2.0
+    masked: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,7 +95,7 @@ def passes(
         raise UserError(f"{chip.name} has no memory rate; give hbm_bytes_per_second in chips.toml")
     seconds, kernels = np.zeros((3, 3, 3)), np.zeros((3, 3))
     once = product_seconds(profile, placement, chip, dtype, calibration, kernel, aligned_elements)
-    products, products_back, launched = _products(profile, once, kernel, seconds, kernels)
+    products, products_back, launched = _products(profile, once, kernel, calibration, seconds, kernels)
     rate = chip.hbm_bytes_per_second * calibration.memory_efficiency
     groups, groups_back, group_runs = _kernels(profile, placement, rate, kernel, seconds, kernels)
     return Passes(
@@ -154,15 +156,10 @@ def product_seconds(
     products = profile.products
     sizes = np.maximum(products.role_sizes * placement.role_fraction, 1.0)
     flops = products.flops * np.prod(placement.role_fraction, axis=1)
-    ramp = np.prod(1.0 + calibration.matmul_half_size / sizes[:, 1:], axis=1)
-    peak = peak_flops(chip, dtype) * calibration.matmul_efficiency
-    if calibration.unaligned_efficiency < 1.0 and aligned_elements > 1:
-        whole = np.rint(sizes[:, 1:])
-        unaligned = ((whole % aligned_elements != 0) & (whole > aligned_elements)).any(axis=1)
-        peak = peak * np.where(unaligned, calibration.unaligned_efficiency, 1.0)
+    peak = peak_flops(chip, dtype) * product_share(sizes[:, 1:], calibration, aligned_elements)
     moved = (profile.values.bytes * placement.value_fraction)[products.values].sum(axis=1)
     rate = (chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency
-    computed = flops * ramp / peak
+    computed = flops / peak
     if chip.vector_f32_flops is not None:
         summed = flops / (chip.vector_f32_flops * calibration.matmul_efficiency)
         # By the whole product's roles: a cut never makes it cheaper at once, and the search's bounds hold.
@@ -172,18 +169,40 @@ def product_seconds(
     if kernel is None:
         return computed
     core = profile.steps.core[products.equation]
-    # No ramp: only the contraction over heads is short in a fused kernel, which runs along the sequence.
-    fused = flops * kernel.share
     # Scores stay in a wider type where products are in eight bits.
     wide = "bfloat16" if dtype.startswith(("float8", "int8")) else dtype
-    fused = fused / (peak_flops(chip, wide) * calibration.attention_efficiency)
+    # Of scores and of their sum with values, columns and contraction are the keys and a head's width.
+    roles = np.maximum(products.role_sizes[:, 2:], 1.0)
+    reached = attention_share(roles.min(axis=1), roles.max(axis=1) * kernel.share, calibration)
+    fused = flops * kernel.share / (peak_flops(chip, wide) * reached)
     return np.where(core, fused, computed)
+
+
+def product_share(sizes: np.ndarray, calibration: Calibration, aligned_elements: int = 1) -> np.ndarray:
+    """Return the share of the peak that products [M] reach, of rows, columns and contraction [M, 3]."""
+    share = calibration.matmul_efficiency / np.prod(1.0 + calibration.matmul_half_size / sizes, axis=1)
+    if calibration.unaligned_efficiency < 1.0 and aligned_elements > 1:
+        whole = np.rint(sizes)
+        unaligned = ((whole % aligned_elements != 0) & (whole > aligned_elements)).any(axis=1)
+        share = share * np.where(unaligned, calibration.unaligned_efficiency, 1.0)
+    return share
+
+
+def attention_share(width: np.ndarray, keys: np.ndarray, calibration: Calibration) -> np.ndarray:
+    """Return the share of the peak that a fused kernel reaches: heads so wide over so many keys a query.
+
+    Like a product's: tiles are filled and drained along the keys, those on the border of a mask are half
+    empty, and narrow heads leave a tile's products short beside its softmax.
+    """
+    ramps = (1.0 + calibration.attention_half_width / width) * (1.0 + calibration.attention_half_keys / keys)
+    return calibration.attention_efficiency / ramps
 
 
 def _products(
     profile: ProgramTables,
     seconds_of_one: np.ndarray,
     kernel: FusedAttention | None,
+    calibration: Calibration,
     seconds: np.ndarray,
     kernels: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -194,7 +213,8 @@ def _products(
     # One product of the forward pass is one for each operand's gradient, of as many flops.
     backward = products.gradients.copy()
     if kernel is not None:
-        backward[core] *= kernel.gradient / 2.0
+        slowed = 1.0 - kernel.masked + kernel.masked / calibration.masked_efficiency
+        backward[core] *= kernel.gradient / 2.0 * slowed
     for kind, chosen in ((0, ~core), (1, core)):
         for n, times in enumerate((1.0, backward)):
             seconds[n, kind] += _by_section(section, once * times * chosen)

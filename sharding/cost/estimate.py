@@ -19,7 +19,7 @@ from .kept import Residuals
 from .memory import Standing, Worked, worked
 from .placement import Placement, place
 from .profile import ProgramTables, profile
-from .step import offload, step_seconds
+from .step import offload, stacking_seconds, step_seconds
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -230,7 +230,12 @@ class Pricer:
         moved = self._exchange(candidate, placement, over, wires, execution, known=own)
         host = offload(table, placement, kept, chip, calibration)
         dealt = execution.dealt(table, candidate.mesh.get("stage", 1))
-        time = step_seconds(table, placement, candidate, calibration, wires, dealt, done, moved, kept, host)
+        stacking = stacking_seconds(
+            table, placement, kept, chip, calibration, fused_attention=execution.attention is not None
+        )
+        time = step_seconds(
+            table, placement, candidate, calibration, wires, dealt, done, moved, kept, host, stacking
+        )
         if candidate.microbatches > 1 and self._more_passes:
             once = ("host", "bubble")
             time["passes"] = self._more_passes * sum(s for name, s in time.items() if name not in once)

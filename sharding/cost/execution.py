@@ -53,6 +53,7 @@ class Execution:
       reduces_whole: whether a gradient that is a partial sum over several mesh axes is reduced over all of
         them each microbatch, rather than scattered over one each microbatch and over others once a step.
       last_layer_apart: whether the last layer whose values come back from the host runs outside of the loop.
+      loss_arrays: arrays as large as the logits that lie in memory while the loss's gradient is taken.
       aligned_elements: of a product's role that matrix units read at once.
       kept: (profile, candidate, fused attention) → what is kept for the backward pass, and run again.
       links: (mesh, topology, calibration) → the link of each mesh axis longer than 1.
@@ -65,6 +66,7 @@ class Execution:
     attention: FusedAttention | None = None
     reduces_whole: bool = False
     last_layer_apart: bool = False
+    loss_arrays: int = 1
     aligned_elements: int = 1
     kept: KeptBy = kept_by_policy
     links: LinksOf = links
@@ -85,5 +87,6 @@ def execution_for(topology: Topology, attention: FusedAttention | None = None) -
         attention=attention,
         reduces_whole=compiler.reduces_whole,
         last_layer_apart=compiler.last_layer_apart,
+        loss_arrays=compiler.loss_arrays,
         aligned_elements=compiler.aligned_elements,
     )

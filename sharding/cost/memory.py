@@ -29,6 +29,7 @@ class Standing:
       after: of those that the loss uses, gathered, and of their gradient before it is reduced.
       before: of the gradient of those used before the layers (a table of embeddings), and of its copy.
       sent: of what goes to other slices.
+      again_after: of the gradients of parameters that the loss uses and something before it does, too.
     """
 
     items: Mapping[str, np.ndarray]
@@ -37,6 +38,7 @@ class Standing:
     after: float
     before: float
     sent: float
+    again_after: float = 0.0
 
     def gathered(self, phase: int) -> float:
         """Return the bytes of whole parameters and gradients in the backward pass of a section."""
@@ -58,8 +60,24 @@ def standing(
     # What a slice sends to the others lies in buffers that nothing else uses: its part of each gradient.
     sent = float(items["gradients"].sum()) / slices if slices > 1 else 0.0
     return Standing(
-        items=items, beside=items["gradients"], layer=layer, after=after, before=before, sent=sent
+        items=items,
+        beside=items["gradients"],
+        layer=layer,
+        after=after,
+        before=before,
+        sent=sent,
+        again_after=_again_after(profile, candidate, over, gradient_bytes),
     )
+
+
+def _again_after(
+    profile: ProgramTables, candidate: Candidate, over: StoredOver, gradient_bytes: float | None
+) -> float:
+    table = profile.parameters
+    twice = (table.section != AFTER) & (table.after_bytes > 0)
+    each = table.item_bytes if gradient_bytes is None else gradient_bytes
+    sizes = table.elements * table.trained * each / parts(over.gradients, candidate.mesh)
+    return float(sizes[twice].sum())
 
 
 def moments(
@@ -101,7 +119,7 @@ def moments(
             items = {name: float(row @ here) for name, row in stored.items.items()}
             if phase == AFTER and candidate.microbatches == 1:
                 # Those of the layers are still to come.
-                items["gradients"] = float(stored.items["gradients"][AFTER])
+                items["gradients"] = float(stored.items["gradients"][AFTER] + stored.again_after)
             elif phase != AFTER and candidate.microbatches > 1:
                 items["gradients"] += float(stored.beside @ here)
             # A layer that runs outside of the loop does so beside what follows, and in a loop over
@@ -169,9 +187,11 @@ def worked(
     *,
     fused_attention: bool,
     lanes: int = 1,
+    loss_arrays: int = 1,
 ) -> Worked:
     """Return what `placement`'s values weigh, whatever is kept of them.
 
+    While the loss's gradient is taken, so many arrays as large as its largest lie in memory (`loss_arrays`).
     Rows of heads that are kept are padded to whole `lanes`: a TPU's tile has 128 elements in its last
     dimension, a head often 64.
     """
@@ -187,6 +207,7 @@ def worked(
             used[traffic.values] *= mesh[traffic.axis]
     largest = np.zeros(3)
     np.maximum.at(largest, values.section, used)
+    largest[AFTER] *= loss_arrays
     # Casts of parameters are with what is gathered.
     rows = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else True
     fused = profile.saved.by_policy["none/fused"] & rows

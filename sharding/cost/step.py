@@ -32,6 +32,7 @@ def step_seconds(
     moved: Exchange,
     kept: Residuals,
     host: Offload,
+    stacking: float = 0.0,
 ) -> dict[str, float]:
     """Return the step's items in seconds: each by microbatch and section, then over stages and microbatches.
 
@@ -46,9 +47,12 @@ def step_seconds(
       moved: how parameters and gradients travel.
       kept: what is kept and run again.
       host: what goes to the host and back.
+      stacking: seconds of stacking what layers keep; see `stacking_seconds`.
     """
     stages = candidate.mesh.get("stage", 1)
     items = _microbatch(table, calibration, wires, work, moved, placement, kept, host)
+    if stacking:
+        items["kept"] = np.array([0.0, stacking, 0.0])
     per_section = np.zeros(3)
     for row in items.values():
         per_section += row
@@ -96,6 +100,29 @@ def offload(
     moved = 2.0 * float((size * kept.host).sum())
     memory = (chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency
     return Offload(link=moved * chip.devices_per_chip / rate, memory=moved / memory)
+
+
+def stacking_seconds(
+    table: ProgramTables,
+    placement: Placement,
+    kept: Residuals,
+    chip: Chip,
+    calibration: Calibration,
+    *,
+    fused_attention: bool,
+) -> float:
+    """Return how long the stacks of what layers keep take in one microbatch, all layers on one stage.
+
+    A loop over layers hands its kept values to the backward loop as arrays of all its turns.
+    """
+    if not calibration.kept_passes or table.layers == 1:
+        return 0.0
+    values = table.values
+    size = values.bytes * placement.value_fraction * values.runs * (values.section == LAYERS)
+    if fused_attention:
+        size = size * ~table.saved.on_chip
+    moved = calibration.kept_passes * float((size * (1.0 * kept.device + kept.twice)).sum())
+    return moved / ((chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency)
 
 
 def _microbatch(

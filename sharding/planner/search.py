@@ -7,7 +7,7 @@ ladder keeps less for the backward pass than the rung before it.
 Keeping less, or taking more microbatches, saves memory and makes a step slower, or faster by the share
 `_SLACK` at most, since it gives collectives more work to hide behind. (A pipeline is the exception: its
 bubble shrinks with more microbatches.) So a layout that keeps everything and takes the batch whole gives a
-lower bound on the time of every candidate with that layout.
+lower bound on the time of every candidate with that layout, once what keeping costs is taken off (`kept`).
 
 The search is best-first over these bounds: it takes the layout with the smallest bound from a queue, finds
 its fastest candidate that fits, and yields a candidate once no bound left in the queue is below its time.
@@ -167,15 +167,15 @@ class _Search:
     def _best_or_bound(self, layouts: list[int], worth_seconds: float) -> Priced | None:
         fastest = min(
             (self._at(layout, 0, part) for layout in layouts for part in self._firsts(layout)),
-            key=lambda one: one.estimate.step_seconds,
+            key=lambda one: _least_seconds(one.estimate),
         )
-        if fastest.fits or fastest.estimate.step_seconds <= worth_seconds:
+        if fastest.fits or _least_seconds(fastest.estimate) <= worth_seconds:
             return next(self.ranked(layouts), None)
-        return dataclasses.replace(fastest, bound=True)
+        return _least(fastest)
 
     def _bound(self, layout: int) -> tuple[float, float]:
         """Return what the layout stores, 0 where that does not count, and a lower bound on its seconds."""
-        firsts = (self._at(layout, 0, part).estimate.step_seconds for part in self._firsts(layout))
+        firsts = (_least_seconds(self._at(layout, 0, part).estimate) for part in self._firsts(layout))
         return (self._stored[layout], min(firsts) * (1 - _SLACK))
 
     def _firsts(self, layout: int) -> range:
@@ -281,6 +281,19 @@ class _Search:
             fits = bool(estimate.needed_bytes <= self._capacity)
             self._seen[key] = Priced(candidate=candidate, estimate=estimate, fits=fits)
         return self._seen[key]
+
+
+def _least_seconds(everything: Estimate) -> float:
+    """Return a lower bound on the seconds of a layout, from its Estimate with everything kept."""
+    return everything.step_seconds - everything.time.get("kept", 0.0)
+
+
+def _least(everything: Priced) -> Priced:
+    """Return the bound of a layout, from its price with everything kept."""
+    estimate = dataclasses.replace(
+        everything.estimate, step_seconds=_least_seconds(everything.estimate)
+    )
+    return dataclasses.replace(everything, estimate=estimate, bound=True)
 
 
 def _is_pipeline(layout: Candidate) -> bool:

@@ -114,7 +114,9 @@ _TABLE: tuple[tuple[Trait, str], ...] = (
     (Trait.ELEMENTWISE, "clamp"),
     (Trait.ELEMENTWISE | Trait.BY_RESULT, "max"),
     (Trait.ELEMENTWISE | Trait.BY_RESULT, "exp exp2 rsqrt sqrt"),
-    (Trait.ELEMENTWISE | Trait.BY_RESULT | Trait.BY_FACTOR, "logistic tanh"),
+    (Trait.ELEMENTWISE | Trait.BY_RESULT | Trait.BY_FACTOR, "logistic"),
+    # As since JAX 0.11; before, a factor was computed along with it, too.
+    (Trait.ELEMENTWISE | Trait.BY_RESULT, "tanh"),
     (
         Trait.ELEMENTWISE,
         """

@@ -37,6 +37,7 @@ class Chosen:
     implementation: its name, None for plain XLA.
     kept_by_name:  whether rematerialisation that keeps its result by name keeps all that its gradient reads.
     share:         of all scores, how many it computes: those that no mask known beforehand hides.
+    masked:        of its work, how much is with segments that it reads as a mask of queries by keys.
     whole:         dims that it needs whole; a layout that cuts one leaves attention to XLA.
     sums:          rows of numbers that its gradient reads of each head and query, one for each segment.
     """
@@ -47,6 +48,7 @@ class Chosen:
     kept_by_name: bool = True
     calls: frozenset[int] = frozenset()
     share: float = 1.0
+    masked: float = 0.0
     whole: frozenset[int] = frozenset()
     sums: int = 1
 
@@ -135,6 +137,7 @@ def _chosen(
         kept_by_name=facts["kept_by_name"],
         calls=frozenset(equation.index for equation, _ in taken),
         share=_share(taken),
+        masked=_masked(taken) if facts[wanted].get("dense_segments") else 0.0,
         whole=frozenset(dim for equation, _ in taken for dims in equation.ins[:3] for dim in dims[3]),
         sums=segments or 1 if facts["packs"] else 1,
     )
@@ -174,7 +177,8 @@ def _notes(kernel: str, left: Sequence[tuple[Equation, str]], calls: int) -> tup
 def cost(chosen: Chosen) -> FusedAttention:
     """Return what decides how much the kernel computes."""
     assert chosen.implementation is not None
-    return FusedAttention(share=chosen.share, gradient=kernel_facts()[chosen.implementation]["gradient"])
+    gradient = kernel_facts()[chosen.implementation]["gradient"]
+    return FusedAttention(share=chosen.share, gradient=gradient, masked=chosen.masked)
 
 
 def priced_as(chosen: Chosen) -> str | None:
@@ -233,9 +237,18 @@ def _share(calls: Sequence[tuple[Equation, AttentionCall]]) -> float:
     """Return the share of scores that causality and windows leave, over all calls by their work."""
     seen = total = 0.0
     for equation, call in calls:
-        query, key, _ = _arrays(equation)
-        queries, keys = query.shape[1], key.shape[1]
-        each = float(equation.multiplicity * query.shape[0] * query.shape[2] * query.shape[3])
-        total += each * queries * keys
-        seen += each * call.visible(queries, keys)
+        seen += _work(equation, call)
+        total += _work(equation, dataclasses.replace(call, causal=False, window=None))
     return seen / total
+
+
+def _masked(calls: Sequence[tuple[Equation, AttentionCall]]) -> float:
+    """Return the share of the calls' work that is with segments."""
+    work = [(_work(equation, call), call.segments > 0) for equation, call in calls]
+    return sum(size for size, masked in work if masked) / sum(size for size, _ in work)
+
+
+def _work(equation: Equation, call: AttentionCall) -> float:
+    query, key, _ = _arrays(equation)
+    each = float(equation.multiplicity * query.shape[0] * query.shape[2] * query.shape[3])
+    return each * call.visible(query.shape[1], key.shape[1])
