@@ -36,6 +36,8 @@ def execution_of(record: Framework, topology: Topology) -> Execution:
         execution_for(topology, kernel if record.fused_attention else None),
         # Frameworks scatter gradients as they store them; that XLA does not on GPUs is a fact of XLA.
         reduces_whole=False,
+        # What their losses hold besides is `loss_copies`.
+        loss_arrays=1,
         kept=functools.partial(_kept, record),
         links=functools.partial(_links, record),
         dealt=_dealt_by_weight if record.balanced_stages else dealt_evenly,

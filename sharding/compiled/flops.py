@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 from ..hlo.shapes import Array, leaves, parse_shape, total_bytes
@@ -18,6 +19,8 @@ from ..hlo.text import HloModule, Instruction
 from ..ops.attention import visible_pairs
 
 _CONTRACTING = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
+_BATCHED = re.compile(r"\blhs_batch_dims=\{([\d,]*)\}")
+_GEMM_BATCHED = re.compile(r'"lhs_batch_dimensions":\[([^\]]*)\]')
 _LABELS = re.compile(r"\bdim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
 _GROUPS = re.compile(r"\b(feature_group_count|batch_group_count)=(\d+)")
@@ -43,6 +46,33 @@ def flops(module: HloModule, instruction: Instruction) -> float:
     if inside is not None and instruction.opcode in ("fusion", "fusion-start"):
         return sum(flops(module, module.instructions[name]) for name in inside.instructions)
     return 0.0
+
+
+def product_sizes(module: HloModule, instruction: Instruction) -> tuple[float, float, float] | None:
+    """Return rows, columns and contraction of an instruction's largest product, None if it is no plain one.
+
+    A library's product and those of a fusion are; convolutions and kernels are not.
+    """
+    inside = module.inside(instruction)
+    if inside is not None and instruction.opcode in ("fusion", "fusion-start"):
+        dots = [module.instructions[name] for name in inside.instructions]
+        dots = [dot for dot in dots if dot.opcode == "dot"]
+        largest = max(dots, key=lambda dot: _dot(module, dot), default=None)
+        return None if largest is None else product_sizes(module, largest)
+    if instruction.opcode == "dot":
+        found, batched = _CONTRACTING.search(instruction.attributes), _BATCHED
+    elif instruction.opcode == "custom-call":
+        found, batched = _GEMM.search(instruction.attributes), _GEMM_BATCHED
+    else:
+        return None
+    if found is None or len(instruction.operands) < 2:
+        return None
+    left, right = (_array(module, name) for name in instruction.operands[:2])
+    batch = batched.search(instruction.attributes)
+    contraction = math.prod(left.dims[int(d)] for d in re.findall(r"\d+", found[1]))
+    times = math.prod(left.dims[int(d)] for d in re.findall(r"\d+", batch[1])) if batch else 1
+    each = max(contraction * times, 1)
+    return left.elements / each, right.elements / each, float(contraction)
 
 
 def moved_bytes(module: HloModule, instruction: Instruction) -> float:
@@ -231,22 +261,42 @@ _AHEAD = re.compile(r"\bahead=(\d+)")
 _PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2), "Backward": (3, 2)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionKernel:
+    """A kernel of attention: its flops, a head's width, the keys that a query sees, and what it is for.
+
+    `gradient` says that it is of the backward pass, `masked` that it reads a mask of queries by keys.
+    """
+
+    flops: float
+    width: float
+    keys: float
+    gradient: bool
+    masked: bool
+
+
 def attention_flops(module: HloModule, call: Instruction) -> float:
-    """Return the flops of a splash or cuDNN kernel on the scores that its static mask leaves; 0 for others.
+    """Return the flops of a kernel of attention, 0 for other instructions; see `attention_kernel`."""
+    found = attention_kernel(module, call)
+    return 0.0 if found is None else found.flops
+
+
+def attention_kernel(module: HloModule, call: Instruction) -> AttentionKernel | None:
+    """Return what a splash or cuDNN kernel does on the scores that its static mask leaves; None for others.
 
     Static are causality and a window, which `ops.attention` writes into the name scope; a kernel without one
     counts all scores.
     """
     if call.opcode != "custom-call":
-        return 0.0
+        return None
     splash, cudnn = _SPLASH.search(call.op_name), _CUDNN.search(call.attributes)
     if splash is None and cudnn is None:
-        return 0.0
+        return None
     kernel = splash[1] if splash else (cudnn and cudnn[1]) or "fwd"
     shapes = [leaves(parse_shape(module.instructions[name].shape)) for name in call.operands]
     arrays = [found[0].dims for found in shapes if found and found[0].dtype.startswith(("f", "bf"))]
     if len(arrays) < 3 or any(len(dims) < 3 for dims in arrays[:3]):
-        return 0.0
+        return None
     query, key, value = arrays[:3]
     if splash is None:
         # cuDNN takes [batch, sequence, heads, head_dim].
@@ -263,4 +313,11 @@ def attention_flops(module: HloModule, call: Instruction) -> float:
         ahead=int(ahead[1]) if ahead else 0,
     )
     of_keys, of_values = _PRODUCTS[kernel]
-    return 2.0 * math.prod(query[:-1]) * seen / keys * (of_keys * query[-1] + of_values * value[-1])
+    each = 2.0 * math.prod(query[:-1]) * seen / keys
+    return AttentionKernel(
+        flops=each * (of_keys * query[-1] + of_values * value[-1]),
+        width=float(query[-1]),
+        keys=max(seen / keys, 1.0),
+        gradient=kernel != "fwd",
+        masked="ScaleBias" in call.attributes,
+    )

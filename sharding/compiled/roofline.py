@@ -20,11 +20,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..cost.calibration import Calibration
+from ..cost.compute import attention_share, product_share
 from ..hardware.chip import Chip
 from ..hlo.shapes import HOST_SPACE, leaves, parse_shape
 from ..hlo.text import HloModule, Instruction
-from .flops import attention_flops, flops, moved_bytes
+from ..xla.compiler import compiler_for
+from .flops import attention_kernel, flops, moved_bytes, product_sizes
 from .schedule import scheduled_cycles
 
 # Shares of an elementwise fusion's cycles: the least that stays, and the least that memory must explain.
@@ -111,12 +115,24 @@ def instruction_cost(
     if done and _in_f32(module, instruction):
         peak = chip.peak_flops("float32") or peak
     rate = (chip.hbm_bytes_per_second or float("inf")) * calibration.memory_efficiency
-    share = calibration.matmul_efficiency
-    if attention_flops(module, instruction):
-        share = calibration.attention_efficiency
-    seconds = max(done / (peak * share), moved / rate)
+    reached = peak * _share(module, instruction, chip, calibration) if done else peak
+    seconds = max(done / reached, moved / rate)
     unknown = target(instruction) == "tpu_custom_call" and not done
     return InstructionCost(seconds=seconds, basis="unknown" if unknown else "roofline")
+
+
+def _share(module: HloModule, instruction: Instruction, chip: Chip, calibration: Calibration) -> float:
+    """Return the share of the peak that an instruction's products reach, as the Estimate has it."""
+    kernel = attention_kernel(module, instruction)
+    if kernel is not None:
+        width, keys = np.array([kernel.width]), np.array([kernel.keys])
+        reached = float(attention_share(width, keys, calibration)[0])
+        return reached * (calibration.masked_efficiency if kernel.gradient and kernel.masked else 1.0)
+    sizes = product_sizes(module, instruction)
+    if sizes is None:
+        return calibration.matmul_efficiency
+    whole = np.maximum(np.array([sizes]), 1.0)
+    return float(product_share(whole, calibration, compiler_for(chip).aligned_elements)[0])
 
 
 def _by_cycles(

@@ -133,17 +133,35 @@ def read_toml(path: Path) -> dict[str, Any]:
 def read(path: Path) -> dict[tuple[str, str | None], Calibration]:
     """Return (chip, kernel of attention or None) → record from a file such as `calibration.toml`.
 
-    A chip's table starts from ``[default]``, a kernel's (``[CHIP.kernels.NAME]``) from its chip's.
+    A chip's table starts from ``[default]``, or from that of the chip that it is `transferred` from, kernels
+    and all; a kernel's (``[CHIP.kernels.NAME]``) from its chip's.
     """
     tables = read_toml(path)
-    base = {key: value for key, value in tables.pop("default").items() if key != "source"}
+    base = _efficiencies(tables.pop("default"))
     found: dict[tuple[str, str | None], Calibration] = {("default", None): checked(Calibration, base)}
     for chip, row in tables.items():
-        own = base | {key: value for key, value in row.items() if key not in ("source", "kernels")}
+        kin = tables.get(row.get("transferred", ""), {})
+        own = base | _efficiencies(kin) | _efficiencies(row)
         found[chip, None] = checked(Calibration, own)
-        for kernel, one in row.get("kernels", {}).items():
-            changed = {key: value for key, value in one.items() if key != "source"}
-            found[chip, kernel] = checked(Calibration, own | changed)
+        for kernel in {**kin.get("kernels", {}), **row.get("kernels", {})}:
+            changed = [table.get("kernels", {}).get(kernel, {}) for table in (kin, row)]
+            whole = own | _efficiencies(changed[0]) | _efficiencies(changed[1])
+            found[chip, kernel] = checked(Calibration, whole)
+    return found
+
+
+def _efficiencies(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key not in ("source", "transferred", "kernels")}
+
+
+@functools.cache
+def transferred_from(chip: str) -> str | None:
+    """Return the chip whose shipped efficiencies `chip` has, as shares of its own datasheet's rates, or None.
+
+    >>> transferred_from("h100"), transferred_from("h200")
+    ('h200', None)
+    """
+    found: str | None = read_toml(_SHIPPED).get(chip, {}).get("transferred")
     return found
 
 

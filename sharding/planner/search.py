@@ -290,9 +290,7 @@ def _least_seconds(everything: Estimate) -> float:
 
 def _least(everything: Priced) -> Priced:
     """Return the bound of a layout, from its price with everything kept."""
-    estimate = dataclasses.replace(
-        everything.estimate, step_seconds=_least_seconds(everything.estimate)
-    )
+    estimate = dataclasses.replace(everything.estimate, step_seconds=_least_seconds(everything.estimate))
     return dataclasses.replace(everything, estimate=estimate, bound=True)
 
 

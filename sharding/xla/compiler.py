@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from ..hardware.chip import Chip
 from ..hardware.topology import Topology
 
 _QUIRKS = Path(__file__).with_name("quirks.toml")
@@ -70,4 +71,9 @@ def compiler_of(topology: Topology) -> Compiler:
     >>> compiler_of(Topology.parse("v5e:4x4")).name, compiler_of(Topology.parse("h100:8")).aligned_elements
     ('libtpu', 8)
     """
-    return _compiler(_BY_PLATFORM[topology.chip.platform], topology.chip.name)
+    return compiler_for(topology.chip)
+
+
+def compiler_for(chip: Chip) -> Compiler:
+    """Return what compiles for `chip`; see `compiler_of`."""
+    return _compiler(_BY_PLATFORM[chip.platform], chip.name)

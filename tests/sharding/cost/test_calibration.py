@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from meshwright.sharding import Topology
-from meshwright.sharding.cost import calibration, collectives
+from meshwright.sharding.cost import calibration, collectives, compute
 from meshwright.sharding.cost.calibration import (
     Calibration,
     calibration_for,
@@ -14,6 +14,7 @@ from meshwright.sharding.cost.calibration import (
     compiled_part,
     read,
     read_toml,
+    transferred_from,
 )
 from meshwright.sharding.errors import UserError
 from meshwright.sharding.hardware.chip import chips
@@ -55,7 +56,7 @@ def test_every_chip_has_a_shipped_record_and_every_table_a_source():
 
 
 def test_a_kernels_efficiency_is_its_own_where_it_is_known():
-    assert calibration_for("h100", "cudnn").attention_efficiency == 0.4486
+    assert calibration_for("h200", "cudnn").attention_efficiency == 0.63
     assert calibration_for("v6e", "splash") == calibration_for("v6e")
     own, plain = calibration_for("v5e", "splash"), calibration_for("v5e")
     assert dataclasses.replace(own, attention_efficiency=plain.attention_efficiency) == plain
@@ -63,7 +64,11 @@ def test_a_kernels_efficiency_is_its_own_where_it_is_known():
 
 def test_proofs_are_kept_by_what_compiled_programs_are_read_by():
     """Every field that `compiled/` or its links read, and no other."""
-    sources = [Path(collectives.__file__), *(SHIPPED.parents[1] / "compiled").rglob("*.py")]
+    sources = [
+        Path(collectives.__file__),
+        Path(compute.__file__),
+        *(SHIPPED.parents[1] / "compiled").rglob("*.py"),
+    ]
     names = {field.name for field in dataclasses.fields(Calibration)}
     read_there = {
         node.attr
@@ -76,3 +81,19 @@ def test_proofs_are_kept_by_what_compiled_programs_are_read_by():
 
 def test_a_chip_of_the_topology_has_a_calibration_that_prices():
     assert calibration_for(Topology.parse("gb200:2x4").chip.name).overlap_parameters == 0.4
+
+
+def test_a_transferred_record_is_that_of_its_kin_but_for_what_it_says_itself(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(
+        '[default]\nsource = "x"\nmatmul_efficiency = 0.8\nmemory_efficiency = 0.7\n'
+        '[h200]\nsource = "y"\nmatmul_efficiency = 0.6\n'
+        '[h200.kernels.cudnn]\nsource = "z"\nattention_efficiency = 0.5\n'
+        '[a100]\nsource = "w"\ntransferred = "h200"\nmemory_efficiency = 0.9\n'
+    )
+    own = Calibration(matmul_efficiency=0.6, memory_efficiency=0.9)
+    found = read(path)
+    assert found["a100", None] == own
+    assert found["a100", "cudnn"] == dataclasses.replace(own, attention_efficiency=0.5)
+    assert transferred_from("a100") == "h200"
+    assert transferred_from("v5p") is None
