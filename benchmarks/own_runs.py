@@ -1,9 +1,9 @@
-"""The Estimate against our own training steps on one H200: `python benchmarks/own_runs.py [--runs CSV]`.
+"""The Estimate against our own training steps on one H200: `python benchmarks/own_runs.py`.
 
 The rows are measured/own_gpu_runs.csv: whole steps of this repository's models, and, at the same shape, of
 plain JAX and of PyTorch (`reference`). Each of ours is planned as it ran (batch, sequence, rematerialisation,
-microbatches) for one card, which need not be here. Printed are the seconds of a step and the peak bytes of
-the device, measured and estimated; of references what was measured; at the end the median absolute errors.
+microbatches, attention) for one card, which need not be here; with --verify it is compiled, too. Printed are the seconds of a step and the peak bytes of
+the device, measured, estimated and compiled; of references what was measured; at the end the median absolute errors.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import optax
 from measured.rows import csv_file
 from meshwright.models import decoder, preset
 from meshwright.sharding import plan
+from meshwright.sharding.verify.verify import verify
 
 _RUNS = Path(__file__).parent / "measured" / "own_gpu_runs.csv"
-_BATCH = ("tokens", "targets", "segment_ids", "positions")
+_BATCH, _PACKED = ("tokens", "targets"), ("segment_ids", "positions")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,12 @@ class Row:
     measured_bytes: float
     estimated_seconds: float | None = None
     estimated_bytes: float | None = None
+    compiled_seconds: float | None = None
+    compiled_bytes: float | None = None
 
 
-def estimated(row: Mapping[str, str]) -> Row:
-    """Return a row of the file with the Estimate of its plan."""
+def estimated(row: Mapping[str, str], *, compiled: bool = False) -> Row:
+    """Return a row of the file with the Estimate of its plan, and what the compiler makes of it."""
     measured = Row(
         name=row["name"],
         measured_seconds=float(row["measured_step_seconds"]),
@@ -51,23 +54,32 @@ def estimated(row: Mapping[str, str]) -> Row:
     if row["notes"] == "reference":
         return measured
     model = decoder(preset(row["preset"], **dict(word.split("=") for word in row["overrides"].split())))
-    rows, sequence = int(row["batch"]), int(row["sequence"])
+    shape = int(row["batch"]), int(row["sequence"])
+    # What a row calls its kernel, and whether its batch had segments.
+    kernel, packed = row["attention"].split(",")[0].strip(), "no segments" not in row["attention"]
+    batch = {key: jax.ShapeDtypeStruct(shape, "int32") for key in (*_BATCH, *(_PACKED if packed else ()))}
+    params, optimizer = jax.eval_shape(model.init, jax.random.key(0)), optax.adamw(3e-4)
     made = plan(
         model.loss,
-        jax.eval_shape(model.init, jax.random.key(0)),
-        {key: jax.ShapeDtypeStruct((rows, sequence), "int32") for key in _BATCH},
+        params,
+        batch,
         topology=f"{row['device'].lower()}:1",
-        optimizer=optax.adamw(3e-4),
+        optimizer=optimizer,
         names=model.names,
         remat=row["remat"],
         microbatches=int(row["microbatches"]),
+        attention=kernel or None,
     )
     assert made.estimate is not None
-    return dataclasses.replace(
+    found = dataclasses.replace(
         measured,
         estimated_seconds=made.estimate.step_seconds,
         estimated_bytes=made.estimate.peak_bytes,
     )
+    proof = verify(made, model.loss, params, batch, optimizer).proof if compiled else None
+    if proof is None:
+        return found
+    return dataclasses.replace(found, compiled_seconds=proof.step_seconds, compiled_bytes=proof.peak_bytes)
 
 
 def show(row: Row) -> None:
@@ -81,31 +93,48 @@ def show(row: Row) -> None:
     print(
         f"{line} {row.estimated_seconds:8.3f} {seconds:+7.1%}  {row.measured_bytes / 2**30:7.1f} GiB "
         f"{row.estimated_bytes / 2**30:7.1f} {held:+7.1%}"
+        f"{_compiled(row)}"
+    )
+
+
+def _compiled(row: Row) -> str:
+    if row.compiled_seconds is None or row.compiled_bytes is None:
+        return ""
+    seconds = row.compiled_seconds / row.measured_seconds - 1.0
+    held = row.compiled_bytes / row.measured_bytes - 1.0
+    return (
+        f"   compiled {row.compiled_seconds:8.3f} s {seconds:+7.1%} "
+        f"{row.compiled_bytes / 2**30:7.1f} GiB {held:+7.1%}"
     )
 
 
 def summary(rows: list[Row]) -> dict[str, float]:
-    """Return the median absolute errors of what has an estimate."""
+    """Return the median and the worst absolute errors of what has an estimate, and of what was compiled."""
     own = [row for row in rows if row.estimated_seconds and row.estimated_bytes]
-    return {
-        "rows": len(own),
-        "step_seconds": statistics.median(
-            abs((row.estimated_seconds or 0.0) / row.measured_seconds - 1.0) for row in own
-        ),
-        "peak_bytes": statistics.median(
-            abs((row.estimated_bytes or 0.0) / row.measured_bytes - 1.0) for row in own
-        ),
+    found: dict[str, float] = {"rows": len(own)}
+    figures = {
+        "step_seconds": ("estimated_seconds", "measured_seconds"),
+        "peak_bytes": ("estimated_bytes", "measured_bytes"),
+        "compiled_step_seconds": ("compiled_seconds", "measured_seconds"),
+        "compiled_peak_bytes": ("compiled_bytes", "measured_bytes"),
     }
+    for name, (said, true) in figures.items():
+        pairs = [(getattr(row, said), getattr(row, true)) for row in own]
+        errors = [abs(one / other - 1.0) for one, other in pairs if one is not None]
+        if errors:
+            found |= {name: statistics.median(errors), f"{name}_worst": max(errors)}
+    return found
 
 
 def main(arguments: list[str]) -> int:
     """Print every row and the medians, or all as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=csv_file, default=_RUNS, help="another file of such rows")
+    parser.add_argument("--verify", action="store_true", help="compile each, about half a minute a row")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     with given.runs.open(newline="") as file:
-        rows = [estimated(row) for row in csv.DictReader(file)]
+        rows = [estimated(row, compiled=given.verify) for row in csv.DictReader(file)]
     if given.json:
         print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], "summary": summary(rows)}))
         return 0

@@ -199,6 +199,7 @@ class Pricer:
                 mesh,
                 fused_attention=self.execution.attention is not None,
                 lanes=self.topology.chip.lanes,
+                loss_arrays=self.execution.loss_arrays,
             )
             known = _remembered(self._worked, id(placement), (made, placement))
         return known[0]

@@ -31,8 +31,8 @@ class Compiler:
       tile_rows: rows of a tile of two-byte elements; gathers and scatters move arrays that are cut into
         whole tiles as they lie, others they pad or transpose.
       reduces_cast: a sum that is cast to a smaller type is reduced over devices in that type.
-      loss_arrays: arrays as large as the logits that lie in memory while the loss's gradient is taken: they and
-        their gradient, where one is not made in the other's place.
+      loss_arrays: arrays as large as the logits that lie in memory while the loss's gradient is taken: they
+        and their gradient, where one is not made in the other's place.
       aligned_elements: elements of two bytes that matrix units read at once: products with a row, column or
         contraction that is no multiple of them are slower.
     """

@@ -20,8 +20,9 @@ def test_our_own_runs_are_scored_from_a_clean_checkout(capsys):
     assert told["summary"]["rows"] == 3
     own = [row for row in told["rows"] if row["estimated_seconds"] is not None]
     for row in own:
-        assert 0.0 < row["estimated_seconds"] < 2.0 * row["measured_seconds"]
-        assert abs(row["estimated_bytes"] / row["measured_bytes"] - 1.0) < 0.2
+        assert abs(row["estimated_seconds"] / row["measured_seconds"] - 1.0) < 0.15
+        assert abs(row["estimated_bytes"] / row["measured_bytes"] - 1.0) < 0.05
+    assert told["summary"]["step_seconds"] < 0.08
     assert len(told["rows"]) - len(own) == 3
 
 

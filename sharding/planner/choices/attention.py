@@ -137,7 +137,7 @@ def _chosen(
         kept_by_name=facts["kept_by_name"],
         calls=frozenset(equation.index for equation, _ in taken),
         share=_share(taken),
-        masked=_masked(taken) if facts[wanted].get("dense_segments") else 0.0,
+        masked=_masked(taken) if facts.get("dense_segments") else 0.0,
         whole=frozenset(dim for equation, _ in taken for dims in equation.ins[:3] for dim in dims[3]),
         sums=segments or 1 if facts["packs"] else 1,
     )
@@ -237,8 +237,10 @@ def _share(calls: Sequence[tuple[Equation, AttentionCall]]) -> float:
     """Return the share of scores that causality and windows leave, over all calls by their work."""
     seen = total = 0.0
     for equation, call in calls:
+        query, key, _ = _arrays(equation)
+        queries, keys = query.shape[1], key.shape[1]
         seen += _work(equation, call)
-        total += _work(equation, dataclasses.replace(call, causal=False, window=None))
+        total += _work(equation, call) * queries * keys / call.visible(queries, keys)
     return seen / total
 
 

@@ -7,6 +7,11 @@ import jax.numpy as jnp
 import pytest
 from meshwright.sharding import Topology
 from meshwright.sharding.cost import Calibration, Candidate, Execution, Pricer
+from meshwright.sharding.cost.compute import FusedAttention
+from meshwright.sharding.cost.execution import execution_for
+from meshwright.sharding.cost.profile import profile
+from meshwright.sharding.ops import attention
+from meshwright.sharding.ops.attention import attention_call
 from meshwright.sharding.program import trace
 
 LAYERS, BATCH, WIDTH, HIDDEN = 4, 64, 256, 1024
@@ -272,3 +277,43 @@ def test_a_convolution_of_each_channel_by_itself_costs_what_vector_units_take():
     pricer = Pricer(program, TOPOLOGY, calibration=ramped, dtype="float32")
     seconds = pricer.price(Candidate(mesh={}, dims={})).time["compute/matmul"]
     assert seconds == pytest.approx(pricer.flops / CHIP.vector_f32_flops)
+
+
+def attending(keys, width, *, masked=0.0, **efficiencies):
+    """Return seconds of one kernel's forward and backward pass, all that is computed the same."""
+    query = jax.ShapeDtypeStruct((2**22 // (keys * width), keys, 8, width), jnp.bfloat16)
+    program = trace(
+        lambda w, x: attention(x * w, x * w, x * w).sum(), jax.ShapeDtypeStruct((), jnp.bfloat16), query
+    )
+    kernel = FusedAttention(share=1.0, gradient=2.5, masked=masked)
+    calls = frozenset(e.index for e in program.equations() if attention_call(e.eqn))
+    pricer = Pricer(
+        profile(program, kernels=calls, kept_by_name=False),
+        TOPOLOGY,
+        calibration=Calibration(**efficiencies),
+        execution=execution_for(TOPOLOGY, kernel),
+    )
+    return pricer.price(Candidate(mesh={}, dims={})).time["compute/attention"]
+
+
+def test_attention_is_slower_with_narrow_heads_few_keys_and_a_mask_in_its_gradient():
+    plain = attending(1024, 64)
+    assert attending(1024, 64, attention_half_width=64) == pytest.approx(2.0 * plain)
+    assert attending(1024, 64, attention_half_keys=1024) == pytest.approx(2.0 * plain)
+    # One part forward, two and a half backward, of which a mask that halves the rate takes twice the time.
+    masked = attending(1024, 64, masked=1.0, masked_efficiency=0.5)
+    assert masked == pytest.approx(plain * (1.0 + 5.0) / 3.5)
+    assert attending(1024, 64, masked=0.0, masked_efficiency=0.5) == pytest.approx(plain)
+
+
+def test_keeping_costs_what_the_stacks_of_layers_move_and_recomputing_wins_where_that_is_more(program):
+    calibration = dataclasses.replace(PERFECT, kept_passes=3.0)
+    pricer = Pricer(program, TOPOLOGY, calibration=calibration)
+    everything = pricer.price(Candidate(mesh={}, dims={}, remat="none"))
+    little = pricer.price(Candidate(mesh={}, dims={}, remat="full"))
+    moved = 3.0 * LAYERS * BATCH * (WIDTH + HIDDEN) * 2
+    assert everything.time["kept"] == pytest.approx(moved / CHIP.hbm_bytes_per_second)
+    assert little.time["kept"] == pytest.approx(3.0 * LAYERS * BATCH * WIDTH * 2 / CHIP.hbm_bytes_per_second)
+    assert (
+        "kept" not in Pricer(program, TOPOLOGY, calibration=PERFECT).price(Candidate(mesh={}, dims={})).time
+    )
