@@ -2,8 +2,9 @@
 
 The rows are measured/own_gpu_runs.csv: whole steps of this repository's models, and, at the same shape, of
 plain JAX and of PyTorch (`reference`). Each of ours is planned as it ran (batch, sequence, rematerialisation,
-microbatches, attention) for one card, which need not be here; with --verify it is compiled, too. Printed are the seconds of a step and the peak bytes of
-the device, measured, estimated and compiled; of references what was measured; at the end the median absolute errors.
+microbatches, attention) for one card, which need not be here; with --verify it is compiled, too. Printed are
+the seconds of a step and the peak bytes of the device, measured, estimated and compiled; of references what
+was measured; at the end the median and the worst absolute errors.
 """
 
 from __future__ import annotations
