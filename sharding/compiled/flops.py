@@ -262,7 +262,7 @@ _PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2), "Backward": (3, 2)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionKernel:
+class AttentionWork:
     """A kernel of attention: its flops, a head's width, the keys that a query sees, and what it is for.
 
     `gradient` says that it is of the backward pass, `masked` that it reads a mask of queries by keys.
@@ -281,7 +281,7 @@ def attention_flops(module: HloModule, call: Instruction) -> float:
     return 0.0 if found is None else found.flops
 
 
-def attention_kernel(module: HloModule, call: Instruction) -> AttentionKernel | None:
+def attention_kernel(module: HloModule, call: Instruction) -> AttentionWork | None:
     """Return what a splash or cuDNN kernel does on the scores that its static mask leaves; None for others.
 
     Static are causality and a window, which `ops.attention` writes into the name scope; a kernel without one
@@ -314,7 +314,7 @@ def attention_kernel(module: HloModule, call: Instruction) -> AttentionKernel | 
     )
     of_keys, of_values = _PRODUCTS[kernel]
     each = 2.0 * math.prod(query[:-1]) * seen / keys
-    return AttentionKernel(
+    return AttentionWork(
         flops=each * (of_keys * query[-1] + of_values * value[-1]),
         width=float(query[-1]),
         keys=max(seen / keys, 1.0),
