@@ -12,7 +12,7 @@ from .compilers import compilers
 from .devices import devices, probe, simulated
 from .hosts import hosts
 from .machine import cache, machine
-from .variables import variables
+from .variables import memory, variables
 from .versions import versions
 
 
@@ -25,6 +25,7 @@ def examine(*, timeout_seconds: float = 60.0) -> list[Check]:
     return [
         *versions(),
         *devices(answer),
+        *memory(answer),
         *simulated(),
         *hosts(),
         *compilers(),

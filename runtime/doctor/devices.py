@@ -21,7 +21,9 @@ import json, jax
 settings = sorted(name.upper() for name in jax.config.values)
 devices = jax.local_devices()
 kinds = sorted({device.device_kind for device in devices})
-print(json.dumps(dict(platform=devices[0].platform, count=len(devices), kinds=kinds, settings=settings)))
+limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+found = dict(platform=devices[0].platform, count=len(devices), kinds=kinds, bytes_limit=limit)
+print(json.dumps(found | {"settings": settings}))
 """
 
 _NAMES = {"gpu": "NVIDIA GPUs", "tpu": "TPUs", "rocm": "AMD GPUs"}

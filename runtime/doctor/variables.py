@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from ...sharding.errors import nearest
+from ...sharding.errors import UserError, nearest
+from ...sharding.hardware.chip import chip_of_device_kind
+from ...sharding.hardware.memory import ALLOCATOR, FRACTIONS, PREALLOCATE, share_here
 from .check import Check
 
 # Read from the environment by JAX beside its settings proper.
@@ -29,6 +32,27 @@ _HARMFUL = (
     ("XLA_PYTHON_CLIENT_ALLOCATOR", "platform", "every buffer is allocated by the driver, which is slow"),
     ("XLA_PYTHON_CLIENT_PREALLOCATE", "false 0", "GPU memory is taken piece by piece and fragments"),
 )
+
+
+def memory(answer: Mapping[str, Any]) -> Iterator[Check]:
+    """Say what JAX reserves of each GPU that it found, or that it refuses what the environment asks for."""
+    if answer.get("platform") != "gpu":
+        return
+    limit = answer.get("bytes_limit")
+    chip = chip_of_device_kind(answer["kinds"][0], "gpu")
+    try:
+        share = share_here(chip.memory_share)
+    except UserError as error:
+        yield Check(name="memory", value="", status="bad", advice=str(error))
+        return
+    words = f"JAX may use {share:.0%} of each GPU's"
+    if chip.hbm_bytes is not None:
+        words += f" {chip.hbm_bytes / 2**30:.1f} GiB, {chip.hbm_bytes * share / 2**30:.1f} GiB"
+    if limit:
+        words += f"; it says {limit / 2**30:.1f} GiB"
+    names = [name for name in (*FRACTIONS, PREALLOCATE, ALLOCATOR) if os.environ.get(name)]
+    words += f" ({', '.join(f'{name}={os.environ[name]}' for name in names)})" if names else ""
+    yield Check(name="memory", value=words)
 
 
 def variables(settings: list[str] | None) -> Iterator[Check]:

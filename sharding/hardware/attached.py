@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,15 @@ QUIETING = {
 def attached_accelerators() -> tuple[str, ...]:
     """Return the kinds of accelerators (``gpu``, ``tpu``, ``rocm``) that the operating system shows."""
     return tuple(kind for kind, signs in _SIGNS.items() if any(any(_ROOT.glob(sign)) for sign in signs))
+
+
+def attached_nvidia() -> tuple[str, ...]:
+    """Return the kinds of NVIDIA GPUs that their driver lists, as JAX calls them; none where it lists none."""
+    models = []
+    for path in sorted(_ROOT.glob("proc/driver/nvidia/gpus/*/information")):
+        match = re.search(r"^Model:\s*(.+?)\s*$", path.read_text(errors="replace"), re.MULTILINE)
+        models += [match[1]] if match else []
+    return tuple(dict.fromkeys(models))
 
 
 def quiet_absent() -> None:

@@ -14,6 +14,7 @@ from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
 from ..cost.profile import ProgramTables, profile
 from ..errors import UserError
+from ..hardware.memory import usable_bytes
 from ..hardware.topology import Topology
 from ..paths import by_path
 from ..plans.arrays import check_new_state
@@ -289,7 +290,7 @@ class Problem:
 
 def capacity_of(topology: Topology, pricer: Pricer) -> float:
     """Return the bytes of a device that a step may take, as far as it is planned for."""
-    return topology.chip.usable_bytes * pricer.calibration.usable_memory
+    return usable_bytes(topology.chip) * pricer.calibration.usable_memory
 
 
 def _has_host(topology: Topology) -> bool:

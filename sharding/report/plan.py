@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ..hardware import memory
 from ..hardware.links import describe
 from ..plans.arrays import item_bytes
 from ..plans.origin import Alternative, distinct, is_bound
@@ -71,7 +72,7 @@ def alternative_in_words(row: Alternative) -> str:
 def usable_bytes(plan: Record) -> float | None:
     """Return the bytes that a device of the plan's topology can use; None where they are of no real part."""
     chip = plan.topology.chip
-    return None if chip.nominal else chip.usable_bytes
+    return None if chip.nominal else memory.usable_bytes(chip)
 
 
 def cut_of(row: ArrayPlan) -> Cut:

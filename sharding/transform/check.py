@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ..errors import UserError
+from ..hardware.memory import usable_bytes
 from ..paths import by_path, map_by_path
 from ..plans import arrays
 from ..plans.record import Decision, Record
@@ -159,9 +160,9 @@ def _too_large(plan: Record, program: Program, rows: int) -> str | None:
         if is_trained(plan, path, row)
     )
     needed += 2 * gradients
-    if needed <= chip.usable_bytes:
+    if needed <= usable_bytes(chip):
         return None
-    return f"it would need {gib(needed)} of a device's {gib(chip.usable_bytes)}"
+    return f"it would need {gib(needed)} of a device's {gib(usable_bytes(chip))}"
 
 
 def _cut(plan: Decision, path: str) -> int:

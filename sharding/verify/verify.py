@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..cost.calibration import calibration_for, compiled_part
 from ..errors import UserError
 from ..hardware.attached import QUIETING
+from ..hardware.memory import usable_bytes
 from ..hardware.topology import Topology
 from ..plans import arrays, file
 from ..plans.proof import Proof
@@ -156,7 +157,7 @@ def environment(topology: Topology) -> dict[str, str]:
 def capacity_of(topology: Topology) -> float:
     """Return the bytes of a device's memory that a step may have."""
     chip = topology.chip
-    return math.inf if chip.nominal else chip.usable_bytes
+    return math.inf if chip.nominal else usable_bytes(chip)
 
 
 def _judge(answer: Mapping[str, Any], topology: Topology, cached: bool) -> Verdict:

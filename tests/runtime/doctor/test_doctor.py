@@ -9,6 +9,7 @@ import pathlib
 
 import pytest
 from meshwright.runtime.doctor import Check, examine, render
+from meshwright.runtime.doctor.variables import memory
 from rich.console import Console
 
 VARIABLES = ("SLURM_", "OMPI_", "PMI_", "KUBERNETES_", "JAX_", "XLA_", "MESHWRIGHT_")
@@ -134,3 +135,27 @@ def test_rendering_says_what_is_wrong() -> None:
     lines = [line.strip() for line in output.getvalue().splitlines()]
     assert lines[1] == "→ checkpoints fill it"
     assert lines[-1] == "wrong: disk here"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ({}, "ok", "JAX may use 75% of each GPU's 140.4 GiB, 105.3 GiB; it says 104.9 GiB"),
+        (
+            {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"},
+            "ok",
+            "90% of each GPU's 140.4 GiB, 126.4 GiB; it says 104.9 GiB (XLA_PYTHON_CLIENT_MEM_FRACTION=0.9)",
+        ),
+        ({"XLA_CLIENT_MEM_FRACTION": "9"}, "bad", "XLA_CLIENT_MEM_FRACTION=9 is no share"),
+    ],
+)
+def test_what_jax_reserves_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, words: dict[str, str], status: str, said: str
+) -> None:
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    answer = {"platform": "gpu", "kinds": ["NVIDIA H200"], "bytes_limit": 112_637_198_336}
+    (finding,) = memory(answer)
+    assert finding.status == status
+    assert said in finding.value + finding.advice
+    assert not list(memory({"platform": "cpu", "kinds": ["cpu"]}))

@@ -1,0 +1,70 @@
+"""Bytes of a device's memory that JAX lets a program have: by default, or as the environment says here.
+
+JAX reserves a share of each GPU when it starts, three quarters unless told otherwise, and nothing beyond it can
+be had. The variables are those of the process that runs; for attached devices it is taken to be this one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from ..errors import UserError
+from .attached import attached_accelerators, attached_nvidia
+from .chip import Chip, chip_of_device_kind
+
+#: The share of a GPU that JAX reserves; the second name is the older one, and JAX refuses both at once.
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+#: Whether it is taken at once; piece by piece it has the same end.
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+#: What hands memory out; the driver's own (``platform``) reserves nothing and ends at the device's.
+ALLOCATOR = "XLA_PYTHON_CLIENT_ALLOCATOR"
+
+
+def usable_bytes(chip: Chip) -> float:
+    """Return the bytes of a device's memory that a program may have; infinite where that is not known.
+
+    Of a GPU that is attached, as the environment says; of any other, as JAX has it by default.
+
+    Raises:
+        UserError: the environment asks for a share that JAX refuses.
+    """
+    if chip.hbm_bytes is None or not _is_attached(chip):
+        return chip.usable_bytes
+    return chip.hbm_bytes * share_here(chip.memory_share)
+
+
+def share_here(usual: float, environment: Mapping[str, str] | None = None) -> float:
+    """Return the share of a GPU's memory that an environment has JAX let programs have, by default `usual`.
+
+    >>> share_here(0.75, {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".9", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    0.9
+    >>> share_here(0.75, {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"})
+    1.0
+
+    Raises:
+        UserError: the environment asks for a share that JAX refuses.
+    """
+    words = os.environ if environment is None else environment
+    given = {name: words[name] for name in FRACTIONS if words.get(name)}
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are both set, which JAX refuses; unset {FRACTIONS[1]}")
+    if words.get(ALLOCATOR, "").lower() == "platform":
+        return 1.0
+    for name, value in given.items():
+        try:
+            share = float(value)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise UserError(f"{name}={value} is no share of a device's memory; nearest: 0.75, JAX's default")
+        return share
+    return usual
+
+
+def _is_attached(chip: Chip) -> bool:
+    """Whether devices of this kind are attached, as far as the operating system tells their kind."""
+    if chip.platform != "gpu" or not {"gpu", "rocm"} & set(attached_accelerators()):
+        return False
+    models = attached_nvidia()
+    return not models or any(chip_of_device_kind(model, "gpu").name == chip.name for model in models)

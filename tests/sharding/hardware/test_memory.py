@@ -1,0 +1,105 @@
+"""Memory that a program may have: JAX's share by default, the environment's for GPUs that are attached."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import pytest
+from meshwright.sharding import Topology, UserError, plan
+from meshwright.sharding.hardware import attached
+from meshwright.sharding.hardware.memory import ALLOCATOR, FRACTIONS, PREALLOCATE, usable_bytes
+
+NEW, OLD = FRACTIONS
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A machine of its own, with no GPU yet and nothing said in the environment."""
+    for name in (*FRACTIONS, PREALLOCATE, ALLOCATOR):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(attached, "_ROOT", tmp_path)
+    return tmp_path
+
+
+def put_gpu(machine: pathlib.Path, model: str) -> None:
+    folder = machine / "proc/driver/nvidia/gpus/0000:19:00.0"
+    folder.mkdir(parents=True)
+    (folder / "information").write_text(f"Model: \t\t {model}\nIRQ:   \t\t 16\n")
+
+
+def share(name: str) -> float:
+    chip = Topology.parse(name).chip
+    assert chip.hbm_bytes is not None
+    return usable_bytes(chip) / chip.hbm_bytes
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ({}, 0.75),
+        ({NEW: "0.9"}, 0.9),
+        ({OLD: ".5"}, 0.5),
+        ({PREALLOCATE: "false"}, 0.75),
+        ({PREALLOCATE: "false", OLD: "0.9"}, 0.9),
+        ({ALLOCATOR: "platform"}, 1.0),
+        ({ALLOCATOR: "platform", OLD: "0.5"}, 1.0),
+        ({ALLOCATOR: "cuda_async", NEW: "0.8"}, 0.8),
+    ],
+)
+def test_attached_gpus_have_what_the_environment_says(
+    machine: pathlib.Path, monkeypatch: pytest.MonkeyPatch, words: dict[str, str], wanted: float
+) -> None:
+    put_gpu(machine, "NVIDIA H200")
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    assert share("h200:8") == pytest.approx(wanted)
+    # The environment of this machine says nothing of other devices.
+    assert share("h100:8") == pytest.approx(0.75)
+    assert share("v5p:2x2x1") == 1.0
+
+
+def test_without_a_gpu_the_environment_says_nothing(
+    machine: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(OLD, "0.5")
+    assert share("h200:8") == pytest.approx(0.75)
+    (machine / "dev").mkdir()
+    (machine / "dev/nvidia0").touch()
+    # A container may show a GPU and not its kind.
+    assert share("h200:8") == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({OLD: "most"}, f"{OLD}=most is no share of a device's memory; nearest: 0.75"),
+        ({NEW: "1.2"}, f"{NEW}=1.2 is no share"),
+        ({NEW: "0"}, f"{NEW}=0 is no share"),
+        ({NEW: "0.5", OLD: "0.5"}, "are both set, which JAX refuses"),
+    ],
+)
+def test_what_jax_would_refuse_is_refused(
+    machine: pathlib.Path, monkeypatch: pytest.MonkeyPatch, words: dict[str, str], said: str
+) -> None:
+    put_gpu(machine, "NVIDIA H100 80GB HBM3")
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        share("h100:8")
+
+
+def test_a_plan_fits_into_what_is_left_of_the_device(
+    machine: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_gpu(machine, "NVIDIA H100 80GB HBM3")
+
+    def loss(params: jax.Array, batch: jax.Array) -> jax.Array:
+        return ((batch @ params) ** 2).mean()
+
+    shape = jax.ShapeDtypeStruct
+    words = (loss, shape((65536, 32768), "float32"), shape((8, 65536), "float32"))
+    assert plan(*words, topology="h100:1").estimate is not None
+    monkeypatch.setenv(OLD, "0.2")
+    with pytest.raises(UserError, match="fit"):
+        plan(*words, topology="h100:1")
