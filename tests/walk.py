@@ -47,7 +47,7 @@ def walk(config: Config) -> list[str]:
         return state, {}
 
     idle = {name: MagicMock() for name in ("checkpoints", "collector", "window", "stop", "watchdog")}
-    loop = TrainingLoop(config=config, job=job, update=update, traced=update, **idle)
+    loop = TrainingLoop(config=config, job=job, update=update, **idle)
     with _watched() as files:
         loop.run({**job.step.abstract_state, "stopped": np.bool_(False)}, 0)
     return [file.removeprefix(f"{ROOT}/") for file in files]

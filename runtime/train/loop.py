@@ -26,18 +26,19 @@ from .metrics import NOT_KEPT, Collector, NotFinite
 class TrainingLoop:
     """What the steps of a run need.
 
-    `update(state, batch)` is the compiled step; `traced` the same, as it runs while a profile is captured.
+    `update(state, batch)` is the compiled step; `traced` the same as it runs while a profile is captured,
+    where that is another executable.
     """
 
     config: Config
     job: Job
     update: Callable[[Any, Any], tuple[Any, Any]]
-    traced: Callable[[Any, Any], tuple[Any, Any]]
     checkpoints: Checkpoints
     collector: Collector
     window: ProfileWindow
     stop: StopSignal
     watchdog: StepWatchdog
+    traced: Callable[[Any, Any], tuple[Any, Any]] | None = None
     _held_out: list[Any] = dataclasses.field(default_factory=list)
 
     def run(self, state: Any, start: int) -> tuple[Any, int]:
@@ -75,7 +76,8 @@ class TrainingLoop:
         asked_at = time.perf_counter()
         with self.window.data_wait():
             batch = next(batches)
-        state, metrics = (self.traced if self.window.active else self.update)(state, batch)
+        update = (self.traced or self.update) if self.window.active else self.update
+        state, metrics = update(state, batch)
         done_at = self.window.on_step_end(step, metrics, quiet)
         train = self.config.train
         evaluate = train.evaluate_every and (self._due(step, train.evaluate_every) or step == train.steps)

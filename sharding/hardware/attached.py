@@ -51,7 +51,7 @@ def attached_accelerators() -> tuple[str, ...]:
 
 
 def attached_nvidia() -> tuple[str, ...]:
-    """Return the kinds of NVIDIA GPUs that their driver lists, as JAX calls them; none where it lists none."""
+    """Return the kinds of NVIDIA GPUs that their driver lists, as JAX calls them; it may list none."""
     models = []
     for path in sorted(_ROOT.glob("proc/driver/nvidia/gpus/*/information")):
         match = re.search(r"^Model:\s*(.+?)\s*$", path.read_text(errors="replace"), re.MULTILINE)

@@ -1,7 +1,7 @@
 """Bytes of a device's memory that JAX lets a program have: by default, or as the environment says here.
 
-JAX reserves a share of each GPU when it starts, three quarters unless told otherwise, and nothing beyond it can
-be had. The variables are those of the process that runs; for attached devices it is taken to be this one.
+JAX reserves a share of each GPU when it starts, three quarters unless told otherwise, and gives out no
+more. The variables are those of the process that runs, which for attached devices is taken to be this one.
 """
 
 from __future__ import annotations
