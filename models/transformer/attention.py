@@ -11,8 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from ..flax_nnx import nnx
 from .config import DecoderConfig
 from .layers import Norm, added_gain, constant, normal
 

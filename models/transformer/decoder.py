@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from ...sharding.errors import UserError
 from ...sharding.ops import attention
 from ...sharding.ops.attention import View, attend, soft_cap
+from ..flax_nnx import nnx
 from ..model import Batch, Model, Params
 from .attention import Attention, LatentAttention, Turn, inverse_frequencies, rotation
 from .config import DecoderConfig, flops_per_token

@@ -13,9 +13,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from ...sharding.ops.experts import ExpertsCall, experts, in_slots
+from ..flax_nnx import nnx
 from .config import DecoderConfig
 from .layers import Mlp, added_gain, normal
 

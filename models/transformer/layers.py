@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
+from ..flax_nnx import nnx
 from .config import DecoderConfig
 
 Names = tuple[str, ...]

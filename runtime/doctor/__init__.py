@@ -13,7 +13,7 @@ from .devices import devices, probe, simulated
 from .hosts import hosts
 from .machine import cache, machine
 from .variables import memory, variables
-from .versions import versions
+from .versions import flax, versions
 
 
 def examine(*, timeout_seconds: float = 60.0) -> list[Check]:
@@ -24,6 +24,7 @@ def examine(*, timeout_seconds: float = 60.0) -> list[Check]:
     answer = probe(timeout_seconds)
     return [
         *versions(),
+        *flax(answer),
         *devices(answer),
         *memory(answer),
         *simulated(),

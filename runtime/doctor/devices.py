@@ -18,12 +18,17 @@ from .check import Check
 # Asked in the child; its last line of output is the answer.
 _PROBE = """
 import json, jax
+try:
+    import flax.nnx
+    flax_error = None
+except Exception as error:
+    flax_error = f"{type(error).__name__}: {error}"
 settings = sorted(name.upper() for name in jax.config.values)
 devices = jax.local_devices()
 kinds = sorted({device.device_kind for device in devices})
 limit = (devices[0].memory_stats() or {}).get("bytes_limit")
 found = dict(platform=devices[0].platform, count=len(devices), kinds=kinds, bytes_limit=limit)
-print(json.dumps(found | {"settings": settings}))
+print(json.dumps(found | {"settings": settings, "flax_error": flax_error}))
 """
 
 _NAMES = {"gpu": "NVIDIA GPUs", "tpu": "TPUs", "rocm": "AMD GPUs"}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from ...models.flax_versions import why_not
 from .check import Check
 
 
@@ -33,14 +35,30 @@ def versions() -> Iterator[Check]:
         )
 
 
+def flax(answer: Mapping[str, Any]) -> Iterator[Check]:
+    """Say why Flax does not load, where it is installed and a child process found that it does not."""
+    if answer.get("flax_error") and (version := version_of("flax")) is not None:
+        both = f"flax {version}, jax {version_of('jax')}"
+        yield Check(name="flax and jax", value=both, status="bad", advice=why_not(answer["flax_error"]))
+
+
 def _requirements() -> dict[str, str]:
     """Version bounds that this installation of meshwright asks for, by distribution."""
     try:
         lines = importlib.metadata.requires("meshwright") or []
     except importlib.metadata.PackageNotFoundError:
         return {}
-    found = (re.fullmatch(r"([\w.-]+)([<>=!~\d.,]*)", line) for line in lines)
-    return {match[1]: match[2] for match in found if match}
+    found = (re.fullmatch(r"([\w.-]+)([<>=!~\d.,]*)(?:; *(.*))?", line) for line in lines)
+    return {match[1]: match[2] for match in found if match and _is_meant(match[3] or "")}
+
+
+def _is_meant(marker: str) -> bool:
+    """Hold a requirement's marker against this Python; other markers are of extras, which no run needs."""
+    match = re.fullmatch(r"python_version ([<>=]+) [\"']([\d.]+)[\"']", marker)
+    if match is None:
+        return not marker
+    here, there = sys.version_info[:2], numbers(match[2])
+    return {"<": here < there, ">=": here >= there}.get(match[1], False)
 
 
 def _satisfies(version: str, spec: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import pathlib
 import pytest
 from meshwright.runtime.doctor import Check, examine, render
 from meshwright.runtime.doctor.variables import memory
+from meshwright.runtime.doctor.versions import flax, versions
 from rich.console import Console
 
 VARIABLES = ("SLURM_", "OMPI_", "PMI_", "KUBERNETES_", "JAX_", "XLA_", "MESHWRIGHT_")
@@ -159,3 +161,33 @@ def test_what_jax_reserves_of_a_gpu(
     assert finding.status == status
     assert said in finding.value + finding.advice
     assert not list(memory({"platform": "cpu", "kinds": ["cpu"]}))
+
+
+def test_flax_that_does_not_load_beside_jax_is_named_with_both_versions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretended = {"flax": "0.12.8", "jax": "0.11.2"}
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: pretended.get(name) or real(name))
+    (finding,) = flax({"flax_error": "AttributeError: no attribute 'HiPrimitive'"})
+    assert (finding.status, finding.value) == ("bad", "flax 0.12.8, jax 0.11.2")
+    assert finding.advice.startswith(
+        "flax 0.12.8 does not load with jax 0.11.2 (AttributeError: no attribute"
+    )
+    assert finding.advice.endswith('HiPrimitive\'): pip install "flax>=0.12.10"')
+    assert not list(flax({"flax_error": None}))
+
+
+def test_requirements_of_another_python_are_not_held_against_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = [
+        "flax<0.1,>=0.0.1; python_version < '3.9'",
+        'flax<1,>=0.12; python_version >= "3.9"',
+        "numpy>=99; extra == 'test'",
+    ]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: lines)
+    assert {name: found(list(versions()), name).status for name in ("flax", "numpy")} == {
+        "flax": "ok",
+        "numpy": "ok",
+    }
