@@ -237,6 +237,66 @@ def dropped(x: dict[str, jax.Array]) -> jax.Array:
     return jnp.einsum("bhqk,bkhd->bqhd", jnp.where(keep, weights / 0.9, 0.0), value)
 
 
+def nnx_dropped(x: dict[str, jax.Array]) -> jax.Array:
+    from flax import nnx
+
+    options = {"dropout_rng": jax.random.key(2), "dropout_rate": 0.2, "broadcast_dropout": False}
+    mask = nnx.make_causal_mask(x["segment"])
+    return nnx.dot_product_attention(*repeated(x), mask=mask, deterministic=False, **options)
+
+
+def divided_late(x: dict[str, jax.Array]) -> jax.Array:
+    query, key, value = repeated(x)
+    scores = jnp.where(causal(x), jnp.einsum("bqhd,bkhd->bhqk", query, key) * WIDTH**-0.5, -1e30)
+    power = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = power.sum(-1)
+    return jnp.einsum("bhqk,bkhd->bqhd", power, value) / total.swapaxes(1, 2)[..., None]
+
+
+def highest(x: dict[str, jax.Array]) -> jax.Array:
+    query, key, value = repeated(x)
+    asked = {"precision": jax.lax.Precision.HIGHEST}
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, **asked) + x["bias"]
+    scores = scores + jnp.where(kept(x), 0.0, jnp.finfo(jnp.float32).min)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, -1), value, **asked)
+
+
+def relative_positions(x: dict[str, jax.Array]) -> jax.Array:
+    """A number for each distance and head, looked up in a table, as T5 has it."""
+    table = x["bias"][:, 0, :9].T
+    buckets = jnp.clip(columns(x) - rows(x), -4, 4) + 4
+    return table[buckets].transpose(2, 0, 1)[None]
+
+
+def scaled_after_its_bias(x: dict[str, jax.Array]) -> jax.Array:
+    """As Falcon has it: a bias of distances, then the scale, then the mask."""
+    query, key, value = repeated(x)
+    scores = (jnp.einsum("bqhd,bkhd->bhqk", query, key) + alibi(x)) * WIDTH**-0.5
+    weights = jax.nn.softmax(jnp.where(causal(x), scores, -1e30), -1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def sinks_of_heads(x: dict[str, jax.Array]) -> jax.Array:
+    """A learned score a head that takes weight and gives nothing."""
+    query, key, value = repeated(x)
+    scores = jnp.where(causal(x), jnp.einsum("bqhd,bkhd->bhqk", query, key) * WIDTH**-0.5, -1e30)
+    sinks = jnp.broadcast_to(x["bias"][:, 0, :1][None, :, :, None], (*scores.shape[:-1], 1))
+    weights = jax.nn.softmax(jnp.concatenate([scores, sinks], -1), -1)[..., :-1]
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def gathered_positions(x: dict[str, jax.Array]) -> jax.Array:
+    """A mask of positions that are data, as the JAX models of libraries make it: pairs, then padding."""
+    place = jnp.cumsum(x["keep"].astype(jnp.int32), 1)
+    return (place[:, None, :, None] >= place[:, None, None, :]) & kept(x)
+
+
+def of_last_queries(x: dict[str, jax.Array]) -> jax.Array:
+    """The last queries against all keys, causal."""
+    last = {**x, "query": x["query"][:, -6:]}
+    return masked(lambda s, x: jnp.where(jnp.tril(jnp.ones((6, LENGTH)), LENGTH - 6) > 0, s, -1e30))(last)
+
+
 def two_products(x: dict[str, jax.Array]) -> jax.Array:
     query, key, value = repeated(x)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query[..., :4], key[..., :4])
@@ -328,24 +388,39 @@ WAYS: dict[str, Way] = {
     "Linen's module": linen_module,
     "NNX's function, padded": nnx_padding,
     "NNX's module": nnx_module,
+    "prefix": hiding(lambda x: causal(x) | (columns(x) < 5)),
+    "window of both sides": hiding(lambda x: jnp.abs(rows(x) - columns(x)) < 3),
+    "two steps ahead": hiding(lambda x: columns(x) < rows(x) + 3),
+    "causal among the first keys": hiding(lambda x: causal(x) & (columns(x) < 11)),
+    "last queries": of_last_queries,
+    "every other key": hiding(lambda x: (rows(x) - columns(x)) % 2 == 0),
+    "any pairs": hiding(lambda x: x["pairs"]),
+    "pairs and padding": hiding(lambda x: x["pairs"] & causal(x) & kept(x), -1e9),
+    "pairs of positions": hiding(gathered_positions, float(jnp.finfo(jnp.float32).min)),
+    "pairs, added": adding(lambda x: jnp.where(x["pairs"], 0.0, -1e9)),
+    "padding and blocks": hiding(lambda x: kept(x) & (rows(x) // 4 == columns(x) // 4), -1e9),
+    "bias of heads": adding(lambda x: x["bias"]),
+    "bias of distances": adding(alibi),
+    "bias, then causal": masked(lambda s, x: jnp.where(causal(x), s + alibi(x), -1e30)),
+    "bias of relative positions": adding(relative_positions),
+    "scaled after its bias": scaled_after_its_bias,
+    "two masks, added": adding(lambda x: jnp.where(kept(x), 0.0, -1e9) + jnp.where(causal(x), 0.0, -1e9)),
+    "capped, then padding added": masked(lambda s, x: 20 * jnp.tanh(s / 20) + jnp.where(kept(x), 0.0, -1e9)),
+    "jax.nn, bias": library(bias=lambda x: x["bias"][None]),
+    "jax.nn, both sides": library(local_window_size=lambda x: (2, 3)),
+    "dropout": dropped,
+    "NNX's dropout": nnx_dropped,
+    "divided late": divided_late,
+    "highest precision": highest,
+    "a sink": with_a_sink,
+    "sinks of heads": sinks_of_heads,
 }
 
 # What is left as it is written, with a note that says what of it is in the way.
 LEFT: dict[str, tuple[Way, str]] = {
-    "prefix": (hiding(lambda x: causal(x) | (columns(x) < 5)), "neither causal, nor a window or blocks"),
-    "window of both sides": (hiding(lambda x: jnp.abs(rows(x) - columns(x)) < 3), "reaches ahead"),
-    "any pairs": (hiding(lambda x: x["pairs"]), "an array of its own"),
-    "bias of heads": (adding(lambda x: x["bias"]), "an array is added"),
-    "bias of distances": (adding(alibi), "an array is added"),
-    "jax.nn, bias": (library(bias=lambda x: x["bias"][None]), "an array is added"),
-    "dropout": (dropped, "dropped at random"),
-    "scores of two products": (two_products, "an array is added"),
+    "scores of two products": (two_products, "of two products"),
     "weights returned": (weights_returned, "read by more than"),
-    "two masks, added": (
-        adding(lambda x: jnp.where(kept(x), 0.0, -1e9) + jnp.where(causal(x), 0.0, -1e9)),
-        "not the mean of all",
-    ),
 }
 
 # What is no attention.
-OTHER: dict[str, Way] = {"a sink": with_a_sink, "a difference of softmaxes": difference}
+OTHER: dict[str, Way] = {"a difference of softmaxes": difference}

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from jax.extend import core
 
-from .masks import NEVER, Labels, Mask, Masks, Part, Scores, regroup
+from .masks import NEVER, Labels, Mask, Masks, Part, Scores, is_truth
 from .opened import Opened
+from .placed import PlacedDims, through
 from .spans import NotThis
 from .values import SAME, Sources, shape
 
@@ -25,8 +28,6 @@ _FAR = 24
 # Tells what is added to scores in one go from what is added in another.
 _NUMBERS = itertools.count(1)
 
-_RANDOM = ("random", "threefry", "philox", "rng")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class WrittenAttention:
@@ -35,6 +36,8 @@ class WrittenAttention:
     Labels number the dimensions of the scores and, last, the width of values; those of an operand are in
     `place`, negative for what is summed over in the scores. `sizes` are by label. `groups` are the dimensions
     of queries that read the same keys. `product` in `scope` gives the result, of labels ``place["out"]``.
+    `mask` is taken apart, `written` is not. `sink` is a score that is in the sum of weights alone; weights
+    are multiplied by `factors` and `times`; `precision` is what both products ask for.
     """
 
     product: core.JaxprEqn
@@ -50,6 +53,11 @@ class WrittenAttention:
     cap: float | None
     mask: Mask
     scores_aval: Any
+    written: Mask
+    sink: Part | None = None
+    factors: tuple[Part, ...] = ()
+    times: float = 1.0
+    precision: str | None = None
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -59,6 +67,18 @@ class _Scoring:
     scale: float = 1.0
     cap: float | None = None
     parts: list[Part] = dataclasses.field(default_factory=list)
+    sink: Part | None = None
+    end: bool = True
+
+
+class _Softmax(NamedTuple):
+    """A softmax over the dimension `axis` of `logits`; `late` says that `weights` are not divided yet."""
+
+    axis: int
+    logits: Any
+    weights: Any
+    numerator: Any
+    late: bool = False
 
 
 class AttentionFinder:
@@ -88,8 +108,8 @@ class AttentionFinder:
 
     def _read(self, exp: core.JaxprEqn, scope: Opened) -> WrittenAttention | None:
         softmax = self._softmax(exp)
-        before = None if softmax is None else self._product_before(softmax[1], _FAR)
-        after = None if softmax is None else self._product_after(softmax[2], _FAR // 2)
+        before = None if softmax is None else self._product_before(softmax.logits, _FAR)
+        after = None if softmax is None else self._product_after(softmax.weights, _FAR // 2)
         if softmax is None or before is None or after is None:
             return None
         try:
@@ -99,12 +119,15 @@ class AttentionFinder:
                 self.missed.append((after[1], before[0].outvars[0].aval, str(why)))
             return None
 
-    def _softmax(self, exp: core.JaxprEqn) -> tuple[int, Any, Any] | None:
-        """Return a softmax around `exp`: the dimension it is over, what it is of, and its result."""
+    def _softmax(self, exp: core.JaxprEqn) -> _Softmax | None:
+        """Return a softmax around `exp`, whose weights may be divided only after values were summed."""
         less = self.values.made(exp.invars[0], "sub")
         logits = less.invars[0] if less is not None else exp.invars[0]
         numerator = exp.outvars[0]
+        sums: list[core.JaxprEqn] = []
         for eqn in self._uses(numerator):
+            if eqn.primitive.name == "reduce_sum":
+                sums.append(eqn)
             if eqn.primitive.name != "div" or self.values.plain(eqn.invars[0]) is not numerator:
                 continue
             found = self._sums(eqn.invars[1], numerator, 12)
@@ -117,7 +140,11 @@ class AttentionFinder:
             # What is subtracted of all scores of a query alike changes nothing but the range of numbers.
             if less is not None and not self._alike_along(less.invars[1], axes[0]):
                 continue
-            return axes[0], logits, eqn.outvars[0]
+            return _Softmax(axes[0], logits, eqn.outvars[0], numerator)
+        for eqn in sums:
+            axes = tuple(int(axis) for axis in eqn.params["axes"])
+            if len(axes) == 1 and (less is None or self._alike_along(less.invars[1], axes[0])):
+                return _Softmax(axes[0], logits, numerator, numerator, late=True)
         return None
 
     def _sums(self, atom: Any, of: Any, depth: int) -> list[int | None] | None:
@@ -199,7 +226,7 @@ class AttentionFinder:
             n = next(n for n, one in enumerate(eqn.invars) if one is atom)
             if eqn.primitive.name == "dot_general":
                 return (), eqn, n
-            if eqn.primitive.name in ("transpose", "reshape", "mul", "div", "select_n", *SAME):
+            if eqn.primitive.name in ("transpose", "reshape", "mul", "div", "select_n", "slice", *SAME):
                 found = self._product_after(eqn.outvars[0], depth - 1)
                 if found is not None:
                     return ((eqn, n), *found[0]), *found[1:]
@@ -207,32 +234,38 @@ class AttentionFinder:
 
     def _attention(
         self,
-        softmax: tuple[int, Any, Any],
+        softmax: _Softmax,
         before: tuple[core.JaxprEqn, tuple[tuple[core.JaxprEqn, int], ...]],
         after: tuple[tuple[tuple[core.JaxprEqn, int], ...], core.JaxprEqn, int],
         scope: Opened,
     ) -> WrittenAttention:
-        (axis, _, weights), (first, steps), (steps_after, last, side) = softmax, before, after
-        _check_precision(first)
-        _check_precision(last)
-        placed = _Placed(first)
+        (first, steps), (steps_after, last, side) = before, after
+        placed = PlacedDims(first)
         labels: Labels = tuple((d,) for d in range(len(placed.sizes)))
         scoring = _Scoring()
         for eqn, main in steps:
             self._step(eqn, main, labels, scoring)
             labels = through(eqn, labels, placed.sizes)
-        if len(labels[axis]) != 1:
+        if len(labels[softmax.axis]) != 1:
             raise NotThis("")
-        keys = labels[axis][0]
+        keys = labels[softmax.axis][0]
         placed.tell(keys)
-        self._check_weights(weights, steps_after, last)
-        for eqn, _ in steps_after:
+        of_weights = labels
+        factors, times = [], 1.0
+        for eqn, main in steps_after:
+            times *= self._change(eqn, main, labels, scoring, factors)
             labels = through(eqn, labels, placed.sizes)
         place, width = placed.last(last, side, labels)
+        result = last
+        if softmax.late:
+            sizes = (*placed.sizes, width)
+            result, place["out"] = self._divided(softmax, last, place["out"], of_weights, sizes)
+        else:
+            self._check_readers(softmax.weights, steps_after, last)
         rows = self._rows(placed, scoring.parts)
         scores = Scores(sizes=placed.sizes, batch=placed.batch, rows=rows, keys=keys)
         return WrittenAttention(
-            product=last,
+            product=result,
             scope=scope,
             query=first.invars[placed.query],
             key=first.invars[1 - placed.query],
@@ -244,10 +277,39 @@ class AttentionFinder:
             scale=scoring.scale,
             cap=scoring.cap,
             mask=self.masks.read(scoring.parts, scores),
+            written=self.masks.read(scoring.parts, scores, apart=False),
             scores_aval=first.outvars[0].aval,
+            sink=None if scoring.sink is None else self.masks.stripped(scoring.sink, placed.sizes),
+            factors=tuple(factors),
+            times=times,
+            precision=_precision_of(first, last),
         )
 
-    def _rows(self, placed: _Placed, parts: Sequence[Part]) -> int:
+    def _divided(
+        self, softmax: _Softmax, last: core.JaxprEqn, labels: Labels, of_weights: Labels, sizes: Sequence[int]
+    ) -> tuple[core.JaxprEqn, Labels]:
+        """Return the division of what `last` gives by the sum of weights of each query, and its labels."""
+        atom = last.outvars[0]
+        while atom not in self._results and len(users := self._users.get(atom, [])) == 1:
+            (eqn,) = users
+            if eqn.primitive.name not in ("transpose", "reshape", "squeeze", *SAME):
+                break
+            labels, atom = through(eqn, labels, sizes), eqn.outvars[0]
+        for eqn in self._users.get(atom, []):
+            if eqn.primitive.name != "div" or eqn.invars[0] is not atom:
+                continue
+            found = self._sums(eqn.invars[1], softmax.numerator, 12)
+            if found is None or self._reduced != (softmax.axis,):
+                continue
+            told = [() if d is None else of_weights[d] for d in found]
+            summed = [one for n, one in enumerate(of_weights) if n != softmax.axis]
+            # Each query of each head has a sum of its own.
+            fits = all(one in ((), label) for one, label in zip(told, labels, strict=True))
+            if fits and all(one in told or math.prod(sizes[d] for d in one) == 1 for one in summed):
+                return eqn, labels
+        raise NotThis("")
+
+    def _rows(self, placed: PlacedDims, parts: Sequence[Part]) -> int:
         """Return which dimension of queries is their sequence: what masks have; without, the longest."""
         leaves = [leaf for part in parts for leaf in self.masks.leaves(part, placed.sizes)]
         known = [d for d in placed.free if any(d in leaf.has() for leaf in leaves)]
@@ -267,16 +329,20 @@ class AttentionFinder:
                 if scoring.parts:
                     raise NotThis("its scores are scaled after a mask")
                 scoring.cap *= by
-            elif any(part.added for part in scoring.parts):
-                raise NotThis("its scores are scaled after something was added")
+            elif scoring.sink is not None:
+                raise NotThis("its scores are scaled beside a sink")
             else:
                 scoring.scale *= by
-                # A hidden score is scaled too.
+                # A hidden score is scaled too, and what was added.
                 scoring.parts = [dataclasses.replace(p, fill=p.fill * by) for p in scoring.parts]
         elif name == "tanh":
             if scoring.cap is not None or scoring.parts:
                 raise NotThis("its scores are capped twice, or after a mask")
             scoring.cap = 1.0
+        elif name in ("concatenate", "pad"):
+            self._sink(eqn, main, labels, scoring)
+        elif name in ("add", "sub", "select_n") and scoring.sink is not None:
+            raise NotThis("its scores are changed beside a sink")
         elif name in ("add", "sub"):
             here = labels if shape(others[0]) else ()
             by = 1.0 if name == "add" else -1.0
@@ -290,95 +356,76 @@ class AttentionFinder:
             here = labels if shape(eqn.invars[0]) else ()
             scoring.parts.append(Part(atom=eqn.invars[0], labels=here, how=how, fill=fill))
 
-    def _check_weights(
+    def _sink(self, eqn: core.JaxprEqn, main: int, labels: Labels, scoring: _Scoring) -> None:
+        """Take note of one score more for each query, that of no key."""
+        before, after = shape(eqn.invars[main]), shape(eqn.outvars[0])
+        wider = [d for d, sizes in enumerate(zip(before, after, strict=True)) if sizes[0] != sizes[1]]
+        if scoring.sink is not None or len(wider) != 1 or after[wider[0]] != before[wider[0]] + 1:
+            raise NotThis("")
+        if eqn.primitive.name == "pad":
+            atom, (low, high, inside) = eqn.invars[1], eqn.params["padding_config"][wider[0]]
+            if inside or low < 0 or high < 0:
+                raise NotThis("")
+            scoring.end, here = high == 1, ()
+        else:
+            atom, scoring.end = eqn.invars[1 - main], main == 0
+            here = tuple(() if d == wider[0] else one for d, one in enumerate(labels))
+        scoring.sink = Part(atom=atom, labels=here, how="added", fill=1.0)
+
+    def _change(
+        self, eqn: core.JaxprEqn, main: int, labels: Labels, scoring: _Scoring, factors: list[Part]
+    ) -> float:
+        """Take note of what `eqn` multiplies its operand `main`, weights, by; return it if it is a number."""
+        name = eqn.primitive.name
+        if name == "slice":
+            whole, cut = shape(eqn.invars[0]), shape(eqn.outvars[0])
+            first = next((start for start in eqn.params["start_indices"] if start), 0)
+            lost = [one - other for one, other in zip(whole, cut, strict=True) if one != other]
+            if scoring.sink is None or lost != [1] or first != (0 if scoring.end else 1):
+                raise NotThis("")
+            return 1.0
+        if name not in ("mul", "div", "select_n"):
+            return 1.0
+        if name == "select_n":
+            other = eqn.invars[3 - main]
+            if main == 0 or self.values.number(other) != 0:
+                raise NotThis("its weights are replaced by others")
+            which = eqn.invars[0]
+            here = labels if shape(which) else ()
+            part = Part(atom=which, labels=here, how="false" if main == 2 else "true", fill=0.0)
+            factors.append(part)
+            return 1.0
+        by = self.values.number(eqn.invars[1 - main])
+        if by is not None and (name == "mul" or (main == 0 and by != 0)):
+            return by if name == "mul" else 1 / by
+        if name == "div":
+            raise NotThis("its weights are divided by an array")
+        return self._multiplied(eqn.invars[1 - main], labels, factors)
+
+    def _multiplied(self, atom: Any, labels: Labels, factors: list[Part]) -> float:
+        """Take note of an array that weights are multiplied by, and return the number that is in it."""
+        here = labels if len(shape(atom)) == len(labels) else ()
+        eqn = self.values.made(atom, "mul", "div", "convert_element_type")
+        if eqn is not None and eqn.primitive.name != "convert_element_type":
+            by = self.values.number(eqn.invars[1])
+            if by:
+                times = by if eqn.primitive.name == "mul" else 1 / by
+                return times * self._multiplied(eqn.invars[0], labels, factors)
+        if eqn is not None and is_truth(eqn.invars[0]):
+            factors.append(Part(atom=eqn.invars[0], labels=here, how="false", fill=0.0))
+        else:
+            factors.append(Part(atom=atom, labels=here, how="added", fill=1.0))
+        return 1.0
+
+    def _check_readers(
         self, weights: Any, steps: Sequence[tuple[core.JaxprEqn, int]], last: core.JaxprEqn
     ) -> None:
-        """Raise NotThis if weights are changed on the way to the values, or read by anything else."""
-        changes = [step for step in steps if step[0].primitive.name in ("mul", "div", "select_n")]
-        others = [atom for eqn, main in changes for n, atom in enumerate(eqn.invars) if n != main]
-        if any(self._random(atom, 40) for atom in others):
-            raise NotThis("its weights are dropped at random")
-        if changes:
-            raise NotThis("its weights are changed before the values are summed")
+        """Raise NotThis if weights are read by anything but the sum of values."""
         on_the_way = [weights, *(eqn.outvars[0] for eqn, _ in steps)]
         readers = [*(eqn for eqn, _ in steps), last]
         for atom, reader in zip(on_the_way, readers, strict=True):
             if atom in self._results or any(eqn is not reader for eqn in self._users.get(atom, ())):
                 raise NotThis("its weights are read by more than the sum of values")
-
-    def _random(self, atom: Any, depth: int) -> bool:
-        eqn = self.values.made(atom)
-        if eqn is None or depth == 0:
-            return False
-        if any(word in eqn.primitive.name for word in _RANDOM):
-            return True
-        return any(self._random(one, depth - 1) for one in eqn.invars)
-
-
-class _Placed:
-    """Labels of what is multiplied: which dimensions of scores each dimension of an operand is."""
-
-    def __init__(self, first: core.JaxprEqn) -> None:
-        (self._contracted, (left, right)) = first.params["dimension_numbers"]
-        self._first, self._batch = first, (left, right)
-        self.sizes = shape(first.outvars[0])
-        ranks = [len(shape(atom)) for atom in first.invars]
-        self._free = [
-            [d for d in range(rank) if d not in (*contracted, *batch)]
-            for rank, contracted, batch in zip(ranks, self._contracted, self._batch, strict=True)
-        ]
-        count, split = len(self.sizes), len(left) + len(self._free[0])
-        self.batch = tuple(range(len(left)))
-        self._of_free = [tuple(range(len(left), split)), tuple(range(split, count))]
-        self.query = 0
-        self.free: tuple[int, ...] = ()
-
-    def tell(self, keys: int) -> None:
-        """Take note of which label is the keys', and with it which operand they are."""
-        side = 0 if keys in self._of_free[0] else 1
-        if self._of_free[side] != (keys,):
-            raise NotThis("")
-        self.query, self.free = 1 - side, self._of_free[1 - side]
-        if not self.free:
-            raise NotThis("")
-        self.keys = keys
-
-    def _operand(self, side: int) -> Labels:
-        rank = len(shape(self._first.invars[side]))
-        found: list[tuple[int, ...]] = [()] * rank
-        for label, d in zip(self.batch, self._batch[side], strict=True):
-            found[d] = (label,)
-        for label, d in zip(self._of_free[side], self._free[side], strict=True):
-            found[d] = (label,)
-        # What is summed over, in the order that queries and keys share.
-        for n, d in enumerate(self._contracted[side]):
-            found[d] = (-1 - n,)
-        return tuple(found)
-
-    def last(self, last: core.JaxprEqn, side: int, labels: Labels) -> tuple[dict[str, Labels], int]:
-        """Return the labels of all operands and of the result of `last`, and the width of values."""
-        contracted, batch = last.params["dimension_numbers"]
-        mine, theirs = (contracted[side], batch[side]), (contracted[1 - side], batch[1 - side])
-        if [labels[d] for d in mine[0]] != [(self.keys,)]:
-            raise NotThis("")
-        if sorted(label for d in mine[1] for label in labels[d]) != list(self.batch):
-            raise NotThis("its values have other dimensions than its keys")
-        width = len(self.sizes)
-        of_value: list[tuple[int, ...]] = [(width,)] * len(shape(last.invars[1 - side]))
-        for d, other in zip(mine[1], theirs[1], strict=True):
-            of_value[other] = labels[d]
-        of_value[theirs[0][0]] = (self.keys,)
-        if of_value.count((width,)) != 1:
-            raise NotThis("its values have several widths")
-        rest = [labels[d] for d in range(len(labels)) if d not in (*mine[0], *mine[1])]
-        of_width = [(width,), *rest] if side == 1 else [*rest, (width,)]
-        place = {
-            "query": self._operand(self.query),
-            "key": self._operand(1 - self.query),
-            "value": tuple(of_value),
-            "out": tuple([labels[d] for d in mine[1]] + of_width),
-        }
-        return place, shape(last.invars[1 - side])[of_value.index((width,))]
 
 
 # Through which operands scores may have come.
@@ -392,22 +439,9 @@ _BACK = {
     "transpose": (0,),
     "reshape": (0,),
     "squeeze": (0,),
+    "concatenate": (0, 1),
+    "pad": (0,),
 }
-
-
-def through(eqn: core.JaxprEqn, labels: Labels, sizes: Sequence[int]) -> Labels:
-    """Return the labels of the result of `eqn` from those of what goes through it."""
-    name = eqn.primitive.name
-    if name == "transpose":
-        return tuple(labels[d] for d in eqn.params["permutation"])
-    if name == "squeeze":
-        return tuple(one for n, one in enumerate(labels) if n not in eqn.params["dimensions"])
-    if name == "reshape":
-        found = regroup(labels, sizes, eqn.params["new_sizes"])
-        if found is None:
-            raise NotThis("its scores are reshaped through a dimension")
-        return found
-    return labels
 
 
 def live(scope: Opened) -> list[core.JaxprEqn]:
@@ -421,9 +455,16 @@ def live(scope: Opened) -> list[core.JaxprEqn]:
     return kept[::-1]
 
 
-def _check_precision(product: core.JaxprEqn) -> None:
-    asked = product.params["precision"]
-    for one in asked if isinstance(asked, tuple) else (asked,):
-        # Of half precision, what is multiplied as it is and summed in float32 is what is always done.
-        if one is not None and "DEFAULT" not in str(one) and not str(one).endswith("16_F32"):
-            raise NotThis(f"its products ask for precision {one}")
+def _precision_of(*products: core.JaxprEqn) -> str | None:
+    """Return what products ask for, None for what is always done; raises NotThis if they ask for several."""
+    found = set()
+    for product in products:
+        asked = product.params["precision"]
+        for one in asked if isinstance(asked, tuple) else (asked,):
+            # Of half precision, what is multiplied as it is and summed in float32 is what is always done.
+            usual = one is None or "DEFAULT" in str(one) or str(one).endswith("16_F32")
+            found.add(None if usual else one)
+    if len(found) > 1 or not all(one is None or isinstance(one, jax.lax.Precision) for one in found):
+        raise NotThis(f"its products ask for precision {', '.join(str(one) for one in found)}")
+    (one,) = found
+    return None if one is None else one.name.lower()

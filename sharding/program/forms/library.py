@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -44,8 +45,10 @@ def by_cudnn(eqn: core.JaxprEqn, scope: Opened, values: Sources, masks: Masks) -
         raise NotThis("it tells cuDNN lengths")
     sizes = (batch, kv_heads, heads // kv_heads, queries, length, shape(value)[3])
     scores = Scores(sizes=sizes[:5], batch=(_BATCH, _HEADS), rows=_ROWS, keys=_KEYS)
-    mask = masks.read(_biases(bias) if asked["variadic_args"][0] else [], scores)
-    mask.seen = mask.seen.within(_spans(queries, length, kind, asked["sliding_window_length"]))
+    biases = _biases(bias) if asked["variadic_args"][0] else []
+    mask = masks.read(biases, scores)
+    spans = _spans(queries, length, kind, asked["sliding_window_length"])
+    mask.seen = mask.seen.within(spans)
     return WrittenAttention(
         product=eqn,
         scope=scope,
@@ -64,6 +67,7 @@ def by_cudnn(eqn: core.JaxprEqn, scope: Opened, values: Sources, masks: Masks) -
         scale=asked["scale"],
         cap=None,
         mask=mask,
+        written=dataclasses.replace(masks.read(biases, scores, apart=False), seen=spans),
         scores_aval=jax.ShapeDtypeStruct(sizes[:5], jnp.float32),
     )
 

@@ -2,7 +2,7 @@
 
 A mask is taken apart where it says "and", a bias where it says "add". What depends on places only is proved
 (`spans`); the rest is read by its structure: one array at a query equal to another at a key is segments, a
-truth value of each key is padding.
+truth value of each key is padding. What is left is an array of its own for every query and key.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ Labels = tuple[tuple[int, ...], ...]
 
 # A number that is added to a score and is at most this hides a key: exp of it is 0 beside any real score.
 NEVER = -1e4
+# How many equations lie at most between a product and what is added to scores of it.
+_NEAR = 6
 # At most this, what it is added to is lost in float32, and scores that are hidden become alike.
 _LOST = -1e9
 
@@ -65,13 +67,32 @@ class Mask:
     seen: by places alone.
     segments: pairs of an array of queries and one of keys; a key is seen where they are equal.
     padding: conditions of keys alone, of which each must hold; `query_padding` of queries alone.
+    pairs: conditions of queries and keys of any other kind.
+    biases: what is added to scores.
+    late: whether something is added to scores that were replaced before.
     """
 
     seen: Spans
     segments: list[tuple[Part, Part]] = dataclasses.field(default_factory=list)
     padding: list[Part] = dataclasses.field(default_factory=list)
     query_padding: list[Part] = dataclasses.field(default_factory=list)
+    pairs: list[Part] = dataclasses.field(default_factory=list)
+    biases: list[Part] = dataclasses.field(default_factory=list)
     fills: set[tuple[int, float]] = dataclasses.field(default_factory=set)
+    late: bool = False
+
+    @property
+    def by_data(self) -> bool:
+        """Whether anything but places hides keys, so that a query may see none."""
+        return bool(self.segments or self.padding or self.query_padding or self.pairs)
+
+    @property
+    def fill(self) -> tuple[float, bool] | None:
+        """What hides scores, and whether it is added to them; None if that is not one number."""
+        if len(self.fills) != 1:
+            return None
+        ((added, number),) = self.fills
+        return None if math.isnan(number) else (number, added > 0)
 
     @property
     def unseen(self) -> float | None:
@@ -91,25 +112,45 @@ class Masks:
         self.values = values
         self._known: dict[Any, Spans | None] = {}
 
-    def read(self, parts: Sequence[Part], scores: Scores) -> Mask:
-        """Return what `parts` hide. Raises NotThis for a bias, or a mask of another form."""
+    def read(self, parts: Sequence[Part], scores: Scores, *, apart: bool = True) -> Mask:
+        """Return what `parts` hide and add; without `apart`, each as it is written. Raises NotThis."""
         mask = Mask(seen=all_of(scores.sizes[scores.rows], scores.sizes[scores.keys]))
-        for part in (leaf for one in parts for leaf in self.leaves(one, scores.sizes)):
-            static = self._static(part, scores)
-            mask.fills.add((part.added, math.nan if part.how == "added" else part.fill))
-            if static is not None:
-                mask.seen = mask.seen.within(static)
-            elif part.how == "added":
-                raise NotThis("an array is added to its scores")
-            elif (ids := self._segments(part, scores)) is not None:
-                mask.segments.append(ids)
-            elif part.has() <= {scores.keys, *scores.batch}:
-                mask.padding.append(part)
-            elif part.has() <= {scores.rows, *scores.batch}:
-                mask.query_padding.append(part)
-            else:
-                raise NotThis("its mask is an array of its own for every query and key")
+        for part in parts:
+            for leaf in self.leaves(part, scores.sizes) if apart else [self.stripped(part, scores.sizes)]:
+                self._take(mask, leaf, scores, apart)
         return mask
+
+    def _take(self, mask: Mask, part: Part, scores: Scores, apart: bool) -> None:
+        static = self._static(part, scores) if apart else None
+        if part.how == "added" and static is None:
+            if self._of_products(part.atom, _NEAR):
+                raise NotThis("its scores are of two products")
+            mask.biases.append(part)
+            mask.late |= any(added == 0 for added, _ in mask.fills)
+            return
+        mask.fills.add((part.added, math.nan if part.how == "added" else part.fill))
+        if static is not None:
+            mask.seen = mask.seen.within(static)
+        elif apart and (ids := self._segments(part, scores)) is not None:
+            mask.segments.append(ids)
+        elif apart and part.has() <= {scores.keys, *scores.batch}:
+            mask.padding.append(part)
+        elif apart and part.has() <= {scores.rows, *scores.batch}:
+            mask.query_padding.append(part)
+        else:
+            mask.pairs.append(part)
+
+    def _of_products(self, atom: Any, depth: int) -> bool:
+        """Whether an array is a product of matrices, laid out and scaled."""
+        eqn = self.values.made(atom)
+        if eqn is None or depth == 0:
+            return False
+        if eqn.primitive.name == "dot_general":
+            return len(shape(atom)) >= 3
+        passing = (*SAME, "mul", "div", "reshape", "transpose", "select_n")
+        return eqn.primitive.name in passing and any(
+            self._of_products(one, depth - 1) for one in eqn.invars if shape(one) == shape(atom)
+        )
 
     def _static(self, part: Part, scores: Scores) -> Spans | None:
         """Return what a condition on places lets through, None if it depends on anything else."""
@@ -123,8 +164,6 @@ class Masks:
             except (Untold, TypeError, ValueError, IndexError):
                 self._known[key] = None
             else:
-                if found is None:
-                    raise NotThis("its mask shows queries keys that are not in one stretch")
                 self._known[key] = found
         return self._known[key]
 

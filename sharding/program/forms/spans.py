@@ -175,25 +175,39 @@ def _of_points(
 class Seen:
     """What places alone let queries see, in the words of `ops.attention`.
 
-    block: keys of the same block of so many places; first and last: keys from one place to another.
+    block: keys of the same block of so many places; first and last: keys from one place to another; ahead and
+    prefix: what is seen beyond causality.
     """
 
     causal: bool = False
     window: int | None = None
+    ahead: int = 0
+    prefix: int = 0
     block: int | None = None
     first: int | None = None
     last: int | None = None
 
 
-def seen_by(spans: Spans) -> Seen:
-    """Return what spans are in the words of a call. Raises NotThis if they are none of its kinds."""
+def seen_by(spans: Spans, keys: int) -> Seen:
+    """Return what spans of `keys` are in the words of a call. Raises NotThis if they are none of them."""
     low, high = spans.low, spans.high
-    queries, rows = len(low), np.arange(len(low))
-    keys = int(high.max()) + 1
     if spans.empty:
         raise NotThis("some queries see no key by their place")
     if (low == low[0]).all() and (high == high[0]).all():
         return Seen(first=int(low[0]) or None, last=int(high[0]))
+    found = _by_distance(low, high)
+    # Keys at the end that nobody sees, though a query's place would let it.
+    last = int(high.max())
+    if last >= min(len(low) - 1 + found.ahead, keys - 1):
+        return found
+    if found.block is not None:
+        raise NotThis("its mask by places has blocks, and keys that no query sees")
+    return dataclasses.replace(found, last=last)
+
+
+def _by_distance(low: np.ndarray, high: np.ndarray) -> Seen:
+    queries, rows = len(low), np.arange(len(low))
+    keys = int(high.max()) + 1
     if (high == np.minimum(rows, keys - 1)).all():
         if not low.any():
             return Seen(causal=True)
@@ -204,9 +218,26 @@ def seen_by(spans: Spans) -> Seen:
             return Seen(causal=True, block=block)
     elif (block := _block(low)) is not None and (high == np.minimum(low + block, queries) - 1).all():
         return Seen(block=block)
-    if (high > rows).any() and (low > 0).any():
-        raise NotThis("its window reaches ahead of a query too")
+    if (found := _band(low, high, keys)) is not None:
+        return found
+    if not low.any() and (high == np.minimum(np.maximum(rows, high[0]), keys - 1)).all():
+        return Seen(causal=True, prefix=int(high[0]) + 1)
     raise NotThis("its mask by places is neither causal, nor a window or blocks")
+
+
+def _band(low: np.ndarray, high: np.ndarray, keys: int) -> Seen | None:
+    """Return keys from so many places before a query to so many after it, None if they are not that."""
+    rows = np.arange(len(low))
+    ahead, behind = int((high - rows).max()), int((rows - low).max())
+    if ahead < 0 or behind < 0:
+        return None
+    if (high != np.minimum(rows + ahead, keys - 1)).any():
+        return None
+    if not low.any():
+        return Seen(causal=True, ahead=ahead)
+    if (low != np.maximum(rows - behind, 0)).any():
+        return None
+    return Seen(causal=True, ahead=ahead, window=behind + 1)
 
 
 def _block(low: np.ndarray) -> int | None:

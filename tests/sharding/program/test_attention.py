@@ -59,8 +59,13 @@ SAMPLE = [
     "in a checkpointed loop",
     "jax.nn, lengths",
     "NNX's function, padded",
+    "causal among the first keys",
+    "scaled after its bias",
+    "sinks of heads",
+    "divided late",
+    "NNX's dropout",
 ]
-PADDED = [name for name in ways.WAYS if "padd" in name]
+PADDED = [name for name in ways.WAYS if "padd" in name or "pairs" in name] + ["two masks, added"]
 # By itself: a gradient of bfloat16 is off by one rounding of its own size, those of float32 by a millionth.
 HALVES = [([name], ways.arrays) for name in LOOSE]
 ALL = pytest.param([name for name in ways.WAYS if name not in LOOSE], ways.arrays, marks=pytest.mark.slow)
