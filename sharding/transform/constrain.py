@@ -1,6 +1,6 @@
 """Where arrays lie: constraints wherever XLA would have to guess, look-ups in tables that are cut by rows.
 
-Parameters are stored one way and used another (`gather`); what they wait for is here too.
+Parameters are stored one way and used another (`gather`, `lookup`); what they wait for is here too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..program.stacks import is_stack
 from .attention import AttentionKernel
 from .experts import on_mesh
 from .gather import NOTHING, ByHand, Scattering, StoredParameter, elementwise, gathered, learning, sums_of
+from .lookup import MANY_ROWS, lookup_by_columns
 from .meshes import by_device
 
 _ANCHORS = primitives(Trait.ANCHOR)
@@ -133,6 +134,14 @@ class Constrain(Pass):
             rows = zip(inputs, equation.ins, strict=True)
             return list(self._compute(equation, [self._gather(value, dims) for value, dims in rows], go))
 
+        if looks_up_rows(equation.eqn) and isinstance(inputs[0], StoredParameter):
+            table, ids = inputs[0], self._gather(inputs[1], equation.ins[1])
+            used, of_ids = self._used(table, equation.ins[0]), self._spec(equation.ins[1], ids.shape)
+            if ids.size // cut_into(axes_in(of_ids), self._mesh.shape) * MANY_ROWS <= table.value.shape[0]:
+                how = {"used": used, "of_ids": of_ids, "by_hand": self._by_hand}
+                read = lookup_by_columns(equation.eqn, self._mesh, table, **how)
+                if read is not None:
+                    return [read(ids)]
         moves = any(
             isinstance(value, StoredParameter) and self._used(value, dims) != PartitionSpec(*value.spec)
             for value, dims in zip(inputs, equation.ins, strict=True)
