@@ -13,14 +13,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.extend import core
 
-from ..jaxpr import run
 from ..primitives import Trait, primitives
 from .attention import live
-from .opened import Opened, shapes
+from .opened import Opened
 from .spans import NotThis
 from .values import moved, shape
 
@@ -29,11 +26,14 @@ WHOLE_BATCH = 1 << 26
 ROW_CHUNK = 1 << 26
 # In a loop, up to so many times a chunk are left: somebody has chosen them already.
 _CHOSEN = 8
+
 # Chunks of positions that are not told apart into rows and a sequence.
 _CHUNKS = 16
 
-# Dimensions of values of a region: the vocabulary, the positions that are divided, other positions, no such.
-VOCABULARY, DIVIDED, OTHER, NEITHER = "vocabulary", "divided", "other", "neither"
+# Dimensions of values of a region: the vocabulary, the positions that are divided, other positions, all of
+# these laid end to end, no such.
+VOCABULARY, DIVIDED, OTHER, MERGED, NEITHER = "vocabulary", "divided", "other", "merged", "neither"
+POSITIONS = (DIVIDED, OTHER, MERGED)
 Kinds = tuple[str, ...]
 
 _POINTWISE = primitives(Trait.ELEMENTWISE) | {"copy"}
@@ -183,7 +183,7 @@ class _Reading:
             return self._pointwise(depends, after)
         if name in _REDUCED:
             axes = {int(axis) for axis in eqn.params["axes"]}
-            if any(first[axis] in (DIVIDED, OTHER) for axis in axes):
+            if any(first[axis] in POSITIONS for axis in axes):
                 return None
             return tuple(kind for n, kind in enumerate(first) if n not in axes)
         if name == "broadcast_in_dim":
@@ -203,15 +203,29 @@ class _Reading:
             return _of_reshape(first, shape(eqn.invars[0]), after)
         if name == "slice":
             return self._sliced(eqn, first)
-        if name == "gather" and depends == [eqn.invars[0]]:
-            numbers = eqn.params["dimension_numbers"]
-            batching = numbers.operand_batching_dims
-            rows = [d for d, kind in enumerate(first) if kind in (DIVIDED, OTHER)]
-            if numbers.offset_dims or not set(rows) <= set(batching):
+        if name == "dot_general":
+            return self._multiplied(eqn, depends)
+        return _picked(eqn, first) if name == "gather" and depends == [eqn.invars[0]] else None
+
+    def _multiplied(self, eqn: core.JaxprEqn, depends: Sequence[Any]) -> Kinds | None:
+        """Return the kinds of a product with what has the same positions, such as one-hot targets."""
+        known = [self.kinds[a] if a in depends else None for a in eqn.invars]
+        contracted, batch = eqn.params["dimension_numbers"]
+        for kinds, dims in zip(known, contracted, strict=True):
+            if kinds is not None and any(kinds[d] in POSITIONS for d in dims):
                 return None
-            of_indices = dict(zip(numbers.start_indices_batching_dims, batching, strict=True))
-            return tuple(first[of_indices[d]] if d in of_indices else NEITHER for d in range(len(after)))
-        return None
+        found: list[str] = []
+        for pair in zip(*batch, strict=True):
+            each = {kinds[d] for kinds, d in zip(known, pair, strict=True) if kinds is not None}
+            if len(each) > 1:
+                return None
+            found += each
+        for n, (kinds, atom) in enumerate(zip(known, eqn.invars, strict=True)):
+            free = [d for d in range(len(shape(atom))) if d not in (*contracted[n], *batch[n])]
+            if free and kinds is None:
+                return None
+            found += [kinds[d] for d in free] if kinds is not None else []
+        return tuple(found) if sum(kind in (DIVIDED, MERGED) for kind in found) == 1 else None
 
     def _pointwise(self, depends: Sequence[Any], after: tuple[int, ...]) -> Kinds | None:
         found = []
@@ -274,6 +288,13 @@ class _Reading:
     def _kinds_of_operand(self, eqn: core.JaxprEqn, n: int) -> Kinds:
         """Return the kinds of an operand that does not depend on the product."""
         before, of_result = shape(eqn.invars[n]), self.kinds[eqn.outvars[0]]
+        if eqn.primitive.name == "dot_general":
+            contracted, batch = eqn.params["dimension_numbers"]
+            other = self.kinds[eqn.invars[1 - n]]
+            pairs = [*zip(batch[n], batch[1 - n], strict=True)]
+            pairs += zip(contracted[n], contracted[1 - n], strict=True)
+            known = {own: other[d] for own, d in pairs}
+            return tuple(known.get(d, NEITHER) for d in range(len(before)))
         if eqn.primitive.name == "gather":
             numbers = eqn.params["dimension_numbers"]
             of_operand = self.kinds[eqn.invars[0]]
@@ -315,13 +336,45 @@ def _like(before: tuple[int, ...], after: tuple[int, ...], kinds: Kinds) -> Kind
     )
 
 
-def _of_reshape(kinds: Kinds, before: tuple[int, ...], after: tuple[int, ...]) -> Kinds | None:
-    """Return the kinds after a reshape that adds and drops dimensions of size 1 only."""
-    kept = [(kind, size) for kind, size in zip(kinds, before, strict=True) if size > 1]
-    if [size for _, size in kept] != [size for size in after if size > 1]:
+def _picked(eqn: core.JaxprEqn, first: Kinds) -> Kinds | None:
+    """Return the kinds of what is picked at each position."""
+    numbers = eqn.params["dimension_numbers"]
+    batching, offset = numbers.operand_batching_dims, [int(d) for d in numbers.offset_dims]
+    rows = {d for d, kind in enumerate(first) if kind in POSITIONS}
+    sliced = [
+        d
+        for d in range(len(first))
+        if d not in batching and d not in numbers.collapsed_slice_dims and eqn.params["slice_sizes"][d] > 1
+    ]
+    if sliced or not rows <= set(batching):
         return None
+    of_indices = dict(zip(numbers.start_indices_batching_dims, batching, strict=True))
+    # What is no slice is at a place of the indices, in their order.
+    rank = len(shape(eqn.outvars[0]))
+    places = iter(range(rank))
+    found = [None if d in offset else of_indices.get(next(places)) for d in range(rank)]
+    return tuple(NEITHER if one is None else first[one] for one in found)
+
+
+def _of_reshape(kinds: Kinds, before: tuple[int, ...], after: tuple[int, ...]) -> Kinds | None:
+    """Return the kinds after a reshape that adds and drops dimensions of size 1, or merges all positions."""
+    kept = [(kind, size) for kind, size in zip(kinds, before, strict=True) if size > 1]
+    wanted = [size for size in after if size > 1]
+    if [size for _, size in kept] != wanted:
+        kept = _laid_end_to_end(kept) or []
+        if [size for _, size in kept] != wanted:
+            return None
     rest = iter(kept)
     return tuple(next(rest)[0] if size > 1 else NEITHER for size in after)
+
+
+def _laid_end_to_end(kept: Sequence[tuple[str, int]]) -> list[tuple[str, int]] | None:
+    """Return dimensions with all positions, in order, as one."""
+    places = [n for n, (kind, _) in enumerate(kept) if kind in (OTHER, DIVIDED)]
+    if not places or kept[places[-1]][0] != DIVIDED or places != list(range(places[0], places[-1] + 1)):
+        return None
+    size = math.prod(kept[n][1] for n in places)
+    return [*kept[: places[0]], (MERGED, size), *kept[places[-1] + 1 :]]
 
 
 def _kinds_before(eqn: core.JaxprEqn, kinds: Kinds) -> list[Kinds] | None:
@@ -338,7 +391,7 @@ def _kinds_before(eqn: core.JaxprEqn, kinds: Kinds) -> list[Kinds] | None:
         found = _of_reshape(kinds, after, shape(eqn.invars[0]))
         return None if found is None else [found]
     if name == "iota":
-        return None if kinds[eqn.params["dimension"]] in (DIVIDED, OTHER) else []
+        return None if kinds[eqn.params["dimension"]] in POSITIONS else []
     return None
 
 
@@ -357,75 +410,6 @@ def chunks_of(region: Region) -> tuple[int, int]:
     best = next(size for size in range(most, 0, -1) if region.length % size == 0)
     chunk = best if 4 * best >= most else most
     return chunk, -(-region.length // chunk)
-
-
-def in_chunks(region: Region) -> core.ClosedJaxpr:
-    """Return the program from the inputs of a region to its outputs, a chunk of positions at a time."""
-    chunk, chunks = chunks_of(region)
-    start, stop = region.cut
-    padded = chunk * chunks
-
-    def place(atom: Any) -> int | None:
-        kinds = region.kinds[atom]
-        return kinds.index(DIVIDED) if DIVIDED in kinds else None
-
-    def split(array: Any, d: int) -> Any:
-        before = 0 if array.shape[d] == region.length else start
-        ends = [(0, 0)] * array.ndim
-        ends[d] = (before, padded - before - array.shape[d])
-        array = jnp.pad(array, ends) if any(ends[d]) else array
-        # Every n-th position: a sequence sharded in contiguous parts stays sharded inside each chunk.
-        array = array.reshape(*array.shape[:d], chunk, chunks, *array.shape[d + 1 :])
-        return jnp.moveaxis(array, d + 1, 0)
-
-    def join(stacked: Any, atom: Any) -> Any:
-        d = place(atom)
-        assert d is not None
-        array = jnp.moveaxis(stacked, 0, d + 1)
-        array = array.reshape(*array.shape[:d], padded, *array.shape[d + 2 :])
-        first, last = (0, region.length) if shape(atom)[d] == region.length else (start, stop)
-        return array if (first, last) == (0, padded) else jax.lax.slice_in_dim(array, first, last, axis=d)
-
-    def whole(*arrays: Any) -> list[Any]:
-        places = [place(atom) for atom in region.inputs]
-        parts = [split(one, d) for one, d in zip(arrays, places, strict=True) if d is not None]
-
-        def turn(carry: None, slices: Sequence[Any]) -> tuple[None, list[Any]]:
-            rest = iter(slices)
-            given = [one if d is None else next(rest) for one, d in zip(arrays, places, strict=True)]
-            return carry, _again(region, given, chunk)
-
-        _, found = jax.lax.scan(jax.checkpoint(turn, prevent_cse=False), None, parts)
-        return [join(one, atom) for one, atom in zip(found, region.outputs, strict=True)]
-
-    return jax.make_jaxpr(whole)(*shapes(region.inputs))
-
-
-def _again(region: Region, given: Sequence[Any], chunk: int) -> list[Any]:
-    """Run the equations of a region on a chunk of its positions."""
-    values: dict[Any, Any] = dict(zip(region.inputs, given, strict=True))
-    for eqn in region.equations:
-        inputs = [atom.val if isinstance(atom, core.Literal) else values[atom] for atom in eqn.invars]
-        values.update(zip(eqn.outvars, run(_of_chunk(region, eqn, chunk), inputs), strict=True))
-    return [values[atom] for atom in region.outputs]
-
-
-def _of_chunk(region: Region, eqn: core.JaxprEqn, chunk: int) -> core.JaxprEqn:
-    """Return an equation of a region as it is on `chunk` positions."""
-    kinds = region.kinds[eqn.outvars[0]]
-    if DIVIDED not in kinds:
-        return eqn
-    d = kinds.index(DIVIDED)
-    sizes = (*shape(eqn.outvars[0])[:d], chunk, *shape(eqn.outvars[0])[d + 1 :])
-    told = {"broadcast_in_dim": "shape", "iota": "shape", "reshape": "new_sizes"}
-    if eqn.primitive.name in told:
-        return eqn.replace(params={**eqn.params, told[eqn.primitive.name]: sizes})
-    if eqn.primitive.name == "slice":
-        starts, limits = list(eqn.params["start_indices"]), list(eqn.params["limit_indices"])
-        starts[d], limits[d] = 0, chunk
-        given = {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
-        return eqn.replace(params={**eqn.params, **given})
-    return eqn
 
 
 def placed(region: Region) -> core.JaxprEqn:

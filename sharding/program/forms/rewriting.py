@@ -14,9 +14,11 @@ from ..jaxpr import Traced
 from ..lines import line_of
 from .attention import AttentionFinder, WrittenAttention
 from .calls import Calls
+from .chunks import in_chunks
 from .library import by_cudnn
-from .losses import RegionFinder, in_chunks, placed, product_with_vocabulary
+from .losses import RegionFinder, placed, product_with_vocabulary
 from .opened import Made, Opening, Rebuilding
+from .position import by_position
 from .spans import NotThis
 from .values import Sources
 
@@ -65,6 +67,7 @@ def with_losses(traced: Traced) -> Traced:
     made: dict[int, Any] = {}
     kept: list[core.JaxprEqn] = []
     for scope in opening.top.scopes():
+        by_position(opening, scope)
         # What replaces one region may lie in the next: they are found one after another.
         while (found := finder.search(scope)) and not any(found[0].product is one for one in kept):
             region, program = found[0], in_chunks(found[0])

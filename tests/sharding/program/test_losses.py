@@ -65,6 +65,55 @@ def flat_and_more(params, batch):
     return jnp.sum(loss * counted) / counted.sum(), jnp.mean(logits.argmax(-1) == targets)
 
 
+def picked(params, batch):
+    """One entry of each position's, by vmapped indexing."""
+    logits = jax.nn.log_softmax(hidden(params, batch) @ params["head"])
+    return -jax.vmap(jax.vmap(lambda row, target: row[target]))(logits, batch["targets"]).mean()
+
+
+def merged_and_picked(params, batch):
+    """Positions laid end to end after the product, with a bias before, entries picked by rows' numbers."""
+    logits = (hidden(params, batch) @ params["head"] + params["bias"]).reshape(-1, VOCABULARY)
+    targets = batch["targets"].reshape(-1)
+    each = jax.nn.logsumexp(logits, -1) - logits[jnp.arange(len(targets)), targets]
+    return jnp.sum(each.reshape(ROWS, LENGTH) * jnp.linspace(0.0, 1.0, LENGTH)) / ROWS
+
+
+def merged_without_the_last(params, batch):
+    logits = (hidden(params, batch) @ params["head"])[:, :-1].reshape(-1, VOCABULARY)
+    targets = batch["targets"][:, 1:].reshape(-1)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
+def rows_and_columns(params, batch):
+    logits = jax.nn.log_softmax(hidden(params, batch) @ params["head"])
+    return -logits[jnp.arange(ROWS)[:, None], jnp.arange(LENGTH)[None], batch["targets"]].mean()
+
+
+def multiplied(params, batch):
+    """One-hot targets in a product, at each position and over all of them."""
+    logits = jax.nn.log_softmax(hidden(params, batch) @ params["head"])
+    targets = jax.nn.one_hot(batch["targets"], VOCABULARY)
+    return -jnp.einsum("bsv,bsv->bs", targets, logits).mean()
+
+
+def multiplied_whole(params, batch):
+    logits = jax.nn.log_softmax(hidden(params, batch) @ params["head"])
+    return -jnp.einsum("bsv,bsv->", jax.nn.one_hot(batch["targets"], VOCABULARY), logits) / ROWS
+
+
+def summed_whole(params, batch):
+    """Positions and vocabulary in one sum, with a mask of positions."""
+    logits = jax.nn.log_softmax(hidden(params, batch) @ params["head"])
+    counted = (batch["targets"] > 4)[..., None]
+    return -jnp.sum(logits * jax.nn.one_hot(batch["targets"], VOCABULARY) * counted) / counted.sum()
+
+
+PLAIN = [by_optax, shifted, one_hot, flat_and_more]
+INDEXED = [picked, merged_and_picked, merged_without_the_last, rows_and_columns]
+SUMMED = [multiplied, multiplied_whole, summed_whole]
+
+
 def parts(params, batch):
     def add(total, part):
         return total + by_optax(params, part), None
@@ -85,7 +134,7 @@ def largest(jaxpr: core.Jaxpr) -> int:
     return max([*own, *(largest(one) for one in inner)])
 
 
-@pytest.mark.parametrize("loss", [by_optax, shifted, one_hot, flat_and_more, parts])
+@pytest.mark.parametrize("loss", [*PLAIN, *INDEXED, *SUMMED, parts])
 def test_loss_never_has_all_logits_and_keeps_values_and_gradients(loss) -> None:
     params, batch = arrays()
     one = traced(loss, params, batch)
@@ -122,6 +171,19 @@ def test_other_uses_of_logits_are_left_with_a_note() -> None:
     (note,) = found.notes
     assert "test_losses.py" in note
     assert "dot_general reads its logits otherwise than by position; its logits take 72.0 KiB" in note
+
+
+def test_rows_picked_in_another_order_are_no_positions() -> None:
+    def turned(params, batch):
+        logits = jax.nn.log_softmax((hidden(params, batch) @ params["head"]).reshape(-1, VOCABULARY))
+        count = len(logits)
+        return -logits[jnp.arange(count)[::-1], batch["targets"].reshape(-1)].mean()
+
+    params, batch = arrays()
+    one = traced(turned, params, batch)
+    found = recognised(one, ("losses",))
+    assert found.jaxpr is one.jaxpr
+    assert "gather reads its logits otherwise than by position" in " ".join(found.notes)
 
 
 def test_chunks_of_a_loop_that_somebody_has_chosen_are_left(monkeypatch) -> None:
