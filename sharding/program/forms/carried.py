@@ -105,7 +105,7 @@ def carried_out(call: Call, *arrays: Any) -> Any:
         prefix=call.seen.prefix,
         cap=call.cap,
         scale=call.scale,
-        chunk=_chunk(query.shape[1]),
+        chunk=_chunk(query.shape[1], key.shape[1], query.shape[3]),
         fill=call.fill,
         adds=call.fill is None or call.added,
         precision=call.precision,
@@ -167,8 +167,15 @@ def _product(arrays: Sequence[Any]) -> Any:
     return functools.reduce(lambda one, other: one * other, arrays) if arrays else None
 
 
-def _chunk(rows: int) -> int | None:
-    """Return how many queries XLA scores at a time, so that scores are not kept for the backward pass."""
+def _chunk(rows: int, keys: int, head_dim: int) -> int | None:
+    """Return how many queries XLA scores at a time, so that scores are not kept for the backward pass.
+
+    None for all at once where scores, of four bytes, take no more than twice what queries, keys, values and
+    the result take in halves, 8 bytes times `head_dim` a place and head: chunks are scored once more for the
+    gradient, which short sequences pay for with more time than they save of memory.
+    """
+    if keys <= 4 * head_dim:
+        return None
     return next((size for size in range(min(_CHUNK, rows // 2), _LEAST - 1, -1) if rows % size == 0), None)
 
 

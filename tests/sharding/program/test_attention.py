@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.extend import core
 from meshwright.sharding import declare
+from meshwright.sharding.ops.attention import attention_call
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import attention_ways as ways
@@ -177,3 +178,12 @@ def test_attention_that_asks_for_cudnn_is_planned_and_run_where_there_is_none(op
     for name, one in gradients.items():
         a, b = (np.asarray(each, np.float32) for each in (one, expected[1][name]))
         np.testing.assert_allclose(a, b, atol=0.03 * np.abs(b).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(201, None), (256, None), (512, 256), (4096, 1024)])
+def test_short_sequences_are_scored_at_once_and_long_ones_in_chunks(length, chunk) -> None:
+    """Vision models have two hundred tokens of 64 numbers a head: their scores are as small as these."""
+    given = dict.fromkeys(("query", "key", "value"), jax.ShapeDtypeStruct((1, length, 4, 64), jnp.bfloat16))
+    found = recognised(traced(lambda x: jnp.sum(ways.library()(x)), given), ("attention",))
+    (call,) = (call for eqn in found.jaxpr.jaxpr.eqns if (call := attention_call(eqn)))
+    assert call.chunk == chunk
