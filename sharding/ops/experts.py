@@ -170,44 +170,65 @@ def dispatch(chosen: jax.Array, count: int, slots: int) -> tuple[jax.Array, jax.
 
 
 def in_slots(
+    call: ExpertsCall, x: jax.Array, weights: jax.Array, chosen: jax.Array, *matrices: jax.Array, slots: int
+) -> jax.Array:
+    """Return what `experts` does where an expert takes at most `slots` tokens of a row, and drops the others.
+
+    Every shape is known, and products are batched ones over the experts.
+    """
+    tokens, places = jax.vmap(lambda row: dispatch(row, matrices[0].shape[0], slots))(chosen)
+    taken = _look_up(x, tokens).reshape(x.shape[0], -1, slots, x.shape[2])
+    return _collected(weights, _batched(call, taken, *matrices), places)
+
+
+_look_up = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))
+
+
+def _batched(call: ExpertsCall, taken: jax.Array, *matrices: jax.Array) -> jax.Array:
+    """Map ``[batch, experts, slots, embed]`` to the same, every expert its own slots."""
+    up, down, *gate = matrices
+    gated = jnp.einsum("bxce,xef->bxcf", taken, gate[0]) if gate else None
+    hidden = activated(call, jnp.einsum("bxce,xef->bxcf", taken, up), gated)
+    return jnp.einsum("bxcf,xfe->bxce", hidden, down)
+
+
+def _collected(weights: jax.Array, given: jax.Array, places: jax.Array) -> jax.Array:
+    """Return the weighted sum of what slots ``[batch, experts, slots, embed]`` give each token."""
+    batch, _, _, embed = given.shape
+    back = _look_up(given.reshape(batch, -1, embed), places.reshape(batch, -1))
+    return jnp.einsum("bsk,bske->bse", weights.astype(given.dtype), back.reshape(*places.shape, embed))
+
+
+def _balanced(
     call: ExpertsCall,
     x: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,
     *matrices: jax.Array,
     slots: int,
-    room: int = 0,
+    room: int,
 ) -> jax.Array:
-    """Return what `experts` does where an expert takes at most `slots` tokens of a row, and drops the others.
-
-    Every shape is known, and products are batched ones over the experts. `room` is how many slots an expert
-    has where its rows travel, if that is more.
-    """
-    up, down, *gate = matrices
+    """Return what `experts` does where each expert gets `slots` tokens of a row; `room` travels."""
     batch, sequence, embed = x.shape
-    count, room = up.shape[0], max(slots, room)
-    tokens, places = jax.vmap(lambda row: dispatch(row, count, room))(chosen)
-    look_up = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))
-    taken = look_up(x, tokens).reshape(batch, count, room, embed)[:, :, :slots]
-    gated = jnp.einsum("bxce,xef->bxcf", taken, gate[0]) if gate else None
-    hidden = activated(call, jnp.einsum("bxce,xef->bxcf", taken, up), gated)
-    given = jnp.einsum("bxcf,xfe->bxce", hidden, down)
-    if room > slots:
-        given = jnp.pad(given, ((0, 0), (0, 0), (0, room - slots), (0, 0)))
-    back = look_up(given.reshape(batch, count * room, embed), places.reshape(batch, -1))
-    return jnp.einsum("bsk,bske->bse", weights.astype(x.dtype), back.reshape(batch, sequence, -1, embed))
+    choices = chosen.shape[2]
+    tokens, places = jax.vmap(lambda row: dispatch(row, matrices[0].shape[0], room))(chosen)
+    sent = jnp.broadcast_to(x[:, :, None], (batch, sequence, choices, embed)).reshape(batch, -1, embed)
+    taken = _look_up(sent, tokens).reshape(batch, -1, room, embed)[:, :, :slots]
+    given = _batched(call, taken, *matrices)
+    return _collected(weights, jnp.pad(given, ((0, 0), (0, 0), (0, room - slots), (0, 0))), places)
 
 
 def outline(call: ExpertsCall, *arrays: Any) -> core.ClosedJaxpr:
     """Return a program of the same operands with the work of a balanced router, by which a plan is priced.
 
-    How many rows an expert gets is known only while it runs: here each gets as many as any other, and travels
-    with the room that exchanges have.
+    How many rows an expert gets is known only while it runs: here each gets as many as any other. Exchanges
+    have room for `SLACK` times as many, there and back; the way back is as wide as the choices, so that the
+    way there has the room of both.
     """
     x, _, chosen, up, *_ = arrays
     slots = max(1, math.ceil(x.shape[1] * chosen.shape[2] / up.shape[0]))
-    room = math.ceil(slots * SLACK)
-    return jax.make_jaxpr(functools.partial(in_slots, call, slots=slots, room=room))(*arrays)
+    room = math.ceil(slots * (2 * SLACK - 1))
+    return jax.make_jaxpr(functools.partial(_balanced, call, slots=slots, room=room))(*arrays)
 
 
 # Equation name → call, for every call that was traced in this process.

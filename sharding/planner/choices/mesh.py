@@ -9,13 +9,15 @@ from collections.abc import Iterator, Mapping
 from ...errors import UserError, nearest
 from ...hardware.axes import AXES, resolve_axes
 from ...hardware.topology import Topology
+from ...ops.experts import experts_call
 from ...plans.specs import cut_into
 from ...program.program import Program
 from ..declared import keep
 from .draft import Draft, Given, Refused
 from .microbatches import divisors
 
-# What the search may choose. The other axes are taken when declared: nothing spreads them by itself yet.
+# What the search may choose for any program, and `expert` for one with calls of `ops.experts`. The other axes
+# are taken when declared: nothing spreads them by itself yet.
 OFFERED = ("data", "fsdp", "tensor")
 
 # Axes whose traffic is light enough for the network between slices.
@@ -24,12 +26,16 @@ _TOLERATE_DCN = ("data", "stage")
 
 def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     """Yield every mesh worth considering, with what the user's rules fix on it."""
-    for mesh in meshes(given.topology, given.declared.mesh):
+    experts = given.once(experts_dims, lambda: experts_dims(given.program))
+    counts = [given.program.dims[dim].size for dim in experts]
+    for mesh in meshes(given.topology, given.declared.mesh, experts=math.gcd(*counts)):
         try:
             kept = keep(given.program, given.declared, mesh, given.params, given.names)
         except UserError as error:
             yield Refused(sizes=mesh, reason=str(error))
             continue
+        if mesh.get("expert", 1) > 1 and kept.dims.keys().isdisjoint(experts):
+            kept = dataclasses.replace(kept, dims={**kept.dims, **dict.fromkeys(experts, ("expert",))})
         fixed = {dim: axes for dim, axes in kept.dims.items() if axes}
         if bad := _indivisible(given.program, fixed, mesh):
             yield Refused(sizes=mesh, reason=bad)
@@ -37,11 +43,18 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
         yield dataclasses.replace(draft, mesh=mesh, kept=kept, dims=fixed)
 
 
-def meshes(topology: Topology, declared: Mapping[str, int]) -> list[dict[str, int]]:
+def experts_dims(program: Program) -> tuple[int, ...]:
+    """Return the dims that the matrices of calls of `ops.experts` lead with."""
+    calls = (equation for equation in program.equations() if experts_call(equation.eqn) is not None)
+    return tuple(dict.fromkeys(equation.ins[3][0][0] for equation in calls if equation.ins[3][0]))
+
+
+def meshes(topology: Topology, declared: Mapping[str, int], *, experts: int = 0) -> list[dict[str, int]]:
     """Return every mesh over the devices that keeps the `declared` sizes.
 
-    Sizes that are not declared are shared out among `OFFERED`; a declared -1 takes all that is left. Between
-    slices lies only what tolerates the data-centre network, unless the declared sizes leave no other way.
+    Sizes that are not declared are shared out among `OFFERED`, and `expert` as far as that divides `experts`;
+    a declared -1 takes all that is left. Between slices lies only what tolerates the data-centre network,
+    unless the declared sizes leave no other way.
 
     Raises:
       UserError: an axis is unknown, or the declared sizes do not divide the devices.
@@ -50,12 +63,12 @@ def meshes(topology: Topology, declared: Mapping[str, int]) -> list[dict[str, in
     if -1 in declared.values() or math.prod(declared.values()) == devices:
         found = [_ordered(resolve_axes(declared, devices))] if declared else [_ordered({})]
     else:
-        found = [_ordered({**declared, **free}) for free in _shared_out(devices, declared)]
+        found = [_ordered({**declared, **free}) for free in _shared_out(devices, declared, experts)]
     kept = [mesh for mesh in found if _crosses_lightly(mesh, topology)]
     return kept or found
 
 
-def _shared_out(devices: int, declared: Mapping[str, int]) -> Iterator[dict[str, int]]:
+def _shared_out(devices: int, declared: Mapping[str, int], experts: int) -> Iterator[dict[str, int]]:
     for axis in declared:
         if axis not in AXES:
             raise UserError(f"mesh axis {axis!r} is not known; {nearest(axis, AXES)}")
@@ -69,8 +82,12 @@ def _shared_out(devices: int, declared: Mapping[str, int]) -> Iterator[dict[str,
             # Nobody wrote the axis that stands for the rest.
             said = f"{free[0]}=-1 cannot absorb the rest: " if free else ""
             raise UserError(str(error).removeprefix(said)) from None
-    for sizes in _factorisations(devices // product, len(free)):
-        yield dict(zip(free, sizes, strict=True))
+    left = devices // product
+    parts = [1] if "expert" in declared else divisors(math.gcd(experts, left)) if experts else [1]
+    for part in parts:
+        more = {"expert": part} if part > 1 else {}
+        for sizes in _factorisations(left // part, len(free)):
+            yield {**dict(zip(free, sizes, strict=True)), **more}
 
 
 def _factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:

@@ -41,6 +41,15 @@ def test_every_factorisation_is_there_once() -> None:
     assert meshes(Topology.parse("cpu:12"), {"fsdp": -1}) == [{"data": 1, "fsdp": 12, "tensor": 1}]
 
 
+def test_experts_share_an_axis_as_far_as_it_divides_them() -> None:
+    found = meshes(Topology.parse("cpu:12"), {}, experts=6)
+    assert {mesh.get("expert", 1) for mesh in found} == {1, 2, 3, 6}
+    assert len(found) == len({tuple(mesh.items()) for mesh in found})
+    assert all(math.prod(mesh.values()) == 12 for mesh in found)
+    declared = meshes(Topology.parse("cpu:12"), {"expert": 3, "data": 2}, experts=6)
+    assert {mesh["expert"] for mesh in declared} == {3}
+
+
 def test_between_slices_lies_only_data() -> None:
     found = meshes(Topology.parse("4*v5e:2x2"), {})
     assert {mesh["data"] % 4 for mesh in found} == {0}

@@ -100,3 +100,20 @@ def test_experts_keep_their_values_on_any_mesh(mesh: dict[str, int]) -> None:
 )
 def test_experts_keep_their_values_in_parts_and_under_rules(changes: dict[str, Any]) -> None:
     check(**{"mesh": {"data": 2, "expert": 4}, **changes})
+
+
+def test_a_search_finds_an_axis_for_experts() -> None:
+    """Few tokens beside many experts: on H100s, to send tokens is less than to gather and reduce experts."""
+    shapes = {
+        "router": (4, 512, 64),
+        "gate": (4, 64, 512, 2048),
+        "up": (4, 64, 512, 2048),
+        "down": (4, 64, 2048, 512),
+    }
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    batch = dict.fromkeys(("x", "y"), jax.ShapeDtypeStruct((64, 128, 512), jnp.float32))
+    made = plan(loss, params, batch, topology="h100:8", optimizer=optax.adam(1e-3), names=NAMES)
+    assert made.mesh["expert"] > 1
+    assert made.params["up"].spec[1] == "expert"
+    assert made.estimate is not None
+    assert "all_to_all/expert" in made.estimate.time

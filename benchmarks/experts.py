@@ -1,0 +1,138 @@
+"""Experts on simulated devices: errors against one device's, and the bytes that exchanges move.
+
+`python benchmarks/experts.py` prints, for meshes of eight simulated devices, choices and one or more rounds,
+the error of the loss and of the worst leaf of its gradient (float32), and the bytes that a device sends by
+all-to-alls: in the compiled program, by the formula, and as the plan's price has them. The formula, of a
+layer in one round, forward and backward, to the experts and back:
+
+    4 · slots · embed · itemsize · (peers - 1),  slots = 1.25 · tokens · choices / peers
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "64")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from meshwright.sharding import plan
+from meshwright.sharding.cost.candidate import Candidate
+from meshwright.sharding.cost.placement import place
+from meshwright.sharding.cost.profile import profile
+from meshwright.sharding.ops.experts import experts
+from meshwright.sharding.ops.rounds import slots_of
+
+NAMES = {
+    "enter": ("given", "embed"),
+    "router": ("embed", "scores"),
+    "gate": ("experts", "embed", "mlp"),
+    "up": ("experts", "embed", "mlp"),
+    "down": ("experts", "mlp", "embed"),
+}
+MESHES = (
+    {"expert": 8},
+    {"data": 2, "expert": 4},
+    {"fsdp": 2, "expert": 4},
+    {"data": 2, "expert": 2, "tensor": 2},
+    {"fsdp": 8},
+    {"data": 2, "tensor": 4},
+)
+EXPERTS, EMBED, MLP = 16, 32, 48
+_ALL_TO_ALL = re.compile(r"= (.*?) all-to-all\(.*op_name=\"([^\"]*)\"")
+_ARRAY = re.compile(r"f32\[([\d,]*)\]")
+
+
+def loss_of(choices: int) -> Any:
+    def loss(params: Any, batch: Any) -> Any:
+        # Where tokens come from parameters their gradients travel, too.
+        x = batch["x"] @ params["enter"]
+        scores = jax.nn.softmax(x @ params["router"])
+        weights, chosen = jax.lax.top_k(scores, choices)
+        matrices = {name: params[name] for name in ("gate", "up", "down")}
+        return jnp.mean(jnp.square(experts(x, weights, chosen, **matrices) - batch["y"]))
+
+    return loss
+
+
+def problem(rows: int, sequence: int, skew: float) -> tuple[Any, Any]:
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    sizes = {"given": EMBED, "experts": EXPERTS, "embed": EMBED, "mlp": MLP, "scores": EXPERTS}
+    params = {
+        name: jax.random.normal(next(keys), tuple(sizes[dim] for dim in dims)) / 4
+        for name, dims in NAMES.items()
+    }
+    batch = {name: jax.random.normal(next(keys), (rows, sequence, EMBED)) for name in ("x", "y")}
+    # Tokens of a common direction like the same experts best.
+    return params, {**batch, "x": batch["x"] + skew * jnp.ones(EMBED)}
+
+
+def measured(mesh: dict[str, int], choices: int, skew: float, rows: int = 64, sequence: int = 512) -> dict:
+    """Return the errors, and the bytes compiled, by formula and priced."""
+    loss, (params, batch) = loss_of(choices), problem(rows, sequence, skew)
+    made = plan(
+        loss, params, batch, topology="cpu:8", optimizer=optax.sgd(0.1), names=NAMES, mesh=mesh, remat="none"
+    )
+    devices = made.make_mesh()
+    placed = jax.device_put(
+        (params, batch), (made.shardings(params, devices), made.shardings(batch, devices, "batch"))
+    )
+    step = jax.jit(jax.value_and_grad(made.apply(loss))).lower(*placed).compile()
+    (value, found), (wanted, gradients) = step(*placed), jax.jit(jax.value_and_grad(loss))(params, batch)
+    leaves = [
+        float(np.linalg.norm(np.asarray(found[name]) - one) / np.linalg.norm(one))
+        for name, one in gradients.items()
+    ]
+    peers = mesh.get("expert", 1)
+    tokens = rows * sequence // math.prod(size for axis, size in mesh.items() if axis != "tensor")
+    slots = slots_of(tokens, choices, peers)
+    return {
+        "loss": abs(float(value - wanted) / float(wanted)),
+        "leaf": max(leaves),
+        "compiled": sent(step.as_text(), peers),
+        "formula": 4 * slots * EMBED * 4 * (peers - 1),
+        "priced": priced(made, peers),
+    }
+
+
+def sent(text: str, peers: int) -> float:
+    """Return the bytes that a device sends by the all-to-alls of floats of a program, but in later rounds."""
+    total = 0.0
+    for result, name in _ALL_TO_ALL.findall(text):
+        if "while/body" not in name:
+            sizes = (math.prod(int(n) for n in dims.split(",") if n) for dims in _ARRAY.findall(result))
+            total += 4.0 * sum(sizes) * (peers - 1) / peers
+    return total
+
+
+def priced(made: Any, peers: int) -> float:
+    """Return the bytes that a device sends by all-to-alls as a plan is priced."""
+    program = made.problem.program
+    dims = {program.by_name[name].id: one.axes for name, one in made.dims.items() if one.axes}
+    placement = place(profile(program), Candidate(mesh=dict(made.mesh), dims=dims))
+    # With a little for the integers that say where rows go.
+    held = sum(float(one.bytes.sum()) for one in placement.traffic if one.kind == "all_to_all")
+    return held / peers * (peers - 1) / peers
+
+
+def main() -> None:
+    print(f"{'mesh':44} choices skew {'loss':>8} {'leaf':>8} {'compiled':>10} {'formula':>10} {'priced':>10}")
+    for mesh in MESHES:
+        for choices, skew in ((1, 0.0), (2, 0.0), (4, 2.0)):
+            row = measured(mesh, choices, skew)
+            print(
+                f"{mesh!s:44} {choices:7} {skew:4} {row['loss']:8.1e} {row['leaf']:8.1e} "
+                f"{row['compiled']:10.0f} {row['formula']:10.0f} {row['priced']:10.0f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
