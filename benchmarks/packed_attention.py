@@ -1,11 +1,11 @@
 """Packed rows as compiled for H100, v5e and v5p: arrays of sequence by sequence in a step, and its memory.
 
 ``python benchmarks/packed_attention.py [TOPOLOGY ...]`` compiles two layers of attention, 32 heads over 8 of
-keys, 8 rows of 4096 tokens, no device needed; a line for each way. ``--rows``, ``--sequence`` and ``--width`` (of
-a head, ``192/128`` with narrower values) ask for other sizes.
+keys, 8 rows of 4096 tokens, no device needed; a line for each way. ``--rows``, ``--sequence`` and ``--width``
+(of a head, ``192/128`` with narrower values) ask for other sizes.
 
-Squared are the arrays in memory with two dimensions of the whole sequence, which the finding `sequence_squared`
-counts. The first line of a GPU has the segments in one mask of all queries and keys, to compare with.
+Squared are arrays in memory with two dimensions of the whole sequence, which `sequence_squared` counts. The
+first line of a GPU has the segments in one mask of all queries and keys, to compare with.
 """
 
 from __future__ import annotations

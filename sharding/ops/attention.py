@@ -150,7 +150,10 @@ def attention(
         windowed=not static,
         cap=None if cap is None else float(cap),
         scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
-        chunk=query_chunk(query.shape[1], chunk),
+        # GPUs' kernels take neither a soft cap nor float32, and XLA is to score no packed row whole.
+        chunk=query_chunk(
+            query.shape[1], chunk, packed=bool(ids) and (cap is not None or query.dtype == jnp.float32)
+        ),
         segments=len(ids),
         ahead=ahead,
         prefix=prefix,
@@ -416,12 +419,13 @@ def _by_head(array: jax.Array, heads: int, kv_heads: int) -> jax.Array:
     return array.astype(jnp.float32) if array.dtype != jnp.bool_ else array
 
 
-def query_chunk(sequence: int, chosen: int | None) -> int | None:
+def query_chunk(sequence: int, chosen: int | None, *, packed: bool = False) -> int | None:
     """Return how many queries to score at a time; None means all.
 
     The choice of the config if it made one. Otherwise all up to 4096 queries, and beyond that the largest
     divisor of the sequence from 1024 down to 128, so that scores take at most 1024 × sequence numbers a head;
-    a longer sequence without such a divisor is scored whole. The values are the same either way.
+    a longer sequence without such a divisor is scored whole. Of `packed` rows that XLA has to score it is a
+    divisor up to an eighth of the sequence, from 1024 queries on. The values are the same either way.
 
     Raises `UserError` when the chosen number does not divide a longer sequence.
     """
@@ -432,9 +436,10 @@ def query_chunk(sequence: int, chosen: int | None) -> int | None:
                 f"nearest: {nearest_divisors(sequence, chosen)}"
             )
         return chosen if chosen < sequence else None
-    if sequence <= 4096:
+    if sequence < 1024 or (sequence <= 4096 and not packed):
         return None
-    return next((chunk for chunk in range(1024, 127, -1) if sequence % chunk == 0), None)
+    most = min(1024, sequence // 8) if packed else 1024
+    return next((chunk for chunk in range(most, 127, -1) if sequence % chunk == 0), None)
 
 
 def attend_in_chunks(

@@ -293,6 +293,8 @@ def test_long_rows_are_scored_in_chunks() -> None:
     assert query_chunk(4096, None) is None
     assert query_chunk(8192, None) == 1024
     assert query_chunk(8192 + 1, None) is None
+    assert query_chunk(4096, None, packed=True) == 512
+    assert query_chunk(1000, None, packed=True) is None
     assert query_chunk(512, 128) == 128
     assert query_chunk(100, 128) is None
     with pytest.raises(UserError, match="attention_chunk=5 does not divide sequence=12; nearest: 4 or 6"):

@@ -121,8 +121,8 @@ def two_kinds(**options: Any) -> tuple[Any, Any, Any]:
 def test_a_call_that_the_kernel_refuses_leaves_it_the_others() -> None:
     settings = {"topology": "h100:1x8", "remat": "full", "microbatches": 1}
     both = plan(*two_kinds(), **settings)
-    mixed = plan(*two_kinds(cap=50.0), **settings)
-    plain = plan(*two_kinds(cap=50.0), **settings, attention="xla")
+    mixed = plan(*two_kinds(cap=50.0, chunk=4096), **settings)
+    plain = plan(*two_kinds(cap=50.0, chunk=4096), **settings, attention="xla")
     assert mixed.kernels == both.kernels == {"attention": {"implementation": "cudnn"}}
     (note,) = (note for note in mixed.notes if "cudnn" in note)
     assert "cannot be had for 1 of 2 calls" in note
@@ -130,9 +130,18 @@ def test_a_call_that_the_kernel_refuses_leaves_it_the_others() -> None:
     assert "it has no soft cap (cap=50); XLA computes these" in note
     seconds = [one.estimate.step_seconds for one in (both, mixed, plain) if one.estimate]
     assert seconds[0] < seconds[1] < seconds[2]
-    # Half of the scores are in memory.
+    # Half of the scores are in memory, whole as the call of the other half has them.
     work = [one.estimate.time["compute/elementwise"] for one in (both, mixed, plain) if one.estimate]
     assert work[1] - work[0] == pytest.approx((work[2] - work[0]) / 2, rel=0.1)
+
+
+def test_packed_rows_that_no_kernel_of_gpus_takes_are_never_scored_whole() -> None:
+    for options in ({"cap": 50.0}, {"dtype": jnp.float32}):
+        made = plan(*program(**options), topology="h100:1x8", remat="none", microbatches=1)
+        assert made.kernels == {}
+        assert made.estimate is not None
+        # Four rows a device, eight heads, 4096 queries and keys in float32, of each of four layers.
+        assert made.estimate.peak_bytes < 4 * 8 * 4096**2 * 4 * 4 / 2
 
 
 def test_a_window_that_layers_choose_is_left_to_xla() -> None:
