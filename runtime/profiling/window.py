@@ -84,6 +84,7 @@ class ProfileWindow:
         self._recorder: _Recorder | None = None
         self._step: contextlib.AbstractContextManager[object] | None = None
         self._done = False
+        self._captured = False
         self._process: int | None = None
         self._seconds = 0.0
         self._failure: Exception | None = None
@@ -92,6 +93,11 @@ class ProfileWindow:
     def active(self) -> bool:
         """Whether a trace is being captured now."""
         return self._recorder is not None
+
+    @property
+    def captured(self) -> bool:
+        """Whether a trace was captured and written."""
+        return self._captured
 
     def opens_at(self, step: int) -> bool:
         """Whether step number `step` begins the trace."""
@@ -229,6 +235,7 @@ class ProfileWindow:
             else:
                 self._say(f"the profile could not be written, and training goes on: {error}")
             return
+        self._captured = True
         self._seconds += time.perf_counter() - begun
         if self._say is not None and step is not None:
             self._say(f"profile: steps {self._words()} captured, {self._seconds:.1f} s to open and to write")

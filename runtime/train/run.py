@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...sharding.errors import UserError, one_line
 from ...sharding.files import user_cache
+from ...sharding.verify.worker import peak_of
 from ...sharding.xla.options import options_to_trace
 from ..checkpoint import Checkpoints
 from ..checkpoint.agreement import from_first
 from ..config import Config
 from ..faults import StepWatchdog, StopSignal, fail_fast
 from ..hosts import Hosts, initialize
-from ..profiling import ProfileWindow, save_program
+from ..profiling import ProfileWindow, profile_run, save_program
 from ..profiling.marker import died_in
 from .conclude import check_sample, conclude
 from .console import console
@@ -22,6 +23,7 @@ from .job import Job, build_job
 from .loop import TrainingLoop
 from .metrics import Collector, JsonLines, Sink, TensorBoard, check_metrics
 from .planning import described_topology
+from .prediction import FirstSteps, Prediction, StepCost
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -111,8 +113,12 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
             if not window.is_over(start + 1):
                 traced = _to_trace(update, compiled, job, window)
                 save_program(folder.profile, traced, job.mesh)
+            prediction = _prediction(job, compiled)
+            sinks = _sinks(config, job, folder, start) if hosts.is_main else []
+            if hosts.is_main and prediction is not None:
+                sinks.append(_first_steps(prediction, config, job, folder, hosts, start))
             collector = Collector(
-                _sinks(config, job, folder, start) if hosts.is_main else [],
+                sinks,
                 tokens_per_step=job.tokens_per_step,
                 stop_on_nan=job.step.guarded,
             )
@@ -131,6 +137,9 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
             state, step = loop.run(state, start)
             with watchdog.paused():
                 checkpoints.wait()
+            window.close()
+            if hosts.is_main and prediction is not None and window.captured:
+                _tell_by_item(prediction, folder, hosts)
     conclude(
         config, job, state["params"], step=step, last=collector.last, reason=stop.reason, say=hosts.is_main
     )
@@ -173,6 +182,62 @@ def _to_trace(update: Lowered, compiled: Compiled, job: Job, window: ProfileWind
     except jax.errors.JaxRuntimeError as error:
         window.give_up(f"the step cannot be compiled for it: {one_line(error)}")
         return compiled
+
+
+def _prediction(job: Job, compiled: Compiled) -> Prediction | None:
+    """Return what was predicted of a step, where it was predicted of devices like those that are here."""
+    estimate, chip = job.plan.estimate, job.topology.chip
+    if estimate is None or chip.nominal or job.plan.topology.chip.name != chip.name:
+        return None
+    proof, sizes = job.plan.proof, compiled.memory_analysis()
+    return Prediction(
+        estimate=estimate,
+        compiled=StepCost(
+            seconds=None if proof is None else proof.step_seconds,
+            bytes=None if sizes is None else peak_of(sizes, job.topology),
+            mfu=None if proof is None else _mfu(job, proof.step_seconds),
+        ),
+        where=str(job.topology),
+    )
+
+
+def _first_steps(
+    prediction: Prediction, config: Config, job: Job, folder: RunFolder, hosts: Hosts, start: int
+) -> FirstSteps:
+    import jax
+
+    def cost(step_seconds: float) -> StepCost:
+        held = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+        most = max((size for size in held if size is not None), default=None)
+        return StepCost(seconds=step_seconds, bytes=most, mfu=_mfu(job, step_seconds))
+
+    profile = config.profile
+    first = profile.start_step
+    # The step after a window waits for its trace to be written.
+    traced = () if first is None else range(first, first + profile.num_steps + 1)
+    return FirstSteps(
+        prediction,
+        start=start,
+        traced=traced,
+        cost=cost,
+        say=lambda words: _say(hosts, words),
+        file=folder.prediction,
+    )
+
+
+def _mfu(job: Job, step_seconds: float) -> float | None:
+    return job.flops_per_step / step_seconds / job.peak_flops if job.peak_flops else None
+
+
+def _tell_by_item(prediction: Prediction, folder: RunFolder, hosts: Hosts) -> None:
+    """Say a window's items beside the estimate's; a trace that cannot be read is said, and nothing more."""
+    try:
+        profile = profile_run(folder.path)
+    except UserError as error:
+        _say(hosts, f"note: {error}")
+        return
+    for line in prediction.by_item(profile) if profile.steps else ():
+        _say(hosts, line)
 
 
 def _say(hosts: Hosts, words: str) -> None:

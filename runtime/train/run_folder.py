@@ -51,6 +51,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.plan = path / "plan.json"
+        self.prediction = path / "prediction.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.profile = path / "profile"
