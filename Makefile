@@ -16,7 +16,7 @@ ON_NEXT := tests/frozen tests/test_generations.py tests/models tests/runtime/tra
 # The generation of JAX between the oldest and the newest: what reads and rewrites its programs.
 ON_MIDDLE := tests/test_generations.py $(addprefix tests/sharding/,test_api.py program transform ops)
 
-.PHONY: quickstart test test-next test-middle check coverage lint types clean
+.PHONY: quickstart test test-next test-middle check coverage gpu-kit lint types clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/meshwright train configs/quickstart.yaml
@@ -55,6 +55,10 @@ else
 	$(MAKE) test VENV=.venv-middle CONSTRAINTS=.venv-middle/constraints.txt PYTHON=$(NEXT_PYTHON) \
 		PYTEST_ARGS="$(or $(PYTEST_ARGS),$(ON_MIDDLE))"
 endif
+
+# What benchmarks/gpu.sh needs on a machine without network, as wheels in .gpu/.
+gpu-kit:
+	benchmarks/gpu/collect.sh
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
