@@ -1,4 +1,6 @@
-"""Print what is recognised of attention as people write it, whether values are kept, and how long that takes.
+"""Print what is recognised of attention and losses as people write them, and whether values are kept.
+
+How long recognising attention takes is printed too.
 
 python benchmarks/recognition.py
 """
@@ -12,11 +14,15 @@ import jax
 import jax.numpy as jnp
 from attention_ways import LEFT, OTHER, WAYS, Way, arrays
 from jax.extend import core
+from loss_ways import LEFT as LOSSES_LEFT
+from loss_ways import WAYS as LOSSES
+from loss_ways import arrays as of_losses
 from meshwright.sharding.ops.attention import attention_call
+from meshwright.sharding.program.forms import losses
 from meshwright.sharding.program.jaxpr import Traced
 from meshwright.sharding.program.recognise import recognised
 
-TOLERANCE = {"half precision": 1e-2, "widened to float32": 1e-2}
+TOLERANCE = {"half precision": 1e-2, "widened to float32": 1e-2, "half_precision": 1e-2}
 
 
 def traced(fn: Any, *args: Any) -> Traced:
@@ -50,6 +56,35 @@ def error(way: Way, given: dict[str, jax.Array]) -> tuple[int, float, tuple[str,
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     )
     return calls(found.jaxpr.jaxpr), worst, found.notes
+
+
+def error_of_loss(loss: Any) -> tuple[bool, float, tuple[str, ...]]:
+    """Return whether `loss` is recognised, how far its value and gradients are off, and what is noted."""
+    params, batch = of_losses()
+    one = traced(loss, params, batch)
+    found = recognised(one, ("losses",))
+    run = core.jaxpr_as_fun(found.jaxpr)
+    both = (lambda p: loss(p, batch), lambda p: run(*jax.tree.leaves((p, batch)))[0])
+    want, got = (jax.tree.leaves(jax.jit(jax.value_and_grad(f))(params)) for f in both)
+    worst = max(
+        float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(a)), 1e-6))
+        for a, b in zip(want, got, strict=True)
+    )
+    return found.jaxpr is not one.jaxpr, worst, found.notes
+
+
+def told_of_losses() -> None:
+    """Print a line for each loss, with logits of a few thousand numbers taken for many."""
+    losses.WHOLE_BATCH, losses.ROW_CHUNK = 100, 300
+    right = 0
+    for name, loss in LOSSES.items():
+        done, off, notes = error_of_loss(loss)
+        left = name in LOSSES_LEFT and not done and LOSSES_LEFT[name] in " ".join(notes)
+        good = (done or left) and off <= TOLERANCE.get(name, 1e-5)
+        right += good
+        how = "in chunks" if done else "left"
+        print(f"{'ok ' if good else 'NOT'} {name:28s} {how}, off by {off:.1e} {'; '.join(notes)}")
+    print(f"losses in chunks with their values, or left as is said: {right} of {len(LOSSES)}")
 
 
 def seconds_of_layers(layers: int) -> tuple[float, float, int]:
@@ -107,6 +142,7 @@ def main() -> None:
         count, off, _ = error(way, given)
         print(f"{'ok ' if count == 0 and off == 0 else 'NOT'} {name:28s} no attention")
     print(f"recognised with their values: {right} of {len(WAYS)}; left with a note: {left} of {len(LEFT)}")
+    told_of_losses()
     tracing, finding, count = seconds_of_layers(126)
     print(f"126 layers: {count} calls, {finding:.2f} s after {tracing:.2f} s of tracing")
     print(f"a window of documents over 131072 places: {seconds_of_mask(131072) * 1e3:.0f} ms")
