@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jax.sharding import AbstractMesh, Mesh
 
+from .cost.measured import load as load_measurement
 from .errors import UserError
 from .hardware.topology import Topology
 from .planner.declared import Declared
@@ -314,6 +316,7 @@ def plan(
     recognise: Sequence[str] = FORMS,
     accumulation: str = EXACT,
     max_passes: int = MAX_PASSES,
+    calibration: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Return the plan for training ``loss(params, batch)`` on `topology` that is fastest and fits its memory.
 
@@ -361,6 +364,8 @@ def plan(
             part``, the mean of the parts'.
         max_passes: with ``exact``, passes over the batch that microbatches may take: one, and one more for
             each sum over the examples that another waits for.
+        calibration: file of `meshwright calibrate`, whose efficiencies price the plan in place of the shipped
+            ones; the plan holds its digest.
 
     Raises:
         UserError: the declared parts contradict each other, the program or the topology, or nothing fits; or
@@ -384,6 +389,7 @@ def plan(
         optimizer=optimizer,
         names=names,
         recognise=checked_forms(recognise),
+        calibration=None if calibration is None else load_measurement(calibration),
         trainable=trainable,
         state=state,
     )
@@ -410,6 +416,7 @@ def declare(
     recognise: Sequence[str] = FORMS,
     accumulation: str = EXACT,
     max_passes: int = MAX_PASSES,
+    calibration: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Return the plan that the declared `mesh` and `rules` give for ``loss(params, batch)``.
 
@@ -442,6 +449,7 @@ def declare(
         recognise: as in `plan`: all if not given.
         accumulation: as in `plan`.
         max_passes: as in `plan`.
+        calibration: as in `plan`.
 
     Raises:
         UserError: the mesh does not fit the topology, a rule cannot hold, the batch does not divide, or the
@@ -454,6 +462,7 @@ def declare(
         optimizer=optimizer,
         names=names,
         recognise=checked_forms(recognise),
+        calibration=None if calibration is None else load_measurement(calibration),
         trainable=trainable,
         state=state,
     )

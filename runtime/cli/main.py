@@ -185,6 +185,36 @@ def config(
 
 
 @app.command()
+def calibrate(
+    out: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="File to write; one of this chip and JAX in the cache if not given."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="Time for it; what is left when it is over is left out.")
+    ] = 150.0,
+    simulated: Annotated[
+        int | None, typer.Option(help="Calibrate so many simulated devices of this CPU.")
+    ] = None,
+) -> None:
+    """Time what the devices here reach, so that plans with `calibration: FILE` are estimated by it."""
+    from ..hosts.simulated import simulate
+
+    if simulated is not None:
+        simulate(simulated)
+    from ...sharding.cost.measured import save
+    from ..calibrate import calibrate as measure
+    from ..calibrate.measure import line, proposed
+
+    found = measure(seconds, said=lambda row: typer.echo(line(row)))
+    path = proposed(found) if out is None else out
+    save(found, path)
+    for name, value in found.efficiencies.items():
+        typer.echo(f"{name} = {value:g}")
+    typer.echo(f"{path} (digest {found.digest}); a config takes it up with `calibration: {path}`")
+
+
+@app.command()
 def doctor(
     as_json: Json = False,
     kernels: Annotated[

@@ -174,6 +174,10 @@ class Config(Section):
         description="Forms that are worked through in one way however a model writes them: `attention`, "
         "`losses` over a whole vocabulary, `layers` without a scan. The plan's notes say where.",
     )
+    calibration: str | None = Field(
+        default=None,
+        description="File of `meshwright calibrate` by whose efficiencies to plan; null is the shipped ones.",
+    )
     compilation_cache: str | None = Field(
         default="auto",
         description="Folder of compiled programs kept between runs; `auto` is the user's cache folder, "

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...models import Model
 from ...sharding import Plan, Topology, declare, plan
+from ...sharding.cost.measured import load as load_measurement
 from ...sharding.errors import IndivisibleBatch, UserError, nearest
 from ...sharding.files import write_whole
 from ...sharding.hardware.axes import resolve_axes
@@ -98,6 +99,7 @@ def _declared(config: Config, shapes: Shapes, topology: Topology, optimizer: Any
         max_passes=config.max_passes,
         **packing.declared(config),
         recognise=config.recognise,
+        calibration=config.calibration,
         state=shapes.state,
         trainable=shapes.trainable,
     )
@@ -142,6 +144,7 @@ def search(
         max_passes=config.max_passes,
         **packing.declared(config),
         recognise=config.recognise,
+        calibration=config.calibration,
         state=shapes.state,
         trainable=shapes.trainable,
         names=shapes.names,
@@ -264,6 +267,10 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
         raise UserError(
             f"the config declares attention={config.attention} and {config.plan} has {planned}; "
             "leave one of them out"
+        )
+    if config.calibration is not None and load_measurement(config.calibration).digest != found.calibration:
+        raise UserError(
+            f"{config.plan} was not planned by {config.calibration}; leave one of them out, or plan again"
         )
     forms = checked_forms(config.recognise)
     if forms not in (FORMS, found.recognise):

@@ -12,6 +12,7 @@ from ..cost.calibration import Calibration, calibration_for
 from ..cost.candidate import Candidate
 from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
+from ..cost.measured import Measurement
 from ..cost.profile import ProgramTables, profile
 from ..errors import UserError
 from ..hardware.memory import usable_bytes
@@ -89,6 +90,7 @@ class Problem:
     trainable: Any = None
     recognise: tuple[str, ...] = FORMS
     state: Any = None
+    calibration: Measurement | None = None
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -217,17 +219,18 @@ class Problem:
             )
 
         chip = topology.chip.name
+        efficiencies = calibration_for if self.calibration is None else self.calibration.record
 
         @functools.cache
         def plain() -> Pricer:
-            return priced_by(self.profile, calibration_for(chip), execution_for(topology), None)
+            return priced_by(self.profile, efficiencies(chip), execution_for(topology), None)
 
         kernel = self.kernel(topology, declared or Declared())
         if kernel.implementation is None:
             return plain()
         return priced_by(
             self.table(kernel),
-            calibration_for(chip, kernels.priced_as(kernel)),
+            efficiencies(chip, kernels.priced_as(kernel)),
             execution_for(topology, kernels.cost(kernel)),
             lambda candidate: None if kernel.can(candidate.dims) else plain(),
         )

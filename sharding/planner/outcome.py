@@ -65,6 +65,7 @@ class Search:
             refused=answer.space.refused,
             kernels=kernel.kernels if kernel.can(layout.dims) else {},
             recognise=self.problem.recognise,
+            calibration=digest_of(self.problem),
             accumulation=self.declared.accumulation,
             state=None if self.problem.state is None else build.state_of(program, layout),
         )
@@ -189,10 +190,16 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         notes=(*notes, *notes_on(case)),
         estimate=estimate,
         recognise=problem.recognise,
+        calibration=digest_of(problem),
         accumulation=declared.accumulation,
         kernels=kernel.kernels if kernel.can(candidate.dims) else {},
         state=None if problem.state is None else build.state_of(problem.program, candidate),
     )
+
+
+def digest_of(problem: Problem) -> str | None:
+    """Return the digest of the calibration that a problem is priced by, None for the shipped one."""
+    return None if problem.calibration is None else problem.calibration.digest
 
 
 def _with_state(problem: Problem, topology: Topology, candidate: Candidate) -> Candidate:

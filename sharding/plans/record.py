@@ -71,6 +71,7 @@ class Decision:
             XLA's own.
         compiler_options: XLA's, for this step.
         recognise: forms of the program that are rewritten where they are found, of `program.recognise.FORMS`.
+        calibration: digest of the measured efficiencies that it was planned by, None for the shipped ones.
 
     Raises:
         UserError: an axis, policy, place or kernel is not known, or an axis does not divide a dimension.
@@ -93,6 +94,7 @@ class Decision:
     kernels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     compiler_options: Mapping[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     recognise: tuple[str, ...] = FORMS
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recognise", checked_forms(self.recognise))
