@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ _SIZES = (2**16, 2**20, 2**23, 2**26)
 _CPU_SIZES = (2**14, 2**18, 2**21)
 
 
-def axes(devices: Sequence[jax.Device]) -> dict[str, Mesh]:
+def axes(devices: Sequence[Any]) -> dict[str, Mesh]:
     """Return axis → a mesh of one axis over it: a process's devices, and one device of each process."""
     own = [one for one in devices if one.process_index == jax.process_index()]
     first = {one.process_index: one for one in reversed(devices)}
@@ -26,7 +27,7 @@ def axes(devices: Sequence[jax.Device]) -> dict[str, Mesh]:
     return {name: Mesh(np.array(group), (name,)) for name, group in found.items() if len(group) > 1}
 
 
-def collectives(clock: Clock, devices: Sequence[jax.Device]) -> Iterator[Row]:
+def collectives(clock: Clock, devices: Sequence[Any]) -> Iterator[Row]:
     """Yield each collective of each size over each axis that has several devices."""
     sizes = _CPU_SIZES if devices[0].platform == "cpu" else _SIZES
     for axis, mesh in axes(devices).items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def products(clock: Clock, sizes: Sizes) -> Iterator[Row]:
             yield {"kind": "product", "dtype": sizes.dtype, **shape, "seconds": seconds}
 
 
-def attention(clock: Clock, sizes: Sizes, implementation: str) -> Iterator[Row]:
+def attention(clock: Clock, sizes: Sizes, implementation: Literal["xla", "cudnn"]) -> Iterator[Row]:
     """Yield causal attention, forward and backward, by shape; `implementation` is one of `jax.nn`'s."""
     for batch, sequence, heads, kept, width in sizes.attention:
         shapes = [(batch, sequence, count, width) for count in (heads, kept, kept)]
