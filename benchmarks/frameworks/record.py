@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from meshwright.sharding.cost.calibration import Calibration, calibration_for, checked, read_toml
+from meshwright.sharding.hardware.chip import chips
 
 SHIPPED = Path(__file__).with_name("calibration.toml")
 
@@ -65,8 +66,18 @@ class Framework(Calibration):
 
 
 def plain(chip: str) -> Framework:
-    """Return the product's own efficiencies of a chip, as a record to start from."""
-    return Framework(**dataclasses.asdict(calibration_for(chip)))
+    """Return the product's own efficiencies of a chip, as a record of a framework that nothing is known of.
+
+    Attention is by the chip's kernel, as a plan has it, or by one like it where the chip has none.
+    """
+    known = chips().get(chip)
+    kernel = None if known is None else known.attention_kernel
+    return Framework(
+        **dataclasses.asdict(calibration_for(chip, kernel)),
+        fused_attention=True,
+        attention_share=0.5,
+        attention_gradient=2.5,
+    )
 
 
 def read(path: Path) -> tuple[Framework, Tables]:
