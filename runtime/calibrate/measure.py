@@ -12,6 +12,7 @@ from ...sharding.cost.measured import Measurement
 from ...sharding.errors import UserError
 from ...sharding.files import user_cache
 from ...sharding.hardware.topology import Topology
+from ...sharding.ops.cudnn import library_version
 from . import collectives, kernels
 from .fit import fit
 from .kernels import Row
@@ -77,8 +78,6 @@ def _driver() -> str:
 
 
 def _cudnn() -> str:
-    from ...sharding.ops.cudnn import library_version
-
     return f"cudnn-{library_version()}"
 
 
