@@ -39,6 +39,7 @@ from .constrain import Constrain
 from .gather import ByHand, Scattering
 from .meshes import explicit_axes, of_plan
 from .remat import Name, Remat
+from .said import not_arrays, other_devices
 
 
 def passes_of(
@@ -249,11 +250,18 @@ def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:
                 f"plan.apply is called under a mesh whose axes {', '.join(axes)} are explicit; set "
                 "plan.make_mesh() in its place, or jax.make_mesh(…, axis_types=(AxisType.Auto, …))"
             )
+        if said := not_arrays(args, ("parameters", "batch", "loss's state")):
+            raise UserError(said)
         try:
             return one(*args)
+        except ValueError as error:
+            if isinstance(error, UserError) or (said := other_devices(mesh)) is None:
+                raise
         except TypeError as error:
             if "forward-mode" not in str(error):
                 raise
+        if said:
+            raise UserError(said)
         raise UserError(
             "what plan.apply gives is differentiated by reverse only (jax.grad, jax.vjp, and these of one "
             "another): take jax.jacrev for jax.jvp or jax.jacfwd, or differentiate the loss itself"

@@ -352,19 +352,25 @@ _together.defvjp(
 )
 
 
-@jax.custom_vjp
 def before_gradients(value: Any) -> Any:
     """Return a loss; its gradients are taken when it is there.
 
     Where they need nothing of the loss's own forward pass, XLA leaves that for last and keeps what it reads.
     """
+    return _awaited(value) if jnp.issubdtype(jnp.result_type(value), jnp.inexact) else value
+
+
+@jax.custom_jvp
+def _awaited(value: Any) -> Any:
     return value
 
 
-before_gradients.defvjp(
-    lambda value: (value, value),
-    lambda value, gradient: (jax.lax.optimization_barrier((gradient, value))[0],),
-)
+@_awaited.defjvp
+def _(values: tuple[Any], changes: tuple[Any]) -> tuple[Any, Any]:
+    # By one, which is there when the value is: so that JAX differentiates it in every way.
+    known = jax.lax.stop_gradient(values[0])
+    one, _ = jax.lax.optimization_barrier((jnp.ones((), known.dtype), known))
+    return values[0], changes[0] * one
 
 
 def looks_up_rows(eqn: core.JaxprEqn) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
 from .optimizer import change, extra_of, handles_nonfinite, wanted
+from .said import Said
 
 if TYPE_CHECKING:
     import optax
@@ -163,7 +164,8 @@ def jitted_update(
         state, metrics = updated(planned, optimizer, state, batch, measure, guard=guard)
         return jax.lax.with_sharding_constraint(state, of_state), whole(metrics, mesh)
 
-    return jax.jit(update, donate_argnums=0, compiler_options=dict(plan.compiler_options) or None)
+    jitted = jax.jit(update, donate_argnums=0, compiler_options=dict(plan.compiler_options) or None)
+    return cast("jax.stages.Wrapped", Said(jitted, ("state", "batch"), mesh))
 
 
 def jitted_evaluate(plan: Decision, function: Callable[..., Any], *, mesh: Mesh) -> jax.stages.Wrapped:
@@ -195,7 +197,8 @@ def jitted_evaluate(plan: Decision, function: Callable[..., Any], *, mesh: Mesh)
             ),
         )
 
-    return jax.jit(evaluate)
+    said = Said(jax.jit(evaluate), ("parameters", "batch", "loss's state"), mesh)
+    return cast("jax.stages.Wrapped", said)
 
 
 def first_state(

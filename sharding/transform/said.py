@@ -1,0 +1,87 @@
+"""Jitted functions whose callers' mistakes are said in a sentence, where JAX would speak of its insides."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ..errors import UserError
+
+
+class Said:
+    """A jitted function, as JAX gives it, of arguments called `names`, on `mesh`."""
+
+    def __init__(self, jitted: jax.stages.Wrapped, names: Sequence[str], mesh: Any) -> None:
+        functools.update_wrapper(self, jitted, updated=())
+        self._jitted, self._names, self._mesh = jitted, tuple(names), mesh
+
+    def __call__(self, *args: Any) -> Any:
+        return self._told(self._jitted, args)
+
+    def trace(self, *args: Any) -> jax.stages.Traced:
+        """As of `jax.stages.Wrapped`."""
+        return self._told(self._jitted.trace, args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """As of `jax.stages.Wrapped`."""
+        return self._told(self._jitted.lower, args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jitted, name)
+
+    def _told(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        try:
+            return function(*args)
+        except (TypeError, ValueError) as error:
+            said = not_arrays(args, self._names) or other_devices(self._mesh)
+            if said is None or isinstance(error, UserError):
+                raise
+        raise UserError(said)
+
+
+def not_arrays(args: Sequence[Any], names: Sequence[str]) -> str | None:
+    """Say which leaf of arguments of these names is nothing to compute with, or None if there is none."""
+    for name, tree in zip(names, args, strict=False):
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if _is_array(leaf):
+                continue
+            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            kind = "function" if callable(leaf) else type(leaf).__name__
+            where = f"{path!r} of the {name}" if path else f"the {name}"
+            said = f"{where} is a {kind}, which is no array of numbers"
+            return f"{said}: leave it out, or close over it in the loss"
+    return None
+
+
+def _is_array(leaf: Any) -> bool:
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.dtype.kind not in "OUSMm"
+    return (
+        isinstance(leaf, (bool, int, float, complex))
+        or hasattr(leaf, "dtype")
+        or hasattr(leaf, "__jax_array__")
+    )
+
+
+def other_devices(mesh: Any) -> str | None:
+    """Say that the mesh that the caller has set is of other devices than `mesh`, or None if it is not."""
+    try:
+        around = jax.sharding.get_mesh()
+    except ValueError:
+        # Within what is being traced there is no saying.
+        return None
+    if not isinstance(mesh, Mesh) or not isinstance(around, Mesh) or around.empty:
+        return None
+    own, found = ([device.id for device in one.devices.flat] for one in (mesh, around))
+    if own == found:
+        return None
+    how = "the same devices in another order" if sorted(own) == sorted(found) else "other devices"
+    return (
+        f"the mesh that jax.set_mesh has set is of {how} than the plan's ({found[:4]}… and {own[:4]}…): set "
+        "plan.make_mesh(), or none"
+    )
