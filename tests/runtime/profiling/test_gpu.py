@@ -67,19 +67,32 @@ def test_each_device_has_its_own_executions_though_several_are_launched_at_once(
     assert found.placed == (12, 12)
 
 
-def test_kernels_that_lost_launch_and_name_belong_to_the_execution_around_them_and_bear_their_siblings_name():
+def test_kernels_that_lost_launch_and_name_belong_to_the_execution_around_them():
     gpu = Gpu()
+    ops = [("Stream #1", "dot", 0, 60), ("Stream #1", "norm.1", 60, 70), ("Stream #1", "dot.2", 80, 90)]
     for k in range(3):
-        gpu.execution(10 * k, moved(STEP, 200 * k))
-    lost = gpu.streams[0]["Stream #1"]
-    gpu.execution(40, moved(STEP, 600)[:1] + moved(STEP, 600)[2:])
+        gpu.execution(10 * k, moved(ops, 200 * k))
+    gpu.execution(40, moved([ops[0], ops[2]], 600))
     # Its number is a copy's, which was launched when nothing ran.
     gpu.launch(999, 35, name="hipMemcpyDtoDAsync")
-    gpu.kernel(0, "Stream #2", "", 645, 655, kernel="norm", correlation=999)
-    assert "hlo_op" in dict(lost[1].stats)
+    gpu.kernel(0, "Stream #1", "", 660, 670, kernel="norm_1", correlation=999)
     found = profile(gpu)
     assert found.placed == (12, 12)
-    assert next(o for o in found.operations if o.name == "norm").count == 1
+    assert {o.name: o.count for o in found.operations} == {"dot": 1, "norm.1": 1, "dot.2": 1}
+
+
+def test_what_a_program_moves_within_the_device_is_its_own_work():
+    gpu = Gpu()
+    for k in range(2):
+        at = 200 * k
+        ops = [("copy.1", at, at + 10), ("set", at + 10, at + 30), ("copy-start.1", at + 40, at + 60)]
+        gpu.execution(10 * k, [("Stream #1", *op) for op in ops])
+        kernels = gpu.streams[0]["Stream #1"][-3:]
+        for kernel, name in zip(kernels, ("MemcpyD2D", "Memset", "MemcpyH2D"), strict=True):
+            kernel.name = name
+    first = profile(gpu).steps[0]
+    times = first.compute_seconds, first.copy_seconds, first.idle_seconds
+    assert [round(spent * 1e9) for spent in times] == [30, 20, 10]
 
 
 def test_transfers_are_no_kernels_unless_the_program_asked_for_them():
