@@ -115,10 +115,24 @@ def test_it_decodes_what_it_scores(changes: dict[str, Any]) -> None:
         np.testing.assert_allclose(logits, whole[:, place], rtol=2e-4, atol=2e-5)
 
 
+MIXTRAL: dict[str, Any] = {"heads": 4, "kv_heads": 2, "experts": 8}
+QWEN: dict[str, Any] = {"qk_norm": True, "experts": 16, "experts_per_token": 4}
+DEEPSEEK: dict[str, Any] = {"dense_layers": 1, "shared_experts": 1, "router": "sigmoid", **LATENT}
+
+
 @pytest.mark.slow
 @pytest.mark.devices(8)
-def test_planned_it_keeps_its_values() -> None:
-    model = decoder(small(dense_layers=1, shared_experts=1, **LATENT))
+@pytest.mark.parametrize(
+    ("changes", "mesh"),
+    [
+        (DEEPSEEK, {"data": 2, "fsdp": 2, "tensor": 2}),
+        (DEEPSEEK, {"fsdp": 2, "expert": 4}),
+        (QWEN, {"data": 2, "expert": 2, "tensor": 2}),
+        (MIXTRAL, {"data": 2, "expert": 4}),
+    ],
+)
+def test_planned_it_keeps_its_values(changes: dict[str, Any], mesh: dict[str, int]) -> None:
+    model = decoder(small(**changes))
     params, batch = model.init(jax.random.key(0)), batch_of(model.config)
     made = plan(
         model.loss,
@@ -127,11 +141,11 @@ def test_planned_it_keeps_its_values() -> None:
         topology="cpu:8",
         optimizer=optax.adam(1e-3),
         names=model.names,
-        mesh={"data": 2, "fsdp": 2, "tensor": 2},
+        mesh=mesh,
     )
-    mesh = made.make_mesh()
+    devices = made.make_mesh()
     placed = jax.device_put(
-        (params, batch), (made.shardings(params, mesh), made.shardings(batch, mesh, "batch"))
+        (params, batch), (made.shardings(params, devices), made.shardings(batch, devices, "batch"))
     )
     expected = jax.jit(jax.value_and_grad(model.loss, has_aux=True))(params, batch)
     got = jax.jit(jax.value_and_grad(made.apply(model.loss), has_aux=True))(*placed)
