@@ -130,11 +130,16 @@ class Record(Decision):
 
 def check_runs(plan: Decision) -> None:
     """Raise UserError for a plan that can be priced and cannot be run yet."""
-    if plan.mesh.get("stage", 1) > 1:
+    stages = plan.mesh.get("stage", 1)
+    if stages == 1:
+        return
+    if plan.interleave > 1 or plan.schedule not in (None, "1f1b"):
         raise UserError(
-            f"stage={plan.mesh['stage']}: pipeline stages are priced by the planner and cannot be run yet; "
-            "plan without the stage axis"
+            f"stage={stages} runs in 1F1B with one chunk of layers a stage; schedule={plan.schedule!r} with "
+            f"interleave={plan.interleave} is priced by the planner and cannot be run yet"
         )
+    if plan.accumulation != EXACT:
+        raise UserError(f"stage={stages} sums microbatches exactly; plan without accumulation='by part'")
 
 
 def _check(plan: Decision) -> None:

@@ -264,14 +264,22 @@ def rewritten(program: Program, passes: Sequence[Pass], inputs: Sequence[Any]) -
     scopes and settings of the original equations are kept. Jitted calls, scans and checkpoints are gone into;
     what else holds a program is run as it stands.
     """
-    return _Rewriter(passes).scope(program.scope, program.jaxpr.consts, list(inputs))
+    return Rewriter(passes).scope(program.scope, program.jaxpr.consts, list(inputs))
 
 
-class _Rewriter:
+class Rewriter:
+    """Runs equations again, as `passes` say."""
+
     def __init__(self, passes: Sequence[Pass]) -> None:
         self._passes = passes
 
+    def run(self, equation: Equation, inputs: list[Any]) -> Sequence[Any]:
+        """Return the results of one equation on `inputs`."""
+        with context_of(equation.eqn):
+            return self._visit(0, equation, inputs, ())
+
     def scope(self, scope: Scope, consts: Sequence[Any], inputs: list[Any]) -> list[Any]:
+        """Return the results of a program on `inputs`."""
         for one in reversed(self._passes):
             inputs = one.begin(scope, inputs)
         values: dict[Any, Any] = dict(zip(scope.jaxpr.constvars, consts, strict=True))
@@ -281,8 +289,7 @@ class _Rewriter:
             return atom.val if isinstance(atom, core.Literal) else values[atom]
 
         for equation in scope.equations:
-            with context_of(equation.eqn):
-                outputs = self._visit(0, equation, [read(atom) for atom in equation.eqn.invars], ())
+            outputs = self.run(equation, [read(atom) for atom in equation.eqn.invars])
             values.update(zip(equation.eqn.outvars, outputs, strict=True))
         results = [read(atom) for atom in scope.jaxpr.outvars]
         for one in reversed(self._passes):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ..errors import UserError
@@ -38,6 +39,7 @@ from .attention import AttentionKernel
 from .constrain import Constrain
 from .gather import ByHand, Scattering
 from .meshes import explicit_axes, of_plan
+from .pipeline.build import pipelined
 from .remat import Name, Remat
 from .said import not_arrays, other_devices
 
@@ -154,6 +156,7 @@ class PlannedLoss:
         mesh = of_plan(plan, mesh)
         self._plan, self._mesh = plan, mesh
         self._microbatches, self._trainable = plan.microbatches, plan.trainable
+        self._staged = plan.mesh.get("stage", 1) > 1
         self._runs: weakref.WeakKeyDictionary[Traced, Run] = weakref.WeakKeyDictionary()
         self.traces = Traces(
             loss,
@@ -164,7 +167,7 @@ class PlannedLoss:
 
     def value(self, params: Any, batch: Any, *state: Any) -> Any:
         """Return what `loss` gives: a scalar, or ``(scalar, …)``."""
-        if self._microbatches == 1:
+        if self._microbatches == 1 and not self._staged:
             return self._part(params, batch, *state)
         if self._plan.accumulation == EXACT:
             return self._run(params, batch, *state).value(params, batch, *state)
@@ -189,7 +192,7 @@ class PlannedLoss:
         `of_floats` those of all floats are taken.
         """
         parts = split(params, None) if of_floats else self.split(params)
-        if self._microbatches == 1:
+        if self._microbatches == 1 and not self._staged:
             return with_gradients(self._part, parts, batch, *state)
         if self._plan.accumulation == EXACT:
             run = self._run(params, batch, *state)
@@ -205,15 +208,33 @@ class PlannedLoss:
         """Return what works the batch through in parts, as it is proved of the whole batch's program."""
         traced = self.traces.on(*args)
         if traced not in self._runs:
+            stored = {0: traced.args[0], **dict(enumerate(traced.args[2:], 2))}
+            if self._staged:
+                self._runs[traced] = self._through_stages(traced, stored)
+                return self._runs[traced]
             read = proved(traced, self._microbatches)
             region = region_of(self._plan, self._mesh, traced, read)
             if region is None:
                 run = Run(read, self._planned(), self._part)
             else:
-                stored = {0: traced.args[0], **dict(enumerate(traced.args[2:], 2))}
                 run = Run(region.read, self._planned(region.axes, stored), self._part, region)
             self._runs[traced] = run
         return self._runs[traced]
+
+    def _through_stages(self, traced: Traced, stored: Mapping[int, Any]) -> Run:
+        def passes(program: Program, params: Any, *state: Any, learns: bool) -> list[Pass]:
+            return passes_of(
+                self._plan, program, self._mesh, params, *state, learns=learns, by_hand=found.region.manual
+            )
+
+        params = traced.args[0]
+        trained = [
+            n for n, one in enumerate(jax.tree.leaves(params)) if jnp.issubdtype(one.dtype, jnp.inexact)
+        ]
+        widens = _platform(self._plan, self._mesh) == "cpu"
+        found = pipelined(self._plan, self._mesh, traced, passes, trained, widens)
+        planned = self._planned(found.region.manual, stored)
+        return Run(found.region.read, planned, self._part, found.region, found.staged, found.of_whole)
 
     def _planned(self, by_hand: tuple[str, ...] = (), stored: Mapping[int, Any] | None = None) -> Planned:
         """Return what lays the plan's passes over a function of a part, in a region with axes `by_hand`."""
@@ -240,7 +261,7 @@ def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:
     """
     planned = PlannedLoss(plan, loss, mesh)
     one = planned.value
-    if plan.microbatches > 1:
+    if plan.microbatches > 1 or plan.mesh.get("stage", 1) > 1:
         one = differentiable(planned.value, functools.partial(planned.value_and_grad, of_floats=True))
 
     @functools.wraps(loss)

@@ -99,6 +99,11 @@ class Constrain(Pass):
         kept = [one.value if isinstance(one, StoredParameter) else one for one in found]
         return [before_gradients(kept[0]), *kept[1:]]
 
+    def lying(self, value: Any, dims: Dims) -> tuple[Any, PartitionSpec]:
+        """Return a value as it is computed with, and how it lies."""
+        found = self._gather(value, dims)
+        return found, self._spec(dims, jnp.shape(found))
+
     def visit(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
         """Run an equation on gathered parameters and constrain what it gives."""
         name = equation.primitive

@@ -21,7 +21,7 @@ from ...plans.record import Decision
 from ...plans.specs import Spec, axes_in, axes_of, cut_into, only
 from ...program.jaxpr import Traced
 from .proof import InParts, in_parts
-from .values import Array, Kind, NotInParts
+from .values import Array, NotInParts
 
 _OVER: dict[str, Callable[..., Array]] = {
     "sum": lax.psum,
@@ -34,7 +34,9 @@ _OVER: dict[str, Callable[..., Array]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RowRegion:
-    """`axes` of `mesh` cut the rows, the major one first, and are manual.
+    """`axes` of `mesh` cut the rows, the major one first, and are manual; so are `lanes`.
+
+    Devices along `lanes` have the same rows, and take turns at their parts.
 
     `params` and `state` are the specs in which their leaves are stored, `reduced` those of the gradients;
     `read` is the loss in the parts of all devices, which follow one another on each.
@@ -46,6 +48,21 @@ class RowRegion:
     reduced: tuple[Spec, ...]
     state: tuple[Spec, ...]
     read: InParts
+    lanes: tuple[str, ...] = ()
+
+    @property
+    def manual(self) -> tuple[str, ...]:
+        """All axes that are manual."""
+        return (*self.axes, *self.lanes)
+
+    @property
+    def turns(self) -> int:
+        """Of how many parts that follow one another a device has one."""
+        return math.prod(self.mesh.shape[axis] for axis in self.lanes)
+
+    def turn(self) -> Array:
+        """Return which of these a device has, inside of the region."""
+        return lax.axis_index(self.lanes) if self.lanes else jnp.int32(0)
 
     @property
     def devices(self) -> int:
@@ -54,7 +71,7 @@ class RowRegion:
 
     def number(self) -> Array:
         """Return which of these parts a device has, inside of the region."""
-        return lax.axis_index(self.axes)
+        return lax.axis_index(self.axes) if self.axes else jnp.int32(0)
 
     def run(
         self,
@@ -73,35 +90,39 @@ class RowRegion:
         parts lead with a device's parts, and leave it with those of all.
         """
         rest = [
-            tuple(axis for axis in self.axes if axis not in axes_in(self.params[place])) for place in places
+            tuple(axis for axis in self.manual if axis not in axes_in(self.params[place])) for place in places
         ]
-        rows = PartitionSpec(self.axes)
+        rows, apart_rows = (
+            PartitionSpec(self.axes or None),
+            PartitionSpec(self.axes or None, self.lanes or None),
+        )
 
         def apart(*args: Any) -> Any:
             sums, gradients, parts = body(*args)
-            return sums, [one[None] for one in gradients], parts
+            return sums, [one[None] for one in gradients], [one[:, None] for one in parts]
 
         sums, gradients, parts = jax.shard_map(
             apart,
             mesh=self.mesh,
             in_specs=(
-                [PartitionSpec(*only(spec, self.axes)) for spec in self.params],
+                [PartitionSpec(*only(spec, self.manual)) for spec in self.params],
                 [rows if one else PartitionSpec() for one in cut],
-                [PartitionSpec(*only(spec, self.axes)) for spec in self.state],
+                [PartitionSpec(*only(spec, self.manual)) for spec in self.state],
                 PartitionSpec(),
             ),
             out_specs=(
                 PartitionSpec(),
                 [
-                    PartitionSpec(axes or None, *only(self.params[place], self.axes))
+                    PartitionSpec(axes or None, *only(self.params[place], self.manual))
                     for axes, place in zip(rest, places, strict=True)
                 ],
-                rows,
+                apart_rows,
             ),
-            axis_names=set(self.axes),
+            axis_names=set(self.manual),
             check_vma=False,
         )(list(params), list(batch), list(state), others)
-        return list(sums), [self._summed(n, one) for n, one in zip(places, gradients, strict=True)], parts
+        grown = [self._summed(n, one) for n, one in zip(places, gradients, strict=True)]
+        return list(sums), grown, [one.reshape(-1, *one.shape[2:]) for one in parts]
 
     def _summed(self, place: int, gradient: Array) -> Array:
         """Return a gradient whose first dimension are the devices that have a share of it."""
@@ -114,7 +135,7 @@ class RowRegion:
         if jnp.issubdtype(dtype, jnp.floating):
             # XLA on a CPU combines nothing smaller in a region.
             value = value.astype(jnp.promote_types(dtype, jnp.float32))
-        return _OVER[combine](value, self.axes).astype(dtype)
+        return _OVER[combine](value, self.manual).astype(dtype)
 
 
 def region_of(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced, read: InParts) -> RowRegion | None:
@@ -125,14 +146,10 @@ def region_of(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced, read: I
     nothing else, and the loss to come in as many parts as all devices have, in as many passes.
     """
     params, batch, *state = traced.args
-    of_batch = jax.tree.leaves(arrays.specs(plan, batch, "batch"), is_leaf=_is_spec)
-    rows = [
-        tuple(one) for one, value in zip(of_batch, read.batch, strict=True) if value.kind is Kind.EXAMPLES
-    ]
-    axes = _axes_of_rows(plan, rows)
-    stored = _flat(arrays.specs(plan, params))
-    of_state = _flat(arrays.specs(plan, state[0], "state")) if state else ()
-    if not axes or any(_mixes(spec, axes) for spec in (*stored, *of_state)):
+    axes = axes_of_rows(plan, specs_of_rows(plan, batch, read.rows))
+    stored = flat_specs(plan, params)
+    of_state = flat_specs(plan, state[0], "state") if state else ()
+    if not axes or any(mixes(spec, axes) for spec in (*stored, *of_state)):
         return None
     if not any(_reduced_late(stored, jax.tree.leaves(params), axis) for axis in axes):
         return None
@@ -145,11 +162,17 @@ def region_of(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced, read: I
         return None
     if parts.levels.passes > read.levels.passes or parts.apart.keys() != read.apart.keys():
         return None
-    reduced = _flat(arrays.specs_of_moments(plan, params))
+    reduced = flat_specs(plan, params, "moments")
     return RowRegion(mesh=mesh, axes=axes, params=stored, reduced=reduced, state=of_state, read=parts)
 
 
-def _axes_of_rows(plan: Decision, rows: Sequence[Spec]) -> tuple[str, ...]:
+def specs_of_rows(plan: Decision, batch: Any, rows: int) -> list[Spec]:
+    """Return the specs of the arrays of a batch that lead with its rows."""
+    specs = zip(flat_specs(plan, batch, "batch"), jax.tree.leaves(batch), strict=True)
+    return [spec for spec, leaf in specs if leaf.shape[:1] == (rows,)]
+
+
+def axes_of_rows(plan: Decision, rows: Sequence[Spec]) -> tuple[str, ...]:
     """Return the axes that cut the rows and nothing else that is computed with, or none."""
     leads = {axes_of(spec[0]) if spec else () for spec in rows}
     if len(leads) != 1:
@@ -169,14 +192,13 @@ def _reduced_late(stored: Sequence[Spec], params: Sequence[Any], axis: str) -> b
     return 2 * whole > sum(sizes)
 
 
-def _mixes(spec: Spec, axes: Sequence[str]) -> bool:
+def mixes(spec: Spec, axes: Sequence[str]) -> bool:
     """Whether a dimension is cut over some of `axes` and over others."""
     return any(0 < len(set(axes).intersection(one)) < len(one) for one in map(axes_of, spec))
 
 
-def _flat(specs: Any) -> tuple[Spec, ...]:
-    return tuple(tuple(one) for one in jax.tree.leaves(specs, is_leaf=_is_spec))
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)
+def flat_specs(plan: Decision, tree: Any, kind: str = "params") -> tuple[Spec, ...]:
+    """Return the spec of each leaf of a tree of a `kind`, of the parameters' ``moments`` too."""
+    found = arrays.specs_of_moments(plan, tree) if kind == "moments" else arrays.specs(plan, tree, kind)
+    leaves = jax.tree.leaves(found, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    return tuple(tuple(one) for one in leaves)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .levels import Sweep, tail
+from ..pipeline.staged import Staged
+from .levels import Levels, Sweep, tail
 from .proof import InParts
 from .region import RowRegion
 from .shared import put_together
@@ -36,7 +37,8 @@ class _Call:
 class Run:
     """Runs what `in_parts` read, each function of a part `planned`; `whole` is the loss of all rows.
 
-    With a `region` its devices work their own parts through, which follow one another.
+    With a `region` its devices work their own parts through, which follow one another. With stages (`staged`)
+    a part is a stage's share of a microbatch, and `of_whole` is what was read of whole microbatches.
     """
 
     def __init__(
@@ -45,17 +47,18 @@ class Run:
         planned: Planned,
         whole: Callable[[Any, Any], Any],
         region: RowRegion | None = None,
+        staged: Staged | None = None,
+        of_whole: InParts | None = None,
     ) -> None:
         self._region = region
+        self._staged, self._of_whole = staged, of_whole
         self._read = read
         self._whole = whole
         levels = read.levels
         passes = {*levels.counts, *levels.before, *levels.after, *levels.values}
         self._forward = {one: planned(self._function(_targets(one)), False) for one in passes}
         last = levels.last
-        self._last = (
-            planned(self._function([*_inputs(levels.learnt), *_targets(last)]), True) if last else None
-        )
+        self._last = planned(self._function(_of_last(levels)), True) if last else None
         self._backward = {k: planned(self._function(self._above(k)), True) for k in levels.backward}
 
     def value(self, *args: Any) -> Any:
@@ -110,8 +113,8 @@ class Run:
 
     # Passes
 
-    def _function(self, targets: Sequence[Held]) -> Callable[..., list[Array]]:
-        read = self._read
+    def _function(self, targets: Sequence[Held], read: InParts | None = None) -> Callable[..., list[Array]]:
+        read = read or self._read
         totals = [op.outs[0] for op in read.graph.ops if op.is_total]
 
         def function(*args: Any) -> list[Array]:
@@ -143,13 +146,13 @@ class Run:
             return self._loop(one_part, zeros, call, places, read.parts, jnp.arange(read.parts))
         leaves, structures = zip(*(jax.tree.flatten(one) for one in call.args), strict=True)
         totals = [op.outs[0] for op in read.graph.ops if op.is_total and op.outs[0] in call.known]
-        own = read.parts // region.devices
+        own = read.parts // region.devices // region.turns
 
         def body(params: Any, batch: Any, state: Any, others: Any) -> Any:
             arrays, cotangents = others
             args = tuple(map(jax.tree.unflatten, structures, (params, batch, state)))
             local = _Call(args=args, known=dict(zip(totals, arrays, strict=True)), cotangents=cotangents)
-            numbers = region.number() * own + jnp.arange(own)
+            numbers = (region.number() * own + jnp.arange(own)) * region.turns + region.turn()
             sums, gradients, rows = self._loop(one_part, zeros, local, places, own, numbers)
             return list(map(region.total, combines, sums)), gradients, rows
 
@@ -178,6 +181,8 @@ class Run:
         leaves, structure = jax.tree.flatten(batch)
         cut = [n for n, value in enumerate(read.batch) if value.kind is Kind.EXAMPLES]
         rows = [_split(leaves[n], read.pre, parts) for n in cut]
+        if self._region is not None and self._region.turns > 1:
+            rows = [self._own_turns(leaves[n], parts) for n in cut]
 
         def body(carry: Any, xs: tuple[Array, list[Array]]) -> tuple[Any, Any]:
             index, own = xs
@@ -194,8 +199,62 @@ class Run:
         (sums, gradients), stacked = lax.scan(body, start, (numbers, rows))
         return sums, gradients, stacked
 
+    def _own_turns(self, leaf: Array, parts: int) -> Array:
+        assert self._region is not None
+        split = _split(leaf, self._read.pre, parts * self._region.turns)
+        turns = split.reshape(parts, self._region.turns, *split.shape[1:])
+        return lax.dynamic_index_in_dim(turns, self._region.turn(), 1, keepdims=False)
+
+    def _over_stages(
+        self,
+        one: Sweep,
+        targets: Callable[[Levels], list[Held]],
+        call: _Call,
+        places: Sequence[int] = (),
+    ) -> tuple[list[Array], list[Array], list[Array]]:
+        """Take the parts through stages, as `_over_parts` takes them one after another."""
+        read, region, staged, of_whole = self._read, self._region, self._staged, self._of_whole
+        assert region is not None
+        assert staged is not None
+        assert of_whole is not None
+        leaves, structures = zip(*(jax.tree.flatten(one) for one in call.args), strict=True)
+        totals = [op.outs[0] for op in read.graph.ops if op.is_total and op.outs[0] in call.known]
+        cut = [value.kind is Kind.EXAMPLES for value in read.batch]
+        combines = [combine for combine, _ in _zeros(one.totals)]
+
+        def add(sums: Any, found: Sequence[Array]) -> tuple[Any, Any]:
+            return _added(one.totals, sums, found), list(found[len(one.totals) :])
+
+        def body(params: Any, batch: Any, state: Any, others: Any) -> Any:
+            arrays, cotangents = others
+            known = self._more(jnp.int32(0), dict(zip(totals, arrays, strict=True)))[1]
+            sums, gradients, rows = staged.run(
+                self._function(targets(read.levels)),
+                self._function(targets(of_whole.levels), of_whole),
+                params=params,
+                batch=jax.tree.unflatten(structures[1], batch),
+                cut=cut,
+                state=state,
+                number=region.number() * staged.microbatches,
+                known=known,
+                places=places,
+                cotangents=cotangents,
+                sums=[zero for _, zero in _zeros(one.totals)],
+                add=add,
+            )
+            return list(map(region.total, combines, sums)), gradients, rows
+
+        others = [call.known[value] for value in totals], list(call.cotangents)
+        state = leaves[2] if len(leaves) > 2 else ()
+        return region.run(body, leaves[0], leaves[1], cut, state, others, places)
+
     def _add(self, one: Sweep, call: _Call) -> None:
         """Add the totals and the rows of a pass to what is known."""
+        if self._staged is not None and is_heavy(one):
+            number = self._read.levels.values.index(one)
+            sums, _, rows = self._over_stages(one, lambda levels: _targets(levels.values[number]), call)
+            self._keep(one, sums, rows, call.known)
+            return
         function = self._forward[one]
 
         def part(sums: Any, none: Any, index: Array, at: _Call) -> tuple[Any, Any, Sequence[Array]]:
@@ -235,7 +294,10 @@ class Run:
             return _added(one.totals, sums, found), _grown(gradients, grown), found[len(one.totals) :]
 
         call = dataclasses.replace(call, cotangents=cotangents)
-        sums, gradients, rows = self._over_parts(part, _zeros(one.totals), call, places)
+        if self._staged is not None:
+            sums, gradients, rows = self._over_stages(one, _of_last, call, places)
+        else:
+            sums, gradients, rows = self._over_parts(part, _zeros(one.totals), call, places)
         self._keep(one, sums, rows, call.known)
         return gradients
 
@@ -301,6 +363,16 @@ def _inputs(totals: Sequence[Task]) -> list[Held]:
 
 def _targets(one: Sweep) -> list[Held]:
     return [*_inputs(one.totals), *one.stacks]
+
+
+def _of_last(levels: Levels) -> list[Held]:
+    assert levels.last is not None
+    return [*_inputs(levels.learnt), *_targets(levels.last)]
+
+
+def is_heavy(one: Sweep) -> bool:
+    """Whether a pass goes through what depends on parameters."""
+    return any(op.outs[0].heavy for op in one.totals) or any(value.heavy for value in one.stacks)
 
 
 def _split(leaf: Array, pre: int, parts: int) -> Array:

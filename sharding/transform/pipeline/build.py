@@ -1,0 +1,112 @@
+"""Whether a loss can go through stages, by the proof that its parts add up, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jax.sharding import AbstractMesh, Mesh
+
+from ...errors import UserError, nearest_divisors
+from ...plans.record import Decision
+from ...plans.specs import axes_in, cut_into
+from ...program.jaxpr import Traced
+from ..accumulation.proof import InParts, in_parts, refusal, rows_of
+from ..accumulation.region import RowRegion, axes_of_rows, flat_specs, mixes, specs_of_rows
+from ..accumulation.run import is_heavy
+from ..accumulation.values import NotInParts
+from .staged import Passes, Staged
+from .ticks import STAGE
+
+
+class Pipelined(NamedTuple):
+    """What a loss's run takes for stages: its region, the stages, and what was read of whole microbatches."""
+
+    region: RowRegion
+    staged: Staged
+    of_whole: InParts
+
+
+def pipelined(
+    plan: Decision,
+    mesh: Mesh | AbstractMesh,
+    traced: Traced,
+    passes: Passes,
+    trained: Sequence[int],
+    widens: bool,
+) -> Pipelined:
+    """Return how a traced loss goes through the stages of `plan` on `mesh`.
+
+    `passes` gives the plan's passes over a program inside of the region, `trained` are the numbers of the
+    parameters that may be trained.
+
+    Raises UserError, one sentence, if it cannot.
+    """
+    params, batch, *state = traced.args
+    stages = plan.mesh[STAGE]
+    of_params, of_state = flat_specs(plan, params), flat_specs(plan, state[0], "state") if state else ()
+    axes = _axes(plan, traced)
+    manual = (*axes, STAGE)
+    for spec in (*of_params, *of_state):
+        if mixes(spec, manual):
+            raise UserError(
+                f"stage={stages}: a parameter is stored as {spec}, and beside stages an axis that cuts rows "
+                "cuts no dimension that another axis cuts"
+            )
+    devices = cut_into(axes, plan.mesh)
+    rows, needed = rows_of(batch), plan.microbatches * devices * stages
+    if rows % needed:
+        near = nearest_divisors(rows // (devices * stages) or 1, plan.microbatches)
+        raise UserError(
+            f"stage={stages} shares the rows of a microbatch: a batch of {rows} rows does not divide by "
+            f"microbatches={plan.microbatches} x {devices} x stage={stages} = {needed}; nearest: "
+            f"{max(rows // needed, 1) * needed} rows, or microbatches={near}"
+        )
+    try:
+        whole = in_parts(traced, plan.microbatches * devices, by_block=True)
+        shares = in_parts(traced, needed, by_block=True)
+    except NotInParts as why:
+        raise UserError(refusal(plan.microbatches, why, has_state=bool(state))) from None
+    _check_passes(shares, stages)
+    region = RowRegion(
+        mesh=mesh,
+        axes=axes,
+        lanes=(STAGE,),
+        params=of_params,
+        reduced=flat_specs(plan, params, "moments"),
+        state=of_state,
+        read=shares,
+    )
+    staged = Staged(
+        mesh=mesh,
+        microbatches=plan.microbatches,
+        passes=passes,
+        params=params,
+        state=tuple(state),
+        trained=trained,
+        widens=widens,
+    )
+    return Pipelined(region, staged, whole)
+
+
+def _axes(plan: Decision, traced: Traced) -> tuple[str, ...]:
+    """Return the axes that cut the rows. Raises UserError if they cut something else too."""
+    rows = specs_of_rows(plan, traced.args[1], rows_of(traced.args[1]))
+    axes = axes_of_rows(plan, rows)
+    cut = {axis for spec in rows for axis in axes_in(spec[:1]) if plan.mesh[axis] > 1}
+    if cut - set(axes):
+        raise UserError(
+            f"stage={plan.mesh[STAGE]}: {' and '.join(sorted(cut))} cut the rows of the batch and other "
+            "dimensions that are computed with, which stages cannot yet"
+        )
+    return axes
+
+
+def _check_passes(read: InParts, stages: int) -> None:
+    levels = read.levels
+    more = [one for one in (*levels.before, *levels.after, *levels.values[1:]) if is_heavy(one)]
+    if more or levels.backward:
+        raise UserError(
+            f"stage={stages}: the loss takes {max(levels.passes, 2)} passes over the batch, since sums over "
+            "the examples wait for one another, and stages are gone through once"
+        )

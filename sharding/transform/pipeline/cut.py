@@ -1,0 +1,181 @@
+"""A part of a loss cut at its layers: what goes into them, the layers of a stage, and what comes after.
+
+Two programs are cut, which are one but for the number of rows: of a microbatch, for the layers, and of a
+stage's share of its rows, for what is before and behind them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core
+
+from ...errors import UserError
+from ...program.jaxpr import scan_parts
+from ...program.layers import is_layer_scan
+from ...program.pieces import Piece, of_length
+from ...program.program import Equation, Program
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Cut:
+    """A part's program in pieces, for one stage of several.
+
+    enter: of a share of the rows, what travels into the layers.
+    layers: of all rows of a microbatch, what the layers of a stage carry out of what is carried in.
+    leave: of a share, what the whole program gives.
+    stacked: what is scanned over beside parameters, for all layers.
+    rows: of each thing that travels, carried or a constant, the dimension that holds rows, or None.
+    differs: whether it has a gradient.
+    carried: whether the layers change it.
+    shapes, dims: its shape and type, and its named dimensions.
+    """
+
+    enter: Piece
+    layers: Piece
+    leave: Piece
+    stacked: Piece
+    rows: tuple[int | None, ...]
+    differs: tuple[bool, ...]
+    carried: tuple[bool, ...]
+    shapes: tuple[Any, ...]
+    dims: tuple[Any, ...]
+
+
+def cut_at_layers(
+    share: Program, whole: Program, stages: int, trained: Sequence[int], data: Sequence[int]
+) -> Cut:
+    """Cut the programs of a share of a microbatch's rows, and of all of them.
+
+    `trained` are the numbers of the arguments that are trained, `data` of those that hold rows.
+
+    Raises UserError if a stage's layers cannot be had by themselves.
+    """
+    ours, theirs = _layers(whole, trained), _layers(share, trained)
+    parts = scan_parts(ours.eqn)
+    consts, first_xs = parts.num_consts, parts.num_consts + parts.num_carry
+    length = ours.eqn.params["length"]
+    if length % stages:
+        raise UserError(f"stage={stages} does not divide the {length} layers, at {ours.where}")
+    by_params, by_data = _dependent(whole, trained), _dependent(whole, data)
+    atoms = ours.eqn.invars
+    beside = [n for n in range(first_xs, len(atoms)) if not _is_stored(whole, atoms[n], set(trained))]
+    if any(atoms[n] in by_params or atoms[n] in by_data for n in beside if not _is_number(atoms[n])):
+        raise UserError(
+            f"stage={stages}: arrays that the layers are scanned over are computed from parameters or from "
+            f"the batch, which a stage cannot do for its own layers alone, at {ours.where}"
+        )
+    travel = [
+        n
+        for n, atom in enumerate(atoms[:first_xs])
+        if n >= consts or (not _is_number(atom) and atom in by_params and atom in by_data)
+    ]
+    shapes = tuple(atoms[n].aval for n in travel)
+    rows = tuple(
+        _rows_of(atoms[n].aval.shape, theirs.eqn.invars[n].aval.shape, stages, ours.where) for n in travel
+    )
+    used = _used_outside(whole, ours)
+    carries, stacked = ours.eqn.outvars[: parts.num_carry], ours.eqn.outvars[parts.num_carry :]
+    if any(var in used for var in stacked):
+        raise UserError(
+            f"stage={stages}: what each layer gives beside its output is used after the layers, which stages "
+            f"cannot hand on yet, at {ours.where}"
+        )
+    for n, out in enumerate(carries):
+        place = rows[travel.index(consts + n)]
+        if out in used and place is None and out in _dependent(whole, data):
+            raise UserError(
+                f"stage={stages}: the layers add up a number over the rows, which stages cannot yet, at "
+                f"{ours.where}"
+            )
+    return Cut(
+        enter=Piece(program=share, wanted=tuple(theirs.eqn.invars[n] for n in travel)),
+        layers=Piece(
+            program=whole,
+            wanted=tuple(carries),
+            at=of_length(ours, length // stages),
+            operands=(*travel, *beside),
+        ),
+        stacked=Piece(program=whole, wanted=tuple(atoms[n] for n in beside)),
+        leave=Piece(
+            program=share,
+            wanted=tuple(share.scope.jaxpr.outvars),
+            known=tuple(theirs.eqn.outvars[: parts.num_carry]),
+        ),
+        rows=rows,
+        differs=tuple(bool(jnp.issubdtype(shape.dtype, jnp.inexact)) for shape in shapes),
+        carried=tuple(n >= consts for n in travel),
+        shapes=shapes,
+        dims=tuple(ours.ins[n] for n in travel),
+    )
+
+
+def has_layers(program: Program, trained: Sequence[int]) -> bool:
+    """Whether a part's program has layers to cut at."""
+    return any(_walks_parameters(program, one, trained) for one in program.scope.equations)
+
+
+def _layers(program: Program, trained: Sequence[int]) -> Equation:
+    """Return the scan over stacked parameters that has the most of them."""
+    found = [one for one in program.scope.equations if _walks_parameters(program, one, trained)]
+    if not found:
+        raise UserError("stages cut the layers of a scan over stacked parameters, and this loss has none")
+
+    def size(one: Equation) -> int:
+        avals: list[Any] = [atom.aval for atom in one.eqn.invars[-scan_parts(one.eqn).num_xs :]]
+        return sum(math.prod(aval.shape) for aval in avals)
+
+    return max(found, key=size)
+
+
+def _walks_parameters(program: Program, one: Equation, trained: Sequence[int]) -> bool:
+    if one.primitive != "scan" or not is_layer_scan(one.eqn):
+        return False
+    xs = one.eqn.invars[-scan_parts(one.eqn).num_xs :]
+    return any(_is_stored(program, atom, set(trained)) for atom in xs)
+
+
+def _is_stored(program: Program, atom: Any, trained: set[int]) -> bool:
+    """Whether an atom is a parameter, but for a cast or a transposition of what comes after the layers."""
+    makers = {var: one.eqn for one in program.scope.equations for var in one.eqn.outvars}
+    while atom in makers:
+        eqn = makers[atom]
+        name = eqn.primitive.name
+        if name == "transpose" and eqn.params["permutation"][0] != 0:
+            return False
+        if name not in ("convert_element_type", "transpose", "name", "copy"):
+            return False
+        atom = eqn.invars[0]
+    return any(program.scope.jaxpr.invars[n] is atom for n in trained)
+
+
+def _is_number(atom: Any) -> bool:
+    return isinstance(atom, core.Literal)
+
+
+def _dependent(program: Program, arguments: Sequence[int]) -> set[Any]:
+    found = {program.scope.jaxpr.invars[n] for n in arguments}
+    for one in program.scope.equations:
+        if any(atom in found for atom in one.eqn.invars if not isinstance(atom, core.Literal)):
+            found.update(one.eqn.outvars)
+    return found
+
+
+def _used_outside(program: Program, layers: Equation) -> set[Any]:
+    atoms = [a for one in program.scope.equations if one is not layers for a in one.eqn.invars]
+    atoms += program.scope.jaxpr.outvars
+    return {atom for atom in atoms if not isinstance(atom, core.Literal)}
+
+
+def _rows_of(whole: tuple[int, ...], share: tuple[int, ...], stages: int, where: str) -> int | None:
+    """Return the dimension of what travels that holds rows: a share has fewer."""
+    places = [n for n, (a, b) in enumerate(zip(whole, share, strict=True)) if a != b]
+    if not places:
+        return None
+    if len(places) > 1 or whole[places[0]] != stages * share[places[0]]:
+        raise UserError(f"stage={stages}: rows cannot be told in what the layers carry, at {where}")
+    return places[0]

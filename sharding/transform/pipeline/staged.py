@@ -1,0 +1,135 @@
+"""A loss whose parts go through stages: its programs, cut once, and the workers that run them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+
+from ...program.jaxpr import Pass, Traces
+from ...program.program import Program
+from ...program.tracing import read
+from ..constrain import Constrain
+from .cut import Cut, cut_at_layers
+from .ticks import STAGE, Array, Worker
+
+# Gives a list of arrays of (parameters, a part's rows, a state if there is one, (its number, sums)).
+Function = Callable[..., list[Array]]
+
+# Gives the passes over a program of (parameters, …), of which gradients are taken or not.
+Passes = Callable[..., list[Pass]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Staged:
+    """How parts go through stages: `microbatches` of them, in a region of `mesh`, with `passes`.
+
+    `params` and `state` are the shapes of what is stored, a tree each, of whole arrays; `trained` are the
+    numbers of the parameters' leaves that may be; `widens` is as of `gather.ByHand`.
+    """
+
+    mesh: Mesh | AbstractMesh
+    microbatches: int
+    passes: Passes
+    params: Any
+    state: tuple[Any, ...]
+    trained: Sequence[int]
+    widens: bool
+
+    @property
+    def stages(self) -> int:
+        """How many stages there are."""
+        return self.mesh.shape[STAGE]
+
+    def run(
+        self,
+        of_share: Function,
+        of_whole: Function,
+        *,
+        params: Sequence[Array],
+        batch: Any,
+        cut: Sequence[bool],
+        state: Sequence[Array],
+        number: Array,
+        known: Any,
+        places: Sequence[int],
+        cotangents: Sequence[Array],
+        sums: Any,
+        add: Callable[[Any, Sequence[Array]], tuple[Any, Any]],
+    ) -> tuple[Any, Any, Any]:
+        """Return sums, gradients of the parameters at `places`, and rows of all microbatches, of one device.
+
+        `of_share` and `of_whole` are the loss's function of a stage's share of a microbatch, and of all of
+        it; their first outputs have the `cotangents`. `batch` is the tree of a device's rows, of which the leaves
+        that are `cut` are rows; `number` is that of its first microbatch, `known` what they read besides.
+        """
+        leaves, structure = jax.tree.flatten(batch)
+
+        def rows(microbatch: Array, shared: bool) -> list[Array]:
+            parts = self.microbatches * (self.stages if shared else 1)
+            place = microbatch * self.stages + lax.axis_index(STAGE) if shared else microbatch
+            sizes = [leaf.shape[0] // parts if one else 0 for leaf, one in zip(leaves, cut, strict=True)]
+            taken = zip(leaves, cut, sizes, strict=True)
+            return [lax.dynamic_slice_in_dim(x, place * n, n) if one else x for x, one, n in taken]
+
+        def inputs(microbatch: Array, shared: bool) -> list[Array]:
+            index = number + microbatch
+            if shared:
+                index = index * self.stages + lax.axis_index(STAGE)
+            return [*rows(microbatch, shared), *state, index, *jax.tree.leaves(known)]
+
+        learns = bool(places)
+        share = self._program(of_share, structure, rows(jnp.int32(0), True), number, known)
+        whole = self._program(of_whole, structure, rows(jnp.int32(0), False), number, known)
+        data = range(len(params), len(params) + len(leaves))
+        # The part's number stands behind the state: what is drawn for a part depends on it.
+        data = [*data, len(params) + len(leaves) + len(state)]
+        found = cut_at_layers(share, whole, self.stages, self.trained, data)
+        on_share, on_whole = (
+            self.passes(one, self.params, *self.state, learns=learns) for one in (share, whole)
+        )
+        worker = self._worker(found, on_share, on_whole)
+        return dataclasses.replace(
+            worker,
+            leaves=params,
+            inputs=inputs,
+            places=places,
+            cotangents=cotangents,
+            add=add,
+        ).run(sums)
+
+    def _program(
+        self, function: Function, structure: Any, rows: Sequence[Array], number: Array, known: Any
+    ) -> Program:
+        args = (self.params, jax.tree.unflatten(structure, rows), *self.state, (number, known))
+        return read(Traces(function).on(*args), state=(2,) if self.state else ())
+
+    def _worker(self, cut: Cut, on_share: list[Pass], on_whole: list[Pass]) -> Worker:
+        lays, lays_share = (
+            next(p for p in some if isinstance(p, Constrain)) for some in (on_whole, on_share)
+        )
+        lies = [
+            lays.lying(jax.ShapeDtypeStruct(one.shape, one.dtype), dims)[1]
+            for one, dims in zip(cut.shapes, cut.dims, strict=True)
+        ]
+        return Worker(
+            cut=cut,
+            stages=self.stages,
+            microbatches=self.microbatches,
+            on_share=on_share,
+            on_whole=on_whole,
+            lies=lies,
+            mesh=jax.sharding.get_abstract_mesh(),
+            leaves=(),
+            inputs=lambda microbatch, shared: [],
+            places=(),
+            cotangents=(),
+            lying=lambda value, dims: lays_share.lying(value, dims)[0],
+            add=lambda sums, found: (sums, ()),
+            widens=self.widens,
+        )
