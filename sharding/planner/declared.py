@@ -19,9 +19,10 @@ from ..plans.record import ArrayPlan
 from ..plans.specs import axes_in, by_dimension, cut_into
 from ..plans.vocabulary import EXACT, check_accumulation
 from ..program.program import Dim, Program
-from ..rules.application import is_pattern
+from ..rules.application import is_pattern, mentioned
 from ..rules.rules import Rules
 from ..transform.accumulation.proof import MAX_PASSES
+from .choices.layers import laid_over_stages
 from .choices.microbatches import indivisible
 from .choices.remat import read
 
@@ -175,6 +176,9 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
     }
     policy = read(declared.remat or "none")
     dims, regrouped = _ruled_dims(program, rules, sizes)
+    said = {axis for rule in declared.rules.values() for axis in mentioned(rule)}
+    if sizes.get("stage", 1) > 1 and "stage" not in said:
+        dims, stored = laid_over_stages(program, sizes["stage"], dims, stored)
     candidate = Candidate(
         mesh=sizes,
         dims=dims,

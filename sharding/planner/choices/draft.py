@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -12,34 +11,10 @@ from ...cost.candidate import Storage
 from ...hardware.topology import Topology
 from ...program.program import Program
 from ..declared import Declared, Kept
+from .layers import Layers, layers_of
 from .microbatches import PartsProof, batch_rows
 
 _Found = TypeVar("_Found")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layers:
-    """The dimension of the layers that most parameters are stacked in; by the program if `written_out`."""
-
-    dim: int
-    name: str
-    count: int
-    written_out: bool = False
-
-
-def _layers(program: Program) -> Layers | None:
-    """Return the layers that hold most parameters, None for a program without a scan over stacked ones."""
-    sizes = {dim.id: 0 for dim in program.dims if dim.stacked}
-    for argument in program.parameters:
-        for dim in {dim for composition in argument.dims for dim in composition}.intersection(sizes):
-            sizes[dim] += math.prod(argument.shape)
-    for stack in program.stacks:
-        if stack.dim in sizes:
-            sizes[stack.dim] += sum(math.prod(program.arguments[index].shape) for index in stack.arguments)
-    if not any(sizes.values()):
-        return None
-    most = program.dims[max(sizes, key=lambda dim: (sizes[dim], -dim))]
-    return Layers(dim=most.id, name=most.name, count=most.size, written_out=not most.places)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +47,7 @@ class Given:
     @functools.cached_property
     def layers(self) -> Layers | None:
         """The layers that most parameters are stacked in."""
-        return _layers(self.program)
+        return layers_of(self.program)
 
     @functools.cached_property
     def leads(self) -> tuple[int, ...]:

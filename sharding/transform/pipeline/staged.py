@@ -65,8 +65,9 @@ class Staged:
         """Return sums, gradients of the parameters at `places`, and rows of all microbatches, of one device.
 
         `of_share` and `of_whole` are the loss's function of a stage's share of a microbatch, and of all of
-        it; their first outputs have the `cotangents`. `batch` is the tree of a device's rows, of which the leaves
-        that are `cut` are rows; `number` is that of its first microbatch, `known` what they read besides.
+        it; their first outputs have the `cotangents`. `batch` is the tree of a device's rows, of which the
+        leaves that are `cut` are rows; `number` is that of its first microbatch, `known` what they read
+        besides.
         """
         leaves, structure = jax.tree.flatten(batch)
 
