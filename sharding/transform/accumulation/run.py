@@ -144,7 +144,8 @@ class Run:
         combines, zeros = [one for one, _ in start], [zero for _, zero in start]
         if region is None:
             return self._loop(one_part, zeros, call, places, read.parts, jnp.arange(read.parts))
-        leaves, structures = zip(*(jax.tree.flatten(one) for one in call.args), strict=True)
+        leaves = [jax.tree.leaves(one) for one in call.args]
+        structures = [jax.tree.structure(one) for one in call.args]
         totals = [op.outs[0] for op in read.graph.ops if op.is_total and op.outs[0] in call.known]
         own = read.parts // region.devices // region.turns
 
@@ -217,7 +218,8 @@ class Run:
         assert region is not None
         assert staged is not None
         assert of_whole is not None
-        leaves, structures = zip(*(jax.tree.flatten(one) for one in call.args), strict=True)
+        leaves = [jax.tree.leaves(one) for one in call.args]
+        structures = [jax.tree.structure(one) for one in call.args]
         totals = [op.outs[0] for op in read.graph.ops if op.is_total and op.outs[0] in call.known]
         cut = [value.kind is Kind.EXAMPLES for value in read.batch]
         combines = [combine for combine, _ in _zeros(one.totals)]

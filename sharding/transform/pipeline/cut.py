@@ -62,7 +62,8 @@ def cut_at_layers(
     if length % stages:
         raise UserError(f"stage={stages} does not divide the {length} layers, at {ours.where}")
     by_params, by_data = _dependent(whole, trained), _dependent(whole, data)
-    atoms = ours.eqn.invars
+    atoms: list[Any] = list(ours.eqn.invars)
+    share_atoms: list[Any] = list(theirs.eqn.invars)
     beside = [n for n in range(first_xs, len(atoms)) if not _is_stored(whole, atoms[n], set(trained))]
     if any(atoms[n] in by_params or atoms[n] in by_data for n in beside if not _is_number(atoms[n])):
         raise UserError(
@@ -75,9 +76,7 @@ def cut_at_layers(
         if n >= consts or (not _is_number(atom) and atom in by_params and atom in by_data)
     ]
     shapes = tuple(atoms[n].aval for n in travel)
-    rows = tuple(
-        _rows_of(atoms[n].aval.shape, theirs.eqn.invars[n].aval.shape, stages, ours.where) for n in travel
-    )
+    rows = tuple(_rows_of(atoms[n].aval.shape, share_atoms[n].aval.shape, stages, ours.where) for n in travel)
     used = _used_outside(whole, ours)
     carries, stacked = ours.eqn.outvars[: parts.num_carry], ours.eqn.outvars[parts.num_carry :]
     if any(var in used for var in stacked):
@@ -93,7 +92,7 @@ def cut_at_layers(
                 f"{ours.where}"
             )
     return Cut(
-        enter=Piece(program=share, wanted=tuple(theirs.eqn.invars[n] for n in travel)),
+        enter=Piece(program=share, wanted=tuple(share_atoms[n] for n in travel)),
         layers=Piece(
             program=whole,
             wanted=tuple(carries),

@@ -1,0 +1,190 @@
+"""Stages over the layers of a loss: its value, aux and gradients, what a tick sends, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from meshwright.sharding import Plan, UserError, declare
+from meshwright.sharding.hlo.loops import loops, run_counts
+from meshwright.sharding.hlo.text import parse_hlo
+
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
+
+LAYERS, WIDTH, HIDDEN, VOCAB, ROWS, TIME = 4, 16, 32, 32, 32, 8
+
+
+def init(dtype: Any = jnp.float32) -> Any:
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    def normal(key: Any, *shape: int) -> Any:
+        return (jax.random.normal(key, shape) * 0.2).astype(dtype)
+
+    return {
+        "blocks": {
+            "up": normal(keys[0], LAYERS, WIDTH, HIDDEN),
+            "down": normal(keys[1], LAYERS, HIDDEN, WIDTH),
+            "scale": jnp.ones((LAYERS, WIDTH), dtype),
+        },
+        "first": normal(keys[2], 2, WIDTH, WIDTH),
+        "gate": jnp.full((WIDTH,), 0.1, dtype),
+        "table": normal(keys[3], VOCAB, WIDTH),
+    }
+
+
+def batch(rows: int = ROWS) -> Any:
+    ids = np.random.default_rng(0).integers(0, VOCAB, (2, rows, TIME)).astype(np.int32)
+    counted = (np.arange(TIME) < np.arange(rows)[:, None] % 8).astype(np.float32)
+    return {"tokens": ids[0], "targets": ids[1], "counted": counted}
+
+
+def blocks(params: Any, x: Any, streamed: bool = False) -> Any:
+    begun, windows = x, jnp.arange(LAYERS) % 2
+
+    def block(carry: tuple[Any, Any], layer: Any) -> Any:
+        x, number = carry
+        weights, window = layer
+        h = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * weights["scale"]
+        h = jnp.where(window == 0, h, jnp.roll(h, 1, axis=1)) + params["gate"] * (begun if streamed else 1)
+        return (x + jnp.tanh(h @ weights["up"]) @ weights["down"] / (1 + number), number + 1), None
+
+    return jax.lax.scan(block, (x, jnp.zeros((), x.dtype)), (params["blocks"], windows))[0][0]
+
+
+def tied(params: Any, batch: Any) -> Any:
+    """A tied table, two layers before, one kind of layers with constants, a counter and flags."""
+    x, _ = jax.lax.scan(
+        lambda x, w: (x + jnp.tanh(x @ w), None), params["table"][batch["tokens"]], params["first"]
+    )
+    logits = blocks(params, x, streamed=True) @ params["table"].T
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    counted = batch["counted"].astype(losses.dtype)
+    decay = 1e-3 * jnp.square(params["blocks"]["up"]).sum()
+    aux = {"largest": losses.max(), "each": losses.sum(axis=1)}
+    return (losses * counted).sum() / counted.sum() + decay, aux
+
+
+def drawn(params: Any, batch: Any) -> Any:
+    """Noise of the whole batch's shape, and a mean."""
+    x = params["table"][batch["tokens"]]
+    x = blocks(params, x + 0.1 * jax.random.normal(jax.random.key(1), x.shape).astype(x.dtype))
+    losses = optax.softmax_cross_entropy_with_integer_labels(x @ params["table"].T, batch["targets"])
+    return losses.mean()
+
+
+def declared(loss: Callable[..., Any], mesh: dict[str, int], microbatches: int = 4, **how: Any) -> Plan:
+    size = int(np.prod(list(mesh.values())))
+    shapes = jax.eval_shape(lambda: init(how.pop("dtype", jnp.float32)))
+    rows = batch(how.pop("rows", ROWS))
+    return declare(loss, shapes, rows, topology=f"cpu:{size}", mesh=mesh, microbatches=microbatches, **how)
+
+
+def gradients(plan: Plan, loss: Callable[..., Any], params: Any) -> Any:
+    mesh = plan.make_mesh(devices=jax.devices()[: plan.topology.num_devices])
+    placed = plan.shardings(params, mesh), plan.shardings(batch(), mesh, "batch")
+    has_aux = isinstance(jax.eval_shape(loss, params, batch()), tuple)
+    function = jax.jit(jax.value_and_grad(plan.apply(loss, mesh=mesh), has_aux=has_aux))
+    args = jax.device_put((params, batch()), placed)
+    program = function.lower(*args).compile()
+    return program, jax.device_get(program(*args)), jax.value_and_grad(loss, has_aux=has_aux)
+
+
+def apart(found: Any, wanted: Any) -> list[float]:
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    wide = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+    return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in wide]
+
+
+def sends(text: str) -> float:
+    """Return how often a step sends from stage to stage."""
+    module = parse_hlo(text)
+    runs = run_counts(module, loops(module), lambda conditional: "")
+    permutes = [one for one in module.instructions.values() if one.opcode.startswith("collective-permute")]
+    return sum(runs[one.computation] for one in permutes if not one.opcode.endswith("done"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "loss", "how"),
+    [
+        ({"stage": 4, "data": 2}, tied, {}),
+        ({"stage": 2, "fsdp": 2, "tensor": 2}, tied, {"remat": "full"}),
+        ({"stage": 2}, drawn, {"microbatches": 3 * 4 // 3}),
+    ],
+    ids=str,
+)
+def test_stages_give_the_plain_functions_gradients(mesh: dict[str, int], loss: Any, how: Any) -> None:
+    program, found, plain = gradients(declared(loss, mesh, **how), loss, init())
+    assert max(apart(found, plain(init(), batch()))) < 1e-6
+    # M + p - 1 ticks forward and as many backward, with two things that travel: the carry, and a constant.
+    streams = 2 if loss is tied else 1
+    assert sends(program.as_text()) <= 2 * (streams + 1) * (4 + mesh["stage"] - 1)
+
+
+def test_half_precision_is_as_near_as_the_plain_function() -> None:
+    half = init(jnp.bfloat16)
+    plan = declared(drawn, {"stage": 2, "data": 2, "tensor": 2}, dtype=jnp.bfloat16)
+    _, found, plain = gradients(plan, drawn, half)
+    exact = jax.grad(drawn)(jax.tree.map(jnp.float32, half), batch())
+    for ours, own in zip(apart(found[1], exact), apart(plain(half, batch())[1], exact), strict=True):
+        assert ours <= 2 * own
+
+
+def test_a_step_and_an_evaluation() -> None:
+    plan = declared(drawn, {"stage": 2, "data": 2, "fsdp": 2})
+    state = plan.init(lambda key: init(), jax.random.key(0), optax.sgd(0.1))
+    state, metrics = plan.train_step(drawn, optax.sgd(0.1))(state, batch())
+    value, slope = jax.value_and_grad(drawn)(init(), batch())
+    after = jax.tree.map(lambda old, change: old - 0.1 * change, init(), slope)
+    assert apart(metrics["loss"], value)[0] < 1e-6
+    assert max(apart(state["params"], after)) < 1e-6
+    value = jax.jit(plan.apply(drawn))(state["params"], batch())
+    assert apart(value, drawn(after, batch()))[0] < 1e-6
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_microbatches() -> None:
+    held = []
+    for count in (8, 32):
+        plan = declared(drawn, {"stage": 4}, microbatches=count, rows=count * 8, remat="full")
+        mesh = plan.make_mesh(devices=jax.devices()[:4])
+        function = jax.jit(jax.grad(plan.apply(drawn, mesh=mesh)))
+        rows = batch(count * 8)
+        placed = jax.device_put(
+            (init(), rows), (plan.shardings(init(), mesh), plan.shardings(rows, mesh, "batch"))
+        )
+        held.append(function.lower(*placed).compile().memory_analysis().temp_size_in_bytes)
+    assert held[1] <= 1.05 * held[0]
+
+
+def aux_of_layers(params: Any, batch: Any) -> Any:
+    x = params["table"][batch["tokens"]]
+    x, ys = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w["up"]) @ w["down"], x.mean()), x, params["blocks"])
+    return jnp.square(x).mean() + ys.sum()
+
+
+def statistics(params: Any, batch: Any) -> Any:
+    x = blocks(params, params["table"][batch["tokens"]])
+    return jnp.square((x - x.mean()) / jnp.sqrt(x.var() + 1e-3)).mean() + jnp.tanh(x).sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "how", "says"),
+    [
+        (aux_of_layers, {}, "what each layer gives beside its output"),
+        (statistics, {"max_passes": 9}, "passes over the batch"),
+        (drawn, {"microbatches": 32}, "nearest: 64 rows, or microbatches=16"),
+        (drawn, {"accumulation": "by part"}, "sums microbatches exactly"),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_what_stages_cannot_do_is_one_sentence(loss: Any, how: Any, says: str) -> None:
+    plan = declared(loss, {"stage": 2}, **how)
+    with pytest.raises(UserError, match=says):
+        jax.eval_shape(
+            jax.grad(plan.apply(loss, mesh=plan.make_mesh(devices=jax.devices()[:2]))), init(), batch()
+        )
