@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -222,16 +223,17 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
     assert plan(*large(), topology="v5e:4x8", optimizer=ADAM).estimate is not None
 
 
-def test_stages_are_priced_kept_and_not_yet_run(tmp_path: pathlib.Path) -> None:
+def test_stages_are_priced_and_kept_and_gpipe_is_not_run(tmp_path: pathlib.Path) -> None:
     case = zoo.state_space()
     made = plan(case.loss, *case.shapes(), topology="cpu:8", optimizer=ADAM, mesh={"stage": 2})
-    assert made.schedule == "1f1b"
+    assert (made.schedule, made.interleave) == ("1f1b", 1)
     assert made.estimate is not None
     assert made.estimate.time["bubble"] > 0
     made.save(tmp_path / "x.plan.json")
     assert Plan.load(tmp_path / "x.plan.json") == made
-    with pytest.raises(UserError, match=r"stage=2: pipeline stages are priced .* and cannot be run"):
-        made.apply(case.loss)
+    gpipe = dataclasses.replace(made, schedule="gpipe")
+    with pytest.raises(UserError, match=r"stage=2 runs in 1F1B .* schedule='gpipe' .* cannot be run yet"):
+        gpipe.apply(case.loss)
 
 
 @pytest.mark.devices(8)
