@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-import dataclasses
 import pathlib
 from typing import Any
 
