@@ -1,4 +1,4 @@
-"""Pipelines: errors of loss and gradients, collectives in and outside of loops, peaks, work executed over needed.
+"""Pipelines: errors of loss and gradients, collectives in and outside of loops, peaks, executed work.
 
     python benchmarks/pipelines.py [errors] [memory] [work]
 
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from meshwright.sharding import declare
+from meshwright.sharding.compiled.flops import flops
 from meshwright.sharding.hlo.loops import loops, run_counts
 from meshwright.sharding.hlo.text import parse_hlo
 
@@ -55,21 +56,19 @@ def loss(params: Any, batch: Any) -> Any:
     return (losses * batch["counted"]).sum() / batch["counted"].sum()
 
 
-def compiled(
-    mesh: dict[str, int], microbatches: int, rows: int, width: int = WIDTH, remat: str = "full"
-) -> Any:
+MESHES = (
+    {"stage": 2},
+    {"stage": 4, "data": 2},
+    {"stage": 2, "data": 2, "fsdp": 2},
+    {"stage": 2, "data": 2, "tensor": 2},
+)
+
+
+def compiled(mesh: dict[str, int], microbatches: int, rows: int, width: int = WIDTH) -> Any:
     count = int(np.prod(list(mesh.values())))
     params, data = init(width), batch(rows)
-    plan = declare(
-        loss,
-        params,
-        data,
-        topology=f"cpu:{count}",
-        mesh=mesh,
-        names=NAMES,
-        microbatches=microbatches,
-        remat=remat,
-    )
+    how = {"topology": f"cpu:{count}", "mesh": mesh, "names": NAMES, "microbatches": microbatches}
+    plan = declare(loss, params, data, remat="full", **how)
     devices = plan.make_mesh(devices=jax.devices()[:count])
     where = plan.shardings(params, devices), plan.shardings(data, devices, "batch")
     args = jax.device_put((params, data), where)
@@ -90,12 +89,7 @@ def counted(program: Any) -> Iterator[str]:
 
 def errors() -> None:
     """Print the relative error of the loss and of the worst gradient leaf, and the collectives of a step."""
-    for mesh in (
-        {"stage": 2},
-        {"stage": 4, "data": 2},
-        {"stage": 2, "data": 2, "fsdp": 2},
-        {"stage": 2, "data": 2, "tensor": 2},
-    ):
+    for mesh in MESHES:
         for microbatches in (2, 4, 8):
             rows = 8 * microbatches * mesh["stage"]
             program, args = compiled(mesh, microbatches, rows)
@@ -104,10 +98,8 @@ def errors() -> None:
             pairs = zip(jax.tree.leaves(slopes), jax.tree.leaves(plain), strict=True)
             worst = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
             apart = abs(float(value - wanted) / float(wanted))
-            print(
-                f"{mesh} microbatches={microbatches}: loss {apart:.1e}, gradient {worst:.1e};",
-                *counted(program),
-            )
+            said = f"{mesh} microbatches={microbatches}: loss {apart:.1e}, gradient {worst:.1e};"
+            print(said, *counted(program))
 
 
 def memory() -> None:
@@ -122,24 +114,27 @@ def memory() -> None:
         )
 
 
-def products(program: Any) -> float:
-    """Return how many matrix products a compiled step executes."""
+def executed(program: Any) -> float:
+    """Return the FLOPs of the products that a device executes in a compiled step."""
     module = parse_hlo(program.as_text())
     runs = run_counts(module, loops(module), lambda conditional: "")
-    return sum(runs.get(one.computation, 0.0) for one in module.instructions.values() if one.opcode == "dot")
+    known = [one for one in module.instructions.values() if one.computation in runs]
+    return sum(runs[one.computation] * flops(module, one) for one in known)
 
 
 def work() -> None:
-    """Print the ticks of layers executed over those needed: 1 + (p - 1) / M."""
+    """Print the work of layers executed over needed, by the formula 1 + (p - 1) / M.
+
+    Needed are two products of a layer forward, two made again and four of gradients; three of the head.
+    """
     for stages, microbatches in ((2, 8), (4, 8), (4, 16)):
         program, _ = compiled({"stage": stages}, microbatches, microbatches * 8)
-        # Of a layer two products forward, two made again and four of gradients; of the head one and two.
-        needed = 8 * LAYERS / stages * microbatches
-        executed = products(program) - 3 * microbatches
+        tokens = 8 * microbatches * TIME
+        needed = 8 * (LAYERS / stages) * 2 * tokens * WIDTH * 4 * WIDTH
+        head = 3 * 2 * tokens * WIDTH * VOCAB / stages
+        share = (executed(program) - head) / needed
         formula = 1 + (stages - 1) / microbatches
-        print(
-            f"stage={stages} microbatches={microbatches}: {executed / needed:.3f}, by the formula {formula:.3f}"
-        )
+        print(f"stage={stages} microbatches={microbatches}: {share:.3f}, by the formula {formula:.3f}")
 
 
 if __name__ == "__main__":
