@@ -19,7 +19,7 @@ from ..plans.specs import axes_of, cut_into
 from ..program.layers import Marks
 from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program
-from .meshes import by_device
+from .meshes import by_device, with_automatic_axes
 
 # What an array goes through and is still the same numbers.
 _PASSING = primitives(Trait.VIEW) | {"name"}
@@ -145,7 +145,9 @@ class AttentionKernel:
         def local(kernel: Any, *arrays: Any) -> Any:
             return splash(call, kernel, *arrays)
 
-        of_masks = kernel.manual_sharding_spec(NamedSharding(self._mesh, PartitionSpec(None, layout.rows)))
+        of_masks = kernel.manual_sharding_spec(
+            NamedSharding(with_automatic_axes(self._mesh), PartitionSpec(None, layout.rows))
+        )
         return self._on_devices(local, (kernel,), (of_masks,), inputs, layout)
 
     def _cudnn(self, call: AttentionCall, inputs: Sequence[Any], layout: _Layout) -> Any:

@@ -72,5 +72,11 @@ def by_device(function: Callable[..., Any], mesh: Mesh | AbstractMesh, in_specs:
     )
 
 
+def with_automatic_axes(mesh: Mesh | AbstractMesh) -> AbstractMesh:
+    """Return a mesh's axes as they are outside of all regions, for what asks how arrays divide."""
+    types = (AxisType.Auto,) * len(mesh.axis_names)
+    return AbstractMesh(tuple(mesh.shape.values()), tuple(mesh.axis_names), axis_types=types)
+
+
 def _written(axes: dict[str, int]) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in axes.items()) if axes else "one device"
