@@ -116,6 +116,17 @@ def test_values_and_gradients(case: str) -> None:
 
 
 @pytest.mark.devices(8)
+@pytest.mark.parametrize("axis", ["data", "stage"])
+def test_the_kernel_runs_where_rows_are_worked_through_by_hand(axis: str) -> None:
+    loss, params = loss_of(window=100), weights(2)
+    mesh = {axis: 2, "context": 2, "tensor": 2}
+    how = {"names": NAMES, "attention": "splash", "microbatches": 2}
+    plan = declare(loss, params, batch(), topology="cpu:8", mesh=mesh, **how)
+    plan = dataclasses.replace(plan, kernels={"attention": BLOCKS})
+    check(plan.apply(loss, plan.make_mesh()), loss, params)
+
+
+@pytest.mark.devices(8)
 def test_kv_heads_that_the_axes_of_heads_do_not_divide() -> None:
     loss, params = loss_of(), weights(2)
     devices = np.array(jax.devices()[:8]).reshape(2, 4)
