@@ -14,7 +14,7 @@ from .program import Equation, Program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Piece:
+class ProgramPiece:
     """The equations of a program that give `wanted`, atoms of its outermost scope, where `known` are given.
 
     `at` is run in place of the equation of its index, on `operands` of its own for those numbers.

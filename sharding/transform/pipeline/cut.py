@@ -17,12 +17,12 @@ from jax.extend import core
 from ...errors import UserError
 from ...program.jaxpr import scan_parts
 from ...program.layers import is_layer_scan
-from ...program.pieces import Piece, of_length
+from ...program.pieces import ProgramPiece, of_length
 from ...program.program import Equation, Program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Cut:
+class LayerCut:
     """A part's program in pieces, for one stage of several.
 
     enter: of a share of the rows, what travels into the layers.
@@ -35,10 +35,10 @@ class Cut:
     shapes, dims: its shape and type, and its named dimensions.
     """
 
-    enter: Piece
-    layers: Piece
-    leave: Piece
-    stacked: Piece
+    enter: ProgramPiece
+    layers: ProgramPiece
+    leave: ProgramPiece
+    stacked: ProgramPiece
     rows: tuple[int | None, ...]
     differs: tuple[bool, ...]
     carried: tuple[bool, ...]
@@ -48,8 +48,8 @@ class Cut:
 
 def cut_at_layers(
     share: Program, whole: Program, stages: int, trained: Sequence[int], data: Sequence[int]
-) -> Cut:
-    """Cut the programs of a share of a microbatch's rows, and of all of them.
+) -> LayerCut:
+    """LayerCut the programs of a share of a microbatch's rows, and of all of them.
 
     `trained` are the numbers of the arguments that are trained, `data` of those that hold rows.
 
@@ -91,16 +91,16 @@ def cut_at_layers(
                 f"stage={stages}: the layers add up a number over the rows, which stages cannot yet, at "
                 f"{ours.where}"
             )
-    return Cut(
-        enter=Piece(program=share, wanted=tuple(share_atoms[n] for n in travel)),
-        layers=Piece(
+    return LayerCut(
+        enter=ProgramPiece(program=share, wanted=tuple(share_atoms[n] for n in travel)),
+        layers=ProgramPiece(
             program=whole,
             wanted=tuple(carries),
             at=of_length(ours, length // stages),
             operands=(*travel, *beside),
         ),
-        stacked=Piece(program=whole, wanted=tuple(atoms[n] for n in beside)),
-        leave=Piece(
+        stacked=ProgramPiece(program=whole, wanted=tuple(atoms[n] for n in beside)),
+        leave=ProgramPiece(
             program=share,
             wanted=tuple(share.scope.jaxpr.outvars),
             known=tuple(theirs.eqn.outvars[: parts.num_carry]),

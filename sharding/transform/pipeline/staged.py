@@ -15,7 +15,7 @@ from ...program.jaxpr import Pass, Traces
 from ...program.program import Program
 from ...program.tracing import read
 from ..constrain import Constrain
-from .cut import Cut, cut_at_layers
+from .cut import LayerCut, cut_at_layers
 from .ticks import STAGE, Array, Worker
 
 # Gives a list of arrays of (parameters, a part's rows, a state if there is one, (its number, sums)).
@@ -110,7 +110,7 @@ class Staged:
         args = (self.params, jax.tree.unflatten(structure, rows), *self.state, (number, known))
         return read(Traces(function).on(*args), state=(2,) if self.state else ())
 
-    def _worker(self, cut: Cut, on_share: list[Pass], on_whole: list[Pass]) -> Worker:
+    def _worker(self, cut: LayerCut, on_share: list[Pass], on_whole: list[Pass]) -> Worker:
         lays, lays_share = (
             next(p for p in some if isinstance(p, Constrain)) for some in (on_whole, on_share)
         )

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from ...program.jaxpr import Pass
 from ..meshes import by_device
-from .cut import Cut
+from .cut import LayerCut
 from .schedule import (
     BACKWARD,
     EMBED,
@@ -47,7 +47,7 @@ class Worker:
     `gather.ByHand`.
     """
 
-    cut: Cut
+    cut: LayerCut
     stages: int
     microbatches: int
     on_share: Sequence[Pass]
