@@ -176,7 +176,7 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
     }
     policy = read(declared.remat or "none")
     dims, regrouped = _ruled_dims(program, rules, sizes)
-    said = {axis for rule in declared.rules.values() for axis in mentioned(rule)}
+    said = {axis for rule in rules.declared.values() for axis in mentioned(rule)}
     if sizes.get("stage", 1) > 1 and "stage" not in said:
         dims, stored = laid_over_stages(program, sizes["stage"], dims, stored)
     candidate = Candidate(
