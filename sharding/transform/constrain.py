@@ -24,7 +24,17 @@ from ..program.program import Dims, Equation, Program, Scope
 from ..program.stacks import is_stack
 from .attention import AttentionKernel
 from .experts import on_mesh
-from .gather import NOTHING, ByHand, Scattering, StoredParameter, elementwise, gathered, learning, sums_of
+from .gather import (
+    NOTHING,
+    ByHand,
+    Scattering,
+    StoredParameter,
+    elementwise,
+    gathered,
+    learning,
+    settled,
+    sums_of,
+)
 from .lookup import MANY_ROWS, lookup_by_columns
 from .meshes import by_device
 
@@ -330,31 +340,6 @@ def _cast(jaxpr: core.Jaxpr, index: int) -> Any:
     cast = found.pop() if len(found) == 1 and variable not in jaxpr.outvars else None
     own: Any = variable.aval
     return cast if cast is not None and cast.itemsize < own.dtype.itemsize else None
-
-
-def settled(inputs: list[Any]) -> list[Any]:
-    """Return `inputs`; the gradients of all are there, and reduced, before any of them is used.
-
-    Else XLA takes the gradients of what comes before first, and meanwhile keeps the parameter gathered and
-    its gradient whole.
-    """
-    leaves, structure = jax.tree.flatten(inputs)
-    places = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
-    if len(places) < 2:
-        return inputs
-    for n, value in zip(places, _together(tuple(leaves[n] for n in places)), strict=True):
-        leaves[n] = value
-    return jax.tree.unflatten(structure, leaves)
-
-
-@jax.custom_vjp
-def _together(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return values
-
-
-_together.defvjp(
-    lambda values: (values, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
-)
 
 
 def before_gradients(value: Any) -> Any:
