@@ -70,7 +70,10 @@ MISTAKES = {
     "mesh larger than the machine": override("mesh={data: 4, fsdp: 2}", says=("8", "4")),
     "two axes that take the rest": override("mesh={data: -1, fsdp: -1}", says="-1"),
     "unknown axis": override("mesh={dta: 2, fsdp: 2}", says=("dta", "data")),
-    "axis that does nothing": override("mesh={data: 2, stage: 2}", says="stage"),
+    "axis that does nothing": override("mesh={data: 2, expert: 2}", says="expert=2"),
+    "stages that do not divide the layers": override(
+        "mesh={stage: 4}", "model.overrides.layers=6", says=("stage=4", "6")
+    ),
     "heads that the axis does not divide": override(
         "rules={heads: tensor}",
         "mesh={tensor: 4}",
