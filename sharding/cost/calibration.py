@@ -105,7 +105,7 @@ def compiled_part(record: Calibration) -> dict[str, float]:
     """Return the fields of `record` that reading a compiled program takes.
 
     >>> sorted(compiled_part(Calibration()))[:2]
-    ['attention_efficiency', 'fabric_efficiency']
+    ['attention_efficiency', 'attention_half_keys']
     """
     fields = dataclasses.fields(record)
     return {field.name: getattr(record, field.name) for field in fields if field.metadata.get("compiled")}

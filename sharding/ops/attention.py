@@ -396,17 +396,28 @@ def _hidden(scores: jax.Array, view: View, heads: int, kv_heads: int) -> jax.Arr
         scores = scores + _by_head(view.bias.astype(jnp.float32), heads, kv_heads)
     seen = visible(view)
     if view.mask is not None:
-        of_places = True if seen is None else seen[:, None] if seen.ndim == 3 else seen
-        seen = _by_head(view.mask & of_places, heads, kv_heads)
-    elif seen is not None:
-        seen = seen[:, None] if seen.ndim == 3 else seen
-        seen = seen if heads == kv_heads else jnp.expand_dims(seen, -2)
+        seen = _by_head(view.mask & (True if seen is None else _over_heads(seen)), heads, kv_heads)
+        return _without(scores, seen, view)
     if seen is None:
         return scores
     if not view.adds:
-        return jnp.where(seen, scores, jnp.float32(view.fill))
-    # Added rather than selected: the gradient then passes without keeping the mask.
-    return scores + jnp.where(seen, jnp.float32(0), jnp.float32(view.fill))
+        return _without(scores, _over_heads(seen, grouped=heads != kv_heads), view)
+    return scores + _over_heads(_added(seen, view), grouped=heads != kv_heads)
+
+
+def _without(scores: jax.Array, seen: jax.Array, view: View) -> jax.Array:
+    return scores + _added(seen, view) if view.adds else jnp.where(seen, scores, jnp.float32(view.fill))
+
+
+def _added(seen: jax.Array, view: View) -> jax.Array:
+    """Return what is added to scores: gradients then pass without keeping the mask."""
+    return jnp.where(seen, jnp.float32(0), jnp.float32(view.fill))
+
+
+def _over_heads(array: jax.Array, *, grouped: bool = False) -> jax.Array:
+    """Return an array of (batch,) queries and keys laid out as scores are."""
+    array = array[:, None] if array.ndim == 3 else array
+    return jnp.expand_dims(array, -2) if grouped else array
 
 
 def _by_head(array: jax.Array, heads: int, kv_heads: int) -> jax.Array:
@@ -460,16 +471,6 @@ def attend_in_chunks(
     batch, sequence, heads, _ = query.shape
     chunks = sequence // chunk
 
-    # What is of each query by itself goes by chunks, all else is there for each of them.
-    by_query = {
-        name: (array, 2)
-        for name in ("mask", "bias", "factor")
-        if (array := getattr(view, name)) is not None and array.shape[2] > 1
-    }
-    by_query["query_index"] = (view.query_index, 0)
-    if view.query_segments is not None:
-        by_query["query_segments"] = (view.query_segments, 1)
-
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(carry: None, xs: tuple[jax.Array, dict[str, jax.Array]]) -> tuple[None, jax.Array]:
         queries, own = xs
@@ -479,6 +480,14 @@ def attend_in_chunks(
         shape = (*x.shape[:axis], chunk, chunks, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 
-    parts = split(query, 1), {name: split(array, axis) for name, (array, axis) in by_query.items()}
-    _, out = jax.lax.scan(one, None, parts)
+    # What is of each query by itself goes by chunks, all else is there for each of them. Equations keep their
+    # order: saved plans know the program by it.
+    own = {} if view.query_segments is None else {"query_segments": split(view.query_segments, 1)}
+    queries = split(query, 1)
+    own["query_index"] = split(view.query_index, 0)
+    for name in ("mask", "bias", "factor"):
+        array = getattr(view, name)
+        if array is not None and array.shape[2] > 1:
+            own[name] = split(array, 2)
+    _, out = jax.lax.scan(one, None, (queries, own))
     return jnp.moveaxis(out, 0, 2).reshape(batch, sequence, heads, value.shape[-1])
