@@ -90,13 +90,13 @@ class Traces:
         return self._known[key][1]
 
 
-def shapes_of(tree: Any, *, weak: bool = True) -> Any:
-    """Return arrays, or what is like them, as ShapeDtypeStructs; weak types are kept if `weak`."""
+def shapes_of(tree: Any) -> Any:
+    """Return arrays, or what is like them, as ShapeDtypeStructs, weak types included."""
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         # Python's own numbers have no type that insists on itself.
         is_weak = getattr(leaf, "weak_type", None) or type(leaf) in (int, float, complex)
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), weak_type=weak and is_weak)
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), weak_type=is_weak)
 
     return jax.tree.map(shape, tree)
 

@@ -32,10 +32,9 @@ from .gather import (
     elementwise,
     gathered,
     learning,
-    settled,
     sums_of,
 )
-from .lookup import MANY_ROWS, lookup_by_columns
+from .lookup import MANY_ROWS, looks_up_rows, lookup_by_columns
 from .meshes import by_device
 
 _ANCHORS = primitives(Trait.ANCHOR)
@@ -363,24 +362,6 @@ def _(values: tuple[Any], changes: tuple[Any]) -> tuple[Any, Any]:
     return values[0], changes[0] * one
 
 
-def looks_up_rows(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation reads whole rows of a table of floats, ``table[ids]``, one for each id."""
-    if eqn.primitive.name != "gather":
-        return False
-    avals: list[Any] = [atom.aval for atom in (*eqn.invars, eqn.outvars[0])]
-    table, ids, out = avals
-    numbers = eqn.params["dimension_numbers"]
-    of_ids = len(ids.shape) - 1
-    return (
-        jnp.issubdtype(table.dtype, jnp.inexact)
-        and eqn.params["mode"] in (_Mode.CLIP, _Mode.FILL_OR_DROP, _Mode.PROMISE_IN_BOUNDS)
-        and tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
-        and tuple(numbers.collapsed_slice_dims) == tuple(numbers.start_index_map) == (0,)
-        and not numbers.operand_batching_dims
-        and tuple(numbers.offset_dims) == tuple(range(of_ids, len(out.shape)))
-    )
-
-
 class Lookup:
     """``table[ids]`` as `eqn` reads it, with the table's rows over some axes of `mesh`.
 
@@ -488,3 +469,28 @@ class Lookup:
 
     def _spec(self, entries: list[tuple[str, ...]]) -> PartitionSpec:
         return PartitionSpec(*[entry or None for entry in entries], *self._of_table[1:])
+
+
+def settled(inputs: list[Any]) -> list[Any]:
+    """Return `inputs`; the gradients of all are there, and reduced, before any of them is used.
+
+    Else XLA takes the gradients of what comes before first, and meanwhile keeps the parameter gathered and
+    its gradient whole.
+    """
+    leaves, structure = jax.tree.flatten(inputs)
+    places = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    if len(places) < 2:
+        return inputs
+    for n, value in zip(places, _together(tuple(leaves[n] for n in places)), strict=True):
+        leaves[n] = value
+    return jax.tree.unflatten(structure, leaves)
+
+
+@jax.custom_vjp
+def _together(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return values
+
+
+_together.defvjp(
+    lambda values: (values, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
+)

@@ -258,28 +258,3 @@ def _reshaped(mesh: Mesh | AbstractMesh, sizes: Mapping[str, int]) -> Mesh | Abs
     if isinstance(mesh, AbstractMesh):
         return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
     return Mesh(mesh.devices.reshape(tuple(sizes.values())), tuple(sizes), axis_types=types)
-
-
-def settled(inputs: list[Any]) -> list[Any]:
-    """Return `inputs`; the gradients of all are there, and reduced, before any of them is used.
-
-    Else XLA takes the gradients of what comes before first, and meanwhile keeps the parameter gathered and
-    its gradient whole.
-    """
-    leaves, structure = jax.tree.flatten(inputs)
-    places = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
-    if len(places) < 2:
-        return inputs
-    for n, value in zip(places, _together(tuple(leaves[n] for n in places)), strict=True):
-        leaves[n] = value
-    return jax.tree.unflatten(structure, leaves)
-
-
-@jax.custom_vjp
-def _together(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return values
-
-
-_together.defvjp(
-    lambda values: (values, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),)
-)

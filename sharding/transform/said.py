@@ -1,47 +1,13 @@
-"""Jitted functions whose callers' mistakes are said in a sentence, where JAX would speak of its insides."""
+"""Mistakes of those who call jitted functions, in a sentence, where JAX would speak of its insides."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-
-from ..errors import UserError
-
-
-class Said:
-    """A jitted function, as JAX gives it, of arguments called `names`, on `mesh`."""
-
-    def __init__(self, jitted: jax.stages.Wrapped, names: Sequence[str], mesh: Any) -> None:
-        functools.update_wrapper(self, jitted, updated=())
-        self._jitted, self._names, self._mesh = jitted, tuple(names), mesh
-
-    def __call__(self, *args: Any) -> Any:
-        return self._told(self._jitted, args)
-
-    def trace(self, *args: Any) -> jax.stages.Traced:
-        """As of `jax.stages.Wrapped`."""
-        return self._told(self._jitted.trace, args)
-
-    def lower(self, *args: Any) -> jax.stages.Lowered:
-        """As of `jax.stages.Wrapped`."""
-        return self._told(self._jitted.lower, args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._jitted, name)
-
-    def _told(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
-        try:
-            return function(*args)
-        except (TypeError, ValueError) as error:
-            said = not_arrays(args, self._names) or other_devices(self._mesh)
-            if said is None or isinstance(error, UserError):
-                raise
-        raise UserError(said)
 
 
 def not_arrays(args: Sequence[Any], names: Sequence[str]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -22,7 +22,7 @@ from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
 from .optimizer import change, extra_of, handles_nonfinite, wanted
-from .said import Said
+from .said import not_arrays, other_devices
 
 if TYPE_CHECKING:
     import optax
@@ -155,7 +155,8 @@ def jitted_update(
         if "state" in state:
             state["state"] = insisting(state["state"], "state array")
         # Inside of a jitted function all of a batch are arrays already.
-        shapes = shapes_of(state), shapes_of(batch, weak=False)
+        of_batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
+        shapes = shapes_of(state), of_batch
         arrays.check(plan, shapes[0]["params"], shapes[1], state=shapes[0].get("state"))
         if plan.origin is not None:
             plan.origin.check(planned.traces.on(shapes[0]["params"], shapes[1], *of_loss(shapes[0])))
@@ -165,7 +166,7 @@ def jitted_update(
         return jax.lax.with_sharding_constraint(state, of_state), whole(metrics, mesh)
 
     jitted = jax.jit(update, donate_argnums=0, compiler_options=dict(plan.compiler_options) or None)
-    return cast("jax.stages.Wrapped", Said(jitted, ("state", "batch"), mesh))
+    return cast("jax.stages.Wrapped", _Said(jitted, ("state", "batch"), mesh))
 
 
 def jitted_evaluate(plan: Decision, function: Callable[..., Any], *, mesh: Mesh) -> jax.stages.Wrapped:
@@ -197,7 +198,7 @@ def jitted_evaluate(plan: Decision, function: Callable[..., Any], *, mesh: Mesh)
             ),
         )
 
-    said = Said(jax.jit(evaluate), ("parameters", "batch", "loss's state"), mesh)
+    said = _Said(jax.jit(evaluate), ("parameters", "batch", "loss's state"), mesh)
     return cast("jax.stages.Wrapped", said)
 
 
@@ -360,3 +361,34 @@ def parts_of(result: Any, *state: Any) -> tuple[Any, Any, dict[str, Any]]:
 def with_aux(result: Any) -> tuple[Any, Any]:
     """Return what a loss gave as ``(value, aux)``, aux being empty if it gave none."""
     return result if isinstance(result, tuple) else (result, {})
+
+
+class _Said:
+    """A jitted function, as JAX gives it, of arguments called `names`, on `mesh`."""
+
+    def __init__(self, jitted: jax.stages.Wrapped, names: Sequence[str], mesh: Any) -> None:
+        functools.update_wrapper(self, jitted, updated=())
+        self._jitted, self._names, self._mesh = jitted, tuple(names), mesh
+
+    def __call__(self, *args: Any) -> Any:
+        return self._told(self._jitted, args)
+
+    def trace(self, *args: Any) -> jax.stages.Traced:
+        """As of `jax.stages.Wrapped`."""
+        return self._told(self._jitted.trace, args)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """As of `jax.stages.Wrapped`."""
+        return self._told(self._jitted.lower, args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jitted, name)
+
+    def _told(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        try:
+            return function(*args)
+        except (TypeError, ValueError) as error:
+            said = not_arrays(args, self._names) or other_devices(self._mesh)
+            if said is None or isinstance(error, UserError):
+                raise
+        raise UserError(said)
