@@ -4,30 +4,25 @@
 keys, 8 rows of 4096 tokens, no device needed; a line for each way. ``--rows``, ``--sequence`` and ``--width``
 (of a head, ``192/128`` with narrower values) ask for other sizes.
 
-Squared are arrays in memory with two dimensions of the whole sequence, which `sequence_squared` counts. The
-first line of a GPU has the segments in one mask of all queries and keys, to compare with.
+Squared are arrays in memory with two dimensions of the whole sequence, which `sequence_squared` counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from meshwright.sharding import Plan, UserError, plan
-from meshwright.sharding.ops import attention, cudnn
+from meshwright.sharding.ops import attention
 
 LAYERS, EMBED, HEADS, KV_HEADS = 2, 2048, 32, 8
 TOPOLOGIES = ("h100:1x1", "v5e:1x1", "v5p:1x1x1")
-WHOLE = "cudnn, one mask"
 # Way → what the call of attention asks for besides, what the plan declares, and the type.
 GPU: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    WHOLE: ({}, {"attention": "cudnn"}, "bfloat16"),
     "cudnn": ({}, {"attention": "cudnn"}, "bfloat16"),
     "cudnn, window 1024": ({"window": 1024}, {"attention": "cudnn"}, "bfloat16"),
     "cudnn_packed, 8 segments": ({}, {"attention": "cudnn_packed", "segments": 8}, "bfloat16"),
@@ -42,17 +37,6 @@ TPU: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "splash, soft cap": ({"cap": 50.0}, {}, "bfloat16"),
     "splash, float32": ({}, {}, "float32"),
 }
-
-
-@contextlib.contextmanager
-def whole_masks() -> Iterator[None]:
-    """Within it the mask of a row's segments is one array of all queries and keys."""
-    kept = cudnn._CHUNKS, cudnn._MOST_CHUNK
-    cudnn._CHUNKS, cudnn._MOST_CHUNK = 1, 1 << 30
-    try:
-        yield
-    finally:
-        cudnn._CHUNKS, cudnn._MOST_CHUNK = kept
 
 
 def planned(
