@@ -125,6 +125,7 @@ def close(found: Any, wanted: Any, bound: float) -> None:
 MESHES = [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
+@pytest.mark.numerics(False)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_data_is_reduced_once_a_step_and_outside_of_loops(mesh: dict[str, int]) -> None:
     program, found, plain = compiled(planned(masked, mesh, remat="full"), masked, init())
@@ -138,6 +139,7 @@ def test_data_is_reduced_once_a_step_and_outside_of_loops(mesh: dict[str, int]) 
 
 
 @pytest.mark.slow
+@pytest.mark.numerics(False)
 def test_statistics_of_the_whole_batch() -> None:
     with jax.enable_x64(True):
         plan = planned(normalised, MESHES[1], jnp.float64, microbatches=2, max_passes=6)

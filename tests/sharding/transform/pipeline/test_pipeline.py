@@ -121,6 +121,7 @@ def sends(text: str) -> float:
     return sum(runs[one.computation] for one in permutes if not one.opcode.endswith("done"))
 
 
+@pytest.mark.numerics(False)
 @pytest.mark.parametrize(
     ("mesh", "loss", "how"),
     [
@@ -128,7 +129,7 @@ def sends(text: str) -> float:
         ({"stage": 2, "fsdp": 2, "tensor": 2}, tied, {"remat": "full"}),
         ({"stage": 2}, drawn, {}),
     ],
-    ids=str,
+    ids=lambda one: getattr(one, "__name__", str(one)),
 )
 def test_stages_give_the_plain_functions_gradients(mesh: dict[str, int], loss: Any, how: Any) -> None:
     program, found, plain = gradients(declared(loss, mesh, **how), loss, init())
@@ -160,12 +161,14 @@ def test_a_step_and_an_evaluation() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.numerics(False)
 def test_memory_does_not_grow_with_microbatches() -> None:
+    # Of a loss without draws: those have the whole batch's shape, and are made before the loop.
     held = []
     for count in (8, 32):
-        plan = declared(drawn, {"stage": 4}, microbatches=count, rows=count * 8, remat="full")
+        plan = declared(tied, {"stage": 4}, microbatches=count, rows=count * 8, remat="full")
         mesh = plan.make_mesh(devices=jax.devices()[:4])
-        function = jax.jit(jax.grad(plan.apply(drawn, mesh=mesh)))
+        function = jax.jit(jax.grad(plan.apply(tied, mesh=mesh), has_aux=True))
         rows = batch(count * 8)
         placed = jax.device_put(
             (init(), rows), (plan.shardings(init(), mesh), plan.shardings(rows, mesh, "batch"))
