@@ -13,8 +13,9 @@ WORKERS ?= 2
 ON_NEXT := tests/frozen tests/test_generations.py tests/models tests/runtime/train/test_run.py \
 	$(addprefix tests/sharding/,test_api.py program transform ops hlo compiled verify)
 
-# The generation of JAX between the oldest and the newest: what reads and rewrites its programs.
-ON_MIDDLE := tests/test_generations.py $(addprefix tests/sharding/,test_api.py program transform ops)
+# The generation of JAX between the oldest and the newest: what reads its programs.
+ON_MIDDLE := tests/test_generations.py tests/sharding/ops tests/sharding/program/test_primitives.py \
+	$(addprefix tests/sharding/program/,op_rules test_factors.py test_jaxpr.py test_layers.py test_tracing.py)
 
 .PHONY: quickstart test test-next test-middle check coverage gpu-kit lint types clean
 
