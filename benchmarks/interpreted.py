@@ -208,9 +208,8 @@ def _updated(_: Any, x: Array, new: Array, *starts: Array) -> Array:
 
 
 def _sorted(p: Any, *arrays: Array) -> list[Array]:
-    if p["num_keys"] != 1:
-        raise NotImplementedError("a sort by several keys")
-    order = np.argsort(arrays[0], axis=p["dimension"], kind="stable")
+    # The last key of lexsort counts most; it sorts stably.
+    order = np.lexsort(arrays[: p["num_keys"]][::-1], axis=p["dimension"])
     return [np.take_along_axis(one, order, p["dimension"]) for one in arrays]
 
 
@@ -232,9 +231,12 @@ def _reduced(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def _bits(p: Any, x: Array) -> Array:
-    if x.dtype.itemsize != np.dtype(p["new_dtype"]).itemsize:
-        raise NotImplementedError("bits of another width")
-    return x.view(p["new_dtype"])
+    dtype = np.dtype(p["new_dtype"])
+    # Narrower ones stand on a new last dimension, wider ones are made of the last dimension's.
+    if x.dtype.itemsize > dtype.itemsize:
+        return np.ascontiguousarray(x)[..., None].view(dtype)
+    found = np.ascontiguousarray(x).view(dtype)
+    return found[..., 0] if x.dtype.itemsize < dtype.itemsize else found
 
 
 _SHAPED: dict[str, Callable[..., Any]] = {
