@@ -165,9 +165,9 @@ def _notes_of_stages(layout: Candidate) -> tuple[str, ...]:
     if stages == 1:
         return ()
     return (
-        f"the Estimate of stage={stages} is of stages with up to {stages} microbatches in flight and the head "
-        f"on the last one; the step that runs keeps {2 * stages - 1} inputs of every stage and shares the head "
-        "over all of them: --verify compiles it",
+        f"the Estimate of stage={stages} is of stages with up to {stages} microbatches in flight and the "
+        f"head on the last one; the step that runs keeps {2 * stages - 1} inputs of every stage and shares "
+        "the head over all of them: --verify compiles it",
     )
 
 
