@@ -14,15 +14,15 @@ from meshwright.sharding.cost.candidate import Candidate
 from meshwright.sharding.cost.collectives import Link, switched_groups, switched_link
 from meshwright.sharding.cost.compute import Busy, FusedAttention, Passes
 from meshwright.sharding.cost.exchange import StoredOver, parts
-from meshwright.sharding.cost.execution import Execution, dealt_evenly, execution_for
+from meshwright.sharding.cost.execution import Execution, execution_for
 from meshwright.sharding.cost.kept import Residuals
 from meshwright.sharding.cost.memory import Standing, Worked
-from meshwright.sharding.cost.pipeline import Dealt
 from meshwright.sharding.cost.placement import Placement
 from meshwright.sharding.cost.profile import AFTER, LAYERS, ProgramTables
 from meshwright.sharding.hardware.topology import Topology
 
 from .record import Framework
+from .stages import Dealt, DealtBy, dealt_evenly, moments, step_through_stages
 
 # Axes over which activations are exchanged in every layer.
 _ACTIVATIONS = ("tensor", "context", "expert")
@@ -40,7 +40,7 @@ def execution_of(record: Framework, topology: Topology) -> Execution:
         loss_arrays=1,
         kept=functools.partial(_kept, record),
         links=functools.partial(_links, record),
-        dealt=_dealt_by_weight if record.balanced_stages else dealt_evenly,
+        through_stages=functools.partial(step_through_stages, dealt_by(record)),
         busy=functools.partial(_busy, record),
         standing=functools.partial(_standing, record),
         moments=functools.partial(_moments, record),
@@ -121,6 +121,11 @@ def deal_by_weight(layers: int, stages: int, loss: float) -> Dealt:
     return Dealt(most=min(layers, math.ceil(share)), last=max(0, layers - math.ceil(share * (stages - 1))))
 
 
+def dealt_by(record: Framework) -> DealtBy:
+    """Return how the framework of `record` deals layers to stages."""
+    return _dealt_by_weight if record.balanced_stages else dealt_evenly
+
+
 def _dealt_by_weight(profile: ProgramTables, stages: int) -> Dealt:
     loss = loss_layers(profile)
     return deal_by_weight(profile.layers, stages, loss) if loss else dealt_evenly(profile, stages)
@@ -159,13 +164,12 @@ def _moments(
     stored: Standing,
     work: Worked,
     kept: Residuals,
-    dealt: Dealt,
     last_layer_apart: bool,
 ) -> Iterator[dict[str, float]]:
     largest = work.largest.copy()
     largest[AFTER] *= record.loss_copies
     work = dataclasses.replace(work, largest=largest)
-    for items in memory.moments(profile, candidate, stored, work, kept, dealt, last_layer_apart):
+    for items in moments(dealt_by(record), profile, candidate, stored, work, kept, last_layer_apart):
         counted = items["saved_activations"] + items["temporaries"] + items["communication"]
         items["framework"] += record.reserved_bytes + record.memory_overhead * counted
         yield items

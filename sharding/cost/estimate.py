@@ -19,7 +19,7 @@ from .kept import Residuals
 from .memory import Standing, Worked, worked
 from .placement import Placement, place
 from .profile import ProgramTables, profile
-from .step import offload, stacking_seconds, step_seconds
+from .step import StepParts, offload, stacking_seconds, step_seconds
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -164,14 +164,12 @@ class Pricer:
                 self.topology.num_slices,
             )
             standing = _remembered(self._standing, id(over), (found, over))
-        dealt = self.execution.dealt(self.profile, candidate.mesh.get("stage", 1))
         found = self.execution.moments(
             self.profile,
             candidate,
             standing[0],
             self.worked(placement, candidate.mesh),
             self.kept(candidate),
-            dealt,
             self.execution.last_layer_apart,
         )
         items = max(found, key=lambda items: sum(items.values()))
@@ -229,14 +227,24 @@ class Pricer:
         once = self._once(placement, calibration, execution, known=own)
         done = execution.busy(table, once, kept)
         moved = self._exchange(candidate, placement, over, wires, execution, known=own)
-        host = offload(table, placement, kept, chip, calibration)
-        dealt = execution.dealt(table, candidate.mesh.get("stage", 1))
         stacking = stacking_seconds(
             table, placement, kept, chip, calibration, fused_attention=execution.attention is not None
         )
-        time = step_seconds(
-            table, placement, candidate, calibration, wires, dealt, done, moved, kept, host, stacking
+        parts = StepParts(
+            table=table,
+            placement=placement,
+            candidate=candidate,
+            over=over,
+            calibration=calibration,
+            wires=wires,
+            work=done,
+            moved=moved,
+            kept=kept,
+            host=offload(table, placement, kept, chip, calibration),
+            stacking=stacking,
+            gradient_bytes=self.gradient_bytes,
         )
+        time = step_seconds(parts, execution.through_stages)
         if candidate.microbatches > 1 and self._more_passes:
             once = ("host", "bubble")
             time["passes"] = self._more_passes * sum(s for name, s in time.items() if name not in once)

@@ -15,29 +15,24 @@ from .compute import Busy, FusedAttention, Passes
 from .exchange import StoredOver
 from .kept import Residuals
 from .memory import Standing, Worked
-from .pipeline import Dealt, deal
+from .pipeline import moments, through_stages
 from .placement import Placement
 from .profile import ProgramTables
+from .step import ThroughStages
 
 # The parts of a price that may be another's; `Execution` says what each gives.
 KeptBy = Callable[[ProgramTables, Candidate, bool], Residuals]
 LinksOf = Callable[[Mapping[str, int], Topology, Calibration], Mapping[str, Link]]
-DealtBy = Callable[[ProgramTables, int], Dealt]
 BusyWith = Callable[[ProgramTables, Passes, Residuals], Busy]
 StandingOf = Callable[[ProgramTables, Placement, Candidate, StoredOver, float, float | None, int], Standing]
 MomentsOf = Callable[
-    [ProgramTables, Candidate, Standing, Worked, Residuals, Dealt, bool], Iterator[dict[str, float]]
+    [ProgramTables, Candidate, Standing, Worked, Residuals, bool], Iterator[dict[str, float]]
 ]
 
 
 def kept_by_policy(profile: ProgramTables, candidate: Candidate, fused_attention: bool) -> Residuals:
     """Return what JAX keeps under the candidate's policy, and XLA runs again because something needs it."""
     return profile.saved.kept(candidate, fused_attention=fused_attention)
-
-
-def dealt_evenly(profile: ProgramTables, stages: int) -> Dealt:
-    """Return as many layers for every stage, as stages that are slices of one array have."""
-    return deal(profile.layers, stages)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,10 +52,10 @@ class Execution:
       aligned_elements: of a product's role that matrix units read at once.
       kept: (profile, candidate, fused attention) → what is kept for the backward pass, and run again.
       links: (mesh, topology, calibration) → the link of each mesh axis longer than 1.
-      dealt: (profile, stages) → how layers are dealt to stages.
+      through_stages: seconds of a step over stages; `pipeline.through_stages`.
       busy: (profile, passes, kept) → seconds of computing, with what is run again; `compute.busy`.
       standing: bytes that lie in memory all through a step; `memory.standing`.
-      moments: bytes at each moment that may be the fullest; `memory.moments`.
+      moments: bytes at each moment that may be the fullest; `pipeline.moments`.
     """
 
     attention: FusedAttention | None = None
@@ -70,10 +65,10 @@ class Execution:
     aligned_elements: int = 1
     kept: KeptBy = kept_by_policy
     links: LinksOf = links
-    dealt: DealtBy = dealt_evenly
+    through_stages: ThroughStages = through_stages
     busy: BusyWith = compute.busy
     standing: StandingOf = memory.standing
-    moments: MomentsOf = memory.moments
+    moments: MomentsOf = moments
 
 
 def execution_for(topology: Topology, attention: FusedAttention | None = None) -> Execution:

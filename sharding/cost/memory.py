@@ -10,7 +10,6 @@ import numpy as np
 from .candidate import Candidate
 from .exchange import StoredOver, parts
 from .kept import Residuals
-from .pipeline import Dealt, in_flight
 from .placement import FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, ProgramTables
 
@@ -86,53 +85,67 @@ def moments(
     stored: Standing,
     work: Worked,
     kept: Residuals,
-    dealt: Dealt,
     last_layer_apart: bool,
 ) -> Iterator[dict[str, float]]:
-    """Yield item → bytes of a device at each moment that may be a step's fullest.
+    """Yield item → bytes of a device at each moment that may be a step's fullest, without stages.
 
     Memory grows to the end of the forward pass and shrinks through the backward pass, whose sections (loss,
-    layers, what comes before them) follow one another and each hold something of their own: those three, on
-    the first stage, which holds most microbatches, and on the last one, which holds the loss.
+    layers, what comes before them) follow one another and each hold something of their own.
 
     Args:
       profile: the program's tables.
-      candidate: its mesh, remat, schedule and microbatches.
+      candidate: its mesh, remat and microbatches.
       stored: what lies in memory all through a step.
       work: what the values weigh.
       kept: which of them are kept.
-      dealt: the layers of the fullest stages and of the last.
       last_layer_apart: whether the last layer to come back from the host runs outside of the loop.
     """
-    stages = candidate.mesh.get("stage", 1)
-    saved, scratch = _activations(profile, candidate, work, kept)
+    every = Held(here=np.ones(3), microbatches=1.0)
+    yield from moments_of(profile, candidate, stored, work, kept, every, last_layer_apart)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Held:
+    """What a device holds of a program: `here` the share of each section, of so many microbatches at once."""
+
+    here: np.ndarray
+    microbatches: float
+
+
+def moments_of(
+    profile: ProgramTables,
+    candidate: Candidate,
+    stored: Standing,
+    work: Worked,
+    kept: Residuals,
+    held: Held,
+    last_layer_apart: bool,
+) -> Iterator[dict[str, float]]:
+    """Yield the moments of a device that holds a share of the program; see `moments`."""
+    saved, scratch = activations(profile, candidate, work, kept)
     returning = last_layer_apart and bool(kept.host.any())
     # All of it, whatever is worked through at a time.
     batch = work.batch * candidate.microbatches
-    for stage in dict.fromkeys((0, stages - 1)):
-        share = (dealt.last if stage == stages - 1 else dealt.most) / profile.layers
-        first, last = stage == 0, stage == stages - 1
-        here = np.array([float(first), share, float(last)])
-        held = in_flight(stage, stages, candidate.microbatches, candidate.schedule, candidate.interleave)
-        holding = saved * here * np.array([1.0, held, 1.0])
-        for phase in [AFTER] * last + [LAYERS] + [BEFORE] * first:
-            items = {name: float(row @ here) for name, row in stored.items.items()}
-            if phase == AFTER and candidate.microbatches == 1:
-                # Those of the layers are still to come.
-                items["gradients"] = float(stored.items["gradients"][AFTER] + stored.again_after)
-            elif phase != AFTER and candidate.microbatches > 1:
-                items["gradients"] += float(stored.beside @ here)
-            # A layer that runs outside of the loop does so beside what follows, and in a loop over
-            # microbatches keeps the others' values there.
-            lasting = LAYERS if phase == BEFORE and returning and candidate.microbatches > 1 else phase
-            items["saved_activations"] = float(holding[: lasting + 1].sum())
-            beside = scratch[LAYERS] if returning else 0.0
-            items["temporaries"] = float(beside if phase == BEFORE else scratch[phase])
-            items["communication"] = stored.gathered(phase)
-            items["batch"] = batch
-            if profile.captured_bytes:
-                items["captured"] = profile.captured_bytes
-            yield items
+    here = held.here
+    holding = saved * here * np.array([1.0, held.microbatches, 1.0])
+    for phase in [AFTER] * bool(here[AFTER]) + [LAYERS] + [BEFORE] * bool(here[BEFORE]):
+        items = {name: float(row @ here) for name, row in stored.items.items()}
+        if phase == AFTER and candidate.microbatches == 1:
+            # Those of the layers are still to come.
+            items["gradients"] = float(stored.items["gradients"][AFTER] + stored.again_after)
+        elif phase != AFTER and candidate.microbatches > 1:
+            items["gradients"] += float(stored.beside @ here)
+        # A layer that runs outside of the loop does so beside what follows, and in a loop over
+        # microbatches keeps the others' values there.
+        lasting = LAYERS if phase == BEFORE and returning and candidate.microbatches > 1 else phase
+        items["saved_activations"] = float(holding[: lasting + 1].sum())
+        beside = scratch[LAYERS] if returning else 0.0
+        items["temporaries"] = float(beside if phase == BEFORE else scratch[phase])
+        items["communication"] = stored.gathered(phase)
+        items["batch"] = batch
+        if profile.captured_bytes:
+            items["captured"] = profile.captured_bytes
+        yield items
 
 
 def _state(
@@ -171,13 +184,14 @@ class Worked:
     """What a placement's values weigh in bytes.
 
     saved [V]: of one microbatch, in all runs; live, largest [section]: what fused kernels keep of one layer,
-    and the largest value; batch: of the microbatch itself.
+    and the largest value; batch: of the microbatch itself; stream: of what layers hand on.
     """
 
     saved: np.ndarray
     live: np.ndarray
     largest: np.ndarray
     batch: float
+    stream: float = 0.0
 
 
 def worked(
@@ -198,6 +212,7 @@ def worked(
     values = profile.values
     size = values.bytes * placement.value_fraction
     batch = float(size[list(profile.inputs)].sum())
+    stream = float(size[list(profile.carries)].sum()) if profile.carries else 0.0
     if fused_attention:
         size = size * ~profile.saved.on_chip
     # What is passed on in parts is whole while it is worked with.
@@ -214,10 +229,10 @@ def worked(
     live = np.bincount(values.section, weights=used * fused, minlength=3)
     width = np.maximum(values.width, 1.0)
     padded = np.where(values.width > 0, np.ceil(width / lanes) * lanes / width, 1.0)
-    return Worked(saved=size * padded * values.runs, live=live, largest=largest, batch=batch)
+    return Worked(saved=size * padded * values.runs, live=live, largest=largest, batch=batch, stream=stream)
 
 
-def _activations(
+def activations(
     profile: ProgramTables, candidate: Candidate, work: Worked, kept: Residuals
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what a microbatch saves by section, for all layers, and one layer's working set."""

@@ -1,64 +1,233 @@
-"""How long a pipeline's stages take together, and how many microbatches each holds."""
+"""What a loss takes that goes through stages in lockstep: its ticks, what they move, and what a stage holds.
+
+p stages of v chunks of layers work M microbatches through (`transform/pipeline/schedule.py`). All stages do
+the same in a tick, and a tick is as long as the fullest stage's chunk: v M + p - 1 ticks forward and as many
+backward, each of one chunk. Backward, a chunk is run again from its input, of which a stage keeps 2 p v - 1.
+What comes before the layers and behind them is shared over the stages by rows: 1/p of a microbatch's each, in
+M ticks (M + p before the layers), between a reduce-scatter and an all-gather over the stages. Chunks that a
+stage does not store one after another come from where they are stored, and their gradients go back, once a
+step.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+
+from . import memory
+from .candidate import Candidate
+from .exchange import parts as lying_over
+from .kept import Residuals
+from .memory import Standing, Worked, activations
+from .placement import FORWARD
+from .profile import AFTER, BEFORE, LAYERS, ProgramTables
+from .step import StepParts, Turns, exposed, microbatch, reduce_once, stream_bytes
+
+# Of what stages hand on, held beside the inputs that are kept: the next one's, what came, and what goes back.
+_IN_HAND = 4
+# Phases of `Busy` in which layers run forward, and run again.
+_AGAIN = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Stages:
-    """Seconds of one microbatch, forward and backward: on the slowest stage, and on all of them in turn."""
+class Lockstep:
+    """How often a device of `stages` stages of `chunks` chunks does each part, for so many microbatches.
 
-    slowest: float
-    together: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Dealt:
-    """How many layers the fullest stages and the last one hold."""
-
-    most: int
-    last: int
-
-
-def deal(layers: int, stages: int) -> Dealt:
-    """Return how `layers` are dealt to `stages`: evenly, the last stage's filled up where they do not divide.
-
-    >>> deal(80, 32)
-    Dealt(most=3, last=3)
+    >>> even = Lockstep(stages=4, chunks=2, microbatches=16)
+    >>> even.layer_ticks, even.head_ticks, even.embed_ticks, even.inputs
+    (35, 16, 20, 15)
     """
-    most = math.ceil(layers / stages)
-    return Dealt(most=most, last=most)
+
+    stages: int
+    chunks: int
+    microbatches: int
+
+    @property
+    def slots(self) -> int:
+        """Microbatches with those that are none: several chunks take them in groups of as many as stages."""
+        if self.chunks == 1:
+            return self.microbatches
+        return math.ceil(self.microbatches / self.stages) * self.stages
+
+    @property
+    def layer_ticks(self) -> int:
+        """Ticks in which a chunk is run forward, and as many in which one is run backward."""
+        return self.slots * self.chunks + self.stages - 1
+
+    @property
+    def head_ticks(self) -> int:
+        """Ticks with what comes behind the layers, forward and backward."""
+        return self.slots
+
+    @property
+    def embed_ticks(self) -> int:
+        """Ticks with what comes before the layers, and as many with its gradient."""
+        return self.slots + self.stages
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of chunks that a stage keeps."""
+        return 2 * self.stages * self.chunks - 1
+
+    @property
+    def sends(self) -> int:
+        """What is handed on from stage to stage, or back, a microbatch each."""
+        return 2 * self.layer_ticks
+
+    @property
+    def exchanges(self) -> int:
+        """How often a microbatch's rows are shared out among the stages, or put together again."""
+        return 2 * (self.head_ticks + self.embed_ticks)
 
 
-def bubble_seconds(stages: Stages, interleave: int) -> float:
-    """Return how long the slowest stage waits in a step.
+def lockstep(candidate: Candidate) -> Lockstep:
+    """Return the ticks of a candidate."""
+    return Lockstep(
+        stages=candidate.mesh.get("stage", 1),
+        chunks=candidate.interleave,
+        microbatches=candidate.microbatches,
+    )
 
-    The first microbatch fills the pipeline and the last one drains it: together every other stage's forward
-    and backward pass, whichever of 1F1B and GPipe is run: (p - 1) (t_f + t_b) for p equal stages.
-    Interleaved, a stage waits for one of its v chunks at a time, for (p - 1) (t_f + t_b) / v (Narayanan et
-    al. 2021, section 2.2).
 
-    >>> bubble_seconds(Stages(slowest=0.5, together=2.0), interleave=2)
-    0.75
+def held_layers(layers: int, stages: int, chunks: int) -> int:
+    """Return for how many layers a stage has room: as many as every other, its chunks alike.
+
+    >>> held_layers(61, 8, 2)
+    8
     """
-    return max(0.0, stages.together - stages.slowest) / interleave
+    return chunks * math.ceil(layers / (stages * chunks))
 
 
-def in_flight(stage: int, stages: int, microbatches: int, schedule: str, interleave: int) -> float:
-    """Return for how many microbatches a stage holds activations at its fullest.
+def is_moved(layers: int, stages: int, chunks: int) -> bool:
+    """Whether stages store other layers than they run."""
+    return stages > 1 and (chunks > 1 or layers % stages > 0)
 
-    GPipe holds all. 1F1B holds those whose forward pass is done and whose backward pass is still to come back
-    from the end: as many as there are stages from this one on. Interleaved, the first stage starts its chunks
-    earlier by p - 1 chunks of L / (p v) layers each: 1 + (p - 1) / (p v) times as much (Korthikanti et al.
-    2022, section 4.2.3).
+
+def through_stages(parts: StepParts) -> dict[str, float]:
+    """Return the seconds of a step over stages, by item; ``bubble`` is what they wait for one another."""
+    ticks = lockstep(parts.candidate)
+    share = held_layers(parts.table.layers, ticks.stages, ticks.chunks) / parts.table.layers
+    parts = _forward_again(parts)
+    gathers = np.array([2.0, 3.0, 2.0])
+    busy, all_ = (
+        Turns(
+            rows=np.array([embed / ticks.stages, layers * share, ticks.microbatches / ticks.stages]),
+            whole=np.array([embed, layers * share, ticks.microbatches], float),
+            gathers=gathers,
+        )
+        for embed, layers in (
+            (ticks.microbatches, float(ticks.microbatches)),
+            (ticks.embed_ticks, ticks.layer_ticks / ticks.chunks),
+        )
+    )
+    if ticks.slots > ticks.microbatches:
+        more = ticks.slots / ticks.microbatches
+        all_ = dataclasses.replace(
+            all_, rows=all_.rows * [1, 1, more], whole=all_.whole * np.array([1, 1, more])
+        )
+    time: dict[str, float] = defaultdict(float)
+    for name, row in microbatch(parts, busy).items():
+        time[name] += float(row.sum())
+    taken = sum(time.values())
+    with_bubble = sum(float(row.sum()) for row in microbatch(parts, all_).values())
+    time["bubble"] = with_bubble - taken
+    _over_stages(time, parts, ticks, with_bubble)
+    time["host"] += parts.calibration.microbatch_seconds * (ticks.layer_ticks + ticks.stages)
+    here = np.array([1.0, share, 1.0])
+    reduce_once(time, parts, here)
+    _reduce_shared(time, parts)
+    _move_layers(time, parts, ticks)
+    return time
+
+
+def _forward_again(parts: StepParts) -> StepParts:
+    """Return the parts of a microbatch whose layers are run once more, from a stage's input."""
+    seconds, kernels = parts.work.seconds.copy(), parts.work.kernels.copy()
+    seconds[_AGAIN, :, LAYERS] += seconds[FORWARD, :, LAYERS]
+    kernels[_AGAIN, LAYERS] += kernels[FORWARD, LAYERS]
+    layers = 1.0 * (parts.table.values.section == LAYERS)
+    kept = dataclasses.replace(
+        parts.kept, made=parts.kept.made + layers, gathered=parts.kept.gathered + layers
+    )
+    work = dataclasses.replace(parts.work, seconds=seconds, kernels=kernels)
+    return dataclasses.replace(parts, work=work, kept=kept)
+
+
+def _over_stages(time: dict[str, float], parts: StepParts, ticks: Lockstep, window: float) -> None:
+    """Add what stages hand on, which waits behind the `window` as far as it can, and what they share out."""
+    link, size = parts.wires["stage"], stream_bytes(parts)
+    sent = link.point_to_point(size * ticks.sends, ticks.sends)
+    time["send/stage"] += exposed(sent, window, parts.calibration.overlap_stages)
+    half = ticks.exchanges / 2
+    for kind in ("reduce_scatter", "all_gather"):
+        time[f"{kind}/stage"] += link.collective(kind, size * half, half)
+
+
+def _reduce_shared(time: dict[str, float], parts: StepParts) -> None:
+    """Add the reduction over stages of gradients of what all of them have."""
+    time["all_reduce/stage"] += parts.wires["stage"].collective(
+        "all_reduce", float(_gradients(parts)[[BEFORE, AFTER]].sum())
+    )
+
+
+def _move_layers(time: dict[str, float], parts: StepParts, ticks: Lockstep) -> None:
+    """Add bringing layers to their stages and their gradients back, where they are stored otherwise."""
+    if not is_moved(parts.table.layers, ticks.stages, ticks.chunks):
+        return
+    table = parts.table.parameters
+    stored = table.elements * table.item_bytes / lying_over(parts.over.parameters, parts.candidate.mesh)
+    size = float(stored[table.section == LAYERS].sum()) + float(_gradients(parts)[LAYERS])
+    time["all_to_all/stage"] += parts.wires["stage"].collective("all_to_all", size, 2.0)
+
+
+def _gradients(parts: StepParts) -> np.ndarray:
+    """Return the bytes of accumulated gradients by section, were a device to hold all layers."""
+    table = parts.table.parameters
+    each = table.item_bytes if parts.gradient_bytes is None else parts.gradient_bytes
+    sizes = table.elements * table.trained * each / lying_over(parts.over.gradients, parts.candidate.mesh)
+    return np.bincount(table.section, weights=sizes, minlength=3)
+
+
+def moments(
+    profile: ProgramTables,
+    candidate: Candidate,
+    stored: Standing,
+    work: Worked,
+    kept: Residuals,
+    last_layer_apart: bool,
+) -> Iterator[dict[str, float]]:
+    """Yield item → bytes of a device at each moment that may be a step's fullest; see `memory.moments`.
+
+    Over stages those are the head's, a chunk's and the embedding's turn within a tick: each begins when what
+    the one before has kept for its own backward pass is gone.
     """
-    if stages == 1:
-        return 1.0
-    if schedule == "gpipe":
-        return float(microbatches)
-    held = float(min(microbatches, stages - stage))
-    if interleave > 1 and stage == 0:
-        held *= 1.0 + (stages - 1) / (stages * interleave)
-    return min(held, float(microbatches))
+    ticks = lockstep(candidate)
+    if ticks.stages == 1:
+        yield from memory.moments(profile, candidate, stored, work, kept, last_layer_apart)
+        return
+    share = held_layers(profile.layers, ticks.stages, ticks.chunks) / profile.layers
+    here = np.array([1.0, share, 1.0])
+    saved, scratch = activations(profile, candidate, work, kept)
+    part = np.array([1 / ticks.stages, share / ticks.chunks, 1 / ticks.stages])
+    inputs = (ticks.inputs + _IN_HAND) * work.stream
+    items = {name: float(row @ here) for name, row in stored.items.items()}
+    if is_moved(profile.layers, ticks.stages, ticks.chunks):
+        # What came from where it is stored lies beside that.
+        items["params"] += float(stored.items["params"][LAYERS] * share)
+    items["batch"] = work.batch * candidate.microbatches
+    if profile.captured_bytes:
+        items["captured"] = profile.captured_bytes
+    for phase in (AFTER, LAYERS, BEFORE):
+        alone = 1.0 if phase == LAYERS else 1 / ticks.stages
+        beside = stored.beside[phase] * (share / ticks.chunks if phase == LAYERS else 1.0)
+        yield {
+            **items,
+            "gradients": items["gradients"] + float(beside),
+            "saved_activations": inputs + float(saved[phase] * part[phase]),
+            "temporaries": float(scratch[phase] * alone),
+            "communication": stored.gathered(phase),
+        }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -14,66 +14,77 @@ from .calibration import Calibration
 from .candidate import Candidate
 from .collectives import Link
 from .compute import KINDS, Busy
-from .exchange import Exchange
+from .exchange import Exchange, StoredOver
 from .kept import Residuals
-from .pipeline import Dealt, Stages, bubble_seconds
 from .placement import BACKWARD, FORWARD, Placement
-from .profile import AFTER, BEFORE, LAYERS, ProgramTables
+from .profile import LAYERS, ProgramTables
 
 
-def step_seconds(
-    table: ProgramTables,
-    placement: Placement,
-    candidate: Candidate,
-    calibration: Calibration,
-    wires: Mapping[str, Link],
-    dealt: Dealt,
-    work: Busy,
-    moved: Exchange,
-    kept: Residuals,
-    host: Offload,
-    stacking: float = 0.0,
-) -> dict[str, float]:
-    """Return the step's items in seconds: each by microbatch and section, then over stages and microbatches.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StepParts:
+    """What a step's seconds are made of: those of one microbatch, were each device to hold all layers.
 
-    Args:
+    Attributes:
       table: the program's tables.
       placement: the candidate laid over them.
       candidate: its mesh, microbatches and schedule.
+      over: where its parameters and their gradients are stored.
       calibration: what overlaps, and the host's times.
       wires: the link of each mesh axis.
-      dealt: the layers of the fullest stages and of the last.
       work: what a device computes for a microbatch.
       moved: how parameters and gradients travel.
       kept: what is kept and run again.
       host: what goes to the host and back.
       stacking: seconds of stacking what layers keep; see `stacking_seconds`.
+      gradient_bytes: of one accumulated gradient; as the parameter's if None.
     """
-    stages = candidate.mesh.get("stage", 1)
-    items = _microbatch(table, calibration, wires, work, moved, placement, kept, host)
-    if stacking:
-        items["kept"] = np.array([0.0, stacking, 0.0])
-    per_section = np.zeros(3)
-    for row in items.values():
-        per_section += row
-    # The first stage has what comes before the layers, the last one the loss: the step waits for the slower.
-    first = np.array([1.0, dealt.most / table.layers, 1.0 if stages == 1 else 0.0])
-    last = np.array([1.0 if stages == 1 else 0.0, dealt.last / table.layers, 1.0])
-    busiest = first if per_section @ first >= per_section @ last else last
-    send = _send(table, placement, wires, candidate, calibration, float(per_section @ busiest))
+
+    table: ProgramTables
+    placement: Placement
+    candidate: Candidate
+    over: StoredOver
+    calibration: Calibration
+    wires: Mapping[str, Link]
+    work: Busy
+    moved: Exchange
+    kept: Residuals
+    host: Offload
+    stacking: float = 0.0
+    gradient_bytes: float | None = None
+
+
+# Gives the seconds of a step that goes through stages.
+ThroughStages = Callable[[StepParts], dict[str, float]]
+
+
+def step_seconds(parts: StepParts, through_stages: ThroughStages) -> dict[str, float]:
+    """Return the items of a step in seconds: those of a microbatch, over stages and microbatches."""
+    candidate = parts.candidate
+    if candidate.mesh.get("stage", 1) > 1:
+        return through_stages(parts)
     time: dict[str, float] = defaultdict(float)
-    for name, row in items.items():
-        time[name] += float(row @ busiest) * candidate.microbatches
-    slowest = float(per_section @ busiest)
-    together = float(per_section[BEFORE] + per_section[AFTER] + per_section[LAYERS])
-    if stages > 1:
-        # A microbatch passes each of a stage's chunks: so many borders as there are chunks.
-        time["send/stage"] = send * candidate.microbatches * candidate.interleave
-        count = Stages(slowest=slowest + send, together=max(together, slowest) + stages * send)
-        time["bubble"] = bubble_seconds(count, candidate.interleave)
-    time["host"] += calibration.microbatch_seconds * candidate.microbatches
-    _reductions(time, moved, work, busiest, calibration)
+    for name, row in microbatch(parts).items():
+        time[name] += float(row.sum()) * candidate.microbatches
+    time["host"] += parts.calibration.microbatch_seconds * candidate.microbatches
+    reduce_once(time, parts, np.ones(3))
     return time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Turns:
+    """How much of one microbatch a device does, by section, in microbatches of all rows and layers.
+
+    rows: of what grows with the rows and layers that it has; whole: how often it begins, and gathers what it
+    computes with, whatever rows it has; gathers: how often parameters are gathered each time.
+    """
+
+    rows: np.ndarray
+    whole: np.ndarray
+    gathers: np.ndarray
+
+
+# A microbatch by itself. Parameters are gathered for the forward and once more for the backward pass.
+ONCE = Turns(rows=np.ones(3), whole=np.ones(3), gathers=np.full(3, 2.0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,81 +136,62 @@ def stacking_seconds(
     return moved / ((chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency)
 
 
-def _microbatch(
-    table: ProgramTables,
-    calibration: Calibration,
-    wires: Mapping[str, Link],
-    work: Busy,
-    moved: Exchange,
-    placement: Placement,
-    kept: Residuals,
-    host: Offload,
-) -> dict[str, np.ndarray]:
-    """Return item → seconds of one microbatch by section, were a device to hold all layers."""
+def microbatch(parts: StepParts, turns: Turns = ONCE) -> dict[str, np.ndarray]:
+    """Return item → seconds by section of one microbatch, or of the `turns` that a device takes at it."""
+    calibration, wires, work, moved = parts.calibration, parts.wires, parts.work, parts.moved
     items: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
     for kind, row in zip(KINDS, work.seconds.sum(axis=0), strict=True):
-        items[f"compute/{kind}"] += row
-    computing = work.seconds.sum(axis=(0, 1))
+        items[f"compute/{kind}"] += row * turns.rows
+    computing = work.seconds.sum(axis=(0, 1)) * turns.rows
     talking, starting = np.zeros(3), np.zeros(3)
-    for traffic in placement.traffic:
+    for traffic in parts.placement.traffic:
         size, count = traffic.once
         if traffic.phase == FORWARD:
             # What is made again in the backward pass is moved again for it.
-            again = kept.gathered if traffic.kind == "all_gather" else kept.made
+            again = parts.kept.gathered if traffic.kind == "all_gather" else parts.kept.made
             added = traffic.of(traffic.runs * again[traffic.values])
             size, count = size + added[0], count + added[1]
         link = wires[traffic.axis]
-        row = link.transfer(traffic.kind, 1.0) * size * (1.0 - calibration.overlap_activations)
+        row = link.transfer(traffic.kind, 1.0) * size * (1.0 - calibration.overlap_activations) * turns.rows
         items[f"{traffic.kind}/{traffic.axis}"] += row
         talking += row
-        starting += link.starts(traffic.kind, 1.0) * count
-    # Parameters are gathered for the forward and once more for the backward pass.
-    fetching = {key: 2.0 * np.array(row) for key, row in moved.gathers.items()}
+        starting += link.starts(traffic.kind, 1.0) * count * turns.whole
+    fetching = {key: np.array(row) * turns.gathers * turns.whole for key, row in moved.gathers.items()}
     for key, row in moved.scatters.items():
-        fetching[key] = fetching.get(key, 0.0) + np.array(row)
+        fetching[key] = fetching.get(key, 0.0) + np.array(row) * turns.whole
     total = sum((row.sum() for row in fetching.values()), 0.0)
     if total:
         seen = exposed(total, float(computing.sum()), calibration.overlap_parameters) / total
         for (kind, axis), row in fetching.items():
             items[f"{kind}/{axis}"] += row * seen
+    host = parts.host
     if host.link:
         seen = exposed(host.link, float(computing.sum()), calibration.overlap_host) + host.memory
-        items["offload/host"] += np.array([0.0, seen, 0.0])
+        items["offload/host"] += np.array([0.0, seen, 0.0]) * turns.rows
     # Kernels and collectives are issued ahead of the device: only where that takes longer does it show.
-    issued = work.kernels.sum(axis=0) * calibration.kernel_seconds + starting
-    items["host"] += np.maximum(issued - computing - talking, 0.0) + work.waiting
+    issued = work.kernels.sum(axis=0) * calibration.kernel_seconds * turns.whole + starting
+    items["host"] += np.maximum(issued - computing - talking, 0.0) + work.waiting * turns.whole
+    if parts.stacking:
+        items["kept"] = np.array([0.0, parts.stacking, 0.0]) * turns.rows
     return items
 
 
-def _send(
-    table: ProgramTables,
-    placement: Placement,
-    wires: Mapping[str, Link],
-    candidate: Candidate,
-    calibration: Calibration,
-    window: float,
-) -> float:
-    """Return the visible seconds of passing one microbatch's stream on and its gradient back."""
-    if candidate.mesh.get("stage", 1) == 1:
+def stream_bytes(parts: StepParts) -> float:
+    """Return the bytes of a microbatch that layers hand on, on a device."""
+    carries = list(parts.table.carries)
+    if not carries:
         return 0.0
-    size = float(
-        (table.values.bytes * placement.value_fraction)[list(table.carries)].sum() if table.carries else 0.0
-    )
-    # The stream goes forward and its gradient, as large, back.
-    seconds = wires["stage"].point_to_point(2.0 * size, 2.0)
-    return exposed(seconds, window, calibration.overlap_stages)
+    return float((parts.table.values.bytes * parts.placement.value_fraction)[carries].sum())
 
 
-def _reductions(
-    time: dict[str, float],
-    moved: Exchange,
-    work: Busy,
-    busiest: np.ndarray,
-    calibration: Calibration,
-) -> None:
-    """Add what is reduced once a step; it runs beside the last microbatch's backward pass."""
-    rows = {key: float(np.array(row) @ busiest) for key, row in moved.step.items()}
-    window = float(work.seconds[BACKWARD:].sum(axis=(0, 1)) @ busiest)
+def reduce_once(time: dict[str, float], parts: StepParts, here: np.ndarray) -> None:
+    """Add what is reduced once a step, of the share of each section that is `here`.
+
+    It runs beside the last microbatch's backward pass.
+    """
+    calibration = parts.calibration
+    rows = {key: float(np.array(row) @ here) for key, row in parts.moved.step.items()}
+    window = float(parts.work.seconds[BACKWARD:].sum(axis=(0, 1)) @ here)
     whole = {key for key in rows if key[0] == "all_reduce"}
     for keys, share in (
         (whole, calibration.overlap_gradients),

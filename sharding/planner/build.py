@@ -137,13 +137,10 @@ def alternatives_of(
 
 
 def notes_of(program: Program, topology: Topology, layout: Candidate) -> tuple[str, ...]:
-    """Say what of the Estimate is not of the step that runs, and which parameters that matter lie whole.
-
-    Of parameters, on every device although others are stored in parts.
-    """
+    """Say which parameters that matter lie whole on every device although others are stored in parts."""
     cut = [argument for argument in program.stored if any(layout.stored[argument.index])]
     if not cut:
-        return _notes_of_stages(layout)
+        return ()
     total = sum(_bytes(argument) for argument in program.stored)
     axes = {axis: size for axis, size in layout.mesh.items() if size > 1 and axis != "data"}
     over = " x ".join(f"{axis}={size}" for axis, size in axes.items())
@@ -152,22 +149,11 @@ def notes_of(program: Program, topology: Topology, layout: Candidate) -> tuple[s
         divided = any(size % parts == 0 for size in argument.shape for parts in axes.values())
         return "no rule cuts it" if divided else f"{over} divides no dimension of it"
 
-    return _notes_of_stages(layout) + tuple(
+    return tuple(
         f"{argument.path} {argument.shape} lies whole on every device: {why(argument)}"
         for argument in program.stored
         if not any(layout.stored[argument.index])
         and _bytes(argument) > min(_MATTERS * total, least_that_matters(topology, total))
-    )
-
-
-def _notes_of_stages(layout: Candidate) -> tuple[str, ...]:
-    stages = layout.mesh.get("stage", 1)
-    if stages == 1:
-        return ()
-    return (
-        f"the Estimate of stage={stages} is of stages with up to {stages} microbatches in flight and the "
-        f"head on the last one; the step that runs keeps {2 * stages - 1} inputs of every stage and shares "
-        "the head over all of them: --verify compiles it",
     )
 
 

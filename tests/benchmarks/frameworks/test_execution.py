@@ -10,13 +10,13 @@ import pytest
 from meshwright.sharding import Topology
 from meshwright.sharding.cost import Candidate, Pricer
 from meshwright.sharding.cost.collectives import links
-from meshwright.sharding.cost.pipeline import Dealt
 from meshwright.sharding.program import trace
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
-from frameworks.execution import deal_by_weight, execution_of, loss_layers
+from frameworks.execution import deal_by_weight, dealt_by, execution_of, loss_layers
 from frameworks.record import Framework
+from frameworks.stages import Dealt
 
 LAYERS, BATCH, WIDTH, HIDDEN = 4, 64, 256, 1024
 WEIGHTS = LAYERS * 2 * WIDTH * HIDDEN
@@ -123,8 +123,8 @@ def test_layers_are_dealt_beside_a_loss_that_weighs_some(program):
     profile = pricer(program).profile
     # The head is one product where a layer has two.
     assert loss_layers(profile) == pytest.approx(0.5)
-    assert execution_of(Framework(balanced_stages=True), TOPOLOGY).dealt(profile, 2) == Dealt(most=3, last=1)
-    assert execution_of(Framework(), TOPOLOGY).dealt(profile, 2) == Dealt(most=2, last=2)
+    assert dealt_by(Framework(balanced_stages=True))(profile, 2) == Dealt(most=3, last=1)
+    assert dealt_by(Framework())(profile, 2) == Dealt(most=2, last=2)
 
 
 def test_what_xla_does_on_a_gpu_is_no_frameworks_way():

@@ -10,7 +10,7 @@ from meshwright.sharding import Topology
 from meshwright.sharding.cost import Calibration, Candidate, Execution, Pricer, compute
 from meshwright.sharding.cost.compute import FusedAttention
 from meshwright.sharding.cost.execution import execution_for
-from meshwright.sharding.cost.pipeline import Dealt
+from meshwright.sharding.cost.pipeline import through_stages
 from meshwright.sharding.program import trace
 
 TOPOLOGY = Topology.parse("v5p:2x2x2")
@@ -45,24 +45,24 @@ def test_each_part_of_a_price_can_be_another(program):
         found = compute.busy(profile, once, kept)
         return dataclasses.replace(found, waiting=np.full(3, 1.0))
 
-    def dealt(profile, stages):
-        return Dealt(most=profile.layers, last=profile.layers)
+    def staged(parts):
+        return {**through_stages(parts), "bubble": 2.0}
 
     def moments(*given):
         for items in Execution().moments(*given):
             yield {**items, "framework": 7.0}
 
     dims = {dim.id: ("stage",) for dim in program.dims if dim.name == "layers"}
-    staged = Candidate(mesh={"stage": 2, "data": 4}, dims=dims, microbatches=2)
+    two = Candidate(mesh={"stage": 2, "data": 4}, dims=dims, microbatches=2)
     plain = Pricer(program, TOPOLOGY, calibration=Calibration())
-    before = plain.price(staged)
+    before = plain.price(two)
     for change, differs in (
         ({"busy": busy}, lambda found: found.time["host"] > 1.0),
-        ({"dealt": dealt}, lambda found: found.time["compute/matmul"] == 2 * before.time["compute/matmul"]),
+        ({"through_stages": staged}, lambda found: found.time["bubble"] == 2.0),
         ({"moments": moments}, lambda found: found.peak_bytes == before.peak_bytes + 7.0),
     ):
         execution = dataclasses.replace(plain.execution, **change)
-        found = Pricer(program, TOPOLOGY, calibration=Calibration(), execution=execution).price(staged)
+        found = Pricer(program, TOPOLOGY, calibration=Calibration(), execution=execution).price(two)
         assert differs(found), change
 
 

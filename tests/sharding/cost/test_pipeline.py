@@ -1,23 +1,91 @@
-"""Bubbles and microbatches in flight by the textbook."""
+"""The price of stages in lockstep: its ticks are those of the schedule, and what they take can be counted."""
 
+import jax
+import jax.numpy as jnp
 import pytest
-from meshwright.sharding.cost.pipeline import Stages, bubble_seconds, deal, in_flight
+from meshwright.sharding import Topology
+from meshwright.sharding.cost import Calibration, Candidate, Pricer
+from meshwright.sharding.cost.pipeline import Lockstep
+from meshwright.sharding.program import trace
+from meshwright.sharding.transform.pipeline.schedule import EMBED, FORWARD, HEAD, LEARN, ring, stretches
+
+LAYERS, BATCH, WIDTH, HIDDEN, VOCAB = 8, 65536, 256, 1024, 512
 
 
-@pytest.mark.parametrize(("stages", "interleave"), [(4, 1), (8, 2)])
-def test_equal_stages_wait_for_the_others_once(stages: int, interleave: int):
-    each = 0.5
-    found = bubble_seconds(Stages(slowest=each, together=stages * each), interleave)
-    assert found == pytest.approx((stages - 1) * each / interleave)
+@pytest.fixture(scope="module")
+def price():
+    def loss(params, batch):
+        def layer(x, weights):
+            return x + jnp.tanh(x @ weights["up"]) @ weights["down"], None
+
+        x, _ = jax.lax.scan(layer, batch @ params["in"], params["layers"])
+        return jnp.mean(x @ params["head"])
+
+    shape = jax.ShapeDtypeStruct
+    params = {
+        "in": shape((VOCAB, WIDTH), jnp.float32),
+        "layers": {
+            "up": shape((LAYERS, WIDTH, HIDDEN), jnp.float32),
+            "down": shape((LAYERS, HIDDEN, WIDTH), jnp.float32),
+        },
+        "head": shape((WIDTH, VOCAB), jnp.float32),
+    }
+    names = {
+        "in": ("vocab", "embed"),
+        "layers": {"up": ("layers", "embed", "mlp"), "down": ("layers", "mlp", "embed")},
+        "head": ("embed", "vocab"),
+    }
+    program = trace(loss, params, shape((BATCH, VOCAB), jnp.float32), names=names)
+    pricer = Pricer(program, Topology.parse("v5p:2x2x1"), calibration=Calibration(), dtype="float32")
+    layers = next(dim.id for dim in program.dims if dim.name == "layers")
+
+    def price(microbatches, stages=4, **more):
+        mesh = {"stage": stages} if stages > 1 else {}
+        dims = {layers: ("stage",)} if stages > 1 else {}
+        return pricer.price(Candidate(mesh=mesh, dims=dims, microbatches=microbatches, **more))
+
+    return price
 
 
-def test_uneven_layers_count_on_the_fullest_stage():
-    assert deal(80, 32).most == 3
-    assert deal(80, 32).last == 3
+@pytest.mark.parametrize(("stages", "microbatches"), [(4, 8), (2, 3), (8, 8)])
+def test_ticks_are_those_of_the_schedule(stages, microbatches):
+    ticks = Lockstep(stages=stages, chunks=1, microbatches=microbatches)
+    done = stretches(stages, microbatches, learns=True)
+    for work, count in (
+        (FORWARD, ticks.layer_ticks),
+        (HEAD, ticks.head_ticks),
+        (EMBED, ticks.embed_ticks),
+        (LEARN, ticks.embed_ticks),
+    ):
+        assert sum(one.ticks for one in done if work in one.work) == count
+    assert ring(stages) == ticks.inputs
 
 
-def test_one_forward_one_backward_holds_as_many_microbatches_as_stages_are_left():
-    assert [in_flight(stage, 4, 16, "1f1b", 1) for stage in range(4)] == [4, 3, 2, 1]
-    assert in_flight(0, 4, 16, "gpipe", 1) == 16
-    assert in_flight(0, 4, 2, "1f1b", 1) == 2
-    assert in_flight(0, 4, 16, "1f1b", 2) == pytest.approx(4 * (1 + 3 / 8))
+def test_layers_run_once_more_and_the_head_is_shared(price):
+    # In products of a layer's two and of what is outside: forward, twice backward, and a layer's once more.
+    alone, found = price(8, stages=1), price(8)
+    flops = 2 * BATCH * 2 * WIDTH * HIDDEN * LAYERS, 2 * BATCH * WIDTH * VOCAB
+    plain = 3 * flops[0] + (2 + 3) * flops[1]
+    staged = (4 * flops[0] + (2 + 3) * flops[1]) / 4
+    took = found.time["compute/matmul"] / alone.time["compute/matmul"]
+    assert took == pytest.approx(staged / plain, rel=0.02)
+
+
+def test_a_bubble_shrinks_with_microbatches_and_chunks(price):
+    waits = [price(count).time["bubble"] for count in (4, 8, 16)]
+    assert waits[0] > 1.8 * waits[1] > 3.2 * waits[2]
+    chunks = price(16, interleave=2)
+    assert chunks.time["bubble"] < 0.6 * waits[2]
+    # What a chunk costs besides: twice the sends, and layers that come from where they are stored.
+    assert chunks.time["send/stage"] > 1.7 * price(16).time["send/stage"]
+    assert chunks.time["all_to_all/stage"] > 0
+
+
+def test_memory_of_more_microbatches_of_as_many_rows_is_that_of_few(price):
+    # Half as many rows each: half as much is kept, however many there are.
+    held = {count: price(count).memory["saved_activations"] for count in (8, 16, 32)}
+    assert held[16] == pytest.approx(held[8] / 2)
+    assert held[32] == pytest.approx(held[8] / 4)
+    stream = 4 * BATCH / 8 * WIDTH
+    inputs = price(8, interleave=2).memory["saved_activations"] - held[8]
+    assert inputs <= 8 * stream
