@@ -15,7 +15,7 @@ import numpy as np
 from meshwright.sharding.cost import memory
 from meshwright.sharding.cost.candidate import Candidate
 from meshwright.sharding.cost.kept import Residuals
-from meshwright.sharding.cost.memory import Held, Standing, Worked
+from meshwright.sharding.cost.memory import Holding, Standing, Worked
 from meshwright.sharding.cost.profile import AFTER, BEFORE, LAYERS, ProgramTables
 from meshwright.sharding.cost.step import StepParts, exposed, microbatch, reduce_once, stream_bytes
 
@@ -132,7 +132,7 @@ def moments(
         return
     dealt = dealt_by(profile, stages)
     for stage, layers in ((0, dealt.most), (stages - 1, dealt.last)):
-        held = Held(
+        held = Holding(
             here=np.array([float(stage == 0), layers / profile.layers, float(stage > 0)]),
             microbatches=in_flight(
                 stage, stages, candidate.microbatches, candidate.schedule, candidate.interleave

@@ -100,12 +100,12 @@ def moments(
       kept: which of them are kept.
       last_layer_apart: whether the last layer to come back from the host runs outside of the loop.
     """
-    every = Held(here=np.ones(3), microbatches=1.0)
+    every = Holding(here=np.ones(3), microbatches=1.0)
     yield from moments_of(profile, candidate, stored, work, kept, every, last_layer_apart)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Held:
+class Holding:
     """What a device holds of a program: `here` the share of each section, of so many microbatches at once."""
 
     here: np.ndarray
@@ -118,7 +118,7 @@ def moments_of(
     stored: Standing,
     work: Worked,
     kept: Residuals,
-    held: Held,
+    held: Holding,
     last_layer_apart: bool,
 ) -> Iterator[dict[str, float]]:
     """Yield the moments of a device that holds a share of the program; see `moments`."""
