@@ -39,6 +39,7 @@ class Row:
     name: str
     measured_seconds: float
     measured_bytes: float
+    jax: str
     estimated_seconds: float | None = None
     estimated_bytes: float | None = None
     compiled_seconds: float | None = None
@@ -51,6 +52,7 @@ def estimated(row: Mapping[str, str], *, compiled: bool = False) -> Row:
         name=row["name"],
         measured_seconds=float(row["measured_step_seconds"]),
         measured_bytes=float(row["measured_peak_bytes"]),
+        jax=row["jax"],
     )
     if row["notes"] == "reference":
         return measured
@@ -143,6 +145,9 @@ def main(arguments: list[str]) -> int:
     for row in rows:
         show(row)
     print({key: round(value, 3) for key, value in summary(rows).items()})
+    ran = {row.jax for row in rows if row.compiled_bytes is not None} - {jax.__version__}
+    if ran:
+        print(f"compiled by JAX {jax.__version__}; the rows ran under {', '.join(sorted(ran))}")
     return 0
 
 

@@ -12,6 +12,7 @@ from ..hlo.loops import loops, run_counts
 from ..hlo.text import SourceLine, parse_hlo
 from ..plans.proof import CompiledCollective, LineCost, Proof
 from ..plans.record import Record
+from ..xla.compiler import compiler_of
 from ..xla.options import product_cycles
 from .collectives import CollectiveFinder
 from .evidence import Evidence, StepCollective
@@ -43,7 +44,7 @@ def read_proof(
       topology: what it was compiled for.
       mesh: axis → size; the program's devices are those of ``mesh.devices.flat``.
       peak_bytes: the compiler's own figure of a device's memory; None where it states none, and the replay of
-        buffers gives it.
+        buffers gives it. Where it is of untuned products (`Compiler.untuned_peak`), the larger of both counts.
       memory: bytes by what they are for, as in `Proof.memory`.
       compile_seconds: how long the compiler took.
       versions: distribution → version of what compiled it.
@@ -74,6 +75,8 @@ def read_proof(
     step = line.cost(module.entry)
     held = memory_of(module, found, topology.chip.platform)
     peak = held.peak_bytes if peak_bytes is None else peak_bytes
+    if compiler_of(topology).untuned_peak and not memory.get("host"):
+        peak = max(peak, held.peak_bytes)
     evidence = Evidence(
         module=module,
         loops=found,

@@ -33,6 +33,9 @@ class Compiler:
       reduces_cast: a sum that is cast to a smaller type is reduced over devices in that type.
       loss_arrays: arrays as large as the logits that lie in memory while the loss's gradient is taken: they
         and their gradient, where one is not made in the other's place.
+      untuned_peak: the peak that it states without a device is of products that nobody tuned. Tuned ones are
+        other kernels, and what is elementwise after them may not be written in their place: the larger of it
+        and of a replay in which nothing is holds.
       aligned_elements: elements of two bytes that matrix units read at once: products with a row, column or
         contraction that is no multiple of them are slower.
     """
@@ -45,6 +48,7 @@ class Compiler:
     tile_rows: int = 1
     reduces_cast: bool = False
     loss_arrays: int = 1
+    untuned_peak: bool = False
     aligned_elements: int = 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -251,3 +252,17 @@ def test_the_replayed_schedule_holds_what_the_compiler_says(case):
     assert sum(buffer.bytes for buffer in replayed.buffers) <= replayed.peak_bytes
     if case.endswith("offloaded"):
         assert replayed.host_bytes == LAYERS * 4096 * 1024 * 2
+
+
+@pytest.mark.parametrize(("case", "counts"), [("h100:2x8/perceptron", True), ("v5p:4x4x4/perceptron", False)])
+def test_a_peak_of_products_that_nobody_tuned_is_no_less_than_the_replays(case, counts):
+    found = _compiled(case)
+    program = parse_hlo(found.text)
+    replayed = memory(program, loops(program), Topology.parse(found.topology).chip.platform)
+    proof = _stating(found, 1.0)
+    assert proof.peak_bytes == (replayed.peak_bytes if counts else 1.0)
+    assert _stating(found, 1e15).peak_bytes == 1e15
+
+
+def _stating(found: Compiled, peak: float) -> Proof:
+    return dataclasses.replace(found, memory={**found.memory, "peak_memory_in_bytes": peak}).proof()
