@@ -44,7 +44,7 @@ def read_proof(
       topology: what it was compiled for.
       mesh: axis → size; the program's devices are those of ``mesh.devices.flat``.
       peak_bytes: the compiler's own figure of a device's memory; None where it states none, and the replay of
-        buffers gives it. Where it is of untuned products (`Compiler.untuned_peak`), the larger of both counts.
+        buffers gives it. Of untuned products (`Compiler.untuned_peak`) the larger of both counts.
       memory: bytes by what they are for, as in `Proof.memory`.
       compile_seconds: how long the compiler took.
       versions: distribution → version of what compiled it.
