@@ -6,10 +6,15 @@ all-to-alls: in the compiled program, by the formula, and as the plan's price ha
 layer in one round, forward and backward, to the experts and back:
 
     4 · slots · embed · itemsize · (peers - 1),  slots = 1.25 · tokens · choices / peers
+
+`--compile TOPOLOGY …` (of eight devices) prints the products of a compiled step over those that rows need,
+by the chip's kernel and by a loop over tiles.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import math
 import os
 import re
@@ -122,7 +127,51 @@ def priced(made: Any, peers: int) -> float:
     return held / peers * (peers - 1) / peers
 
 
+def compiled(topology: str, mesh: dict[str, int]) -> None:
+    """Print the products of a compiled step of two layers over those that are needed, by each kernel."""
+    layers, rows, sequence, choices, embed, mlp = 2, 64, 128, 2, 512, 256
+    sizes = {"layers": layers, "experts": EXPERTS, "embed": embed, "mlp": mlp, "scores": EXPERTS}
+    names = {name: ("layers", *dims) for name, dims in NAMES.items() if name != "enter"}
+    params = {
+        name: jax.ShapeDtypeStruct(tuple(sizes[dim] for dim in dims), jnp.float32)
+        for name, dims in names.items()
+    }
+    batch = dict.fromkeys(("x", "y"), jax.ShapeDtypeStruct((rows, sequence, embed), jnp.float32))
+
+    def loss(params: Any, batch: Any) -> Any:
+        def layer(x: Any, own: Any) -> tuple[Any, None]:
+            weights, chosen = jax.lax.top_k(jax.nn.softmax((x @ own["router"]).astype(jnp.float32)), choices)
+            matrices = {name: own[name].astype(x.dtype) for name in ("gate", "up", "down")}
+            return x + experts(x, weights, chosen, **matrices), None
+
+        x, _ = jax.lax.scan(layer, batch["x"].astype(jnp.bfloat16), params)
+        return jnp.mean(jnp.square(x.astype(jnp.float32) - batch["y"]))
+
+    optimizer = optax.adam(1e-3)
+    declared = {"mesh": mesh, "names": names, "remat": "none"}
+    made = plan(loss, params, batch, topology=topology, optimizer=optimizer, **declared)
+    each = rows * sequence / math.prod(made.mesh.values()) * layers
+    needed = 3 * 2 * each * (choices * 3 * embed * mlp + embed * EXPERTS)
+    for kernels in (made.kernels, {}):
+        one = dataclasses.replace(made, kernels=kernels)
+        proof = one.verify(loss, params, batch, optimizer).proof
+        name = kernels.get("experts", {}).get("implementation", "tiles")
+        unknown = sum(finding.kind == "unknown_trip_count" for finding in proof.findings)
+        print(
+            f"{topology:8} {mesh!s:24} {name:9} products / needed {proof.flops / needed:.3f}, "
+            f"{unknown} loops of unknown length, {proof.peak_bytes / 2**20:.0f} MiB",
+            flush=True,
+        )
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Experts: errors, bytes, products.")
+    parser.add_argument("--compile", nargs="+", metavar="TOPOLOGY", default=[])
+    for topology in (found := parser.parse_args().compile):
+        for mesh in ({"expert": 8}, {"data": 2, "expert": 2, "tensor": 2}):
+            compiled(topology, mesh)
+    if found:
+        return
     print(f"{'mesh':44} choices skew {'loss':>8} {'leaf':>8} {'compiled':>10} {'formula':>10} {'priced':>10}")
     for mesh in MESHES:
         for choices, skew in ((1, 0.0), (2, 0.0), (4, 2.0)):

@@ -17,6 +17,7 @@ from functools import lru_cache
 from ..hlo.shapes import Array, leaves, parse_shape, total_bytes
 from ..hlo.text import HloModule, Instruction
 from ..ops.attention import visible_pairs
+from ..ops.products import ROWS
 
 _CONTRACTING = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
 _BATCHED = re.compile(r"\blhs_batch_dims=\{([\d,]*)\}")
@@ -26,6 +27,7 @@ _WINDOW = re.compile(r"\bwindow=\{([^}]*)\}")
 _GROUPS = re.compile(r"\b(feature_group_count|batch_group_count)=(\d+)")
 _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _KERNEL_FLOPS = re.compile(r'"flops":"?(\d+)')
+_ROWS = re.compile(rf"\b{ROWS}\[(\d+)\]")
 _KERNEL_BYTES = re.compile(r'"bytes_accessed":"?(\d+)')
 
 # Opcodes that read only a part of their operand.
@@ -114,8 +116,26 @@ def _custom(module: HloModule, call: Instruction) -> float:
         dims = [int(d) for d in re.findall(r"\d+", gemm[1])]
         out = leaves(parse_shape(call.shape))[0]
         return 2.0 * out.elements * math.prod(left.dims[d] for d in dims)
+    rows = _ROWS.search(call.op_name)
+    if rows is not None:
+        return _grouped(module, call, int(rows[1]))
     stated = _KERNEL_FLOPS.search(call.attributes)
     return float(stated[1]) if stated else attention_flops(module, call)
+
+
+def _grouped(module: HloModule, call: Instruction, rows: int) -> float:
+    """Return the flops of a kernel of grouped rows, of which it multiplies `rows`; it has room for more.
+
+    Its result is rows ``[room, out]`` of operands ``[room, in]``, or matrices ``[groups, in, out]``.
+    """
+    out = leaves(parse_shape(call.shape))[0]
+    if len(out.dims) == 3:
+        return 2.0 * rows * out.dims[1] * out.dims[2]
+    shapes = [leaves(parse_shape(module.instructions[name].shape)) for name in call.operands]
+    inside = [
+        one[0].dims[1] for one in shapes if one and len(one[0].dims) == 2 and one[0].dims[0] == out.dims[0]
+    ]
+    return 2.0 * rows * inside[0] * out.dims[1] if inside and len(out.dims) == 2 else 0.0
 
 
 def _convolution(module: HloModule, convolution: Instruction) -> float:

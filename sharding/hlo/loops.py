@@ -1,7 +1,8 @@
 """Trip counts of a module's loops, and how often each of its computations runs in one step.
 
 A loop's ``known_trip_count`` is taken where the compiler writes it. Otherwise the loop is interpreted on the
-whole numbers that it carries and that begin as constants, until its condition is false.
+whole numbers that it carries and that begin as constants, until its condition is false. Of a loop whose turns
+only a run knows, a program may say how many to count, by a name scope around it (`turns_scope`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from .text import HloModule, Instruction
 MOST_ITERATIONS = 1 << 17
 
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# The scope of a loop itself, not that of a loop around it.
+_NAMED = re.compile(r"\bmeshwright_turns\[(\d+)\](?!.*/body/)")
 _CALLEE = re.compile(r"\b(condition|body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _DIRECTION = re.compile(r"\bdirection=(\w+)")
@@ -59,6 +62,15 @@ class WhileLoop:
     trip_count: int | None
 
 
+def turns_scope(count: int) -> str:
+    """Return the name scope that says of one loop how often it turns, as far as is known before a run.
+
+    >>> turns_scope(12)
+    'meshwright_turns[12]'
+    """
+    return f"meshwright_turns[{count}]"
+
+
 def callees(instruction: Instruction) -> dict[str, str]:
     """Return the computations that an instruction runs, by role: ``body``, ``condition``, ``calls``, …"""
     return dict(_CALLEE.findall(instruction.attributes))
@@ -92,6 +104,9 @@ def _trip_count(module: HloModule, loop: Instruction, inside: Mapping[str, str])
     known = _KNOWN.search(loop.attributes)
     if known is not None:
         return int(known[1])
+    named = _NAMED.search(loop.op_name)
+    if named is not None:
+        return int(named[1])
     body, condition = inside.get("body"), inside.get("condition")
     if body is None or condition is None or not {body, condition} <= set(module.computations):
         return None

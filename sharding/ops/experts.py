@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ..errors import UserError, nearest
-from .grouped import by_tiles, inverse, pick, tile_of, tiled_product
+from .grouped import TILES, Grouping, by_tiles, inverse, pick
+from .products import grouped_product, grouping_of
 
 _NAME = "meshwright_experts"
 
@@ -109,33 +110,41 @@ def activated(call: ExpertsCall, up: jax.Array, gate: jax.Array | None) -> jax.A
 
 
 def through_experts(
-    call: ExpertsCall, rows: jax.Array, tile: int, sizes: jax.Array, *matrices: jax.Array
+    call: ExpertsCall, grouping: Grouping, rows: jax.Array, sizes: jax.Array, *matrices: jax.Array
 ) -> jax.Array:
-    """Return `rows` ``[rows, embed]``, laid out by tiles, each through the expert of its group.
+    """Return `rows` ``[rows, embed]``, laid out as `grouping` says, each through the expert of its group.
 
     `sizes` are the groups' padded rows, `matrices` up, down and, where there is one, gate.
     """
     up, down, *gate = matrices
-    gated: Any = tiled_product(tile, rows, gate[0], sizes) if gate else None
-    hidden = activated(call, tiled_product(tile, rows, up, sizes), gated)
-    return tiled_product(tile, hidden, down, sizes)
+    product = functools.partial(grouped_product, grouping)
+    gated: Any = product(rows, gate[0], sizes) if gate else None
+    hidden = activated(call, product(rows, up, sizes), gated)
+    return product(hidden, down, sizes)
 
 
 def by_expert(
-    call: ExpertsCall, x: jax.Array, weights: jax.Array, chosen: jax.Array, *matrices: jax.Array
+    call: ExpertsCall,
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    *matrices: jax.Array,
+    kernel: str = TILES,
+    interpret: bool = False,
+    parts: int = 1,
 ) -> jax.Array:
     """Return what the experts of `matrices` add to tokens `x` ``[tokens, embed]``.
 
     `weights` and `chosen` are ``[tokens, choices]``; a choice that is none of them (the number of experts)
-    adds nothing.
+    adds nothing. They are one of `parts` of all experts, and multiplied by `kernel`.
     """
     tokens, choices = chosen.shape
-    count = matrices[0].shape[0]
-    tile = tile_of(tokens * choices, count)
-    place, places, sizes = by_tiles(chosen.reshape(-1), count, tile)
+    count, total = matrices[0].shape[0], tokens * choices
+    grouping = grouping_of(kernel, total, count, even=total / parts, interpret=interpret)
+    place, places, sizes = by_tiles(chosen.reshape(-1), count, grouping.tile)
     choice, place = inverse(place, places), place.reshape(tokens, choices)
     rows = pick(x, jnp.minimum(choice // choices, tokens), place)
-    rows = pick(through_experts(call, rows, tile, sizes, *matrices), place, choice[:, None])
+    rows = pick(through_experts(call, grouping, rows, sizes, *matrices), place, choice[:, None])
     return combined(weights, rows).astype(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Rows that belong to groups: sorted, padded to tiles, and multiplied each by the matrix of its group.
+"""Rows that belong to groups, sorted and padded to tiles, for products of each with the matrix of its group.
 
 Both orders of the rows, before and after sorting, are kept as indices, so that no pass scatters floats: the
 gradient of a gather is a gather (`pick`).
@@ -6,26 +6,43 @@ gradient of a gather is a gather (`pick`).
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-# Rows of a tile: enough for the matrix unit, and few beside the rows of a group.
-_MOST_ROWS = 128
-_LEAST_ROWS = 8
+# What multiplies where no kernel of a library does: a loop over tiles, in plain XLA.
+TILES = "tiles"
 
 
-def tile_of(rows: int, groups: int) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """How rows of groups lie, and what multiplies them.
+
+    kernel: `TILES`, or one of ``products.toml``.
+    tile: groups begin at multiples of so many rows.
+    even: rows of a router without favourites, padding included; what reads a compiled program, in which only
+        a run knows how many there are, counts so many.
+    interpret: a kernel runs on a CPU, step by step.
+    """
+
+    kernel: str
+    tile: int
+    even: int
+    interpret: bool = False
+
+
+def tile_of(rows: int, groups: int, least: int = 8, most: int = 128) -> int:
     """Return the rows of a tile, such that padding `rows` in `groups` to tiles adds at most about a quarter.
+
+    `least` and `most` are powers of two: enough for the matrix unit, and few beside the rows of a group.
 
     >>> tile_of(32768, 8), tile_of(256, 8)
     (128, 16)
     """
     even = max(1, rows // max(groups, 1))
-    tile = _LEAST_ROWS
-    while tile < _MOST_ROWS and 4 * tile <= even:
+    tile = least
+    while tile < most and 4 * tile <= even:
         tile *= 2
     return tile
 
@@ -83,55 +100,3 @@ def by_tiles(groups: jax.Array, count: int, tile: int) -> tuple[jax.Array, int, 
     padded = -(-sizes // tile) * tile
     starts = jnp.append(jnp.cumsum(padded) - padded, places)
     return jnp.where(groups < count, starts[groups] + rank, places), places, padded
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def tiled_product(tile: int, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Return each row of `x` ``[rows, in]`` times the matrix of its group in `w` ``[groups, in, out]``.
-
-    Groups follow each other; their `sizes` ``[groups]`` are multiples of `tile`. A loop over the tiles in
-    use, in plain XLA: `lax.ragged_dot` multiplies every row by every matrix on CPUs and GPUs, and for the
-    gradient of the matrices on TPUs.
-    """
-    group, used = _tiles(tile, x, sizes)
-    cut = x.reshape(-1, tile, x.shape[1])
-    out = jnp.zeros((*cut.shape[:2], w.shape[2]), x.dtype)
-
-    def body(n: jax.Array, out: jax.Array) -> jax.Array:
-        product = jnp.dot(cut[n], w[group[n]], preferred_element_type=jnp.float32)
-        return out.at[n].set(product.astype(out.dtype))
-
-    return lax.fori_loop(0, used, body, out).reshape(x.shape[0], -1)
-
-
-def _tiles(tile: int, x: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the group of each tile, and how many tiles are in use."""
-    ends = jnp.cumsum(sizes)
-    firsts = jnp.arange(0, x.shape[0], tile)
-    group = jnp.searchsorted(ends, firsts, side="right")
-    return jnp.minimum(group, sizes.shape[0] - 1), ends[-1] // tile
-
-
-def _tiled_backward(
-    tile: int, kept: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    x, w, sizes = kept
-    group, used = _tiles(tile, x, sizes)
-    x_cut, d_cut = (y.reshape(-1, tile, y.shape[1]) for y in (x, gradient))
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-    def body(n: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # Summed in the carry: a scan's own gradient of w[group] adds up all groups in every turn.
-        d_x, d_w = sums
-        one = group[n]
-        d_x = d_x.at[n].set(product("tf,df->td", d_cut[n], w[one]).astype(d_x.dtype))
-        return d_x, d_w.at[one].add(product("td,tf->df", x_cut[n], d_cut[n]))
-
-    start = jnp.zeros(x_cut.shape, x.dtype), jnp.zeros(w.shape, jnp.float32)
-    d_x, d_w = lax.fori_loop(0, used, body, start)
-    return d_x.reshape(x.shape), d_w.astype(w.dtype), None
-
-
-tiled_product.defvjp(
-    lambda tile, x, w, sizes: (tiled_product(tile, x, w, sizes), (x, w, sizes)), _tiled_backward
-)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ..errors import UserError, nearest
 from . import cudnn
 from .attention import AttentionCall, scaled
+from .products import check_products
 from .segments import marked
 
 _FACTS = Path(__file__).with_name("kernels.toml")
@@ -65,8 +66,11 @@ def has_capability(capability: str | None, least: str) -> bool:
 def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise UserError for kernels of a plan that are not known, or blocks that are none."""
     for operation, settings in written.items():
+        if operation == "experts":
+            check_products(settings)
+            continue
         if operation != "attention":
-            raise UserError(f"kernels: {operation!r} has no kernels; known: attention")
+            raise UserError(f"kernels: {operation!r} has no kernels; known: attention, experts")
         name, facts = str(settings.get("implementation")), kernel_facts()
         if name not in facts:
             raise UserError(

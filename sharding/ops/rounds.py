@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..hlo.loops import turns_scope
 from .experts import SLACK, ExpertsCall, combined, through_experts
-from .grouped import by_tiles, inverse, pick, ranks, tile_of
+from .grouped import TILES, by_tiles, inverse, pick, ranks
+from .products import grouping_of
 
 # Slots are rounded up to whole tiles of a chip's matrix unit.
 _MULTIPLE = 128
@@ -27,12 +29,17 @@ _MULTIPLE = 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeerExchange:
-    """An exchange over `axes` of a mesh, of `peers` devices; `everywhere` are all of the mesh's axes."""
+    """An exchange over `axes` of a mesh, of `peers` devices; `everywhere` are all of the mesh's axes.
+
+    `kernel` multiplies what came, interpreted on a CPU where it is a chip's.
+    """
 
     axes: tuple[str, ...]
     peers: int
     everywhere: tuple[str, ...]
     slots: int
+    kernel: str = TILES
+    interpret: bool = False
 
 
 def slots_of(tokens: int, choices: int, peers: int) -> int:
@@ -109,7 +116,10 @@ def _one_round(
     place = jnp.where((slot >= 0) & (slot < slots), sizes.peer * slots + slot, peers * slots)
     choice, place = inverse(place, peers * slots), place.reshape(tokens, choices)
     rows = pick(x, jnp.minimum(choice // choices, tokens), place)
-    rows = _traded(exchange, _by_sender(call, exchange, turn, _traded(exchange, rows), matrices, sizes))
+    rows = _traded(
+        exchange,
+        _by_sender(call, exchange, turn, _traded(exchange, rows), matrices, sizes, even=tokens * choices),
+    )
     return combined(weights, pick(rows, place, choice[:, None])).astype(x.dtype)
 
 
@@ -124,18 +134,25 @@ def _by_sender(
     rows: jax.Array,
     matrices: tuple[jax.Array, ...],
     sizes: _Sizes,
+    *,
+    even: int,
 ) -> jax.Array:
-    """Return rows ``[peers · slots, embed]`` as they came, each through its expert of `matrices`."""
+    """Return rows ``[peers · slots, embed]`` as they came, each through its expert of `matrices`.
+
+    Of a router without favourites `even` of them come.
+    """
     count = matrices[0].shape[0]
     at = turn * exchange.slots + jnp.arange(exchange.slots)
     ends = jnp.cumsum(sizes.mine, 1)
     # A slot beyond a sender's last row is of no expert.
     experts = (at[None, :, None] >= ends[:, None, :]).sum(-1, dtype=jnp.int32).reshape(-1)
-    tile = tile_of(rows.shape[0], count)
-    place, places, padded = by_tiles(experts, count, tile)
+    grouping = grouping_of(
+        exchange.kernel, rows.shape[0], count, even=min(even, rows.shape[0]), interpret=exchange.interpret
+    )
+    place, places, padded = by_tiles(experts, count, grouping.tile)
     row = inverse(place, places)
     laid = pick(rows, row, place[:, None])
-    return pick(through_experts(call, laid, tile, padded, *matrices), place, row[:, None])
+    return pick(through_experts(call, grouping, laid, padded, *matrices), place, row[:, None])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -155,7 +172,8 @@ def _later_rounds(
         return turn + 1, total + _one_round(call, exchange, turn, x, weights, matrices, sizes)
 
     start = jnp.int32(1), jnp.zeros_like(x)
-    return lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
+    with jax.named_scope(turns_scope(0)):
+        return lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
 
 
 def _later_forward(call: ExpertsCall, exchange: PeerExchange, *operands: Any) -> tuple[jax.Array, Any]:
@@ -174,7 +192,8 @@ def _later_backward(call: ExpertsCall, exchange: PeerExchange, kept: Any, gradie
         return turn + 1, jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, back(gradient))
 
     start = jnp.int32(1), jax.tree.map(jnp.zeros_like, floats)
-    sums = lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
+    with jax.named_scope(turns_scope(0)):
+        sums = lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
     return *sums, None, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from ..cost.candidate import Candidate
 from ..errors import UserError
@@ -12,6 +13,8 @@ from ..words import gib, layout_in_words, seconds
 from ..xla.compiler import compiler_of
 from . import build
 from .advice import nothing_fits
+from .choices import experts
+from .choices.attention import Chosen
 from .choices.storage import state_storage
 from .declared import Declared, ruled
 from .inputs import ROOMS, Answer, Problem, capacity_of
@@ -49,7 +52,8 @@ class Search:
         found = (answer.found.best, *answer.found.others, *answer.found.misfits[:_MISFITS_SHOWN])
         others = [one for one in found if one is not None and one is not chosen]
         kernel = self.problem.kernel(self.topology, self.declared)
-        notes = build.notes_of(program, self.topology, layout) + kernel.notes_on(layout.dims)
+        kernels, of_experts = _kernels(self.problem, self.topology, kernel, layout)
+        notes = build.notes_of(program, self.topology, layout) + kernel.notes_on(layout.dims) + of_experts
         if answer.room < 1.0 and chosen.fits:
             notes += (_TIGHT,)
         return build.record_of(
@@ -63,7 +67,7 @@ class Search:
             estimate=chosen.estimate,
             alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
             refused=answer.space.refused,
-            kernels=kernel.kernels if kernel.can(layout.dims) else {},
+            kernels=kernels,
             recognise=self.problem.recognise,
             calibration=digest_of(self.problem),
             accumulation=self.declared.accumulation,
@@ -157,7 +161,8 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     kernel = problem.kernel(topology, declared)
     pricer = problem.pricer(topology, declared)
     estimate = pricer.price(candidate)
-    notes = (*laid.notes, *kernel.notes_on(candidate.dims))
+    kernels, of_experts = _kernels(problem, topology, kernel, candidate)
+    notes = (*laid.notes, *kernel.notes_on(candidate.dims), *of_experts)
     # Rules say of theirs where they yield.
     said = " ".join(notes).replace(",", " ").replace(":", " ").split()
     notes += tuple(
@@ -192,9 +197,17 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         recognise=problem.recognise,
         calibration=digest_of(problem),
         accumulation=declared.accumulation,
-        kernels=kernel.kernels if kernel.can(candidate.dims) else {},
+        kernels=kernels,
         state=None if problem.state is None else build.state_of(problem.program, candidate),
     )
+
+
+def _kernels(
+    problem: Problem, topology: Topology, attention: Chosen, candidate: Candidate
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the kernels of a plan, and notes on those of experts."""
+    of_experts, notes = experts.choose(problem.program, topology)
+    return {**(attention.kernels if attention.can(candidate.dims) else {}), **of_experts}, notes
 
 
 def digest_of(problem: Problem) -> str | None:

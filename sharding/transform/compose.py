@@ -37,6 +37,7 @@ from .accumulation.region import region_of
 from .accumulation.run import Planned, Run
 from .attention import AttentionKernel
 from .constrain import Constrain
+from .experts import Multiplier
 from .gather import ByHand, Scattering
 from .meshes import explicit_axes, of_plan
 from .pipeline.build import pipelined
@@ -95,6 +96,7 @@ def passes_of(
             unsaid=arrays.unsaid_dims(plan, program, axes),
             reduces_cast=on_own_chips and compiler_of(plan.topology).reduces_cast,
             by_hand=ByHand(mesh=mesh, axes=by_hand, widens=bool(by_hand) and platform == "cpu"),
+            multiplier=Multiplier.of(plan.kernels.get("experts"), platform),
         )
     )
     if learns and plan.remat != "none":

@@ -23,7 +23,7 @@ from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope
 from ..program.stacks import is_stack
 from .attention import AttentionKernel
-from .experts import on_mesh
+from .experts import BY_TILES, Multiplier, on_mesh
 from .gather import (
     NOTHING,
     ByHand,
@@ -53,9 +53,10 @@ class Constrain(Pass):
     layer inside scans, after a cast to a smaller type; its gradient is reduced there. Results of products,
     convolutions and look-ups, and what a scan carries, are constrained to the specs of their dims.
     `scattering` says over which axes gradients go in steps; calls of `ops.attention` are carried out by
-    `kernel`, if there is one; XLA decides how the dims in `unsaid` lie; `reduces_cast` says whether a
-    gradient's sum is reduced in the smaller type it is cast to (`xla.compiler.Compiler`). The axes of
-    `by_hand` are manual around the program; `mesh` and `axes` are what is left to XLA.
+    `kernel`, if there is one, products of experts by `multiplier`; XLA decides how the dims in `unsaid` lie;
+    `reduces_cast` says whether a gradient's sum is reduced in the smaller type it is cast to
+    (`xla.compiler.Compiler`). The axes of `by_hand` are manual around the program; `mesh` and `axes` are what
+    is left to XLA.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class Constrain(Pass):
         unsaid: Collection[int] = (),
         reduces_cast: bool = False,
         by_hand: ByHand = NOTHING,
+        multiplier: Multiplier = BY_TILES,
     ) -> None:
-        self._by_hand = by_hand
+        self._by_hand, self._multiplier = by_hand, multiplier
         self._program = program
         self._unsaid = frozenset(unsaid)
         self._mesh = mesh
@@ -176,7 +178,7 @@ class Constrain(Pass):
         def use(inputs: list[Any]) -> Any:
             rows = zip(inputs, equation.ins, strict=True)
             arrays = [self._gather(value, dims) for value, dims in rows]
-            return on_mesh(self._mesh, call, equation.ins, self._spec, arrays)
+            return on_mesh(self._mesh, call, equation.ins, self._spec, arrays, self._multiplier)
 
         if any(isinstance(value, StoredParameter) for value in inputs):
             use = jax.checkpoint(use, policy=_unless_gathered, prevent_cse=not self._in_loop)

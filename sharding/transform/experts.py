@@ -8,7 +8,7 @@ sorted rows would be gathered.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ..ops.experts import ExpertsCall, by_expert
+from ..ops.grouped import TILES
+from ..ops.products import product_facts, products_refusal
 from ..ops.rounds import PeerExchange, exchanged, slots_of
 from ..plans.specs import by_dimension, cut_into
 from ..program.program import Dims
@@ -69,8 +71,40 @@ class _ExpertAxes(NamedTuple):
         return self.hidden if self.exchanges else (*self.experts, *self.hidden)
 
 
+class Multiplier(NamedTuple):
+    """What multiplies rows by their experts: a kernel's name, and whether a CPU stands for its chip."""
+
+    kernel: str = TILES
+    interpret: bool = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any] | None, platform: str) -> Multiplier:
+        """Read a plan's ``kernels["experts"]`` on the platform that is compiled for."""
+        kernel = TILES if settings is None else settings["implementation"]
+        facts = product_facts().get(kernel, {})
+        if platform == facts.get("platform"):
+            return cls(kernel)
+        return cls(kernel, True) if platform == "cpu" and facts.get("interpreted") else cls()
+
+    def on(self, x: Any, matrices: Sequence[Any], hidden: int) -> Multiplier:
+        """Return what multiplies a device's part of arrays, their hidden size cut into `hidden` parts."""
+        if self.kernel == TILES:
+            return self
+        up, *_ = matrices
+        local = jax.ShapeDtypeStruct((1, up.shape[1], up.shape[2] // hidden), up.dtype)
+        return self if products_refusal(self.kernel, x, local) is None else BY_TILES
+
+
+BY_TILES = Multiplier()
+
+
 def on_mesh(
-    mesh: Mesh | AbstractMesh, call: ExpertsCall, dims: Sequence[Dims], spec_of: SpecOf, arrays: Sequence[Any]
+    mesh: Mesh | AbstractMesh,
+    call: ExpertsCall,
+    dims: Sequence[Dims],
+    spec_of: SpecOf,
+    arrays: Sequence[Any],
+    multiplier: Multiplier,
 ) -> Any:
     """Return the result of `call` of `arrays`, whose dims are `dims`, as a plan lays them on `mesh`."""
     x, up = arrays[0], arrays[3]
@@ -78,18 +112,21 @@ def on_mesh(
         by_dimension(tuple(spec_of(dims[0], x.shape)), 3), by_dimension(tuple(spec_of(dims[3], up.shape)), 3)
     )
     parts = cut_into((*layout.batch, *layout.sequence), mesh.shape)
+    multiplier = multiplier.on(x, arrays[3:], cut_into(layout.hidden, mesh.shape))
     exchange = None
     if layout.exchanges:
         peers = cut_into(layout.experts, mesh.shape)
         tokens = x.shape[0] * x.shape[1] // parts
         slots = slots_of(tokens, arrays[2].shape[2], peers)
         everywhere = tuple(mesh.axis_names)
-        exchange = PeerExchange(axes=layout.experts, peers=peers, everywhere=everywhere, slots=slots)
+        exchange = PeerExchange(
+            axes=layout.experts, peers=peers, everywhere=everywhere, slots=slots, **multiplier._asdict()
+        )
     tokens = PartitionSpec(layout.batch or None, layout.sequence or None)
     wide = PartitionSpec(layout.experts or None, None, layout.hidden or None)
     narrow = PartitionSpec(layout.experts or None, layout.hidden or None)
     out = PartitionSpec(layout.batch or None, (*layout.sequence, *_scattered(layout)) or None)
-    local = functools.partial(_local, mesh, call, layout, exchange)
+    local = functools.partial(_local, mesh, call, layout, exchange, multiplier)
     in_specs = (tokens, tokens, tokens, wide, narrow, *(wide,) * call.gated)
     return by_device(local, mesh, in_specs, out)(*arrays)
 
@@ -104,6 +141,7 @@ def _local(
     call: ExpertsCall,
     layout: _ExpertAxes,
     exchange: PeerExchange | None,
+    multiplier: Multiplier,
     x: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,
@@ -118,7 +156,8 @@ def _local(
         if layout.experts:
             own = chosen - lax.axis_index(layout.experts).astype(jnp.int32) * count
             chosen = jnp.where((own >= 0) & (own < count), own, count)
-        out = by_expert(call, x, weights, chosen, *matrices)
+        parts = cut_into(layout.experts, mesh.shape)
+        out = by_expert(call, x, weights, chosen, *matrices, parts=parts, **multiplier._asdict())
     out = out.reshape(shape)
     if axes := _scattered(layout):
         return lax.psum_scatter(out, axes, scatter_dimension=1, tiled=True)

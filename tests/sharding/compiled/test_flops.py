@@ -106,3 +106,21 @@ ENTRY %main (a: f32[32,1024], k: s32[], r: f32[1,1024]) -> f32[32,1024] {
 def test_a_fusion_moves_what_it_takes_and_gives(name, bytes_):
     program = parse_hlo(FUSED)
     assert moved_bytes(program, program.instructions[name]) == bytes_
+
+
+GROUPED = """HloModule f, is_scheduled=true
+
+ENTRY %main (s: s32[4], x: bf16[4096,512], w: bf16[4,512,256]) -> bf16[{out}] {{
+  %s = s32[4] parameter(0)
+  %x = bf16[4096,512] parameter(1)
+  %w = bf16[4,512,256] parameter(2)
+  ROOT %c = bf16[{out}] custom-call(%s, %x, %w), custom_call_target="tpu_custom_call", metadata={{{name}}}
+}}
+"""
+
+
+@pytest.mark.parametrize("out", ["4096,256", "4,512,256"])
+def test_a_kernel_of_grouped_rows_multiplies_those_that_are_there(out):
+    """Rows that it has room for are twice as many, and its author's estimate is of all."""
+    program = parse_hlo(GROUPED.format(out=out, name='op_name="jit(f)/meshwright_rows[2048]/gmm"'))
+    assert flops(program, program.instructions["c"]) == 2 * 2048 * 512 * 256

@@ -124,3 +124,12 @@ ENTRY %main (a: f32[8], c: pred[]) -> f32[8] {
     program = parse_hlo(text)
     runs = run_counts(program, loops(program), lambda conditional: "left")
     assert runs == {"main": 1, "body": 5, "condition": 6, "left": 1, "shared": 7}
+
+
+def test_a_loop_whose_turns_only_a_run_knows_says_how_many_to_count():
+    """The scope of the loop itself, not that of one around it."""
+    own = ', metadata={op_name="jit(f)/meshwright_turns[0]/while/body/meshwright_turns[12]/while"}'
+    around = ', metadata={op_name="jit(f)/meshwright_turns[12]/while/body/mul/while"}'
+    unknown = {"first": "parameter(1)"}
+    assert _trip_count(**unknown, known=own) == 12
+    assert _trip_count(**unknown, known=around) is None

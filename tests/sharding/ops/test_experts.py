@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from meshwright.sharding import UserError
-from meshwright.sharding.ops.experts import ExpertsCall, experts
+from meshwright.sharding.ops.experts import ExpertsCall, by_expert, experts
 from meshwright.sharding.ops.rounds import PeerExchange, exchanged, slots_of
 
 pytestmark = pytest.mark.numerics
@@ -59,6 +59,24 @@ def test_each_token_gets_what_its_experts_give_and_so_do_gradients(gated: bool) 
     own = (x, weights, up, down)
     found = [jax.value_and_grad(functools.partial(squares, f), (0, 1, 2, 3))(*own) for f in (ours, theirs)]
     close(*found)
+
+
+def test_megablox_multiplies_as_the_loop_over_tiles_does() -> None:
+    """Its kernels, interpreted: rows behind the last group, which they leave as they were, are never read."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    x = jax.random.normal(next(keys), (96, 128))
+    scores = jax.random.normal(next(keys), (96, 4)) - jnp.arange(4.0)
+    weights, chosen = jax.lax.top_k(jax.nn.softmax(scores), 2)
+    # The third expert gets nothing, and some choices are another device's.
+    chosen = jnp.where(chosen == 2, 4, chosen)
+    own = (x, weights, *(jax.random.normal(next(keys), (4, 128, 128)) / 8 for _ in range(3)))
+    call = ExpertsCall(activation="silu", gated=True)
+
+    def squares(kernel: str, x: Any, weights: Any, *matrices: Any) -> Any:
+        return jnp.sum(by_expert(call, x, weights, chosen, *matrices, kernel=kernel, interpret=True) ** 2)
+
+    kernels = "tiles", "megablox"
+    close(*(jax.jit(jax.grad(functools.partial(squares, one), range(5)))(*own) for one in kernels))
 
 
 @pytest.mark.devices(8)

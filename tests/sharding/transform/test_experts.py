@@ -117,3 +117,27 @@ def test_a_search_finds_an_axis_for_experts() -> None:
     assert made.params["up"].spec[1] == "expert"
     assert made.estimate is not None
     assert "all_to_all/expert" in made.estimate.time
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1", "h100:8"])
+def test_a_compiled_step_has_the_products_of_an_even_router(topology: str) -> None:
+    """Of kernels that have room for more rows, and beside loops whose turns only a run knows."""
+    shapes = {
+        "router": (2, 256, 8),
+        "gate": (2, 8, 256, 128),
+        "up": (2, 8, 256, 128),
+        "down": (2, 8, 128, 256),
+    }
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    batch = dict.fromkeys(("x", "y"), jax.ShapeDtypeStruct((32, 128, 256), jnp.bfloat16))
+    optimizer = optax.sgd(0.1)
+    made = plan(
+        loss, params, batch, topology=topology, optimizer=optimizer, mesh={"expert": -1}, remat="none"
+    )
+    assert "experts" in made.kernels
+    proof = made.verify(loss, params, batch, optimizer).proof
+    assert proof is not None
+    each = 32 * 128 / made.mesh["expert"] * 2
+    assert proof.flops == pytest.approx(3 * 2 * each * (2 * 3 * 256 * 128 + 256 * 8), rel=0.02)
+    assert not any(one.kind in ("unknown_trip_count", "unpriced_kernel") for one in proof.findings)

@@ -1,0 +1,59 @@
+"""Kernels that multiply rows by their experts: which chips have one, and for which calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from meshwright.sharding import UserError, plan
+from meshwright.sharding.ops.experts import experts
+from meshwright.sharding.ops.kernels import check_kernels
+
+
+def loss(params: Any, batch: Any) -> Any:
+    x = batch["x"].astype(params["up"].dtype)
+    weights, chosen = jax.lax.top_k(jax.nn.softmax(x @ params["router"]), 2)
+    return jnp.mean(experts(x, weights, chosen, up=params["up"], down=params["down"]).astype(jnp.float32))
+
+
+def planned(topology: str, dtype: Any = jnp.bfloat16, mlp: int = 256) -> Any:
+    shapes = {"router": (128, 8), "up": (8, 128, mlp), "down": (8, mlp, 128)}
+    params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    batch = {"x": jax.ShapeDtypeStruct((8, 16, 128), jnp.float32)}
+    return plan(loss, params, batch, topology=topology, optimizer=optax.sgd(0.1), mesh={"data": 8})
+
+
+@pytest.mark.parametrize(
+    ("topology", "kernel"),
+    [("v5e:2x4", "megablox"), ("h100:8", "mosaic"), ("a100:8", None), ("b200:8", None), ("cpu:8", None)],
+)
+def test_each_chip_multiplies_by_its_own_kernel(topology: str, kernel: str | None) -> None:
+    assert planned(topology).kernels.get("experts", {}).get("implementation") == kernel
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"dtype": jnp.float32}, "mosaic cannot be had: it takes bfloat16 or float16, not float32"),
+        ({"mlp": 200}, "mosaic cannot be had: it takes widths in multiples of 64, not 200"),
+    ],
+)
+def test_what_a_kernel_does_not_take_is_said_and_left_to_xla(options: dict[str, Any], why: str) -> None:
+    made = planned("h100:8", **options)
+    assert "experts" not in made.kernels
+    assert any(why in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"implementation": "megablock"}, "'megablock' is no kernel; did you mean 'megablox'"),
+        ({"implementation": "mosaic", "tile": 64}, "mosaic has no 'tile'"),
+    ],
+)
+def test_a_plans_kernel_that_is_not_known_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_kernels({"experts": settings})
