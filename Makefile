@@ -13,9 +13,10 @@ WORKERS ?= 2
 ON_NEXT := tests/frozen tests/test_generations.py tests/models tests/runtime/train/test_run.py \
 	$(addprefix tests/sharding/,test_api.py program transform ops hlo compiled verify)
 
-# The generation of JAX between the oldest and the newest: what reads its programs.
+# The generation of JAX between the oldest and the newest: what reads its programs, and what makes manual regions.
 ON_MIDDLE := tests/test_generations.py tests/sharding/ops tests/sharding/program/test_primitives.py \
-	$(addprefix tests/sharding/program/,op_rules test_factors.py test_jaxpr.py test_layers.py test_tracing.py)
+	$(addprefix tests/sharding/program/,op_rules test_factors.py test_jaxpr.py test_layers.py test_tracing.py) \
+	$(addprefix tests/sharding/transform/,test_packed_attention.py accumulation/test_region.py)
 
 .PHONY: quickstart test test-next test-middle check coverage gpu-kit lint types clean
 

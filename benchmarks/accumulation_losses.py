@@ -113,6 +113,15 @@ def mean_where(p, b):
     return jnp.mean(token(p, b), where=b["counts"] > 0)
 
 
+def statistics_over_a_named_axis(p, b):
+    def one(x):
+        h = jnp.tanh(x @ p["inside"])
+        away = h - lax.pmean(h, "rows")
+        return jnp.square(away).sum() / (1 + lax.pmax(jnp.abs(x), "rows").sum())
+
+    return jax.vmap(one, axis_name="rows")(b["x"]).mean()
+
+
 def average_by_weight(p, b):
     return jnp.average(row(p, b), weights=b["share"])
 

@@ -150,13 +150,18 @@ def _masked_backward(call: _Asked, kept: Any, d: jax.Array) -> tuple[Any, ...]:
         arrays = query[:, rows], key[:, keys], value[:, keys]
         dq, dk, dv = _backward(arrays, call, total, out[:, rows], d[:, rows], bias=bias)
         of_queries.append(dq)
-        of_key = of_key.at[:, keys].add(dk.astype(jnp.float32))
-        of_value = of_value.at[:, keys].add(dv.astype(jnp.float32))
+        of_key, of_value = (_added(total, keys, part) for total, part in ((of_key, dk), (of_value, dv)))
     gradients = of_key.astype(key.dtype), of_value.astype(value.dtype)
     return jnp.concatenate(of_queries, axis=1), *gradients, None, None
 
 
 _masked.defvjp(_masked_forward, _masked_backward)
+
+
+def _added(total: jax.Array, keys: slice, part: jax.Array) -> jax.Array:
+    """Return `total` with `part` added to it at `keys`; JAX would write an addition to all as a scatter."""
+    part = part.astype(total.dtype)
+    return total + part if part.shape == total.shape else total.at[:, keys].add(part)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

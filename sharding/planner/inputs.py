@@ -26,6 +26,7 @@ from ..program.loss import abstract, checked
 from ..program.program import Program
 from ..program.recognise import FORMS
 from ..program.tracing import trace
+from ..program.untraceable import check_constants
 from ..transform.accumulation.proof import InParts
 from ..xla.compiler import compiler_of
 from . import build
@@ -120,6 +121,7 @@ class Problem:
             trained=self.trained,
             recognise=self.recognise,
         )
+        check_constants(found.jaxpr)
         if self.state is not None:
             check_new_state(by_path(self.state), found.results)
         return found

@@ -17,7 +17,7 @@ from ..hardware.mesh import make_mesh
 from ..hardware.topology import Topology
 from ..paths import by_path, map_by_path
 from ..program.jaxpr import Traces
-from ..program.loss import abstract, check_leaves, check_result
+from ..program.loss import abstract, check_leaves, checked
 from ..program.program import Program, Result
 from ..program.recognise import recognised
 from .owners import ALL, Owners, spec_by_owner, spread
@@ -139,7 +139,7 @@ def check(
             abstract(batch, "batch array"),
             *(() if state is None else (abstract(state, "state array"),)),
         )
-        plan.origin.check(Traces(loss, rewrite, functools.partial(check_result, loss)).on(*args))
+        plan.origin.check(Traces(checked(loss), rewrite).on(*args))
 
 
 def check_has_state(plan: Decision, state: Any) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..paths import by_path
+from .untraceable import called
 
 _NUMBERS = (bool, int, float, complex, np.generic)
 
@@ -68,6 +69,8 @@ def check_leaves(tree: Any, what: str) -> None:
 def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
     """Return `loss`; it raises UserError if it gives no scalar of floats and no ``(scalar, aux)``.
 
+    So it does where JAX cannot trace it; see `untraceable`.
+
     >>> def rows(params, x):
     ...     return x @ params
     >>> checked(rows)(jnp.ones(3), jnp.ones((2, 3)))
@@ -78,18 +81,13 @@ def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(loss)
     def function(*args: Any) -> Any:
-        result = loss(*args)
-        check_result(loss, result)
+        result = called(loss, _named(loss), *args)
+        wrong = _wrong(result)
+        if wrong is not None:
+            raise UserError(f"the loss ({_named(loss)}) {wrong}")
         return result
 
     return function
-
-
-def check_result(loss: Callable[..., Any], result: Any) -> None:
-    """Raise UserError if `result`, which `loss` gave, is no scalar of floats and no ``(scalar, aux)``."""
-    wrong = _wrong(result)
-    if wrong is not None:
-        raise UserError(f"the loss ({_named(loss)}) {wrong}")
 
 
 def _wrong(result: Any) -> str | None:

@@ -129,11 +129,11 @@ _TABLE: tuple[tuple[Trait, str], ...] = (
         """,
     ),
     # Along dimensions.
-    (Trait.LINEAR, "reduce_sum cumsum fft"),
+    (Trait.LINEAR, "reduce_sum cumsum fft psum"),
     (
         Trait.NONE,
         """
-        reduce reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin
+        reduce reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin pmax pmin
         cumprod cummax cummin cumlogsumexp sort top_k approx_top_k
         """,
     ),

@@ -23,7 +23,7 @@ from ..plans.trainable import Split, split
 from ..plans.vocabulary import EXACT
 from ..program.jaxpr import Pass, Traced, Traces, rewritten
 from ..program.layers import INPUT, layer_scans, marks_of
-from ..program.loss import check_result
+from ..program.loss import checked
 from ..program.program import Program
 from ..program.recognise import recognised
 from ..program.tracing import read
@@ -160,11 +160,7 @@ class PlannedLoss:
         self._microbatches, self._trainable = plan.microbatches, plan.trainable
         self._staged = plan.mesh.get("stage", 1) > 1
         self._runs: weakref.WeakKeyDictionary[Traced, Run] = weakref.WeakKeyDictionary()
-        self.traces = Traces(
-            loss,
-            functools.partial(recognised, which=plan.recognise),
-            check=functools.partial(check_result, loss),
-        )
+        self.traces = Traces(checked(loss), functools.partial(recognised, which=plan.recognise))
         self._part = composed(self.traces, functools.partial(_passes, plan, mesh))
 
     def value(self, params: Any, batch: Any, *state: Any) -> Any:

@@ -58,6 +58,10 @@ RULES: dict[str, Rule] = {
     "reduce": _reduction("reduce"),
     "argmax": _reduction("reduce"),
     "argmin": _reduction("reduce"),
+    # `vmap` makes sums over a dimension of these when its axis has a name.
+    "psum": _reduction("contract"),
+    "pmax": _reduction("reduce"),
+    "pmin": _reduction("reduce"),
     **{f"cum{name}": _along("axis") for name in ("sum", "prod", "max", "min", "logsumexp")},
     "sort": _along("dimension"),
     "top_k": _top_k,

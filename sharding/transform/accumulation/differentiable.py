@@ -18,23 +18,28 @@ def differentiable(value: Loss, with_gradients: Callable[..., tuple[Any, Any]]) 
     Aux values have none; those with respect to anything but the parameters are refused.
     """
 
-    @jax.custom_vjp
-    def function(params: Any, others: tuple[Any, ...]) -> Any:
-        return value(params, *others)
+    def function(params: Any, *others: Any) -> Any:
+        # JAX hands a rule leaves of its own kind, which not every user's tree can be made of.
+        leaves, structure = jax.tree.flatten(params)
+        rest, of_rest = jax.tree.flatten(others)
 
-    def forward(params: Any, others: tuple[Any, ...]) -> Any:
-        if any(leaf.perturbed for leaf in jax.tree.leaves(others, is_leaf=_is_primal)):
-            raise UserError("accumulate gives gradients with respect to the parameters, not to the batch")
-        params, others = jax.tree.map(lambda leaf: leaf.value, (params, others), is_leaf=_is_primal)
-        return with_gradients(params, *others)
+        @jax.custom_vjp
+        def flat(leaves: list[Any], rest: list[Any]) -> Any:
+            return value(structure.unflatten(leaves), *of_rest.unflatten(rest))
 
-    def backward(gradients: Any, cotangent: Any) -> Any:
-        scale = cotangent[0] if isinstance(cotangent, tuple) else cotangent
-        return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradients), None
+        def forward(leaves: list[Any], rest: list[Any]) -> Any:
+            if any(leaf.perturbed for leaf in rest):
+                raise UserError("accumulate gives gradients with respect to the parameters, not to the batch")
+            params = structure.unflatten([leaf.value for leaf in leaves])
+            found, gradients = with_gradients(params, *of_rest.unflatten([leaf.value for leaf in rest]))
+            return found, structure.flatten_up_to(gradients)
 
-    function.defvjp(forward, backward, symbolic_zeros=True)
-    return lambda params, *others: function(params, others)
+        def backward(gradients: list[Any], cotangent: Any) -> Any:
+            scale = cotangent[0] if isinstance(cotangent, tuple) else cotangent
+            scaled = [None if leaf is None else leaf * scale.astype(leaf.dtype) for leaf in gradients]
+            return scaled, None
 
+        flat.defvjp(forward, backward, symbolic_zeros=True)
+        return flat(leaves, rest)
 
-def _is_primal(node: Any) -> bool:
-    return hasattr(node, "perturbed")
+    return function

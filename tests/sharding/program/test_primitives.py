@@ -88,6 +88,7 @@ LINEAR: dict[str, Callable[[Any], Any]] = {
     "neg": lambda x: -x,
     "optimization_barrier": lambda x: lax.optimization_barrier(x),
     "pad": lambda x: jnp.pad(x, 1),
+    "psum": lambda x: jax.vmap(lambda row: lax.psum(row, "rows"), axis_name="rows")(x),
     "real": lambda x: jnp.real(lax.complex(x, x)),
     "reduce_precision": lambda x: lax.reduce_precision(x, 8, 7),
     "reduce_sum": lambda x: x.sum(0),

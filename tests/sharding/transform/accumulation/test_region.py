@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend import core
 from meshwright.sharding import declare
 from meshwright.sharding.hlo.loops import loops, run_counts
 from meshwright.sharding.hlo.replica_groups import axes_of_groups
@@ -162,3 +163,58 @@ def test_half_precision_is_as_near_as_the_plain_function() -> None:
     for a, b, c in zip(*map(jax.tree.leaves, (found[1], own[1], exact[1])), strict=True):
         a, b, c = (np.asarray(one, np.float64) for one in (a, b, c))
         assert np.linalg.norm(a - c) <= 2 * np.linalg.norm(b - c)
+
+
+@jax.tree_util.register_pytree_node_class
+class Arrays:
+    """A tree of a user's own that is made of arrays only, as modules of libraries are."""
+
+    def __init__(self, **arrays: Any) -> None:
+        assert all(hasattr(one, "shape") and hasattr(one, "dtype") for one in arrays.values())
+        self.arrays = arrays
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+        return tuple(self.arrays.values()), tuple(self.arrays)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], leaves: Any) -> Arrays:
+        made = object.__new__(cls)
+        made.arrays = dict(zip(names, leaves, strict=True))
+        assert not any("Primal" in type(one).__name__ for one in leaves)
+        return made
+
+
+def named_axis_and_whole_slices(params: Any, x: Any) -> Any:
+    """A mean and a maximum by `vmap`'s named axis; additions to all of an array, whose indices are none."""
+
+    def one(row: Any) -> Any:
+        away = (row - jax.lax.pmean(row, "rows")) / (1 + jax.lax.pmax(jnp.abs(row), "rows"))
+        return jnp.tanh(away @ params.arrays["up"])
+
+    h = jax.vmap(one, axis_name="rows")(x)
+    h = h.at[:, : h.shape[1]].add(params.arrays["bias"])
+    return jnp.square(jax.lax.map(lambda row: row.at[: row.size].multiply(row), h)).sum()
+
+
+def test_a_tree_of_ones_own_a_named_axis_and_no_array_without_elements_into_the_region() -> None:
+    params, x = (
+        Arrays(up=init()["head"], bias=jnp.linspace(0, 1, VOCAB)),
+        batch()["counts"] @ init()["table"][:TIME],
+    )
+    plan = declare(named_axis_and_whole_slices, params, x, topology="cpu:8", mesh={"data": 8}, microbatches=2)
+    function = jax.value_and_grad(plan.apply(named_axis_and_whole_slices))
+    close(jax.jit(function)(params, x), jax.value_and_grad(named_axis_and_whole_slices)(params, x), 1e-5)
+    regions = [
+        eqn
+        for eqn in equations(jax.make_jaxpr(function)(params, x).jaxpr)
+        if "shard_map" in str(eqn.primitive)
+    ]
+    assert regions
+    assert all(atom.aval.size for eqn in regions for atom in eqn.invars)
+
+
+def equations(jaxpr: Any) -> Any:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from equations(inner)

@@ -1,0 +1,106 @@
+"""What JAX cannot trace of a user's loss, in a sentence with the user's line."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax.core import Tracer
+from jax.extend import core
+
+from ..errors import UserError
+from ..hlo.frames import is_library
+from .lines import line_of
+
+
+class _Mistake(NamedTuple):
+    """An error of JAX or Flax by the name of its type and words of its text, and what the loss does then."""
+
+    type: str
+    words: str
+    does: str
+
+
+_READS = (
+    "reads what is in an array (by if, while, float(), NumPy), which is not known before it runs; take "
+    "jnp.where, jax.lax.cond or jnp in its place"
+)
+
+_LEFT = (
+    "reads an array that another trace has left outside of the loss, in a global or an attribute; hand it on "
+    "as an argument or a result"
+)
+
+_MISTAKES = (
+    _Mistake(
+        "NonConcreteBooleanIndexError",
+        "",
+        "picks elements by a mask, so that the result's size is not known before it runs; take jnp.where, or "
+        "weights of 0 and 1",
+    ),
+    *(
+        _Mistake(name, "", _READS)
+        for name in (
+            "TracerBoolConversionError",
+            "TracerIntegerConversionError",
+            "TracerArrayConversionError",
+            "ConcretizationTypeError",
+        )
+    ),
+    _Mistake("UnexpectedTracerError", "", _LEFT),
+    _Mistake(
+        "TraceContextError",
+        "",
+        "changes a variable of a module that it closes over; split it off and declare it: plan(…, state=…), "
+        "the loss then being loss(params, batch, state)",
+    ),
+    _Mistake(
+        "NameError",
+        "unbound axis name",
+        "names an axis that is not there; the loss sees the whole batch, so leave psum and pmean out",
+    ),
+    _Mistake(
+        "RuntimeError",
+        "non-empty mesh",
+        "says by a PartitionSpec alone how an array lies, though no mesh is set; leave it to the plan, or "
+        "give a NamedSharding",
+    ),
+)
+
+
+def called(loss: Callable[..., Any], name: str, *args: Any) -> Any:
+    """Return what `loss`, called `name`, gives of `args`.
+
+    Raises UserError for a mistake that JAX would speak of in words of its own; what else it raises is the
+    loss's own to raise.
+    """
+    try:
+        return loss(*args)
+    except Exception as error:
+        known = [type(error).__name__, *(kind.__name__ for kind in type(error).__mro__)]
+        for mistake in _MISTAKES:
+            if mistake.type in known and mistake.words in str(error):
+                raise UserError(
+                    f"the loss ({name}) cannot be traced: {_where(error)}it {mistake.does}"
+                ) from error
+        raise
+
+
+def check_constants(jaxpr: core.ClosedJaxpr) -> None:
+    """Raise UserError if what was traced reads an array of another trace, which JAX tells only later."""
+    for var, const in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
+        if not isinstance(const, Tracer):
+            continue
+        reads = [eqn for eqn in jaxpr.eqns if any(atom is var for atom in eqn.invars)]
+        where = f"at {line_of(reads[0])} " if reads else ""
+        raise UserError(f"the loss cannot be traced: {where}it {_LEFT}")
+
+
+def _where(error: Exception) -> str:
+    """Return the innermost of the user's own lines that an error came through."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        code = frame.f_code
+        if not is_library(code.co_filename) and not code.co_filename.startswith("<"):
+            return f"at {code.co_filename}:{line} ({code.co_name}) "
+    return ""

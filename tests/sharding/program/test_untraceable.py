@@ -1,0 +1,77 @@
+"""What JAX cannot trace of a loss is one sentence with the user's line, from every door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from meshwright.sharding import UserError, declare, plan
+
+PARAMS, X = {"w": jnp.ones((8, 8))}, jnp.ones((16, 8))
+LEFT: list[Any] = []
+
+
+def branches(params: Any, x: Any) -> Any:
+    return (x @ params["w"]).mean() if x.mean() > 0 else 0.0
+
+
+def to_numpy(params: Any, x: Any) -> Any:
+    return jnp.mean(np.asarray(x) @ params["w"])
+
+
+def by_mask(params: Any, x: Any) -> Any:
+    return (x @ params["w"])[x[:, 0] > 0].mean()
+
+
+def over_devices(params: Any, x: Any) -> Any:
+    return jax.lax.pmean((x @ params["w"]).mean(), "batch")
+
+
+def laid_out(params: Any, x: Any) -> Any:
+    return jax.lax.with_sharding_constraint(x @ params["w"], PartitionSpec("data")).mean()
+
+
+def left_over(params: Any, x: Any) -> Any:
+    jax.jit(lambda y: LEFT.append(y))(x)
+    return (LEFT[-1] @ params["w"]).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (branches, "reads what is in an array"),
+        (to_numpy, "reads what is in an array"),
+        (by_mask, "picks elements by a mask"),
+        (over_devices, "names an axis that is not there"),
+        (laid_out, "by a PartitionSpec alone"),
+        (left_over, "another trace has left outside"),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_a_loss_that_cannot_be_traced(loss: Any, says: str) -> None:
+    line = loss.__code__.co_firstlineno + (2 if loss is left_over else 1)
+    for door in (
+        lambda: plan(loss, PARAMS, X, topology="cpu:8"),
+        lambda: declare(loss, PARAMS, X, topology="cpu:8", mesh={"data": 8}),
+    ):
+        with pytest.raises(UserError, match=says) as caught:
+            door()
+        assert f"test_untraceable.py:{line} ({loss.__name__})" in str(caught.value)
+
+
+def test_a_planned_loss_that_cannot_be_traced() -> None:
+    one = declare(lambda p, x: (x @ p["w"]).mean(), PARAMS, X, topology="cpu:1", mesh={"data": 1})
+    with pytest.raises(UserError, match="reads what is in an array"):
+        one.apply(branches)(PARAMS, X)
+
+
+def test_an_error_of_the_loss_s_own_is_its_own() -> None:
+    def loss(params: Any, x: Any) -> Any:
+        raise KeyError("no such layer")
+
+    with pytest.raises(KeyError, match="no such layer"):
+        plan(loss, PARAMS, X, topology="cpu:8")
