@@ -1,10 +1,12 @@
-"""Rows of frameworks that the product has never seen, by the record that a plan for the chip would use.
+"""Rows of frameworks as if no run of them had been seen: by a plan's record of the chip, and relatives' ways.
 
 `python benchmarks/unseen.py [--runs CSV] [--sweeps CSV] [--json]`
 
 The rows are other people's and not in this repository. Each is priced by the shipped efficiencies of its chip
-with the chip's kernel of attention, knowing nothing of its framework, as `plan()` prices; where they are
-another chip's (``transferred``), the table says so. Beside it stands what a constant would say: the median
+with the chip's kernel of attention, as `plan()` prices; where they are another chip's (``transferred``), the
+table says so. XLA's frameworks run as the product does. Of others a plan knows nothing: how long their hosts
+take and what they overlap is what other families of frameworks do (frameworks/record.py, `unseen`); with
+--plain not even that. Beside it stands what a constant would say: the median
 share of the peak that all other frameworks' rows on that chip reach. Printed are the median absolute errors
 of the step time by chip and framework, their ratio over all, and the rank correlation within each cell of
 five or more layouts of a sweep.
@@ -23,7 +25,7 @@ import sys
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import accuracy
-from frameworks.record import plain
+from frameworks.record import Framework, plain, unseen
 from measured.rows import Run, csv_file, load
 from meshwright.sharding.cost.calibration import transferred_from
 from meshwright.sharding.cost.compute import peak_flops
@@ -45,13 +47,19 @@ class Scored:
         return self.at_peak / self.measured
 
 
-def scored(run: Run) -> Scored | None:
+def record_of(run: Run, bare: bool = False) -> Framework:
+    """Return the record of a run's chip, with the ways of its framework's relatives unless `bare`."""
+    chip = run.topology.chip.name
+    return plain(chip) if bare else unseen(chip, run.framework["calibration"])
+
+
+def scored(run: Run, bare: bool = False) -> Scored | None:
     """Return a row as a plan would price it; None where it did not complete."""
     if run.seconds is None:
         return None
-    chip = run.topology.chip
-    pricer = accuracy.pricer(run, plain(chip.name))
-    found = accuracy.estimate(run, plain(chip.name))
+    chip, record = run.topology.chip, record_of(run, bare)
+    pricer = accuracy.pricer(run, record)
+    found = accuracy.estimate(run, record)
     peak = peak_flops(chip, run.dtype) * run.topology.num_devices
     return Scored(
         chip=chip.name,
@@ -108,14 +116,14 @@ def table(rows: list[Scored]) -> list[dict[str, object]]:
     return lines
 
 
-def ranks(runs: list[Run]) -> list[float]:
+def ranks(runs: list[Run], bare: bool = False) -> list[float]:
     """Return the rank correlation within each cell of five or more layouts that completed."""
     cells: dict[tuple[str, ...], list] = collections.defaultdict(list)
     for run in runs:
-        record = plain(run.topology.chip.name)
-        cells[(run.source, *run.cell)].append((run, accuracy.estimate(run, record)))
-    found = (accuracy.choice(pairs) for pairs in cells.values())
-    return [one["spearman"] for one in found if one is not None]
+        found = accuracy.estimate(run, record_of(run, bare))
+        cells[(run.source, *run.cell)].append((run, found))
+    scores = (accuracy.choice(pairs) for pairs in cells.values())
+    return [one["spearman"] for one in scores if one is not None]
 
 
 def main(arguments: list[str]) -> int:
@@ -123,16 +131,17 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=csv_file, help="training runs, one a row")
     parser.add_argument("--sweeps", type=csv_file, help="many layouts of the same model and cluster")
+    parser.add_argument("--plain", action="store_true", help="by XLA's ways, whatever the framework")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     if given.runs is None and given.sweeps is None:
         parser.error("nothing to score: the rows are not in this repository; give --runs or --sweeps")
     report: dict[str, object] = {}
     if given.runs is not None:
-        rows = [one for run in load(given.runs)[0] if (one := scored(run)) is not None]
+        rows = [one for run in load(given.runs)[0] if (one := scored(run, given.plain)) is not None]
         report["runs"] = table(rows)
     if given.sweeps is not None:
-        report["ranks"] = ranks(load(given.sweeps)[0])
+        report["ranks"] = ranks(load(given.sweeps)[0], given.plain)
     if given.json:
         print(json.dumps(report))
         return 0
@@ -141,7 +150,7 @@ def main(arguments: list[str]) -> int:
         kin = f"  transferred from {line['transferred']}" if line["transferred"] else ""
         print(f"{line['chip']:10} {line['framework']:28} {line['rows']:4} {line['error']:6.1%} {other}{kin}")
     if given.sweeps is not None:
-        found = ranks(load(given.sweeps)[0])
+        found = report["ranks"]
         print(
             f"rank within {len(found)} cells: median {statistics.median(found):.2f}, least {min(found):.2f}"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,27 @@ from meshwright.sharding.cost.calibration import Calibration, calibration_for, c
 from meshwright.sharding.hardware.chip import chips
 
 SHIPPED = Path(__file__).with_name("calibration.toml")
+_FACTS = Path(__file__).with_name("facts.toml")
+
+# What of a framework no chip decides: the time of its host, what it overlaps, keeps and runs again.
+_WAYS = (
+    "kernel_seconds",
+    "layer_seconds",
+    "microbatch_seconds",
+    "step_seconds",
+    "fabric_seconds",
+    "network_seconds",
+    "overlap_parameters",
+    "overlap_gradients",
+    "overlap_shards",
+    "overlap_activations",
+    "overlap_stages",
+    "imbalance_per_doubling",
+    "fused_residuals",
+    "reruns_layers",
+    "accumulates_in_place",
+    "loss_passes",
+)
 
 # Chip → framework → record.
 Tables = dict[str, dict[str, "Framework"]]
@@ -78,6 +100,49 @@ def plain(chip: str) -> Framework:
         attention_share=0.5,
         attention_gradient=2.5,
     )
+
+
+@functools.cache
+def _families() -> dict[str, str]:
+    rows = read_toml(_FACTS).values()
+    rows = [*rows, *(row["replicated"] for row in rows if "replicated" in row)]
+    return {row["calibration"]: row.get("family") or row["calibration"] for row in rows}
+
+
+def family(framework: str) -> str:
+    """Return what a record's framework has its code in common with, ``xla`` for those of JAX.
+
+    >>> family("megatron-lm-selective"), family("paxml-fp8"), family("nobody-knows")
+    ('megatron', 'xla', 'nobody-knows')
+    """
+    known, name = _families(), framework
+    while name not in known and "-" in name:
+        name = name.rpartition("-")[0]
+    return known.get(name, framework)
+
+
+def unseen(chip: str, framework: str, path: Path | None = None) -> Framework:
+    """Return the record of a framework as if no run of it, nor of its family, had ever been measured.
+
+    Kernels are the chip's own. XLA's ways are the product's; any other framework's are those in the middle of
+    its nearest relatives: the other families on that chip, or on all chips where it has none.
+    """
+    own, mine = plain(chip), family(framework)
+    if mine == "xla":
+        return own
+    tables = _read(SHIPPED if path is None else path)
+    kin = [
+        (at, record)
+        for at, rows in tables.items()
+        for name, record in rows.items()
+        if family(name) not in (mine, "xla") and "fp8" not in name
+    ]
+    near = [record for at, record in kin if at == chip] or [record for _, record in kin]
+    if not near:
+        return own
+    # `median_low` is one of the values, as of what is either so or not it has to be.
+    middle = {name: statistics.median_low([getattr(one, name) for one in near]) for name in _WAYS}
+    return dataclasses.replace(own, **middle)
 
 
 def read(path: Path) -> tuple[Framework, Tables]:

@@ -10,7 +10,7 @@ from meshwright.sharding.cost.calibration import calibration_for
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
-from frameworks.record import SHIPPED, Framework, read, record_for, write
+from frameworks.record import SHIPPED, Framework, plain, read, record_for, unseen, write
 
 
 def test_a_file_comes_back_as_it_was_written_with_its_comment(tmp_path):
@@ -52,3 +52,25 @@ def test_mistakes_are_named(tmp_path):
         read(path)
     with pytest.raises(UserError, match="must not be below 0"):
         Framework(copy_bytes=-1.0)
+
+
+def test_a_framework_as_never_seen_has_the_ways_of_other_families_and_the_chips_own_kernels(tmp_path):
+    path = tmp_path / "c.toml"
+    slow = Framework(kernel_seconds=1e-3, matmul_efficiency=0.1, fused_residuals=True)
+    rows = {
+        "megatron-lm": slow,
+        "megatron-core": dataclasses.replace(slow, kernel_seconds=9.0),
+        "nanotron": dataclasses.replace(slow, kernel_seconds=2e-3),
+        "paxml": dataclasses.replace(slow, kernel_seconds=7.0),
+    }
+    write(
+        path, Framework(), {"h100": rows, "a100": {"torchtitan": dataclasses.replace(slow, step_seconds=5.0)}}
+    )
+    found, own = unseen("h100", "megatron-lm-selective", path), plain("h100")
+    assert (found.kernel_seconds, found.fused_residuals) == (2e-3, True)
+    assert found.matmul_efficiency == own.matmul_efficiency
+    # Its own family's rows are not looked at, and neither are XLA's, whose ways are the product's.
+    assert unseen("h100", "maxtext", path) == own
+    assert unseen("h100", "nobody-knows", path).kernel_seconds == 2e-3
+    # A chip of which only its own family is known has relatives on others.
+    assert unseen("a100", "torchtitan", path).kernel_seconds == 2e-3
