@@ -14,15 +14,18 @@ from ..errors import UserError
 from ..hardware.topology import Topology
 from ..words import gib, layout_in_words
 from .declared import Declared
-from .inputs import Answer, Problem
+from .inputs import Answer, Problem, Supposing
 from .obstacles import in_the_way
-from .search import Priced
-from .supposing import case_of
+from .supposing import Case, case_of, more_rows
 
 # How many times as many devices, how many slices, and how small a part of the batch are looked at.
 _MOST_DEVICES = 64
 _MOST_SLICES = 16
 _LEAST_BATCH = 64
+# Wider types take so many times the bytes of narrower ones, and so many times as many devices need not halve
+# a layout's share exactly: slices that would have to are passed over.
+_WIDE = 2.0
+_SPARE = 2.0
 
 
 def nothing_fits(problem: Problem, topology: Topology, declared: Declared, answer: Answer) -> str:
@@ -31,13 +34,14 @@ def nothing_fits(problem: Problem, topology: Topology, declared: Declared, answe
     over = nearest.estimate.needed_bytes - answer.capacity_bytes
     one = nearest.candidate
     item, size = max(nearest.estimate.memory.items(), key=lambda row: row[1])
+    case = case_of(problem, topology, declared, answer, nearest)
     fixes = [
         fix
         for fix in (
             _less_declared(problem, topology, declared),
-            _larger_slice(problem, topology, declared),
-            _smaller_batch(problem, topology, declared),
-            _lower_precision(problem, topology, declared),
+            _larger_slice(case),
+            _smaller_batch(case),
+            _lower_precision(case),
         )
         if fix
     ]
@@ -46,7 +50,7 @@ def nothing_fits(problem: Problem, topology: Topology, declared: Declared, answe
     advice = (
         f"what fits: {', or '.join(fixes)}" if fixes else "no larger slice, smaller batch or bfloat16 does"
     )
-    way = in_the_way(case_of(problem, topology, declared, answer, nearest))
+    way = in_the_way(case)
     left = [note for note in problem.program.notes if " left as " in note]
     return "; ".join(
         part
@@ -61,12 +65,12 @@ def nothing_fits(problem: Problem, topology: Topology, declared: Declared, answe
     )
 
 
-def _fits(problem: Problem, topology: Topology, declared: Declared) -> Priced | None:
-    """Return what fits, None if nothing does or the problem cannot be laid out so."""
+def _fits(problem: Problem, topology: Topology, declared: Declared) -> bool:
+    """Whether anything fits; nothing does if the problem cannot be laid out so."""
     try:
-        return problem.solve(topology, declared).found.best
+        return problem.fits(topology, declared)
     except UserError:
-        return None
+        return False
 
 
 def _less_declared(problem: Problem, topology: Topology, declared: Declared) -> str | None:
@@ -79,11 +83,14 @@ def _less_declared(problem: Problem, topology: Topology, declared: Declared) -> 
     return None
 
 
-def _larger_slice(problem: Problem, topology: Topology, declared: Declared) -> str | None:
+def _larger_slice(case: Case) -> str | None:
+    problem, topology, declared = case.problem, case.topology, case.declared
     open_mesh = dataclasses.replace(
         declared, mesh={axis: size for axis, size in declared.mesh.items() if size == -1}
     )
     least = _stored_bytes(problem)
+    # All devices together, were what the smallest layout needs cut over more of them.
+    least = max(least, case.estimate.needed_bytes * topology.num_devices / _SPARE)
     for larger in larger_slices(topology):
         if least > larger.num_devices * float(larger.chip.hbm_bytes or math.inf):
             continue
@@ -104,20 +111,32 @@ def _stored_bytes(problem: Problem) -> float:
     )
 
 
-def _smaller_batch(problem: Problem, topology: Topology, declared: Declared) -> str | None:
+def _smaller_batch(case: Case) -> str | None:
+    problem = case.problem
     rows = max((leaf.shape[0] for leaf in jax.tree.leaves(problem.batch) if leaf.shape), default=1)
-    part = 2
-    while part <= _LEAST_BATCH and rows % part == 0:
+    parts = [2**power for power in range(1, _LEAST_BATCH.bit_length()) if rows % 2**power == 0]
+    if not parts or not _may_fit(case, parts[-1]):
+        return None
+    for part in parts:
+        if not _may_fit(case, part):
+            continue
         smaller = dataclasses.replace(problem, batch=_with_rows(problem.batch, rows, rows // part))
         try:
-            found = _fits(smaller, topology, declared)
+            found = _fits(smaller, case.topology, case.declared)
         except (TypeError, ValueError):
             # The loss has the size of the batch written into it.
             return None
         if found:
             return f"a batch of {rows // part} rows instead of {rows}"
-        part *= 2
     return None
+
+
+def _may_fit(case: Case, part: int) -> bool:
+    """Whether one of `part` parts of the batch fits by this program's own tables, without another trace.
+
+    They take as many microbatches as the whole batch may, so that what does not fit here fits nowhere.
+    """
+    return not case.table.batch_dims or case.best(Supposing(tables=more_rows(1 / part)))[1]
 
 
 def _with_rows(batch: Any, old: int, new: int) -> Any:
@@ -128,7 +147,10 @@ def _with_rows(batch: Any, old: int, new: int) -> Any:
     return jax.tree.map(resized, batch)
 
 
-def _lower_precision(problem: Problem, topology: Topology, declared: Declared) -> str | None:
+def _lower_precision(case: Case) -> str | None:
+    problem = case.problem
+    if case.estimate.needed_bytes > _WIDE * case.capacity_bytes:
+        return None
     if not any(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(problem.params)):
         return None
     params = jax.tree.map(
@@ -138,7 +160,7 @@ def _lower_precision(problem: Problem, topology: Topology, declared: Declared) -
         problem.params,
     )
     try:
-        found = _fits(dataclasses.replace(problem, params=params), topology, declared)
+        found = _fits(dataclasses.replace(problem, params=params), case.topology, case.declared)
     except (TypeError, ValueError):
         # The loss has the type of its parameters written into it.
         return None

@@ -34,7 +34,7 @@ from .choices import attention as kernels
 from .choices.microbatches import PartsProof
 from .choices.remat import check_names, ladders, read
 from .declared import DATA_NAMES, Declared
-from .search import Found, StoredBytes, search, stored_bytes
+from .search import Found, StoredBytes, anything_fits, search, stored_bytes
 from .slots import OptimizerArrays
 from .space import Space, space
 
@@ -255,6 +255,13 @@ class Problem:
                 break
             answer = self._answer(topology, declared, offered, capacity_bytes, room)
         return answer
+
+    def fits(self, topology: Topology, declared: Declared) -> bool:
+        """Whether anything fits `topology`, by all of what an allocator leaves free."""
+        pricer = self.pricer(topology, declared, ROOMS[0])
+        return anything_fits(
+            self.space(topology, declared), capacity_of(topology, pricer), pricer.needed_bytes
+        )
 
     def _answer(
         self, topology: Topology, declared: Declared, offered: Space, capacity: float | None, room: float

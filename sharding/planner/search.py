@@ -111,6 +111,15 @@ def search(
     )
 
 
+def anything_fits(space: Space, capacity_bytes: float, size: Size) -> bool:
+    """Whether any candidate of `space` fits into `capacity_bytes` a device, by sizes alone."""
+
+    def price(candidate: Candidate) -> Estimate:
+        raise AssertionError(candidate)
+
+    return _Search(space, price, size, capacity_bytes, lambda _: 0.0).anything_fits()
+
+
 class _Search:
     def __init__(
         self, space: Space, price: Price, size: Size, capacity_bytes: float, stored: StoredBytes
@@ -128,6 +137,15 @@ class _Search:
     def count(self) -> int:
         """Candidates looked at so far: priced, or at least measured for their memory."""
         return len(self._sizes)
+
+    def anything_fits(self) -> bool:
+        """Whether any layout fits, all kept or as little as can be."""
+        ends = [*self._space.heads[1:], len(self._space.remats)]
+        return any(
+            all(self._fits(layout, 0, part) for part in self._firsts(layout))
+            or self._can_fit(layout, [end - 1 for end in ends])
+            for layout in range(len(self._space.layouts))
+        )
 
     def misfits(self) -> tuple[Priced, ...]:
         """Return what was found not to fit at all and is nearest to it, the smallest first."""

@@ -99,7 +99,8 @@ def space(
         layouts=layouts,
         remats=tuple(policy for ladder in offered for policy in ladder),
         heads=tuple(itertools.accumulate((len(ladder) for ladder in offered[:-1]), initial=0)),
-        microbatches={parts: _parts(given, parts) for parts in map(_batch_parts, layouts)},
+        # Those of most microbatches first: one proof of many parts is one of the fewer that divide them.
+        microbatches={parts: _parts(given, parts) for parts in sorted(set(map(_batch_parts, layouts)))},
         refused=refused,
     )
 

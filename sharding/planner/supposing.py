@@ -149,7 +149,7 @@ def lighter(own: ProgramTables, mask: np.ndarray, times: float) -> Callable[[Pro
     return tables
 
 
-def more_rows(times: int) -> Callable[[ProgramTables], ProgramTables]:
+def more_rows(times: float) -> Callable[[ProgramTables], ProgramTables]:
     """Suppose a batch of so many times the rows."""
 
     def tables(table: ProgramTables) -> ProgramTables:
@@ -162,9 +162,7 @@ def more_rows(times: int) -> Callable[[ProgramTables], ProgramTables]:
         return dataclasses.replace(
             table,
             dim_sizes=sizes,
-            values=dataclasses.replace(
-                table.values, bytes=table.values.bytes * np.where(rows, float(times), 1.0)
-            ),
+            values=dataclasses.replace(table.values, bytes=table.values.bytes * np.where(rows, times, 1.0)),
             products=dataclasses.replace(
                 table.products,
                 flops=table.products.flops * grown.max(axis=1, initial=1.0),

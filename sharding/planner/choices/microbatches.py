@@ -42,6 +42,9 @@ class PartsProof:
                     f"microbatches={parts} by part would each change the state by itself; leave out by part"
                 )
             return None
+        if any(isinstance(one, InParts) and more % parts == 0 for more, one in self.known.items()):
+            # What comes in many parts comes in the fewer that divide them.
+            return None
         found = self._proved(parts)
         return str(found) if isinstance(found, UserError) else None
 
@@ -51,10 +54,7 @@ class PartsProof:
             raise UserError(reason)
 
     def among(self, numbers: Sequence[int]) -> tuple[int, ...]:
-        """Return those of `numbers`, smallest first, that can be had.
-
-        What comes in many parts comes in the fewer that divide them, so few are looked at.
-        """
+        """Return those of `numbers`, smallest first, that can be had."""
         more = [number for number in numbers if number > 1]
         if not more or self.why_not(more[-1]) is None:
             return tuple(numbers)

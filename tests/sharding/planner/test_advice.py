@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import pytest
-from meshwright.sharding import UserError, plan
+from meshwright.sharding import Topology, UserError, plan
+from meshwright.sharding.planner.declared import Declared
+from meshwright.sharding.planner.inputs import Problem
 
 
 def loss(params: Any, batch: Any) -> jax.Array:
@@ -65,3 +67,30 @@ def test_a_declared_part_that_stands_in_the_way_is_named() -> None:
     for part, declared in {"mesh": {"data": 16}, "rules": {"*": None}}.items():
         assert f"what fits: {part} left to the plan" in refusal("v5e:4x4", **large, **{part: declared})
     planned("v5e:4x4", **large)
+
+
+def test_a_loss_is_not_traced_again_for_batches_that_cannot_fit() -> None:
+    traced: list[int] = []
+
+    def counting(params: Any, batch: Any) -> jax.Array:
+        traced.append(batch["x"].shape[0])
+        return loss(params, batch)
+
+    params = {"up": jax.ShapeDtypeStruct((2**16, 2**18), "float32")}
+    batch = {"x": jax.ShapeDtypeStruct((2**12, 2**16), "float32")}
+    with pytest.raises(UserError, match="nothing fits"):
+        plan(counting, params, batch, topology="v5e:2x2")
+    assert set(traced) == {2**12}
+
+
+def test_one_proof_of_many_parts_is_one_of_the_fewer() -> None:
+    problem = Problem(
+        loss=loss,
+        params={"up": jax.ShapeDtypeStruct((4096, 4096), "float32")},
+        batch={"x": jax.ShapeDtypeStruct((4096, 4096), "float32")},
+        optimizer=None,
+        names=None,
+    )
+    found = problem.space(Topology.parse("v5e:4x4"), Declared())
+    assert len({parts for each in found.microbatches.values() for parts in each}) > 8
+    assert list(problem.proved) == [4096]
