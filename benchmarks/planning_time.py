@@ -34,18 +34,22 @@ PRICED = 50
 def measure(name: str, topology: str, rows: int, sequence: int) -> dict[str, Any]:
     """Return the seconds that planning and pricing take, and what was planned."""
     model = decoder(preset(name))
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    first = jax.eval_shape(model.init, jax.random.key(0))
+    params, beside = first[0] if model.has_state else first, {}
+    if model.has_state:
+        beside["state"] = first[1]
     batch = {key: jax.ShapeDtypeStruct((rows, sequence), "int32") for key in BATCH}
     optimizer = optax.adamw(3e-4)
     for _ in range(2):
         # A new function each time, so that nothing of the trace is remembered.
-        def loss(params: Any, batch: Any) -> Any:
-            return model.loss(params, batch)
+        def loss(params: Any, batch: Any, *state: Any) -> Any:
+            return model.loss(params, batch, *state)
 
         start = time.perf_counter()
-        made = plan(loss, params, batch, topology=topology, optimizer=optimizer, names=model.names)
+        made = plan(loss, params, batch, topology=topology, optimizer=optimizer, names=model.names, **beside)
         seconds = time.perf_counter() - start
-    problem = Problem(loss=model.loss, params=params, batch=batch, optimizer=optimizer, names=model.names)
+    given = {"params": params, "batch": batch, "optimizer": optimizer, "names": model.names, **beside}
+    problem = Problem(loss=model.loss, **given)
     where = Topology.parse(topology)
     layouts = problem.space(where, Declared()).layouts[:PRICED]
     pricer = problem.pricer(where)

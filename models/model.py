@@ -36,7 +36,9 @@ class Model:
     whose ``"weight"`` is the number of counted targets (float32)."""
 
     logits: Callable[..., jax.Array]
-    """``logits(params, tokens, segment_ids=None, positions=None)`` → float32 ``[batch, sequence, vocab]``."""
+    """``logits(params, tokens, segment_ids=None, positions=None)`` → float32 ``[batch, sequence, vocab]``.
+
+    Here as in `decode`, `params` is ``(params, state)`` where the model has a state: what `init` gives."""
 
     names: Mapping[str, Any]
     """Parallel to the parameters: a tuple of named dimensions for each array."""

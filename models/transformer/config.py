@@ -94,6 +94,14 @@ class DecoderConfig:
     router: Router = "softmax"
     """How experts are scored; the weights of the chosen ones add up to `router_scale`."""
     router_scale: float = 1.0
+    router_groups: int | None = None
+    """Groups that the experts form, in order; a token's choices come from `router_groups_per_token` of them,
+    those whose two best experts suit it best."""
+    router_groups_per_token: int | None = None
+    router_bias_rate: float | None = None
+    """How far a step moves each expert's bias in the choice against its load; None: there is no bias."""
+    balance_loss: float | None = None
+    """Weight of the mean over rows and layers of a row's balance loss, 1 where experts are chosen alike."""
     expert_capacity: float | None = None
     """Tokens of a row that an expert takes, over its even share, for static shapes; None drops no token."""
 
@@ -193,10 +201,16 @@ def _check_options(config: DecoderConfig) -> None:
         )
 
 
+_OF_EXPERTS = (
+    *("shared_experts", "dense_layers", "router_groups", "router_groups_per_token"),
+    *("router_bias_rate", "balance_loss"),
+)
+
+
 def _check_experts(config: DecoderConfig) -> None:
     given = {name: getattr(config, name) for name in ("experts_per_token", "expert_mlp")}
     if config.experts is None:
-        more = {name: getattr(config, name) for name in ("shared_experts", "dense_layers")}
+        more = {name: getattr(config, name) for name in _OF_EXPERTS}
         for name, value in (given | more).items():
             if value is not None:
                 raise UserError(f"{name}={value} has no effect without experts; set experts")
@@ -214,10 +228,35 @@ def _check_experts(config: DecoderConfig) -> None:
             f"dense_layers={config.dense_layers} leaves none of layers={config.layers} to the experts; "
             f"nearest: {config.layers - 1}"
         )
+    _check_groups(config)
     if config.bias == "all":
         raise UserError("bias='all' is not there for experts; known: none, qkv")
     if config.dense_layers and config.global_every is not None:
         raise UserError(f"dense_layers={config.dense_layers} does not go with global_every")
+
+
+def _check_groups(config: DecoderConfig) -> None:
+    groups, taken = config.router_groups, config.router_groups_per_token
+    if (groups is None) != (taken is None):
+        given = "router_groups" if taken is None else "router_groups_per_token"
+        raise UserError(f"{given}={getattr(config, given)} needs router_groups and router_groups_per_token")
+    if groups is None or taken is None:
+        return
+    experts, choices = config.experts or 1, config.experts_per_token or 1
+    if experts % groups:
+        raise UserError(
+            f"router_groups={groups} does not divide experts={experts}; "
+            f"nearest: {nearest_divisors(experts, groups)}"
+        )
+    if taken > groups:
+        raise UserError(
+            f"router_groups_per_token={taken} is more than router_groups={groups}; nearest: {groups}"
+        )
+    if (offered := taken * (experts // groups)) < choices:
+        raise UserError(
+            f"router_groups_per_token={taken} of {groups} groups have {offered} experts, fewer than "
+            f"experts_per_token={choices}; nearest: {-(-choices * groups // experts)}"
+        )
 
 
 def _check_latent(config: DecoderConfig) -> None:

@@ -20,6 +20,7 @@ from .config import DecoderConfig, flops_per_token
 from .experts import Experts
 from .layers import Mlp, Norm, normal
 from .loss import cross_entropy, logits_chunk
+from .router import Routing, renewed, told
 
 
 def decoder(config: DecoderConfig) -> Model:
@@ -38,12 +39,21 @@ def decoder(config: DecoderConfig) -> Model:
     """
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
     graph, state = nnx.split(abstract)
+    biased = config.router_bias_rate is not None
 
-    def init(key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key))))
+    def init(key: jax.Array) -> Any:
+        params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key))))
+        return (params, _first_bias(config)) if biased else params
 
-    def loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return _loss(nnx.merge(graph, params), batch)
+    def loss(params: Params, batch: Batch, *state: Any) -> tuple[jax.Array, Any]:
+        return _loss(nnx.merge(graph, params), batch, *state)
+
+    def evaluation(params: Params, batch: Batch, *state: Any) -> tuple[jax.Array, Any]:
+        return _judged(nnx.merge(graph, params), batch, *state)[:2]
+
+    def opened(params: Any) -> tuple[Any, Any]:
+        params, state = params if biased else (params, {})
+        return nnx.merge(graph, params), state.get("router_bias")
 
     def logits(
         params: Params,
@@ -51,12 +61,12 @@ def decoder(config: DecoderConfig) -> Model:
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        module = nnx.merge(graph, params)
-        return module.project(module(tokens, segment_ids, positions))
+        module, bias = opened(params)
+        return module.project(module(tokens, segment_ids, positions, bias)[0])
 
     def decode(params: Params, cache: Cache, tokens: jax.Array, index: jax.Array) -> tuple[jax.Array, Cache]:
-        module = nnx.merge(graph, params)
-        hidden, cache = module.step(tokens, index, cache)
+        module, bias = opened(params)
+        hidden, cache = module.step(tokens, index, cache, bias)
         return module.project(hidden)[:, 0], cache
 
     return Model(
@@ -67,12 +77,38 @@ def decoder(config: DecoderConfig) -> Model:
         names=_names(state),
         num_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)),
         flops_per_token=partial(flops_per_token, config),
+        has_state=biased,
+        evaluation=evaluation if biased or config.balance_loss is not None else None,
         empty_cache=partial(_empty_cache, config),
         decode=decode,
     )
 
 
-def _loss(module: Decoder, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+def _first_bias(config: DecoderConfig) -> dict[str, jax.Array]:
+    """Return the state of a decoder with biased routers before its first step."""
+    layers = config.layers - (config.dense_layers or 0)
+    return {"router_bias": jnp.zeros((layers, config.experts or 1), jnp.float32)}
+
+
+def _loss(module: Decoder, batch: Batch, state: Any = None) -> tuple[jax.Array, Any]:
+    """Return what is trained on, and the auxiliaries; with a state, these and the next one."""
+    loss, aux, found = _judged(module, batch, state)
+    config = module.config
+    if found is not None:
+        aux |= jax.lax.stop_gradient(told(config, found))
+        if config.balance_loss is not None:
+            loss = loss + config.balance_loss * jnp.mean(found.balance)
+    if state is None:
+        return loss, aux
+    assert found is not None
+    bias = renewed(config, state["router_bias"], jnp.sum(found.load, axis=1))
+    return loss, (aux, {"router_bias": bias})
+
+
+def _judged(
+    module: Decoder, batch: Batch, state: Any = None
+) -> tuple[jax.Array, dict[str, jax.Array], Routing | None]:
+    """Return the cross-entropy, its auxiliaries, and how all layers routed tokens where that is asked for."""
     for name in ("tokens", "targets"):
         if name not in batch:
             raise UserError(f"a batch needs {name!r}; it has {', '.join(map(repr, batch)) or 'nothing'}")
@@ -80,10 +116,12 @@ def _loss(module: Decoder, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array
     if segment_ids is not None:
         targets = jnp.where(segment_ids > 0, targets, -1)
     config = module.config
-    hidden = module(tokens, segment_ids, batch.get("positions"))
+    bias = None if state is None else state["router_bias"]
+    hidden, found = module(tokens, segment_ids, batch.get("positions"), bias)
     batch_size, sequence = tokens.shape
     chunk = logits_chunk(batch_size, sequence, config.vocab, config.loss_chunk)
-    return cross_entropy(hidden, module.project, targets, chunk=chunk, z_loss=config.z_loss)
+    loss, aux = cross_entropy(hidden, module.project, targets, chunk=chunk, z_loss=config.z_loss)
+    return loss, aux, found
 
 
 def _empty_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
@@ -127,38 +165,49 @@ class Decoder(nnx.Module):
             self.unembed = normal(rngs.params(), (embed, vocab), ("embed", "vocab"), config, fan_in=embed)
 
     def __call__(
-        self, tokens: jax.Array, segment_ids: jax.Array | None = None, positions: jax.Array | None = None
-    ) -> jax.Array:
-        """Return the normalised stream ``[batch, sequence, embed]`` that `project` turns into logits."""
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        bias: jax.Array | None = None,
+    ) -> tuple[jax.Array, Routing | None]:
+        """Return the normalised stream ``[batch, sequence, embed]`` that `project` turns into logits.
+
+        And how each layer with experts routed tokens, where that is asked for. `bias` ``[layers, experts]``
+        is that of their routers.
+        """
         sequence = tokens.shape[1]
         if self.config.position_embedding == "learned" and sequence > self.config.max_sequence:
             raise UserError(f"sequence={sequence} is longer than max_sequence={self.config.max_sequence}")
         index = jnp.arange(sequence, dtype=jnp.int32)
         view = View(index, index, segment_ids, segment_ids)
 
-        def layer(graph: Any, x: jax.Array, xs: tuple[Any, Any]) -> tuple[jax.Array, None]:
-            parameters, is_global = xs
+        def layer(graph: Any, x: jax.Array, xs: tuple[Any, Any, Any]) -> tuple[jax.Array, Routing | None]:
+            parameters, is_global, own = xs
             turn, window = self._layer_view(turns, is_global, sequence)
-            return nnx.merge(graph, parameters)(x, turn, view._replace(window=window)), None
+            return nnx.merge(graph, parameters)(x, turn, view._replace(window=window), own)
 
         positions = index if positions is None else positions
         turns = self._turns(positions)
-        x = self._embed(tokens, positions)
+        x, found = self._embed(tokens, positions), None
         for stack in self._stacks():
             graph, stacked = nnx.split(stack)
-            x, _ = jax.lax.scan(partial(layer, graph), x, (stacked, self._globals()))
-        return self.final_norm(x)
+            own = bias if stack is self.layers else None
+            x, found = jax.lax.scan(partial(layer, graph), x, (stacked, self._globals(), own))
+        return self.final_norm(x), found
 
-    def step(self, tokens: jax.Array, index: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def step(
+        self, tokens: jax.Array, index: jax.Array, cache: Cache, bias: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Feed tokens ``[batch]`` at place `index`; return the stream ``[batch, 1, embed]`` and the cache."""
         length = cache.key.shape[2]
         place = jnp.reshape(index, (1,)).astype(jnp.int32)
         view = View(place, jnp.arange(length, dtype=jnp.int32))
 
-        def layer(graph: Any, x: jax.Array, xs: tuple[Any, Any, Cache]) -> tuple[jax.Array, Cache]:
-            parameters, is_global, old = xs
+        def layer(graph: Any, x: jax.Array, xs: tuple[Any, Any, Any, Cache]) -> tuple[jax.Array, Cache]:
+            parameters, is_global, own, old = xs
             turn, window = self._layer_view(turns, is_global, length)
-            return nnx.merge(graph, parameters).step(x, turn, view._replace(window=window), old)
+            return nnx.merge(graph, parameters).step(x, turn, view._replace(window=window), old, own)
 
         turns = self._turns(place)
         x, caches, first = self._embed(tokens[:, None], place), [], 0
@@ -166,7 +215,8 @@ class Decoder(nnx.Module):
             graph, stacked = nnx.split(stack)
             after = first + jax.tree.leaves(stacked)[0].shape[0]
             part = jax.tree.map(lambda rows, start=first, stop=after: rows[start:stop], cache)
-            x, part = jax.lax.scan(partial(layer, graph), x, (stacked, self._globals(), part))
+            own = bias if stack is self.layers else None
+            x, part = jax.lax.scan(partial(layer, graph), x, (stacked, self._globals(), own, part))
             caches.append(part)
             first = after
         cache = caches[0] if len(caches) == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), *caches)
@@ -265,8 +315,13 @@ class Block(nnx.Module):
             self.attention_post_norm = Norm(config)
             self.mlp_post_norm = Norm(config)
 
-    def __call__(self, x: jax.Array, turn: Turn | None, view: View) -> jax.Array:
-        """Map the stream ``[batch, sequence, embed]`` to itself; every row sees what `view` lets it."""
+    def __call__(
+        self, x: jax.Array, turn: Turn | None, view: View, bias: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
+        """Map the stream ``[batch, sequence, embed]`` to itself; every row sees what `view` lets it.
+
+        And say how experts were chosen, with the router's `bias`, where that is asked for.
+        """
         query, key, value = self.attention.project(self.attention_norm(x), turn)
         out = attention(
             query,
@@ -278,9 +333,12 @@ class Block(nnx.Module):
             scale=1.0,
             chunk=self.config.attention_chunk,
         )
-        return self._finish(x, out)
+        segments = view.query_segments
+        return self._finish(x, out, bias, None if segments is None else segments > 0)
 
-    def step(self, x: jax.Array, turn: Turn | None, view: View, cache: Cache) -> tuple[jax.Array, Cache]:
+    def step(
+        self, x: jax.Array, turn: Turn | None, view: View, cache: Cache, bias: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Map one token of each row ``[batch, 1, embed]``, seeing those that the cache holds."""
         query, key, value = self.attention.project(self.attention_norm(x), turn)
         place = (0, view.query_index[0], 0, 0)
@@ -291,11 +349,17 @@ class Block(nnx.Module):
             )
         )
         out = attend(query, cache.key, cache.value, view, cap=self.config.attention_soft_cap)
-        return self._finish(x, out), cache
+        return self._finish(x, out, bias)[0], cache
 
-    def _finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
+    def _finish(
+        self, x: jax.Array, heads: jax.Array, bias: jax.Array | None, counted: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
         post = self.config.post_norms
         out = self.attention.merge(heads)
         x = x + (self.attention_post_norm(out) if post else out)
-        out = self.mlp(self.mlp_norm(x))
-        return x + (self.mlp_post_norm(out) if post else out)
+        wide, found = self.mlp_norm(x), None
+        if isinstance(self.mlp, Experts):
+            out, found = self.mlp(wide, bias, counted)
+        else:
+            out = self.mlp(wide)
+        return x + (self.mlp_post_norm(out) if post else out), found

@@ -12,12 +12,12 @@ import math
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from ...sharding.ops.experts import ExpertsCall, experts, in_slots
 from ..flax_nnx import nnx
 from .config import DecoderConfig
 from .layers import Mlp, added_gain, normal
+from .router import Routing, choose, is_watched, routing, scores_of
 
 
 def capacity(config: DecoderConfig, sequence: int) -> int | None:
@@ -47,30 +47,25 @@ class Experts(nnx.Module):
         if config.shared_experts:
             self.shared = Mlp(config, rngs=rngs, hidden=config.shared_experts * mlp)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map ``[batch, sequence, embed]`` to the same."""
+    def __call__(
+        self, x: jax.Array, bias: jax.Array | None = None, counted: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
+        """Map ``[batch, sequence, embed]`` to the same; say how tokens were routed where that is asked for.
+
+        `bias` ``[experts]`` is the router's, `counted` bool ``[batch, sequence]`` says which tokens are any.
+        """
         config = self.config
-        weights, chosen = self.route(x)
+        scores = scores_of(config, x, self.router[...])
+        weights, chosen = choose(config, scores, bias)
         gate = None if config.activation == "gelu" else self.gate[...].astype(x.dtype)
         up, down = self.up[...].astype(x.dtype), self.down[...].astype(x.dtype)
         act: Literal["silu", "gelu"] = "silu" if config.activation == "swiglu" else "gelu"
-        slots = capacity(config, x.shape[1])
+        slots, dropped = capacity(config, x.shape[1]), None
         if slots is None:
             out = experts(x, weights, chosen, up=up, down=down, gate=gate, activation=act)
         else:
             call = ExpertsCall(activation=act, gated=gate is not None)
-            out = in_slots(
-                call, x, weights, chosen, up, down, *(() if gate is None else (gate,)), slots=slots
-            )
-        return out + self.shared(x) if config.shared_experts else out
-
-    def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the weights, float32, and indices of each token's experts ``[batch, sequence, choices]``."""
-        config = self.config
-        wide = x.astype(jnp.float32)
-        scores = jnp.einsum("bse,ex->bsx", wide, self.router[...].astype(jnp.float32))
-        sigmoid = config.router == "sigmoid"
-        scores = jax.nn.sigmoid(scores) if sigmoid else jax.nn.softmax(scores, axis=-1)
-        weights, chosen = jax.lax.top_k(scores, config.experts_per_token or 1)
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return weights * config.router_scale, chosen.astype(jnp.int32)
+            matrices = up, down, *(() if gate is None else (gate,))
+            out, dropped = in_slots(call, x, weights, chosen, *matrices, slots=slots)
+        found = routing(scores, chosen, counted, dropped) if is_watched(config) else None
+        return (out + self.shared(x) if config.shared_experts else out), found

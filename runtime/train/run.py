@@ -140,9 +140,8 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
             window.close()
             if hosts.is_main and prediction is not None and window.captured:
                 _tell_by_item(prediction, folder, hosts)
-    conclude(
-        config, job, state["params"], step=step, last=collector.last, reason=stop.reason, say=hosts.is_main
-    )
+    model = (state["params"], state["state"]) if job.model.has_state else state["params"]
+    conclude(config, job, model, step=step, last=collector.last, reason=stop.reason, say=hosts.is_main)
     return 0
 
 

@@ -180,14 +180,16 @@ def dispatch(chosen: jax.Array, count: int, slots: int) -> tuple[jax.Array, jax.
 
 def in_slots(
     call: ExpertsCall, x: jax.Array, weights: jax.Array, chosen: jax.Array, *matrices: jax.Array, slots: int
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Return what `experts` does where an expert takes at most `slots` tokens of a row, and drops the others.
 
-    Every shape is known, and products are batched ones over the experts.
+    And which choices it dropped, bool ``[batch, sequence, choices]``. Every shape is known, and products are
+    batched ones over the experts.
     """
     tokens, places = jax.vmap(lambda row: dispatch(row, matrices[0].shape[0], slots))(chosen)
     taken = _look_up(x, tokens).reshape(x.shape[0], -1, slots, x.shape[2])
-    return _collected(weights, _batched(call, taken, *matrices), places)
+    dropped = places == matrices[0].shape[0] * slots
+    return _collected(weights, _batched(call, taken, *matrices), places), dropped
 
 
 _look_up = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))
