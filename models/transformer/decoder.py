@@ -333,8 +333,7 @@ class Block(nnx.Module):
             scale=1.0,
             chunk=self.config.attention_chunk,
         )
-        segments = view.query_segments
-        return self._finish(x, out, bias, None if segments is None else segments > 0)
+        return self._finish(x, out, bias, view.query_segments)
 
     def step(
         self, x: jax.Array, turn: Turn | None, view: View, cache: Cache, bias: jax.Array | None = None
@@ -352,14 +351,14 @@ class Block(nnx.Module):
         return self._finish(x, out, bias)[0], cache
 
     def _finish(
-        self, x: jax.Array, heads: jax.Array, bias: jax.Array | None, counted: jax.Array | None = None
+        self, x: jax.Array, heads: jax.Array, bias: jax.Array | None, segments: jax.Array | None = None
     ) -> tuple[jax.Array, Routing | None]:
         post = self.config.post_norms
         out = self.attention.merge(heads)
         x = x + (self.attention_post_norm(out) if post else out)
         wide, found = self.mlp_norm(x), None
         if isinstance(self.mlp, Experts):
-            out, found = self.mlp(wide, bias, counted)
+            out, found = self.mlp(wide, bias, segments)
         else:
             out = self.mlp(wide)
         return x + (self.mlp_post_norm(out) if post else out), found

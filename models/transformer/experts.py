@@ -48,11 +48,11 @@ class Experts(nnx.Module):
             self.shared = Mlp(config, rngs=rngs, hidden=config.shared_experts * mlp)
 
     def __call__(
-        self, x: jax.Array, bias: jax.Array | None = None, counted: jax.Array | None = None
+        self, x: jax.Array, bias: jax.Array | None = None, segments: jax.Array | None = None
     ) -> tuple[jax.Array, Routing | None]:
         """Map ``[batch, sequence, embed]`` to the same; say how tokens were routed where that is asked for.
 
-        `bias` ``[experts]`` is the router's, `counted` bool ``[batch, sequence]`` says which tokens are any.
+        `bias` ``[experts]`` is the router's, `segments` ``[batch, sequence]`` are 0 where no token is.
         """
         config = self.config
         scores = scores_of(config, x, self.router[...])
@@ -67,5 +67,7 @@ class Experts(nnx.Module):
             call = ExpertsCall(activation=act, gated=gate is not None)
             matrices = up, down, *(() if gate is None else (gate,))
             out, dropped = in_slots(call, x, weights, chosen, *matrices, slots=slots)
-        found = routing(scores, chosen, counted, dropped) if is_watched(config) else None
+        found = None
+        if is_watched(config):
+            found = routing(scores, chosen, None if segments is None else segments > 0, dropped)
         return (out + self.shared(x) if config.shared_experts else out), found
