@@ -79,7 +79,9 @@ class ByHand:
             for place, axes in self._cut(spec):
                 sent = gradient.astype(wide)
                 gradient = jax.lax.psum_scatter(sent, axes, scatter_dimension=place, tiled=True)
-            return gradient.astype(dtype)
+            # XLA for TPUs ends with an internal error where it finds a narrow scatter that is widened and
+            # summed over a loop's turns (`while_loop_all_reduce_code_motion`): the barrier hides it.
+            return gradient if dtype.itemsize >= 4 else jax.lax.optimization_barrier(gradient.astype(dtype))
 
         return self._by_device(scatter, gradient, spec)
 
