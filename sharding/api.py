@@ -308,6 +308,7 @@ def plan(
     remat: str | Mapping[str, str] | None = None,
     microbatches: int | None = None,
     schedule: str | None = None,
+    interleave: int | None = None,
     attention: str | Sequence[str] | None = None,
     segments: int | None = None,
     names: Any = None,
@@ -344,6 +345,7 @@ def plan(
             `meshwright.sharding.program.layers`) → ``device`` or ``host``.
         microbatches: parts of the batch that are computed one after another.
         schedule: of declared pipeline stages: ``1f1b`` or ``gpipe``.
+        interleave: chunks of layers that a declared stage holds: with v of them it waits 1/v as long.
         attention: the implementation of `meshwright.sharding.ops.attention`: ``xla``, or a kernel,
             ``splash``, ``cudnn`` or ``cudnn_packed``; ``auto``, the default, is the chip's own where it
             supports what is asked; of several the first that can is taken.
@@ -377,6 +379,7 @@ def plan(
         remat=remat,
         microbatches=microbatches,
         schedule=schedule,
+        interleave=interleave,
         attention=attention,
         segments=segments,
         accumulation=accumulation,
@@ -409,6 +412,7 @@ def declare(
     names: Any = None,
     remat: str | Mapping[str, str] = "none",
     microbatches: int = 1,
+    interleave: int = 1,
     attention: str | Sequence[str] | None = None,
     segments: int | None = None,
     trainable: Any = None,
@@ -442,6 +446,7 @@ def declare(
         names: a tree like `params` of tuples of dimension names.
         remat: what layers keep for their backward pass: a policy of `transform.remat`, or names → places.
         microbatches: parts of the batch that are computed one after another.
+        interleave: chunks of layers that each stage of the mesh holds.
         attention: as in `plan`: ``auto`` if not given.
         segments: as in `plan`.
         trainable: which parameters are trained, as in `plan`.
@@ -471,6 +476,7 @@ def declare(
         rules=rules or {},
         remat=remat,
         microbatches=microbatches,
+        interleave=interleave,
         attention=attention,
         segments=segments,
         accumulation=accumulation,

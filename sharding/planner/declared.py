@@ -22,7 +22,7 @@ from ..program.program import Dim, Program
 from ..rules.application import is_pattern, mentioned
 from ..rules.rules import Rules
 from ..transform.accumulation.proof import MAX_PASSES
-from .choices.layers import laid_over_stages
+from .choices.layers import check_chunks, laid_over_stages
 from .choices.microbatches import indivisible
 from .choices.remat import read
 
@@ -42,6 +42,7 @@ class Declared:
     remat: str | Mapping[str, str] | None = None
     microbatches: int | None = None
     schedule: str | None = None
+    interleave: int | None = None
     attention: str | Sequence[str] | None = None
     segments: int | None = None
     accumulation: str = EXACT
@@ -51,6 +52,7 @@ class Declared:
         check_accumulation(self.accumulation)
         if isinstance(self.max_passes, bool) or not isinstance(self.max_passes, int) or self.max_passes < 1:
             raise UserError(f"max_passes={self.max_passes!r} must be a whole number of at least 1")
+        check_chunks(self.interleave, self.mesh)
         if self.segments is not None and (type(self.segments) is not int or self.segments < 1):
             raise UserError(f"segments={self.segments!r} must be a whole number of at least 1")
 
@@ -178,7 +180,7 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
     dims, regrouped = _ruled_dims(program, rules, sizes)
     said = {axis for rule in rules.declared.values() for axis in mentioned(rule)}
     if sizes.get("stage", 1) > 1 and "stage" not in said:
-        dims, stored = laid_over_stages(program, sizes["stage"], dims, stored)
+        dims, stored = laid_over_stages(program, sizes, declared.interleave or 1, dims, stored)
     candidate = Candidate(
         mesh=sizes,
         dims=dims,
@@ -188,6 +190,7 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
         remat=policy.remat,
         saved=policy.saved,
         microbatches=count,
+        interleave=declared.interleave or 1,
     )
     rows = {
         argument.path: ArrayPlan(

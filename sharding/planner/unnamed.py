@@ -84,6 +84,7 @@ def _stored(
         over=over,
         declared=kept,
         tile_rows=compiler_of(topology).tile_rows,
+        chunks=candidate.interleave,
     ).params
     stored = {index: found[index] if index in open_ else old for index, old in candidate.stored.items()}
     return dataclasses.replace(candidate, stored=stored, optimizer=stored, gradients=stored)

@@ -133,10 +133,10 @@ def check_runs(plan: Decision) -> None:
     stages = plan.mesh.get("stage", 1)
     if stages == 1:
         return
-    if plan.interleave > 1 or plan.schedule not in (None, "1f1b"):
+    if plan.schedule not in (None, "1f1b"):
         raise UserError(
-            f"stage={stages} runs in 1F1B with one chunk of layers a stage; schedule={plan.schedule!r} with "
-            f"interleave={plan.interleave} is priced by the planner and cannot be run yet"
+            f"stage={stages} runs in 1F1B; schedule={plan.schedule!r} is priced by the planner and cannot be "
+            "run yet"
         )
     if plan.accumulation != EXACT:
         raise UserError(f"stage={stages} sums microbatches exactly; plan without accumulation='by part'")

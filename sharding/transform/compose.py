@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from ..errors import UserError
 from ..plans import arrays
 from ..plans.record import Decision, check_runs
+from ..plans.specs import Spec
 from ..plans.trainable import Split, split
 from ..plans.vocabulary import EXACT
 from ..program.jaxpr import Pass, Traced, Traces, rewritten
@@ -54,12 +55,14 @@ def passes_of(
     *,
     learns: bool = True,
     by_hand: tuple[str, ...] = (),
+    lies: Callable[[int, Spec], Spec] | None = None,
 ) -> list[Pass]:
     """Return the passes that carry `plan` out on `program`, in order; each keeps the program's values.
 
     `params` and `state` are its arguments, those that are stored. `learns` says whether gradients are taken,
     without which there is nothing to keep. The axes `by_hand` are manual where the program is run, and are
-    those of `mesh` that cut rows.
+    those of `mesh` that cut rows. `lies` gives how a parameter lies there, of its number and how it is
+    stored, where that differs.
 
     Raises UserError if `program` has not what the plan names: a kept value, or layers to rematerialise.
     """
@@ -81,6 +84,12 @@ def passes_of(
         dim: tuple(axis for axis in axes if axis not in by_hand)
         for dim, axes in arrays.axes_of_dims(plan, program).items()
     }
+    stored, reduced = _flat(arrays.specs(plan, params)), _flat(arrays.specs_of_moments(plan, params))
+    if lies is not None:
+        stored, reduced = (
+            [PartitionSpec(*lies(n, tuple(spec))) for n, spec in enumerate(some)]
+            for some in (stored, reduced)
+        )
     passes: list[Pass] = []
     if saved:
         passes.append(Name(marks, inputs=INPUT in saved, kernel=kernel))
@@ -89,8 +98,8 @@ def passes_of(
             program,
             mesh,
             axes,
-            stored=_flat(arrays.specs(plan, params)) + of_state,
-            reduced=_flat(arrays.specs_of_moments(plan, params)) + of_state,
+            stored=stored + of_state,
+            reduced=reduced + of_state,
             scattering=Scattering(mesh, steps),
             kernel=kernel,
             unsaid=arrays.unsaid_dims(plan, program, axes),
@@ -222,7 +231,14 @@ class PlannedLoss:
     def _through_stages(self, traced: Traced, stored: Mapping[int, Any]) -> Run:
         def passes(program: Program, params: Any, *state: Any, learns: bool) -> list[Pass]:
             return passes_of(
-                self._plan, program, self._mesh, params, *state, learns=learns, by_hand=found.region.manual
+                self._plan,
+                program,
+                self._mesh,
+                params,
+                *state,
+                learns=learns,
+                by_hand=found.region.manual,
+                lies=found.staged.slots.lies,
             )
 
         params = traced.args[0]
@@ -230,7 +246,8 @@ class PlannedLoss:
             n for n, one in enumerate(jax.tree.leaves(params)) if jnp.issubdtype(one.dtype, jnp.inexact)
         ]
         widens = _platform(self._plan, self._mesh) == "cpu"
-        found = pipelined(self._plan, self._mesh, traced, passes, trained, widens)
+        whole = read(traced, state=() if self._plan.state is None else (2,))
+        found = pipelined(self._plan, self._mesh, traced, whole, passes, trained, widens)
         planned = self._planned(found.region.manual, stored)
         return Run(found.region.read, planned, self._part, found.region, found.staged, found.of_whole)
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ...cost.candidate import Storage
-from ...errors import UserError, nearest_divisors
-from ...program.program import Program
+from ...cost.pipeline import is_moved
+from ...errors import UserError
+from ...plans.specs import cut_into
+from ...program.program import Argument, Program
+
+STAGE = "stage"
+# Axes that XLA works with by itself, beside which no other cuts the same dimension.
+_AUTOMATIC = ("tensor", "context")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,28 +48,72 @@ def why_no_stages(found: Layers | None, stages: int) -> str | None:
         return f"stage={stages} cuts the layers of a scan over stacked parameters, and this program has none"
     if found.written_out:
         return f"stage={stages} cuts parameters that are stacked, and these layers' are arrays of their own"
-    if found.count % stages:
-        near = nearest_divisors(found.count, stages)
-        return f"stage={stages} does not divide {found.name}={found.count}; nearest: {near}"
+    if found.count < stages:
+        return f"stage={stages} is more than {found.name}={found.count}; nearest: {found.count}"
     return None
 
 
+def check_chunks(chunks: int | None, mesh: Mapping[str, int]) -> None:
+    """Raise UserError for a number of chunks that is none, or that no stage holds."""
+    if chunks is None:
+        return
+    if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1:
+        raise UserError(f"interleave={chunks!r} must be a whole number of at least 1")
+    if chunks > 1 and mesh.get(STAGE, 1) == 1:
+        raise UserError(f"interleave={chunks} are chunks of a pipeline stage and the mesh declares none")
+
+
+def moved_layers(program: Program, mesh: Mapping[str, int], chunks: int) -> Layers | None:
+    """Return the layers if stages store others than they run: then they are stored in another dimension."""
+    stages = mesh.get(STAGE, 1)
+    found = layers_of(program) if stages > 1 else None
+    return found if found is not None and is_moved(found.count, stages, chunks) else None
+
+
+def over_stages(
+    argument: Argument, layers: Layers, storage: Sequence[tuple[str, ...]], mesh: Mapping[str, int]
+) -> list[tuple[str, ...]]:
+    """Return the storage of a parameter of moved layers, over stages too in another dimension than theirs."""
+    cut = list(storage)
+    if not argument.dims or argument.dims[0][:1] != (layers.dim,) or any(STAGE in axes for axes in cut):
+        return cut
+    divided = [
+        n
+        for n, size in enumerate(argument.shape)
+        if n
+        and size % (cut_into(cut[n], mesh) * mesh[STAGE]) == 0
+        and not set(cut[n]).intersection(_AUTOMATIC)
+    ]
+    if divided:
+        best = max(divided, key=lambda n: (not cut[n], argument.shape[n], -n))
+        cut[best] = (*cut[best], STAGE)
+    return cut
+
+
 def laid_over_stages(
-    program: Program, stages: int, dims: Mapping[int, tuple[str, ...]], stored: Mapping[int, Storage]
+    program: Program,
+    mesh: Mapping[str, int],
+    chunks: int,
+    dims: Mapping[int, tuple[str, ...]],
+    stored: Mapping[int, Storage],
 ) -> tuple[dict[int, tuple[str, ...]], dict[int, Storage]]:
     """Return `dims` while computing, and parameters as they are `stored`, with the layers cut over stages.
 
     Raises UserError if they cannot be.
     """
     found = layers_of(program)
-    if reason := why_no_stages(found, stages):
+    if reason := why_no_stages(found, mesh[STAGE]):
         raise UserError(reason)
     assert found is not None
+    moved = moved_layers(program, mesh, chunks)
     laid = dict(stored)
     for argument in program.parameters:
+        own = stored[argument.index]
         places = [n for n, composition in enumerate(argument.dims) if composition[:1] == (found.dim,)]
-        if places:
+        if moved is not None:
+            laid[argument.index] = tuple(over_stages(argument, moved, own, mesh))
+        elif places:
             laid[argument.index] = tuple(
-                ("stage", *axes) if n == places[0] else axes for n, axes in enumerate(stored[argument.index])
+                (STAGE, *axes) if n == places[0] else axes for n, axes in enumerate(own)
             )
-    return {**dims, found.dim: ("stage",)}, laid
+    return {**dims, found.dim: (STAGE,)}, laid

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from ...cost.pipeline import held_layers
 from ...errors import UserError, nearest
 from ...plans.vocabulary import SCHEDULES
 from .draft import Draft, Given, Refused
 from .layers import why_no_stages
 
-# Model chunks a stage holds are no more than this: each divides the bubble and repeats every send.
-_MOST_CHUNKS = 8
+# Chunks a stage holds, where they are not declared: each divides the bubble and repeats every send.
+_CHUNKS = (1, 2, 4, 8)
 
 
 def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
-    """Yield the layers cut over ``stage``, with every number of model chunks that a stage may hold.
+    """Yield the layers cut over ``stage``, with numbers of chunks that a stage may hold.
 
-    Without a declared schedule it is 1F1B with one chunk, which is what runs; it takes as long as GPipe and
-    holds less.
+    Without a declared schedule it is 1F1B, which is what runs. Chunks that would fill up more slots than one
+    chunk does are left out where they are not declared.
     """
     stages = draft.mesh.get("stage", 1)
     if stages == 1:
@@ -29,13 +30,21 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
         yield Refused(sizes={"stage": stages}, reason=reason)
         return
     assert found is not None
-    schedule = given.declared.schedule or "1f1b"
-    most = _MOST_CHUNKS if given.declared.schedule == "1f1b" else 1
-    for chunks in range(1, 1 + most):
-        if found.count // stages % chunks == 0:
-            yield dataclasses.replace(
-                draft, dims={**draft.dims, found.dim: ("stage",)}, schedule=schedule, interleave=chunks
-            )
+    schedule, declared = given.declared.schedule or "1f1b", given.declared.interleave
+    least = held_layers(found.count, stages, 1)
+    for chunks in _CHUNKS if declared is None else (declared,):
+        if declared is None and (chunks > 1 and schedule != "1f1b"):
+            continue
+        if declared is None and held_layers(found.count, stages, chunks) > least:
+            continue
+        if stages * chunks > found.count:
+            if declared is not None:
+                reason = f"interleave={chunks} x stage={stages} is more than {found.name}={found.count}"
+                yield Refused(sizes={"stage": stages}, reason=reason)
+            continue
+        yield dataclasses.replace(
+            draft, dims={**draft.dims, found.dim: ("stage",)}, schedule=schedule, interleave=chunks
+        )
 
 
 def check_schedule(schedule: str | None, mesh_stages: int | None) -> None:

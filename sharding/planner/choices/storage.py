@@ -12,6 +12,7 @@ from ...plans.specs import cut_into
 from ...program.program import Argument, Program
 from ...xla.compiler import compiler_of
 from .draft import Draft, Given, Refused
+from .layers import moved_layers, over_stages
 
 # A vector is stored whole unless it is more than this part of all parameters: a gather of so few bytes
 # costs its latency in every layer and saves nothing.
@@ -32,6 +33,7 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
             moments_over=moments_over,
             declared=draft.kept.arrays,
             tile_rows=compiler_of(given.topology).tile_rows,
+            chunks=draft.interleave,
         )
         if stored in seen:
             continue
@@ -64,6 +66,7 @@ def store(
     moments_over: Sequence[str] = (),
     declared: Mapping[int, Mapping[int, tuple[str, ...]]],
     tile_rows: int,
+    chunks: int = 1,
 ) -> ParameterStorage:
     """Return how each parameter, and each array of the state, lies on the mesh.
 
@@ -75,7 +78,11 @@ def store(
         moments_over: further axes for the optimizer's moments (ZeRO-1).
         declared: argument index → array dimension → axes that are kept as they are.
         tile_rows: rows that gathers move whole, see `Compiler`.
+        chunks: of layers that each of the mesh's stages holds.
     """
+    moved = moved_layers(program, mesh, chunks)
+    if moved is not None:
+        dims = {dim: axes for dim, axes in dims.items() if dim != moved.dim}
     total = program.elements
     params, optimizer = {}, {}
     for argument in program.parameters:
@@ -90,6 +97,8 @@ def store(
         choices = _worth_cutting(argument, program, total, open_dimensions)
         for axis in over:
             storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
+        if moved is not None:
+            storage = over_stages(argument, moved, storage, mesh)
         params[argument.index] = tuple(storage)
         for axis in moments_over if argument.is_trained else ():
             storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)

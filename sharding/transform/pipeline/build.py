@@ -9,14 +9,16 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ...errors import UserError, nearest_divisors
 from ...plans.record import Decision
-from ...plans.specs import axes_in, cut_into
+from ...plans.specs import axes_in, axes_of, cut_into
 from ...program.jaxpr import Traced
+from ...program.program import Program
 from ..accumulation.proof import InParts, in_parts, refusal, rows_of
 from ..accumulation.region import RowRegion, axes_of_rows, flat_specs, mixes, specs_of_rows
 from ..accumulation.run import is_heavy
 from ..accumulation.values import NotInParts
+from .cut import layers_and_parameters
+from .slots import STAGE, Slots
 from .staged import Passes, Staged
-from .ticks import STAGE
 
 
 class Pipelined(NamedTuple):
@@ -31,11 +33,12 @@ def pipelined(
     plan: Decision,
     mesh: Mesh | AbstractMesh,
     traced: Traced,
+    program: Program,
     passes: Passes,
     trained: Sequence[int],
     widens: bool,
 ) -> Pipelined:
-    """Return how a traced loss goes through the stages of `plan` on `mesh`.
+    """Return how a traced loss, `program`, goes through the stages of `plan` on `mesh`.
 
     `passes` gives the plan's passes over a program inside of the region, `trained` are the numbers of the
     parameters that may be trained.
@@ -68,6 +71,15 @@ def pipelined(
     except NotInParts as why:
         raise UserError(refusal(plan.microbatches, why, has_state=bool(state))) from None
     _check_passes(shares, stages)
+    layers, stacked = layers_and_parameters(program, trained)
+    slots = Slots(
+        layers=layers,
+        stages=stages,
+        chunks=plan.interleave,
+        stored={n: of_params[n] for n in stacked},
+        manual=manual,
+    )
+    _check_storage(slots)
     region = RowRegion(
         mesh=mesh,
         axes=axes,
@@ -80,6 +92,7 @@ def pipelined(
     staged = Staged(
         mesh=mesh,
         microbatches=plan.microbatches,
+        slots=slots,
         passes=passes,
         params=params,
         state=tuple(state),
@@ -87,6 +100,16 @@ def pipelined(
         widens=widens,
     )
     return Pipelined(region, staged, whole)
+
+
+def _check_storage(slots: Slots) -> None:
+    """Raise UserError if stages store stretches of layers and run others."""
+    together = any(STAGE in axes_of(entry) for spec in slots.stored.values() for entry in spec[:1])
+    if together and slots.moves:
+        raise UserError(
+            f"stage={slots.stages} with {slots.chunks} chunks of {slots.layers} layers runs other layers "
+            "than each stage stores; leave the layers' dimension out of the rules for stage"
+        )
 
 
 def _axes(plan: Decision, traced: Traced) -> tuple[str, ...]:

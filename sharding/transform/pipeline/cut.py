@@ -19,6 +19,7 @@ from ...program.jaxpr import scan_parts
 from ...program.layers import is_layer_scan
 from ...program.pieces import ProgramPiece, of_length
 from ...program.program import Equation, Program
+from .slots import Slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,7 +27,8 @@ class LayerCut:
     """A part's program in pieces, for one stage of several.
 
     enter: of a share of the rows, what travels into the layers.
-    layers: of all rows of a microbatch, what the layers of a stage carry out of what is carried in.
+    layers: of all rows of a microbatch, what a chunk's layers carry out of what is carried in; one layer
+      where some slots of chunks have none of their own.
     leave: of a share, what the whole program gives.
     stacked: what is scanned over beside parameters, for all layers.
     rows: of each thing that travels, carried or a constant, the dimension that holds rows, or None.
@@ -47,7 +49,7 @@ class LayerCut:
 
 
 def cut_at_layers(
-    share: Program, whole: Program, stages: int, trained: Sequence[int], data: Sequence[int]
+    share: Program, whole: Program, slots: Slots, trained: Sequence[int], data: Sequence[int]
 ) -> LayerCut:
     """LayerCut the programs of a share of a microbatch's rows, and of all of them.
 
@@ -56,11 +58,9 @@ def cut_at_layers(
     Raises UserError if a stage's layers cannot be had by themselves.
     """
     ours, theirs = _layers(whole, trained), _layers(share, trained)
+    stages = slots.stages
     parts = scan_parts(ours.eqn)
     consts, first_xs = parts.num_consts, parts.num_consts + parts.num_carry
-    length = ours.eqn.params["length"]
-    if length % stages:
-        raise UserError(f"stage={stages} does not divide the {length} layers, at {ours.where}")
     by_params, by_data = _dependent(whole, trained), _dependent(whole, data)
     atoms: list[Any] = list(ours.eqn.invars)
     share_atoms: list[Any] = list(theirs.eqn.invars)
@@ -91,20 +91,27 @@ def cut_at_layers(
                 f"stage={stages}: the layers add up a number over the rows, which stages cannot yet, at "
                 f"{ours.where}"
             )
+    enter = ProgramPiece(program=share, wanted=tuple(share_atoms[n] for n in travel))
+    leave = ProgramPiece(
+        program=share,
+        wanted=tuple(share.scope.jaxpr.outvars),
+        known=tuple(theirs.eqn.outvars[: parts.num_carry]),
+    )
+    if not slots.stored.keys().isdisjoint(enter.reads | leave.reads):
+        raise UserError(
+            f"stage={stages}: parameters of the layers are read before or behind them too, for rows of the "
+            f"batch, and no stage has those of all layers, at {ours.where}"
+        )
     return LayerCut(
-        enter=ProgramPiece(program=share, wanted=tuple(share_atoms[n] for n in travel)),
+        enter=enter,
         layers=ProgramPiece(
             program=whole,
             wanted=tuple(carries),
-            at=of_length(ours, length // stages),
+            at=of_length(ours, 1 if slots.fills else slots.each),
             operands=(*travel, *beside),
         ),
         stacked=ProgramPiece(program=whole, wanted=tuple(atoms[n] for n in beside)),
-        leave=ProgramPiece(
-            program=share,
-            wanted=tuple(share.scope.jaxpr.outvars),
-            known=tuple(theirs.eqn.outvars[: parts.num_carry]),
-        ),
+        leave=leave,
         rows=rows,
         differs=tuple(bool(jnp.issubdtype(shape.dtype, jnp.inexact)) for shape in shapes),
         carried=tuple(n >= consts for n in travel),
@@ -116,6 +123,14 @@ def cut_at_layers(
 def has_layers(program: Program, trained: Sequence[int]) -> bool:
     """Whether a part's program has layers to cut at."""
     return any(_walks_parameters(program, one, trained) for one in program.scope.equations)
+
+
+def layers_and_parameters(program: Program, trained: Sequence[int]) -> tuple[int, frozenset[int]]:
+    """Return how many layers a program has, and the numbers of the parameters that are stacked for them."""
+    one = _layers(program, trained)
+    xs = one.eqn.invars[-scan_parts(one.eqn).num_xs :]
+    found = (_stored_as(program, atom, set(trained)) for atom in xs)
+    return one.eqn.params["length"], frozenset(number for number in found if number is not None)
 
 
 def _layers(program: Program, trained: Sequence[int]) -> Equation:
@@ -139,17 +154,21 @@ def _walks_parameters(program: Program, one: Equation, trained: Sequence[int]) -
 
 
 def _is_stored(program: Program, atom: Any, trained: set[int]) -> bool:
-    """Whether an atom is a parameter, but for a cast or a transposition of what comes after the layers."""
+    return _stored_as(program, atom, trained) is not None
+
+
+def _stored_as(program: Program, atom: Any, trained: set[int]) -> int | None:
+    """Return the parameter that an atom is, but for a cast or a transposition behind the layers."""
     makers = {var: one.eqn for one in program.scope.equations for var in one.eqn.outvars}
     while atom in makers:
         eqn = makers[atom]
         name = eqn.primitive.name
         if name == "transpose" and eqn.params["permutation"][0] != 0:
-            return False
+            return None
         if name not in ("convert_element_type", "transpose", "name", "copy"):
-            return False
+            return None
         atom = eqn.invars[0]
-    return any(program.scope.jaxpr.invars[n] is atom for n in trained)
+    return next((n for n in trained if program.scope.jaxpr.invars[n] is atom), None)
 
 
 def _is_number(atom: Any) -> bool:

@@ -16,7 +16,8 @@ from ...program.program import Program
 from ...program.tracing import read
 from ..constrain import Constrain
 from .cut import LayerCut, cut_at_layers
-from .ticks import STAGE, Array, Worker
+from .slots import STAGE, Slots
+from .ticks import Array, Worker
 
 # Gives a list of arrays of (parameters, a part's rows, a state if there is one, (its number, sums)).
 Function = Callable[..., list[Array]]
@@ -29,12 +30,14 @@ Passes = Callable[..., list[Pass]]
 class Staged:
     """How parts go through stages: `microbatches` of them, in a region of `mesh`, with `passes`.
 
+    `slots` says which layers a stage has.
     `params` and `state` are the shapes of what is stored, a tree each, of whole arrays; `trained` are the
     numbers of the parameters' leaves that may be; `widens` is as of `gather.ByHand`.
     """
 
     mesh: Mesh | AbstractMesh
     microbatches: int
+    slots: Slots
     passes: Passes
     params: Any
     state: tuple[Any, ...]
@@ -90,19 +93,21 @@ class Staged:
         data = range(len(params), len(params) + len(leaves))
         # The part's number stands behind the state: what is drawn for a part depends on it.
         data = [*data, len(params) + len(leaves) + len(state)]
-        found = cut_at_layers(share, whole, self.stages, self.trained, data)
+        found = cut_at_layers(share, whole, self.slots, self.trained, data)
         on_share, on_whole = (
             self.passes(one, self.params, *self.state, learns=learns) for one in (share, whole)
         )
         worker = self._worker(found, on_share, on_whole)
-        return dataclasses.replace(
+        sums, gradients, parts = dataclasses.replace(
             worker,
-            leaves=params,
+            leaves=[self.slots.brought(n, leaf) for n, leaf in enumerate(params)],
             inputs=inputs,
             places=places,
             cotangents=cotangents,
             add=add,
         ).run(sums)
+        pairs = zip(places, gradients, strict=False)
+        return sums, [self.slots.taken_back(n, one) for n, one in pairs], parts
 
     def _program(
         self, function: Function, structure: Any, rows: Sequence[Array], number: Array, known: Any
@@ -120,7 +125,7 @@ class Staged:
         ]
         return Worker(
             cut=cut,
-            stages=self.stages,
+            slots=self.slots,
             microbatches=self.microbatches,
             on_share=on_share,
             on_whole=on_whole,

@@ -20,16 +20,18 @@ from .schedule import (
     FORWARD,
     HEAD,
     LEARN,
+    Rounds,
     Stretch,
+    Unit,
     backward_at,
     forward_at,
     is_one,
     nearest_one,
     ring,
-    stretches,
+    rounds,
+    ticks_since,
 )
-
-STAGE = "stage"
+from .slots import STAGE, Slots
 
 Array = Any
 # What travels from stage to stage of one microbatch, or its gradient.
@@ -48,7 +50,7 @@ class Worker:
     """
 
     cut: LayerCut
-    stages: int
+    slots: Slots
     microbatches: int
     on_share: Sequence[Pass]
     on_whole: Sequence[Pass]
@@ -68,23 +70,39 @@ class Worker:
         state: dict[str, Any] = {"sums": sums, "next": self._blank(), "sent": self._blank()}
         if learns:
             blank = self._learning(self._blank())
-            held = ring(self.stages)
+            held = ring(*self._shape)
             state |= {
-                "returned": blank,
                 "left": blank,
                 "ring": [jnp.zeros((held, *one.shape), one.dtype) for one in self._blank()],
                 "gradients": [_wide_zeros(self.leaves[n]) for n in self.places],
             }
-        tick, parts = -1, None
-        for one in stretches(self.stages, self.microbatches, learns=learns):
-            state, found = self._stretch(one, state, tick)
-            parts = found if HEAD in one.work else parts
-            tick += one.ticks
+        tick, rows = -1, []
+        for one in rounds(self._shape[0], self.microbatches, self._shape[1], learns=learns):
+            state, found = self._rounds(one, state, tick)
+            rows += found
+            tick += one.ticks * one.times
+        parts = [jnp.concatenate(some)[: self.microbatches] for some in zip(*rows, strict=True)]
         return state["sums"], state.get("gradients", []), parts
 
     # One stretch
 
-    def _stretch(self, one: Stretch, state: Any, first: int) -> tuple[Any, Any]:
+    def _rounds(self, one: Rounds, state: Any, first: int) -> tuple[Any, list[Any]]:
+        """Run rounds from tick `first` on; return the state, and the rows of heads, a list or none."""
+        if one.times == 1:
+            return self._stretches(one, state, jnp.int32(first))
+        begins = first + one.ticks * jnp.arange(one.times)
+        state, found = lax.scan(lambda state, begin: self._stretches(one, state, begin), state, begins)
+        return state, jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), found)
+
+    def _stretches(self, whole: Rounds, state: Any, first: Array) -> tuple[Any, list[Any]]:
+        rows = []
+        for one in whole.stretches:
+            state, found = self._stretch(one, state, first)
+            rows += [found] if HEAD in one.work else []
+            first = first + one.ticks
+        return state, rows
+
+    def _stretch(self, one: Stretch, state: Any, first: Array) -> tuple[Any, Any]:
         def tick(state: Any, t: Array) -> tuple[Any, Any]:
             return self._tick(one.work, state, t)
 
@@ -92,11 +110,14 @@ class Worker:
 
     def _tick(self, work: frozenset[str], state: Any, t: Array) -> tuple[Any, Any]:
         state, parts, given = dict(state), (), None
+        # Sent while the layers go forward; what goes forward is sent while they go back.
+        returned = self._pass(state["left"], -1, learning=True) if BACKWARD in work else []
         if FORWARD in work:
             state, given = self._forward(state, t)
         if EMBED in work:
             # After the forward work has taken what was embedded a tick ago.
-            state["next"] = self._gather(self._embed(self.leaves, self._micro(t + 1)))
+            entering = forward_at(t + 1, 0, *self._shape).microbatch
+            state["next"] = self._gather(self._embed(self.leaves, self._micro(entering)))
         if LEARN in work:
             state = self._learn(state, t)
         gradient = None
@@ -104,28 +125,30 @@ class Worker:
             assert given is not None
             state, parts, gradient = self._head(state, t, given)
         if BACKWARD in work:
-            state = self._backward(state, t, gradient)
+            state = self._backward(state, t, returned, gradient)
         if given is not None:
             state["sent"] = self._pass(given, 1)
         return state, parts
 
     def _forward(self, state: Any, t: Array) -> tuple[Any, _Stream]:
-        microbatch = forward_at(t, self._stage)
-        first = self._stage == 0
-        taken = [jnp.where(first, a, b) for a, b in zip(state["next"], state["sent"], strict=True)]
+        unit = forward_at(t, self._stage, *self._shape)
+        enters = (self._stage == 0) & (unit.chunk == 0)
+        taken = [jnp.where(enters, a, b) for a, b in zip(state["next"], state["sent"], strict=True)]
         if "ring" in state:
-            place = t % ring(self.stages)
+            place = t % ring(*self._shape)
             state["ring"] = [held.at[place].set(one) for held, one in zip(state["ring"], taken, strict=True)]
-        return state, self._layers(self.leaves, taken, self._micro(microbatch))
+        leaves = self._of_chunk(range(len(self.leaves)), self.leaves, unit.chunk)
+        return state, self._layers(leaves, taken, unit)
 
     def _head(self, state: Any, t: Array, given: _Stream) -> tuple[Any, Any, _Stream | None]:
         """Take the last stage's rows to the loss, each stage its share, and their gradient back."""
-        microbatch = self._micro(t - (self.stages - 1))
-        share = self._share(given, self._stage == self.stages - 1)
+        number = forward_at(t, self._last, *self._shape).microbatch
+        real, microbatch = is_one(number, self.microbatches), self._micro(number)
+        share = self._share(given, self._stage == self._last)
         if not self.places:
             found = self._leave(self.leaves, share, microbatch)
-            state["sums"], parts = self.add(state["sums"], found)
-            return state, parts, None
+            sums, parts = self.add(state["sums"], found)
+            return {**state, "sums": self._if(real, sums, state["sums"])}, parts, None
         count, own = len(self.cotangents), self._own(self.cut.leave.reads)
 
         def leave(trained: Sequence[Array], learning: _Stream) -> tuple[list[Array], list[Array]]:
@@ -136,34 +159,35 @@ class Worker:
         trained = [self.leaves[n] for n in own]
         _, pull, found = jax.vjp(leave, trained, self._learning(share), has_aux=True)
         grown, back = pull(list(self.cotangents))
-        state["gradients"] = self._grown(state["gradients"], own, grown, True)
-        state["sums"], parts = self.add(state["sums"], found)
+        state["gradients"] = self._grown(state["gradients"], own, grown, real if self._pads else True)
+        sums, parts = self.add(state["sums"], found)
+        state["sums"] = self._if(real, sums, state["sums"])
         return state, parts, self._gather_learning(back)
 
-    def _backward(self, state: Any, t: Array, gradient: _Stream | None) -> Any:
-        """Run a stage's layers again on what was their input, and back."""
-        number = backward_at(t, self._stage, self.stages)
-        real, microbatch = is_one(number, self.microbatches), self._micro(number)
-        taken = [held[(number + self._stage) % ring(self.stages)] for held in state["ring"]]
+    def _backward(self, state: Any, t: Array, returned: _Stream, gradient: _Stream | None) -> Any:
+        """Run a chunk's layers again on what was their input, and back."""
+        unit = backward_at(t, self._stage, *self._shape)
+        real = is_one(unit.microbatch, self.microbatches)
+        place = (t - ticks_since(unit, self._stage, *self._shape)) % ring(*self._shape)
+        taken = [held[place] for held in state["ring"]]
         own = self._own(self.cut.layers.reads)
 
         def layers(trained: Sequence[Array], learning: _Stream) -> _Stream:
             leaves = self._filled(own, trained)
-            return self._learning(self._layers(leaves, self._joined(learning, taken), microbatch))
+            return self._learning(self._layers(leaves, self._joined(learning, taken), unit))
 
-        _, pull = jax.vjp(layers, [self.leaves[n] for n in own], self._learning(taken))
-        given = state["returned"]
+        trained = self._of_chunk(own, [self.leaves[n] for n in own], unit.chunk)
+        _, pull = jax.vjp(layers, trained, self._learning(taken))
         if gradient is not None:
-            last = self._stage == self.stages - 1
-            given = [jnp.where(last, a, b) for a, b in zip(gradient, given, strict=True)]
-        grown, back = pull(given)
-        state["gradients"] = self._grown(state["gradients"], own, grown, real)
-        state["left"], state["returned"] = back, self._pass(back, -1, learning=True)
+            leaving = (self._stage == self._last) & (unit.chunk == self._shape[1] - 1)
+            returned = [jnp.where(leaving, a, b) for a, b in zip(gradient, returned, strict=True)]
+        grown, state["left"] = pull(returned)
+        state["gradients"] = self._grown(state["gradients"], own, grown, real, unit.chunk)
         return state
 
     def _learn(self, state: Any, t: Array) -> Any:
         """Take the gradient of what left the first stage a tick ago to what embedded it."""
-        number = backward_at(t - 1, 0, self.stages)
+        number = backward_at(t - 1, 0, *self._shape).microbatch
         real, microbatch = is_one(number, self.microbatches), self._micro(number)
         own = self._own(self.cut.enter.reads)
         share = self._share_learning(state["left"], self._stage == 0)
@@ -182,15 +206,31 @@ class Worker:
         shapes = zip(found, self.cut.dims, self.cut.shapes, strict=True)
         return [self.lying(value, dims).astype(shape.dtype) for value, dims, shape in shapes]
 
-    def _layers(self, leaves: Sequence[Array], taken: _Stream, microbatch: Array) -> _Stream:
-        inputs = [*leaves, *self.inputs(microbatch, False)]
-        held = self.cut.layers.at
-        assert held is not None
-        length = held.eqn.params["length"]
-        beside = [
-            lax.dynamic_slice_in_dim(jnp.asarray(one), self._stage * length, length)
-            for one in self.cut.stacked.run(self.on_whole, inputs)
-        ]
+    def _layers(self, leaves: Sequence[Array], taken: _Stream, unit: Unit) -> _Stream:
+        """Run a chunk's layers, of which `leaves` has the parameters."""
+        inputs = [*leaves, *self.inputs(self._micro(unit.microbatch), False)]
+        each = self.slots.each
+        first = (unit.chunk * self.slots.stages + self._stage) * each
+        beside = [jnp.asarray(one) for one in self.cut.stacked.run(self.on_whole, inputs)]
+        if not self.slots.fills:
+            beside = [lax.dynamic_slice_in_dim(one, first, each) for one in beside]
+            return self._run_layers(inputs, taken, beside)
+        stacked = [n for n in self.slots.stored if leaves[n] is not None]
+
+        def one_layer(taken: _Stream, number: Array) -> tuple[_Stream, None]:
+            own = list(inputs)
+            for n in stacked:
+                own[n] = lax.dynamic_slice_in_dim(leaves[n], number, 1)
+            flags = [
+                lax.dynamic_slice_in_dim(one, jnp.minimum(first + number, self.slots.layers - 1), 1)
+                for one in beside
+            ]
+            found = self._run_layers(own, taken, flags)
+            return self._if(first + number < self.slots.layers, found, taken), None
+
+        return lax.scan(one_layer, taken, jnp.arange(each))[0]
+
+    def _run_layers(self, inputs: Sequence[Array], taken: _Stream, beside: Sequence[Array]) -> _Stream:
         found = iter(self.cut.layers.run(self.on_whole, inputs, operands=[*taken, *beside]))
         return [next(found) if one else old for one, old in zip(self.cut.carried, taken, strict=True)]
 
@@ -201,7 +241,8 @@ class Worker:
     # Rows between stages
 
     def _pass(self, stream: _Stream, way: int, learning: bool = False) -> _Stream:
-        pairs = [(n, (n + way) % self.stages) for n in range(self.stages)]
+        count = self.slots.stages
+        pairs = [(n, (n + way) % count) for n in range(count)]
         return self._each(lambda one, _: lax.ppermute(one, STAGE, pairs), stream, learning)
 
     def _share(self, stream: _Stream, owner: Array, learning: bool = False) -> _Stream:
@@ -247,6 +288,15 @@ class Worker:
     def _stage(self) -> Array:
         return lax.axis_index(STAGE)
 
+    @property
+    def _last(self) -> int:
+        return self.slots.stages - 1
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Stages, and chunks of each."""
+        return self.slots.stages, self.slots.chunks
+
     def _micro(self, number: Array) -> Array:
         return nearest_one(number, self.microbatches)
 
@@ -270,12 +320,40 @@ class Worker:
             leaves[n] = value
         return leaves
 
-    def _grown(self, totals: list[Array], places: list[int], more: Sequence[Array], real: Any) -> list[Array]:
-        grown = dict(zip(places, more, strict=True))
+    def _of_chunk(self, places: Sequence[int], values: Sequence[Array], chunk: Any) -> list[Array]:
+        """Return the parameters at `places`, of those of layers a chunk's."""
+        if self.slots.chunks == 1:
+            return list(values)
+        each = self.slots.each
         return [
-            total + jnp.where(real, grown[n], 0).astype(total.dtype) if n in grown else total
-            for n, total in zip(self.places, totals, strict=True)
+            lax.dynamic_slice_in_dim(value, chunk * each, each) if n in self.slots.stored else value
+            for n, value in zip(places, values, strict=True)
         ]
+
+    def _grown(
+        self, totals: list[Array], places: list[int], more: Sequence[Array], real: Any, chunk: Any = None
+    ) -> list[Array]:
+        grown = dict(zip(places, more, strict=True))
+
+        def added(n: int, total: Array) -> Array:
+            if n not in grown:
+                return total
+            own = jnp.where(real, grown[n], 0).astype(total.dtype)
+            if chunk is None or self.slots.chunks == 1 or n not in self.slots.stored:
+                return total + own
+            first, each = chunk * self.slots.each, self.slots.each
+            whole = lax.dynamic_slice_in_dim(total, first, each) + own
+            return lax.dynamic_update_slice_in_dim(total, whole, first, 0)
+
+        return [added(n, total) for n, total in zip(self.places, totals, strict=True)]
+
+    def _if(self, real: Any, new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(real, a, b), new, old)
+
+    @property
+    def _pads(self) -> bool:
+        """Whether groups of microbatches are filled up with some that are none."""
+        return self.slots.chunks > 1 and self.microbatches % self.slots.stages > 0
 
     def _wide(self, value: Array) -> Array:
         if not (self.widens and jnp.issubdtype(value.dtype, jnp.floating)):
