@@ -152,6 +152,11 @@ class Config(Section):
         description="Parts a step's batch is worked through in (gradient accumulation). Null leaves it to "
         "the plan; where that is `declared`, 1.",
     )
+    interleave: Count | None = Field(
+        default=None,
+        description="Chunks of layers that a declared pipeline stage holds: with v of them it waits 1/v as "
+        "long. Null leaves it to the plan; where that is `declared`, 1.",
+    )
     accumulation: Literal["exact", "by part"] = Field(
         default="exact",
         description="What microbatches give: `exact`, the whole batch's value and gradients, proved or "

@@ -95,6 +95,7 @@ def _declared(config: Config, shapes: Shapes, topology: Topology, optimizer: Any
         optimizer=optimizer,
         remat=config.remat or "none",
         microbatches=config.microbatches or 1,
+        interleave=config.interleave or 1,
         accumulation=config.accumulation,
         max_passes=config.max_passes,
         **packing.declared(config),
@@ -140,6 +141,7 @@ def search(
         rules=config.rules,
         remat=config.remat,
         microbatches=config.microbatches,
+        interleave=config.interleave,
         accumulation=config.accumulation,
         max_passes=config.max_passes,
         **packing.declared(config),
@@ -250,7 +252,11 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
                 f"the config declares {axis}={size} and {config.plan} has {axis}={found.mesh.get(axis, 1)}; "
                 "leave one of them out"
             )
-    for key, planned in (("remat", found.saved or found.remat), ("microbatches", found.microbatches)):
+    for key, planned in (
+        ("remat", found.saved or found.remat),
+        ("microbatches", found.microbatches),
+        ("interleave", found.interleave),
+    ):
         declared = getattr(config, key)
         if declared not in (None, planned):
             raise UserError(

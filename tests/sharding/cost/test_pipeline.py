@@ -7,7 +7,16 @@ from meshwright.sharding import Topology
 from meshwright.sharding.cost import Calibration, Candidate, Pricer
 from meshwright.sharding.cost.pipeline import Lockstep
 from meshwright.sharding.program import trace
-from meshwright.sharding.transform.pipeline.schedule import EMBED, FORWARD, HEAD, LEARN, ring, stretches
+from meshwright.sharding.transform.pipeline.schedule import (
+    BACKWARD,
+    EMBED,
+    FORWARD,
+    HEAD,
+    LEARN,
+    ring,
+    rounds,
+    ticks_of,
+)
 
 LAYERS, BATCH, WIDTH, HIDDEN, VOCAB = 8, 65536, 256, 1024, 512
 
@@ -47,18 +56,21 @@ def price():
     return price
 
 
-@pytest.mark.parametrize(("stages", "microbatches"), [(4, 8), (2, 3), (8, 8)])
-def test_ticks_are_those_of_the_schedule(stages, microbatches):
-    ticks = Lockstep(stages=stages, chunks=1, microbatches=microbatches)
-    done = stretches(stages, microbatches, learns=True)
+@pytest.mark.parametrize(
+    ("stages", "microbatches", "chunks"), [(4, 8, 1), (2, 3, 1), (8, 8, 1), (4, 8, 2), (4, 6, 3), (2, 1, 2)]
+)
+def test_ticks_are_those_of_the_schedule(stages, microbatches, chunks):
+    ticks = Lockstep(stages=stages, chunks=chunks, microbatches=microbatches)
+    done = rounds(stages, microbatches, chunks, learns=True)
     for work, count in (
         (FORWARD, ticks.layer_ticks),
+        (BACKWARD, ticks.layer_ticks),
         (HEAD, ticks.head_ticks),
         (EMBED, ticks.embed_ticks),
         (LEARN, ticks.embed_ticks),
     ):
-        assert sum(one.ticks for one in done if work in one.work) == count
-    assert ring(stages) == ticks.inputs
+        assert ticks_of(work, done) == count, work
+    assert ring(stages, chunks) == ticks.inputs
 
 
 def test_layers_run_once_more_and_the_head_is_shared(price):

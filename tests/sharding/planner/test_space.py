@@ -142,7 +142,7 @@ def test_a_declared_context_axis_shards_the_sequence(program: Program) -> None:
         ({"microbatches": 0}, "microbatches=0 is no whole number"),
         ({"microbatches": 3}, "a batch of 16 rows does not divide"),
         ({"mesh": {"data": 8}, "microbatches": 4}, "data=8 x microbatches=4 = 32; nearest: 32 rows"),
-        ({"mesh": {"stage": 4}}, "stage=4 does not divide layers=2; nearest: 2"),
+        ({"mesh": {"stage": 4}}, "stage=4 is more than layers=2; nearest: 2"),
         ({"schedule": "gpipe"}, "schedule='gpipe' orders pipeline stages and the mesh declares none"),
         ({"mesh": {"stage": 2}, "schedule": "1f1"}, "did you mean '1f1b'"),
         ({"mesh": {"expert": 2}}, "rule experts"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -137,6 +138,16 @@ def test_stages_give_the_plain_functions_gradients(mesh: dict[str, int], loss: A
     # M + p - 1 ticks forward and as many backward, with two things that travel: the carry, and a constant.
     streams = 2 if loss is tied else 1
     assert sends(program.as_text()) <= 2 * (streams + 1) * (4 + mesh["stage"] - 1)
+
+
+def test_uneven_chunks_of_too_few_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three layers and a copy of the last one in four chunks; one of a group of two microbatches is none.
+    monkeypatch.setattr(sys.modules[__name__], "LAYERS", 3)
+    plan = declared(tied, {"stage": 2, "data": 2}, 1, interleave=2, remat="full")
+    assert plan.interleave == 2
+    assert plan.params["blocks/up"].spec == (None, None, "stage")
+    _, found, plain = gradients(plan, tied, init())
+    assert max(apart(found, plain(init(), batch()))) < 1e-6
 
 
 def test_half_precision_is_as_near_as_the_plain_function() -> None:
