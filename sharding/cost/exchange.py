@@ -35,25 +35,24 @@ def stored_over(profile: ProgramTables, candidate: Candidate) -> StoredOver:
     mesh = candidate.mesh
     dims_of = candidate.dims
     cut = {axis for axis, size in mesh.items() if size > 1 and axis != "stage"}
-    # Many parameters are stored alike.
-    known: dict[Storage, frozenset[str]] = {}
 
     def axes(spec: Storage | None, default: frozenset[str]) -> frozenset[str]:
         if spec is None:
             return default
-        if spec not in known:
-            known[spec] = frozenset(axis for entry in spec for axis in entry if axis in cut)
-        return known[spec]
+        return frozenset(axis for entry in spec for axis in entry if axis in cut)
 
-    for n, argument in enumerate(profile.parameters.argument.tolist()):
-        here = frozenset(
-            axis for dim in profile.parameter_dims[n] for axis in dims_of.get(dim, ()) if axis in cut
-        )
-        kept = axes(candidate.stored.get(argument), here)
-        computed.append(here)
-        parameters.append(kept)
-        gradients.append(axes(candidate.gradients.get(argument), kept))
-        optimizer.append(axes(candidate.optimizer.get(argument), kept))
+    # Many parameters are stored alike.
+    alike: dict[object, tuple[frozenset[str], ...]] = {}
+    for dims, argument in zip(profile.parameter_dims, profile.parameters.argument.tolist(), strict=True):
+        specs = (candidate.stored.get(argument), candidate.gradients.get(argument))
+        key = (dims, *specs, candidate.optimizer.get(argument))
+        found = alike.get(key)
+        if found is None:
+            here = frozenset(axis for dim in dims for axis in dims_of.get(dim, ()) if axis in cut)
+            kept = axes(specs[0], here)
+            found = alike[key] = (here, kept, axes(specs[1], kept), axes(key[-1], kept))
+        for rows, one in zip((computed, parameters, gradients, optimizer), found, strict=True):
+            rows.append(one)
     return StoredOver(parameters=parameters, gradients=gradients, optimizer=optimizer, computed=computed)
 
 
@@ -130,18 +129,17 @@ def exchange(
     sections, runs = table.section.tolist(), table.runs.tolist()
     trained, read = table.trained.tolist(), table.read.tolist()
     plans: dict[_Alike, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
-    partial = {axis: mask.tolist() for axis, mask in placement.parameter_partial.items()}
+    ordered = sorted(placement.parameter_partial.items(), key=lambda pair: AXES_BY_WEIGHT.index(pair[0]))
+    partial = [(axis, mask.tolist()) for axis, mask in ordered]
+    # Many parameters lie alike.
+    known: dict[object, _Alike] = {}
     for n, count in enumerate(elements):
-        moved = over.parameters[n] - over.computed[n] if read[n] else ()
-        gather = tuple(sorted(moved, key=AXES_BY_WEIGHT.index))
-        summed = (axis for axis, mask in partial.items() if mask[n] and trained[n])
-        reduce = tuple(sorted(summed, key=AXES_BY_WEIGHT.index))
-        moments, gradients = over.optimizer[n], over.gradients[n]
-        # Where gradients are stored in parts too (ZeRO-2), new parameters are gathered beside the next
-        # forward pass, which hides it; reduced whole, gradients are not, and the gather shows.
-        renewed = moments - over.parameters[n] - (frozenset() if reduces_whole else gradients)
-        renewed = renewed if trained[n] else frozenset()
-        row = plans[_Alike(sections[n], gather, reduce, gradients, moments, renewed)]
+        summed = tuple(axis for axis, mask in partial if mask[n]) if trained[n] else ()
+        lying = over.parameters[n], over.computed[n], over.optimizer[n], over.gradients[n]
+        key = sections[n], read[n], trained[n], summed, lying
+        if key not in known:
+            known[key] = _alike(*key, reduces_whole)
+        row = plans[known[key]]
         row[0] += count * item_bytes[n]
         row[1] += count * (used_bytes[n] if gradient_bytes is None else gradient_bytes)
         # Parameters of a layer are gathered and reduced together: as many collectives as layers.
@@ -151,6 +149,24 @@ def exchange(
         _gather(found.gathers, links, candidate.mesh, alike, used, times)
         _reduce(found, links, candidate.mesh, alike, size, gradient, times, reduces_whole)
     return found
+
+
+def _alike(
+    section: int,
+    read: bool,
+    trained: bool,
+    reduce: tuple[str, ...],
+    lying: tuple[frozenset[str], frozenset[str], frozenset[str], frozenset[str]],
+    reduces_whole: bool,
+) -> _Alike:
+    """Return how a parameter travels that lies so: itself, where it is computed with, moments, gradients."""
+    parameter, computed, moments, gradients = lying
+    moved = parameter - computed if read else frozenset()
+    # Where gradients are stored in parts too (ZeRO-2), new parameters are gathered beside the next forward
+    # pass, which hides it; reduced whole, gradients are not, and the gather shows.
+    renewed = moments - parameter - (frozenset() if reduces_whole else gradients)
+    gather = tuple(sorted(moved, key=AXES_BY_WEIGHT.index))
+    return _Alike(section, gather, reduce, gradients, moments, renewed if trained else frozenset())
 
 
 def _table() -> dict[tuple[str, str], list[float]]:

@@ -112,9 +112,8 @@ def place(profile: ProgramTables, candidate: Candidate) -> Placement:
         value_log[value_won >= 0] -= shrink
         # A product shrinks in the role (batch, left, right, contracted) that the dim plays in it.
         won = step_won[products.equation]
-        for role in range(4):
-            has = (won >= 0) & products.role_dims[np.arange(len(won)), role, won]
-            role_log[has, role] -= shrink
+        has = (won >= 0)[:, None] & products.role_dims[np.arange(len(won)), :, won]
+        role_log[has] -= shrink
         parameter_won = _winners(profile.parameters.dims, dims)
         parameter_log[parameter_won >= 0] -= shrink
         partial[axis] = np.zeros(len(parameter_log), bool)
@@ -243,21 +242,23 @@ def _moves(
         partial[indices] = True
     # An equation without weights may be divided as its operand is, and hand on what it gives instead: tokens
     # go to their experts and come back by all-to-alls (Lepikhin et al. 2020).
-    handed = whole & _smaller_results(profile, is_weight, size)[reads.equation] & (axis in _EXCHANGING)
-    # An operand that has the dim, but lies by another one, changes hands itself.
-    turned = inside & (own >= 0) & (own != step) & ~is_weight & (axis in _EXCHANGING)
+    handed = turned = np.zeros(len(step), bool)
+    if axis in _EXCHANGING:
+        handed = whole & _smaller_results(profile, is_weight, size)[reads.equation]
+        # An operand that has the dim, but lies by another one, changes hands itself.
+        turned = inside & (own >= 0) & (own != step) & ~is_weight
     gathered = ((whole & ~handed) | needs_whole) & ~is_weight
 
     def move(kind: str, phase: int, chosen: np.ndarray) -> None:
         if len(chosen):
-            moves.append((axis, kind, phase, np.unique(chosen)))
+            moves.append((axis, kind, phase, _distinct(chosen, len(values.bytes))))
 
     move("all_gather", FORWARD, reads.value[gathered])
     # The transpose of a gather is a scatter of sums. Where every device computed the same, each need only
     # keep its part of the gradient: that is counted as if it were sent, too.
     move("reduce_scatter", BACKWARD, reads.value[gathered & values.grad[reads.value]])
     move("all_reduce", BACKWARD, reads.value[summed & ~is_weight & (own < 0)])
-    handing = np.isin(writes.equation, reads.equation[handed])
+    handing = _among(reads.equation[handed], len(step_won))[writes.equation]
     swapped = [reads.value[turned], writes.value[handing]]
     for chosen in swapped:
         move("all_to_all", FORWARD, chosen)
@@ -269,3 +270,15 @@ def _moves(
     scattered = writes.value[sums & (own >= 0)]
     move("reduce_scatter", FORWARD, scattered)
     move("all_gather", BACKWARD, scattered[values.grad[scattered]])
+
+
+def _among(places: np.ndarray, count: int) -> np.ndarray:
+    """Return which of ``range(count)`` are among `places`."""
+    found = np.zeros(count, bool)
+    found[places] = True
+    return found
+
+
+def _distinct(places: np.ndarray, count: int) -> np.ndarray:
+    """Return each of `places`, which are below `count`, once and in order."""
+    return np.flatnonzero(_among(places, count))

@@ -278,6 +278,29 @@ class Program:
         return {dim.name: dim for dim in self.dims}
 
     @functools.cached_property
+    def alike(self) -> Mapping[int, int]:
+        """The index of each parameter → that of the first that nothing tells from it but its numbers.
+
+        Of one stack, or of the same shape and dims; both trained, or neither.
+        """
+        first: dict[object, int] = {}
+        found = {}
+        for one in self.parameters:
+            stack = self.stack_of.get(one.index)
+            kind = (one.shape, one.dims) if stack is None else stack.arguments[0]
+            found[one.index] = first.setdefault((kind, one.is_trained), one.index)
+        return found
+
+    @functools.cached_property
+    def unwalked(self) -> Mapping[int, tuple[int, ...]]:
+        """The index of each stored argument → its dimensions of more than one place that no scan walks."""
+        found = {}
+        for one in self.stored:
+            walked = [any(self.dims[dim].scanned for dim in composition) for composition in one.dims]
+            found[one.index] = tuple(n for n, size in enumerate(one.shape) if size > 1 and not walked[n])
+        return found
+
+    @functools.cached_property
     def parameters(self) -> tuple[Argument, ...]:
         """The arguments that are parameters."""
         return tuple(argument for argument in self.arguments if argument.is_parameter)

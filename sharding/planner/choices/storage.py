@@ -24,7 +24,8 @@ _STORING = "fsdp"
 def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     """Yield moments and gradients stored as parameters are, then cut over ``data`` too where that differs."""
     seen = []
-    for moments_over in ((), ("data",)):
+    # Over an axis of one device nothing is cut further.
+    for moments_over in ((), ("data",)) if draft.mesh.get("data", 1) > 1 else ((),):
         stored = store(
             given.program,
             draft.mesh,
@@ -86,9 +87,8 @@ def store(
     total = program.elements
     params, optimizer = {}, {}
     for argument in program.parameters:
-        stack = program.stack_of.get(argument.index)
-        first = argument.index if stack is None else stack.arguments[0]
-        if first in params and _alike(program, argument.index, first, declared):
+        first = program.alike[argument.index]
+        if first in params and (not declared or declared.get(argument.index) == declared.get(first)):
             params[argument.index], optimizer[argument.index] = params[first], optimizer[first]
             continue
         kept = declared.get(argument.index, {})
@@ -105,14 +105,6 @@ def store(
         optimizer[argument.index] = tuple(storage)
     state = state_storage(program, mesh, dims, params, over=over, tile_rows=tile_rows)
     return ParameterStorage(params={**params, **state}, optimizer={**optimizer, **state})
-
-
-def _alike(
-    program: Program, index: int, other: int, declared: Mapping[int, Mapping[int, tuple[str, ...]]]
-) -> bool:
-    """Whether two parameters of one stack are asked to lie alike."""
-    trained = program.arguments[index].is_trained == program.arguments[other].is_trained
-    return trained and (not declared or declared.get(index) == declared.get(other))
 
 
 def state_storage(
@@ -167,12 +159,7 @@ def computed(
 
 def _worth_cutting(argument: Argument, program: Program, total: int, dimensions: Sequence[int]) -> list[int]:
     """Return the dimensions that storage may cut: not those a scan walks, needed at its every step."""
-    walked = {
-        n
-        for n, composition in enumerate(argument.dims)
-        if any(program.dims[dim].scanned for dim in composition)
-    }
-    inner = [n for n, size in enumerate(argument.shape) if n not in walked and size > 1]
+    inner = program.unwalked[argument.index]
     stack = program.stack_of.get(argument.index)
     size = math.prod(argument.shape) * (1 if stack is None else len(stack.arguments))
     if len(inner) < 2 and size < _LEAST_VECTOR * total:
