@@ -1,8 +1,9 @@
-"""Pipelines: errors of loss and gradients, collectives in and outside of loops, peaks, executed work.
+"""Pipelines: errors of loss and gradients, collectives in and outside of loops, peaks, executed work, prices.
 
-    python benchmarks/pipelines.py [errors] [memory] [work]
+    python benchmarks/pipelines.py [errors] [memory] [work] [price]
 
-On simulated devices, with a loss of its own: a packed decoder without attention, whose table is tied.
+On simulated devices, with a loss of its own: a packed decoder without attention, whose table is tied. Prices
+are held to what the compiler for v5p makes of it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from meshwright.sharding import declare
+from meshwright.sharding import declare, plan
 from meshwright.sharding.compiled.flops import flops
+from meshwright.sharding.cost.pipeline import Lockstep, held_layers
 from meshwright.sharding.hlo.loops import loops, run_counts
 from meshwright.sharding.hlo.text import parse_hlo
 
@@ -34,10 +36,10 @@ NAMES = {
 }
 
 
-def init(width: int = WIDTH) -> Any:
+def init(width: int = WIDTH, layers: int = LAYERS) -> Any:
     keys = jax.random.split(jax.random.key(0), 3)
-    up = jax.random.normal(keys[0], (LAYERS, width, 4 * width)) / width**0.5
-    down = jax.random.normal(keys[1], (LAYERS, 4 * width, width)) / (2 * width**0.5)
+    up = jax.random.normal(keys[0], (layers, width, 4 * width)) / width**0.5
+    down = jax.random.normal(keys[1], (layers, 4 * width, width)) / (2 * width**0.5)
     return {"blocks": {"up": up, "down": down}, "table": jax.random.normal(keys[2], (VOCAB, width)) * 0.3}
 
 
@@ -56,25 +58,37 @@ def loss(params: Any, batch: Any) -> Any:
     return (losses * batch["counted"]).sum() / batch["counted"].sum()
 
 
-MESHES = (
-    {"stage": 2},
-    {"stage": 4, "data": 2},
-    {"stage": 2, "data": 2, "fsdp": 2},
-    {"stage": 2, "data": 2, "tensor": 2},
+# A mesh, chunks a stage, and layers.
+KINDS = (
+    ({"stage": 2}, 1, 8),
+    ({"stage": 4, "data": 2}, 1, 8),
+    ({"stage": 2, "data": 2, "fsdp": 2}, 1, 8),
+    ({"stage": 2, "data": 2, "tensor": 2}, 1, 8),
+    ({"stage": 4, "data": 2}, 2, 8),
+    ({"stage": 2, "fsdp": 2, "tensor": 2}, 4, 8),
+    ({"stage": 4, "data": 2}, 1, 7),
+    ({"stage": 2, "data": 2, "fsdp": 2}, 2, 7),
 )
 
 
 def compiled(
-    mesh: dict[str, int], microbatches: int, rows: int, width: int = WIDTH, remat: str = "full"
+    mesh: dict[str, int],
+    microbatches: int,
+    rows: int,
+    width: int = WIDTH,
+    remat: str = "full",
+    chunks: int = 1,
+    layers: int = LAYERS,
 ) -> Any:
     count = int(np.prod(list(mesh.values())))
-    params, data = init(width), batch(rows)
+    params, data = init(width, layers), batch(rows)
     how = {"topology": f"cpu:{count}", "mesh": mesh, "names": NAMES, "microbatches": microbatches}
-    plan = declare(loss, params, data, remat=remat, **how)
-    devices = plan.make_mesh(devices=jax.devices()[:count])
-    where = plan.shardings(params, devices), plan.shardings(data, devices, "batch")
+    how |= {"interleave": chunks}
+    made = declare(loss, params, data, remat=remat, **how)
+    devices = made.make_mesh(devices=jax.devices()[:count])
+    where = made.shardings(params, devices), made.shardings(data, devices, "batch")
     args = jax.device_put((params, data), where)
-    return jax.jit(jax.value_and_grad(plan.apply(loss, mesh=devices))).lower(*args).compile(), args
+    return jax.jit(jax.value_and_grad(made.apply(loss, mesh=devices))).lower(*args).compile(), args
 
 
 def counted(program: Any) -> Iterator[str]:
@@ -91,29 +105,28 @@ def counted(program: Any) -> Iterator[str]:
 
 def errors() -> None:
     """Print the relative error of the loss and of the worst gradient leaf, and the collectives of a step."""
-    for mesh in MESHES:
-        for microbatches in (2, 4, 8):
+    for mesh, chunks, layers in KINDS:
+        for microbatches in (2, 5, 8):
             rows = 8 * microbatches * mesh["stage"]
-            program, args = compiled(mesh, microbatches, rows)
+            program, args = compiled(mesh, microbatches, rows, chunks=chunks, layers=layers)
             value, slopes = jax.device_get(program(*args))
-            wanted, plain = jax.value_and_grad(loss)(init(), batch(rows))
+            wanted, plain = jax.value_and_grad(loss)(init(layers=layers), batch(rows))
             pairs = zip(jax.tree.leaves(slopes), jax.tree.leaves(plain), strict=True)
             worst = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
             apart = abs(float(value - wanted) / float(wanted))
-            said = f"{mesh} microbatches={microbatches}: loss {apart:.1e}, gradient {worst:.1e};"
-            print(said, *counted(program))
+            kind = f"{mesh} interleave={chunks} layers={layers} microbatches={microbatches}"
+            print(f"{kind}: loss {apart:.1e}, gradient {worst:.1e};", *counted(program))
 
 
 def memory() -> None:
     """Print the compiled temporaries of 8 to 128 microbatches of the same rows each."""
-    for mesh in ({"stage": 4}, {"stage": 2, "data": 2}):
+    for mesh, chunks in (({"stage": 4}, 1), ({"stage": 2, "data": 2}, 1), ({"stage": 4}, 2)):
         held = [
-            compiled(mesh, count, count * 8, width=64)[0].memory_analysis().temp_size_in_bytes
+            compiled(mesh, count, count * 8, width=64, chunks=chunks)[0].memory_analysis().temp_size_in_bytes
             for count in (8, 32, 128)
         ]
-        print(
-            f"{mesh}: temporaries of 8, 32 and 128 microbatches {[f'{one / 2**20:.2f} MiB' for one in held]}"
-        )
+        said = [f"{one / 2**20:.2f} MiB" for one in held]
+        print(f"{mesh} interleave={chunks}: temporaries of 8, 32 and 128 microbatches {said}")
 
 
 def executed(program: Any) -> float:
@@ -125,21 +138,55 @@ def executed(program: Any) -> float:
 
 
 def work() -> None:
-    """Print the work of layers executed over needed, by the formula 1 + (p - 1) / M.
+    """Print the work of layers executed over needed, by the formula 1 + (p - 1) / (v M).
 
     Needed are two products of a layer forward, two made again by its stage and four of gradients; three of
-    the head. Layers that are rematerialised beside are made a third time.
+    the head. Layers that are rematerialised beside are made a third time. Of uneven counts, copies count too.
     """
-    for stages, microbatches in ((2, 8), (4, 8), (4, 16)):
-        program, _ = compiled({"stage": stages}, microbatches, microbatches * 8, remat="none")
+    for stages, microbatches, chunks, layers in (
+        (2, 8, 1, 8),
+        (4, 8, 1, 8),
+        (4, 16, 1, 8),
+        (2, 8, 2, 8),
+        (2, 8, 4, 16),
+        (4, 8, 2, 16),
+        (4, 8, 1, 7),
+    ):
+        how = {"remat": "none", "chunks": chunks, "layers": layers}
+        program, _ = compiled({"stage": stages}, microbatches, microbatches * 8, **how)
         tokens = 8 * microbatches * TIME
-        needed = 8 * (LAYERS / stages) * 2 * tokens * WIDTH * 4 * WIDTH
+        needed = 8 * (layers / stages) * 2 * tokens * WIDTH * 4 * WIDTH
         head = 3 * 2 * tokens * WIDTH * VOCAB / stages
         share = (executed(program) - head) / needed
-        formula = 1 + (stages - 1) / microbatches
-        print(f"stage={stages} microbatches={microbatches}: {share:.3f}, by the formula {formula:.3f}")
+        ticks = Lockstep(stages=stages, chunks=chunks, microbatches=microbatches)
+        filled = held_layers(layers, stages, chunks) * stages / layers
+        formula = filled * ticks.layer_ticks / (chunks * microbatches)
+        kind = f"stage={stages} microbatches={microbatches} interleave={chunks} layers={layers}"
+        print(f"{kind}: {share:.3f}, by the formula {formula:.3f}")
+
+
+def price() -> None:
+    """Print the estimate beside what the compiler for v5p says: memory, and seconds over the stages."""
+    for microbatches, chunks in ((8, 1), (32, 1), (8, 2)):
+        how = {"topology": "v5p:2x2x1", "mesh": {"stage": 4}, "names": NAMES, "microbatches": microbatches}
+        params, data = jax.eval_shape(lambda: init(512)), batch(microbatches * 64)
+        planned = plan(
+            loss, params, data, optimizer=optax.adamw(1e-3), remat="full", interleave=chunks, **how
+        ).verify()
+        estimate, proof = planned.estimate, planned.proof
+        assert estimate is not None
+        assert proof is not None
+        print(
+            f"microbatches={microbatches} interleave={chunks}: estimated "
+            f"{estimate.peak_bytes / 2**20:.1f} MiB, compiled {proof.peak_bytes / 2**20:.1f} MiB"
+        )
+        of_stages = {name for name in (*estimate.time, *proof.time) if name.endswith("/stage")}
+        for name in sorted(of_stages):
+            pair = estimate.time.get(name, 0.0), proof.time.get(name, 0.0)
+            print(f"  {name}: {pair[0] * 1e3:.4f} ms, compiled {pair[1] * 1e3:.4f} ms")
 
 
 if __name__ == "__main__":
+    COMMANDS = {"errors": errors, "memory": memory, "work": work, "price": price}
     for name in sys.argv[1:] or ["errors", "memory", "work"]:
-        {"errors": errors, "memory": memory, "work": work}[name]()
+        COMMANDS[name]()

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from .cost.measured import load as load_measurement
 from .errors import UserError
 from .hardware.topology import Topology
+from .planner.asked import with_asked
 from .planner.declared import Declared
 from .planner.inputs import Problem
 from .planner.outcome import Search, best_of, declared_plan
@@ -238,12 +239,16 @@ class Plan(Record):
 
         Args:
           subject: an axis (``tensor``), a size of one (``tensor=8``), a dimension or a parameter; all of the
-            plan if not given.
+            plan if not given. A size of an axis that is searched for only where it is declared (``stage=8``)
+            is priced now, if the plan was just made.
 
         Raises:
           UserError: `subject` is none of these.
         """
-        return explain(self, subject)
+        asked = self
+        if subject is not None and self.search is not None:
+            asked = with_asked(self, self.search, subject)
+        return explain(asked, subject)
 
     def compare(self, other: Plan) -> Comparison:
         """Return this plan (A) and `other` (B) side by side, for a terminal or a notebook."""

@@ -135,8 +135,8 @@ def check_runs(plan: Decision) -> None:
         return
     if plan.schedule not in (None, "1f1b"):
         raise UserError(
-            f"stage={stages} runs in 1F1B; schedule={plan.schedule!r} is priced by the planner and cannot be "
-            "run yet"
+            f"stage={stages} runs in 1F1B with any number of chunks; schedule={plan.schedule!r} is priced by "
+            "the planner and cannot be run yet"
         )
     if plan.accumulation != EXACT:
         raise UserError(f"stage={stages} sums microbatches exactly; plan without accumulation='by part'")

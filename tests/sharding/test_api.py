@@ -20,6 +20,7 @@ from meshwright.sharding import Plan, Topology, UserError, plan
 from meshwright.sharding.planner.build import record_of
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.inputs import Problem
+from meshwright.sharding.words import seconds
 
 pytestmark = pytest.mark.numerics
 
@@ -234,6 +235,17 @@ def test_stages_are_priced_and_kept_and_gpipe_is_not_run(tmp_path: pathlib.Path)
     gpipe = dataclasses.replace(made, schedule="gpipe")
     with pytest.raises(UserError, match=r"stage=2 runs in 1F1B .* schedule='gpipe' .* cannot be run yet"):
         gpipe.apply(case.loss)
+
+
+def test_stages_that_were_not_searched_for_are_priced_when_asked_for() -> None:
+    case = zoo.state_space()
+    made = plan(case.loss, *case.shapes(), topology="v5p:2x2x1", optimizer=ADAM)
+    told = made.explain("stage=2")
+    declared = plan(case.loss, *case.shapes(), topology="v5p:2x2x1", optimizer=ADAM, mesh={"stage": 2})
+    assert declared.estimate is not None
+    assert told.startswith("not stage=2: at its best (")
+    assert seconds(declared.estimate.step_seconds) in told
+    assert "stage=3 does not divide 4 devices" in made.explain("stage=3")
 
 
 @pytest.mark.devices(8)

@@ -13,6 +13,7 @@ from ..evidence import Evidence
 from .communication import (
     gathered_by_reduction,
     overlaps_nothing,
+    reduced_each_time,
     reduced_whole,
     replicated_to_reshard,
     resharding,
@@ -24,6 +25,7 @@ from .storage import kept_whole, padding, sequence_squared, spilled_to_host
 FINDERS: list[Callable[[Evidence], list[Finding]]] = [
     gathered_by_reduction,
     reduced_whole,
+    reduced_each_time,
     resharding,
     replicated_to_reshard,
     rematerialised,

@@ -71,6 +71,39 @@ def reduced_whole(evidence: Evidence) -> list[Finding]:
     ]
 
 
+def reduced_each_time(evidence: Evidence) -> list[Finding]:
+    """Return reductions over ``data`` in each microbatch, of gradients that are whole over it.
+
+    Rows alone are cut over it, so that what is summed over it are gradients, and once a step is enough.
+    """
+    planned = evidence.planned
+    if planned is None or planned.microbatches == 1:
+        return []
+    specs = [array.spec for array in planned.params.values()] + list(planned.moments.values())
+    if any("data" in axes_in(spec) for spec in specs):
+        return []
+    chosen = [
+        seen
+        for seen in evidence.collectives
+        if seen.collective.kind in ("all_reduce", "reduce_scatter")
+        and "data" in seen.collective.axes
+        and seen.runs >= planned.microbatches
+    ]
+    return [
+        Finding(
+            kind="reduced_in_loop",
+            what=f"gradients reduced over {axes} {runs:.0f} times a step, in each of "
+            f"microbatches={planned.microbatches}; once after them is enough",
+            remedy="rows are worked through by hand, and gradients reduced once, where the axes that cut "
+            "them cut nothing else and the batch divides by microbatches times those axes",
+            seconds=exposed * (1.0 - 1.0 / planned.microbatches),
+            bytes=bytes_,
+            source=source,
+        )
+        for axes, source, runs, exposed, bytes_ in _by_line(chosen, SMALL * evidence.step_seconds)
+    ]
+
+
 def resharding(evidence: Evidence) -> list[Finding]:
     """Return exchanges of kinds that the plan has none of over their axes."""
     if evidence.planned is None:

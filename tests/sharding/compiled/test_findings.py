@@ -127,3 +127,66 @@ def test_values_sent_to_the_host_unasked_are_found():
 def test_what_the_compiler_computes_again_is_found():
     finding = _kinds(_plan())["compiler_rematerialised"]
     assert finding.seconds == pytest.approx(175000 / 1.75e9)
+
+
+LOOP = """HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (carry: (s32[], f32[4096,1024])) -> (s32[], f32[4096,1024]) {
+  %carry = (s32[], f32[4096,1024]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%carry), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%n, %one)
+  %g = f32[4096,1024]{1,0} get-tuple-element(%carry), index=1
+  %reduced = f32[4096,1024]{1,0} all-reduce(%g), replica_groups=[1,8]<=[8], to_apply=%add
+  ROOT %out = (s32[], f32[4096,1024]{1,0}) tuple(%next, %reduced)
+}
+
+%more (carry: (s32[], f32[4096,1024])) -> pred[] {
+  %carry = (s32[], f32[4096,1024]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%carry), index=0
+  %all = s32[] constant(4)
+  ROOT %less = pred[] compare(%n, %all), direction=LT
+}
+
+ENTRY %main (x: f32[4096,1024]) -> f32[4096,1024] {
+  %x = f32[4096,1024]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[4096,1024]{1,0}) tuple(%zero, %x)
+  %loop = (s32[], f32[4096,1024]{1,0}) while(%start), condition=%more, body=%body, \
+backend_config={"known_trip_count":{"n":"4"}}
+  ROOT %y = f32[4096,1024]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "spec", "found"), [(4, (), True), (1, (), False), (4, ("data",), False)]
+)
+def test_gradients_reduced_in_each_microbatch_are_found(microbatches, spec, found):
+    mesh = {"data": 8, "fsdp": 1, "tensor": 1}
+    proof = read_proof(
+        LOOP.replace("\\\n", ""),
+        topology=TOPOLOGY,
+        mesh=mesh,
+        peak_bytes=2.0**25,
+        memory={},
+        compile_seconds=0.0,
+        versions={},
+        planned=_plan(
+            mesh=mesh,
+            dims={},
+            params={"w": ArrayPlan(shape=(1024, 1024), dtype="float32", spec=spec)},
+            batch={},
+            microbatches=microbatches,
+        ),
+    )
+    told = [finding for finding in proof.findings if finding.kind == "reduced_in_loop"]
+    assert bool(told) == found
+    if found:
+        assert "over data 4 times a step" in told[0].what
