@@ -29,6 +29,8 @@ from .step import StepParts, Turns, exposed, microbatch, reduce_once, stream_byt
 
 # Of what stages hand on, held beside the inputs that are kept: the next one's, what came, and what goes back.
 _IN_HAND = 4
+# Bytes of an element that gradients are added up in, at least.
+_SUMMED = 4.0
 # Phases of `Busy` in which layers run forward, and run again.
 _AGAIN = 2
 
@@ -185,11 +187,26 @@ def _move_layers(time: dict[str, float], parts: StepParts, ticks: Lockstep) -> N
 
 
 def _gradients(parts: StepParts) -> np.ndarray:
-    """Return the bytes of accumulated gradients by section, were a device to hold all layers."""
+    """Return the bytes of gradients by section as ticks add them up, were a device to hold all layers.
+
+    They lie as parameters do, in four bytes at least; where they are stored in more parts, they go there once
+    a step.
+    """
     table = parts.table.parameters
-    each = table.item_bytes if parts.gradient_bytes is None else parts.gradient_bytes
-    sizes = table.elements * table.trained * each / lying_over(parts.over.gradients, parts.candidate.mesh)
+    each = np.maximum(table.item_bytes, _SUMMED)
+    sizes = table.elements * table.trained * each / lying_over(parts.over.parameters, parts.candidate.mesh)
     return np.bincount(table.section, weights=sizes, minlength=3)
+
+
+def _summed(profile: ProgramTables, params: np.ndarray) -> np.ndarray:
+    """Return what `_gradients` does, of the bytes of parameters by section."""
+    table = profile.parameters
+    whole = np.bincount(
+        table.section, weights=table.elements * table.item_bytes * (1.0 - table.state), minlength=3
+    )
+    wide = np.maximum(table.item_bytes, _SUMMED) * table.trained
+    summed = np.bincount(table.section, weights=table.elements * wide, minlength=3)
+    return params * summed / np.maximum(whole, 1.0)
 
 
 def moments(
@@ -215,6 +232,8 @@ def moments(
     part = np.array([1 / ticks.stages, share / ticks.chunks, 1 / ticks.stages])
     inputs = (ticks.inputs + _IN_HAND) * work.stream
     items = {name: float(row @ here) for name, row in stored.items.items()}
+    gradients = _summed(profile, stored.items["params"])
+    items["gradients"] = float(gradients @ here)
     if is_moved(profile.layers, ticks.stages, ticks.chunks):
         # What came from where it is stored lies beside that.
         items["params"] += float(stored.items["params"][LAYERS] * share)
@@ -223,7 +242,7 @@ def moments(
         items["captured"] = profile.captured_bytes
     for phase in (AFTER, LAYERS, BEFORE):
         alone = 1.0 if phase == LAYERS else 1 / ticks.stages
-        beside = stored.beside[phase] * (share / ticks.chunks if phase == LAYERS else 1.0)
+        beside = gradients[phase] * (share / ticks.chunks if phase == LAYERS else 1.0)
         yield {
             **items,
             "gradients": items["gradients"] + float(beside),
