@@ -13,6 +13,9 @@ from ...ops.products import product_facts, products_refusal
 from ...program.program import Program
 from ...xla.gpu_targets import compute_capability
 
+# Compiled forward and backward for CPUs, v5e and H100: dense but for TPUs' forward pass and rows' gradient.
+_RAGGED = "ragged_dot_general"
+
 
 def kernel_of(chip: Chip) -> str:
     """Return the kernel of products of grouped rows that a chip has, plain XLA's loop if it has none."""
@@ -26,12 +29,14 @@ def kernel_of(chip: Chip) -> str:
 def choose(program: Program, topology: Topology) -> tuple[Mapping[str, Mapping[str, Any]], tuple[str, ...]]:
     """Return a Plan's ``kernels`` for the calls of `ops.experts` in `program`, and notes.
 
-    A call that the kernel does not take is left to XLA's loop, and a note says why.
+    A call that the kernel does not take is left to XLA's loop, and a note says why. So does one of products
+    over groups that compilers work out densely.
     """
+    dense = _dense(program, topology.chip)
     kernel = kernel_of(topology.chip)
     calls = [one.eqn for one in program.equations() if experts_call(one.eqn) is not None]
     if kernel == TILES or not calls:
-        return {}, ()
+        return {}, dense
     refused = []
     for eqn in calls:
         x, _, _, *matrices = (atom.aval for atom in eqn.invars)
@@ -39,4 +44,22 @@ def choose(program: Program, topology: Topology) -> tuple[Mapping[str, Mapping[s
     reasons = dict.fromkeys(why for why in refused if why is not None)
     notes = tuple(f"products of experts by {kernel} cannot be had: {why}; XLA multiplies" for why in reasons)
     taken = None in refused
-    return ({"experts": {"implementation": kernel}} if taken else {}), notes
+    return ({"experts": {"implementation": kernel}} if taken else {}), notes + dense
+
+
+def _dense(program: Program, chip: Chip) -> tuple[str, ...]:
+    """Say which `lax.ragged_dot` multiplies every row by every group's matrix, and what does not."""
+    found: dict[str, int] = {}
+    if chip.nominal:
+        return ()
+    for one, where in program.located():
+        shape = getattr(one.eqn.invars[1].aval, "shape", ()) if one.primitive == _RAGGED else ()
+        if len(shape) == 3 and shape[0] > 1:
+            found.setdefault(where, shape[0])
+    what = "for the gradient of its matrices " if chip.platform == "tpu" else ""
+    return tuple(
+        f"lax.ragged_dot at {where} multiplies {what}every row by the matrices of all {groups} groups, "
+        f"{groups} times the work, when it is compiled for {chip.name}; sharding.ops.experts multiplies each "
+        "row by its own"
+        for where, groups in found.items()
+    )

@@ -57,3 +57,21 @@ def test_what_a_kernel_does_not_take_is_said_and_left_to_xla(options: dict[str, 
 def test_a_plans_kernel_that_is_not_known_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_kernels({"experts": settings})
+
+
+@pytest.mark.parametrize(
+    ("topology", "what"),
+    [("h100:8", "multiplies every row"), ("v5e:2x4", "for the gradient of its matrices")],
+)
+def test_a_dense_product_over_groups_is_said_with_its_line(topology: str, what: str) -> None:
+    def ragged(params: Any, batch: Any) -> Any:
+        return jnp.mean(jax.lax.ragged_dot(batch["x"], params["up"], batch["sizes"]))
+
+    shape = jax.ShapeDtypeStruct
+    batch = {"x": shape((64, 128), jnp.float32), "sizes": shape((8,), jnp.int32)}
+    params = {"up": shape((8, 128, 256), jnp.float32)}
+    made = plan(ragged, params, batch, topology=topology, optimizer=optax.sgd(0.1), mesh={"data": 8})
+    note = next(one for one in made.notes if "lax.ragged_dot" in one)
+    assert "test_experts.py" in note
+    assert "all 8 groups" in note
+    assert what in note
