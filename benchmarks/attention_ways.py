@@ -305,6 +305,37 @@ def two_products(x: dict[str, jax.Array]) -> jax.Array:
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
+def rotary_beside(x: dict[str, jax.Array]) -> jax.Array:
+    """As DeepSeek's latent attention has it: each head's product, and one with rotary keys of all heads."""
+    query, key, value = repeated(x)
+    own, shared = query[..., :5], key[:, :, 0, 5:]
+    scores = jnp.einsum("bqhd,bkhd->bhqk", own, key[..., :5])
+    scores = (scores + jnp.einsum("bqhr,bkr->bhqk", query[..., 5:], shared)) * WIDTH**-0.5
+    weights = jax.nn.softmax(jnp.where(causal(x) & kept(x), scores, -1e30), -1)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def absorbed(x: dict[str, jax.Array]) -> jax.Array:
+    """Latent attention whose keys are values too, one head of them; each product scaled by itself."""
+    latent, rotary = x["value"][:, :, 0], x["key"][:, :, 0, :3]
+    one = jnp.einsum("bqhr,bkr->bqhk", x["query"][..., :3], rotary) * 0.5
+    other = jnp.einsum("bqhc,bkc->bqhk", x["query"], latent) / 4
+    scores = jnp.swapaxes(one - other, 1, 2)
+    return jnp.einsum("bhqk,bkc->bqhc", jax.nn.softmax(jnp.where(causal(x), scores, -1e9), -1), latent)
+
+
+def two_products_of_groups(x: dict[str, jax.Array]) -> jax.Array:
+    """Groups of heads that read the same keys, in half precision, widened before the products."""
+    half = {name: x[name].astype(jnp.bfloat16).astype(jnp.float32) for name in ("query", "key", "value")}
+    query = half["query"].reshape(BATCH, -1, KV_HEADS, HEADS // KV_HEADS, WIDTH)
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", query[..., :4] * 0.3, half["key"][..., :4])
+    scores += jnp.einsum("bqkgd,bskd->bkgqs", query[..., 4:], half["key"][..., 4:]) * 0.2
+    out = jnp.einsum(
+        "bkgqs,bskd->bqkgd", jax.nn.softmax(jnp.where(causal(x), scores, -1e30), -1), half["value"]
+    )
+    return out.reshape(x["query"].shape)
+
+
 def with_a_sink(x: dict[str, jax.Array]) -> jax.Array:
     query, key, value = repeated(x)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
@@ -414,11 +445,14 @@ WAYS: dict[str, Way] = {
     "highest precision": highest,
     "a sink": with_a_sink,
     "sinks of heads": sinks_of_heads,
+    "two products": two_products,
+    "rotary keys of all heads": rotary_beside,
+    "absorbed latents": absorbed,
+    "two products of groups": two_products_of_groups,
 }
 
 # What is left as it is written, with a note that says what of it is in the way.
 LEFT: dict[str, tuple[Way, str]] = {
-    "scores of two products": (two_products, "of two products"),
     "weights returned": (weights_returned, "read by more than"),
 }
 

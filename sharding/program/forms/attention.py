@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from .further import Further, fits, further_product, rank
 from .masks import NEVER, Labels, Mask, Masks, Part, Scores, is_truth
 from .opened import Opened
 from .placed import PlacedDims, through
@@ -37,7 +38,8 @@ class WrittenAttention:
     `place`, negative for what is summed over in the scores. `sizes` are by label. `groups` are the dimensions
     of queries that read the same keys. `product` in `scope` gives the result, of labels ``place["out"]``.
     `mask` is taken apart, `written` is not. `sink` is a score that is in the sum of weights alone; weights
-    are multiplied by `factors` and `times`; `precision` is what both products ask for.
+    are multiplied by `factors` and `times`; `precision` is what all products ask for. `further` are products
+    of other queries and keys that are added to the scores.
     """
 
     product: core.JaxprEqn
@@ -58,6 +60,7 @@ class WrittenAttention:
     factors: tuple[Part, ...] = ()
     times: float = 1.0
     precision: str | None = None
+    further: tuple[Further, ...] = ()
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -212,10 +215,9 @@ class AttentionFinder:
         if key not in self._back:
             self._back[key] = None
             for n in _BACK.get(name, (0,) if name in SAME else ()):
-                found = self._product_before(eqn.invars[n], depth - 1)
-                if found is not None:
+                found, known = self._product_before(eqn.invars[n], depth - 1), self._back[key]
+                if found is not None and (known is None or rank(found[0]) > rank(known[0])):
                     self._back[key] = found[0], (*found[1], (eqn, n))
-                    break
         return self._back[key]
 
     def _product_after(
@@ -262,8 +264,12 @@ class AttentionFinder:
             result, place["out"] = self._divided(softmax, last, place["out"], of_weights, sizes)
         else:
             self._check_readers(softmax.weights, steps_after, last)
+        further = self._further(first, placed, keys, scoring)
         rows = self._rows(placed, scoring.parts)
         scores = Scores(sizes=placed.sizes, batch=placed.batch, rows=rows, keys=keys)
+        groups = tuple(d for d in placed.free if d != rows)
+        if not all(fits(one, placed.batch, rows, keys, groups) for one in further):
+            raise NotThis("its scores are of two products, whose keys are not alike for all queries")
         return WrittenAttention(
             product=result,
             scope=scope,
@@ -272,7 +278,7 @@ class AttentionFinder:
             value=last.invars[1 - side],
             place=place,
             scores=scores,
-            groups=tuple(d for d in placed.free if d != rows),
+            groups=groups,
             sizes=(*placed.sizes, width),
             scale=scoring.scale,
             cap=scoring.cap,
@@ -282,8 +288,21 @@ class AttentionFinder:
             sink=None if scoring.sink is None else self.masks.stripped(scoring.sink, placed.sizes),
             factors=tuple(factors),
             times=times,
-            precision=_precision_of(first, last),
+            precision=_precision_of(first, *(one.product for one in further), last),
+            further=further,
         )
+
+    def _further(
+        self, first: core.JaxprEqn, placed: PlacedDims, keys: int, scoring: _Scoring
+    ) -> tuple[Further, ...]:
+        """Return what is added to scores as products of queries and keys, and take it out of the parts."""
+        products, parts = [], []
+        for part in scoring.parts:
+            found = self._product_before(part.atom, _FAR // 2) if part.how == "added" else None
+            one = found and further_product(self.values, part, found, first, placed.sizes, keys)
+            (parts if one is None else products).append(part if one is None else one)
+        scoring.parts = parts
+        return tuple(products)
 
     def _divided(
         self, softmax: _Softmax, last: core.JaxprEqn, labels: Labels, of_weights: Labels, sizes: Sequence[int]

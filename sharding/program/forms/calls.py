@@ -7,6 +7,7 @@ keys; so is what is added to scores, and what weights are multiplied by.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,13 +52,18 @@ class Calls:
     def _of(self, one: WrittenAttention) -> tuple[core.ClosedJaxpr, list[Any]]:
         mask = one.mask
         parts = [*mask.padding, *mask.query_padding]
-        atoms, labels, scale = self._operands(one)
+        atoms, labels, scales = self._operands(one)
+        scale = scales[0] * one.scale
         heads = _heads(one, parts)
         sink = () if one.sink is None else (one.sink,)
         pairs = (*mask.pairs, *mask.biases, *one.factors, *sink)
         others = [*(mask.segments[0] if mask.segments else ()), *parts, *pairs]
         call = Call(
-            arrays=(*labels, *(part.labels for part in others)),
+            arrays=(*labels[:3], *(part.labels for part in others)),
+            further=tuple(
+                (labels[n], labels[n + 1], more.by * by / scale)
+                for n, more, by in zip(range(3, len(labels), 2), one.further, scales[1:], strict=True)
+            ),
             out=one.place["out"],
             sizes=one.sizes,
             batch=tuple(d for d in _by_place(one) if d not in heads),
@@ -90,52 +96,67 @@ class Calls:
             raise NotThis("its segments are told by several arrays, or by numbers that are no integers")
         if call.seen.block is not None and call.literal and mask.by_data:
             raise NotThis("it has blocks, and a mask of its own for every query and key")
-        inputs = [*atoms, *(part.atom for part in others)]
+        inputs = [*atoms[:3], *(part.atom for part in others), *atoms[3:]]
         kinds = shapes(inputs)
         key = call, tuple((kind.shape, str(kind.dtype)) for kind in kinds)
         if key not in self._made:
             self._made[key] = jax.make_jaxpr(lambda *arrays: carried_out(call, *arrays))(*kinds)
         return self._made[key], inputs
 
-    def _operands(self, one: WrittenAttention) -> tuple[list[Any], list[Labels], float]:
-        """Return query, key and value as they were before heads were repeated or their type was widened."""
-        query, key, value = one.query, one.key, one.value
-        labels = [one.place["query"], one.place["key"], one.place["value"]]
-        # What asks for products of float32 that are exact gets them, whatever was widened.
-        asked = one.precision is not None
-        narrow, scale = (None, 1.0) if asked else self._narrow([query, key, value])
-        if narrow is not None:
-            query, key, value = narrow
-        if not one.groups:
-            key, value, labels[1:] = self._unrepeated(key, value, labels[1:], one)
-        return [query, key, value], labels, one.scale * scale
+    def _operands(self, one: WrittenAttention) -> tuple[list[Any], list[Labels], list[float]]:
+        """Return query, key and value as they were before heads were repeated or their type was widened.
 
-    def _narrow(self, atoms: Sequence[Any]) -> tuple[list[Any] | None, float]:
-        """Return the operands in the one type that they were widened from, and what has scaled them since."""
-        found, scale = [], 1.0
+        After them come queries and keys of further products. The numbers are what each product is scaled by
+        for that.
+        """
+        more = [atom for other in one.further for atom in (other.query, other.key)]
+        atoms = [one.query, one.key, one.value, *more]
+        labels = [one.place["query"], one.place["key"], one.place["value"]]
+        labels += [place for other in one.further for place in (other.of_query, other.of_key)]
+        scales = [1.0] * (1 + len(one.further))
+        # What asks for products of float32 that are exact gets them, whatever was widened.
+        narrow = None if one.precision is not None else self._narrow(atoms)
+        if narrow is not None:
+            by = narrow[1]
+            scaled = [by[0] * by[1], *(by[n] * by[n + 1] for n in range(3, len(by), 2))]
+            shares = (
+                other.by * more / (one.scale * scaled[0])
+                for other, more in zip(one.further, scaled[1:], strict=True)
+            )
+            # Queries of another scale would be rounded once more in a narrow type.
+            if all(math.frexp(abs(share))[0] == 0.5 for share in shares):
+                atoms, scales = narrow[0], scaled
+        if not one.groups:
+            atoms[1], atoms[2], labels[1:3] = self._unrepeated(atoms[1], atoms[2], labels[1:3], one)
+        return atoms, labels, scales
+
+    def _narrow(self, atoms: Sequence[Any]) -> tuple[list[Any], list[float]] | None:
+        """Return the operands in the one type that they were widened from, and what has scaled each since."""
+        found, scales = [], []
         for n, atom in enumerate(atoms):
             by = 1.0
             eqn = self.values.made(atom, "mul", "div")
             # A scale between the widening and the product is as well put on the scores.
-            number = self.values.number(eqn.invars[1]) if eqn is not None and n < 2 else None
+            number = self.values.number(eqn.invars[1]) if eqn is not None and n != 2 else None
             if eqn is not None and number:
                 atom, by = eqn.invars[0], number if eqn.primitive.name == "mul" else 1 / number
             before = self.values.made(atom, "convert_element_type")
             if before is not None:
                 atom = before.invars[0]
             elif by != 1.0:
-                return None, 1.0
+                return None
             found.append(self.values.opening.outside(atom))
-            scale *= by
+            scales.append(by)
         kinds = {str(dtype_of(atom)) for atom in found}
-        if len(kinds) != 1 or kinds.isdisjoint(_LOW) or not scale > 0:
-            return None, 1.0
-        return found, scale
+        if len(kinds) != 1 or kinds.isdisjoint(_LOW) or not scales[0] * scales[1] > 0:
+            return None
+        return found, scales
 
     def _unrepeated(
         self, key: Any, value: Any, labels: Sequence[Labels], one: WrittenAttention
     ) -> tuple[Any, Any, list[Labels]]:
-        for head in reversed(_by_place(one)):
+        of_further = {d for other in one.further for dim in other.of_key for d in dim}
+        for head in (head for head in reversed(_by_place(one)) if head not in of_further):
             found = [self._before_repeat(a, b, head) for a, b in zip((key, value), labels, strict=True)]
             if found[0] is not None and found[1] is not None and found[0][2] == found[1][2]:
                 return found[0][0], found[1][0], [found[0][1], found[1][1]]

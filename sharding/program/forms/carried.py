@@ -27,7 +27,9 @@ class Call:
     then segments of queries and keys, then conditions of keys, then of queries, then of both (`pairs`), then
     biases, then factors of weights, then a sink. `padding`, `query_padding` and `pairs` say of each condition
     whether true shows or hides; `factors` too, None of one that is a number. `biases` say what each is
-    multiplied by. `literal` says that a query that sees nothing gets what `fill` makes of it.
+    multiplied by. `further` are labels of queries and keys of further products, whose arrays come last, and
+    what each is multiplied by beside the first. `literal` says that a query that sees nothing gets what
+    `fill` makes of it.
     """
 
     arrays: tuple[Labels, ...]
@@ -55,6 +57,7 @@ class Call:
     literal: bool = False
     fill: float | None = None
     precision: str | None = None
+    further: tuple[tuple[Labels, Labels, float], ...] = ()
 
     @property
     def over_scores(self) -> int:
@@ -91,6 +94,10 @@ def carried_out(call: Call, *arrays: Any) -> Any:
         for array, labels, order in zip(arrays[:3], call.arrays[:3], orders, strict=True)
     )
     value = value.astype(query.dtype)
+    if call.further:
+        count = 2 * len(call.further)
+        query, key = _joined(call, query, key, arrays[-count:], orders)
+        arrays = arrays[:-count]
     last = len(arrays) - call.over_scores - call.sink
     ids, sees = _ids(call, query.shape[0], arrays[3:last])
     out = attention(
@@ -118,6 +125,27 @@ def carried_out(call: Call, *arrays: Any) -> Any:
     # A width and groups of heads are as many as the result has of them.
     out = laid_out(out, (*orders[0][:3], (width,)), call.out, call.sizes)
     return out.astype(call.dtype)
+
+
+def _joined(
+    call: Call, query: Any, key: Any, arrays: Sequence[Any], orders: Sequence[Sequence[Sequence[int]]]
+) -> tuple[Any, Any]:
+    """Return queries and keys joined along their width with those of further products.
+
+    A product of what is joined is the sum of the products. Keys that all heads share are given to each.
+    """
+    queries, keys = [query], [key]
+    for (of_query, of_key, by), one, other in zip(call.further, arrays[::2], arrays[1::2], strict=True):
+        summed = tuple(sorted((d for dim in of_query for d in dim if d < 0), reverse=True))
+        places = (of_query, [*orders[0][:3], summed]), (of_key, [*orders[1][:3], summed])
+        one, other = (
+            laid_out(array, labels, order, call.sizes)
+            for array, (labels, order) in zip((one, other), places, strict=True)
+        )
+        one = one if by == 1.0 else one * jnp.asarray(by, one.dtype)
+        for found, whole, more in ((queries, query, one), (keys, key, other)):
+            found.append(jnp.broadcast_to(more, (*whole.shape[:3], more.shape[3])).astype(whole.dtype))
+    return jnp.concatenate(queries, axis=3), jnp.concatenate(keys, axis=3)
 
 
 def _weighing(call: Call, arrays: Sequence[Any]) -> dict[str, Any]:

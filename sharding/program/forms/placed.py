@@ -39,7 +39,8 @@ class PlacedDims:
             raise NotThis("")
         self.keys = keys
 
-    def _operand(self, side: int) -> Labels:
+    def operand(self, side: int) -> Labels:
+        """Return the labels of an operand of the product, the left one (0) or the right one."""
         rank = len(shape(self._first.invars[side]))
         found: list[tuple[int, ...]] = [()] * rank
         for label, d in zip(self.batch, self._batch[side], strict=True):
@@ -69,8 +70,8 @@ class PlacedDims:
         rest = [labels[d] for d in range(len(labels)) if d not in (*mine[0], *mine[1])]
         of_width = [(width,), *rest] if side == 1 else [*rest, (width,)]
         place = {
-            "query": self._operand(self.query),
-            "key": self._operand(1 - self.query),
+            "query": self.operand(self.query),
+            "key": self.operand(1 - self.query),
             "value": tuple(of_value),
             "out": tuple([labels[d] for d in mine[1]] + of_width),
         }

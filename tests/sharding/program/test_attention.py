@@ -64,6 +64,9 @@ SAMPLE = [
     "scaled after its bias",
     "sinks of heads",
     "divided late",
+    "rotary keys of all heads",
+    "absorbed latents",
+    "two products of groups",
     "NNX's dropout",
 ]
 PADDED = [name for name in ways.WAYS if "padd" in name or "pairs" in name] + ["two masks, added"]
