@@ -336,6 +336,33 @@ def two_products_of_groups(x: dict[str, jax.Array]) -> jax.Array:
     return out.reshape(x["query"].shape)
 
 
+def by_a_learned_number(x: dict[str, jax.Array]) -> jax.Array:
+    """Cosines of queries and keys, by a number of each head, and by another of each query."""
+    query, key, value = (one / (1 + jnp.linalg.norm(one, axis=-1, keepdims=True)) for one in repeated(x))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * jnp.exp(x["bias"][:, 0, 0])[:, None, None]
+    scores = scores / jnp.log(rows(x) + 2.0)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(causal(x), scores, -1e30), -1), value)
+
+
+def batch_and_heads_taken_apart(x: dict[str, jax.Array]) -> jax.Array:
+    """One batch of all heads, taken apart for the mask alone, as models moved from PyTorch have it."""
+    query, key, value = (jnp.swapaxes(one, 1, 2).reshape(-1, LENGTH, WIDTH) for one in repeated(x))
+    scores = (query @ jnp.swapaxes(key, 1, 2) / np.sqrt(WIDTH)).reshape(BATCH, HEADS, LENGTH, LENGTH)
+    scores = (scores + x["bias"] + jnp.where(kept(x), 0.0, -1e9)).reshape(-1, LENGTH, LENGTH)
+    return jnp.swapaxes((jax.nn.softmax(scores, -1) @ value).reshape(BATCH, HEADS, LENGTH, WIDTH), 1, 2)
+
+
+def windows_of_images(x: dict[str, jax.Array]) -> jax.Array:
+    """Windows in the batch, and a mask of some windows, as Swin has it; a bias by a product with one-hots."""
+    query, key, value = (one.reshape(BATCH * 4, 4, HEADS, WIDTH) for one in repeated(x))
+    distance = jax.nn.one_hot(jnp.arange(4)[:, None] - jnp.arange(4) + 3, 7)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query * 0.3, key)
+    scores += jnp.einsum("hn,qkn->hqk", x["bias"][:, 0, :7], distance)
+    shifted = jnp.where(jnp.arange(4)[:, None, None] % 2 < np.tri(4), 0.0, -100.0)
+    scores = (scores.reshape(BATCH, 4, HEADS, 4, 4) + shifted[:, None]).reshape(scores.shape)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, -1), value).reshape(x["query"].shape)
+
+
 def with_a_sink(x: dict[str, jax.Array]) -> jax.Array:
     query, key, value = repeated(x)
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key)
@@ -445,6 +472,9 @@ WAYS: dict[str, Way] = {
     "highest precision": highest,
     "a sink": with_a_sink,
     "sinks of heads": sinks_of_heads,
+    "by a learned number": by_a_learned_number,
+    "batch and heads taken apart": batch_and_heads_taken_apart,
+    "windows of images": windows_of_images,
     "two products": two_products,
     "rotary keys of all heads": rotary_beside,
     "absorbed latents": absorbed,

@@ -13,13 +13,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core
 
-from .further import Further, fits, further_product, rank
+from .further import Further, fits, further_product, precision_of, rank
 from .masks import NEVER, Labels, Mask, Masks, Part, Scores, is_truth
 from .opened import Opened
-from .placed import PlacedDims, through
+from .placed import PlacedDims, placed_along, through
 from .spans import NotThis
 from .values import SAME, Sources, shape
 
@@ -39,7 +38,8 @@ class WrittenAttention:
     of queries that read the same keys. `product` in `scope` gives the result, of labels ``place["out"]``.
     `mask` is taken apart, `written` is not. `sink` is a score that is in the sum of weights alone; weights
     are multiplied by `factors` and `times`; `precision` is what all products ask for. `further` are products
-    of other queries and keys that are added to the scores.
+    of other queries and keys that are added to the scores, `scaled` is what scores of a query are
+    ``multiplied`` or ``divided`` by.
     """
 
     product: core.JaxprEqn
@@ -61,6 +61,7 @@ class WrittenAttention:
     times: float = 1.0
     precision: str | None = None
     further: tuple[Further, ...] = ()
+    scaled: tuple[Part, ...] = ()
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -72,6 +73,12 @@ class _Scoring:
     parts: list[Part] = dataclasses.field(default_factory=list)
     sink: Part | None = None
     end: bool = True
+    scaled: list[Part] = dataclasses.field(default_factory=list)
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything but a factor has been put on the scores."""
+        return self.cap is not None or self.sink is not None or bool(self.parts)
 
 
 class _Softmax(NamedTuple):
@@ -242,8 +249,8 @@ class AttentionFinder:
         scope: Opened,
     ) -> WrittenAttention:
         (first, steps), (steps_after, last, side) = before, after
-        placed = PlacedDims(first)
-        labels: Labels = tuple((d,) for d in range(len(placed.sizes)))
+        placed = placed_along(first, steps)
+        labels = placed.scores
         scoring = _Scoring()
         for eqn, main in steps:
             self._step(eqn, main, labels, scoring)
@@ -264,12 +271,10 @@ class AttentionFinder:
             result, place["out"] = self._divided(softmax, last, place["out"], of_weights, sizes)
         else:
             self._check_readers(softmax.weights, steps_after, last)
-        further = self._further(first, placed, keys, scoring)
+        further, scaled = self._further(first, placed, keys, scoring), self._scaled(placed, keys, scoring)
         rows = self._rows(placed, scoring.parts)
         scores = Scores(sizes=placed.sizes, batch=placed.batch, rows=rows, keys=keys)
         groups = tuple(d for d in placed.free if d != rows)
-        if not all(fits(one, placed.batch, rows, keys, groups) for one in further):
-            raise NotThis("its scores are of two products, whose keys are not alike for all queries")
         return WrittenAttention(
             product=result,
             scope=scope,
@@ -288,8 +293,9 @@ class AttentionFinder:
             sink=None if scoring.sink is None else self.masks.stripped(scoring.sink, placed.sizes),
             factors=tuple(factors),
             times=times,
-            precision=_precision_of(first, *(one.product for one in further), last),
+            precision=precision_of(first, *(one.product for one in further), last),
             further=further,
+            scaled=scaled,
         )
 
     def _further(
@@ -300,9 +306,21 @@ class AttentionFinder:
         for part in scoring.parts:
             found = self._product_before(part.atom, _FAR // 2) if part.how == "added" else None
             one = found and further_product(self.values, part, found, first, placed.sizes, keys)
-            (parts if one is None else products).append(part if one is None else one)
+            if one is None or not fits(one, placed.batch, placed.free, keys):
+                parts.append(part)
+            elif scoring.scaled:
+                raise NotThis("one of its products is multiplied by an array")
+            else:
+                products.append(one)
         scoring.parts = parts
         return tuple(products)
+
+    def _scaled(self, placed: PlacedDims, keys: int, scoring: _Scoring) -> tuple[Part, ...]:
+        """Return what the scores of a query are multiplied by alike."""
+        found = tuple(self.masks.stripped(part, placed.sizes) for part in scoring.scaled)
+        if any(keys in part.has() for part in found):
+            raise NotThis("its scores are multiplied by an array")
+        return found
 
     def _divided(
         self, softmax: _Softmax, last: core.JaxprEqn, labels: Labels, of_weights: Labels, sizes: Sequence[int]
@@ -341,6 +359,12 @@ class AttentionFinder:
         others = [atom for n, atom in enumerate(eqn.invars) if n != main]
         if name in ("mul", "div"):
             by = self.values.number(others[0])
+            if by is None and not (main == 1 and name == "div") and not scoring.changed:
+                # Numbers of a query are as well put on the query itself.
+                here = labels if shape(others[0]) else ()
+                how = "multiplied" if name == "mul" else "divided"
+                scoring.scaled.append(Part(atom=others[0], labels=here, how=how, fill=1.0))
+                return
             if by is None or not by > 0 or (name == "div" and main == 1):
                 raise NotThis("its scores are multiplied by an array")
             by = 1 / by if name == "div" else by
@@ -472,18 +496,3 @@ def live(scope: Opened) -> list[core.JaxprEqn]:
             kept.append(eqn)
             needed.update(atom for atom in eqn.invars if not isinstance(atom, core.Literal))
     return kept[::-1]
-
-
-def _precision_of(*products: core.JaxprEqn) -> str | None:
-    """Return what products ask for, None for what is always done; raises NotThis if they ask for several."""
-    found = set()
-    for product in products:
-        asked = product.params["precision"]
-        for one in asked if isinstance(asked, tuple) else (asked,):
-            # Of half precision, what is multiplied as it is and summed in float32 is what is always done.
-            usual = one is None or "DEFAULT" in str(one) or str(one).endswith("16_F32")
-            found.add(None if usual else one)
-    if len(found) > 1 or not all(one is None or isinstance(one, jax.lax.Precision) for one in found):
-        raise NotThis(f"its products ask for precision {', '.join(str(one) for one in found)}")
-    (one,) = found
-    return None if one is None else one.name.lower()

@@ -60,6 +60,7 @@ class Calls:
         others = [*(mask.segments[0] if mask.segments else ()), *parts, *pairs]
         call = Call(
             arrays=(*labels[:3], *(part.labels for part in others)),
+            scaled=tuple((part.labels, part.how == "multiplied") for part in one.scaled),
             further=tuple(
                 (labels[n], labels[n + 1], more.by * by / scale)
                 for n, more, by in zip(range(3, len(labels), 2), one.further, scales[1:], strict=True)
@@ -96,7 +97,8 @@ class Calls:
             raise NotThis("its segments are told by several arrays, or by numbers that are no integers")
         if call.seen.block is not None and call.literal and mask.by_data:
             raise NotThis("it has blocks, and a mask of its own for every query and key")
-        inputs = [*atoms[:3], *(part.atom for part in others), *atoms[3:]]
+        of_queries = [part.atom for part in one.scaled]
+        inputs = [*atoms[:3], *(part.atom for part in others), *of_queries, *atoms[3:]]
         kinds = shapes(inputs)
         key = call, tuple((kind.shape, str(kind.dtype)) for kind in kinds)
         if key not in self._made:
@@ -115,7 +117,8 @@ class Calls:
         labels += [place for other in one.further for place in (other.of_query, other.of_key)]
         scales = [1.0] * (1 + len(one.further))
         # What asks for products of float32 that are exact gets them, whatever was widened.
-        narrow = None if one.precision is not None else self._narrow(atoms)
+        exact = one.precision is not None or (one.scaled and one.scores_aval.dtype.itemsize > 2)
+        narrow = None if exact else self._narrow(atoms)
         if narrow is not None:
             by = narrow[1]
             scaled = [by[0] * by[1], *(by[n] * by[n + 1] for n in range(3, len(by), 2))]

@@ -28,7 +28,8 @@ class Call:
     biases, then factors of weights, then a sink. `padding`, `query_padding` and `pairs` say of each condition
     whether true shows or hides; `factors` too, None of one that is a number. `biases` say what each is
     multiplied by. `further` are labels of queries and keys of further products, whose arrays come last, and
-    what each is multiplied by beside the first. `literal` says that a query that sees nothing gets what
+    what each is multiplied by beside the first. Before them come those that scores of a query are multiplied
+    by (`scaled`), or divided by. `literal` says that a query that sees nothing gets what
     `fill` makes of it.
     """
 
@@ -58,6 +59,7 @@ class Call:
     fill: float | None = None
     precision: str | None = None
     further: tuple[tuple[Labels, Labels, float], ...] = ()
+    scaled: tuple[tuple[Labels, bool], ...] = ()
 
     @property
     def over_scores(self) -> int:
@@ -98,6 +100,9 @@ def carried_out(call: Call, *arrays: Any) -> Any:
         count = 2 * len(call.further)
         query, key = _joined(call, query, key, arrays[-count:], orders)
         arrays = arrays[:-count]
+    if call.scaled:
+        query = _scaled(call, query, arrays[-len(call.scaled) :], orders[0][:3])
+        arrays = arrays[: -len(call.scaled)]
     last = len(arrays) - call.over_scores - call.sink
     ids, sees = _ids(call, query.shape[0], arrays[3:last])
     out = attention(
@@ -146,6 +151,15 @@ def _joined(
         for found, whole, more in ((queries, query, one), (keys, key, other)):
             found.append(jnp.broadcast_to(more, (*whole.shape[:3], more.shape[3])).astype(whole.dtype))
     return jnp.concatenate(queries, axis=3), jnp.concatenate(keys, axis=3)
+
+
+def _scaled(call: Call, query: Any, arrays: Sequence[Any], order: Sequence[Sequence[int]]) -> Any:
+    """Return queries multiplied, or divided, by numbers of their own, of each head or of all."""
+    found = query
+    for array, (labels, multiplies) in zip(arrays, call.scaled, strict=True):
+        by = _over(array, labels, order, call.sizes)[..., None]
+        found = found * by if multiplies else found / by
+    return found.astype(query.dtype)
 
 
 def _weighing(call: Call, arrays: Sequence[Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Scores that are a sum of products, each of queries and keys of its own: rotary parts beside others."""
+"""Products of attention: sums of several, each of queries and keys of its own, and what they ask for."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.extend import core
 
 from .masks import Labels, Part, dtype_of
 from .placed import PlacedDims, through
 from .spans import NotThis
-from .values import Sources, shape
+from .values import Sources
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,14 +113,29 @@ def _matched(
     return found
 
 
-def fits(one: Further, batch: Sequence[int], rows: int, keys: int, groups: Sequence[int]) -> bool:
+def fits(one: Further, batch: Sequence[int], free: Sequence[int], keys: int) -> bool:
     """Whether a product's keys are alike for all queries of a group, as attention's keys are."""
     of_key = {d for dim in one.of_key for d in dim if d >= 0}
     of_query = {d for dim in one.of_query for d in dim if d >= 0}
-    return keys in of_key <= {keys, *batch} and rows in of_query <= {rows, *batch, *groups}
+    return keys in of_key <= {keys, *batch} and bool(of_query & set(free)) and keys not in of_query
 
 
 def rank(eqn: core.JaxprEqn) -> int:
     """Return how many dimensions a product keeps apart: of two that are added, the first has the most."""
     (_, (batch, _)) = eqn.params["dimension_numbers"]
-    return len(batch) if shape(eqn.outvars[0]) else 0
+    return len(batch)
+
+
+def precision_of(*products: core.JaxprEqn) -> str | None:
+    """Return what products ask for, None for what is always done; raises NotThis if they ask for several."""
+    found = set()
+    for product in products:
+        asked = product.params["precision"]
+        for one in asked if isinstance(asked, tuple) else (asked,):
+            # Of half precision, what is multiplied as it is and summed in float32 is what is always done.
+            usual = one is None or "DEFAULT" in str(one) or str(one).endswith("16_F32")
+            found.add(None if usual else one)
+    if len(found) > 1 or not all(one is None or isinstance(one, jax.lax.Precision) for one in found):
+        raise NotThis(f"its products ask for precision {', '.join(str(one) for one in found)}")
+    (one,) = found
+    return None if one is None else one.name.lower()

@@ -123,7 +123,8 @@ class Masks:
     def _take(self, mask: Mask, part: Part, scores: Scores, apart: bool) -> None:
         static = self._static(part, scores) if apart else None
         if part.how == "added" and static is None:
-            if self._of_products(part.atom, _NEAR):
+            whole = {scores.rows, scores.keys, *scores.batch}
+            if whole <= part.has() and self._of_products(part.atom, _NEAR):
                 raise NotThis("its scores are of two products")
             mask.biases.append(part)
             mask.late |= any(added == 0 for added, _ in mask.fills)
