@@ -340,7 +340,7 @@ def by_a_learned_number(x: dict[str, jax.Array]) -> jax.Array:
     """Cosines of queries and keys, by a number of each head, and by another of each query."""
     query, key, value = (one / (1 + jnp.linalg.norm(one, axis=-1, keepdims=True)) for one in repeated(x))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * jnp.exp(x["bias"][:, 0, 0])[:, None, None]
-    scores = scores / jnp.log(rows(x) + 2.0)
+    scores = scores / jnp.log(rows(x) + 2.0) * x["keep"].astype(jnp.float32).sum(1).reshape(-1, 1, 1, 1)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(causal(x), scores, -1e30), -1), value)
 
 

@@ -361,7 +361,8 @@ class AttentionFinder:
             by = self.values.number(others[0])
             if by is None and not (main == 1 and name == "div") and not scoring.changed:
                 # Numbers of a query are as well put on the query itself.
-                here = labels if shape(others[0]) else ()
+                sizes = shape(others[0])
+                here = tuple(() if size == 1 else one for size, one in zip(sizes, labels, strict=False))
                 how = "multiplied" if name == "mul" else "divided"
                 scoring.scaled.append(Part(atom=others[0], labels=here, how=how, fill=1.0))
                 return
