@@ -379,8 +379,8 @@ def plan(
             the loss does not come in `microbatches`.
     """
     declared = Declared(
-        mesh=mesh or {},
-        rules=rules or {},
+        mesh={} if mesh is None else mesh,
+        rules={} if rules is None else rules,
         remat=remat,
         microbatches=microbatches,
         schedule=schedule,

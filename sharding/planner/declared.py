@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from ..cost.candidate import Candidate
@@ -49,12 +50,26 @@ class Declared:
     max_passes: int = MAX_PASSES
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         check_accumulation(self.accumulation)
         if isinstance(self.max_passes, bool) or not isinstance(self.max_passes, int) or self.max_passes < 1:
             raise UserError(f"max_passes={self.max_passes!r} must be a whole number of at least 1")
         check_chunks(self.interleave, self.mesh)
         if self.segments is not None and (type(self.segments) is not int or self.segments < 1):
             raise UserError(f"segments={self.segments!r} must be a whole number of at least 1")
+
+    def _check_kinds(self) -> None:
+        for name, such_as in (("mesh", '{"data": 8}'), ("rules", '{"mlp": "tensor"}')):
+            if not isinstance(getattr(self, name), Mapping):
+                raise UserError(f"{name}={getattr(self, name)!r} is no mapping, such as {such_as}")
+        for axis, size in self.mesh.items():
+            if isinstance(size, bool) or not isinstance(size, int | np.integer):
+                raise UserError(f"the mesh's {axis!r} is {size!r}: no whole number, nor -1 for what is left")
+        parts = self.microbatches
+        if parts is not None and (isinstance(parts, bool) or not isinstance(parts, int | np.integer)):
+            raise UserError(f"microbatches={parts!r} must be a whole number of at least 1")
+        if self.attention is not None and not isinstance(self.attention, str | Sequence):
+            raise UserError(f"attention={self.attention!r} must be the name of a kernel, or several")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

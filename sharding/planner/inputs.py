@@ -99,6 +99,8 @@ class Problem:
         return (self.params, self.batch) if self.state is None else (self.params, self.batch, self.state)
 
     def __post_init__(self) -> None:
+        if self.optimizer is not None and not all(hasattr(self.optimizer, one) for one in ("init", "update")):
+            raise UserError(f"optimizer={self.optimizer!r} is none of optax's, such as optax.adamw(1e-3)")
         object.__setattr__(self, "params", abstract(self.params, "parameter"))
         object.__setattr__(self, "batch", abstract(self.batch, "batch array"))
         if self.state is not None:

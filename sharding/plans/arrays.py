@@ -38,6 +38,8 @@ def mesh_of(plan: Decision, devices: Any = None) -> Mesh:
 
 def specs(plan: Decision, tree: Any, kind: str = "params") -> Any:
     """Return the PartitionSpec of every array in a tree, see `Plan.specs`."""
+    if kind not in ("params", "batch", "state"):
+        raise UserError(f"kind={kind!r} is none of params, batch, state")
     if kind != "params":
         rows = getattr(plan, kind) or {}
         return map_by_path(lambda path, leaf: PartitionSpec(*_planned(rows, path, leaf)), tree)

@@ -18,6 +18,7 @@ import numpy as np
 from jax._src import source_info_util  # seen in 0.10.2 and 0.12.0
 from jax.core import Tracer
 from jax.extend import core
+from jax.sharding import AxisType
 
 from ..ops import cudnn
 from .identity import fingerprint
@@ -203,8 +204,14 @@ def context_of(equation: core.JaxprEqn) -> Iterator[None]:
     """Within it, new equations carry the source line, name scope and settings of `equation`."""
     info = equation.source_info
     scope = source_info_util.current_name_stack() + info.name_stack
+    around = jax.sharding.get_abstract_mesh()
     with source_info_util.user_context(info.traceback, name_stack=scope), equation.ctx.manager:
-        yield
+        if AxisType.Manual not in around.axis_types:
+            yield
+            return
+        # The mesh that was set where the loss was traced is not that of a region it is run in.
+        with jax.sharding.use_abstract_mesh(around):
+            yield
 
 
 def run(equation: core.JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any]:

@@ -49,6 +49,8 @@ def checked_forms(which: Iterable[str]) -> tuple[str, ...]:
     >>> checked_forms(["layers", "attention"])
     ('attention', 'layers')
     """
+    if not isinstance(which, Iterable):
+        raise UserError(f"recognise={which!r} must be some of {', '.join(FORMS)}")
     words = (which,) if isinstance(which, str) else tuple(which)
     for word in words:
         if word not in FORMS:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jax.core import Tracer
@@ -77,14 +78,37 @@ def called(loss: Callable[..., Any], name: str, *args: Any) -> Any:
     """
     try:
         return loss(*args)
+    except UserError:
+        raise
     except Exception as error:
-        known = [type(error).__name__, *(kind.__name__ for kind in type(error).__mro__)]
+        known = [kind.__name__ for kind in type(error).__mro__]
         for mistake in _MISTAKES:
             if mistake.type in known and mistake.words in str(error):
-                raise UserError(
-                    f"the loss ({name}) cannot be traced: {_where(error)}it {mistake.does}"
-                ) from error
+                said = f"the loss ({name}) cannot be traced: {_where(error)}it {mistake.does}"
+                raise UserError(said) from error
+        if said := _of_call(name, args, error) or _of_jax(name, error):
+            raise UserError(said) from error
         raise
+
+
+def _of_call(name: str, args: Sequence[Any], error: Exception) -> str | None:
+    """Say that a loss does not take what it is called with, if that is what it raised."""
+    trace = error.__traceback__
+    if not isinstance(error, TypeError) or trace is None or trace.tb_next is not None:
+        return None
+    asked = ", ".join(("params", "batch", "state")[: len(args)])
+    return f"the loss ({name}) is called as loss({asked}), which it does not take: {error}"
+
+
+def _of_jax(name: str, error: Exception) -> str | None:
+    """Say where a loss asks what cannot be of JAX, such as a product of arrays that do not fit."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
+    of_jax = is_library(file) and "jax" in pathlib.Path(file).parts
+    if not of_jax or not isinstance(error, (TypeError, ValueError)):
+        return None
+    told = str(error).strip() or type(error).__name__
+    return f"the loss ({name}) cannot be traced: {_where(error)}JAX says: {told.splitlines()[0]}"
 
 
 def check_constants(jaxpr: core.ClosedJaxpr) -> None:

@@ -40,10 +40,10 @@ from .attention import AttentionKernel
 from .constrain import Constrain
 from .experts import Multiplier
 from .gather import ByHand, Scattering
-from .meshes import explicit_axes, of_plan
+from .meshes import automatic, explicit_axes, of_plan
 from .pipeline.build import pipelined
 from .remat import Name, Remat
-from .said import not_arrays, other_devices
+from .said import lying_elsewhere, not_arrays, other_devices
 
 
 def passes_of(
@@ -289,21 +289,35 @@ def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:
         if said := not_arrays(args, ("parameters", "batch", "loss's state")):
             raise UserError(said)
         try:
-            return one(*args)
-        except ValueError as error:
-            if isinstance(error, UserError) or (said := other_devices(mesh)) is None:
+            with automatic(mesh):
+                return one(*args)
+        except UserError:
+            raise
+        except Exception as error:
+            said = _why(plan, mesh, args, error)
+            if said is None:
                 raise
-        except TypeError as error:
-            if "forward-mode" not in str(error):
-                raise
-        if said:
-            raise UserError(said)
-        raise UserError(
+        raise UserError(said)
+
+    return function
+
+
+def _why(plan: Decision, mesh: Any, args: Sequence[Any], error: Exception) -> str | None:
+    """Return what a caller of a planned loss did wrong that it raised `error`, None if that is not known."""
+    if isinstance(error, TypeError) and "forward-mode" in str(error):
+        return (
             "what plan.apply gives is differentiated by reverse only (jax.grad, jax.vjp, and these of one "
             "another): take jax.jacrev for jax.jvp or jax.jacfwd, or differentiate the loss itself"
         )
-
-    return function
+    names = ("parameters", "batch", "loss's state")
+    if said := other_devices(mesh) or lying_elsewhere(args, names, mesh):
+        return said
+    try:
+        for kind, tree in zip(("parameter", "batch array", "state array"), args, strict=False):
+            arrays.check_arrays(plan, kind, tree)
+    except UserError as wrong:
+        return str(wrong)
+    return None
 
 
 def _passes(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from ..errors import UserError
 from ..plans.record import Decision
@@ -22,6 +22,8 @@ def of_plan(plan: Decision, mesh: Mesh | AbstractMesh) -> Any:
     Raises:
       UserError: its axes are not the plan's.
     """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise UserError(f"mesh={mesh!r} is no mesh; give it plan.make_mesh()")
     have = {axis: size for axis, size in mesh.shape.items() if size > 1}
     wanted = {axis: size for axis, size in plan.mesh.items() if size > 1}
     if have != wanted:
@@ -43,12 +45,25 @@ def of_plan(plan: Decision, mesh: Mesh | AbstractMesh) -> Any:
 @contextlib.contextmanager
 def automatic(mesh: Mesh | AbstractMesh) -> Iterator[None]:
     """Within it, what is traced lies as a plan's constraints say, whatever mesh the caller has set."""
-    if not explicit_axes():
+    own = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    around = jax.sharding.get_abstract_mesh()
+    by_hand = AxisType.Manual in around.axis_types
+    others = around.axis_names and not by_hand and dict(around.shape) != dict(own.shape)
+    if not others and not explicit_axes():
         yield
         return
-    own = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
     with jax.sharding.use_abstract_mesh(own):
         yield
+
+
+def constrained(value: Any, sharding: NamedSharding) -> Any:
+    """Return `value` lying as `sharding` says; where every axis is manual there is nothing to say.
+
+    JAX batches a constraint by what only an automatic axis takes.
+    """
+    if all(kind == AxisType.Manual for kind in sharding.mesh.axis_types):
+        return value
+    return jax.lax.with_sharding_constraint(value, sharding)
 
 
 def explicit_axes() -> tuple[str, ...]:

@@ -33,6 +33,8 @@ def wanted(optimizer: optax.GradientTransformation) -> frozenset[str]:
 
     Raises UserError if it needs, by its own signature, what a step has not.
     """
+    if not all(hasattr(optimizer, one) for one in ("init", "update")):
+        raise UserError(f"optimizer={optimizer!r} is none of optax's, such as optax.adamw(1e-3)")
     parameters = inspect.signature(optimizer.update).parameters.values()
     needed = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
     for name in needed:

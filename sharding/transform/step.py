@@ -22,7 +22,7 @@ from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
 from .optimizer import change, extra_of, handles_nonfinite, wanted
-from .said import not_arrays, other_devices
+from .said import lying_elsewhere, not_arrays, other_devices
 
 if TYPE_CHECKING:
     import optax
@@ -103,7 +103,7 @@ def train_step(
     of_state = arrays.shardings(plan, shapes, mesh)
     of_batch = arrays.shardings(plan, batch, mesh, "batch")
     return Step(
-        init=jax.jit(first, out_shardings=of_state),
+        init=cast("jax.stages.Wrapped", _Said(jax.jit(first, out_shardings=of_state), ("key",), mesh)),
         update=jitted_update(plan, planned, optimizer, mesh=mesh, measure=measure, guard=guard),
         evaluate=jitted_evaluate(
             plan,
@@ -149,6 +149,9 @@ def jitted_update(
             return within(state, batch)
 
     def within(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        lacks = {"step", "params", "optimizer"} - set(state if isinstance(state, dict) else ())
+        if lacks:
+            raise UserError(f"the first argument is no training state: it lacks {', '.join(sorted(lacks))}")
         # One of other making may lack the flag.
         state = {"stopped": jnp.bool_(False), **state}
         state["params"] = insisting(state["params"], "parameter")
@@ -217,7 +220,7 @@ def first_state(
     arrays.check_arrays(plan, "parameter", shapes["params"])
     if "state" in shapes:
         arrays.check_arrays(plan, "state array", shapes["state"])
-    return jax.jit(first, out_shardings=arrays.shardings(plan, shapes, mesh))(key)
+    return _Said(jax.jit(first, out_shardings=arrays.shardings(plan, shapes, mesh)), ("key",), mesh)(key)
 
 
 def _first(
@@ -388,7 +391,11 @@ class _Said:
         try:
             return function(*args)
         except (TypeError, ValueError) as error:
-            said = not_arrays(args, self._names) or other_devices(self._mesh)
+            said = (
+                not_arrays(args, self._names)
+                or other_devices(self._mesh)
+                or lying_elsewhere(args, self._names, self._mesh)
+            )
             if said is None or isinstance(error, UserError):
                 raise
         raise UserError(said)

@@ -35,6 +35,14 @@ def laid_out(params: Any, x: Any) -> Any:
     return jax.lax.with_sharding_constraint(x @ params["w"], PartitionSpec("data")).mean()
 
 
+def other_sizes(params: Any, x: Any) -> Any:
+    return (x.T @ params["w"]).mean()
+
+
+def of_one(params: Any) -> Any:
+    return params["w"].mean()
+
+
 def left_over(params: Any, x: Any) -> Any:
     jax.jit(lambda y: LEFT.append(y))(x)
     return (LEFT[-1] @ params["w"]).mean()
@@ -48,6 +56,7 @@ def left_over(params: Any, x: Any) -> Any:
         (by_mask, "picks elements by a mask"),
         (over_devices, "names an axis that is not there"),
         (laid_out, "by a PartitionSpec alone"),
+        (other_sizes, "JAX says: dot_general requires"),
         (left_over, "another trace has left outside"),
     ],
     ids=lambda one: getattr(one, "__name__", ""),
@@ -61,6 +70,11 @@ def test_a_loss_that_cannot_be_traced(loss: Any, says: str) -> None:
         with pytest.raises(UserError, match=says) as caught:
             door()
         assert f"test_untraceable.py:{line} ({loss.__name__})" in str(caught.value)
+
+
+def test_a_loss_that_takes_no_batch() -> None:
+    with pytest.raises(UserError, match=r"is called as loss\(params, batch\), which it does not take"):
+        plan(of_one, PARAMS, X, topology="cpu:8")
 
 
 def test_a_planned_loss_that_cannot_be_traced() -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from meshwright.sharding import UserError, declare, train_step
 
 pytestmark = pytest.mark.devices(8)
@@ -83,3 +84,50 @@ def test_where_parts_are_gathered_or_added_up_forward_is_one_sentence() -> None:
         made = planned(**how).apply(loss)
         with pytest.raises(UserError, match="differentiated by reverse only"):
             jax.jvp(lambda p, made=made: made(p, batch()), (params,), (params,))
+
+
+def test_parts_are_worked_through_under_a_mesh_of_other_axes_and_in_batches_of_parameters() -> None:
+    plan, params = planned(microbatches=2), init(jax.random.key(0))
+    other = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    wanted = jax.jit(jax.value_and_grad(loss))(params, batch())
+    with jax.set_mesh(other):
+        found = jax.jit(jax.value_and_grad(plan.apply(loss)))(params, batch())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, wanted)
+    several = jax.vmap(lambda by: plan.apply(loss)({"w": by * params["w"]}, batch()))(jnp.arange(1.0, 3.0))
+    np.testing.assert_allclose(several[0], wanted[0], rtol=1e-6)
+
+
+def test_other_devices_and_other_arrays_are_one_sentence() -> None:
+    plan, params = planned(microbatches=2), init(jax.random.key(0))
+    step = train_step(plan, loss, init, batch(), SGD, mesh=plan.make_mesh())
+    few = Mesh(np.array(jax.devices()[:4]), ("x",))
+    with jax.set_mesh(few):
+        for call in (step.init, jax.jit(lambda _: plan.apply(loss)(params, batch()))):
+            with pytest.raises(UserError, match=r"jax\.set_mesh has set has 4 devices, the plan's 8"):
+                call(jax.random.key(0))
+    there = jax.device_put(batch(), NamedSharding(few, PartitionSpec()))
+    for call in (step.evaluate, plan.apply(loss)):
+        with pytest.raises(UserError, match="'x' of the batch was put on other devices"):
+            call(params, there)
+    with pytest.raises(UserError, match="batch array"):
+        plan.apply(loss)(params, {})
+    with pytest.raises(UserError, match="is no training state: it lacks optimizer, params, step"):
+        step.update(batch(), batch())
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"mesh": [8]}, "is no mapping, such as"),
+        ({"mesh": {"data": "8"}}, "'data' is '8': no whole number"),
+        ({"rules": "w"}, "is no mapping, such as"),
+        ({"microbatches": "2"}, "microbatches='2' must be a whole number"),
+        ({"attention": 3}, "must be the name of a kernel"),
+        ({"recognise": 3}, "must be some of attention"),
+        ({"optimizer": optax.adam}, "is none of optax's"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_one_sentence(how: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        planned(**how)
