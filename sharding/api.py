@@ -316,6 +316,7 @@ def plan(
     interleave: int | None = None,
     attention: str | Sequence[str] | None = None,
     segments: int | None = None,
+    context: str | None = None,
     names: Any = None,
     trainable: Any = None,
     state: Any = None,
@@ -357,6 +358,9 @@ def plan(
         segments: how many segments a row of the batch has at most, its padding counted as one, where those of
             one id lie next to each other. Kernels that read packed rows by their segments want it; a row that
             breaks it gives a loss that is not a number.
+        context: how attention goes over the mesh axis of that name: ``gathered`` (every device gets all
+            keys), ``heads`` (the sequence is traded for heads), ``ring`` (chunks of keys go round) or
+            ``neighbours`` (those that a window reaches); the fastest that fits if not given.
         names: a tree like `params` of tuples of dimension names, for rules and for what is printed.
         trainable: which parameters are trained, all floats if not given: a pattern over paths or several
             (``"*lora*"``), patterns → bool, or a tree of bools like `params`. The others are kept in the
@@ -387,6 +391,7 @@ def plan(
         interleave=interleave,
         attention=attention,
         segments=segments,
+        context=context,
         accumulation=accumulation,
         max_passes=max_passes,
     )
@@ -420,6 +425,7 @@ def declare(
     interleave: int = 1,
     attention: str | Sequence[str] | None = None,
     segments: int | None = None,
+    context: str | None = None,
     trainable: Any = None,
     state: Any = None,
     recognise: Sequence[str] = FORMS,
@@ -454,6 +460,7 @@ def declare(
         interleave: chunks of layers that each stage of the mesh holds.
         attention: as in `plan`: ``auto`` if not given.
         segments: as in `plan`.
+        context: as in `plan`.
         trainable: which parameters are trained, as in `plan`.
         state: what changes beside the parameters, as in `plan`.
         recognise: as in `plan`: all if not given.
@@ -484,6 +491,7 @@ def declare(
         interleave=interleave,
         attention=attention,
         segments=segments,
+        context=context,
         accumulation=accumulation,
         max_passes=max_passes,
     )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 from ..errors import UserError
+from ..ops.context.ways import check_way
 from ..plans.vocabulary import check_words
 
 # The mesh axes of each dimension of an array, major first.
@@ -33,6 +34,7 @@ class Candidate:
       microbatches: how many the batch is worked through in, one after another.
       schedule: of pipeline stages: ``1f1b`` or ``gpipe`` (all forward, then all backward).
       interleave: model chunks that a stage holds.
+      context: how attention goes over ``context``, a word of `ops.context.ways.WAYS`; None where XLA gathers.
 
     Raises:
       UserError: an axis, a policy or a schedule is not known, or a count is below 1.
@@ -48,9 +50,11 @@ class Candidate:
     microbatches: int = 1
     schedule: str = "1f1b"
     interleave: int = 1
+    context: str | None = None
 
     def __post_init__(self) -> None:
         check_words(self.mesh, self.remat, self.schedule)
+        check_way(self.context)
         if self.microbatches < 1 or self.interleave < 1:
             raise UserError(
                 f"microbatches={self.microbatches} and interleave={self.interleave} must be at least 1"

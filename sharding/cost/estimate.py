@@ -13,6 +13,7 @@ from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link
 from .compute import Passes, passes, peak_flops
+from .context import Attending, SpreadCall, context_bytes, context_seconds, laid_calls
 from .exchange import Exchange, StoredOver, exchange, parts, stored_over
 from .execution import Execution, execution_for
 from .kept import Residuals
@@ -44,6 +45,7 @@ class Pricer:
       more_passes: of microbatches over the batch, in parts of one forward and backward; see
         `transform.accumulation.levels`.
       other: gives the Pricer for a candidate that this one is not for, None where this one is.
+      calls: of attention, which candidates may lay over ``context``.
 
     >>> import jax
     >>> from meshwright.sharding import Topology
@@ -68,6 +70,7 @@ class Pricer:
         dtype: str = "bfloat16",
         more_passes: float = 0.0,
         other: Callable[[Candidate], Pricer | None] | None = None,
+        calls: Sequence[SpreadCall] = (),
     ) -> None:
         self.profile = program if isinstance(program, ProgramTables) else profile(program)
         self.topology = topology
@@ -81,6 +84,7 @@ class Pricer:
         self.dtype = dtype
         self._more_passes = more_passes
         self._other = other
+        self._calls = tuple(calls)
         self._placements: dict[object, Placement] = {}
         self._stored: dict[object, tuple[StoredOver, object]] = {}
         self._slots: dict[object, tuple[float, object]] = {}
@@ -143,6 +147,7 @@ class Pricer:
             tuple(candidate.mesh.items()),
             tuple((dim, axes) for dim, axes in candidate.dims.items() if axes),
             candidate.microbatches,
+            candidate.context,
         )
         known = self._placements.get(key)
         if known is None:
@@ -173,6 +178,8 @@ class Pricer:
             self.execution.last_layer_apart,
         )
         items = max(found, key=lambda items: sum(items.values()))
+        if candidate.context is not None:
+            items["communication"] += context_bytes(laid_calls(self._calls, candidate), candidate.context)
         return {name: float(size) for name, size in items.items()}
 
     def _slot_bytes(self, candidate: Candidate, over: StoredOver) -> float:
@@ -245,6 +252,9 @@ class Pricer:
             gradient_bytes=self.gradient_bytes,
         )
         time = step_seconds(parts, execution.through_stages)
+        if candidate.context is not None:
+            for name, waited in self._over_context(candidate, wires, calibration, once, kept).items():
+                time[name] = time.get(name, 0.0) + waited * candidate.microbatches
         if candidate.microbatches > 1 and self._more_passes:
             once = ("host", "bubble")
             time["passes"] = self._more_passes * sum(s for name, s in time.items() if name not in once)
@@ -261,6 +271,25 @@ class Pricer:
         doublings = math.log2(max(candidate.num_devices, 1))
         time["stragglers"] = sum(time.values()) * calibration.imbalance_per_doubling * doublings
         return {name: float(seconds) for name, seconds in time.items() if seconds}
+
+    def _over_context(
+        self,
+        candidate: Candidate,
+        wires: Mapping[str, Link],
+        calibration: Calibration,
+        once: Passes,
+        kept: Residuals,
+    ) -> dict[str, float]:
+        """Return what a microbatch waits for attention's sends over ``context``."""
+        assert candidate.context is not None
+        calls = laid_calls(self._calls, candidate)
+        if not calls:
+            return {}
+        products = self.profile.products.equation
+        again = bool(kept.again[products[self.profile.steps.core[products]]].any())
+        forward, backward = (float(once.seconds[n, 1].sum()) for n in range(2))
+        work = Attending(forward=forward, backward=backward, again=again)
+        return context_seconds(calls, candidate.context, wires["context"], calibration, work)
 
     def passes(self, candidate: Candidate) -> Passes:
         """Return a candidate's forward and backward passes over one microbatch."""

@@ -117,7 +117,8 @@ def place(profile: ProgramTables, candidate: Candidate) -> Placement:
         parameter_won = _winners(profile.parameters.dims, dims)
         parameter_log[parameter_won >= 0] -= shrink
         partial[axis] = np.zeros(len(parameter_log), bool)
-        _moves(profile, axis, candidate.mesh[axis], value_won, step_won, partial[axis], moves)
+        apart = candidate.context is not None and axis == "context"
+        _moves(profile, axis, candidate.mesh[axis], value_won, step_won, partial[axis], moves, apart=apart)
     value_fraction, role_fraction = np.exp(value_log), np.exp(role_log)
     if profile.batch_dims and candidate.microbatches > 1:
         columns, share = list(profile.batch_dims), 1.0 / candidate.microbatches
@@ -219,8 +220,12 @@ def _moves(
     step_won: np.ndarray,
     partial: np.ndarray,
     moves: list[tuple[str, str, int, np.ndarray]],
+    *,
+    apart: bool = False,
 ) -> None:
     """Append to `moves` what crosses `axis`; mark in `partial` the gradients that are partial sums over it.
+
+    What attention moves is priced `apart`, see `context`.
 
     The cases are those of the table at the top of the module. An array that several equations need moved in
     the same way moves once.
@@ -232,6 +237,9 @@ def _moves(
     inside = divided & reads.dims[np.arange(len(step)), step]
     whole = (own >= 0) & ~inside & divided
     needs_whole = (own >= 0) & ~divided
+    if apart:
+        outside = ~profile.steps.core[reads.equation]
+        whole, needs_whole, divided = whole & outside, needs_whole & outside, divided & outside
     parameter = values.parameter[reads.value]
     is_weight = parameter >= 0
     # d(operand) sums over all of the iteration space that the operand lacks: in parts where that is cut.

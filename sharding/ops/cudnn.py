@@ -116,6 +116,29 @@ def plain(
     return out
 
 
+def with_sums(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Return attention of scaled queries, and its sums' logarithms, float32 ``[batch, heads, queries]``."""
+    out, sums = _forward((query, key, value), _Asked(1.0, causal), training=True)
+    return out, sums
+
+
+def gradients(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    out: jax.Array,
+    sums: jax.Array,
+    d_out: jax.Array,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of queries, keys and values by a result and sums that may be of more keys."""
+    d_query, d_key, d_value = _backward((query, key, value), _Asked(1.0, causal), sums, out, d_out)
+    return d_query, d_key, d_value
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _masked(query: Any, key: Any, value: Any, query_ids: Any, key_ids: Any, call: _Asked) -> jax.Array:
     parts = _chunks(query.shape[1], key.shape[1], call)
@@ -211,13 +234,14 @@ def _settings(call: _Asked, *, packs: bool, biased: bool) -> dict[str, Any]:
     """Return what both primitives are bound with. A mask hides all that causality does."""
     kinds = fused_attention_stablehlo.MaskType
     kind = kinds.PADDING_CAUSAL if call.causal else kinds.PADDING
+    unmasked = kinds.CAUSAL if call.causal and not biased else kinds.NO_MASK
     settings: dict[str, Any] = {
         "scale": call.scale,
         "seed": 42,
         "dropout_rate": 0.0,
         # Whether there is a mask, and whether its gradient is asked for.
         "variadic_args": (biased, False),
-        "mask_type": kind if packs else kinds.NO_MASK,
+        "mask_type": kind if packs else unmasked,
         "layout": fused_attention_stablehlo.AttentionLayout.BTNH.value,
         "sliding_window_length": None,
     }

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..errors import UserError, nearest
 from . import cudnn
 from .attention import AttentionCall, scaled
+from .context.order import chunks_of
 from .products import check_products
 from .segments import marked
 
@@ -139,6 +141,9 @@ def splash_kernel(
     blocks: tuple[int, int],
     name: str | None,
     interpret: bool,
+    before: int = 0,
+    balanced: bool = False,
+    sums: bool = False,
 ) -> Any:
     """Return a `SplashAttentionKernel` for `heads` query heads, to be called through `splash`.
 
@@ -151,6 +156,9 @@ def splash_kernel(
         blocks: rows of queries and of keys that are worked on at a time.
         name: what the result and the logarithm of its sum are kept under by rematerialisation, if anything.
         interpret: run it on a CPU, step by step.
+        before: keys that stand before the first query.
+        balanced: whether rows lie over devices in balanced order, see `ops.context.order`.
+        sums: whether it gives the logarithm of each row's sum too; it has no gradient then.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -160,11 +168,15 @@ def splash_kernel(
         mask = masks.FullMask(shape)
     elif call.ahead:
         behind = None if call.window is None or call.window >= keys else call.window - 1
-        mask = masks.LocalMask(shape, window_size=(behind, call.ahead), offset=0, shard_count=row_parts)
+        mask = masks.LocalMask(shape, window_size=(behind, call.ahead), offset=before, shard_count=row_parts)
     elif call.window is None or call.window >= keys:
-        mask = masks.CausalMask(shape, shard_count=row_parts)
+        mask = masks.CausalMask(shape, offset=before, shard_count=row_parts)
     else:
-        mask = masks.LocalMask(shape, window_size=(call.window - 1, 0), offset=0, shard_count=row_parts)
+        mask = masks.LocalMask(shape, window_size=(call.window - 1, 0), offset=before, shard_count=row_parts)
+    if balanced and isinstance(mask, masks.CausalMask):
+        # The place of each row, as the devices have them.
+        chunks = np.arange(queries, dtype=np.int32).reshape(2 * row_parts, -1)
+        mask.q_sequence = chunks[chunks_of(row_parts, balanced=True).reshape(-1)].reshape(-1)
     return splash.make_splash_mha(
         mask=masks.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(
@@ -179,6 +191,7 @@ def splash_kernel(
         q_seq_shards=row_parts,
         attn_logits_soft_cap=call.cap,
         residual_checkpoint_name=name,
+        save_residuals=sums,
         interpret=interpret,
     )
 

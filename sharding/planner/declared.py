@@ -15,6 +15,7 @@ from ..cost.candidate import Candidate
 from ..errors import IndivisibleBatch, UserError
 from ..hardware.axes import resolve_axes
 from ..hardware.topology import Topology
+from ..ops.context.ways import check_way
 from ..paths import by_path, matches
 from ..plans.record import ArrayPlan
 from ..plans.specs import axes_in, by_dimension, cut_into
@@ -46,12 +47,14 @@ class Declared:
     interleave: int | None = None
     attention: str | Sequence[str] | None = None
     segments: int | None = None
+    context: str | None = None
     accumulation: str = EXACT
     max_passes: int = MAX_PASSES
 
     def __post_init__(self) -> None:
         self._check_kinds()
         check_accumulation(self.accumulation)
+        check_way(self.context)
         if isinstance(self.max_passes, bool) or not isinstance(self.max_passes, int) or self.max_passes < 1:
             raise UserError(f"max_passes={self.max_passes!r} must be a whole number of at least 1")
         check_chunks(self.interleave, self.mesh)

@@ -10,6 +10,8 @@ from typing import Any
 
 from ..cost.calibration import Calibration, calibration_for
 from ..cost.candidate import Candidate
+from ..cost.compute import FusedAttention
+from ..cost.context import SpreadCall, calls_of, laid_calls
 from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
 from ..cost.measured import Measurement
@@ -31,6 +33,7 @@ from ..transform.accumulation.proof import InParts
 from ..xla.compiler import compiler_of
 from . import build
 from .choices import attention as kernels
+from .choices.context import by_kernel
 from .choices.microbatches import PartsProof
 from .choices.remat import check_names, ladders, read
 from .declared import DATA_NAMES, Declared
@@ -144,6 +147,11 @@ class Problem:
         return {}
 
     @functools.cached_property
+    def attention(self) -> tuple[SpreadCall, ...]:
+        """The calls of attention, which may lie over ``context``."""
+        return calls_of(self.program)
+
+    @functools.cached_property
     def profile(self) -> ProgramTables:
         """The program in tables."""
         return profile(self.program)
@@ -155,7 +163,7 @@ class Problem:
 
     def table(self, kernel: kernels.Chosen) -> ProgramTables:
         """Return the program in tables, with the calls of attention that `kernel` takes carried out by it."""
-        if kernel.implementation is None:
+        if not kernel.calls:
             return self.profile
         key = kernel.kept_by_name, kernel.sums, kernel.calls
         if key not in self.kernel_profiles:
@@ -220,6 +228,7 @@ class Problem:
                 execution=supposed.execution(execution),
                 more_passes=self.accumulation(declared or Declared()).more_passes,
                 other=other,
+                calls=self.attention,
             )
 
         chip = topology.chip.name
@@ -229,14 +238,31 @@ class Problem:
         def plain() -> Pricer:
             return priced_by(self.profile, efficiencies(chip), execution_for(topology), None)
 
+        @functools.cache
+        def in_blocks() -> Pricer:
+            every = kernels.in_blocks(self.program)
+            execution = execution_for(topology, FusedAttention(share=every.share, gradient=2.5))
+            return priced_by(self.table(every), efficiencies(chip), execution, None)
+
+        def without(candidate: Candidate) -> Pricer | None:
+            if candidate.context is None:
+                return None if kernel.can(candidate.dims) else plain()
+            laid = laid_calls(self.attention, candidate)
+            return None if by_kernel(laid, candidate.context, kernel, candidate) else in_blocks()
+
         kernel = self.kernel(topology, declared or Declared())
         if kernel.implementation is None:
-            return plain()
+            if not self.attention:
+                return plain()
+            record, execution = efficiencies(chip), execution_for(topology)
+            return priced_by(
+                self.profile, record, execution, lambda one: None if one.context is None else in_blocks()
+            )
         return priced_by(
             self.table(kernel),
             efficiencies(chip, kernels.priced_as(kernel)),
             execution_for(topology, kernels.cost(kernel)),
-            lambda candidate: None if kernel.can(candidate.dims) else plain(),
+            without,
         )
 
     def solve(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from ..cost.candidate import Candidate
+from ..cost.estimate import Pricer
 from ..errors import UserError
 from ..hardware.topology import Topology
+from ..plans.estimate import Estimate
 from ..plans.record import Record
 from ..words import gib, layout_in_words, seconds
 from ..xla.compiler import compiler_of
 from . import build
 from .advice import nothing_fits
-from .choices import experts
+from .choices import context, experts
 from .choices.attention import Chosen
 from .choices.storage import state_storage
 from .declared import Declared, ruled
@@ -54,6 +57,7 @@ class Search:
         kernel = self.problem.kernel(self.topology, self.declared)
         kernels, of_experts = _kernels(self.problem, self.topology, kernel, layout)
         notes = build.notes_of(program, self.topology, layout) + kernel.notes_on(layout.dims) + of_experts
+        notes += context.notes_on(self.problem.attention, layout, kernel)
         if answer.room < 1.0 and chosen.fits:
             notes += (_TIGHT,)
         return build.record_of(
@@ -160,9 +164,12 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         candidate = _with_state(problem, topology, candidate)
     kernel = problem.kernel(topology, declared)
     pricer = problem.pricer(topology, declared)
-    estimate = pricer.price(candidate)
+    capacity = capacity_of(topology, pricer)
+    words = context.words(problem.attention, candidate, declared.context, kernel)
+    candidate, estimate = _over_context(words, candidate, pricer, capacity)
     kernels, of_experts = _kernels(problem, topology, kernel, candidate)
     notes = (*laid.notes, *kernel.notes_on(candidate.dims), *of_experts)
+    notes += context.notes_on(problem.attention, candidate, kernel)
     # Rules say of theirs where they yield.
     said = " ".join(notes).replace(",", " ").replace(":", " ").split()
     notes += tuple(
@@ -170,7 +177,6 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         for note in build.notes_of(problem.program, topology, candidate)
         if note.partition(" ")[0] not in said
     )
-    capacity = capacity_of(topology, pricer)
     if estimate.needed_bytes > capacity and not topology.chip.nominal:
         notes += (
             f"it is estimated to need {gib(estimate.needed_bytes)} of a device's {gib(capacity)}: "
@@ -208,6 +214,15 @@ def _kernels(
     """Return the kernels of a plan, and notes on those of experts."""
     of_experts, notes = experts.choose(problem.program, topology)
     return {**(attention.kernels if attention.can(candidate.dims) else {}), **of_experts}, notes
+
+
+def _over_context(
+    words: Sequence[str | None], candidate: Candidate, pricer: Pricer, capacity: float
+) -> tuple[Candidate, Estimate]:
+    """Return a declared layout with the way of attention over ``context`` that is fastest and fits."""
+    ways = [dataclasses.replace(candidate, context=word) for word in words]
+    priced = [(way, pricer.price(way)) for way in ways]
+    return min(priced, key=lambda one: (one[1].needed_bytes > capacity, one[1].step_seconds))
 
 
 def digest_of(problem: Problem) -> str | None:

@@ -13,7 +13,7 @@ from ..hardware.topology import Topology
 from ..plans.specs import cut_into
 from ..program.layers import is_checkpointed, layer_scans
 from ..program.program import Program
-from .choices import batch, mesh, microbatches, sequence, stages, storage, tensor
+from .choices import batch, context, mesh, microbatches, sequence, stages, storage, tensor
 from .choices.draft import Choices, Draft, Given, Refused
 from .choices.remat import PLAIN, DeclaredRemat, Policy, read
 from .declared import Declared
@@ -24,6 +24,7 @@ LAYOUT: tuple[Choices, ...] = (
     batch.choices,
     tensor.choices,
     sequence.choices,
+    context.choices,
     stages.choices,
     storage.choices,
 )
@@ -169,6 +170,7 @@ def _candidate(draft: Draft) -> Candidate:
         gradients=draft.optimizer,
         schedule=draft.schedule,
         interleave=draft.interleave,
+        context=draft.context,
     )
 
 

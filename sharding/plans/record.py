@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError, nearest, nearest_divisors
 from ..hardware.topology import Topology
+from ..ops.context.ways import check_way
 from ..ops.kernels import check_kernels
 from ..program.recognise import FORMS, checked_forms
 from .estimate import Estimate
@@ -69,6 +70,8 @@ class Decision:
         interleave: model chunks that a pipeline stage holds.
         kernels: ``attention`` → the kernel that carries it out and the sizes of its blocks, where that is not
             XLA's own.
+        context: how attention goes over the mesh axis `context`, a word of `ops.context.ways.WAYS`; None
+            where XLA gathers.
         compiler_options: XLA's, for this step.
         recognise: forms of the program that are rewritten where they are found, of `program.recognise.FORMS`.
         calibration: digest of the measured efficiencies that it was planned by, None for the shipped ones.
@@ -94,6 +97,7 @@ class Decision:
     kernels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     compiler_options: Mapping[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     recognise: tuple[str, ...] = FORMS
+    context: str | None = None
     calibration: str | None = None
 
     def __post_init__(self) -> None:
@@ -152,6 +156,7 @@ def _check(plan: Decision) -> None:
     if plan.saved and plan.remat != NAMES:
         raise UserError(f"remat={plan.remat!r} keeps no named values; remat='names' does")
     check_kernels(plan.kernels)
+    check_way(plan.context)
     counts = {**plan.mesh, "microbatches": plan.microbatches, "interleave": plan.interleave}
     for name, size in counts.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:

@@ -14,11 +14,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..ops import cudnn
 from ..ops.attention import AttentionCall, attention_call
+from ..ops.context.order import into_balance, out_of_balance
+from ..ops.context.pieces import CUDNN, SPLASH, PieceKernel
+from ..ops.context.ways import GATHERED, is_balanced
 from ..ops.kernels import block_that_divides, by_cudnn, facts_on, refusal, splash, splash_kernel
 from ..plans.specs import axes_of, cut_into
 from ..program.layers import Marks
 from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program
+from .context import CONTEXT, SpreadLayout, kernel_of, layout_of, over_context, spread_of
 from .meshes import by_device, with_automatic_axes
 
 # What an array goes through and is still the same numbers.
@@ -43,11 +47,12 @@ class _Layout(NamedTuple):
 
 
 class AttentionKernel:
-    """Carries out calls of attention by the kernel that `settings` name, on the devices of `mesh`.
+    """Carries out calls of attention as a plan says on the devices of `mesh`: by a kernel, over `context`.
 
     `settings` is a plan's ``kernels["attention"]``: ``implementation``, for splash the largest blocks,
     ``block_q`` and ``block_kv``, for kernels of packed rows ``segments``, the most of a row. A call that the
-    kernel cannot do is left to XLA; the planner has said so in the plan's notes. `platform` is what the
+    kernel cannot do is left to XLA; the planner has said so in the plan's notes. `context` is the plan's way
+    over that axis, for calls whose queries it cuts; of both, either may be None. `platform` is what the
     program is lowered for; on a ``cpu`` splash is interpreted. `marks` are the names that values of the
     program are to be given. `capability` is that of the plan's GPUs.
 
@@ -58,15 +63,17 @@ class AttentionKernel:
     def __init__(
         self,
         mesh: Mesh | AbstractMesh,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, Any] | None,
         platform: str,
         program: Program,
         marks: Marks,
         capability: str | None = None,
+        context: str | None = None,
     ) -> None:
         self._mesh = mesh
-        self._facts = facts_on(settings["implementation"], capability)
-        self._settings = settings
+        self._context = context
+        self._facts = None if settings is None else facts_on(settings["implementation"], capability)
+        self._settings = settings or {}
         self._platform = platform
         self._names: dict[Any, str] = {}
         self._origins: dict[Any, Any] = {}
@@ -105,10 +112,23 @@ class AttentionKernel:
         call = attention_call(eqn)
         if call is None:
             return None
-        kernel = self._settings["implementation"]
-        if refusal(self._facts, call, *(atom.aval for atom in eqn.invars[:3])) is not None:
+        kernel = self._settings.get("implementation")
+        avals: list[Any] = [atom.aval for atom in eqn.invars[:3]]
+        refused = self._facts is None or refusal(self._facts, call, *avals) is not None
+        over = None
+        if self._context is not None:
+            over = layout_of(*(spec_of(equation.ins[n], avals[n].shape) for n in range(2)))
+        if refused and over is None:
             return None
         inputs = [gather(value, dims) for value, dims in zip(inputs, equation.ins, strict=True)]
+        if over is not None and self._context is not None:
+            with jax.named_scope(call.name):
+                told = (call, self._context, eqn.outvars[0], inputs, over)
+                out = self._over_context(*told, kernel=not refused)
+            if out is not None:
+                return [out]
+        if refused:
+            return None
         spec = spec_of(equation.ins[0], inputs[0].shape)
         *first, head_dim = (*spec, *(None,) * (4 - len(spec)))
         if head_dim is not None:
@@ -122,6 +142,48 @@ class AttentionKernel:
                 out = self._cudnn(call, inputs, layout)
         return None if out is None else [out]
 
+    def _over_context(
+        self,
+        call: AttentionCall,
+        word: str,
+        result: Any,
+        inputs: Sequence[Any],
+        layout: SpreadLayout,
+        *,
+        kernel: bool,
+    ) -> Any:
+        """Return the result over `context`; None where keys are gathered for the kernel, or no way can."""
+        query, key, *_ = inputs
+        name = self._names.get(result)
+        pieces = self._pieces() if kernel else None
+        spread = spread_of(self._mesh, call, word, layout, query, key, pieces, name)
+        if spread is None:
+            return None
+        by_kernel = None
+        if pieces is not None:
+            if spread.way == GATHERED and pieces.name == SPLASH:
+                return None
+            segments = self._settings.get("segments")
+            by_kernel = kernel_of(spread, pieces, segments, query.shape[2] // self._parts(layout.heads))
+        with self._described():
+            out = over_context(self._mesh, spread, layout, inputs, by_kernel)
+        # Only splash, and what is worked through here, keep what their gradients read under a name.
+        if name is not None and (by_kernel is None or (pieces is not None and pieces.name == SPLASH)):
+            self._made.add(result)
+        return out
+
+    def _pieces(self) -> PieceKernel:
+        """Return the plan's kernel as one for pieces of a sequence."""
+        name = self._settings["implementation"]
+        if name != SPLASH:
+            return PieceKernel(name=CUDNN)
+        blocks = {side: self._settings[side] for side in ("block_q", "block_kv")}
+        return PieceKernel(name=SPLASH, interpret=self._platform == "cpu", **blocks)
+
+    def _described(self) -> contextlib.AbstractContextManager[None]:
+        """Return what lets JAX trace cuDNN's calls for GPUs that are not here."""
+        return contextlib.nullcontext() if self._has_devices() else cudnn.described()
+
     def _splash(self, call: AttentionCall, result: Any, inputs: Sequence[Any], layout: _Layout) -> Any:
         query, key, *_ = inputs
         row_parts = self._parts(layout.rows)
@@ -129,6 +191,8 @@ class AttentionKernel:
         block_kv = block_that_divides(key.shape[1], self._settings["block_kv"])
         if block_q is None or block_kv is None:
             return None
+        balanced = self._context is not None and layout.rows == CONTEXT
+        balanced = balanced and is_balanced(call, GATHERED, query.shape[1], row_parts)
         kernel = splash_kernel(
             call,
             queries=query.shape[1],
@@ -138,12 +202,17 @@ class AttentionKernel:
             blocks=(block_q, block_kv),
             name=self._names.get(result),
             interpret=self._platform == "cpu",
+            balanced=balanced,
         )
         if result in self._names:
             self._made.add(result)
 
         def local(kernel: Any, *arrays: Any) -> Any:
-            return splash(call, kernel, *arrays)
+            if not balanced:
+                return splash(call, kernel, *arrays)
+            query, key, value, *ids = arrays
+            query, *own = (into_balance(x, CONTEXT, row_parts) for x in (query, *ids[:1]))
+            return out_of_balance(splash(call, kernel, query, key, value, *own, *ids[1:]), CONTEXT, row_parts)
 
         of_masks = kernel.manual_sharding_spec(
             NamedSharding(with_automatic_axes(self._mesh), PartitionSpec(None, layout.rows))
@@ -158,7 +227,7 @@ class AttentionKernel:
             return by_cudnn(call, self._settings.get("segments"), *arrays)
 
         try:
-            with contextlib.nullcontext() if self._has_devices() else cudnn.described():
+            with self._described():
                 return self._on_devices(local, (), (), inputs, layout._replace(rows=None))
         except (RuntimeError, NotImplementedError, ValueError) as error:
             # JAX asks the library itself, which is there where a GPU is, while it traces.

@@ -76,9 +76,9 @@ def passes_of(
     marks = marks_of(program, saved)
     settings = plan.kernels.get("attention")
     capability = compute_capability(plan.topology.chip)
-    kernel = (
-        None if settings is None else AttentionKernel(mesh, settings, platform, program, marks, capability)
-    )
+    kernel = None
+    if settings is not None or plan.context is not None:
+        kernel = AttentionKernel(mesh, settings, platform, program, marks, capability, plan.context)
     of_state = [] if state is None else _flat(arrays.specs(plan, state, "state"))
     axes = {
         dim: tuple(axis for axis in axes if axis not in by_hand)

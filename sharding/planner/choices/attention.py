@@ -143,6 +143,15 @@ def _chosen(
     )
 
 
+def in_blocks(program: Program) -> Chosen:
+    """Return what blocks in plain XLA, a pair of queries and keys at a time, are for the calls of a program.
+
+    They hold no scores beyond a pair's, skip what causality hides, and name what their gradient reads.
+    """
+    calls = [(equation, call) for equation in program.equations() if (call := attention_call(equation.eqn))]
+    return Chosen(calls=frozenset(equation.index for equation, _ in calls), share=_share(calls))
+
+
 def _why_unpacked(
     facts: Mapping[str, Any],
     calls: Sequence[tuple[Equation, AttentionCall]],

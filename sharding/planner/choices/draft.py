@@ -77,6 +77,7 @@ class Draft:
     optimizer: Mapping[int, Storage] = dataclasses.field(default_factory=dict)
     schedule: str = "1f1b"
     interleave: int = 1
+    context: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from ...errors import UserError, nearest
 from ...hardware.axes import AXES, resolve_axes
@@ -13,11 +14,12 @@ from ...ops.experts import experts_call
 from ...plans.specs import cut_into
 from ...program.program import Program
 from ..declared import keep
+from . import context
 from .draft import Draft, Given, Refused
 from .microbatches import divisors
 
-# What the search may choose for any program, and `expert` for one with calls of `ops.experts`. The other axes
-# are taken when declared: nothing spreads them by itself yet.
+# What the search may choose for any program; `expert` for one with calls of `ops.experts`, `context` for long
+# sequences of `ops.attention`; `stage` is taken when declared.
 OFFERED = ("data", "fsdp", "tensor")
 
 # Axes whose traffic is light enough for the network between slices.
@@ -28,7 +30,12 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     """Yield every mesh worth considering, with what the user's rules fix on it."""
     experts = given.once(experts_dims, lambda: experts_dims(given.program))
     counts = [given.program.dims[dim].size for dim in experts]
-    for mesh in meshes(given.topology, given.declared.mesh, experts=math.gcd(*counts)):
+    long = (
+        (1,)
+        if "context" in given.declared.mesh
+        else given.once(context.sizes_of, lambda: context.sizes_of(given))
+    )
+    for mesh in meshes(given.topology, given.declared.mesh, experts=math.gcd(*counts), contexts=long):
         try:
             kept = keep(given.program, given.declared, mesh, given.params, given.names)
         except UserError as error:
@@ -36,6 +43,11 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
             continue
         if mesh.get("expert", 1) > 1 and kept.dims.keys().isdisjoint(experts):
             kept = dataclasses.replace(kept, dims={**kept.dims, **dict.fromkeys(experts, ("expert",))})
+        if "context" not in given.declared.mesh:
+            cut = {
+                dim: axes for dim, axes in context.over_sequences(given, mesh).items() if dim not in kept.dims
+            }
+            kept = dataclasses.replace(kept, dims={**kept.dims, **cut}) if cut else kept
         fixed = {dim: axes for dim, axes in kept.dims.items() if axes}
         if bad := _indivisible(given.program, fixed, mesh):
             yield Refused(sizes=mesh, reason=bad)
@@ -49,10 +61,13 @@ def experts_dims(program: Program) -> tuple[int, ...]:
     return tuple(dict.fromkeys(equation.ins[3][0][0] for equation in calls if equation.ins[3][0]))
 
 
-def meshes(topology: Topology, declared: Mapping[str, int], *, experts: int = 0) -> list[dict[str, int]]:
+def meshes(
+    topology: Topology, declared: Mapping[str, int], *, experts: int = 0, contexts: Sequence[int] = (1,)
+) -> list[dict[str, int]]:
     """Return every mesh over the devices that keeps the `declared` sizes.
 
-    Sizes that are not declared are shared out among `OFFERED`, and `expert` as far as that divides `experts`;
+    Sizes that are not declared are shared out among `OFFERED`, `expert` as far as that divides `experts`, and
+    `context` in the sizes `contexts`;
     a declared -1 takes all that is left. Between slices lies only what tolerates the data-centre network,
     unless the declared sizes leave no other way.
 
@@ -63,12 +78,14 @@ def meshes(topology: Topology, declared: Mapping[str, int], *, experts: int = 0)
     if -1 in declared.values() or math.prod(declared.values()) == devices:
         found = [_ordered(resolve_axes(declared, devices))] if declared else [_ordered({})]
     else:
-        found = [_ordered({**declared, **free}) for free in _shared_out(devices, declared, experts)]
+        found = [_ordered({**declared, **free}) for free in _shared_out(devices, declared, experts, contexts)]
     kept = [mesh for mesh in found if _crosses_lightly(mesh, topology)]
     return kept or found
 
 
-def _shared_out(devices: int, declared: Mapping[str, int], experts: int) -> Iterator[dict[str, int]]:
+def _shared_out(
+    devices: int, declared: Mapping[str, int], experts: int, contexts: Sequence[int]
+) -> Iterator[dict[str, int]]:
     for axis in declared:
         if axis not in AXES:
             raise UserError(f"mesh axis {axis!r} is not known; {nearest(axis, AXES)}")
@@ -84,9 +101,12 @@ def _shared_out(devices: int, declared: Mapping[str, int], experts: int) -> Iter
             raise UserError(str(error).removeprefix(said)) from None
     left = devices // product
     parts = [1] if "expert" in declared else divisors(math.gcd(experts, left)) if experts else [1]
-    for part in parts:
+    for part, length in itertools.product(parts, contexts):
+        if left % (part * length):
+            continue
         more = {"expert": part} if part > 1 else {}
-        for sizes in _factorisations(left // part, len(free)):
+        more |= {"context": length} if length > 1 else {}
+        for sizes in _factorisations(left // (part * length), len(free)):
             yield {**dict(zip(free, sizes, strict=True)), **more}
 
 

@@ -1,0 +1,237 @@
+"""Seconds and bytes of attention over a sequence that lies over `context`, by the way that it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from ..ops.attention import AttentionCall, attention_call
+from ..ops.context.order import moved_share
+from ..ops.context.ways import (
+    GATHERED,
+    HEADS,
+    NEIGHBOURS,
+    RING,
+    CallSizes,
+    Sent,
+    held,
+    is_balanced,
+    sent,
+    way_of,
+    why_not,
+)
+from ..plans.specs import cut_into
+from ..program.program import Dims, Equation, Program
+from .calibration import Calibration
+from .candidate import Candidate
+from .collectives import Link
+from .step import exposed
+
+CONTEXT = "context"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SpreadCall:
+    """A call of attention: its equation, shapes and dims of queries, keys and values, bytes of a number."""
+
+    equation: Equation
+    call: AttentionCall
+    shapes: tuple[tuple[int, ...], ...]
+    dims: tuple[Dims, ...]
+    item: int
+    first: frozenset[int]
+    """Dims of parameters, which get a mesh axis before others of an array."""
+
+    @property
+    def runs(self) -> int:
+        """How often it runs in a forward pass."""
+        return self.equation.multiplicity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaidCall:
+    """A call on one device: sizes of whole sequences, bytes of its queries and result, of keys and values."""
+
+    call: AttentionCall
+    sizes: CallSizes
+    parts: int
+    query: float
+    key: float
+    item: int
+    runs: int
+    index: int
+
+    def way(self, word: str) -> str | None:
+        """Return the way that a plan's word gives it."""
+        return way_of(self.call, word, self.sizes, self.parts)
+
+    def why_not(self, way: str) -> str | None:
+        """Return why a way cannot carry it out."""
+        return why_not(self.call, way, self.sizes, self.parts)
+
+    def _asked(self) -> dict[str, Any]:
+        return {"query": self.query, "key": self.key, "item": self.item}
+
+    def sent(self, way: str) -> Sent:
+        """Return what the device sends each time that the call runs."""
+        return sent(self.call, way, self.sizes, self.parts, **self._asked())
+
+    def held(self, way: str) -> float:
+        """Return the bytes beside its operands while its gradient is worked out."""
+        return held(self.call, way, self.sizes, self.parts, **self._asked())
+
+    def balancing(self, way: str) -> float:
+        """Return the bytes that go into balanced order and back in a forward pass."""
+        if not is_balanced(self.call, way, self.sizes.queries, self.parts):
+            return 0.0
+        return moved_share(self.parts) * (self.query + (self.key if way == RING else 0.0))
+
+
+def calls_of(program: Program) -> tuple[SpreadCall, ...]:
+    """Return the calls of `ops.attention` in a program."""
+    first = frozenset(dim for a in program.parameters for c in a.dims for dim in c)
+    found = []
+    for equation in program.equations():
+        call = attention_call(equation.eqn)
+        if call is None:
+            continue
+        avals: list[Any] = [atom.aval for atom in equation.eqn.invars[:3]]
+        found.append(
+            SpreadCall(
+                equation=equation,
+                call=call,
+                shapes=tuple(tuple(aval.shape) for aval in avals),
+                dims=tuple(equation.ins[:3]),
+                item=avals[1].dtype.itemsize,
+                first=first,
+            )
+        )
+    return tuple(found)
+
+
+def laid_calls(calls: Sequence[SpreadCall], candidate: Candidate) -> tuple[LaidCall, ...]:
+    """Return the calls whose queries lie over `context`, as a device has them in a microbatch."""
+    if candidate.mesh.get(CONTEXT, 1) == 1:
+        return ()
+    found = (_laid(one, candidate.dims, candidate.mesh, candidate.microbatches) for one in calls)
+    return tuple(one for one in found if one is not None)
+
+
+def _laid(
+    one: SpreadCall, dims: Mapping[int, tuple[str, ...]], mesh: Mapping[str, int], microbatches: int
+) -> LaidCall | None:
+    query, key = (
+        _axes(composition, shape, dims, mesh, one.first)
+        for composition, shape in zip(one.dims[:2], one.shapes[:2], strict=True)
+    )
+    if query[1] != (CONTEXT,) or key[1] not in ((), (CONTEXT,)):
+        return None
+    (batch, queries, heads, wide), (_, keys, kv_heads, _), (*_, value_wide) = one.shapes
+    rows = batch / cut_into(query[0], mesh) / microbatches
+    parts, of_heads = mesh[CONTEXT], cut_into(query[2], mesh)
+    sizes = CallSizes(
+        queries=queries,
+        keys=keys,
+        heads=heads // of_heads,
+        # Where its axes do not divide the kv heads, each head of queries has one of its own.
+        kv_heads=kv_heads // of_heads if kv_heads % of_heads == 0 else max(heads // of_heads, 1),
+        whole=not key[1],
+    )
+    each = rows * (wide + value_wide) * one.item
+    return LaidCall(
+        call=one.call,
+        sizes=sizes,
+        parts=parts,
+        query=each * queries / parts * sizes.heads,
+        key=each * keys / (parts if key[1] else 1) * sizes.kv_heads,
+        item=one.item,
+        runs=one.runs,
+        index=one.equation.index,
+    )
+
+
+def _axes(
+    dims: Dims,
+    shape: Sequence[int],
+    axes_of: Mapping[int, tuple[str, ...]],
+    mesh: Mapping[str, int],
+    first: Collection[int],
+) -> list[tuple[str, ...]]:
+    """Return the mesh axes of each dimension of an array; an axis serves one, those of parameters first."""
+    cut: list[tuple[str, ...]] = [()] * len(shape)
+    taken: set[str] = set()
+    majors = [(composition[0], n) for n, composition in enumerate(dims) if composition]
+    for dim, n in sorted(majors, key=lambda place: place[0] not in first):
+        axes = tuple(axis for axis in axes_of.get(dim, ()) if axis not in taken and mesh.get(axis, 1) > 1)
+        if axes and shape[n] % cut_into(axes, mesh) == 0:
+            taken.update(axes)
+            cut[n] = axes
+    return cut
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attending:
+    """Seconds of attention's own work in a microbatch: forward, backward; `again` if it is run once more."""
+
+    forward: float
+    backward: float
+    again: bool
+
+
+def context_seconds(
+    calls: Sequence[LaidCall], word: str, link: Link, calibration: Calibration, work: Attending
+) -> dict[str, float]:
+    """Return item → seconds that a microbatch waits for what attention sends over `context`.
+
+    What goes round in a ring, and the gradients behind it, travel beside the work on what is there; all else
+    is waited for, as what moves between products is.
+    """
+    waited = 1.0 - calibration.overlap_activations
+    items: dict[str, float] = defaultdict(float)
+    rounds = [0.0, 0.0]
+    for one in calls:
+        way = one.way(word)
+        if way is None:
+            continue
+        moved, balancing = one.sent(way), one.balancing(way)
+        passes = [moved.forward * (1 + work.again), moved.backward]
+        balances = [balancing * (1 + work.again), balancing]
+        items["all_to_all/context"] += waited * one.runs * _exchanged(link, sum(balances))
+        for n in range(2):
+            size = passes[n] - balances[n]
+            if way == RING:
+                rounds[n] += one.runs * link.point_to_point(size, (one.parts - 1) * (1 + n))
+            elif way == HEADS:
+                items["all_to_all/context"] += waited * one.runs * _exchanged(link, size)
+            elif way == NEIGHBOURS:
+                items["send/context"] += waited * one.runs * link.point_to_point(size, 2)
+            elif way == GATHERED and size:
+                whole = size * one.parts / (one.parts - 1)
+                kind = "all_gather" if n == 0 else "reduce_scatter"
+                items[f"{kind}/context"] += waited * one.runs * link.collective(kind, whole, 2)
+    hidden = calibration.overlap_parameters
+    items["send/context"] += exposed(rounds[0], work.forward * (1 + work.again), hidden)
+    items["send/context"] += exposed(rounds[1], work.backward, hidden)
+    return {name: seconds for name, seconds in items.items() if seconds}
+
+
+def _exchanged(link: Link, bytes_: float) -> float:
+    """Return the seconds in which each device sends `bytes_`, shared out among the others."""
+    return link.transfer("all_to_all", bytes_ * link.size**2 / max(link.size - 1, 1))
+
+
+def context_bytes(calls: Sequence[LaidCall], word: str) -> float:
+    """Return the bytes that the largest call needs on a device beside its operands."""
+    ways = ((one, one.way(word)) for one in calls)
+    return max((one.held(way) for one, way in ways if way is not None), default=0.0)
+
+
+def sequence_dims(calls: Sequence[SpreadCall]) -> tuple[int, ...]:
+    """Return the dims of queries' sequences, the longest first."""
+    sizes: dict[int, int] = {}
+    for one in calls:
+        if one.dims[0][1]:
+            sizes[one.dims[0][1][0]] = max(sizes.get(one.dims[0][1][0], 0), one.shapes[0][1])
+    return tuple(sorted(sizes, key=lambda dim: -sizes[dim]))

@@ -1,0 +1,253 @@
+"""A device's part of attention in blocks: pairs of a block of queries and one of keys, one after another.
+
+Memory beside the operands is that of one pair of blocks, in the backward pass too, which makes the scores
+once more. Which pairs there are is told by ranges: a block of queries sees blocks of keys that follow one
+another, so that a pair's number says which it is, and no table of pairs is held.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..attention import AttentionCall
+
+# Below every real score, and far enough from the end of float32 that a difference cannot overflow.
+_HIDDEN = -1e30
+
+# Rows of a block at most: scores of a pair then take 1 MiB a head in float32.
+_MOST = 512
+
+
+class Blocks(NamedTuple):
+    """Rows in blocks, the block in front: queries `x` and their result's gradient `y`, or keys and values."""
+
+    x: jax.Array
+    """``[blocks, batch, kv_heads, (heads / kv_heads,) rows, head_dim]``"""
+    y: jax.Array | None
+    at: jax.Array
+    """int32 ``[blocks, rows]``, places in the whole sequence; below 0 is no row."""
+    segments: jax.Array | None
+    """int32 ``[blocks, batch, rows]``"""
+
+
+class Pairs(NamedTuple):
+    """Of each block of queries, the first block of keys that it sees and how many; int32 ``[blocks]``.
+
+    `most` is the largest number of pairs that any device has.
+    """
+
+    first: Any
+    count: Any
+    most: int
+
+
+class Asked(NamedTuple):
+    """What a call asks for, with its window where that is an array."""
+
+    call: AttentionCall
+    window: jax.Array | int | None
+
+
+# Of each query: the largest score, the sum of exponentials over it, and the sum of values by these weights.
+State = tuple[jax.Array, jax.Array, jax.Array]
+
+# Gradients of queries, keys and values, in blocks and float32.
+Sums = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def block_of(size: int) -> int:
+    """Return how many rows of `size` make a block: the largest divisor up to 512.
+
+    >>> block_of(4096), block_of(24), block_of(1000)
+    (512, 24, 500)
+    """
+    return next(rows for rows in range(min(size, _MOST), 0, -1) if size % rows == 0)
+
+
+def cut(x: jax.Array, rows: int, kv_heads: int | None = None) -> jax.Array:
+    """Return ``[batch, sequence, heads, dim]`` in blocks, with `kv_heads` in groups of queries' heads."""
+    batch, _, heads, dim = x.shape
+    if kv_heads is None:
+        return jnp.moveaxis(x.reshape(batch, -1, rows, heads, dim), (1, 3), (0, 2))
+    x = x.reshape(batch, -1, rows, kv_heads, heads // kv_heads, dim)
+    return jnp.moveaxis(x, (1, 3, 4), (0, 2, 3))
+
+
+def joined(x: jax.Array) -> jax.Array:
+    """Return the array that `cut` made blocks of."""
+    if x.ndim == 6:
+        x = jnp.moveaxis(x, (0, 2, 3), (1, 3, 4))
+        return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3] * x.shape[4], x.shape[5])
+    x = jnp.moveaxis(x, (0, 2), (1, 3))
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
+def cut_ids(ids: jax.Array | None, rows: int) -> jax.Array | None:
+    """Return segment ids ``[batch, sequence]`` in blocks."""
+    return None if ids is None else jnp.moveaxis(ids.reshape(ids.shape[0], -1, rows), 1, 0)
+
+
+def starts(chunks: Any, chunk: int, rows: int) -> Any:
+    """Return the first places of the blocks of `chunks` ``[…, chunks]``, NumPy's or traced."""
+    within = np.arange(0, chunk, rows)
+    return (chunks[..., :, None] * chunk + within).reshape(*chunks.shape[:-1], -1)
+
+
+def places(first: Any, rows: int) -> jax.Array:
+    """Return the places of all rows of blocks that begin at `first`."""
+    return (jnp.asarray(first)[:, None] + jnp.arange(rows)).astype(jnp.int32)
+
+
+def seen_blocks(call: AttentionCall, queries: Any, rows: int, keys: Any, key_rows: int, blocks: int) -> Any:
+    """Return the first blocks of keys that blocks of queries see, and how many, by places alone.
+
+    Blocks of `rows` queries begin at the places `queries`; the `blocks` blocks of keys follow one another
+    from the place `keys`. All may be NumPy's or traced.
+    """
+    of = np if isinstance(queries, np.ndarray) and not isinstance(keys, jax.Array) else jnp
+    low, high = of.zeros_like(queries), of.full_like(queries, keys + blocks * key_rows - 1)
+    if call.causal:
+        high = of.minimum(high, of.maximum(queries + rows - 1 + call.ahead, call.prefix - 1))
+        if call.window is not None:
+            low = of.maximum(low, queries - call.window + 1)
+    first = of.clip((low - keys) // key_rows, 0, blocks - 1)
+    last = of.clip((high - keys) // key_rows, -1, blocks - 1)
+    return first, of.maximum(last - first + 1, 0)
+
+
+def _pair(pairs: Pairs, ends: jax.Array, turn: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the blocks of queries and keys of pair `turn`, and whether there is such a pair."""
+    first, count = (jnp.asarray(x, jnp.int32) for x in pairs[:2])
+    live = turn < ends[-1]
+    a = jnp.minimum(jnp.sum(ends <= turn, dtype=jnp.int32), len(ends) - 1)
+    return a, jnp.where(live, first[a] + turn - (ends[a] - count[a]), 0), live
+
+
+def _ends(pairs: Pairs) -> jax.Array:
+    return jnp.cumsum(jnp.asarray(pairs.count, jnp.int32), dtype=jnp.int32)
+
+
+def _product(asked: Asked, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    kinds = {"precision": asked.call.precision, "preferred_element_type": jnp.float32}
+    return jnp.einsum(subscripts, a, b, **kinds)
+
+
+def _scores(asked: Asked, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Return scores of a pair, and what a soft cap makes of their gradient."""
+    raw = _product(asked, "bkgqd,bksd->bkgqs", q, k) * asked.call.scale
+    if asked.call.cap is None:
+        return raw, None
+    bent = jnp.tanh(raw / asked.call.cap)
+    return bent * asked.call.cap, 1 - bent * bent
+
+
+def _visible(asked: Asked, q: Blocks, k: Blocks, a: jax.Array, b: jax.Array, live: jax.Array) -> jax.Array:
+    """Return which scores of a pair count, bool ``[batch or 1, 1, 1, queries, keys]``."""
+    call, key_at = asked.call, k.at[b][None, :]
+    distance = q.at[a][:, None] - key_at
+    seen = jnp.broadcast_to(live & (key_at >= 0), distance.shape)
+    if call.causal:
+        before = distance >= -call.ahead
+        if call.prefix:
+            before |= key_at < call.prefix
+        seen &= before
+        if asked.window is not None:
+            seen &= distance < asked.window
+    seen = seen[None]
+    if q.segments is not None and k.segments is not None:
+        seen = seen & (q.segments[a][:, :, None] == k.segments[b][:, None, :])
+    return seen[:, None, None]
+
+
+def unseen(q: Blocks, wide: int) -> State:
+    """Return the state of queries before any key, for values so `wide`."""
+    rows = q.x.shape[:-1]
+    top = jnp.full(rows, _HIDDEN, jnp.float32)
+    return top, jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, wide), jnp.float32)
+
+
+def no_gradients(q: Blocks, kv: Blocks) -> Sums:
+    """Return sums of gradients of queries, keys and values before any pair."""
+    assert kv.y is not None
+    none = (jnp.zeros(x.shape, jnp.float32) for x in (q.x, kv.x, kv.y))
+    return next(none), next(none), next(none)
+
+
+def fold(asked: Asked, q: Blocks, kv: Blocks, pairs: Pairs, state: State) -> State:
+    """Return `state` after the keys of `pairs`."""
+    values = kv.y
+    assert values is not None
+    ends = _ends(pairs)
+
+    def step(state: State, turn: jax.Array) -> tuple[State, None]:
+        a, b, live = _pair(pairs, ends, turn)
+        seen = _visible(asked, q, kv, a, b, live)
+        scores = jnp.where(seen, _scores(asked, q.x[a], kv.x[b])[0], _HIDDEN)
+        top, total, out = (x[a] for x in state)
+        new = jnp.maximum(top, scores.max(-1))
+        weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0)
+        shrink = jnp.exp(top - new)
+        more = _product(asked, "bkgqs,bksd->bkgqd", weights.astype(values.dtype), values[b])
+        total, out = total * shrink + weights.sum(-1), out * shrink[..., None] + more
+        return tuple(x.at[a].set(y) for x, y in zip(state, (new, total, out), strict=True)), None  # pyright: ignore
+
+    return lax.scan(step, state, jnp.arange(pairs.most, dtype=jnp.int32))[0]
+
+
+def finished(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Return the result and the logarithm of the sum of exponentials; zeros where nothing was seen.
+
+    `sink` ``[1, 1, kv_heads, groups, 1]`` is a score that is in the sum and has no value.
+    """
+    top, total, out = state
+    if sink is not None:
+        new = jnp.maximum(top, sink)
+        total, out = total * jnp.exp(top - new), out * jnp.exp(top - new)[..., None]
+        total, top = total + jnp.exp(sink - new), new
+    total = jnp.where(total == 0, 1.0, total)
+    return out / total[..., None], top + jnp.log(total)
+
+
+def unfold(
+    asked: Asked,
+    q: Blocks,
+    kv: Blocks,
+    lse: jax.Array,
+    delta: jax.Array,
+    pairs: Pairs,
+    sums: Sums,
+) -> Sums:
+    """Add the gradients of `pairs` to `sums`, float32 and laid out as queries, keys and values.
+
+    `lse` is the logarithm of each query's sum of exponentials over all keys, `delta` its result times the
+    result's gradient: with these a pair's weights and their gradient need no other pair (Dao et al. 2022,
+    arXiv:2205.14135, appendix B).
+    """
+    values, d_out = kv.y, q.y
+    assert values is not None
+    assert d_out is not None
+    ends, product = _ends(pairs), functools.partial(_product, asked)
+
+    def step(sums: Any, turn: jax.Array) -> tuple[Any, None]:
+        a, b, live = _pair(pairs, ends, turn)
+        seen = _visible(asked, q, kv, a, b, live)
+        scores, slope = _scores(asked, q.x[a], kv.x[b])
+        weights = jnp.where(seen, jnp.exp(scores - lse[a][..., None]), 0)
+        d_scores = product("bkgqd,bksd->bkgqs", d_out[a], values[b]) - delta[a][..., None]
+        d_scores = weights * d_scores * asked.call.scale
+        d_scores = d_scores if slope is None else d_scores * slope
+        weights, d_scores = weights.astype(values.dtype), d_scores.astype(q.x.dtype)
+        d_q, d_k, d_v = sums
+        return (
+            d_q.at[a].add(product("bkgqs,bksd->bkgqd", d_scores, kv.x[b])),
+            d_k.at[b].add(product("bkgqs,bkgqd->bksd", d_scores, q.x[a])),
+            d_v.at[b].add(product("bkgqs,bkgqd->bksd", weights, d_out[a])),
+        ), None
+
+    return lax.scan(step, sums, jnp.arange(pairs.most, dtype=jnp.int32))[0]

@@ -1,0 +1,143 @@
+"""Kernels of the chip for a piece of attention, which give its softmax's sums and take those of all pieces.
+
+The libraries' own gradients know one piece only, so their backward kernels are called by private names, with
+the logarithm of the sum over all keys: `_splash_attention_bwd` as seen in JAX 0.10.2 and 0.12.0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .. import cudnn
+from ..attention import AttentionCall
+from ..kernels import LANES, block_that_divides, splash_kernel
+from .ways import HEADS, RING
+
+SPLASH, CUDNN = "splash", "cudnn"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PieceKernel:
+    """A kernel of pieces: its name, for splash the largest blocks, and whether a CPU interprets it."""
+
+    name: str
+    block_q: int = 0
+    block_kv: int = 0
+    interpret: bool = False
+
+
+class Piece(NamedTuple):
+    """Queries, keys and values ``[batch, rows, heads, dim]`` of a piece, and both's segment ids or None."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    query_ids: jax.Array | None = None
+    key_ids: jax.Array | None = None
+
+
+def takes_pieces(kernel: PieceKernel, call: AttentionCall, rows: int, key_rows: int) -> bool:
+    """Return whether `kernel` can work through pieces of so many queries and keys."""
+    if call.windowed or call.window is not None or call.ahead or call.prefix:
+        return False
+    if kernel.name == SPLASH:
+        sizes = block_that_divides(rows, kernel.block_q), block_that_divides(key_rows, kernel.block_kv)
+        return None not in sizes
+    # cuDNN would read segments as a mask of all queries and keys.
+    return kernel.name == CUDNN and not call.segments
+
+
+def takes_spread(kernel: str, call: AttentionCall, way: str, rows: int) -> bool:
+    """Return whether a kernel that takes `call` takes it over devices too, each of `rows` queries.
+
+    Splash works on whole lanes of queries; cuDNN on whole sequences, and on a ring's pieces without segments.
+    """
+    if kernel == SPLASH:
+        return rows % (2 * LANES if way == RING else LANES) == 0
+    return way == HEADS or (way == RING and not call.segments)
+
+
+def piece_forward(
+    kernel: PieceKernel, call: AttentionCall, piece: Piece, *, causal: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Return a piece's result, and the logarithm of each row's sum, float32 ``[batch, heads, rows]``.
+
+    Queries are scaled already; `causal` says whether a query sees no key after its own place in the piece.
+    """
+    if kernel.name == CUDNN:
+        return cudnn.with_sums(piece.query, piece.key, piece.value, causal=causal)
+    made = _splash(kernel, call, piece, causal=causal, sums=True)
+    out, (sums,) = jax.vmap(made)(*_by_head(piece.query, piece.key, piece.value), _segments(piece))
+    return jnp.swapaxes(out, 1, 2), sums
+
+
+def piece_backward(
+    kernel: PieceKernel,
+    call: AttentionCall,
+    piece: Piece,
+    out: jax.Array,
+    sums: jax.Array,
+    d_out: jax.Array,
+    *,
+    causal: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of a piece's queries, keys and values.
+
+    `out`, its gradient `d_out` and `sums` are of all keys, not of the piece's alone.
+    """
+    if kernel.name == CUDNN:
+        return cudnn.gradients(
+            piece.query, piece.key, piece.value, out=out, sums=sums, d_out=d_out, causal=causal
+        )
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
+        _splash_attention_bwd,  # pyright: ignore[reportPrivateUsage]
+    )
+
+    made = _splash(kernel, call, piece, causal=causal, sums=False)
+    asked = made.kwargs
+
+    def one(q: Any, k: Any, v: Any, segments: Any, out: Any, sums: Any, d_out: Any) -> Any:
+        kept = (q, k, v, segments, None, out, sums, made.dq_mask_info, made.dkv_mask_info)
+        told: list[Any] = [False, asked["mask_value"], False, asked["block_sizes"], None]
+        told += [asked[name] for name in ("mask_function", "attn_logits_soft_cap", "interpret")]
+        return _splash_attention_bwd(*told, kept, d_out)[3:6]
+
+    arrays = _by_head(piece.query, piece.key, piece.value)
+    grads = jax.vmap(one)(*arrays, _segments(piece), *_by_head(out), sums, *_by_head(d_out))
+    dq, dk, dv = _by_head(*grads)
+    return dq, dk, dv
+
+
+def _by_head(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jnp.swapaxes(x, 1, 2) for x in arrays)
+
+
+def _segments(piece: Piece) -> Any:
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+    if piece.query_ids is None or piece.key_ids is None:
+        return None
+    return SegmentIds(piece.query_ids, piece.key_ids)
+
+
+def _splash(kernel: PieceKernel, call: AttentionCall, piece: Piece, *, causal: bool, sums: bool) -> Any:
+    rows, key_rows = piece.query.shape[1], piece.key.shape[1]
+    block_q = block_that_divides(rows, kernel.block_q)
+    block_kv = block_that_divides(key_rows, kernel.block_kv)
+    assert block_q is not None
+    assert block_kv is not None
+    return splash_kernel(
+        dataclasses.replace(call, causal=causal),
+        queries=rows,
+        keys=key_rows,
+        heads=piece.query.shape[2],
+        row_parts=1,
+        blocks=(block_q, block_kv),
+        name=None,
+        interpret=kernel.interpret,
+        sums=sums,
+    )

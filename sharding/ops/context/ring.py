@@ -1,0 +1,179 @@
+"""Chunks of keys and values that go round a mesh axis, each device working with what it has meanwhile.
+
+In the backward pass the chunks go round once more, and the gradients of each follow a turn behind: what
+others have added arrives while a device makes its own share, and the last hop brings them home. What work a
+device does with a chunk, in blocks of plain XLA or by a kernel, is the caller's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .blocks import (
+    Asked,
+    Blocks,
+    Pairs,
+    State,
+    block_of,
+    cut,
+    cut_ids,
+    fold,
+    no_gradients,
+    places,
+    seen_blocks,
+    starts,
+    unfold,
+    unseen,
+)
+from .order import chunks_of
+
+
+class Ring(NamedTuple):
+    """The devices of a mesh axis, and whether their chunks are in balanced order."""
+
+    axis: str
+    parts: int
+    balanced: bool
+
+    def passed(self, x: Any) -> Any:
+        """Return what the device before had."""
+        return lax.ppermute(x, self.axis, [(own, (own + 1) % self.parts) for own in range(self.parts)])
+
+    def before(self, turn: Any) -> jax.Array:
+        """Return whether the chunk of `turn` is of a device before this one."""
+        return lax.axis_index(self.axis) >= turn
+
+
+# Of (what was found so far, a chunk, whether it is of a device before): what is found with it.
+Work = Callable[[Any, Any, jax.Array], Any]
+
+
+def around(ring: Ring, here: Any, found: Any, away: Work) -> Any:
+    """Return what `away` finds in the chunks of all other devices, one after another.
+
+    `here` is this device's chunk, and `found` is made of it: its sending is under way meanwhile.
+    """
+    there = ring.passed(here)
+    found = found()
+
+    def step(carry: Any, turn: jax.Array) -> tuple[Any, None]:
+        here, found = carry
+        there = ring.passed(here)
+        return (there, away(found, here, ring.before(turn))), None
+
+    (last, found), _ = lax.scan(step, (there, found), jnp.arange(1, ring.parts - 1))
+    return away(found, last, ring.before(ring.parts - 1))
+
+
+def back_around(ring: Ring, here: Any, home: Callable[[], tuple[Any, Any]], away: Work) -> tuple[Any, Any]:
+    """Return the gradients of this device's queries and of its chunk, the sums over all devices.
+
+    `home` gives both of its own chunk; `away` adds to the first and gives those of the chunk it is given.
+    """
+    there = ring.passed(here)
+    d_query, d_keys = home()
+
+    def work(d_query: Any, d_keys: Any, here: Any, turn: Any) -> tuple[Any, Any]:
+        came = ring.passed(d_keys)
+        d_query, own = away(d_query, here, ring.before(turn))
+        return d_query, jax.tree.map(jnp.add, came, own)
+
+    def step(carry: Any, turn: jax.Array) -> tuple[Any, None]:
+        here, d_query, d_keys = carry
+        there = ring.passed(here)
+        return (there, *work(d_query, d_keys, here, turn)), None
+
+    carry = there, d_query, d_keys
+    (last, d_query, d_keys), _ = lax.scan(step, carry, jnp.arange(1, ring.parts - 1))
+    d_query, d_keys = work(d_query, d_keys, last, ring.parts - 1)
+    return d_query, ring.passed(d_keys)
+
+
+def ring_forward(
+    asked: Asked, ring: Ring, queries: Blocks, key: jax.Array, value: jax.Array, ids: jax.Array | None
+) -> State:
+    """Return the state of a device's queries after all keys, in blocks of plain XLA."""
+    here = _keys(ring, key, value, ids)
+    home, away = _home(asked, queries, here), _away(ring, queries, here)
+
+    def first() -> State:
+        return fold(asked, queries, here, home, unseen(queries, value.shape[3]))
+
+    def then(state: State, here: Blocks, before: jax.Array) -> State:
+        return fold(asked, queries, here, _in_turn(away, before), state)
+
+    return around(ring, here, first, then)
+
+
+def ring_backward(
+    asked: Asked,
+    ring: Ring,
+    queries: Blocks,
+    key: jax.Array,
+    value: jax.Array,
+    ids: jax.Array | None,
+    sums: jax.Array,
+    delta: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Return the gradients of a device's queries, keys and values, in blocks and float32."""
+    here = _keys(ring, key, value, ids)
+    home, away = _home(asked, queries, here), _away(ring, queries, here)
+    none = no_gradients(queries, here)
+
+    def first() -> tuple[jax.Array, Any]:
+        d_query, *d_keys = unfold(asked, queries, here, sums, delta, home, none)
+        return d_query, d_keys
+
+    def then(d_query: jax.Array, here: Blocks, before: jax.Array) -> tuple[jax.Array, Any]:
+        grads = (d_query, *none[1:])
+        d_query, *own = unfold(asked, queries, here, sums, delta, _in_turn(away, before), grads)
+        return d_query, own
+
+    d_query, d_keys = back_around(ring, here, first, then)
+    return d_query, *d_keys
+
+
+def _keys(ring: Ring, key: jax.Array, value: jax.Array, ids: jax.Array | None) -> Blocks:
+    """Return a device's keys as they travel; their places, which are few, travel with them."""
+    order = chunks_of(ring.parts, balanced=ring.balanced)
+    chunk = key.shape[1] // order.shape[1]
+    rows = block_of(chunk)
+    first = jnp.asarray(starts(order, chunk, rows))[lax.axis_index(ring.axis)]
+    return Blocks(cut(key, rows), cut(value, rows), places(first, rows), cut_ids(ids, rows))
+
+
+def _home(asked: Asked, queries: Blocks, keys: Blocks) -> Pairs:
+    """Return the pairs of a device's own chunks: in order, whichever chunks these are."""
+    (blocks, rows), (key_blocks, key_rows) = queries.at.shape, keys.at.shape
+    # The order of what is hidden is that of a sequence of these chunks alone; a window hides further.
+    call = dataclasses.replace(asked.call, window=None)
+    told = seen_blocks(call, np.arange(blocks) * rows, rows, np.int64(0), key_rows, key_blocks)
+    return Pairs(*told, most=int(told[1].sum()))
+
+
+def _away(ring: Ring, queries: Blocks, keys: Blocks) -> tuple[Any, Any, int]:
+    """Return the pairs with chunks of a device after, and of one before; as many either way.
+
+    Balanced: of what comes from before, all queries see the low chunk; of what comes from after, the high
+    queries see both.
+    """
+    blocks, key_blocks = len(queries.at), len(keys.at)
+    first = np.zeros((2, blocks), np.int32)
+    count = np.full((2, blocks), key_blocks, np.int32)
+    if ring.balanced:
+        count[0, : blocks // 2] = 0
+        count[1] = key_blocks // 2
+    return jnp.asarray(first), jnp.asarray(count), int(count[0].sum())
+
+
+def _in_turn(away: tuple[Any, Any, int], before: jax.Array) -> Pairs:
+    first, count, most = away
+    row = before.astype(jnp.int32)
+    return Pairs(first[row], count[row], most)

@@ -1,0 +1,285 @@
+"""A call of attention of which each device of a mesh axis has a part of the sequence.
+
+Four ways, told by what moves: ``gathered`` (all keys and values to every device), ``neighbours`` (the chunks
+that a window reaches back to), ``ring`` (chunks of keys go round, one turn at a time) and ``heads`` (the
+sequence is traded for heads, and back). All axes that cut batch or heads have to be manual as well: left to
+XLA, what a loop carries is gathered in each of its turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from ..attention import AttentionCall, scaled
+from .blocks import (
+    Asked,
+    Blocks,
+    Pairs,
+    block_of,
+    cut,
+    cut_ids,
+    finished,
+    fold,
+    joined,
+    no_gradients,
+    places,
+    seen_blocks,
+    starts,
+    unfold,
+    unseen,
+)
+from .order import chunks_of, into_balance, out_of_balance
+from .pieces import PieceKernel
+from .ring import Ring, ring_backward, ring_forward
+from .ring_kernel import RingWork, kernel_backward, kernel_forward
+from .ways import GATHERED, HEADS, NEIGHBOURS, RING, copies_of, is_balanced, reach_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread:
+    """`call` over the `parts` devices of mesh axis `axis`, of so many `queries` and `keys` in all.
+
+    way:     a word of `ways.WAYS`.
+    whole:   each device has all keys already, so that none move.
+    kernel:  what works through the pieces of a ring, None for blocks of plain XLA.
+    name:    what the result and its sums are kept under by rematerialisation, if anything.
+    """
+
+    call: AttentionCall
+    way: str
+    axis: str
+    parts: int
+    queries: int
+    keys: int
+    whole: bool = False
+    name: str | None = None
+    kernel: PieceKernel | None = None
+
+    @property
+    def balanced(self) -> bool:
+        """Whether devices take a chunk of either end, for causality to leave each as much to do."""
+        return is_balanced(self.call, self.way, self.queries, self.parts)
+
+
+class Others(NamedTuple):
+    """What a call takes besides queries, keys and values: segment ids of a device's rows, and a window."""
+
+    query_ids: jax.Array | None = None
+    key_ids: jax.Array | None = None
+    window: jax.Array | None = None
+
+
+def attend_spread(
+    spread: Spread,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    others: Others,
+    whole: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+    """Return attention of a device's queries ``[batch, queries / parts, heads, head_dim]``.
+
+    Runs where the axis, and all that cut batch or heads, are manual. `whole` is a kernel of the chip, of
+    (query, key, value, *ids): for ``heads`` of whole sequences, for ``neighbours`` of a device's queries and
+    the keys from the farthest chunk on that they see.
+    """
+    if spread.way == HEADS:
+        return _by_heads(spread, query, key, value, others, whole)
+    if spread.way == NEIGHBOURS and whole is not None:
+        return _beside_neighbours(spread, query, key, value, others, whole)
+    if not spread.balanced:
+        query = query if spread.kernel is None else scaled(query, spread.call.scale)
+        return _attend(spread, query, key, value, others)
+    place = functools.partial(into_balance, axis=spread.axis, parts=spread.parts)
+    ids = others.query_ids
+    if spread.way == RING:
+        key, value = place(key), place(value)
+        same = others.key_ids is ids
+        key_ids = None if others.key_ids is None else place(others.key_ids)
+        others = others._replace(key_ids=key_ids)
+        ids = key_ids if same else ids
+    if ids is not None and ids is not others.key_ids:
+        ids = place(ids)
+    if spread.kernel is not None:
+        query = scaled(query, spread.call.scale)
+    out: Any = _attend(spread, place(query), key, value, others._replace(query_ids=ids))
+    return out_of_balance(out, spread.axis, spread.parts)
+
+
+def _by_heads(
+    spread: Spread,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    others: Others,
+    whole: Callable[..., jax.Array] | None,
+) -> jax.Array:
+    copies = copies_of(key.shape[2], spread.parts)
+    if copies > 1:
+        key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+    trade = functools.partial(lax.all_to_all, axis_name=spread.axis, tiled=True)
+    query, key, value = (trade(x, split_axis=2, concat_axis=1) for x in (query, key, value))
+    query_ids, key_ids = (
+        None if ids is None else lax.all_gather(ids, spread.axis, axis=1, tiled=True)
+        for ids in (others.query_ids, others.key_ids)
+    )
+    if whole is not None:
+        out = whole(query, key, value, *(ids for ids in (query_ids, key_ids) if ids is not None))
+    else:
+        alone = dataclasses.replace(spread, way=GATHERED, parts=1, whole=True)
+        out = _attend(alone, query, key, value, Others(query_ids, key_ids, others.window))
+    return trade(out, split_axis=1, concat_axis=2)
+
+
+def _beside_neighbours(
+    spread: Spread,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    others: Others,
+    whole: Callable[..., jax.Array],
+) -> jax.Array:
+    reach = reach_of(spread.call, spread.keys, spread.parts)
+    ids = jnp.zeros(query.shape[:2], jnp.int32) if others.query_ids is None else others.query_ids
+    # What stands before the sequence is of a segment that no query has.
+    own = ids if others.key_ids is None else others.key_ids
+    there = with_neighbours(spread, reach, jnp.ones_like(own))
+    key_ids = jnp.where(there == 1, with_neighbours(spread, reach, own), -1)
+    key, value = (with_neighbours(spread, reach, x) for x in (key, value))
+    return whole(query, key, value, ids, key_ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(spread: Spread, query: jax.Array, key: jax.Array, value: jax.Array, others: Others) -> jax.Array:
+    return _forward(spread, query, key, value, others)[0]
+
+
+def _forward(
+    spread: Spread, query: jax.Array, key: jax.Array, value: jax.Array, others: Others
+) -> tuple[jax.Array, Any]:
+    if spread.kernel is not None:
+        ids = others.query_ids, others.key_ids
+        out, sums = kernel_forward(_work(spread, spread.kernel), query, key, value, *ids)
+    else:
+        asked, queries = _asked(spread, others), _queries(spread, query, None, others, key.shape[2])
+        if spread.way == RING:
+            state = ring_forward(asked, _ring(spread), queries, key, value, others.key_ids)
+        else:
+            keys, pairs, _ = _collected(spread, key, value, others)
+            state = fold(asked, queries, keys, pairs, unseen(queries, value.shape[3]))
+        out, sums = finished(state)
+        out = joined(out)
+    out = out.astype(value.dtype)
+    if spread.name is not None:
+        out, sums = (checkpoint_name(x, spread.name) for x in (out, sums))
+    return out, (query, key, value, others, out, sums)
+
+
+def _backward(spread: Spread, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    query, key, value, others, out, sums = kept
+    if spread.kernel is not None:
+        told = others.query_ids, others.key_ids, out, sums, d_out
+        grads = kernel_backward(_work(spread, spread.kernel), query, key, value, *told)
+        d_query, d_key, d_value = (
+            x.astype(like.dtype) for x, like in zip(grads, (query, key, value), strict=True)
+        )
+        return d_query, d_key, d_value, None
+    asked, kv_heads = _asked(spread, others), key.shape[2]
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1, keepdims=True)
+    queries = _queries(spread, query, d_out, others, kv_heads)
+    delta = cut(delta, queries.x.shape[-2], kv_heads)[..., 0]
+    if spread.way == RING:
+        grads = ring_backward(asked, _ring(spread), queries, key, value, others.key_ids, sums, delta)
+        d_key, d_value = (joined(x).astype(key.dtype) for x in grads[1:])
+    else:
+        keys, pairs, back = _collected(spread, key, value, others)
+        none = no_gradients(queries, keys)
+        grads = unfold(asked, queries, keys, sums, delta, pairs, none)
+        d_key, d_value = back(tuple(joined(x).astype(key.dtype) for x in grads[1:]))
+    return joined(grads[0]).astype(query.dtype), d_key, d_value, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _asked(spread: Spread, others: Others) -> Asked:
+    return Asked(spread.call, spread.call.window if others.window is None else others.window)
+
+
+def _work(spread: Spread, kernel: PieceKernel) -> RingWork:
+    return RingWork(_ring(spread), kernel, spread.call)
+
+
+def _ring(spread: Spread) -> Ring:
+    return Ring(axis=spread.axis, parts=spread.parts, balanced=spread.balanced)
+
+
+def _me(spread: Spread) -> Any:
+    return lax.axis_index(spread.axis) if spread.parts > 1 else 0
+
+
+def _query_starts(spread: Spread) -> tuple[np.ndarray, int]:
+    """Return the first places of all devices' blocks of queries ``[parts, blocks]``, and a block's rows."""
+    chunks = chunks_of(spread.parts, balanced=spread.balanced)
+    chunk = spread.queries // chunks.size
+    rows = block_of(chunk)
+    return starts(chunks, chunk, rows), rows
+
+
+def _queries(
+    spread: Spread, query: jax.Array, d_out: jax.Array | None, others: Others, kv_heads: int
+) -> Blocks:
+    first, rows = _query_starts(spread)
+    mine = jnp.asarray(first)[_me(spread)]
+    d_out = None if d_out is None else cut(d_out, rows, kv_heads)
+    return Blocks(cut(query, rows, kv_heads), d_out, places(mine, rows), cut_ids(others.query_ids, rows))
+
+
+def _collected(
+    spread: Spread, key: jax.Array, value: jax.Array, others: Others
+) -> tuple[Blocks, Pairs, Callable[..., Any]]:
+    """Return the keys that a device needs, which of them it sees, and the way back of their gradients."""
+    chunk, me, ids = spread.keys // spread.parts, _me(spread), others.key_ids
+    before = 0
+    if spread.way == NEIGHBOURS:
+        reach = reach_of(spread.call, spread.keys, spread.parts)
+        before, rows = reach * chunk, block_of(chunk)
+        move: Callable[..., jax.Array] = functools.partial(with_neighbours, spread, reach)
+    elif spread.whole:
+        rows, move = block_of(spread.keys), lambda x: x
+    else:
+        rows = block_of(chunk)
+        move = functools.partial(lax.all_gather, axis_name=spread.axis, axis=1, tiled=True)
+    ids = None if ids is None else move(ids)
+    (key, value), back = jax.vjp(lambda *both: tuple(move(x) for x in both), key, value)
+    keys = cut(key, rows), cut(value, rows)
+    blocks = len(keys[0])
+    # Of neighbours, where a device's keys begin, which for the first devices is before the sequence does.
+    begins = [own * chunk - before if spread.way == NEIGHBOURS else 0 for own in range(spread.parts)]
+    first, query_rows = _query_starts(spread)
+    told = [
+        seen_blocks(spread.call, own, query_rows, begin, rows, blocks)
+        for own, begin in zip(first, begins, strict=True)
+    ]
+    firsts, counts = (np.stack(one).astype(np.int32) for one in zip(*told, strict=True))
+    pairs = Pairs(jnp.asarray(firsts)[me], jnp.asarray(counts)[me], int(counts.sum(-1).max()))
+    begin = jnp.asarray(np.array(begins, np.int32))[me] + np.arange(0, blocks * rows, rows)
+    return Blocks(*keys, places(begin, rows), cut_ids(ids, rows)), pairs, back
+
+
+def with_neighbours(spread: Spread, reach: int, x: jax.Array) -> jax.Array:
+    """Return a device's rows behind those of the `reach` devices before it; zeros where there is none."""
+    parts = [
+        lax.ppermute(x, spread.axis, [(own - far, own) for own in range(far, spread.parts)])
+        for far in range(reach, 0, -1)
+    ]
+    return jnp.concatenate([*parts, x], axis=1)

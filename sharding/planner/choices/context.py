@@ -1,0 +1,146 @@
+"""How attention goes over ``context``: gathered keys, heads, a ring or neighbours, where its calls let it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+from ...cost.candidate import Candidate
+from ...cost.context import CONTEXT, LaidCall, SpreadCall, calls_of, laid_calls
+from ...errors import UserError
+from ...ops.context.pieces import takes_spread
+from ...ops.context.ways import GATHERED, NEIGHBOURS, WAYS, described
+from ...program.lines import line_of
+from . import attention as kernels
+from .draft import Draft, Given, Refused
+
+# Tokens of a sequence from which the search cuts it, and the fewest of a device.
+LONG, SHORTEST = 32768, 2048
+
+
+def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
+    """Yield the draft with each way of attention over ``context``; as it is where nothing is cut over it."""
+    if draft.mesh.get(CONTEXT, 1) == 1:
+        yield draft
+        return
+    calls = given.once(calls_of, lambda: calls_of(given.program))
+    declared = given.declared
+    kernel = given.once(
+        kernels.choose,
+        lambda: kernels.choose(given.program, given.topology, declared.attention, declared.segments),
+    )
+    layout = Candidate(mesh=draft.mesh, dims=draft.dims)
+    for word in words(calls, layout, declared.context, kernel):
+        yield dataclasses.replace(draft, context=word)
+
+
+def words(
+    calls: Sequence[SpreadCall], layout: Candidate, declared: str | None, kernel: kernels.Chosen
+) -> tuple[str | None, ...]:
+    """Return the words worth a price: those that carry calls out differently; None where none does.
+
+    Of those that no kernel of the chip takes, only where it takes none.
+
+    Raises UserError where `declared` is a way that no call can take.
+    """
+    laid = laid_calls(calls, layout)
+    if declared is None and layout.mesh.get(CONTEXT, 1) == 1:
+        return (None,)
+    if declared is not None:
+        _check(calls, laid, layout, declared)
+        return (declared,)
+    found: dict[tuple[str | None, ...], str] = {}
+    for word in WAYS:
+        ways = tuple(one.way(word) for one in laid)
+        if word in ways:
+            found.setdefault(ways, word)
+    kept = tuple(word for word in found.values() if by_kernel(laid, word, kernel, layout))
+    if not kept and kernel.can(layout.dims):
+        # Splash reads gathered keys by itself.
+        return (None,)
+    return kept or tuple(found.values()) or (None,)
+
+
+def by_kernel(laid: Sequence[LaidCall], word: str, kernel: kernels.Chosen, layout: Candidate) -> bool:
+    """Return whether the chip's kernel carries out what it takes of the calls in a word's ways too."""
+    if not kernel.can(layout.dims):
+        return False
+    name = kernel.implementation or ""
+    ways = ((one, one.way(word)) for one in laid if one.index in kernel.calls)
+    return all(
+        way is not None and takes_spread(name, one.call, way, one.sizes.queries // one.parts)
+        for one, way in ways
+    )
+
+
+def _check(calls: Sequence[SpreadCall], laid: Sequence[LaidCall], layout: Candidate, declared: str) -> None:
+    """Raise UserError where no call goes the declared way."""
+    if layout.mesh.get(CONTEXT, 1) == 1:
+        raise UserError(f"context={declared!r} is a way over a mesh axis that the mesh does not have")
+    if not laid:
+        raise UserError(
+            f"context={declared!r}, but no call of attention has its queries over the mesh axis context; "
+            "it is told by meshwright.sharding.ops.attention, or recognised in a loss"
+        )
+    if any(one.way(declared) == declared for one in laid):
+        return
+    why = next((why for one in laid if (why := one.why_not(declared))), None)
+    others = dict.fromkeys(way for one in laid if (way := one.way(GATHERED)))
+    where = line_of(calls[0].equation.eqn)
+    instead = f"context={next(iter(others))!r} can" if others else "XLA gathers keys for it"
+    raise UserError(f"context={declared!r} cannot carry attention out ({where}): {why}; {instead}")
+
+
+def notes_on(calls: Sequence[SpreadCall], layout: Candidate, kernel: kernels.Chosen) -> tuple[str, ...]:
+    """Say how attention goes over ``context`` in a layout, and which calls go otherwise, with the reason."""
+    if layout.mesh.get(CONTEXT, 1) == 1:
+        return ()
+    laid = laid_calls(calls, layout)
+    if not calls:
+        return ("no attention is recognised in the loss: what is not cut alike over context is gathered",)
+    if layout.context is None and kernel.can(layout.dims):
+        return ()
+    if layout.context is None or not laid:
+        why = next((why for one in laid if (why := one.why_not(GATHERED))), "its queries lie otherwise")
+        return (f"attention gathers keys over context and XLA computes it: {why}",)
+    notes = []
+    ways = [(one, one.way(layout.context)) for one in laid]
+    for way in dict.fromkeys(way for _, way in ways):
+        mine = [one for one, own in ways if own == way]
+        count = f"{len(mine)} of {len(calls)} calls of attention" if len(mine) < len(calls) else "attention"
+        if way is None:
+            notes.append(f"{count} gathers keys over context by XLA: {mine[0].why_not(GATHERED)}")
+        elif way != layout.context and way != NEIGHBOURS:
+            notes.append(f"{count} goes over context by {way}: {mine[0].why_not(layout.context)}")
+        elif len(mine) < len(calls):
+            notes.append(f"{count}: {described(way)} over context ({way})")
+    return tuple(notes)
+
+
+def sizes_of(given: Given) -> tuple[int, ...]:
+    """Return the sizes of ``context`` that the search considers without being told.
+
+    Where it can pay: long sequences, and rows that do not fill the devices. A size divides the sequence into
+    chunks of two halves, and no more devices than the rows leave share one.
+    """
+    calls = given.once(calls_of, lambda: calls_of(given.program))
+    length = max((one.shapes[0][1] for one in calls), default=0)
+    devices = given.topology.num_devices
+    if length < LONG or given.rows >= devices:
+        return (1,)
+    return tuple(
+        size
+        for size in range(1, devices + 1)
+        if devices % size == 0 and length % (2 * size) == 0 and length // size >= SHORTEST
+    )
+
+
+def over_sequences(given: Given, mesh: Mapping[str, int]) -> dict[int, tuple[str, ...]]:
+    """Return the dims of the sequences that a mesh's ``context`` cuts where nothing is declared of it."""
+    if mesh.get(CONTEXT, 1) == 1:
+        return {}
+    calls = given.once(calls_of, lambda: calls_of(given.program))
+    dims = {
+        composition[0] for one in calls for composition in (one.dims[0][1], one.dims[1][1]) if composition
+    }
+    return dict.fromkeys(dims, (CONTEXT,))

@@ -1,0 +1,226 @@
+"""Attention over a sequence that lies over `context`, in each way, against plain attention on one device."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshwright.sharding import Plan, UserError, declare, plan
+from meshwright.sharding.ops import attention
+
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
+
+ROWS, EMBED, HEADS, WIDTH = 4, 16, 8, 8
+SHAPES = {"query": HEADS, "key": 4, "value": 4}
+NAMES = {name: ("layers", "embed", f"heads of {name}", f"width of {name}") for name in SHAPES}
+NAMES["query"] = ("layers", "embed", "heads", "head_dim")
+NAMES["output"] = ("layers", "heads", "value_dim", "embed")
+
+
+def loss_of(asked: tuple[tuple[str, Any], ...]) -> Any:
+    options = dict(asked)
+    options.pop("value_width", None)
+    packed = options.pop("packed", True)
+
+    def loss(params: Any, batch: Any) -> Any:
+        def layer(x: Any, own: Any) -> Any:
+            arrays = (jnp.einsum("bse,ehd->bshd", x, own[name]) for name in SHAPES)
+            out = attention(*arrays, segment_ids=batch["segments"] if packed else None, **options)
+            return x + jnp.einsum("bshd,hde->bse", out, own["output"]), None
+
+        x, _ = jax.lax.scan(layer, batch["x"], params)
+        return jnp.mean(jnp.square(x))
+
+    return loss
+
+
+@functools.cache
+def problem(sequence: int, asked: tuple[tuple[str, Any], ...]) -> tuple[Any, Any, Any]:
+    """Return parameters, a batch, and the plain loss with its gradients."""
+    value_width = dict(asked).get("value_width", WIDTH)
+    shapes = {name: (2, EMBED, heads, WIDTH) for name, heads in SHAPES.items()}
+    shapes["value"] = (*shapes["value"][:3], value_width)
+    shapes["output"] = (2, HEADS, value_width, EMBED)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {
+        name: 0.1 * jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    rng = np.random.default_rng(0)
+    batch = {
+        "x": rng.normal(size=(ROWS, sequence, EMBED)).astype(np.float32),
+        "segments": np.sort(rng.integers(0, 3, (ROWS, sequence)), axis=1).astype(np.int32),
+    }
+    return params, batch, jax.jit(jax.value_and_grad(loss_of(asked)))(params, batch)
+
+
+def made(mesh: dict[str, int], way: str | None, sequence: int = 32, **asked: Any) -> Plan:
+    params, batch, _ = problem(sequence, tuple(asked.items()))
+    loss = loss_of(tuple(asked.items()))
+    return declare(loss, params, batch, topology="cpu:8", mesh=mesh, names=NAMES, context=way)
+
+
+def check(mesh: dict[str, int], way: str, changes: dict[str, Any], **asked: Any) -> collections.Counter[str]:
+    """Compare a way with the plain loss, and return how often each collective stands in the program."""
+    params, batch, (value, gradients) = problem(32, tuple(asked.items()))
+    loss = loss_of(tuple(asked.items()))
+    plan = declare(loss, params, batch, topology="cpu:8", mesh=mesh, names=NAMES, context=way, **changes)
+    on = plan.make_mesh()
+    placed = jax.device_put((params, batch), (plan.shardings(params, on), plan.shardings(batch, on, "batch")))
+    compiled = jax.jit(jax.value_and_grad(plan.apply(loss))).lower(*placed).compile()
+    found, learnt = compiled(*placed)
+    assert abs(found - value) <= 1e-6 * abs(value)
+    for name, one in gradients.items():
+        error = np.linalg.norm(np.asarray(learnt[name]) - one) / np.linalg.norm(one)
+        assert error <= 1e-5, (name, error)
+    return collections.Counter(re.findall(r" ([a-z-]+)(?:-start)?\(", compiled.as_text()))
+
+
+def test_a_ring_sends_keys_and_gathers_nothing() -> None:
+    found = check({"context": 4, "data": 2}, "ring", {})
+    assert found["collective-permute"] > 0
+    assert found["all-gather"] == 0
+
+
+def test_heads_trade_the_sequence() -> None:
+    found = check({"context": 4, "data": 2}, "heads", {"remat": "full"}, cap=4.0, packed=False)
+    assert found["all-to-all"] > 0
+    assert found["collective-permute"] == 0
+
+
+def test_a_window_fetches_its_neighbours() -> None:
+    found = check({"context": 4, "data": 2}, "neighbours", {}, window=7)
+    assert found["collective-permute"] > 0
+    assert found["all-gather"] == 0
+
+
+def test_gathered_keys_lie_beside_other_axes() -> None:
+    check({"context": 2, "fsdp": 2, "tensor": 2}, "gathered", {}, value_width=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["gathered", "heads", "ring"])
+@pytest.mark.parametrize(
+    ("mesh", "changes", "asked"),
+    [
+        ({"context": 2, "data": 2, "tensor": 2}, {"microbatches": 2}, {"cap": 4.0}),
+        ({"context": 4, "fsdp": 2}, {"remat": "full"}, {"causal": False}),
+        ({"context": 2, "fsdp": 4}, {}, {"packed": False, "value_width": 4}),
+    ],
+    ids=["tensor, in parts, capped", "run again, not causal", "narrow values"],
+)
+def test_every_way_keeps_its_values(
+    way: str, mesh: dict[str, int], changes: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    check(mesh, way, changes, **asked)
+
+
+def test_a_window_across_two_layers_of_chunks() -> None:
+    """A window that reaches beyond the chunk before takes two, and a ring of a window is refused."""
+    assert made({"context": 8}, "neighbours", window=6).context == "neighbours"
+    with pytest.raises(UserError, match=r"a ring works with all keys.*context='neighbours' can"):
+        made({"context": 8}, "ring", window=6)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "way", "sequence", "said"),
+    [
+        ({"context": 4, "data": 2}, "neighbours", 32, "no window that is known beforehand"),
+        ({"context": 8}, "rng", 32, "did you mean 'ring'"),
+        ({"data": 4, "tensor": 2}, "ring", 32, "a mesh axis that the mesh does not have"),
+        ({"context": 4, "data": 2}, "ring", 36, "does not divide 36 queries into chunks of two halves"),
+        ({"context": 4, "data": 1, "tensor": 2}, "heads", 32, None),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(
+    mesh: dict[str, int], way: str, sequence: int, said: str | None
+) -> None:
+    if said is None:
+        assert made(mesh, way, sequence).context == way
+        return
+    with pytest.raises(UserError, match=said):
+        made(mesh, way, sequence)
+
+
+def test_a_plan_chooses_a_way_and_keeps_it_in_its_file(tmp_path: Any) -> None:
+    plan = made({"context": 4, "data": 2}, None)
+    assert plan.context in ("gathered", "heads", "ring")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").context == plan.context
+    assert made({"data": 4, "tensor": 2}, None).context is None
+
+
+BLOCKS = {"attention": {"implementation": "splash", "block_q": 128, "block_kv": 128}}
+
+
+def by_splash(mesh: dict[str, int], way: str, sequence: int, **asked: Any) -> tuple[Any, Any, Any]:
+    """Return loss and gradients by a plan with splash, what they are of, and the plain ones."""
+    params, batch, plain = problem(sequence, tuple(asked.items()))
+    plan = dataclasses.replace(made(mesh, way, sequence, **asked), kernels=BLOCKS)
+    on = plan.make_mesh()
+    placed = jax.device_put((params, batch), (plan.shardings(params, on), plan.shardings(batch, on, "batch")))
+    return jax.value_and_grad(plan.apply(loss_of(tuple(asked.items())))), placed, plain
+
+
+def test_the_chips_kernel_works_a_ring_through() -> None:
+    """Both passes are splash's, and what goes round is not gathered."""
+    found, placed, _ = by_splash({"context": 2, "data": 2, "tensor": 2}, "ring", 512)
+    text = str(jax.make_jaxpr(found)(*placed))
+    assert "splash_mha_fwd" in text
+    assert "splash_mha_dkv" in text
+    assert "ppermute" in text
+    assert "all_gather" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "way", "sequence", "asked"),
+    [
+        ({"context": 2, "data": 2, "tensor": 2}, "ring", 512, {}),
+        ({"context": 4, "tensor": 2}, "ring", 1024, {"packed": False}),
+        ({"context": 2, "data": 2, "tensor": 2}, "ring", 256, {"causal": False}),
+        ({"context": 2, "data": 2, "tensor": 2}, "heads", 256, {"cap": 4.0}),
+        ({"context": 2, "data": 2, "tensor": 2}, "gathered", 512, {}),
+        ({"context": 4, "tensor": 2}, "neighbours", 512, {"window": 60}),
+        ({"context": 4, "tensor": 2}, "neighbours", 512, {"window": 200, "packed": False}),
+    ],
+)
+def test_the_chips_kernel_keeps_values(
+    mesh: dict[str, int], way: str, sequence: int, asked: dict[str, Any]
+) -> None:
+    run, placed, (value, gradients) = by_splash(mesh, way, sequence, **asked)
+    found, learnt = jax.jit(run)(*placed)
+    assert abs(found - value) <= 1e-6 * abs(value)
+    for name, one in gradients.items():
+        assert np.linalg.norm(np.asarray(learnt[name]) - one) <= 1e-5 * np.linalg.norm(one), name
+
+
+@pytest.mark.parametrize(
+    ("rows", "sequence", "cuts"), [(4, 65536, True), (64, 65536, False), (4, 8192, False)]
+)
+def test_a_search_cuts_long_sequences_of_few_rows(rows: int, sequence: int, cuts: bool) -> None:
+    """A sequence is cut where it is long and rows do not fill the devices, and the reason has numbers."""
+    params, _, _ = problem(32, ())
+    params = {
+        name: jax.ShapeDtypeStruct((2, 512, *array.shape[2:3], 128), "bfloat16")
+        for name, array in params.items()
+    }
+    params["output"] = jax.ShapeDtypeStruct((2, HEADS, 128, 512), "bfloat16")
+    shape = (rows, sequence)
+    batch = {
+        "x": jax.ShapeDtypeStruct((*shape, 512), "bfloat16"),
+        "segments": jax.ShapeDtypeStruct(shape, "int32"),
+    }
+    found = plan(loss_of(()), params, batch, topology="v5p:2x2x4", names=NAMES)
+    assert (found.mesh.get("context", 1) > 1) == cuts
+    if cuts:
+        assert found.context is not None
+        assert found.kernels["attention"]["implementation"] == "splash"
+        assert " s" in found.explain("context=1") or "ms" in found.explain("context=1")
