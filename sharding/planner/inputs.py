@@ -238,11 +238,15 @@ class Problem:
         def plain() -> Pricer:
             return priced_by(self.profile, efficiencies(chip), execution_for(topology), None)
 
+        kernel = self.kernel(topology, declared or Declared())
+
         @functools.cache
         def in_blocks() -> Pricer:
             every = kernels.in_blocks(self.program)
             execution = execution_for(topology, FusedAttention(share=every.share, gradient=2.5))
-            return priced_by(self.table(every), efficiencies(chip), execution, None)
+            # As many rows as the kernel's tables have, which suppositions are made for.
+            table = self.table(kernel if kernel.calls else every)
+            return priced_by(table, efficiencies(chip), execution, None)
 
         def without(candidate: Candidate) -> Pricer | None:
             if candidate.context is None:
@@ -250,7 +254,6 @@ class Problem:
             laid = laid_calls(self.attention, candidate)
             return None if by_kernel(laid, candidate.context, kernel, candidate) else in_blocks()
 
-        kernel = self.kernel(topology, declared or Declared())
         if kernel.implementation is None:
             if not self.attention:
                 return plain()
