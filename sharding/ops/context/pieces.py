@@ -30,7 +30,7 @@ class PieceKernel:
     interpret: bool = False
 
 
-class Piece(NamedTuple):
+class ChunkPiece(NamedTuple):
     """Queries, keys and values ``[batch, rows, heads, dim]`` of a piece, and both's segment ids or None."""
 
     query: jax.Array
@@ -62,7 +62,7 @@ def takes_spread(kernel: str, call: AttentionCall, way: str, rows: int) -> bool:
 
 
 def piece_forward(
-    kernel: PieceKernel, call: AttentionCall, piece: Piece, *, causal: bool
+    kernel: PieceKernel, call: AttentionCall, piece: ChunkPiece, *, causal: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Return a piece's result, and the logarithm of each row's sum, float32 ``[batch, heads, rows]``.
 
@@ -78,7 +78,7 @@ def piece_forward(
 def piece_backward(
     kernel: PieceKernel,
     call: AttentionCall,
-    piece: Piece,
+    piece: ChunkPiece,
     out: jax.Array,
     sums: jax.Array,
     d_out: jax.Array,
@@ -98,16 +98,18 @@ def piece_backward(
     )
 
     made = _splash(kernel, call, piece, causal=causal, sums=False)
-    asked = made.kwargs
+    names = ("mask_value", "block_sizes", "mask_function", "attn_logits_soft_cap", "interpret")
+    hidden, sizes, function, cap, interpret = (made.kwargs[name] for name in names)
 
     def one(q: Any, k: Any, v: Any, segments: Any, out: Any, sums: Any, d_out: Any) -> Any:
         kept = (q, k, v, segments, None, out, sums, made.dq_mask_info, made.dkv_mask_info)
-        told: list[Any] = [False, asked["mask_value"], False, asked["block_sizes"], None]
-        told += [asked[name] for name in ("mask_function", "attn_logits_soft_cap", "interpret")]
-        return _splash_attention_bwd(*told, kept, d_out)[3:6]
+        grads = _splash_attention_bwd(
+            False, hidden, False, sizes, None, function, cap, interpret, kept, d_out
+        )
+        return grads[3:6]
 
-    arrays = _by_head(piece.query, piece.key, piece.value)
-    grads = jax.vmap(one)(*arrays, _segments(piece), *_by_head(out), sums, *_by_head(d_out))
+    q, k, v, out, d_out = _by_head(piece.query, piece.key, piece.value, out, d_out)
+    grads = jax.vmap(one)(q, k, v, _segments(piece), out, sums, d_out)
     dq, dk, dv = _by_head(*grads)
     return dq, dk, dv
 
@@ -116,7 +118,7 @@ def _by_head(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.swapaxes(x, 1, 2) for x in arrays)
 
 
-def _segments(piece: Piece) -> Any:
+def _segments(piece: ChunkPiece) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     if piece.query_ids is None or piece.key_ids is None:
@@ -124,7 +126,7 @@ def _segments(piece: Piece) -> Any:
     return SegmentIds(piece.query_ids, piece.key_ids)
 
 
-def _splash(kernel: PieceKernel, call: AttentionCall, piece: Piece, *, causal: bool, sums: bool) -> Any:
+def _splash(kernel: PieceKernel, call: AttentionCall, piece: ChunkPiece, *, causal: bool, sums: bool) -> Any:
     rows, key_rows = piece.query.shape[1], piece.key.shape[1]
     block_q = block_that_divides(rows, kernel.block_q)
     block_kv = block_that_divides(key_rows, kernel.block_kv)

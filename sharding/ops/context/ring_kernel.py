@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ..attention import AttentionCall
-from .pieces import Piece, PieceKernel, piece_backward, piece_forward
+from .pieces import ChunkPiece, PieceKernel, piece_backward, piece_forward
 from .ring import Ring, around, back_around
 
 
@@ -54,7 +54,7 @@ def kernel_forward(
     causal, here = work.call.causal, _Keys(key, value, key_ids)
 
     def forward(query: jax.Array, keys: _Keys, ids: Any, *, causal: bool = False) -> Any:
-        piece = Piece(query, keys.key, keys.value, ids, keys.ids)
+        piece = ChunkPiece(query, keys.key, keys.value, ids, keys.ids)
         out, sums = piece_forward(work.kernel, work.call, piece, causal=causal)
         return out.astype(jnp.float32), sums
 
@@ -86,7 +86,7 @@ def kernel_backward(
     causal, here = work.call.causal, _Keys(key, value, key_ids)
 
     def backward(query: jax.Array, keys: _Keys, ids: Any, rows: _Rows, *, causal: bool = False) -> Any:
-        piece = Piece(query, keys.key, keys.value, ids, keys.ids)
+        piece = ChunkPiece(query, keys.key, keys.value, ids, keys.ids)
         told = (rows.out, rows.sums, rows.d_out)
         grads = piece_backward(work.kernel, work.call, piece, *told, causal=causal)
         return tuple(x.astype(jnp.float32) for x in grads)
