@@ -18,6 +18,7 @@ from ..plans.record import Decision, Record
 from ..plans.trainable import split
 from ..program.jaxpr import shapes_of
 from ..program.loss import insisting
+from ..xla.options import check_options
 from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
@@ -168,6 +169,7 @@ def jitted_update(
         state, metrics = updated(planned, optimizer, state, batch, measure, guard=guard)
         return jax.lax.with_sharding_constraint(state, of_state), whole(metrics, mesh)
 
+    check_options(plan.compiler_options)
     jitted = jax.jit(update, donate_argnums=0, compiler_options=dict(plan.compiler_options) or None)
     return cast("jax.stages.Wrapped", _Said(jitted, ("state", "batch"), mesh))
 

@@ -24,6 +24,7 @@ from ..transform.metrics import norm
 from ..transform.optimizer import change, extra_of
 from ..transform.step import abstract_state
 from ..words import gib
+from ..xla.options import check_options
 from ..xla.targets import missing
 from ..xla.versions import versions
 from . import cache
@@ -99,10 +100,12 @@ def verify(
         time.
 
     Raises:
-      UserError: the topology's compiler is not installed, or the plan is for another program.
+      UserError: the topology's compiler is not installed or refuses an option, or the plan is for another
+        program.
     """
     topology = plan.topology
     refuse_missing(topology)
+    check_options(plan.compiler_options)
     early = _too_large_already(plan, params, batch, optimizer, topology, state)
     if early is not None:
         return early

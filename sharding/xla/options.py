@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import tomllib
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from ..hardware.topology import Topology
 
 _FACTS = Path(__file__).with_name("options.toml")
@@ -39,17 +42,48 @@ class Trial:
     ran: bool
 
 
-def trials_for(topology: Topology) -> list[Trial]:
+def trials_for(topology: Topology, jaxlib: str | None = None) -> list[Trial]:
     """Return the sets of options worth compiling a step for `topology` with, one at a time.
+
+    Those whose names the compilers of this jaxlib, by default the installed one, refuse are left out.
 
     >>> [trial.name for trial in trials_for(Topology.parse("v5e:16x16"))]
     ['async_collectives', 'scheduler_memory']
+    >>> [trial.name for trial in trials_for(Topology.parse("h100:4x8"), "0.11.2")]
+    ['combined_collectives', 'buffered_loops']
     """
-    facts = _facts()
+    facts, here = _facts(), _installed() if jaxlib is None else jaxlib
     return [
         Trial(name=name, options=dict(facts["sets"][name]["options"]), ran=facts["sets"][name]["ran"])
         for name in facts["trials"].get(topology.chip.name, ())
+        if not _refused(facts["sets"][name], here)
     ]
+
+
+def check_options(options: Options, jaxlib: str | None = None) -> None:
+    """Raise UserError for an option that the compilers of this jaxlib, by default the installed one, refuse.
+
+    Only of names in `options.toml` is it known since when; XLA itself tells of others.
+    """
+    here = _installed() if jaxlib is None else jaxlib
+    for one in _facts()["sets"].values():
+        for name in one["options"].keys() & options.keys() if _refused(one, here) else ():
+            raise UserError(
+                f"compiler_options: {name} is refused by the compilers of jaxlib {here}, from {one['until']} "
+                "on; plan again with this version, or leave it out of the plan"
+            )
+
+
+def _installed() -> str:
+    return metadata.version("jaxlib")
+
+
+def _refused(one: Mapping[str, Any], jaxlib: str) -> bool:
+    return "until" in one and _numbers(jaxlib) >= _numbers(one["until"])
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in itertools.takewhile(str.isdigit, version.split("."))]
 
 
 def options_to_trace(topology: Topology) -> dict[str, str | bool]:

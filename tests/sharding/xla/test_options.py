@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from meshwright.sharding import Topology
+from meshwright.sharding import Topology, UserError
 from meshwright.sharding.xla.options import (
+    check_options,
     options_for,
     product_cycles,
     scatters_over_several_axes,
@@ -60,3 +61,14 @@ def test_products_are_read_by_the_windows_that_options_allow():
     assert product_cycles({"xla_tpu_scoped_vmem_limit_kib": "131072"}, v6e, usual=0.8) == 1.0
     assert product_cycles({"xla_tpu_scoped_vmem_limit_kib": 65536}, v6e, usual=0.8) == 0.8
     assert product_cycles(first.options, v5p, usual=0.8) == 0.8
+
+
+def test_names_that_a_version_refuses_are_not_offered_to_it_and_are_told_in_a_sentence():
+    h100, name = Topology.parse("h100:4x8"), "xla_gpu_enable_pipelined_all_gather"
+    offered = {v: {n for one in trials_for(h100, v) for n in one.options} for v in ("0.10.2", "0.11.2")}
+    assert name in offered["0.10.2"]
+    assert name not in offered["0.11.2"]
+    check_options({name: True}, "0.10.2")
+    check_options({"xla_gpu_all_gather_combine_threshold_bytes": 1}, "0.12.0.1")
+    with pytest.raises(UserError, match=f"{name} is refused by .* 0.12.0.1, from 0.11 on"):
+        check_options({name: True}, "0.12.0.1")
