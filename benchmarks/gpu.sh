@@ -7,8 +7,8 @@
 # own, so that one that hangs does not take the rest.
 #
 #   first   a profile's windows and saves in one run, and the losses of it against a run without; what the reader makes
-#           of the trace; kernels of attention against plain float32; what XLA's kernels reach
-#   second  whole steps: ours, plain JAX's three, PyTorch's; the loop beside the compiled step
+#           of the trace; kernels of attention against plain float32; what XLA's kernels reach; the calibration
+#   second  whole steps: ours (and as a first half's calibration in OUT estimates them), plain JAX's three, PyTorch's; the loop beside the compiled step
 #
 # --small runs all of it on the CPU in a minute or two, to try the script.
 set -u
@@ -38,11 +38,11 @@ part() {
 if [ -n "$small" ]; then
     export JAX_PLATFORMS=cpu
     shape=(topology=cpu:1 "mesh={fsdp: 1}" model.preset=tiny "model.overrides={layers: 2, embed: 32, heads: 2, kv_heads: 2, head_dim: 16, mlp: 64}" data.sequence=32)
-    deep=("${shape[@]}" train.global_batch=4); whole=("${deep[@]}"); bare=(4 32); steps=3; flag=(--small)
+    deep=("${shape[@]}" train.global_batch=4); whole=("${deep[@]}"); bare=(4 32); steps=3; timed=8; flag=(--small)
 else
     deep=(model.preset=llama3-1b "model.overrides={compute_dtype: bfloat16, layers: 4}" data.sequence=4096 train.global_batch=4)
     whole=(model.preset=llama3-1b "model.overrides={compute_dtype: bfloat16}" data.sequence=4096 train.global_batch=8)
-    bare=(8 4096); steps=10; flag=()
+    bare=(8 4096); steps=10; timed=45; flag=()
 fi
 cat > config.yaml <<YAML
 name: gpu
@@ -79,6 +79,9 @@ if [ "$half" = first ]; then
     cp windows/metrics.jsonl "$out/windows.metrics.jsonl"
     say "kernels of attention against plain float32"; part 90 values.txt "${meshwright[@]}" doctor --kernels
     say "what kernels of XLA reach"; part 90 kernels.jsonl "$python" "$here/kernels.py" "${flag[@]}"
+    say "the card's calibration, by loops and then by the trace"
+    part 75 calibrate.txt "${meshwright[@]}" calibrate --seconds "$timed" --out "$out/calibration.json"
+    part 40 calibrate-traced.txt "${meshwright[@]}" profile windows --calibrate --out "$out/calibration.json"
 elif [ "$half" = second ]; then
     rows=$out/rows.csv
     step() { # step NAME OVERRIDES...
@@ -86,6 +89,10 @@ elif [ "$half" = second ]; then
         part 90 "step-$name.json" "$python" "$here/step.py" "$name" config.yaml "$@" --rows "$rows" --steps "$steps"
     }
     say "whole steps: ours, packed"; step whole "${whole[@]}"
+    if [ -f "$out/calibration.json" ]; then
+        say "the same, as estimated by the card's own calibration"
+        part 40 plan.txt "${meshwright[@]}" plan config.yaml "${whole[@]}" "calibration=$out/calibration.json"
+    fi
     say "plain JAX without segments"
     for remat in none dots full; do
         part 60 "bare-$remat.json" "$python" "$here/bare.py" "${bare[@]}" "$remat" "${flag[@]}"

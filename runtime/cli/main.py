@@ -126,15 +126,39 @@ def profile(
         pathlib.Path, typer.Argument(metavar="RUN", help="Folder of a run, or of any traces, or one trace.")
     ],
     as_json: Json = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Refine the record of the run's chip by its trace.")
+    ] = False,
+    out: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Calibration that --calibrate refines or writes; one in the cache if not given."),
+    ] = None,
 ) -> None:
     """Say where the steps' time went in the trace that a run, or any JAX program, captured."""
     from ..profiling import print_report, profile_run
 
+    if calibrate:
+        _refine(run, out)
+        return
     found = profile_run(run)
     if as_json:
         print(json.dumps(found.to_dict()))
     else:
         print_report(found)
+
+
+def _refine(run: pathlib.Path, out: pathlib.Path | None) -> None:
+    """Write the calibration that a run's trace comes to, from the one that is there."""
+    from ...sharding.cost.measured import load, save
+    from ..calibrate.measure import proposed
+    from ..calibrate.traced import refined
+
+    found, kinds = refined(run, load(out) if out is not None and out.exists() else None)
+    path = proposed(found) if out is None else out
+    save(found, path)
+    for kind in kinds:
+        typer.echo(str(kind))
+    typer.echo(f"{path} (digest {found.digest}); a config takes it up with `calibration: {path}`")
 
 
 @app.command()

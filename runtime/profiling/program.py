@@ -29,10 +29,11 @@ _MESH = "mesh.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SavedProgram:
-    """A program and the mesh it ran on, as axis name → size in mesh order."""
+    """A program, the mesh it ran on, as axis name → size in mesh order, and the JAX that compiled it."""
 
     program: HloModule
     mesh: Mapping[str, int]
+    jax: str = ""
 
     def axes(self, instruction: Instruction) -> MeshAxes:
         """Name the mesh axes that a collective instruction runs over.
@@ -88,8 +89,9 @@ def load_program(directory: str | Path) -> SavedProgram | None:
         return None
     try:
         text = gzip.decompress((folder / _TEXT).read_bytes()).decode()
-        axes = json.loads((folder / _MESH).read_text())["axes"]
-        return SavedProgram(program=parse_hlo(text), mesh={str(k): int(v) for k, v in axes.items()})
+        record = json.loads((folder / _MESH).read_text())
+        mesh = {str(axis): int(size) for axis, size in record["axes"].items()}
+        return SavedProgram(program=parse_hlo(text), mesh=mesh, jax=str(record.get("jax", "")))
     except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"the saved program in {folder} is damaged: {error}; capture the profile again"
