@@ -8,7 +8,8 @@
 #
 #   first   a profile's windows and saves in one run, and the losses of it against a run without; what the reader makes
 #           of the trace; kernels of attention against plain float32; what XLA's kernels reach; the calibration
-#   second  whole steps: ours (and as a first half's calibration in OUT estimates them), plain JAX's three, PyTorch's; the loop beside the compiled step
+#   second  whole steps: ours (and as a first half's calibration in OUT estimates them), plain JAX's three, PyTorch's; the
+#           loop beside the compiled step
 #
 # --small runs all of it on the CPU in a minute or two, to try the script.
 set -u

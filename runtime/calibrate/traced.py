@@ -40,7 +40,8 @@ class Traced:
 
     def __str__(self) -> str:
         took, said = seconds(self.traced), seconds(self.recorded)
-        return f"{self.field} = {self.after:g} (before {self.before:g}): {took} of a step, {said} by the record"
+        change = f"{self.field} = {self.after:g} (before {self.before:g})"
+        return f"{change}: {took} of a step, {said} by the record"
 
 
 def refined(
