@@ -60,7 +60,7 @@ def trials_for(topology: Topology, jaxlib: str | None = None) -> list[Trial]:
     ]
 
 
-def check_options(options: Options, jaxlib: str | None = None) -> None:
+def check_options(options: Mapping[str, Any], jaxlib: str | None = None) -> None:
     """Raise UserError for an option that the compilers of this jaxlib, by default the installed one, refuse.
 
     Only of names in `options.toml` is it known since when; XLA itself tells of others.
