@@ -25,7 +25,7 @@ _LEAST = 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Traced:
+class TracedKind:
     """Operations of one kind in a step: seconds as traced and by a record, and the field that they are by."""
 
     field: str
@@ -46,7 +46,7 @@ class Traced:
 
 def refined(
     run: str | pathlib.Path, measurement: Measurement | None = None
-) -> tuple[Measurement, list[Traced]]:
+) -> tuple[Measurement, list[TracedKind]]:
     """Return a measurement with the efficiencies that a run's newest trace tells, and how each was found.
 
     Products, attention and work that is as fast as memory are told by the program saved beside the trace,
@@ -91,7 +91,7 @@ def refined(
 
 def compared(
     operations: Iterable[Operation], module: HloModule, chip: Chip, record: Calibration
-) -> Iterator[Traced]:
+) -> Iterator[TracedKind]:
     """Yield each kind of operation that takes part of a step, as traced and as `record` has it."""
     traced: dict[str, float] = {}
     recorded: dict[str, float] = {}
@@ -107,7 +107,9 @@ def compared(
     total = sum(traced.values())
     for field, spent in traced.items():
         if spent > _LEAST * total:
-            yield Traced(field=field, traced=spent, recorded=recorded[field], before=getattr(record, field))
+            yield TracedKind(
+                field=field, traced=spent, recorded=recorded[field], before=getattr(record, field)
+            )
 
 
 def _field(
