@@ -71,10 +71,11 @@ class _Alike:
 
     gather: over which they are gathered when used; reduce: over which their gradients are partial sums;
     gradients, moments: over which these are stored; renewed: over which new parameters are gathered, each
-    device having made its part.
+    device having made its part. Those of one scan over layers travel together.
     """
 
     section: int
+    stack: int
     gather: tuple[str, ...]
     reduce: tuple[str, ...]
     gradients: frozenset[str]
@@ -126,7 +127,7 @@ def exchange(
     table = profile.parameters
     elements = (table.elements * placement.parameter_fraction).tolist()
     item_bytes, used_bytes = table.item_bytes.tolist(), table.used_bytes.tolist()
-    sections, runs = table.section.tolist(), table.runs.tolist()
+    sections, runs, stacks = table.section.tolist(), table.runs.tolist(), table.stack.tolist()
     trained, read = table.trained.tolist(), table.read.tolist()
     plans: dict[_Alike, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     ordered = sorted(placement.parameter_partial.items(), key=lambda pair: AXES_BY_WEIGHT.index(pair[0]))
@@ -136,7 +137,7 @@ def exchange(
     for n, count in enumerate(elements):
         summed = tuple(axis for axis, mask in partial if mask[n]) if trained[n] else ()
         lying = over.parameters[n], over.computed[n], over.optimizer[n], over.gradients[n]
-        key = sections[n], read[n], trained[n], summed, lying
+        key = sections[n], stacks[n], read[n], trained[n], summed, lying
         if key not in known:
             known[key] = _alike(*key, reduces_whole)
         row = plans[known[key]]
@@ -153,6 +154,7 @@ def exchange(
 
 def _alike(
     section: int,
+    stack: int,
     read: bool,
     trained: bool,
     reduce: tuple[str, ...],
@@ -166,7 +168,8 @@ def _alike(
     # pass, which hides it; reduced whole, gradients are not, and the gather shows.
     renewed = moments - parameter - (frozenset() if reduces_whole else gradients)
     gather = tuple(sorted(moved, key=AXES_BY_WEIGHT.index))
-    return _Alike(section, gather, reduce, gradients, moments, renewed if trained else frozenset())
+    renewed = renewed if trained else frozenset()
+    return _Alike(section, stack, gather, reduce, gradients, moments, renewed)
 
 
 def _table() -> dict[tuple[str, str], list[float]]:

@@ -114,7 +114,7 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
     """
     count = len(flat.values)
     carry = np.zeros(count, bool)
-    carry[list(flat.carries)] = True
+    carry[list(flat.streams)] = True
     masks = {"none": carry.copy(), "none/fused": carry.copy(), "dots": carry.copy(), "full": carry.copy()}
     for op in flat.ops:
         entering = _entering(flat, op) if op.rematted else []

@@ -24,7 +24,7 @@ class Standing:
     Attributes:
       items: name → bytes [section]; of `framework`, what holds more than the program asks for.
       beside: [section] of a microbatch's gradients, which lie beside their sum.
-      layer: of one layer's parameters, gathered at use.
+      layer: of one layer's parameters, gathered at use, for each scan over layers [stack].
       after: of those that the loss uses, gathered, and of their gradient before it is reduced.
       before: of the gradient of those used before the layers (a table of embeddings), and of its copy.
       sent: of what goes to other slices.
@@ -33,7 +33,7 @@ class Standing:
 
     items: Mapping[str, np.ndarray]
     beside: np.ndarray
-    layer: float
+    layer: np.ndarray
     after: float
     before: float
     sent: float
@@ -41,7 +41,7 @@ class Standing:
 
     def gathered(self, phase: int) -> float:
         """Return the bytes of whole parameters and gradients in the backward pass of a section."""
-        return self.sent + {BEFORE: self.before, LAYERS: self.layer, AFTER: self.after}[phase]
+        return self.sent + {BEFORE: self.before, LAYERS: float(self.layer.max()), AFTER: self.after}[phase]
 
 
 def standing(
@@ -145,7 +145,20 @@ def moments_of(
         items["batch"] = batch
         if profile.captured_bytes:
             items["captured"] = profile.captured_bytes
-        yield items
+        if phase != LAYERS:
+            yield items
+            continue
+        # Scans over layers go back one by one, the last one first; what they kept is gone then.
+        parts = _by_stack(profile, work.saved * (1.0 * kept.device + kept.twice))
+        alone = work.largest_of + work.live * (candidate.remat != "none")
+        for stack in reversed(range(profile.stacks)):
+            left = float(parts[: stack + 1].sum() * here[LAYERS] * held.microbatches)
+            yield {
+                **items,
+                "saved_activations": float(holding[BEFORE]) + left,
+                "temporaries": float(alone[stack]),
+                "communication": stored.sent + float(stored.layer[stack]),
+            }
 
 
 def _state(
@@ -183,13 +196,15 @@ def _state(
 class Worked:
     """What a placement's values weigh in bytes.
 
-    saved [V]: of one microbatch, in all runs; live, largest [section]: what fused kernels keep of one layer,
-    and the largest value; batch: of the microbatch itself; stream: of what layers hand on.
+    saved [V]: of one microbatch, in all runs; live, largest_of [stack]: what fused kernels keep of one layer,
+    and its largest value; largest [section]: likewise; batch: of the microbatch itself; stream: of what
+    layers hand on.
     """
 
     saved: np.ndarray
     live: np.ndarray
     largest: np.ndarray
+    largest_of: np.ndarray
     batch: float
     stream: float = 0.0
 
@@ -226,10 +241,19 @@ def worked(
     # Casts of parameters are with what is gathered.
     rows = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else True
     fused = profile.saved.by_policy["none/fused"] & rows
-    live = np.bincount(values.section, weights=used * fused, minlength=3)
+    live = _by_stack(profile, used * fused)
+    largest_of = np.zeros(1 + profile.stacks)
+    np.maximum.at(largest_of, values.stack + 1, used)
     width = np.maximum(values.width, 1.0)
     padded = np.where(values.width > 0, np.ceil(width / lanes) * lanes / width, 1.0)
-    return Worked(saved=size * padded * values.runs, live=live, largest=largest, batch=batch, stream=stream)
+    return Worked(
+        saved=size * padded * values.runs,
+        live=live,
+        largest=largest,
+        largest_of=largest_of[1:],
+        batch=batch,
+        stream=stream,
+    )
 
 
 def activations(
@@ -243,11 +267,18 @@ def activations(
     scratch = work.largest.copy()
     # A layer worked through again holds what fused kernels would have saved of it besides.
     if candidate.remat != "none":
-        scratch[LAYERS] += work.live[LAYERS]
+        scratch[LAYERS] = (work.largest_of + work.live).max()
     return saved, scratch
 
 
-def _gathered(profile: ProgramTables, placement: Placement, over: StoredOver) -> tuple[float, float, float]:
+def _by_stack(profile: ProgramTables, weights: np.ndarray) -> np.ndarray:
+    """Return the sums of `weights` [V] over the values of each scan over layers [stack]."""
+    return np.bincount(profile.values.stack + 1, weights=weights, minlength=1 + profile.stacks)[1:]
+
+
+def _gathered(
+    profile: ProgramTables, placement: Placement, over: StoredOver
+) -> tuple[np.ndarray, float, float]:
     """Return the bytes of `Standing`'s layer, after and before."""
     table = profile.parameters
     extra = np.array([bool(s - c) for s, c in zip(over.parameters, over.computed, strict=True)], float)
@@ -255,7 +286,8 @@ def _gathered(profile: ProgramTables, placement: Placement, over: StoredOver) ->
     # outside is whole, however often it is used.
     turns = np.where(table.section == LAYERS, table.runs, 1.0)
     elements = table.elements * table.read * placement.parameter_fraction * extra / turns
-    layer = float(elements @ (table.used_bytes * (table.section == LAYERS)))
+    each = elements * table.used_bytes
+    layer = np.bincount(table.stack + 1, weights=each, minlength=1 + profile.stacks)[1:]
     # The loss's parameter in the type that it is used in, and its gradient in its own.
     own = table.item_bytes * table.trained
     after = float(elements @ ((table.used_bytes + own) * (table.after_bytes > 0)))

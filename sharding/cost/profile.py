@@ -23,7 +23,10 @@ _DIVISIBLE = ("map", "contract", "reduce", "index", "group", "resize")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Values:
-    """The arrays, V of them: bytes of one run, dims [V, D], whether gradients flow, parameter index or -1."""
+    """The arrays, V of them: bytes of one run, dims [V, D], whether gradients flow, parameter index or -1.
+
+    stack: the scan over layers that each is inside of, as they run, or -1.
+    """
 
     bytes: np.ndarray
     dims: np.ndarray
@@ -33,6 +36,7 @@ class Values:
     section: np.ndarray
     runs: np.ndarray
     width: np.ndarray
+    stack: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,7 +78,7 @@ class Products:
 class Parameters:
     """What is stored, parameters and state, P rows of argument index, elements, bytes of one, dims [P, D].
 
-    section, runs: of their use.
+    section, runs: of their use; stack: the scan over layers that it is in, as of `Values`.
 
     used_bytes: of one as it is used: a cast comes before the gather. after_bytes: likewise after the layers,
     0 where it is not used there: a table of embeddings may be, too. trained: 1 where it has a gradient and
@@ -94,6 +98,7 @@ class Parameters:
     dims: np.ndarray
     section: np.ndarray
     runs: np.ndarray
+    stack: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,6 +124,7 @@ class ProgramTables:
     inputs: tuple[int, ...]
     captured_bytes: float
     layers: int
+    stacks: int
 
 
 def profile(
@@ -155,6 +161,7 @@ def profile(
         inputs=flat.inputs,
         captured_bytes=float(sum(one.bytes for one in program.captured if one.bytes >= _LEAST_CAPTURED)),
         layers=flat.layers,
+        stacks=flat.stacks,
     )
 
 
@@ -197,6 +204,7 @@ def _values(flat: Flat, count: int) -> Values:
         section=np.array([v.section for v in values], int),
         runs=np.array([v.trips for v in values], float),
         width=np.array([v.width for v in values], float),
+        stack=np.array([v.stack for v in values], int),
     )
 
 
@@ -256,7 +264,7 @@ def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
 
 
 def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
-    used: dict[int, tuple[int, int, int]] = {}
+    used: dict[int, tuple[int, int, int, int]] = {}
     after: dict[int, int] = {}
     for op in flat.ops:
         if op.equation.primitive == "convert_element_type":
@@ -266,17 +274,17 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
             if parameter >= 0 and op.section == AFTER:
                 after.setdefault(parameter, flat.values[index].item_bytes)
             if parameter >= 0 and parameter not in used:
-                used[parameter] = (op.section, op.runs, flat.values[index].item_bytes)
+                used[parameter] = (op.section, op.runs, op.stack, flat.values[index].item_bytes)
     rows, unread = [], aside(program).inputs
     for members in program.weights:
         argument, stack = members[0], program.stack_of.get(members[0].index)
         dims = {d for composition in argument.dims for d in composition}
         if stack is not None:
             dims.add(stack.dim)
-        section, runs, size = used.get(argument.index, (BEFORE, 1, argument.dtype.itemsize))
+        section, runs, inside, size = used.get(argument.index, (BEFORE, 1, -1, argument.dtype.itemsize))
         if flat.layer_dim in dims:
-            section, runs = LAYERS, flat.layers
-        rows.append((argument, _mask(dims, count), size, section, runs))
+            section, runs, inside = LAYERS, flat.layers, flat.main
+        rows.append((argument, _mask(dims, count), size, section, runs, inside))
     shares = [sum(a.is_trained for a in members) / len(members) for members in program.weights]
     stacks = [program.stack_of.get(members[0].index) for members in program.weights]
     return Parameters(
@@ -290,8 +298,9 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
         used_bytes=np.array([size for _, _, size, *_ in rows], float),
         after_bytes=np.array([after.get(a.index, 0) for a, *_ in rows], float),
         dims=_stack([mask for _, mask, *_ in rows], count),
-        section=np.array([section for *_, section, _ in rows], int),
-        runs=np.array([runs for *_, runs in rows], float),
+        section=np.array([section for *_, section, _, _ in rows], int),
+        runs=np.array([runs for *_, runs, _ in rows], float),
+        stack=np.array([inside for *_, inside in rows], int),
     )
 
 

@@ -12,6 +12,7 @@ from jax.extend import core
 from ..program.aside import aside
 from ..program.flops import work
 from ..program.jaxpr import scan_parts, while_parts
+from ..program.layers import layer_scans
 from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope, walk_equations
 from ..program.stacks import is_stack
@@ -29,7 +30,7 @@ class Value:
     `width` is the length of rows that stay rows, a head's in an array of four or more axes; 0 of others.
     `parameter` is the index of the argument that it is a view of (a cast, a layer's slice), or -1; `source`
     the value that it stands for inside or outside of a loop, or -1; `call` the kernel that it is inside of,
-    or -1.
+    or -1; `stack` the scan over layers that it is inside of, or -1.
     """
 
     bytes: float
@@ -45,11 +46,12 @@ class Value:
     core: bool = False
     call: int = -1
     width: int = 0
+    stack: int = -1
 
 
 @dataclasses.dataclass(slots=True)
 class FlatOp:
-    """An equation that runs no scope, with the values it reads and writes, and the kernel it is part of."""
+    """An equation that runs no scope, with what it reads and writes, its kernel and its loop over layers."""
 
     equation: Equation
     ins: list[int]
@@ -58,21 +60,27 @@ class FlatOp:
     runs: int
     rematted: bool
     call: int = -1
+    stack: int = -1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Flat:
-    """A program without scopes: `carries` are what the scan over layers hands on, `inputs` the data.
+    """A program without scopes: `carries` are what the main scan over layers hands on, `inputs` the data.
 
-    `calls` are the values that each kernel of attention reads, and those it writes for its gradient to read.
+    The main scan does most work: `layers` and `layer_dim` are its, `main` is its place among the `stacks`
+    scans over layers as they run; `streams` are what all of them hand on. `calls` are the values that each
+    kernel of attention reads, and those it writes for its gradient to read.
     """
 
     values: list[Value]
     ops: list[FlatOp]
     carries: tuple[int, ...]
+    streams: tuple[int, ...]
     inputs: tuple[int, ...]
     layers: int
     layer_dim: int
+    main: int = 0
+    stacks: int = 1
     calls: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
@@ -87,12 +95,19 @@ class _Flattener:
         self.values: list[Value] = []
         self.ops: list[FlatOp] = []
         self.carries: list[int] = []
+        self.streams: list[int] = []
         self.inputs: list[int] = []
         self.layers = 1
         self.layer_dim = -1
         self._main = _main_scan(program)
+        self._stacks = _scans_over_layers(program, self._main)
+        self.main = self._stacks.index(self._main)
         self._aside = aside(program).equations
-        self._section = BEFORE
+        self._section, self._stack_of_layers = BEFORE, -1
+
+    @property
+    def stacks(self) -> int:
+        return len(self._stacks)
 
     def read(self) -> None:
         env: dict[Any, int] = {}
@@ -125,6 +140,7 @@ class _Flattener:
                 and (self._call >= 0 or not self._kernels),
                 call=self._call,
                 width=shape[-1] if len(shape) >= 4 else 0,
+                stack=self._stack_of_layers,
             )
         )
         return len(self.values) - 1
@@ -215,10 +231,13 @@ class _Flattener:
     def _scan(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
         scan, inner = scan_parts(equation.eqn), equation.scopes[0]
         length = int(equation.eqn.params["length"])
-        outer_section = self._section
-        is_main = equation.index == self._main
+        outside = self._section, self._stack_of_layers
+        is_main, is_stack = equation.index == self._main, equation.index in self._stacks
+        if is_stack:
+            # Each is under the plan's remat.
+            self._section, self._stack_of_layers = LAYERS, self._stacks.index(equation.index)
         if is_main:
-            self._section, self.layers = LAYERS, length
+            self.layers = length
             self.layer_dim = (
                 equation.factors[0].dims[0] if equation.factors and equation.factors[0].dims else -1
             )
@@ -238,16 +257,19 @@ class _Flattener:
                 self.values[env[var]].grad |= _floats(var) and any(self.values[i].grad for i in ins)
                 if is_main:
                     self.carries.append(env[var])
+                if is_stack:
+                    self.streams.append(env[var])
         outs = self.scope(inner, env, runs * length, rematted)
+        if not is_main:
+            # What others read of them is kept as what stands outside.
+            self._section, self._stack_of_layers = outside
         results = []
         for n, var in enumerate(equation.eqn.outvars):
             result = self.value(var, equation.outs[n], self.values[outs[n]].grad, runs)
             self.values[result].source = outs[n]
             results.append(result)
         if is_main:
-            self._section = AFTER
-        else:
-            self._section = outer_section
+            self._section, self._stack_of_layers = AFTER, outside[1]
         return results
 
     def _while(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
@@ -291,6 +313,7 @@ class _Flattener:
                 runs=runs,
                 rematted=rematted,
                 call=self._call,
+                stack=self._stack_of_layers,
             )
         )
         return outs
@@ -314,6 +337,17 @@ def _main_scan(program: Program) -> int:
         if amount > most:
             best, most = equation.index, amount
     return best
+
+
+def _scans_over_layers(program: Program, main: int) -> list[int]:
+    """Return the indices of the scans over stacked parameters as they run, the `main` one among them."""
+    stacked = {dim.id for dim in program.dims if dim.stacked}
+    found = [
+        one.index
+        for one in layer_scans(program.scope)
+        if one.index == main or (one.factors and not stacked.isdisjoint(one.factors[0].dims))
+    ]
+    return found if main in found else [main, *found]
 
 
 def _floats(var: Any) -> bool:
@@ -350,8 +384,11 @@ def flatten(
         values=reader.values,
         ops=reader.ops,
         carries=tuple(reader.carries),
+        streams=tuple(reader.streams),
         layers=reader.layers,
         inputs=tuple(reader.inputs),
         layer_dim=reader.layer_dim,
+        main=reader.main,
+        stacks=reader.stacks,
         calls=tuple(reader.calls),
     )
