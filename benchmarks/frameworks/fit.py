@@ -66,7 +66,8 @@ class Measured:
     @functools.cached_property
     def _placed(self) -> tuple[Placement, StoredOver, dict[str, float]]:
         """What no efficiency changes."""
-        placement, over = self.pricer.place(self.candidate), self.pricer.stored_over(self.candidate)
+        placement = self.pricer.place(self.candidate)
+        over = self.pricer.stored_over(self.candidate, placement)
         return placement, over, self.pricer.memory(self.candidate, placement, over)
 
     def predicted(self, record: Framework) -> float:

@@ -14,7 +14,7 @@ from .candidate import Candidate
 from .collectives import Link
 from .compute import Passes, passes, peak_flops
 from .context import Attending, SpreadCall, context_bytes, context_seconds, laid_calls
-from .exchange import Exchange, StoredOver, exchange, parts, stored_over
+from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables_read_there
 from .execution import Execution, execution_for
 from .kept import Residuals
 from .memory import Standing, Worked, worked
@@ -107,7 +107,7 @@ class Pricer:
         if (other := self.of(candidate)) is not self:
             return other.price(candidate)
         placement = self.place(candidate)
-        over = self.stored_over(candidate)
+        over = self.stored_over(candidate, placement)
         memory = self.memory(candidate, placement, over)
         time = self.time(candidate, placement, over, memory)
         total = sum(time.values())
@@ -125,20 +125,24 @@ class Pricer:
         """Return the memory that `price` would say is needed, without what the step takes."""
         if (other := self.of(candidate)) is not self:
             return other.needed_bytes(candidate)
-        return self._heap(self.memory(candidate, self.place(candidate), self.stored_over(candidate)))
+        placement = self.place(candidate)
+        return self._heap(self.memory(candidate, placement, self.stored_over(candidate, placement)))
 
     def _heap(self, memory: Mapping[str, float]) -> float:
         passing = memory["temporaries"] + memory["communication"]
         return sum(memory.values()) + self.calibration.fragmentation * passing
 
-    def stored_over(self, candidate: Candidate) -> StoredOver:
+    def stored_over(self, candidate: Candidate, placement: Placement) -> StoredOver:
         """Return where everything is stored; candidates made of one another share their storage."""
         maps = (candidate.dims, candidate.stored, candidate.optimizer, candidate.gradients)
-        key = (tuple(candidate.mesh.items()), *map(id, maps))
+        there = tables_read_there(self.profile, placement, candidate)
+        # What goes to a table and back, unlike what is gathered, is as much as a microbatch looks up.
+        parts = (*there, candidate.microbatches) if there else ()
+        key = (tuple(candidate.mesh.items()), parts, *map(id, maps))
         known = self._stored.get(key)
         if known is None:
             # The maps are kept, so that no other one gets their identity.
-            known = _remembered(self._stored, key, (stored_over(self.profile, candidate), maps))
+            known = _remembered(self._stored, key, (stored_over(self.profile, candidate, there), maps))
         return known[0]
 
     def place(self, candidate: Candidate) -> Placement:

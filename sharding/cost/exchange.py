@@ -10,27 +10,32 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..hardware.axes import AXES_BY_WEIGHT
+from ..program.lookups import MANY_ROWS
 from .candidate import Candidate, Storage
 from .collectives import Link
 from .placement import Placement
-from .profile import ProgramTables
+from .profile import ProgramTables, TableLookup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredOver:
     """The mesh axes that each parameter [P] lies over, by what is stored; `stage` does not count.
 
-    parameters, gradients, optimizer: at rest; computed: where it is computed with.
+    parameters, gradients, optimizer: at rest; computed: where it is computed with. `read_there` are tables
+    that are read where they are stored, each with the axes that its columns are cut over.
     """
 
     parameters: list[frozenset[str]]
     gradients: list[frozenset[str]]
     optimizer: list[frozenset[str]]
     computed: list[frozenset[str]]
+    read_there: Mapping[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
-def stored_over(profile: ProgramTables, candidate: Candidate) -> StoredOver:
-    """Return the mesh axes that parameters, gradients and moments lie over."""
+def stored_over(
+    profile: ProgramTables, candidate: Candidate, read_there: Mapping[int, tuple[str, ...]]
+) -> StoredOver:
+    """Return the mesh axes that parameters, gradients and moments lie over; see `tables_read_there`."""
     computed, parameters, gradients, optimizer = [], [], [], []
     mesh = candidate.mesh
     dims_of = candidate.dims
@@ -53,7 +58,63 @@ def stored_over(profile: ProgramTables, candidate: Candidate) -> StoredOver:
             found = alike[key] = (here, kept, axes(specs[1], kept), axes(key[-1], kept))
         for rows, one in zip((computed, parameters, gradients, optimizer), found, strict=True):
             rows.append(one)
-    return StoredOver(parameters=parameters, gradients=gradients, optimizer=optimizer, computed=computed)
+    for n in read_there:
+        computed[n] = parameters[n]
+    return StoredOver(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        computed=computed,
+        read_there=read_there,
+    )
+
+
+def tables_read_there(
+    profile: ProgramTables, placement: Placement, candidate: Candidate
+) -> dict[int, tuple[str, ...]]:
+    """Return the tables that a step reads where they are stored, as `transform.lookup` does, and over what.
+
+    Those with many rows for each that a device looks up, whose columns are stored over axes that cut the ids.
+    """
+    found = {}
+    for n, lookups in profile.parameters.lookups.items():
+        axes = _columns(profile, candidate, n)
+        if axes and all(_stays(profile, placement, candidate, n, axes, one) for one in lookups):
+            found[n] = axes
+    return found
+
+
+def _columns(profile: ProgramTables, candidate: Candidate, n: int) -> tuple[str, ...]:
+    """Return the axes that the columns of a table are stored over more than they are computed with."""
+    dims, spec = profile.parameter_dims[n], candidate.stored.get(int(profile.parameters.argument[n]))
+    if spec is None or len(dims) != len(spec):
+        return ()
+    stored = [_cutting(candidate, axes) for axes in spec]
+    used = [_cutting(candidate, candidate.dims.get(dim, ())) for dim in dims]
+    cut = [place for place in range(len(spec)) if stored[place] != used[place]]
+    if len(cut) != 1 or stored[0] or used[0]:
+        return ()
+    more = stored[cut[0]][len(used[cut[0]]) :]
+    return more if stored[cut[0]] == used[cut[0]] + more else ()
+
+
+def _stays(
+    profile: ProgramTables,
+    placement: Placement,
+    candidate: Candidate,
+    n: int,
+    axes: tuple[str, ...],
+    one: TableLookup,
+) -> bool:
+    of_ids = np.flatnonzero(profile.values.dims[one.ids]).tolist()
+    own = {axis for dim in of_ids for axis in _cutting(candidate, candidate.dims.get(dim, ()))}
+    used = {axis for dim in profile.parameter_dims[n] for axis in candidate.dims.get(dim, ())}
+    few = one.count * placement.value_fraction[one.ids] * MANY_ROWS <= one.rows
+    return bool(few) and own.issuperset(axes) and own.isdisjoint(used)
+
+
+def _cutting(candidate: Candidate, axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if candidate.mesh.get(axis, 1) > 1)
 
 
 def parts(axes: list[frozenset[str]], mesh: Mapping[str, int]) -> np.ndarray:
@@ -135,7 +196,10 @@ def exchange(
     # Many parameters lie alike.
     known: dict[object, _Alike] = {}
     for n, count in enumerate(elements):
-        summed = tuple(axis for axis, mask in partial if mask[n]) if trained[n] else ()
+        there = over.read_there.get(n, ())
+        # Each device has the whole gradient of its own columns from those that its rows went to.
+        summed = tuple(axis for axis, mask in partial if mask[n] and axis not in there) if trained[n] else ()
+        count /= math.prod(candidate.mesh[axis] for axis in there)
         lying = over.parameters[n], over.computed[n], over.optimizer[n], over.gradients[n]
         key = sections[n], stacks[n], read[n], trained[n], summed, lying
         if key not in known:
@@ -146,6 +210,8 @@ def exchange(
         # Parameters of a layer are gathered and reduced together: as many collectives as layers.
         row[2] = max(row[2], runs[n])
         row[3] += count * used_bytes[n]
+    for n, axes in over.read_there.items():
+        _send_rows(found.gathers, links, profile, placement, n, axes)
     for alike, (size, gradient, times, used) in plans.items():
         _gather(found.gathers, links, candidate.mesh, alike, used, times)
         _reduce(found, links, candidate.mesh, alike, size, gradient, times, reduces_whole)
@@ -193,6 +259,30 @@ def _gather(
     for axis in alike.gather:
         left //= mesh[axis]
         into["all_gather", axis][alike.section] += links[axis].collective("all_gather", size / left, times)
+
+
+def _send_rows(
+    into: dict[tuple[str, str], list[float]],
+    links: Mapping[str, Link],
+    profile: ProgramTables,
+    placement: Placement,
+    n: int,
+    axes: tuple[str, ...],
+) -> None:
+    """Add sending the ids of a table's look-ups to all of its columns, and the rows that they name back.
+
+    The gradient goes the way of the rows, so that a backward pass takes as long. An exchange over several
+    axes is one over each, a group holding what its devices' own ids name.
+    """
+    section = int(profile.parameters.section[n])
+    for one in profile.parameters.lookups[n]:
+        ids = float(profile.values.bytes[one.ids] * placement.value_fraction[one.ids])
+        rows = float(profile.values.bytes[one.out] * placement.value_fraction[one.out])
+        for axis in axes:
+            size = links[axis].size
+            ids *= size
+            into["all_gather", axis][section] += links[axis].collective("all_gather", ids)
+            into["all_to_all", axis][section] += links[axis].collective("all_to_all", rows * size)
 
 
 def _reduce(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from ..program.aside import aside
 from ..program.flops import matmul_roles, work
 from ..program.layers import saved_values
+from ..program.lookups import looks_up_rows
 from ..program.program import Program
 from .fusion import Groups, fuse
 from .kept import Saved, residuals
@@ -83,7 +86,8 @@ class Parameters:
     used_bytes: of one as it is used: a cast comes before the gather. after_bytes: likewise after the layers,
     0 where it is not used there: a table of embeddings may be, too. trained: 1 where it has a gradient and
     moments, else 0; state: 1 of what changes beside the parameters; read: 1 where the loss reads it.
-    Parameters that the program stacks are one; stacked_bytes are of one element of the stack, 0 of others.
+    lookups: of tables that are read by rows alone, row → the look-ups. Parameters that the program stacks are
+    one; stacked_bytes are of one element of the stack, 0 of others.
     """
 
     argument: np.ndarray
@@ -99,6 +103,17 @@ class Parameters:
     section: np.ndarray
     runs: np.ndarray
     stack: np.ndarray
+    lookups: Mapping[int, tuple[TableLookup, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TableLookup:
+    """A look-up in a table of so many `rows` by `count` ids; `ids` and `out` are values, what they name."""
+
+    rows: int
+    count: float
+    ids: int
+    out: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -275,7 +290,7 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
                 after.setdefault(parameter, flat.values[index].item_bytes)
             if parameter >= 0 and parameter not in used:
                 used[parameter] = (op.section, op.runs, op.stack, flat.values[index].item_bytes)
-    rows, unread = [], aside(program).inputs
+    rows, unread, found = [], aside(program).inputs, _lookups(flat)
     for members in program.weights:
         argument, stack = members[0], program.stack_of.get(members[0].index)
         dims = {d for composition in argument.dims for d in composition}
@@ -301,7 +316,31 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
         section=np.array([section for *_, section, _, _ in rows], int),
         runs=np.array([runs for *_, runs, _ in rows], float),
         stack=np.array([inside for *_, inside in rows], int),
+        lookups={n: found[a.index] for n, (a, *_) in enumerate(rows) if found.get(a.index)},
     )
+
+
+def _lookups(flat: Flat) -> dict[int, tuple[TableLookup, ...]]:
+    """Return the look-ups in each parameter, by its argument; none of one that is read otherwise too."""
+    found: dict[int, list[TableLookup | None]] = {}
+    for op in flat.ops:
+        if op.equation.primitive == "convert_element_type":
+            continue
+        for place, index in enumerate(op.ins):
+            parameter = flat.values[index].parameter
+            if parameter < 0:
+                continue
+            one = None
+            if place == 0 and op.runs == 1 and looks_up_rows(op.equation.eqn):
+                aval: Any = op.equation.eqn.invars[0].aval
+                ids = flat.values[op.ins[1]]
+                one = TableLookup(rows=aval.shape[0], count=ids.elements, ids=op.ins[1], out=op.outs[0])
+            found.setdefault(parameter, []).append(one)
+    return {
+        parameter: tuple(one for one in each if one is not None)
+        for parameter, each in found.items()
+        if None not in each
+    }
 
 
 __all__ = ["AFTER", "BEFORE", "LAYERS", "ProgramTables", "profile"]

@@ -19,6 +19,7 @@ from ..ops.experts import ExpertsCall, experts_call
 from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, only, spec_of, without
 from ..program.aside import aside
 from ..program.jaxpr import Body, Go, Pass, closed, run, scan_parts
+from ..program.lookups import MANY_ROWS, looks_up_rows
 from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope
 from ..program.stacks import is_stack
@@ -34,7 +35,7 @@ from .gather import (
     learning,
     sums_of,
 )
-from .lookup import MANY_ROWS, looks_up_rows, lookup_by_columns
+from .lookup import lookup_by_columns
 from .meshes import by_device, constrained
 
 _ANCHORS = primitives(Trait.ANCHOR)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -14,12 +13,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ..plans.specs import axes_in, by_dimension, cut_into
 from .gather import ByHand, StoredParameter
 from .meshes import by_device, constrained
-
-_Mode = jax.lax.GatherScatterMode
-
-# How many times as many rows as a device looks up a table has at least that is read where it is stored. With
-# fewer, gathering it sends about as much, and before anything waits for it.
-MANY_ROWS = 64
 
 
 def lookup_by_columns(
@@ -138,21 +131,3 @@ class _ByColumns:
         like = jax.ShapeDtypeStruct(tuple(own), gradient.dtype)
         (sums,) = jax.linear_transpose(lambda table: self._looked_up(table, ids), like)(sent)
         return jax.lax.psum(sums, self._others) if self._others else sums
-
-
-def looks_up_rows(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation reads whole rows of a table of floats, ``table[ids]``, one for each id."""
-    if eqn.primitive.name != "gather":
-        return False
-    avals: list[Any] = [atom.aval for atom in (*eqn.invars, eqn.outvars[0])]
-    table, ids, out = avals
-    numbers = eqn.params["dimension_numbers"]
-    of_ids = len(ids.shape) - 1
-    return (
-        jnp.issubdtype(table.dtype, jnp.inexact)
-        and eqn.params["mode"] in (_Mode.CLIP, _Mode.FILL_OR_DROP, _Mode.PROMISE_IN_BOUNDS)
-        and tuple(eqn.params["slice_sizes"]) == (1, *table.shape[1:])
-        and tuple(numbers.collapsed_slice_dims) == tuple(numbers.start_index_map) == (0,)
-        and not numbers.operand_batching_dims
-        and tuple(numbers.offset_dims) == tuple(range(of_ids, len(out.shape)))
-    )

@@ -69,7 +69,8 @@ def test_each_part_of_a_price_can_be_another(program):
 def test_times_under_another_execution_leave_a_pricers_own_as_they_are(program):
     pricer = Pricer(program, TOPOLOGY, calibration=Calibration())
     candidate = Candidate(mesh={}, dims={})
-    placement, over = pricer.place(candidate), pricer.stored_over(candidate)
+    placement = pricer.place(candidate)
+    over = pricer.stored_over(candidate, placement)
     memory = pricer.memory(candidate, placement, over)
     own = pricer.time(candidate, placement, over, memory)
     slow = pricer.time(candidate, placement, over, memory, Calibration(memory_efficiency=0.25))

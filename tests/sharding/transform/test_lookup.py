@@ -78,3 +78,22 @@ def test_a_large_table_is_neither_sent_nor_held_whole() -> None:
     assert "all-to-all(" in large.as_text()
     # Of a small one the rows that are read are as large as the table, which is gathered before they are.
     assert "all-to-all(" not in small.as_text()
+
+
+def test_a_table_is_priced_as_it_is_read() -> None:
+    def priced(entries: int) -> Any:
+        shapes = jax.eval_shape(lambda: init(jax.random.key(0), entries))
+        how = {"mesh": {"fsdp": 8}, "names": NAMES, "optimizer": optax.sgd(1e-2)}
+        return declare(clipped, shapes, batch(), topology="v5e:2x4", **how).estimate
+
+    large, small = priced(1 << 14), priced(128)
+
+    def sent(entries: int) -> float:
+        return sum(taken for item, taken in priced(entries).time.items() if item.endswith("/fsdp"))
+
+    large, small = priced(1 << 14), priced(128)
+    assert large.memory["communication"] < (1 << 14) * WIDTH * 4 // 8
+    assert "all_to_all/fsdp" in large.time
+    assert "all_to_all/fsdp" not in small.time
+    # Of the table itself nothing travels.
+    assert sent(1 << 15) == pytest.approx(sent(1 << 14))
