@@ -160,7 +160,8 @@ def _logits(case: Case) -> Iterator[Obstacle]:
     parts, flat = case.parts, case.flat
     mask = np.zeros(len(flat.values), bool)
     for op in flat.ops:
-        if op.equation.scopes or product_with_vocabulary(op.equation.eqn) is None:
+        # What a layer multiplies by is no vocabulary.
+        if op.equation.scopes or op.stack >= 0 or product_with_vocabulary(op.equation.eqn) is None:
             continue
         (out,) = (flat.values[index] for index in op.outs)
         for n, value in enumerate(flat.values):

@@ -187,3 +187,15 @@ def test_products_that_no_matrix_unit_speeds_up() -> None:
 
     made = plan(loss, params, shape(512, 56, 56, 512), topology="h100:1x8")
     assert "(loss)" in told(made, "products without rows, columns or contraction")
+
+
+def test_hidden_layers_are_no_logits() -> None:
+    def loss(params: Any, x: Any) -> Any:
+        def layer(x: Any, w: Any) -> tuple[Any, None]:
+            return x + jax.nn.gelu(x @ w["up"]) @ w["down"], None
+
+        return jnp.mean(jax.lax.scan(layer, x, params)[0])
+
+    params = {"up": shape(16, 1024, 32768, dtype=WIDE), "down": shape(16, 32768, 1024, dtype=WIDE)}
+    said = refusal(loss, params, shape(2**17, 1024, dtype=WIDE), topology="v5e:2x2", microbatches=1)
+    assert "logits" not in said
