@@ -158,14 +158,14 @@ def _attention(case: Case) -> Iterator[Obstacle]:
 def _logits(case: Case) -> Iterator[Obstacle]:
     """Logits over a vocabulary that are whole in memory."""
     parts, flat = case.parts, case.flat
-    mask = np.zeros(len(flat.values), bool)
+    logits: set[object] = set()
     for op in flat.ops:
         # What a layer multiplies by is no vocabulary.
         if op.equation.scopes or op.stack >= 0 or product_with_vocabulary(op.equation.eqn) is None:
             continue
         (out,) = (flat.values[index] for index in op.outs)
-        for n, value in enumerate(flat.values):
-            mask[n] |= value.elements == out.elements and value.dims == out.dims and value.trips == out.trips
+        logits.add((out.elements, out.dims, out.trips))
+    mask = np.array([(one.elements, one.dims, one.trips) in logits for one in flat.values], bool)
     if not mask.any():
         return
     held, worked = np.where(mask, parts.held, 0.0), np.where(mask, parts.worked, 0.0)
