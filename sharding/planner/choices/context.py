@@ -85,6 +85,7 @@ def _check(calls: Sequence[SpreadCall], laid: Sequence[LaidCall], layout: Candid
     if any(one.way(declared) == declared for one in laid):
         return
     why = next((why for one in laid if (why := one.why_not(declared))), None)
+    why = why or f"window={laid[0].call.window} reaches few of {laid[0].parts} chunks, which are fetched"
     others = dict.fromkeys(way for one in laid if (way := one.way(GATHERED)))
     where = line_of(calls[0].equation.eqn)
     instead = f"context={next(iter(others))!r} can" if others else "XLA gathers keys for it"

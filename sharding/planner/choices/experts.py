@@ -37,6 +37,13 @@ def choose(program: Program, topology: Topology) -> tuple[Mapping[str, Mapping[s
     calls = [one.eqn for one in program.equations() if experts_call(one.eqn) is not None]
     if kernel == TILES or not calls:
         return {}, dense
+    if not product_facts()[kernel]["compared"]:
+        offered = {"implementation": kernel}
+        why = (
+            f"products of experts are XLA's loop over tiles: no {topology.chip.name} has compared {kernel} "
+            f"with plain products yet; a plan with kernels={{'experts': {offered}}} takes it"
+        )
+        return {}, (why, *dense)
     refused = []
     for eqn in calls:
         x, _, _, *matrices = (atom.aval for atom in eqn.invars)

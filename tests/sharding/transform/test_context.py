@@ -127,6 +127,8 @@ def test_a_window_across_two_layers_of_chunks() -> None:
     assert made({"context": 8}, "neighbours", window=6).context == "neighbours"
     with pytest.raises(UserError, match=r"a ring works with all keys.*context='neighbours' can"):
         made({"context": 8}, "ring", window=6)
+    with pytest.raises(UserError, match=r"window=6 reaches few of 8 chunks.*context='neighbours' can"):
+        made({"context": 8}, "gathered", window=6)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def planned(topology: str, dtype: Any = jnp.bfloat16, mlp: int = 256) -> Any:
 
 @pytest.mark.parametrize(
     ("topology", "kernel"),
-    [("v5e:2x4", "megablox"), ("h100:8", "mosaic"), ("a100:8", None), ("b200:8", None), ("cpu:8", None)],
+    [("v5e:2x4", "megablox"), ("h100:8", None), ("a100:8", None), ("b200:8", None), ("cpu:8", None)],
 )
 def test_each_chip_multiplies_by_its_own_kernel(topology: str, kernel: str | None) -> None:
     assert planned(topology).kernels.get("experts", {}).get("implementation") == kernel
@@ -37,14 +37,20 @@ def test_each_chip_multiplies_by_its_own_kernel(topology: str, kernel: str | Non
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"dtype": jnp.float32}, "mosaic cannot be had: it takes bfloat16 or float16, not float32"),
-        ({"mlp": 200}, "mosaic cannot be had: it takes widths in multiples of 64, not 200"),
+        ({"dtype": jnp.float16}, "megablox cannot be had: it takes bfloat16 or float32, not float16"),
+        ({"mlp": 200}, "megablox cannot be had: it takes widths in multiples of 128, not 200"),
     ],
 )
 def test_what_a_kernel_does_not_take_is_said_and_left_to_xla(options: dict[str, Any], why: str) -> None:
-    made = planned("h100:8", **options)
+    made = planned("v5e:2x4", **options)
     assert "experts" not in made.kernels
     assert any(why in note for note in made.notes)
+
+
+def test_a_kernel_that_no_card_has_compared_waits_to_be_asked_for() -> None:
+    made = planned("h100:8")
+    (note,) = [note for note in made.notes if "has compared mosaic" in note]
+    assert "kernels={'experts': {'implementation': 'mosaic'}}" in note
 
 
 @pytest.mark.parametrize(
