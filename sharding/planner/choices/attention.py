@@ -211,7 +211,7 @@ def _blocks(
         return {}
     for block in facts["blocks"]:
         sizes = []
-        for equation, _ in calls:
+        for equation, call in calls:
             query, key, value = _arrays(equation)
             rows, columns = (block_that_divides(array.shape[1], block) or block for array in (query, key))
             sizes.append(
@@ -221,6 +221,7 @@ def _blocks(
                     head_dim=query.shape[3],
                     value_dim=value.shape[3],
                     item=query.dtype.itemsize,
+                    capped=call.cap is not None,
                 )
             )
         if chip.kernel_vmem_bytes is None or max(sizes, default=0) <= chip.kernel_vmem_bytes:
@@ -228,14 +229,17 @@ def _blocks(
     return None
 
 
-def vmem_bytes(block_q: int, block_kv: int, *, head_dim: int, value_dim: int, item: int) -> int:
+def vmem_bytes(
+    block_q: int, block_kv: int, *, head_dim: int, value_dim: int, item: int, capped: bool = False
+) -> int:
     """Return an upper bound of the vector memory of splash's kernels, forward and for the gradient.
 
     From the shapes of their blocks, which are held twice so that one is fetched while the other is worked on,
     of their accumulators, and of a block of scores in float32 and one of what becomes of them, which v4
-    spills of its registers. A number for each row, such as its segment, fills a vector register's 128 lanes.
+    spills of its registers; with a soft cap one more, its gradient being of the scores before it. A number
+    for each row, such as its segment, fills a vector register's 128 lanes.
     """
-    scores = 2 * 4 * block_q * block_kv
+    scores = (3 if capped else 2) * 4 * block_q * block_kv
     heads, lanes = head_dim + value_dim, 128 * 4
     forward = 2 * item * heads * (block_q + block_kv) + 4 * value_dim * block_q + 8 * lanes * block_q
     backward = 2 * item * heads * (block_q + 2 * block_kv) + 4 * heads * block_kv + 2 * lanes * block_kv

@@ -197,6 +197,9 @@ def test_blocks_are_smaller_where_heads_are_wide() -> None:
     # Compiled for v4, blocks of 1024 took 18.71 MiB and those of 512 fitted.
     assert vmem_bytes(1024, 1024, head_dim=256, value_dim=256, item=4) > 18.71 * 2**20
     assert vmem_bytes(512, 512, head_dim=256, value_dim=256, item=4) < 16 * 2**20
+    # With a soft cap v5e's compiler refuses blocks of 1024, 8 rows of 4096 tokens and 32 heads 128 wide.
+    assert vmem_bytes(1024, 1024, head_dim=128, value_dim=128, item=2, capped=True) > 16 * 2**20
+    assert vmem_bytes(512, 512, head_dim=128, value_dim=128, item=2, capped=True) < 16 * 2**20
 
 
 # A mask of segments makes cuDNN's gradient take so much more, by the chip's record.
