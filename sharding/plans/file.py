@@ -87,7 +87,7 @@ def read(path: str | pathlib.Path, kind: type[_Made]) -> _Made:
 def from_dict(values: Mapping[str, Any], kind: type[_Made]) -> _Made:
     """Rebuild a plan from plain values, as a `kind` of record."""
     if not isinstance(values, Mapping):
-        raise UserError(f"a plan is a mapping of fields, not a {type(values).__name__}")
+        raise UserError(f"this is not a plan, which is a mapping of fields, but a {type(values).__name__}")
     if (found := values.get("format")) != FORMAT:
         raise UserError(f"the plan has format {found}; this version reads format {FORMAT}")
     read = {

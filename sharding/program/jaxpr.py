@@ -54,13 +54,10 @@ class Traces:
     """
 
     def __init__(self, fn: Callable[..., Any], rewrite: Callable[[Traced], Traced] | None = None) -> None:
-        def called(*args: Any) -> Any:
-            return fn(*args)
-
-        self._fn = called
+        # An object of our own, so that what `fn` reads from outside is read anew for each Traces.
+        self._fn = functools.partial(fn)
         self._rewrite = rewrite or (lambda traced: traced)
-        # Of our own, so that what `fn` reads from outside is read anew for each Traces.
-        self._jitted = jax.jit(called)
+        self._jitted = jax.jit(self._fn)
         self._known: dict[int, tuple[core.ClosedJaxpr, Traced]] = {}
 
     def on(self, *args: Any) -> Traced:
@@ -81,6 +78,23 @@ class Traces:
             # The first jaxpr is kept, so that its id stays its own.
             self._known[key] = found.jaxpr, self._rewrite(traced)
         return self._known[key][1]
+
+
+def asked(
+    fn: Callable[..., Any],
+    within: Callable[[int], contextlib.AbstractContextManager[None]],
+    check: Callable[[Any], None],
+) -> Callable[..., Any]:
+    """Return `fn`, called in the context `within` gives for its number of arguments, its result `check`ed."""
+
+    @functools.wraps(fn)
+    def function(*args: Any) -> Any:
+        with within(len(args)):
+            result = fn(*args)
+        check(result)
+        return result
+
+    return function
 
 
 def shapes_of(tree: Any) -> Any:

@@ -14,7 +14,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..paths import by_path
-from .untraceable import called
+from .jaxpr import asked
+from .untraceable import told
 
 _NUMBERS = (bool, int, float, complex, np.generic)
 
@@ -78,16 +79,14 @@ def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
     ...
     meshwright.sharding.errors.UserError: the loss (rows) gives an array of shape (2,): return its mean or sum
     """
+    name = _named(loss)
 
-    @functools.wraps(loss)
-    def function(*args: Any) -> Any:
-        result = called(loss, _named(loss), *args)
+    def check(result: Any) -> None:
         wrong = _wrong(result)
         if wrong is not None:
-            raise UserError(f"the loss ({_named(loss)}) {wrong}")
-        return result
+            raise UserError(f"the loss ({name}) {wrong}")
 
-    return function
+    return asked(loss, functools.partial(told, name), check)
 
 
 def _wrong(result: Any) -> str | None:

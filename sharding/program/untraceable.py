@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from jax.core import Tracer
 from jax.extend import core
@@ -70,14 +71,19 @@ _MISTAKES = (
 )
 
 
-def called(loss: Callable[..., Any], name: str, *args: Any) -> Any:
-    """Return what `loss`, called `name`, gives of `args`.
+# Frames of an error that a call raised by itself: this context's, and the one that called.
+_OF_THE_CALL = 2
+
+
+@contextlib.contextmanager
+def told(name: str, arguments: int) -> Iterator[None]:
+    """Within it, the loss `name` is called with so many arguments.
 
     Raises UserError for a mistake that JAX would speak of in words of its own; what else it raises is the
     loss's own to raise.
     """
     try:
-        return loss(*args)
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -86,17 +92,19 @@ def called(loss: Callable[..., Any], name: str, *args: Any) -> Any:
             if mistake.type in known and mistake.words in str(error):
                 said = f"the loss ({name}) cannot be traced: {_where(error)}it {mistake.does}"
                 raise UserError(said) from error
-        if said := _of_call(name, args, error) or _of_jax(name, error):
+        if said := _of_call(name, arguments, error) or _of_jax(name, error):
             raise UserError(said) from error
         raise
 
 
-def _of_call(name: str, args: Sequence[Any], error: Exception) -> str | None:
-    """Say that a loss does not take what it is called with, if that is what it raised."""
-    trace = error.__traceback__
-    if not isinstance(error, TypeError) or trace is None or trace.tb_next is not None:
+def _of_call(name: str, arguments: int, error: Exception) -> str | None:
+    """Say that a loss does not take what it is called with, if that is what it raised.
+
+    The error has then come through this context and the call alone.
+    """
+    if not isinstance(error, TypeError) or len([*traceback.walk_tb(error.__traceback__)]) > _OF_THE_CALL:
         return None
-    asked = ", ".join(("params", "batch", "state")[: len(args)])
+    asked = ", ".join(("params", "batch", "state")[:arguments])
     return f"the loss ({name}) is called as loss({asked}), which it does not take: {error}"
 
 

@@ -246,8 +246,7 @@ class PlannedLoss:
             n for n, one in enumerate(jax.tree.leaves(params)) if jnp.issubdtype(one.dtype, jnp.inexact)
         ]
         widens = _platform(self._plan, self._mesh) == "cpu"
-        whole = read(traced, state=() if self._plan.state is None else (2,))
-        found = pipelined(self._plan, self._mesh, traced, whole, passes, trained, widens)
+        found = pipelined(self._plan, self._mesh, traced, passes, trained, widens)
         planned = self._planned(found.region.manual, stored)
         return Run(found.region.read, planned, self._part, found.region, found.staged, found.of_whole)
 

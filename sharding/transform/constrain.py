@@ -36,7 +36,7 @@ from .gather import (
     sums_of,
 )
 from .lookup import lookup_by_columns
-from .meshes import by_device, constrained
+from .meshes import by_device, constraint
 
 _ANCHORS = primitives(Trait.ANCHOR)
 _CHECKPOINTS = primitives(Trait.CHECKPOINT)
@@ -266,7 +266,7 @@ class Constrain(Pass):
         # The barrier keeps a compiler from casting what has travelled.
         cast = jax.lax.optimization_barrier(jax.lax.stop_gradient(value.value).astype(dtype))
         cast = self._by_hand.gather(cast, value.spec)
-        cast = constrained(cast, NamedSharding(self._mesh, used))
+        cast = constraint(self._mesh)(cast, NamedSharding(self._mesh, used))
         travels = dtype if self._reduces_cast else None
         return cast, sums_of(value.value, shardings, travels, self._by_hand, value.spec)
 
@@ -278,7 +278,7 @@ class Constrain(Pass):
             return value.value
         sharding = NamedSharding(self._mesh, used)
         if not jnp.issubdtype(value.value.dtype, jnp.inexact):
-            return constrained(self._by_hand.gather(value.value, value.spec), sharding)
+            return constraint(self._mesh)(self._by_hand.gather(value.value, value.spec), sharding)
         shardings = self._scattering.shardings(used, reduced)
         return gathered(value.value, sharding, shardings, self._by_hand, value.spec)
 
@@ -305,7 +305,7 @@ class Constrain(Pass):
                 if entries[n] is None and not self._unsaid.isdisjoint(composition):
                     entries[n] = PartitionSpec.UNCONSTRAINED
             spec = PartitionSpec(*entries)
-        return constrained(value, NamedSharding(self._mesh, spec))
+        return constraint(self._mesh)(value, NamedSharding(self._mesh, spec))
 
     def _spec(self, dims: Dims, shape: tuple[int, ...]) -> PartitionSpec:
         """Return the spec of an array while computing; an axis serves one dim, those of parameters first."""

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from ..plans.specs import Spec, axes_of, by_dimension, only, without
 from ..program.jaxpr import run
-from .meshes import by_device, constrained
+from .meshes import by_device, constraint
 
 
 @jax.tree_util.register_dataclass
@@ -140,7 +140,7 @@ def gathered(
 
     @jax.custom_vjp
     def gather(value: Any) -> Any:
-        return constrained(by_hand.gather(value, stored), used)
+        return constraint(used.mesh)(by_hand.gather(value, stored), used)
 
     def backward(_: None, gradient: Any) -> tuple[Any]:
         if by_hand.axes:
@@ -167,7 +167,7 @@ def sums_of(
     @jax.custom_vjp
     def zeros(value: Any) -> Any:
         whole = jax.eval_shape(lambda value: by_hand.gather(value, stored), value)
-        return constrained(jnp.zeros(whole.shape, value.dtype), reduced[0])
+        return constraint(reduced[0].mesh)(jnp.zeros(whole.shape, value.dtype), reduced[0])
 
     def backward(_: None, gradient: Any) -> tuple[Any]:
         sent = gradient if travels is None else gradient.astype(travels)
@@ -195,7 +195,7 @@ def learning(value: Any, sums: Any) -> Any:
 
 def _brought(gradient: Any, shardings: Sequence[NamedSharding]) -> Any:
     for sharding in shardings:
-        gradient = constrained(gradient, sharding)
+        gradient = constraint(sharding.mesh)(gradient, sharding)
     return gradient
 
 

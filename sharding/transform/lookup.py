@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..plans.specs import axes_in, by_dimension, cut_into
 from .gather import ByHand, StoredParameter
-from .meshes import by_device, constrained
+from .meshes import by_device, constraint
 
 
 def lookup_by_columns(
@@ -95,7 +95,7 @@ class _ByColumns:
             learnt = self._by_device(self._learn, (self._of_ids, self._of_rows), self._of_table)(
                 ids, gradient
             )
-            learnt = constrained(learnt, self._reduced)
+            learnt = constraint(self._reduced.mesh)(learnt, self._reduced)
             return learnt, np.zeros(ids.shape, jax.dtypes.float0)
 
         rows.defvjp(lambda table, ids: (rows(table, ids), ids), backward)

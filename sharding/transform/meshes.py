@@ -56,14 +56,17 @@ def automatic(mesh: Mesh | AbstractMesh) -> Iterator[None]:
         yield
 
 
-def constrained(value: Any, sharding: NamedSharding) -> Any:
-    """Return `value` lying as `sharding` says; where every axis is manual there is nothing to say.
+def constraint(mesh: Mesh | AbstractMesh) -> Callable[[Any, NamedSharding], Any]:
+    """Return what says of an array on `mesh` how it lies; where every axis is manual there is nothing to say.
 
     JAX batches a constraint by what only an automatic axis takes.
     """
-    if all(kind == AxisType.Manual for kind in sharding.mesh.axis_types):
-        return value
-    return jax.lax.with_sharding_constraint(value, sharding)
+    manual = all(kind == AxisType.Manual for kind in mesh.axis_types)
+    return _as_it_is if manual else jax.lax.with_sharding_constraint
+
+
+def _as_it_is(value: Any, sharding: NamedSharding) -> Any:
+    return value
 
 
 def explicit_axes() -> tuple[str, ...]:

@@ -62,7 +62,7 @@ def moved_share(parts: int) -> float:
     """Return the share of a sequence that changes devices on its way into balance.
 
     >>> moved_share(2), moved_share(8)
-    (0.5, 0.9375)
+    (0.5, 0.875)
     """
     ways: list[Any] = [way for half in _ways(parts) for way in half]
     return sum(here != there for here, there in ways) / len(ways)

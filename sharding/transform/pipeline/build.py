@@ -11,7 +11,6 @@ from ...errors import UserError, nearest_divisors
 from ...plans.record import Decision
 from ...plans.specs import axes_in, axes_of, cut_into
 from ...program.jaxpr import Traced
-from ...program.program import Program
 from ..accumulation.proof import InParts, in_parts, refusal, rows_of
 from ..accumulation.region import RowRegion, axes_of_rows, flat_specs, mixes, specs_of_rows
 from ..accumulation.run import is_heavy
@@ -33,12 +32,11 @@ def pipelined(
     plan: Decision,
     mesh: Mesh | AbstractMesh,
     traced: Traced,
-    program: Program,
     passes: Passes,
     trained: Sequence[int],
     widens: bool,
 ) -> Pipelined:
-    """Return how a traced loss, `program`, goes through the stages of `plan` on `mesh`.
+    """Return how a traced loss goes through the stages of `plan` on `mesh`.
 
     `passes` gives the plan's passes over a program inside of the region, `trained` are the numbers of the
     parameters that may be trained.
@@ -71,7 +69,7 @@ def pipelined(
     except NotInParts as why:
         raise UserError(refusal(plan.microbatches, why, has_state=bool(state))) from None
     _check_passes(shares, stages)
-    layers, stacked = layers_and_parameters(program, trained)
+    layers, stacked = layers_and_parameters(traced, trained)
     slots = Slots(
         layers=layers,
         stages=stages,

@@ -7,19 +7,24 @@ stage's share of its rows, for what is before and behind them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend import core
 
 from ...errors import UserError
-from ...program.jaxpr import scan_parts
+from ...program.jaxpr import Traced, call_body, run, scan_parts
 from ...program.layers import is_layer_scan
 from ...program.pieces import ProgramPiece, of_length
 from ...program.program import Equation, Program
+from ...program.tracing import read
 from .slots import Slots
+
+_CALLS = ("jit", "pjit", "closed_call")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,17 +125,38 @@ def cut_at_layers(
     )
 
 
-def has_layers(program: Program, trained: Sequence[int]) -> bool:
-    """Whether a part's program has layers to cut at."""
-    return any(_walks_parameters(program, one, trained) for one in program.scope.equations)
+def layers_and_parameters(traced: Traced, trained: Sequence[int]) -> tuple[int, frozenset[int]]:
+    """Return how many layers a loss has, and the numbers of the parameters that are stacked for them.
 
-
-def layers_and_parameters(program: Program, trained: Sequence[int]) -> tuple[int, frozenset[int]]:
-    """Return how many layers a program has, and the numbers of the parameters that are stacked for them."""
+    Raises UserError if it has none.
+    """
+    program = read(_without_calls(traced))
     one = _layers(program, trained)
     xs = one.eqn.invars[-scan_parts(one.eqn).num_xs :]
     found = (_stored_as(program, atom, set(trained)) for atom in xs)
     return one.eqn.params["length"], frozenset(number for number in found if number is not None)
+
+
+def _without_calls(traced: Traced) -> Traced:
+    """Return a trace with what jitted functions do in their place, as a part's program has it."""
+
+    def again(closed: core.ClosedJaxpr, *inputs: Any) -> list[Any]:
+        jaxpr = closed.jaxpr
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *inputs], strict=True))
+
+        def value(atom: Any) -> Any:
+            return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+        for eqn in jaxpr.eqns:
+            ins = [value(atom) for atom in eqn.invars]
+            body = call_body(eqn) if eqn.primitive.name in _CALLS else None
+            outs = run(eqn, ins) if body is None else again(body, *ins)
+            values.update(zip(eqn.outvars, outs, strict=True))
+        return [value(atom) for atom in jaxpr.outvars]
+
+    shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in traced.jaxpr.jaxpr.invars]
+    jaxpr = jax.make_jaxpr(functools.partial(again, traced.jaxpr))(*shapes)
+    return dataclasses.replace(traced, jaxpr=jaxpr)
 
 
 def _layers(program: Program, trained: Sequence[int]) -> Equation:

@@ -71,9 +71,7 @@ MISTAKES = {
     "two axes that take the rest": override("mesh={data: -1, fsdp: -1}", says="-1"),
     "unknown axis": override("mesh={dta: 2, fsdp: 2}", says=("dta", "data")),
     "axis that does nothing": override("mesh={data: 2, expert: 2}", says="expert=2"),
-    "stages that do not divide the layers": override(
-        "mesh={stage: 4}", "model.overrides.layers=6", says=("stage=4", "6")
-    ),
+    "more stages than layers": override("mesh={stage: 4}", says=("stage=4", "layers=2")),
     "heads that the axis does not divide": override(
         "rules={heads: tensor}",
         "mesh={tensor: 4}",

@@ -159,10 +159,11 @@ def test_half_precision_is_as_near_as_the_plain_function() -> None:
         assert ours <= 2 * own
 
 
-def test_a_step_and_an_evaluation() -> None:
-    plan = declared(drawn, {"stage": 2, "data": 2, "fsdp": 2})
+def test_a_step_and_an_evaluation_of_a_jitted_loss() -> None:
+    loss = jax.jit(drawn)
+    plan = declared(loss, {"stage": 2, "data": 2, "fsdp": 2})
     state = plan.init(lambda key: init(), jax.random.key(0), optax.sgd(0.1))
-    state, metrics = plan.train_step(drawn, optax.sgd(0.1))(state, batch())
+    state, metrics = plan.train_step(loss, optax.sgd(0.1))(state, batch())
     value, slope = jax.value_and_grad(drawn)(init(), batch())
     after = jax.tree.map(lambda old, change: old - 0.1 * change, init(), slope)
     assert apart(metrics["loss"], value)[0] < 1e-6
