@@ -8,7 +8,11 @@ import pathlib
 from typing import Any
 
 import pytest
-from frozen.write import HERE, SHIPPED, cases, frozen, hashed, planned, shipped
+from frozen.write import CONFIGS, HERE, SHIPPED, cases, frozen, hashed, planned, shipped
+from meshwright.runtime.config import load
+from meshwright.runtime.train import optimizer
+from meshwright.runtime.train.job import build_model
+from meshwright.runtime.train.planning import Shapes, plan_config, plan_of
 
 AGAIN = "if this is meant, run `python tests/frozen/write.py` and say in CHANGELOG.md what changed and why"
 # Sums of floats may differ in their last digits from one processor to the next.
@@ -25,6 +29,24 @@ def test_a_config_is_planned_as_it_was(case: str) -> None:
     was = json.loads((HERE / f"{case}.json").read_text(encoding="utf-8"))
     now = json.loads(json.dumps(frozen(planned(case))))
     assert not differences(was, now), AGAIN
+    estimate = planned(case).estimate
+    assert estimate is not None
+    assert 0.02 < estimate.mfu < 1.0
+    assert planned(case).origin is not None
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_a_config_shows_what_it_trains(name: str) -> None:
+    config = load(CONFIGS / f"{name}.yaml")
+    # The quickstart's case is what is searched for, not what its config declares.
+    shown = plan_config(config).plan if name == "quickstart" else planned(name)
+    model = build_model(config.model)
+    update = optimizer.build(
+        config.optimizer, optimizer.schedule(config.optimizer, config.train.steps), model.names
+    )
+    trained = plan_of(config, Shapes.of(config, model), shown.topology, update)
+    assert shown.decision() == trained.decision()
+    assert shown.estimate == trained.estimate
 
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.name)

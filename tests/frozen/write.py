@@ -8,6 +8,7 @@ for every JAX that is supported. `shipped.json` holds a hash of what each plan u
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -44,8 +45,9 @@ def cases() -> dict[str, tuple[str, str | None]]:
     return found | {"quickstart.declared": ("quickstart", None)}
 
 
+@functools.cache
 def planned(case: str) -> Plan:
-    """Plan a case; of the quickstart both what is searched for and what it declares."""
+    """Plan a case, once; of the quickstart both what is searched for and what it declares."""
     name, topology = cases()[case]
     path = CONFIGS / f"{name}.yaml"
     found = plan_config(load(path, ["plan=auto"] if name == "quickstart" else []), topology)

@@ -91,19 +91,11 @@ def test_only_tpus_send_values_to_their_hosts() -> None:
     assert not any("host" in one.saved.values() for one in (gpu, *gpu.alternatives))
 
 
-@pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b", "llama3-70b", "llama3-405b", "deepseek-v3"])
-def test_shipped_configs_plan_and_fit(name: str) -> None:
-    planned = plan_config(load(CONFIGS / f"{name}.yaml"))
-    made = planned.plan
-    assert made.estimate is not None
-    assert planned.seconds > 0
-    assert 0.02 < made.estimate.mfu < 1.0
-    assert made.origin is not None
-
-
 def test_what_a_config_declares_is_kept(small_config: pathlib.Path) -> None:
     words = [*TINY, "mesh={tensor: 2}", "remat=full", "microbatches=2"]
-    made = plan_config(load(small_config, words)).plan
+    planned = plan_config(load(small_config, words))
+    made = planned.plan
+    assert planned.seconds > 0
     assert made.mesh["tensor"] == 2
     assert (made.remat, made.microbatches) == ("full", 2)
 

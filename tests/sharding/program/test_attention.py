@@ -49,9 +49,7 @@ def unseeing():
 
 
 SAMPLE = [
-    "triu of -inf added",
     "window by two triangles",
-    "causal blocks",
     "segments in a window",
     "heads in the batch",
     "softmax by hand",
@@ -63,13 +61,9 @@ SAMPLE = [
     "causal among the first keys",
     "scaled after its bias",
     "sinks of heads",
-    "divided late",
     "by a learned number",
     "batch and heads taken apart",
-    "windows of images",
-    "rotary keys of all heads",
     "absorbed latents",
-    "two products of groups",
     "NNX's dropout",
 ]
 PADDED = [name for name in ways.WAYS if "padd" in name or "pairs" in name] + ["two masks, added"]
