@@ -79,11 +79,14 @@ def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
                 f"kernels: attention: implementation={name!r} is no kernel; {nearest(name, facts)}"
             )
         blocks = ("block_q", "block_kv") if "blocks" in facts[name] else ()
-        known = (*blocks, "segments") if facts[name]["packs"] else blocks
-        for key in {*settings, *known} - {"implementation"}:
+        needed = (*blocks, "segments") if facts[name]["packs"] else blocks
+        known = (*needed, "pieces") if facts[name].get("pieces") else needed
+        for key in {*settings, *needed} - {"implementation"}:
             size = settings.get(key)
             if key not in known:
                 raise UserError(f"kernels: attention: {name} has no {key!r}; {nearest(key, known)}")
+            if key == "pieces" and not isinstance(size, bool):
+                raise UserError(f"kernels: attention: pieces={size!r} must be true or false")
             if key in blocks and (not isinstance(size, int) or size < LANES or size % LANES):
                 raise UserError(f"kernels: attention: {key}={size!r} must be a multiple of {LANES}")
             if key == "segments" and (not isinstance(size, int) or isinstance(size, bool) or size < 2):

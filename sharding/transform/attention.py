@@ -176,7 +176,7 @@ class AttentionKernel:
         """Return the plan's kernel as one for pieces of a sequence."""
         name = self._settings["implementation"]
         if name != SPLASH:
-            return PieceKernel(name=CUDNN)
+            return PieceKernel(name=CUDNN, asked=bool(self._settings.get("pieces")))
         blocks = {side: self._settings[side] for side in ("block_q", "block_kv")}
         return PieceKernel(name=SPLASH, interpret=self._platform == "cpu", **blocks)
 

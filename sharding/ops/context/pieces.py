@@ -22,9 +22,13 @@ SPLASH, CUDNN = "splash", "cudnn"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PieceKernel:
-    """A kernel of pieces: its name, for splash the largest blocks, and whether a CPU interprets it."""
+    """A kernel of pieces: its name, for splash the largest blocks, and whether a CPU interprets it.
+
+    `asked` says that a plan asks cuDNN for a ring's pieces, which no card has compared with XLA's yet.
+    """
 
     name: str
+    asked: bool = False
     block_q: int = 0
     block_kv: int = 0
     interpret: bool = False
@@ -48,17 +52,18 @@ def takes_pieces(kernel: PieceKernel, call: AttentionCall, rows: int, key_rows: 
         sizes = block_that_divides(rows, kernel.block_q), block_that_divides(key_rows, kernel.block_kv)
         return None not in sizes
     # cuDNN would read segments as a mask of all queries and keys.
-    return kernel.name == CUDNN and not call.segments
+    return kernel.name == CUDNN and kernel.asked and not call.segments
 
 
-def takes_spread(kernel: str, call: AttentionCall, way: str, rows: int) -> bool:
-    """Return whether a kernel that takes `call` takes it over devices too, each of `rows` queries.
+def takes_spread(kernel: str, way: str, rows: int) -> bool:
+    """Return whether a kernel that takes a call takes it over devices too, each of `rows` queries.
 
-    Splash works on whole lanes of queries; cuDNN on whole sequences, and on a ring's pieces without segments.
+    Splash works on whole lanes of queries; cuDNN on whole sequences, and on a ring's pieces only where a plan
+    asks for it.
     """
     if kernel == SPLASH:
         return rows % (2 * LANES if way == RING else LANES) == 0
-    return way == HEADS or (way == RING and not call.segments)
+    return way == HEADS
 
 
 def piece_forward(

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from ...cost.candidate import Candidate
 from ...cost.context import CONTEXT, LaidCall, SpreadCall, calls_of, laid_calls
 from ...errors import UserError
-from ...ops.context.pieces import takes_spread
-from ...ops.context.ways import GATHERED, NEIGHBOURS, WAYS, described
+from ...ops.context.pieces import SPLASH, takes_spread
+from ...ops.context.ways import GATHERED, NEIGHBOURS, RING, WAYS, described
 from ...program.lines import line_of
 from . import attention as kernels
 from .draft import Draft, Given, Refused
@@ -55,7 +55,7 @@ def words(
         if word in ways:
             found.setdefault(ways, word)
     kept = tuple(word for word in found.values() if by_kernel(laid, word, kernel, layout))
-    if not kept and kernel.can(layout.dims):
+    if not kept and kernel.implementation == SPLASH and kernel.can(layout.dims):
         # Splash reads gathered keys by itself.
         return (None,)
     return kept or tuple(found.values()) or (None,)
@@ -68,8 +68,7 @@ def by_kernel(laid: Sequence[LaidCall], word: str, kernel: kernels.Chosen, layou
     name = kernel.implementation or ""
     ways = ((one, one.way(word)) for one in laid if one.index in kernel.calls)
     return all(
-        way is not None and takes_spread(name, one.call, way, one.sizes.queries // one.parts)
-        for one, way in ways
+        way is not None and takes_spread(name, way, one.sizes.queries // one.parts) for one, way in ways
     )
 
 
@@ -105,6 +104,8 @@ def notes_on(calls: Sequence[SpreadCall], layout: Candidate, kernel: kernels.Cho
         why = next((why for one in laid if (why := one.why_not(GATHERED))), "its queries lie otherwise")
         return (f"attention gathers keys over context and XLA computes it: {why}",)
     notes = []
+    if kernel.can(layout.dims) and not by_kernel(laid, layout.context, kernel, layout):
+        notes.append(_in_blocks(kernel.implementation, any(one.way(layout.context) == RING for one in laid)))
     ways = [(one, one.way(layout.context)) for one in laid]
     for way in dict.fromkeys(way for _, way in ways):
         mine = [one for one, own in ways if own == way]
@@ -116,6 +117,17 @@ def notes_on(calls: Sequence[SpreadCall], layout: Candidate, kernel: kernels.Cho
         elif len(mine) < len(calls):
             notes.append(f"{count}: {described(way)} over context ({way})")
     return tuple(notes)
+
+
+def _in_blocks(kernel: str | None, ring: bool) -> str:
+    """Say why a kernel of the chip does not carry attention out over ``context``."""
+    said = "attention over context is worked through in blocks by XLA"
+    if kernel == SPLASH or not ring:
+        return f"{said}: {kernel} does not take a device's part of it"
+    return (
+        f"{said}: no card has compared {kernel}'s pieces of a ring with them; a plan with pieces: true "
+        f"beside implementation: {kernel} takes those of calls without segments"
+    )
 
 
 def sizes_of(given: Given) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from meshwright.sharding import Plan, plan
+from meshwright.sharding import Plan, declare, plan
 from meshwright.sharding.compiled.flops import attention_flops
 from meshwright.sharding.hlo.text import HloModule, parse_hlo
 from meshwright.sharding.ops import attention
@@ -120,6 +120,27 @@ def test_cudnn_takes_packed_rows_as_they_are(own_cache: pathlib.Path) -> None:
     assert attention_flops(text, forward[0]) == 2 * pairs * 2 * HEAD_DIM
     assert attention_flops(text, backward[0]) == 5 * pairs * 2 * HEAD_DIM
     assert not squared(verdict)
+
+
+@pytest.mark.parametrize("asks", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_cudnn_works_a_ring_through_where_a_plan_asks(asks: bool, own_cache: pathlib.Path) -> None:
+    names = dict.fromkeys("qkv", ("embed", "heads", "head_dim"))
+
+    def of_rows(params: Any, batch: Any) -> Any:
+        query, key, value = (jnp.einsum("bse,ehd->bshd", batch["x"], params[n]) for n in "qkv")
+        return jnp.mean(jnp.square(attention(query, key, value).astype(jnp.float32)))
+
+    weights = jax.ShapeDtypeStruct((EMBED, HEADS, HEAD_DIM), jnp.bfloat16)
+    arguments = dict.fromkeys("qkv", weights), {"x": jax.ShapeDtypeStruct((4, 2048, EMBED), jnp.bfloat16)}
+    optimizer = optax.sgd(1e-3)
+    declared: dict[str, Any] = {"mesh": {"data": 2, "context": 2}, "context": "ring", "topology": "h100:1x4"}
+    made = declare(of_rows, *arguments, optimizer=optimizer, names=names, **declared)
+    assert any("no card has compared cudnn's pieces" in note for note in made.notes)
+    if asks:
+        made = dataclasses.replace(made, kernels={"attention": {"implementation": "cudnn", "pieces": True}})
+    assert verify(made, of_rows, *arguments, optimizer).fits
+    (text,) = own_cache.rglob("program.hlo.gz")
+    assert (b"__cudnn$fmha" in gzip.decompress(text.read_bytes())) == asks
 
 
 def cudnn_calls(text: HloModule, name: str) -> tuple[list[Any], list[Any]]:
