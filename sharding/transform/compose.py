@@ -42,6 +42,7 @@ from .experts import Multiplier
 from .gather import ByHand, Scattering
 from .meshes import automatic, explicit_axes, of_plan
 from .pipeline.build import pipelined
+from .pipeline.prepare import PreparedRun, prepared
 from .remat import Name, Remat
 from .said import lying_elsewhere, not_arrays, other_devices
 
@@ -168,7 +169,7 @@ class PlannedLoss:
         self._plan, self._mesh = plan, mesh
         self._microbatches, self._trainable = plan.microbatches, plan.trainable
         self._staged = plan.mesh.get("stage", 1) > 1
-        self._runs: weakref.WeakKeyDictionary[Traced, Run] = weakref.WeakKeyDictionary()
+        self._runs: weakref.WeakKeyDictionary[Traced, Run | PreparedRun] = weakref.WeakKeyDictionary()
         self.traces = Traces(checked(loss), functools.partial(recognised, which=plan.recognise))
         self._part = composed(self.traces, functools.partial(_passes, plan, mesh))
 
@@ -211,27 +212,30 @@ class PlannedLoss:
             lambda part: (self.traces.on(params, part).result, parts.trained),
         )
 
-    def _run(self, *args: Any) -> Run:
+    def _run(self, *args: Any) -> Run | PreparedRun:
         """Return what works the batch through in parts, as it is proved of the whole batch's program."""
         traced = self.traces.on(*args)
         if traced not in self._runs:
-            stored = {0: traced.args[0], **dict(enumerate(traced.args[2:], 2))}
             if self._staged:
-                self._runs[traced] = self._through_stages(traced, stored)
+                self._runs[traced] = self._through_stages(traced)
                 return self._runs[traced]
             read = proved(traced, self._microbatches)
             region = region_of(self._plan, self._mesh, traced, read)
             if region is None:
-                run = Run(read, self._planned(), self._part)
+                run = Run(read, self._planned(self._plan), self._part)
             else:
-                run = Run(region.read, self._planned(region.axes, stored), self._part, region)
+                planned = self._planned(self._plan, region.axes, _stored(traced))
+                run = Run(region.read, planned, self._part, region)
             self._runs[traced] = run
         return self._runs[traced]
 
-    def _through_stages(self, traced: Traced, stored: Mapping[int, Any]) -> Run:
+    def _through_stages(self, traced: Traced) -> PreparedRun:
+        ready = prepared(self._plan, self._mesh, traced)
+        plan, traced = ready.plan, ready.traced
+
         def passes(program: Program, params: Any, *state: Any, learns: bool) -> list[Pass]:
             return passes_of(
-                self._plan,
+                plan,
                 program,
                 self._mesh,
                 params,
@@ -241,16 +245,18 @@ class PlannedLoss:
                 lies=found.staged.slots.lies,
             )
 
-        params = traced.args[0]
-        trained = [
-            n for n, one in enumerate(jax.tree.leaves(params)) if jnp.issubdtype(one.dtype, jnp.inexact)
-        ]
-        widens = _platform(self._plan, self._mesh) == "cpu"
-        found = pipelined(self._plan, self._mesh, traced, passes, trained, widens)
-        planned = self._planned(found.region.manual, stored)
-        return Run(found.region.read, planned, self._part, found.region, found.staged, found.of_whole)
+        params = enumerate(jax.tree.leaves(traced.args[0]))
+        trained = [n for n, one in params if jnp.issubdtype(one.dtype, jnp.inexact)]
+        widens = _platform(plan, self._mesh) == "cpu"
+        found = pipelined(plan, self._mesh, traced, passes, trained, widens)
+        planned = self._planned(plan, found.region.manual, _stored(traced))
+        whole = composed(Traces(ready.loss), functools.partial(_passes, plan, self._mesh))
+        run = Run(found.region.read, planned, whole, found.region, found.staged, found.of_whole)
+        return PreparedRun(ready, run)
 
-    def _planned(self, by_hand: tuple[str, ...] = (), stored: Mapping[int, Any] | None = None) -> Planned:
+    def _planned(
+        self, plan: Decision, by_hand: tuple[str, ...] = (), stored: Mapping[int, Any] | None = None
+    ) -> Planned:
         """Return what lays the plan's passes over a function of a part, in a region with axes `by_hand`."""
 
         def planned(function: Callable[..., Any], learns: bool) -> Callable[..., Any]:
@@ -258,10 +264,10 @@ class PlannedLoss:
                 # A part of the loss may have none of its layers.
                 has_layers = learns and any(layer_scans(program.scope))
                 return passes_of(
-                    self._plan, program, self._mesh, params, *state, learns=has_layers, by_hand=by_hand
+                    plan, program, self._mesh, params, *state, learns=has_layers, by_hand=by_hand
                 )
 
-            state = () if self._plan.state is None else (2,)
+            state = () if plan.state is None else (2,)
             return composed(Traces(function), passes, state=state, stored=stored)
 
         return planned
@@ -323,6 +329,11 @@ def _passes(
     plan: Decision, mesh: Mesh | AbstractMesh, program: Program, params: Any, *state: Any
 ) -> list[Pass]:
     return passes_of(plan, program, mesh, params, *state)
+
+
+def _stored(traced: Traced) -> dict[int, Any]:
+    """Return the arguments of a traced loss that are stored, by their places."""
+    return {0: traced.args[0], **dict(enumerate(traced.args[2:], 2))}
 
 
 def _flat(specs: Any) -> list[Any]:

@@ -19,12 +19,16 @@ _AUTOMATIC = ("tensor", "context")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layers:
-    """The dimension of the layers that most parameters are stacked in; by the program if `written_out`."""
+    """The dimension of the layers that most parameters are stacked in; by the program if `written_out`.
+
+    `members` are the parameters that the program stacks, by argument index.
+    """
 
     dim: int
     name: str
     count: int
     written_out: bool = False
+    members: frozenset[int] = frozenset()
 
 
 def layers_of(program: Program) -> Layers | None:
@@ -39,15 +43,20 @@ def layers_of(program: Program) -> Layers | None:
     if not any(sizes.values()):
         return None
     most = program.dims[max(sizes, key=lambda dim: (sizes[dim], -dim))]
-    return Layers(dim=most.id, name=most.name, count=most.size, written_out=not most.places)
+    members = {index for stack in program.stacks if stack.dim == most.id for index in stack.arguments}
+    return Layers(
+        dim=most.id,
+        name=most.name,
+        count=most.size,
+        written_out=not most.places,
+        members=frozenset(members),
+    )
 
 
 def why_no_stages(found: Layers | None, stages: int) -> str | None:
     """Return why a program cannot be cut into so many stages; None if it can."""
     if found is None:
-        return f"stage={stages} cuts the layers of a scan over stacked parameters, and this program has none"
-    if found.written_out:
-        return f"stage={stages} cuts parameters that are stacked, and these layers' are arrays of their own"
+        return f"stage={stages} cuts layers, in a scan or written out alike, and this program has none"
     if found.count < stages:
         return f"stage={stages} is more than {found.name}={found.count}; nearest: {found.count}"
     return None
@@ -67,7 +76,9 @@ def moved_layers(program: Program, mesh: Mapping[str, int], chunks: int) -> Laye
     """Return the layers if stages store others than they run: then they are stored in another dimension."""
     stages = mesh.get(STAGE, 1)
     found = layers_of(program) if stages > 1 else None
-    return found if found is not None and is_moved(found.count, stages, chunks) else None
+    if found is None or not (found.written_out or is_moved(found.count, stages, chunks)):
+        return None
+    return found
 
 
 def over_stages(
@@ -75,12 +86,13 @@ def over_stages(
 ) -> list[tuple[str, ...]]:
     """Return the storage of a parameter of moved layers, over stages too in another dimension than theirs."""
     cut = list(storage)
-    if not argument.dims or argument.dims[0][:1] != (layers.dim,) or any(STAGE in axes for axes in cut):
+    stacked = bool(argument.dims) and argument.dims[0][:1] == (layers.dim,)
+    if not (stacked or argument.index in layers.members) or any(STAGE in axes for axes in cut):
         return cut
     divided = [
         n
         for n, size in enumerate(argument.shape)
-        if n
+        if n >= stacked
         and size % (cut_into(cut[n], mesh) * mesh[STAGE]) == 0
         and not set(cut[n]).intersection(_AUTOMATIC)
     ]

@@ -9,13 +9,14 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ...errors import UserError, nearest_divisors
 from ...plans.record import Decision
-from ...plans.specs import axes_in, axes_of, cut_into
+from ...plans.specs import axes_in, cut_into
 from ...program.jaxpr import Traced
+from ...program.tracing import read
 from ..accumulation.proof import InParts, in_parts, refusal, rows_of
 from ..accumulation.region import RowRegion, axes_of_rows, flat_specs, mixes, specs_of_rows
 from ..accumulation.run import is_heavy
 from ..accumulation.values import NotInParts
-from .cut import layers_and_parameters
+from .layers import layers_of, stacked_parameters
 from .slots import STAGE, Slots
 from .staged import Passes, Staged
 
@@ -48,11 +49,11 @@ def pipelined(
     of_params, of_state = flat_specs(plan, params), flat_specs(plan, state[0], "state") if state else ()
     axes = _axes(plan, traced)
     manual = (*axes, STAGE)
-    for spec in (*of_params, *of_state):
+    for spec in of_state:
         if mixes(spec, manual):
             raise UserError(
-                f"stage={stages}: a parameter is stored as {spec}, and beside stages an axis that cuts rows "
-                "cuts no dimension that another axis cuts"
+                f"stage={stages}: a part of the state is stored as {spec}, and beside stages an axis that "
+                "cuts rows cuts no dimension that another axis cuts"
             )
     devices = cut_into(axes, plan.mesh)
     rows, needed = rows_of(batch), plan.microbatches * devices * stages
@@ -69,12 +70,14 @@ def pipelined(
     except NotInParts as why:
         raise UserError(refusal(plan.microbatches, why, has_state=bool(state))) from None
     _check_passes(shares, stages)
-    layers, stacked = layers_and_parameters(traced, trained)
+    count = len(of_params)
+    program = read(traced, state=(2,) if state else ())
+    layers = layers_of(program, count)
     slots = Slots(
-        layers=layers,
+        layers=layers.eqn.params["length"],
         stages=stages,
         chunks=plan.interleave,
-        stored={n: of_params[n] for n in stacked},
+        stored={n: of_params[n] for n in stacked_parameters(program, layers, count)},
         manual=manual,
     )
     _check_storage(slots)
@@ -102,8 +105,7 @@ def pipelined(
 
 def _check_storage(slots: Slots) -> None:
     """Raise UserError if stages store stretches of layers and run others."""
-    together = any(STAGE in axes_of(entry) for spec in slots.stored.values() for entry in spec[:1])
-    if together and slots.moves:
+    if slots.scattered and not all(map(slots.moves, slots.stored)):
         raise UserError(
             f"stage={slots.stages} with {slots.chunks} chunks of {slots.layers} layers runs other layers "
             "than each stage stores; leave the layers' dimension out of the rules for stage"

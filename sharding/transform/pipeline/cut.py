@@ -7,24 +7,18 @@ stage's share of its rows, for what is before and behind them.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.extend import core
 
 from ...errors import UserError
-from ...program.jaxpr import Traced, call_body, run, scan_parts
-from ...program.layers import is_layer_scan
+from ...program.jaxpr import scan_parts
 from ...program.pieces import ProgramPiece, of_length
 from ...program.program import Equation, Program
-from ...program.tracing import read
+from .layers import dependent, is_number, layers_of, stored_as
 from .slots import Slots
-
-_CALLS = ("jit", "pjit", "closed_call")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,23 +48,24 @@ class LayerCut:
 
 
 def cut_at_layers(
-    share: Program, whole: Program, slots: Slots, trained: Sequence[int], data: Sequence[int]
+    share: Program, whole: Program, slots: Slots, params: int, trained: Sequence[int], data: Sequence[int]
 ) -> LayerCut:
-    """LayerCut the programs of a share of a microbatch's rows, and of all of them.
+    """Cut the programs of a share of a microbatch's rows, and of all of them.
 
-    `trained` are the numbers of the arguments that are trained, `data` of those that hold rows.
+    Their first `params` arguments are parameters; `trained` are the numbers of those that are trained,
+    `data` of the arguments that hold rows.
 
     Raises UserError if a stage's layers cannot be had by themselves.
     """
-    ours, theirs = _layers(whole, trained), _layers(share, trained)
+    ours, theirs = layers_of(whole, params), layers_of(share, params)
     stages = slots.stages
     parts = scan_parts(ours.eqn)
     consts, first_xs = parts.num_consts, parts.num_consts + parts.num_carry
-    by_params, by_data = _dependent(whole, trained), _dependent(whole, data)
+    by_params, by_data = dependent(whole, trained), dependent(whole, data)
     atoms: list[Any] = list(ours.eqn.invars)
     share_atoms: list[Any] = list(theirs.eqn.invars)
-    beside = [n for n in range(first_xs, len(atoms)) if not _is_stored(whole, atoms[n], set(trained))]
-    if any(atoms[n] in by_params or atoms[n] in by_data for n in beside if not _is_number(atoms[n])):
+    beside = [n for n in range(first_xs, len(atoms)) if stored_as(whole, atoms[n], params) is None]
+    if any(atoms[n] in by_params or atoms[n] in by_data for n in beside if not is_number(atoms[n])):
         raise UserError(
             f"stage={stages}: arrays that the layers are scanned over are computed from parameters or from "
             f"the batch, which a stage cannot do for its own layers alone, at {ours.where}"
@@ -78,7 +73,7 @@ def cut_at_layers(
     travel = [
         n
         for n, atom in enumerate(atoms[:first_xs])
-        if n >= consts or (not _is_number(atom) and atom in by_params and atom in by_data)
+        if n >= consts or (not is_number(atom) and atom in by_params and atom in by_data)
     ]
     shapes = tuple(atoms[n].aval for n in travel)
     rows = tuple(_rows_of(atoms[n].aval.shape, share_atoms[n].aval.shape, stages, ours.where) for n in travel)
@@ -91,7 +86,7 @@ def cut_at_layers(
         )
     for n, out in enumerate(carries):
         place = rows[travel.index(consts + n)]
-        if out in used and place is None and out in _dependent(whole, data):
+        if out in used and place is None and out in dependent(whole, data):
             raise UserError(
                 f"stage={stages}: the layers add up a number over the rows, which stages cannot yet, at "
                 f"{ours.where}"
@@ -123,90 +118,6 @@ def cut_at_layers(
         shapes=shapes,
         dims=tuple(ours.ins[n] for n in travel),
     )
-
-
-def layers_and_parameters(traced: Traced, trained: Sequence[int]) -> tuple[int, frozenset[int]]:
-    """Return how many layers a loss has, and the numbers of the parameters that are stacked for them.
-
-    Raises UserError if it has none.
-    """
-    program = read(_without_calls(traced))
-    one = _layers(program, trained)
-    xs = one.eqn.invars[-scan_parts(one.eqn).num_xs :]
-    found = (_stored_as(program, atom, set(trained)) for atom in xs)
-    return one.eqn.params["length"], frozenset(number for number in found if number is not None)
-
-
-def _without_calls(traced: Traced) -> Traced:
-    """Return a trace with what jitted functions do in their place, as a part's program has it."""
-
-    def again(closed: core.ClosedJaxpr, *inputs: Any) -> list[Any]:
-        jaxpr = closed.jaxpr
-        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *inputs], strict=True))
-
-        def value(atom: Any) -> Any:
-            return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-        for eqn in jaxpr.eqns:
-            ins = [value(atom) for atom in eqn.invars]
-            body = call_body(eqn) if eqn.primitive.name in _CALLS else None
-            outs = run(eqn, ins) if body is None else again(body, *ins)
-            values.update(zip(eqn.outvars, outs, strict=True))
-        return [value(atom) for atom in jaxpr.outvars]
-
-    shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in traced.jaxpr.jaxpr.invars]
-    jaxpr = jax.make_jaxpr(functools.partial(again, traced.jaxpr))(*shapes)
-    return dataclasses.replace(traced, jaxpr=jaxpr)
-
-
-def _layers(program: Program, trained: Sequence[int]) -> Equation:
-    """Return the scan over stacked parameters that has the most of them."""
-    found = [one for one in program.scope.equations if _walks_parameters(program, one, trained)]
-    if not found:
-        raise UserError("stages cut the layers of a scan over stacked parameters, and this loss has none")
-
-    def size(one: Equation) -> int:
-        avals: list[Any] = [atom.aval for atom in one.eqn.invars[-scan_parts(one.eqn).num_xs :]]
-        return sum(math.prod(aval.shape) for aval in avals)
-
-    return max(found, key=size)
-
-
-def _walks_parameters(program: Program, one: Equation, trained: Sequence[int]) -> bool:
-    if one.primitive != "scan" or not is_layer_scan(one.eqn):
-        return False
-    xs = one.eqn.invars[-scan_parts(one.eqn).num_xs :]
-    return any(_is_stored(program, atom, set(trained)) for atom in xs)
-
-
-def _is_stored(program: Program, atom: Any, trained: set[int]) -> bool:
-    return _stored_as(program, atom, trained) is not None
-
-
-def _stored_as(program: Program, atom: Any, trained: set[int]) -> int | None:
-    """Return the parameter that an atom is, but for a cast or a transposition behind the layers."""
-    makers = {var: one.eqn for one in program.scope.equations for var in one.eqn.outvars}
-    while atom in makers:
-        eqn = makers[atom]
-        name = eqn.primitive.name
-        if name == "transpose" and eqn.params["permutation"][0] != 0:
-            return None
-        if name not in ("convert_element_type", "transpose", "name", "copy"):
-            return None
-        atom = eqn.invars[0]
-    return next((n for n in trained if program.scope.jaxpr.invars[n] is atom), None)
-
-
-def _is_number(atom: Any) -> bool:
-    return isinstance(atom, core.Literal)
-
-
-def _dependent(program: Program, arguments: Sequence[int]) -> set[Any]:
-    found = {program.scope.jaxpr.invars[n] for n in arguments}
-    for one in program.scope.equations:
-        if any(atom in found for atom in one.eqn.invars if not isinstance(atom, core.Literal)):
-            found.update(one.eqn.outvars)
-    return found
 
 
 def _used_outside(program: Program, layers: Equation) -> set[Any]:

@@ -1,10 +1,10 @@
 """Layers in the slots of a schedule: brought to their stages from where they are stored, and gradients back.
 
 Stage s of p has chunks r p + s, of n layers each. Where that is not one stretch of layers (several chunks, or
-a count that stages do not divide) stacked parameters are stored over `stage` in another of their dimensions,
-or whole: so the state and its checkpoints are the model's own tree, in its order. An all-to-all over the
-stages brings each its layers once a step, and one takes their gradients back. Slots beyond the last layer
-have copies of it, which are passed by.
+a count that stages do not divide), or layers have arrays of their own, stacked parameters are stored over
+`stage` in another of their dimensions, or whole: so the state and its checkpoints are the model's own tree,
+in its order. An all-to-all over the stages brings each its layers once a step, and one takes their gradients
+back. Slots beyond the last layer have copies of it, which are passed by.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from ...plans.specs import Spec, axes_of, without
+from ...plans.specs import Spec, axes_in, axes_of, without
 from ..meshes import by_device
 
 STAGE = "stage"
@@ -33,7 +33,7 @@ class Slots:
     """The slots of `layers` in `stages` stages of `chunks` chunks.
 
     `stored` are the specs of the stacked parameters, by their number among all, `manual` the axes that are
-    manual where layers are moved. Without `moves` each stage stores what it runs.
+    manual where layers are moved. What is stored over `stage` in its first dimension lies where it is run.
     """
 
     layers: int
@@ -43,9 +43,13 @@ class Slots:
     manual: tuple[str, ...]
 
     @property
-    def moves(self) -> bool:
-        """Whether stages store other layers than they run."""
+    def scattered(self) -> bool:
+        """Whether the layers of a stage are no stretch of those of all."""
         return self.chunks > 1 or self.layers % self.stages > 0
+
+    def moves(self, number: int) -> bool:
+        """Whether stages store other layers of parameter `number` than they run."""
+        return number in self.stored and STAGE not in axes_in(self.stored[number][:1])
 
     @property
     def each(self) -> int:
@@ -71,13 +75,13 @@ class Slots:
 
     def lies(self, number: int, spec: Spec) -> Spec:
         """Return how parameter `number`, or its gradient, lies where it is run, of how it is stored."""
-        if number not in self.stored or not self.moves:
+        if not self.moves(number):
             return spec
         return (STAGE, *without(tuple(spec)[1:], (STAGE,)))
 
     def brought(self, number: int, value: Array) -> Array:
         """Return what a stage runs of parameter `number`, of which it stores `value`."""
-        if number not in self.stored or not self.moves:
+        if not self.moves(number):
             return value
         place, mine = self._dimension(number), self.each * self.chunks
 
@@ -91,7 +95,7 @@ class Slots:
 
     def taken_back(self, number: int, gradient: Array) -> Array:
         """Return the gradient of what a stage stores, of that of what it runs."""
-        if number not in self.stored or not self.moves:
+        if not self.moves(number):
             return gradient
         place, mine = self._dimension(number), self.each * self.chunks
 

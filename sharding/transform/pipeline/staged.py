@@ -93,7 +93,7 @@ class Staged:
         data = range(len(params), len(params) + len(leaves))
         # The part's number stands behind the state: what is drawn for a part depends on it.
         data = [*data, len(params) + len(leaves) + len(state)]
-        found = cut_at_layers(share, whole, self.slots, self.trained, data)
+        found = cut_at_layers(share, whole, self.slots, len(params), self.trained, data)
         on_share, on_whole = (
             self.passes(one, self.params, *self.state, learns=learns) for one in (share, whole)
         )

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.extend import core
+from meshwright.sharding.plans.specs import axes_in
 from meshwright.sharding.program import trace
 from meshwright.sharding.program.jaxpr import Traced, shapes_of
 from meshwright.sharding.program.recognise import recognised
@@ -245,9 +246,11 @@ def test_a_plan_of_written_out_layers_is_that_of_scanned_ones(mesh: dict[str, in
             assert of_one.spec == row.spec[1:], path
 
 
-def test_stages_of_written_out_layers_are_refused() -> None:
-    with pytest.raises(ms.UserError, match="these layers' are arrays of their own"):
-        ms.plan(language_loss, init(jax.random.key(0)), batch_of(), topology="v5e:2x4", mesh={"stage": 2})
+def test_written_out_layers_are_stored_over_stages_one_by_one() -> None:
+    plan = ms.plan(language_loss, init(jax.random.key(0)), batch_of(), topology="v5e:2x4", mesh={"stage": 2})
+    of_layers = [row for path, row in plan.params.items() if path.startswith("blocks/")]
+    assert of_layers
+    assert all("stage" in axes_in(row.spec) for row in of_layers)
 
 
 def test_kept_values_are_named_without_the_layers_numbers() -> None:

@@ -90,6 +90,21 @@ def drawn(params: Any, batch: Any) -> Any:
     return losses.mean()
 
 
+def written_out(params: Any, batch: Any) -> Any:
+    """Layers in a Python loop, whose arrays are a dictionary each, one of them shared by all."""
+    x = params["table"][batch["tokens"]]
+    for layer in params["blocks"]:
+        h = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * layer["scale"]
+        x = x + jnp.tanh((h + params["gate"]) @ layer["up"]) @ layer["down"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(x @ params["table"].T, batch["targets"])
+    return losses.mean() + 1e-3 * sum(jnp.square(layer["up"]).sum() for layer in params["blocks"])
+
+
+def apart_by_layer(params: Any) -> Any:
+    blocks = [jax.tree.map(lambda leaf, n=n: leaf[n], params["blocks"]) for n in range(LAYERS)]
+    return {"blocks": blocks, "gate": params["gate"], "table": params["table"]}
+
+
 def declared(loss: Callable[..., Any], mesh: dict[str, int], microbatches: int = 4, **how: Any) -> Plan:
     size = int(np.prod(list(mesh.values())))
     shapes = jax.eval_shape(lambda: init(how.pop("dtype", jnp.float32)))
@@ -148,6 +163,16 @@ def test_uneven_chunks_of_too_few_microbatches(monkeypatch: pytest.MonkeyPatch) 
     assert plan.params["blocks/up"].spec == (None, None, "stage")
     _, found, plain = gradients(plan, tied, init())
     assert max(apart(found, plain(init(), batch()))) < 1e-6
+
+
+def test_layers_in_a_python_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Five in four chunks; some parameters are stored over fsdp and tensor in one dimension.
+    monkeypatch.setattr(sys.modules[__name__], "LAYERS", 5)
+    params = apart_by_layer(init())
+    how = {"mesh": {"stage": 2, "fsdp": 2, "tensor": 2}, "microbatches": 4, "interleave": 2}
+    plan = declare(written_out, params, batch(), topology="cpu:8", **how)
+    _, found, plain = gradients(plan, written_out, params)
+    assert max(apart(found, plain(params, batch()))) < 1e-6
 
 
 def test_half_precision_is_as_near_as_the_plain_function() -> None:
