@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -317,12 +318,17 @@ def preset(name: str, **overrides: Any) -> DecoderConfig:
     >>> preset("llama3-8b", layers=2).layers
     2
     """
-    known = [field.name for field in fields(DecoderConfig)]
-    for field in overrides:
-        if field not in known:
-            raise UserError(f"a decoder has no field {field!r}; {nearest(field, known)}")
+    check_fields(overrides)
     row = {key: value for key, value in _row(name).items() if key not in _FACTS}
     return DecoderConfig(**(row | overrides))
+
+
+def check_fields(names: Iterable[str]) -> None:
+    """Raise UserError, naming the nearest, for a name that is no field of a decoder's config."""
+    known = [field.name for field in fields(DecoderConfig)]
+    for name in names:
+        if name not in known:
+            raise UserError(f"a decoder has no field {name!r}; {nearest(name, known)}")
 
 
 def _row(name: str) -> dict[str, Any]:

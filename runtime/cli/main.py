@@ -68,6 +68,10 @@ def plan(
     verify: Annotated[
         bool, typer.Option("--verify", help="Have the real compiler of the topology compile the step.")
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Run the model in small as planned, and compare with it run plainly."),
+    ] = False,
     top: Annotated[int, typer.Option(help="With --verify: compile so many of the best and choose.")] = 1,
     compare: Annotated[
         tuple[pathlib.Path, pathlib.Path] | None,
@@ -97,6 +101,8 @@ def plan(
         found = planned.verified(top).plan if verify else planned.plan
     answer = None if why is None else found.explain(why)
     write_files(found, plan_file=save, page=html)
+    if check:
+        _check(settings, found, facts(found, planned.seconds, answer) if as_json else None)
     if as_json:
         print(json.dumps(facts(found, planned.seconds, answer)))
     elif answer is not None:
@@ -106,6 +112,19 @@ def plan(
         from ...sharding.report.terminal import Printed
 
         _show(Printed(plan_document(found)))
+
+
+def _check(settings: Any, found: Any, facts: dict[str, Any] | None) -> None:
+    """Print how a plan did in small, with its `facts` as JSON where these are given; exit with 1 if badly."""
+    from ...sharding.report.terminal import Printed
+    from ..train.check import check_document, check_plan
+
+    checked = check_plan(settings, found)
+    if facts is None:
+        _show(Printed(check_document(found, checked)))
+    else:
+        print(json.dumps({**facts, "check": checked.to_dict()}))
+    raise typer.Exit(int(not checked.passes))
 
 
 @app.command()

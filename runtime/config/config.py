@@ -41,6 +41,11 @@ class ModelConfig(Section):
         "The module is imported, so its code runs.",
     )
     arguments: dict[str, Any] = Field(default={}, description="Keyword arguments for `build`.")
+    reduced: dict[str, Any] = Field(
+        default={},
+        description="Fields of the preset, or arguments of `build`, that make a small model of its kind, "
+        "which `meshwright plan CONFIG --check` tries the plan with. It finds those of a preset by itself.",
+    )
     trainable: str | list[str] | dict[str, bool] | None = Field(
         default=None,
         description="Which parameters are trained: a pattern over their paths or several, which are trained "

@@ -229,10 +229,11 @@ def _canonical(dtype: str) -> str:
     return dtype if dtype in _KEY_BYTES else str(jax.dtypes.canonicalize_dtype(jnp.dtype(dtype)))
 
 
-def resized(plan: Decision, params: Any, batch: Any, state: Any = None) -> Decision:
+def resized(plan: Decision, params: Any, batch: Any, state: Any = None, **others: Any) -> Decision:
     """Return the same decision for arrays of other sizes, such as a model of fewer layers.
 
-    Raises UserError if a path is missing or new, or if an axis does not divide a new size.
+    `others` are fields that change with them, such as the mesh. Raises UserError if a path is missing or new,
+    or if an axis does not divide a new size.
     """
     check_has_state(plan, state)
     rows = {"params": _reshaped(plan, "parameter", params), "batch": _reshaped(plan, "batch array", batch)}
@@ -246,8 +247,8 @@ def resized(plan: Decision, params: Any, batch: Any, state: Any = None) -> Decis
         if whole * dim.size % size and size * dim.size % whole:
             raise UserError(f"{name}={dim.size} of {dim.path!r} does not keep its share of {whole} in {size}")
         # A part of a dimension that is several in one grows and shrinks with the whole.
-        dims[name] = dataclasses.replace(dim, size=dim.size * size // whole)
-    return dataclasses.replace(plan.decision(), **rows, dims=dims)
+        dims[name] = dataclasses.replace(dim, size=max(dim.size * size // whole, 1))
+    return dataclasses.replace(plan.decision(), **rows, dims=dims, **others)
 
 
 def _reshaped(plan: Decision, kind: str, tree: Any) -> dict[str, ArrayPlan]:

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from ..errors import UserError
 from ..hardware.memory import usable_bytes
-from ..paths import by_path, map_by_path
+from ..paths import map_by_path
 from ..plans import arrays
 from ..plans.record import Decision, Record
 from ..plans.specs import axes_of, cut_into
@@ -25,17 +25,7 @@ from ..program.program import Program
 from ..program.tracing import read
 from ..words import gib, seconds
 from .compose import PlannedLoss
-from .metrics import norm
-from .step import with_aux
-
-# A gradient is compared with its own norm, or with this share of the norm of all: what cancels in one of them
-# leaves rounding, as large as that of the sums that cancelled.
-_SMALLEST_SHARE = 1 / 64
-# By how many roundings of the narrowest type two orders of the same sums may differ. A sum of many in a wide
-# type gathers some; one that is rounded to a narrow type has that rounding and little else.
-_WIDE_ROUNDINGS, _NARROW_ROUNDINGS = 64, 2
-# What the rows in another order change by more than this is not rounding: their order means something.
-_MOST_ROUNDING = 0.05
+from .deviation import MOST_ROUNDING, apart, gradients, norms, tolerance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +75,7 @@ def check_accumulation(
         small = jax.eval_shape(some, batch)
         try:
             sized = arrays.resized(plan, params, small, *state)
-            whole = _gradients(sized, loss, mesh, 1)
+            whole = gradients(sized, loss, mesh, 1)
             # Some losses have their rows written into them, or work on several together.
             jax.eval_shape(whole, params, small, *state)
         except Exception:  # The user's own function may raise anything where its sizes do not agree.
@@ -93,17 +83,17 @@ def check_accumulation(
         placed = arrays.shardings(sized, small, mesh, "batch")
         taken = jax.jit(some, static_argnums=1, out_shardings=placed)
         expected = whole(params, taken(batch, False), *state)
-        if not all(map(math.isfinite, jax.tree.leaves(jax.device_get(_norms(expected))))):
+        if not all(map(math.isfinite, jax.tree.leaves(jax.device_get(norms(expected))))):
             return _skipped(f"the loss or a gradient on {some.rows} rows of this batch is not finite", begun)
-        parts = _gradients(sized, loss, mesh, 2)
+        parts = gradients(sized, loss, mesh, 2)
         try:
             jax.eval_shape(parts, params, small, *state)
         except UserError as error:
             # So few rows may not come in parts as all of them do, as where they go in groups.
             return _skipped(str(error), begun)
-        found = _apart(expected, parts(params, taken(batch, False), *state))
-        rounding = _apart(expected, whole(params, taken(batch, True), *state))
-        return _verdict(some.rows, found, rounding, _tolerance(program), begun)
+        found = apart(expected, parts(params, taken(batch, False), *state))
+        rounding = apart(expected, whole(params, taken(batch, True), *state))
+        return _verdict(some.rows, found, rounding, tolerance(program), begun)
     return _skipped(f"its {_rows(program)} rows do not go over the mesh in two parts", begun)
 
 
@@ -170,62 +160,6 @@ def _cut(plan: Decision, path: str) -> int:
     return cut_into([axis for entry in spec for axis in axes_of(entry)], plan.mesh)
 
 
-def _gradients(plan: Decision, loss: Any, mesh: Mesh, microbatches: int) -> Callable[[Any, Any], Any]:
-    """Return the jitted ``(params, batch, …) -> (loss, {path: gradient})``."""
-    planned = PlannedLoss(dataclasses.replace(plan, microbatches=microbatches), loss, mesh)
-
-    def function(params: Any, batch: Any, *state: Any) -> tuple[Any, dict[str, Any]]:
-        found, gradients = planned.value_and_grad(params, batch, *state)
-        lying = by_path(arrays.specs_of_moments(plan, params))
-        return with_aux(found)[0], {
-            path: jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, lying[path]))
-            for path, leaf in by_path(gradients, lambda node: node is None).items()
-            if leaf is not None
-        }
-
-    return jax.jit(function)
-
-
-@jax.jit
-def _norms(result: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
-    return jnp.abs(result[0]), {path: norm(leaf) for path, leaf in result[1].items()}
-
-
-@jax.jit
-def _between(one: tuple[Any, dict[str, Any]], other: tuple[Any, dict[str, Any]]) -> Any:
-    def less(one: Any, other: Any) -> Any:
-        wide = jnp.promote_types(one.dtype, jnp.float32)
-        return one.astype(wide) - other.astype(wide)
-
-    return _norms(jax.tree.map(less, one, other))
-
-
-def _apart(
-    expected: tuple[Any, dict[str, Any]], found: tuple[Any, dict[str, Any]]
-) -> dict[str | None, float]:
-    """Return by how much of itself each gradient differs, by its path, and the loss, at None."""
-    (value, lengths), (change, changes) = jax.device_get((_norms(expected), _between(expected, found)))
-    least = _SMALLEST_SHARE * math.sqrt(sum(float(length) ** 2 for length in lengths.values()))
-    tiny = float(np.finfo(np.float32).tiny)
-    apart: dict[str | None, float] = {None: float(change) / max(float(value), tiny)}
-    for path, length in lengths.items():
-        apart[path] = float(changes[path]) / max(float(length), least, tiny)
-    return apart
-
-
-def _tolerance(program: Program) -> float:
-    """Return what two orders of the same sums may differ by in the types of `program`."""
-    types = (
-        getattr(variable.aval, "dtype", None)
-        for equation in program.equations()
-        for variable in equation.eqn.outvars
-    )
-    kinds = {kind for kind in types if kind is not None and jnp.issubdtype(kind, jnp.inexact)}
-    widest_rounding = max((float(jnp.finfo(kind).eps) for kind in kinds), default=0.0)
-    narrow = widest_rounding > float(jnp.finfo(jnp.float32).eps)
-    return widest_rounding * (_NARROW_ROUNDINGS if narrow else _WIDE_ROUNDINGS)
-
-
 def _verdict(
     rows: int,
     found: dict[str | None, float],
@@ -234,7 +168,7 @@ def _verdict(
     begun: float,
 ) -> AccumulationCheck:
     """Return the check, or raise UserError where no rounding explains what was found."""
-    allowed = {path: max(tolerance, min(4 * rounding[path], _MOST_ROUNDING)) for path in found}
+    allowed = {path: max(tolerance, min(4 * rounding[path], MOST_ROUNDING)) for path in found}
     worst = max(found, key=lambda path: found[path] / allowed[path])
     what = "the loss" if worst is None else f"the gradient of {worst!r}"
     # Not less than: what is no number is beyond everything.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshwright.sharding import Plan, UserError, declare
-from meshwright.sharding.transform import check
+from meshwright.sharding.transform import check, deviation
 from meshwright.sharding.transform.compose import PlannedLoss
 
 pytestmark = pytest.mark.numerics
@@ -74,7 +74,7 @@ def test_a_gradient_beyond_rounding_is_refused_with_its_path_and_numbers(monkeyp
                 gradients = {**gradients, "out": gradients["out"] * 1.001}
             return found, gradients
 
-    monkeypatch.setattr(check, "PlannedLoss", Wrong)
+    monkeypatch.setattr(deviation, "PlannedLoss", Wrong)
     with pytest.raises(
         UserError, match=r"on 8 rows of this batch the gradient of 'out' .* by 0\.001 of itself"
     ):
