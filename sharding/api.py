@@ -19,7 +19,7 @@ from .planner.inputs import Problem
 from .planner.outcome import Search, best_of, declared_plan
 from .planner.prove import prove
 from .plans import arrays, file
-from .plans.record import Record, check_runs
+from .plans.record import Record, check_record, check_runs
 from .plans.vocabulary import EXACT
 from .program.program import Program
 from .program.recognise import FORMS, checked_forms
@@ -63,6 +63,7 @@ class Plan(Record):
     @classmethod
     def of(cls, record: Record, **passing: Any) -> Plan:
         """Return the Plan of a record; `passing` are the fields that the record does not have."""
+        check_record("record", record)
         return cls(**{**vars(record), **passing})
 
     def make_mesh(self, devices: Any = None) -> Mesh:
@@ -245,10 +246,7 @@ class Plan(Record):
         Raises:
           UserError: `subject` is none of these.
         """
-        asked = self
-        if subject is not None and self.search is not None:
-            asked = with_asked(self, self.search, subject)
-        return explain(asked, subject)
+        return explain(with_asked(self, self.search, subject), subject)
 
     def compare(self, other: Plan) -> Comparison:
         """Return this plan (A) and `other` (B) side by side, for a terminal or a notebook."""
@@ -485,7 +483,7 @@ def declare(
     )
     declared = Declared(
         mesh=mesh,
-        rules=rules or {},
+        rules={} if rules is None else rules,
         remat=remat,
         microbatches=microbatches,
         interleave=interleave,

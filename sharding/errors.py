@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+# What a sentence shows of a value that has no business to be there.
+_LONGEST = 60
+
 
 class UserError(ValueError):
     """A mistake in what the user wrote: one sentence with the numbers and the nearest right value.
@@ -27,6 +30,31 @@ def one_line(error: BaseException) -> str:
     ('no key in line 3', 'KeyError')
     """
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def wrong(name: str, value: Any, wanted: str) -> UserError:
+    """Return the error of an argument that is no such thing at all; `wanted` says what it has to be.
+
+    >>> str(wrong("mesh", 3, "is no mesh; give it plan.make_mesh()"))
+    'mesh=3 is no mesh; give it plan.make_mesh()'
+    """
+    text = " ".join(repr(value).split())
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}…"
+    return UserError(f"{name}={text} {wanted}")
+
+
+def check_word(name: str, word: Any, known: Iterable[str]) -> None:
+    """Raise UserError, naming the nearest, for what is none of the words that an argument `name` may be.
+
+    >>> check_word("remat", "dot", ["none", "dots"])
+    Traceback (most recent call last):
+    ...
+    meshwright.sharding.errors.UserError: remat='dot' is unknown; did you mean 'dots'?
+    """
+    words = tuple(known)
+    if not isinstance(word, str) or word not in words:
+        raise wrong(name, word, f"is unknown; {nearest(str(word), words)}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

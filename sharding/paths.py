@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Leaf:
@@ -46,7 +48,15 @@ def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
     """
     import jax
 
-    rows = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    try:
+        rows = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    except ValueError as error:
+        if "sorting pytree dictionary keys" not in str(error):
+            raise
+        raise UserError(
+            "a dictionary of the tree has keys of several kinds (3 and 'a', say), which JAX cannot order: "
+            "give all keys of one dictionary one kind"
+        ) from None
     paths = unique_paths([keys for keys, _ in rows])
     return {path: leaf for path, (_, leaf) in zip(paths, rows, strict=True)}
 
@@ -75,12 +85,25 @@ def unique_paths(keys: Sequence[tuple[Any, ...]]) -> list[str]:
 
 
 def names_by_path(names: Any) -> dict[str, tuple[str | None, ...]]:
-    """Return the named dimensions of every array, by path, from a tree whose leaves are tuples of names."""
-    return {path: leaf for path, leaf in by_path(names, _is_names).items() if leaf is not None}
+    """Return the named dimensions of every array, by path, from a tree whose leaves are tuples of names.
+
+    Raises UserError for any other leaf.
+    """
+    found = {}
+    for path, leaf in by_path(names, _is_names).items():
+        if leaf is None:
+            continue
+        if not _is_names(leaf):
+            raise UserError(f"the names at {path!r} are {leaf!r}, not a tuple of dimension names")
+        found[path] = tuple(leaf)
+    return found
 
 
 def _is_names(node: Any) -> bool:
-    return type(node) is tuple and all(item is None or isinstance(item, str) for item in node)
+    if type(node) not in (tuple, list) or not all(item is None or isinstance(item, str) for item in node):
+        return False
+    # A list of nothing but None is a list of arrays without names.
+    return type(node) is tuple or any(node)
 
 
 def path_of(keys: tuple[Any, ...]) -> str:

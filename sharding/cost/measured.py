@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, wrong
 from ..files import write_whole
 from .calibration import Calibration, calibration_for, checked
 
@@ -70,6 +70,8 @@ def save(measurement: Measurement, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str]) -> Measurement:
     """Return the measurement of a file that `save` wrote. Raises UserError, one sentence, for any other."""
+    if not isinstance(path, str | os.PathLike):
+        raise wrong("calibration", path, "is no file of `meshwright calibrate`, such as 'h100.json'")
     try:
         content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError:

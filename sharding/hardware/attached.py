@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, wrong
 from .chip import Chip, chip_of_device_kind
 
 _ROOT = pathlib.Path("/")
@@ -96,6 +96,8 @@ def wiring_of(devices: Sequence[Any]) -> Wiring:
     Raises:
       UserError: there are none, they are of several kinds, or they do not fill a whole shape.
     """
+    if not isinstance(devices, Sequence) or not all(hasattr(one, "device_kind") for one in devices):
+        raise wrong("devices", devices, "is no list of JAX's devices, such as jax.devices()")
     if not devices:
         raise UserError("there are no devices to form a topology; attach one, or set JAX_NUM_CPU_DEVICES")
     kinds = sorted({device.device_kind for device in devices})

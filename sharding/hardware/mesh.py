@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+import numpy as np
+
+from ..errors import UserError, wrong
 from .arrange import arrange
 from .attached import by_position
 from .axes import resolve_axes
@@ -30,7 +32,8 @@ def make_mesh(
       axes: axis → number of devices along it, in the order the mesh is to have them; one may be -1, which
         takes what the others leave.
       topology: the topology to lay them over, or its text; that of the attached devices if not given.
-      devices: devices to use instead of the attached ones, such as those that a compiler describes.
+      devices: devices to use instead of the attached ones, in a list or an array, such as those that a
+        compiler describes; how they lie on the mesh is decided here all the same.
 
     Raises:
       UserError: the axes do not fit (`resolve_axes`), or the devices are not those of the topology.
@@ -42,9 +45,21 @@ def make_mesh(
         import jax
 
         devices = jax.devices() if wanted is None else wanted.devices()
+    elif isinstance(devices, np.ndarray):
+        devices = list(devices.flat)
     found = Topology.of(devices)
     if wanted is not None and not wanted.is_met_by(found):
         raise UserError(f"the devices given are {found}, not {wanted}; give those of {wanted}")
+    if not isinstance(axes, Mapping):
+        raise wrong("axes", axes, 'is no mapping, such as {"data": 8}')
     sizes = resolve_axes(axes, found.num_devices)
     laid = by_position(devices, found.chip)[arrange(sizes, found)]
     return Mesh(laid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raise UserError for what is no mesh of JAX's."""
+    from jax.sharding import AbstractMesh, Mesh
+
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise wrong("mesh", mesh, "is no mesh; give it plan.make_mesh()")

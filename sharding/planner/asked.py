@@ -20,11 +20,13 @@ _Plan = TypeVar("_Plan", bound=Record)
 ASKED = ("stage", "context")
 
 
-def with_asked(plan: _Plan, search: Search, subject: str) -> _Plan:
+def with_asked(plan: _Plan, search: Search | None, subject: str | None) -> _Plan:
     """Return `plan` with the best layout of the size that `subject` asks about among its alternatives.
 
-    It is the plan itself where its search has an answer, or the size is none.
+    It is the plan itself where its search has an answer or is not known, or nothing is asked of a size.
     """
+    if search is None or not isinstance(subject, str):
+        return plan
     axis, _, size = subject.partition("=")
     if axis in OFFERED or axis not in ASKED or axis in plan.mesh or not size.isdigit() or int(size) < 1:
         return plan

@@ -12,20 +12,20 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ..cost.candidate import Candidate
-from ..errors import IndivisibleBatch, UserError
+from ..errors import IndivisibleBatch, UserError, check_word, wrong
 from ..hardware.axes import resolve_axes
 from ..hardware.topology import Topology
 from ..ops.context.ways import check_way
 from ..paths import by_path, matches
 from ..plans.record import ArrayPlan
 from ..plans.specs import axes_in, by_dimension, cut_into
-from ..plans.vocabulary import EXACT, check_accumulation
+from ..plans.vocabulary import EXACT, SCHEDULES, check_accumulation
 from ..program.program import Dim, Program
 from ..rules.application import is_pattern, mentioned
 from ..rules.rules import Rules
 from ..transform.accumulation.proof import MAX_PASSES
 from .choices.layers import check_chunks, laid_over_stages
-from .choices.microbatches import indivisible
+from .choices.microbatches import batch_rows, indivisible
 from .choices.remat import read
 
 # What the first two dimensions of an array of the data are called in rules.
@@ -64,15 +64,19 @@ class Declared:
     def _check_kinds(self) -> None:
         for name, such_as in (("mesh", '{"data": 8}'), ("rules", '{"mlp": "tensor"}')):
             if not isinstance(getattr(self, name), Mapping):
-                raise UserError(f"{name}={getattr(self, name)!r} is no mapping, such as {such_as}")
+                raise wrong(name, getattr(self, name), f"is no mapping, such as {such_as}")
         for axis, size in self.mesh.items():
             if isinstance(size, bool) or not isinstance(size, int | np.integer):
                 raise UserError(f"the mesh's {axis!r} is {size!r}: no whole number, nor -1 for what is left")
         parts = self.microbatches
         if parts is not None and (isinstance(parts, bool) or not isinstance(parts, int | np.integer)):
             raise UserError(f"microbatches={parts!r} must be a whole number of at least 1")
-        if self.attention is not None and not isinstance(self.attention, str | Sequence):
-            raise UserError(f"attention={self.attention!r} must be the name of a kernel, or several")
+        kernels = self.attention
+        named = isinstance(kernels, Sequence) and not isinstance(kernels, bytes) and len(kernels) > 0
+        if kernels is not None and not named:
+            raise wrong("attention", kernels, "must be the name of a kernel, or several, such as 'auto'")
+        if self.schedule is not None:
+            check_word("schedule", self.schedule, SCHEDULES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +198,7 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
         argument.index: by_dimension(spec, len(argument.shape))
         for argument, spec in zip(program.parameters, flat, strict=True)
     }
-    policy = read(declared.remat or "none")
+    policy = read("none" if declared.remat is None else declared.remat)
     dims, regrouped = _ruled_dims(program, rules, sizes)
     said = {axis for rule in rules.declared.values() for axis in mentioned(rule)}
     if sizes.get("stage", 1) > 1 and "stage" not in said:
@@ -267,7 +271,16 @@ def _check_batch(program: Program, rules: Rules, sizes: Mapping[str, int], micro
         raise UserError(f"microbatches={microbatches} must be a whole number of at least 1")
     needed = devices * microbatches
     led = [a.shape[0] for a in program.arguments if a.is_data and a.names[:1] == DATA_NAMES[:1]]
-    for rows in led or [0]:
+    if not led:
+        # One row, or nothing that has any, lies whole on every device.
+        led, needed = [batch_rows(program)], microbatches
+        if led[0] > 1 and devices > 1:
+            written = " x ".join(f"{axis}={size}" for axis, size in parts.items())
+            raise UserError(
+                f"no array of the batch leads with rows of its own, which {written} could share out; give "
+                'rules={"batch": None} to leave them whole'
+            )
+    for rows in led:
         if rows and rows % needed == 0:
             continue
         raise IndivisibleBatch(indivisible(rows, parts, microbatches, needed))

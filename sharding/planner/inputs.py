@@ -16,7 +16,7 @@ from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
 from ..cost.measured import Measurement
 from ..cost.profile import ProgramTables, profile
-from ..errors import UserError
+from ..errors import UserError, wrong
 from ..hardware.memory import usable_bytes
 from ..hardware.topology import Topology
 from ..paths import by_path
@@ -34,7 +34,7 @@ from ..xla.compiler import compiler_of
 from . import build
 from .choices import attention as kernels
 from .choices.context import by_kernel
-from .choices.microbatches import PartsProof
+from .choices.microbatches import PartsProof, batch_rows
 from .choices.remat import check_names, ladders, read
 from .declared import DATA_NAMES, Declared
 from .search import Found, StoredBytes, anything_fits, search, stored_bytes
@@ -104,6 +104,10 @@ class Problem:
     def __post_init__(self) -> None:
         if self.optimizer is not None and not all(hasattr(self.optimizer, one) for one in ("init", "update")):
             raise UserError(f"optimizer={self.optimizer!r} is none of optax's, such as optax.adamw(1e-3)")
+        if self.params is None:
+            raise wrong(
+                "params", None, "is no tree of arrays; give the model's, or jax.eval_shape(init, key)"
+            )
         object.__setattr__(self, "params", abstract(self.params, "parameter"))
         object.__setattr__(self, "batch", abstract(self.batch, "batch array"))
         if self.state is not None:
@@ -127,6 +131,8 @@ class Problem:
             recognise=self.recognise,
         )
         check_constants(found.jaxpr)
+        if batch_rows(found) == 0:
+            raise UserError("the batch has no rows: its arrays are of size 0")
         if self.state is not None:
             check_new_state(by_path(self.state), found.results)
         return found

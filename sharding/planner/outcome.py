@@ -18,12 +18,13 @@ from . import build
 from .advice import nothing_fits
 from .choices import context, experts
 from .choices.attention import Chosen
+from .choices.remat import check_names
 from .choices.storage import state_storage
 from .declared import Declared, ruled
 from .inputs import ROOMS, Answer, Problem, capacity_of
 from .obstacles import notes_on
 from .search import Priced
-from .space import only
+from .space import checked_remat, only
 from .supposing import Case, case_of
 from .unnamed import with_unnamed
 
@@ -163,6 +164,8 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     if problem.state is not None:
         candidate = _with_state(problem, topology, candidate)
     kernel = problem.kernel(topology, declared)
+    if declared.remat is not None:
+        check_names(checked_remat(problem.program, declared.remat), problem.table(kernel))
     pricer = problem.pricer(topology, declared)
     capacity = capacity_of(topology, pricer)
     words = context.words(problem.attention, candidate, declared.context, kernel)

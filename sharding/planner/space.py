@@ -109,17 +109,21 @@ def space(
 def _offered(
     program: Program, declared: DeclaredRemat | None, ladders: Sequence[Sequence[Policy]]
 ) -> Sequence[Sequence[Policy]]:
-    scans = list(layer_scans(program.scope))
     if declared is not None:
-        policy = read(declared)
-        if not scans and policy.remat != "none":
-            raise UserError(
-                f"remat={declared!r} works on scanned layers and this program has no scan over layers; "
-                "scan them, or leave remat out"
-            )
-        return ((policy,),)
-    chosen = any(not is_checkpointed(scan) for scan in scans)
+        return ((checked_remat(program, declared),),)
+    chosen = any(not is_checkpointed(scan) for scan in layer_scans(program.scope))
     return ladders if chosen else ((PLAIN[0],),)
+
+
+def checked_remat(program: Program, declared: DeclaredRemat) -> Policy:
+    """Return the policy that a user declares. Raises UserError if the program has no layers for it."""
+    policy = read(declared)
+    if policy.remat != "none" and not any(layer_scans(program.scope)):
+        raise UserError(
+            f"remat={declared!r} works on scanned layers and this program has no scan over layers; "
+            "scan them, or leave remat out"
+        )
+    return policy
 
 
 def only(candidate: Candidate) -> Space:

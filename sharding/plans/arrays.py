@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ..errors import UserError, nearest
-from ..hardware.mesh import make_mesh
+from ..errors import UserError, check_word, nearest, wrong
+from ..hardware.mesh import check_mesh, make_mesh
 from ..hardware.topology import Topology
 from ..paths import by_path, map_by_path
 from ..program.jaxpr import Traces
@@ -27,6 +27,8 @@ from .trainable import is_trained
 
 # Types of keys, of which NumPy knows nothing.
 _KEY_BYTES = {"key<fry>": 8, "key<rbg>": 16, "key<urbg>": 16}
+# What of a plan is asked about.
+_KINDS = ("params", "batch", "state")
 # The share of a device's memory from which on an array matters.
 _MATTERS = 0.01
 
@@ -38,8 +40,8 @@ def mesh_of(plan: Decision, devices: Any = None) -> Mesh:
 
 def specs(plan: Decision, tree: Any, kind: str = "params") -> Any:
     """Return the PartitionSpec of every array in a tree, see `Plan.specs`."""
-    if kind not in ("params", "batch", "state"):
-        raise UserError(f"kind={kind!r} is none of params, batch, state")
+    check_word("kind", kind, _KINDS)
+    check_leaves(tree, "array")
     if kind != "params":
         rows = getattr(plan, kind) or {}
         return map_by_path(lambda path, leaf: PartitionSpec(*_planned(rows, path, leaf)), tree)
@@ -67,6 +69,7 @@ def specs(plan: Decision, tree: Any, kind: str = "params") -> Any:
 
 def shardings(plan: Decision, tree: Any, mesh: Mesh | AbstractMesh, kind: str = "params") -> Any:
     """Return the NamedSharding of every array in `tree`, as `specs` does."""
+    check_mesh(mesh)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(plan, tree, kind))
 
 
@@ -79,6 +82,8 @@ def specs_of_moments(plan: Decision, params: Any) -> Any:
 
 def axes_of_dims(plan: Decision, program: Program) -> dict[int, tuple[str, ...]]:
     """Return the mesh axes of the dims of a traced `program`, by their numbers."""
+    if not isinstance(program, Program):
+        raise wrong("program", program, "is no program; give what meshwright.sharding.program.trace returns")
     at = {(a.position, a.path): a.dims for a in program.arguments}
     parts: dict[tuple[int, str, int], int] = {}
     for row in plan.dims.values():
@@ -102,6 +107,7 @@ def unsaid_dims(plan: Decision, program: Program, axes: Mapping[int, tuple[str, 
 
 def bytes_per_device(plan: Decision, kind: str = "params") -> int:
     """Return the bytes of the parameters (or ``batch``, or ``state``) that one device holds."""
+    check_word("kind", kind, _KINDS)
     return sum(
         math.prod(row.shape) * item_bytes(row.dtype) // cut_into(axes_in(row.spec), plan.mesh)
         for row in (getattr(plan, kind) or {}).values()
@@ -262,6 +268,7 @@ def _reshaped(plan: Decision, kind: str, tree: Any) -> dict[str, ArrayPlan]:
 
 def _table(plan: Decision, kind: str) -> Mapping[str, ArrayPlan]:
     tables = {"parameter": plan.params, "batch array": plan.batch, "state array": plan.state or {}}
+    check_word("kind", kind, tables)
     return tables[kind]
 
 

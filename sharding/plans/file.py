@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from ..errors import UserError
+from ..errors import UserError, nearest, one_line, wrong
 from ..files import write_whole
+from .arrays import item_bytes
 from .estimate import Estimate
 from .origin import Origin, alternative_from
 from .proof import Proof
 from .record import ArrayPlan, Decision, DimPlan, Record
-from .specs import Spec
+from .specs import Spec, axes_in
 
 # A version of the file format: a reader refuses one that it does not know.
 FORMAT = 1
+
+_NONE = dataclasses.MISSING
 
 # Written even where they are as usual, so that a reader of a file need not know what is usual.
 _ALWAYS = ("remat", "microbatches", "notes")
@@ -41,7 +45,7 @@ def to_dict(plan: Decision) -> dict[str, Any]:
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     made = field.default_factory
-    return field.default if made is dataclasses.MISSING else made()
+    return field.default if made is _NONE else made()
 
 
 def _plain(value: Any) -> Any:
@@ -54,6 +58,8 @@ def _plain(value: Any) -> Any:
 
 def write(plan: Record, path: str | pathlib.Path) -> None:
     """Write the plan with one line an array, a dimension and an alternative."""
+    if not isinstance(path, str | os.PathLike):
+        raise wrong("path", path, "is no file to write a plan to, such as 'plan.json'")
     lines = []
     for key, value in to_dict(plan).items():
         if key in _TABLES:
@@ -65,7 +71,10 @@ def write(plan: Record, path: str | pathlib.Path) -> None:
             )
         else:
             lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
-    write_whole(path, "{\n  " + ",\n  ".join(lines) + "\n}\n")
+    try:
+        write_whole(path, "{\n  " + ",\n  ".join(lines) + "\n}\n")
+    except OSError as error:
+        raise UserError(f"the plan cannot be written to {path}: {error.strerror}") from error
 
 
 def _block(start: str, rows: list[str], end: str) -> str:
@@ -90,37 +99,88 @@ def from_dict(values: Mapping[str, Any], kind: type[_Made]) -> _Made:
         raise UserError(f"this is not a plan, which is a mapping of fields, but a {type(values).__name__}")
     if (found := values.get("format")) != FORMAT:
         raise UserError(f"the plan has format {found}; this version reads format {FORMAT}")
-    read = {
-        name: _READERS[name](value) if name in _READERS else value
-        for name, value in values.items()
-        if name != "format"
-    }
+    known = {field.name: field for field in dataclasses.fields(Record)}
+    read = {}
+    for name, value in values.items():
+        if name == "format":
+            continue
+        if name not in known:
+            raise UserError(f"a plan has no {name!r}; {nearest(name, known)}")
+        try:
+            read[name] = _READERS.get(name, _same)(value)
+        except UserError:
+            raise
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise wrong(name, value, f"is not what a plan has there: {one_line(error)}") from None
+    missing = [name for name, field in known.items() if _default(field) is _NONE and name not in read]
+    if missing:
+        raise UserError(f"this is not a plan, for it lacks {missing[0]!r}")
     return kind(**read)
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 def _spec(entries: Any) -> Spec:
-    return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in entries)
+    spec = tuple(tuple(entry) if isinstance(entry, list) else entry for entry in entries)
+    for axis in axes_in(spec):
+        if not isinstance(axis, str):
+            raise TypeError(f"{axis!r} is no axis")
+    return spec
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{type(value).__name__} is no mapping")
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise TypeError("it is no list of texts")
+    return tuple(value)
+
+
+def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else read(value)
 
 
 def _arrays(rows: Mapping[str, Any]) -> dict[str, ArrayPlan]:
     return {
-        path: ArrayPlan(shape=tuple(row["shape"]), dtype=row["dtype"], spec=_spec(row["spec"]))
+        path: ArrayPlan(shape=_shape(row["shape"]), dtype=_dtype(row["dtype"]), spec=_spec(row["spec"]))
         for path, row in rows.items()
     }
 
 
+def _shape(sizes: Any) -> tuple[int, ...]:
+    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise TypeError(f"{sizes!r} is no shape")
+    return tuple(sizes)
+
+
+def _dtype(name: Any) -> str:
+    item_bytes(name)
+    return str(name)
+
+
 # Field → what makes it of plain values, where they are not the field itself.
 _READERS: Mapping[str, Any] = {
+    "mesh": _mapping,
+    "saved": _mapping,
+    "kernels": _mapping,
+    "compiler_options": _mapping,
+    "refused": _mapping,
     "dims": lambda rows: {name: DimPlan(**{**row, "axes": tuple(row["axes"])}) for name, row in rows.items()},
     "params": _arrays,
     "batch": _arrays,
     "moments": lambda rows: {path: _spec(row) for path, row in rows.items()},
-    "trainable": tuple,
-    "state": _arrays,
-    "notes": tuple,
-    "recognise": tuple,
-    "origin": lambda row: Origin(**row),
-    "estimate": lambda row: Estimate(**row),
+    "trainable": _optional(_texts),
+    "state": _optional(_arrays),
+    "notes": _texts,
+    "recognise": _texts,
+    "origin": _optional(lambda row: Origin(**row)),
+    "estimate": _optional(lambda row: Estimate(**row)),
     "alternatives": lambda rows: tuple(alternative_from(row) for row in rows),
-    "proof": Proof.from_dict,
+    "proof": _optional(Proof.from_dict),
 }

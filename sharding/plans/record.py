@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import UserError, nearest, nearest_divisors
+from ..errors import UserError, nearest, nearest_divisors, wrong
 from ..hardware.topology import Topology
 from ..ops.context.ways import check_way
 from ..ops.kernels import check_kernels
@@ -102,7 +102,7 @@ class Decision:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recognise", checked_forms(self.recognise))
-        if isinstance(self.topology, str):
+        if not isinstance(self.topology, Topology):
             object.__setattr__(self, "topology", Topology.parse(self.topology))
         _check(self)
 
@@ -130,6 +130,12 @@ class Record(Decision):
     alternatives: tuple[Alternative, ...] = ()
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     proof: Proof | None = None
+
+
+def check_record(name: str, plan: Any) -> None:
+    """Raise UserError for what is no plan at all."""
+    if not isinstance(plan, Record):
+        raise wrong(name, plan, "is no plan; meshwright.sharding.plan and declare return one")
 
 
 def check_runs(plan: Decision) -> None:

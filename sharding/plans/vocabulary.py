@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..errors import UserError, nearest
+from ..errors import UserError, check_word, nearest
 from ..hardware.axes import AXES
 
 # What layers keep for their backward pass; `transform.remat` maps each to JAX's policy.
@@ -34,6 +34,5 @@ def check_words(mesh: Iterable[str], remat: str, schedule: str | None) -> None:
 
 def check_accumulation(accumulation: str) -> str:
     """Return the word. Raises UserError, naming the nearest, if it is none."""
-    if accumulation not in ACCUMULATIONS:
-        raise UserError(f"accumulation={accumulation!r} is unknown; {nearest(accumulation, ACCUMULATIONS)}")
+    check_word("accumulation", accumulation, ACCUMULATIONS)
     return accumulation

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, wrong
 from ..paths import by_path
 from .jaxpr import asked
 from .untraceable import told
@@ -57,14 +57,21 @@ def check_leaves(tree: Any, what: str) -> None:
     for path, leaf in by_path(tree).items():
         if isinstance(leaf, _NUMBERS):
             continue
-        kind = getattr(getattr(leaf, "dtype", None), "kind", "")
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and kind not in ("O", "U", "S", "M", "m"):
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and _counts(leaf.dtype):
             continue
         where = f" {path!r}" if path else ""
         raise UserError(
             f"{what}{where} is {_in_words(leaf)}, which is neither an array nor a number; keep it out of the "
             "tree: in the loss itself, or in a static field"
         )
+
+
+def _counts(dtype: Any) -> bool:
+    """Whether there are arrays of JAX's of a type: of numbers, bools or keys."""
+    if not isinstance(dtype, np.dtype):
+        return True
+    # NumPy has one letter for the narrow floats and for records of several fields.
+    return dtype.kind not in "OUSMmV" or (dtype.names is None and jnp.issubdtype(dtype, jnp.number))
 
 
 def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,6 +86,8 @@ def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
     ...
     meshwright.sharding.errors.UserError: the loss (rows) gives an array of shape (2,): return its mean or sum
     """
+    if not callable(loss):
+        raise wrong("loss", loss, "is no function of (params, batch)")
     name = _named(loss)
 
     def check(result: Any) -> None:
@@ -96,10 +105,10 @@ def _wrong(result: Any) -> str | None:
     value, aux = result, {}
     if isinstance(result, tuple):
         if len(result) != 2:
-            return f"gives {len(result)} values: return a scalar, or (scalar, aux) with all else in aux"
+            return f"gives a tuple of {len(result)}: return a scalar, or (scalar, aux) with all else in aux"
         value, aux = result
     if not isinstance(value, _NUMBERS) and not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        return f"gives {_in_words(value)}: return a scalar, or (scalar, aux)"
+        return f"gives what is {_in_words(value)}: return a scalar, or (scalar, aux)"
     if jnp.shape(value) != ():
         return f"gives an array of shape {jnp.shape(value)}: return its mean or sum"
     dtype = jnp.result_type(value)
@@ -117,7 +126,8 @@ def _in_words(leaf: Any) -> str:
         return f"the text {leaf!r}"
     if callable(leaf):
         return f"a function ({getattr(leaf, '__name__', type(leaf).__name__)})"
-    return f"of type {type(leaf).__name__}"
+    of = f" of {leaf.dtype}" if isinstance(leaf, np.ndarray) else ""
+    return f"of type {type(leaf).__name__}{of}"
 
 
 def _named(loss: Callable[..., Any]) -> str:

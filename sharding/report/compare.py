@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..plans.record import ArrayPlan, Record
+from ..plans.record import ArrayPlan, Record, check_record
 from .document import (
     Bar,
     Bars,
@@ -102,6 +102,8 @@ class Comparison:
 
 def compare(first: Record, second: Record, names: tuple[str, str] = ("A", "B")) -> Comparison:
     """Return `first` and `second` side by side; plans for other programs or topologies are said to be so."""
+    for name, plan in zip(names, (first, second), strict=True):
+        check_record(name, plan)
     return Comparison(
         names=names,
         layouts=(layout_of(first), layout_of(second)),

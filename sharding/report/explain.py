@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, wrong
 from ..paths import by_suffix
 from ..plans.origin import Alternative, distinct, is_bound
 from ..plans.proof import Proof
@@ -27,6 +27,8 @@ def explain(plan: Record, subject: str | None = None) -> str:
     """
     if subject is None:
         return _whole(plan)
+    if not isinstance(subject, str):
+        raise wrong("subject", subject, "is no name; write for example 'tensor' or 'tensor=8'")
     name, _, size = subject.partition("=")
     if name in plan.mesh:
         return _axis(plan, name, size)
@@ -40,7 +42,8 @@ def explain(plan: Record, subject: str | None = None) -> str:
     if path is not None:
         return _stored(plan, path, state[path], "it is read and given anew by each step")
     known = [*plan.mesh, *plan.dims, *plan.params, *state, *(path.split("/")[-1] for path in plan.params)]
-    raise UserError(f"{subject!r} is no axis, dimension or parameter of the plan; {nearest(subject, known)}")
+    words = dict.fromkeys(filter(None, known))
+    raise UserError(f"{subject!r} is no axis, dimension or parameter of the plan; {nearest(subject, words)}")
 
 
 def _whole(plan: Record) -> str:

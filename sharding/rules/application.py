@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import paths as tree_paths
-from ..errors import UserError, nearest, nearest_divisors
+from ..errors import UserError, nearest, nearest_divisors, wrong
 from ..paths import Leaf
 
 if TYPE_CHECKING:
@@ -33,7 +33,13 @@ def mentioned(rule: Iterable[Any]) -> list[str]:
 
 def axis_sizes(mesh: Any) -> dict[str, int]:
     """Return axis → size of a Mesh, an AbstractMesh or such a mapping."""
-    return dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
+    sizes = mesh if isinstance(mesh, Mapping) else getattr(mesh, "shape", None)
+    if not isinstance(sizes, Mapping):
+        raise wrong("mesh", mesh, 'is neither a mesh nor axis → size, such as {"data": 8}')
+    for axis, size in sizes.items():
+        if not isinstance(axis, str) or isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise wrong("mesh", dict(sizes), f"gives {axis!r} the size {size!r}; write a whole number from 1")
+    return dict(sizes)
 
 
 class Application:
@@ -72,6 +78,8 @@ class Application:
 
     def array(self, shape: tuple[int, ...], names: Names) -> PartitionSpec:
         """Return the PartitionSpec of one array with a name for each dimension."""
+        if not all(isinstance(size, int) for size in shape):
+            raise wrong("shape", shape, "is no shape, such as (8, 128)")
         leaf = Leaf(path="", shape=shape, in_record=False)
         if len(names) != len(shape):
             raise UserError(_misnamed(leaf, names))

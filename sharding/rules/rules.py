@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, wrong
 from .application import Application, Axes, axis_sizes, is_pattern, mentioned
 
 if TYPE_CHECKING:
@@ -77,6 +77,9 @@ class Rules:
         Raises:
           UserError: as `specs`, except that any rule may match nothing.
         """
+        for name, value in (("names", names), ("shape", shape)):
+            if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+                raise wrong(name, value, "is no sequence with an entry for each dimension")
         return Application(self.declared, self.defaults, mesh).array(tuple(shape), tuple(names))
 
     def notes(self, tree: Any, mesh: Any, names: Any = None, *, partial: bool = False) -> list[str]:

@@ -44,7 +44,10 @@ from .meshes import automatic, explicit_axes, of_plan
 from .pipeline.build import pipelined
 from .pipeline.prepare import PreparedRun, prepared
 from .remat import Name, Remat
-from .said import lying_elsewhere, not_arrays, other_devices
+from .said import lying_elsewhere, not_arrays, other_count, other_devices, positional, within_manual
+
+# What a loss is called with, in words.
+_ARGUMENTS = ("parameters", "batch", "loss's state")
 
 
 def passes_of(
@@ -280,18 +283,22 @@ def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:
     parameters only.
     """
     planned = PlannedLoss(plan, loss, mesh)
+    count = 2 if plan.state is None else 3
     one = planned.value
     if plan.microbatches > 1 or plan.mesh.get("stage", 1) > 1:
         one = differentiable(planned.value, functools.partial(planned.value_and_grad, of_floats=True))
 
     @functools.wraps(loss)
-    def function(*args: Any) -> Any:
+    def function(*args: Any, **named: Any) -> Any:
         if axes := explicit_axes():
             raise UserError(
                 f"plan.apply is called under a mesh whose axes {', '.join(axes)} are explicit; set "
                 "plan.make_mesh() in its place, or jax.make_mesh(…, axis_types=(AxisType.Auto, …))"
             )
-        if said := not_arrays(args, ("parameters", "batch", "loss's state")):
+        args = (*positional(loss, args, named),)
+        names = _ARGUMENTS[:count]
+        wrong = within_manual() or other_count("the planned loss", args, names, count)
+        if said := wrong or not_arrays(args, names):
             raise UserError(said)
         try:
             with automatic(mesh):
@@ -314,8 +321,7 @@ def _why(plan: Decision, mesh: Any, args: Sequence[Any], error: Exception) -> st
             "what plan.apply gives is differentiated by reverse only (jax.grad, jax.vjp, and these of one "
             "another): take jax.jacrev for jax.jvp or jax.jacfwd, or differentiate the loss itself"
         )
-    names = ("parameters", "batch", "loss's state")
-    if said := other_devices(mesh) or lying_elsewhere(args, names, mesh):
+    if said := other_devices(mesh) or lying_elsewhere(args, _ARGUMENTS, mesh):
         return said
     try:
         for kind, tree in zip(("parameter", "batch array", "state array"), args, strict=False):

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from ..errors import UserError
+from ..hardware.mesh import check_mesh
 from ..plans.record import Decision
 
 
@@ -22,8 +23,7 @@ def of_plan(plan: Decision, mesh: Mesh | AbstractMesh) -> Any:
     Raises:
       UserError: its axes are not the plan's.
     """
-    if not isinstance(mesh, Mesh | AbstractMesh):
-        raise UserError(f"mesh={mesh!r} is no mesh; give it plan.make_mesh()")
+    check_mesh(mesh)
     have = {axis: size for axis, size in mesh.shape.items() if size > 1}
     wanted = {axis: size for axis, size in plan.mesh.items() if size > 1}
     if have != wanted:

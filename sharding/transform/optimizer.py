@@ -60,8 +60,22 @@ def change(
         names = re.findall(r"'(\w+)'", found[1]) if found else []
         unknown = next((name for name in names if name not in EXTRA), None)
         if unknown is None:
+            _check_state(optimizer, state, params)
             raise
         raise _unknown(unknown) from None
+    except (AttributeError, ValueError):
+        _check_state(optimizer, state, params)
+        raise
+
+
+def _check_state(optimizer: optax.GradientTransformation, state: Any, params: Any) -> None:
+    """Raise UserError if a state is of another optimizer."""
+    wanted, have = map(jax.tree.structure, (jax.eval_shape(optimizer.init, params), state))
+    if wanted != have:
+        raise UserError(
+            f"the state's optimizer part is that of another optimizer: {have.num_leaves} arrays, where this "
+            f"one has {wanted.num_leaves}; make the state by plan.init(init, key, optimizer) of this one"
+        )
 
 
 def extra_of(

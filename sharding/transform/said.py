@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
-from ..program.jaxpr import is_array
+from ..errors import UserError
+from ..program.jaxpr import is_array, is_extended
 
 
 def not_arrays(args: Sequence[Any], names: Sequence[str]) -> str | None:
@@ -21,6 +23,10 @@ def not_arrays(args: Sequence[Any], names: Sequence[str]) -> str | None:
             path = jax.tree_util.keystr(keys, simple=True, separator="/")
             kind = "function" if callable(leaf) else type(leaf).__name__
             where = f"{path!r} of the {name}" if path else f"the {name}"
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                return f"{where} is a ShapeDtypeStruct, which has no numbers: give arrays"
+            if isinstance(leaf, np.ma.MaskedArray):
+                return f"{where} is a masked array, which JAX has none of: give its filled() and its mask"
             said = f"{where} is a {kind}, which is no array of numbers"
             return f"{said}: leave it out, or close over it in the loss"
     return None
@@ -28,10 +34,10 @@ def not_arrays(args: Sequence[Any], names: Sequence[str]) -> str | None:
 
 def _is_array(leaf: Any) -> bool:
     if isinstance(leaf, (np.ndarray, np.generic)):
-        return leaf.dtype.kind not in "OUSMm"
+        return leaf.dtype.kind not in "OUSMm" and not isinstance(leaf, np.ma.MaskedArray)
     return (
         isinstance(leaf, (bool, int, float, complex))
-        or hasattr(leaf, "dtype")
+        or (hasattr(leaf, "dtype") and not isinstance(leaf, jax.ShapeDtypeStruct))
         or hasattr(leaf, "__jax_array__")
     )
 
@@ -83,3 +89,67 @@ def lying_elsewhere(args: Sequence[Any], names: Sequence[str], mesh: Any) -> str
                 "plan.shardings says, or leave it on the host"
             )
     return None
+
+
+def is_key(value: Any) -> bool:
+    """Whether `value` is a random key of JAX's, typed or raw."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        return False
+    return np.ndim(value) == (0 if is_extended(dtype) else 1) and (is_extended(dtype) or dtype == np.uint32)
+
+
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether `function` can be called with `count` arguments; true where Python does not know."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True
+
+
+def donated(args: Sequence[Any]) -> str | None:
+    """Say that the first argument is a training state that an earlier step was given, or None if it is not.
+
+    Its arrays are gone then; XLA of JAX 0.10 ends the process where several devices hold them.
+    """
+    step = args[0].get("step") if args and isinstance(args[0], dict) else None
+    if step is None or not is_array(step) or not step.is_deleted():
+        return None
+    return "this state was given to an earlier step, which took its arrays: go on with what that returned"
+
+
+def other_count(what: str, args: Sequence[Any], names: Sequence[str], least: int) -> str | None:
+    """Say that `what` got too few arguments or too many of those called `names`; `least` are needed."""
+    if least <= len(args) <= len(names):
+        return None
+    wanted = ", ".join(names[: max(least, 1)])
+    return f"{what} takes ({wanted}) and was given {len(args)} argument{'s' * (len(args) != 1)}"
+
+
+def positional(function: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> Sequence[Any]:
+    """Return the arguments of a call of `function` by their positions.
+
+    Raises UserError if it has no such arguments.
+    """
+    if not named:
+        return args
+    try:
+        return inspect.signature(function).bind(*args, **named).args
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the planned loss cannot be called so: {error}") from None
+
+
+def within_manual() -> str | None:
+    """Say that a planned loss is called where devices work by themselves, or None if it is not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = [str(axis) for axis, kind in kinds if kind == AxisType.Manual]
+    if not axes:
+        return None
+    return (
+        f"plan.apply is called within jax.shard_map or jax.pmap (over {', '.join(axes)}), where each device "
+        "has its part alone; the plan shares a whole batch out itself: call it outside, with all rows"
+    )

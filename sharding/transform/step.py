@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..errors import UserError
+from ..errors import UserError, wrong
 from ..paths import map_by_path
 from ..plans import arrays
-from ..plans.record import Decision, Record
+from ..plans.record import Decision, Record, check_record
 from ..plans.trainable import split
 from ..program.jaxpr import shapes_of
 from ..program.loss import insisting
@@ -23,7 +23,7 @@ from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
 from .optimizer import change, extra_of, handles_nonfinite, wanted
-from .said import lying_elsewhere, not_arrays, other_devices
+from .said import donated, is_key, lying_elsewhere, not_arrays, other_count, other_devices, takes
 
 if TYPE_CHECKING:
     import optax
@@ -34,6 +34,7 @@ State = dict[str, Any]
 """``{"step", "params", "optimizer", "stopped"}``: the updates that were made, what they were made to, and
 whether a loss or gradient was not finite, from where on nothing changes; and ``state``, that of the loss,
 where it has one."""
+_PARTS = ("step", "params", "optimizer", "stopped", "state")
 Measure = Callable[[State], dict[str, Any]]
 
 
@@ -95,7 +96,10 @@ def train_step(
         UserError: the parameters or the batch are not those that the plan was made for, or the optimizer
             needs what a step cannot give it.
     """
-    wanted(optimizer)
+    check_record("plan", plan)
+    for name, function in (("evaluation", evaluation), ("measure", measure)):
+        if function is not None and not callable(function):
+            raise wrong(name, function, "is no function")
     mesh = of_plan(plan, mesh)
     first = _first(plan, init, optimizer)
     shapes = jax.eval_shape(first, jax.random.key(0))
@@ -143,6 +147,7 @@ def jitted_update(
     `state` is donated and stays where `plan` puts it; `batch` may lie anywhere, on the host too. Raises
     UserError, when called, if the state, the batch or the loss are not those that the plan was made for.
     """
+    wanted(optimizer)
     mesh = of_plan(plan, mesh)
 
     def update(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
@@ -153,6 +158,10 @@ def jitted_update(
         lacks = {"step", "params", "optimizer"} - set(state if isinstance(state, dict) else ())
         if lacks:
             raise UserError(f"the first argument is no training state: it lacks {', '.join(sorted(lacks))}")
+        if others := [key for key in state if key not in _PARTS]:
+            raise UserError(
+                f"the training state has {others[0]!r}; a state has {', '.join(_PARTS)} and no more"
+            )
         # One of other making may lack the flag.
         state = {"stopped": jnp.bool_(False), **state}
         state["params"] = insisting(state["params"], "parameter")
@@ -218,7 +227,12 @@ def first_state(
     """Create the first state, every array on the devices that hold it."""
     mesh = of_plan(plan, mesh)
     first = _first(plan, init, optimizer)
-    shapes = jax.eval_shape(first, key)
+    try:
+        shapes = jax.eval_shape(first, key)
+    except (TypeError, ValueError) as error:
+        if not is_key(key):
+            raise wrong("key", key, "is no key of JAX's, such as jax.random.key(0)") from error
+        raise
     arrays.check_arrays(plan, "parameter", shapes["params"])
     if "state" in shapes:
         arrays.check_arrays(plan, "state array", shapes["state"])
@@ -228,6 +242,10 @@ def first_state(
 def _first(
     plan: Decision, init: Callable[[Any], Any], optimizer: optax.GradientTransformation
 ) -> Callable[[Any], State]:
+    wanted(optimizer)
+    if not callable(init) or not takes(init, 1):
+        raise wrong("init", init, "is no function of a key, which is all that it is called with")
+
     def first(key: Any) -> State:
         params, beside = init(key), {}
         if plan.state is not None:
@@ -344,6 +362,8 @@ def _unless(stopped: Any, old: Any, new: Any) -> Any:
 
 
 def _guarded(guard: bool | None, moments: Any) -> bool:
+    if guard is not None and not isinstance(guard, bool):
+        raise wrong("guard", guard, "must be True, False or None")
     return not handles_nonfinite(moments) if guard is None else guard
 
 
@@ -376,6 +396,8 @@ class _Said:
         self._jitted, self._names, self._mesh = jitted, tuple(names), mesh
 
     def __call__(self, *args: Any) -> Any:
+        if said := donated(args):
+            raise UserError(said)
         return self._told(self._jitted, args)
 
     def trace(self, *args: Any) -> jax.stages.Traced:
@@ -394,7 +416,8 @@ class _Said:
             return function(*args)
         except (TypeError, ValueError) as error:
             said = (
-                not_arrays(args, self._names)
+                other_count("it", args, self._names, min(len(self._names), 2))
+                or not_arrays(args, self._names)
                 or other_devices(self._mesh)
                 or lying_elsewhere(args, self._names, self._mesh)
             )

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ...errors import UserError, nearest, nearest_divisors
+from ...errors import nearest, nearest_divisors, wrong
 from ..attention import AttentionCall
 from .order import moved_share
 
@@ -16,8 +16,8 @@ WAYS = (GATHERED, HEADS, RING, NEIGHBOURS)
 
 def check_way(word: str | None) -> None:
     """Raise UserError for a word that is no way."""
-    if word is not None and word not in WAYS:
-        raise UserError(f"context={word!r} is no way of attention over context; {nearest(word, WAYS)}")
+    if word is not None and (not isinstance(word, str) or word not in WAYS):
+        raise wrong("context", word, f"is no way of attention over context; {nearest(str(word), WAYS)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ def indivisible(rows: int, parts: Mapping[str, int], microbatches: int, needed: 
     devices = needed // microbatches
     if microbatches > 1 and rows and rows % devices == 0:
         near += f", or microbatches={nearest_divisors(rows // devices, microbatches)}"
-    return f"a batch of {rows} rows does not divide by {written}; nearest: {near}"
+    return f"a batch of {rows} row{'s' * (rows != 1)} does not divide by {written}; nearest: {near}"
 
 
 def divisors(number: int) -> Sequence[int]:

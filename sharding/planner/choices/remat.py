@@ -9,7 +9,7 @@ import numpy as np
 
 from ...cost.candidate import Candidate
 from ...cost.profile import ProgramTables
-from ...errors import UserError, nearest
+from ...errors import UserError, nearest, wrong
 from ...plans.vocabulary import NAMES, PLACES, REMATS
 from ...program.layers import INPUT
 
@@ -42,8 +42,8 @@ def read(declared: DeclaredRemat) -> Policy:
             if place not in PLACES:
                 raise UserError(f"remat: {name}: {place!r} is no place; {nearest(str(place), PLACES)}")
         return Policy(remat=NAMES, saved=dict(declared))
-    if declared not in REMATS:
-        raise UserError(f"remat={declared!r} is not a policy; {nearest(str(declared), REMATS)}")
+    if not isinstance(declared, str) or declared not in REMATS:
+        raise wrong("remat", declared, f"is not a policy; {nearest(str(declared), REMATS)}")
     return Policy(remat=declared)
 
 

@@ -226,3 +226,24 @@ def test_a_loss_may_take_its_rows_in_fewer_groups_than_devices(mesh: dict[str, i
     wanted = jax.jit(jax.value_and_grad(loss))(params, batch)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-6)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("mesh", [{"tensor": 8}, {"fsdp": 8}])
+@pytest.mark.parametrize("rows", [1, None])
+def test_one_row_and_a_batch_without_rows_lie_whole(mesh: dict[str, int], rows: int | None) -> None:
+    def loss(params: Any, batch: Any) -> Any:
+        x = batch.get("x", jnp.ones((1, 8)))
+        return jnp.square(x @ params["up"] @ params["down"]).mean()
+
+    params = {"up": np.ones((8, 32), "float32"), "down": np.ones((32, 8), "float32")}
+    batch = {} if rows is None else {"x": np.ones((rows, 8), "float32")}
+    names = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
+    one = declare(loss, params, batch, topology="cpu:8", mesh=mesh, names=names)
+    assert one.bytes_per_device() == 8 * 32 * 2 * 4 // 8
+    np.testing.assert_allclose(jax.jit(one.apply(loss))(params, batch), loss(params, batch), rtol=1e-6)
+
+
+def test_a_batch_of_no_rows_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="the batch has no rows"):
+        declare_mlp(batch=shapes(x=(0, 8), y=(0, 8)))

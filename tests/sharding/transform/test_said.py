@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from meshwright.sharding import UserError, declare, train_step
+from meshwright.sharding import Plan, Rules, Topology, UserError, declare, make_mesh, train_step
 
 pytestmark = pytest.mark.devices(8)
 
@@ -30,8 +32,8 @@ def loss(params: Any, batch: Any) -> Any:
 
 
 def planned(**how: Any) -> Any:
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    return declare(loss, shapes, batch(), topology="cpu:8", **{"mesh": {"data": 8}, **how})
+    given = {"params": jax.eval_shape(init, jax.random.key(0)), "batch": batch(), "mesh": {"data": 8}}
+    return declare(loss, topology="cpu:8", **{**given, **how})
 
 
 def test_what_is_no_array_is_named_at_every_door() -> None:
@@ -125,9 +127,88 @@ def test_other_devices_and_other_arrays_are_one_sentence() -> None:
         ({"attention": 3}, "must be the name of a kernel"),
         ({"recognise": 3}, "must be some of attention"),
         ({"optimizer": optax.adam}, "is none of optax's"),
+        ({"attention": []}, "must be the name of a kernel"),
+        ({"rules": 0}, "is no mapping, such as"),
+        ({"remat": ""}, "remat='' is not a policy"),
+        ({"remat": {"up": "device"}}, "this program has no scan over layers"),
+        ({"context": np.ones(3)}, "is no way of attention over context"),
+        ({"calibration": 3}, "is no file of `meshwright calibrate`"),
+        ({"accumulation": ["exact"]}, "is unknown; "),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_arguments_of_another_kind_are_one_sentence(how: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         planned(**how)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda plan, _: plan.compare(3), "B=3 is no plan"),
+        (lambda plan, _: plan.explain(3), "subject=3 is no name"),
+        (lambda plan, _: plan.bytes_per_device("zz"), "kind='zz' is unknown; known: params, batch, state"),
+        (lambda plan, _: plan.check_arrays("param", {}), "kind='param' is unknown; did you mean 'parameter'"),
+        (lambda plan, _: plan.shardings({}, "mesh"), "mesh='mesh' is no mesh; give it plan.make_mesh"),
+        (lambda plan, _: plan.specs({"w": "text"}), "array 'w' is the text 'text'"),
+        (lambda plan, _: plan.axes_of_dims(None), "program=None is no program"),
+        (lambda plan, _: plan.make_mesh(3), "devices=3 is no list of JAX's devices"),
+        (lambda plan, _: plan.make_mesh([0, 1]), r"devices=\[0, 1\] is no list of JAX's devices"),
+        (lambda plan, _: plan.apply(3), "loss=3 is no function of"),
+        (lambda plan, _: plan.init(None, jax.random.key(0), SGD), "init=None is no function of a key"),
+        (lambda plan, _: plan.init(lambda: {}, jax.random.key(0), SGD), "is no function of a key"),
+        (lambda plan, _: plan.init(init, 0, SGD), "key=0 is no key of JAX's"),
+        (lambda plan, _: plan.train_step(loss, 3), "optimizer=3 is none of optax's"),
+        (lambda plan, _: plan.save(3), "path=3 is no file to write a plan to"),
+        (lambda plan, tmp: plan.save(tmp), "cannot be written to .*: Is a directory"),
+        (lambda plan, tmp: plan.save(tmp / "none" / "p.json"), "No such file or directory"),
+        (lambda *_: Plan.of(3), "record=3 is no plan"),
+        (lambda *_: Topology.of([None]), r"devices=\[None\] is no list"),
+        (lambda *_: make_mesh(["data"]), "axes=.* is no mapping"),
+        (lambda *_: Rules({}).idle_axes(None), "mesh=None is neither a mesh nor axis → size"),
+        (lambda *_: Rules({}).specs({}, {"data": 0}), "gives 'data' the size 0; write a whole number from 1"),
+        (lambda *_: Rules({}).spec(3, (8,), {}), "names=3 is no sequence with an entry for each"),
+        (lambda *_: Rules({}).spec(("embed",), ("a",), {}), "is no shape, such as"),
+        (lambda *_: Rules({}).specs({}, {}, 3), "the names at '' are 3, not a tuple"),
+    ],
+)
+def test_what_is_no_such_thing_is_one_sentence(call: Any, says: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=says):
+        call(_PLANNED(), tmp_path)
+
+
+_PLANNED = functools.cache(planned)
+
+
+def test_calls_of_other_arguments_are_one_sentence() -> None:
+    plan, params = planned(), init(jax.random.key(0))
+    made = plan.apply(loss)
+    assert made(params, batch=batch()) == made(params, batch())
+    for call, says in (
+        (lambda: made(params), "the planned loss takes .parameters, batch. and was given 1 argument$"),
+        (lambda: made(params, batch(), 3), "was given 3 arguments"),
+        (lambda: made(params, rows=batch()), "the planned loss cannot be called so"),
+        (lambda: made(jax.eval_shape(init, jax.random.key(0)), batch()), "is a ShapeDtypeStruct"),
+        (lambda: made(params, {"x": np.ma.array(batch()["x"])}), "is a masked array"),
+        (lambda: jax.pmap(made, in_axes=(None, 0))(params, {"x": np.ones((8, 2, 8))}), "jax.pmap .over"),
+        (lambda: planned(params={1: 2, "a": 3}), "keys of several kinds"),
+        (lambda: planned(params=None), "params=None is no tree of arrays"),
+    ):
+        with pytest.raises(UserError, match=says):
+            call()
+
+
+def test_states_of_another_making_are_one_sentence() -> None:
+    plan, adam = planned(), optax.adam(1e-3)
+    step, state = plan.train_step(loss, adam), plan.init(init, jax.random.key(0), adam)
+    for wrong, says in (
+        ({**state, "ema": 1.0}, "the training state has 'ema'"),
+        (plan.init(init, jax.random.key(0), SGD), "of another optimizer: 0 arrays, where this one has 3"),
+    ):
+        with pytest.raises(UserError, match=says):
+            step(wrong, batch())
+    with pytest.raises(UserError, match=r"it takes \(state, batch\) and was given 1 argument$"):
+        step(state)
+    step(state, batch())
+    with pytest.raises(UserError, match="this state was given to an earlier step"):
+        step(state, batch())
