@@ -165,11 +165,25 @@ def work() -> None:
         print(f"{kind}: {share:.3f}, by the formula {formula:.3f}")
 
 
+# A mesh, microbatches, chunks a stage, layers and rows of a microbatch that are priced. Sizes are those of a
+# real model's layers: a TPU's own memory takes up to 128 MiB of what a small step would have in HBM.
+PRICED = (
+    ({"stage": 4}, 8, 1, 8, 1024),
+    ({"stage": 4}, 32, 1, 16, 512),
+    ({"stage": 4}, 128, 1, 8, 256),
+    ({"stage": 4}, 8, 2, 8, 1024),
+    ({"stage": 4}, 16, 2, 16, 512),
+    ({"stage": 2, "fsdp": 2}, 8, 1, 8, 1024),
+    ({"stage": 2, "fsdp": 2}, 16, 2, 8, 1024),
+    ({"stage": 2, "data": 2}, 8, 2, 8, 1024),
+)
+
+
 def price() -> None:
     """Print the estimate beside what the compiler for v5p says: memory, and seconds over the stages."""
-    for microbatches, chunks in ((8, 1), (32, 1), (8, 2)):
-        how = {"topology": "v5p:2x2x1", "mesh": {"stage": 4}, "names": NAMES, "microbatches": microbatches}
-        params, data = jax.eval_shape(lambda: init(512)), batch(microbatches * 64)
+    for mesh, microbatches, chunks, layers, rows in PRICED:
+        how = {"topology": "v5p:2x2x1", "mesh": mesh, "names": NAMES, "microbatches": microbatches}
+        params, data = jax.eval_shape(lambda layers=layers: init(4096, layers)), batch(microbatches * rows)
         planned = plan(
             loss, params, data, optimizer=optax.adamw(1e-3), remat="full", interleave=chunks, **how
         ).verify()
@@ -177,8 +191,10 @@ def price() -> None:
         assert estimate is not None
         assert proof is not None
         print(
-            f"microbatches={microbatches} interleave={chunks}: estimated "
-            f"{estimate.peak_bytes / 2**20:.1f} MiB, compiled {proof.peak_bytes / 2**20:.1f} MiB"
+            f"{mesh} microbatches={microbatches} interleave={chunks} layers={layers} rows={rows}: estimated "
+            f"{estimate.peak_bytes / 2**20:.0f} MiB, compiled {proof.peak_bytes / 2**20:.0f} MiB, "
+            f"{estimate.peak_bytes / proof.peak_bytes - 1:+.1%}",
+            flush=True,
         )
         of_stages = {name for name in (*estimate.time, *proof.time) if name.endswith("/stage")}
         for name in sorted(of_stages):

@@ -209,6 +209,7 @@ class Pricer:
                 fused_attention=self.execution.attention is not None,
                 lanes=self.topology.chip.lanes,
                 loss_arrays=self.execution.loss_arrays,
+                product_bytes=self.execution.product_bytes,
             )
             known = _remembered(self._worked, id(placement), (made, placement))
         return known[0]

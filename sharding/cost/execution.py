@@ -50,6 +50,7 @@ class Execution:
       last_layer_apart: whether the last layer whose values come back from the host runs outside of the loop.
       loss_arrays: arrays as large as the logits that lie in memory while the loss's gradient is taken.
       aligned_elements: of a product's role that matrix units read at once.
+      product_bytes: of an element as products take it, None for its own.
       kept: (profile, candidate, fused attention) → what is kept for the backward pass, and run again.
       links: (mesh, topology, calibration) → the link of each mesh axis longer than 1.
       through_stages: seconds of a step over stages; `pipeline.through_stages`.
@@ -63,6 +64,7 @@ class Execution:
     last_layer_apart: bool = False
     loss_arrays: int = 1
     aligned_elements: int = 1
+    product_bytes: int | None = None
     kept: KeptBy = kept_by_policy
     links: LinksOf = links
     through_stages: ThroughStages = through_stages
@@ -84,4 +86,5 @@ def execution_for(topology: Topology, attention: FusedAttention | None = None) -
         last_layer_apart=compiler.last_layer_apart,
         loss_arrays=compiler.loss_arrays,
         aligned_elements=compiler.aligned_elements,
+        product_bytes=compiler.product_bytes,
     )

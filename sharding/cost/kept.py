@@ -109,8 +109,8 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
     """Return what each policy keeps; `names` are the values of layers that may be named.
 
     ``none`` keeps what JAX's gradients of single operations read; ``none/fused`` what fused kernels with
-    their own gradients read; ``dots`` the results of products without batch dims, and the carry; ``full``
-    the carry.
+    their own gradients read, ``none/given`` what of that elementwise work gives of the rest of it; ``dots``
+    the results of products without batch dims, and the carry; ``full`` the carry.
     """
     count = len(flat.values)
     carry = np.zeros(count, bool)
@@ -135,6 +135,7 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
         # A kernel's gradient reads what the kernel read and wrote.
         for index in (*(i for i in ins if flat.values[i].grad), *outs):
             masks["none"][index] = masks["none/fused"][index] = True
+    masks["none/given"] = _given(flat, masks["none/fused"])
     kept = np.array([_is_kept(flat, n) for n in range(count)], bool)
     return Saved(
         factors=_factors(flat),
@@ -146,6 +147,16 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
         grad=np.array([value.grad for value in flat.values], bool),
         on_chip=np.array([_is_on_chip(flat, n) for n in range(count)], bool),
     )
+
+
+def _given(flat: Flat, fused: np.ndarray) -> np.ndarray:
+    """Return what fused kernels read that elementwise work of layers gives of other such values."""
+    had = fused | np.array([value.parameter >= 0 or value.elements <= 1 for value in flat.values], bool)
+    found = np.zeros(len(flat.values), bool)
+    for op in flat.ops:
+        if op.section == LAYERS and is_fusible(op) and op.ins and had[list(op.ins)].all():
+            found[list(op.outs)] = had[list(op.outs)] = True
+    return found & fused
 
 
 def _factors(flat: Flat) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -197,16 +198,19 @@ class Worked:
     """What a placement's values weigh in bytes.
 
     saved [V]: of one microbatch, in all runs; live, largest_of [stack]: what fused kernels keep of one layer,
-    and its largest value; largest [section]: likewise; batch: of the microbatch itself; stream: of what
-    layers hand on.
+    and its largest value; least [stack]: what is live less what elementwise work gives of it; largest
+    [section]: likewise; batch: of the microbatch itself; stream: of what layers hand on; product: of an
+    element as products take it, at most.
     """
 
     saved: np.ndarray
     live: np.ndarray
+    least: np.ndarray
     largest: np.ndarray
     largest_of: np.ndarray
     batch: float
     stream: float = 0.0
+    product: float = math.inf
 
 
 def worked(
@@ -217,12 +221,13 @@ def worked(
     fused_attention: bool,
     lanes: int = 1,
     loss_arrays: int = 1,
+    product_bytes: int | None = None,
 ) -> Worked:
     """Return what `placement`'s values weigh, whatever is kept of them.
 
     While the loss's gradient is taken, so many arrays as large as its largest lie in memory (`loss_arrays`).
     Rows of heads that are kept are padded to whole `lanes`: a TPU's tile has 128 elements in its last
-    dimension, a head often 64.
+    dimension, a head often 64. Products take elements of `product_bytes` at most, where that is given.
     """
     values = profile.values
     size = values.bytes * placement.value_fraction
@@ -242,6 +247,7 @@ def worked(
     rows = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else True
     fused = profile.saved.by_policy["none/fused"] & rows
     live = _by_stack(profile, used * fused)
+    least = _by_stack(profile, used * fused * ~profile.saved.by_policy["none/given"])
     largest_of = np.zeros(1 + profile.stacks)
     np.maximum.at(largest_of, values.stack + 1, used)
     width = np.maximum(values.width, 1.0)
@@ -249,10 +255,12 @@ def worked(
     return Worked(
         saved=size * padded * values.runs,
         live=live,
+        least=least,
         largest=largest,
         largest_of=largest_of[1:],
         batch=batch,
         stream=stream,
+        product=math.inf if product_bytes is None else product_bytes,
     )
 
 

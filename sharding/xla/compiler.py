@@ -38,6 +38,8 @@ class Compiler:
         and of a replay in which nothing is holds.
       aligned_elements: elements of two bytes that matrix units read at once: products with a row, column or
         contraction that is no multiple of them are slower.
+      product_bytes: of an element as products take it where no precision is asked for, None for its own: what
+        they take and a loop does not change is cast before the loop.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Compiler:
     loss_arrays: int = 1
     untuned_peak: bool = False
     aligned_elements: int = 1
+    product_bytes: int | None = None
 
 
 @functools.cache

@@ -101,3 +101,22 @@ def test_memory_of_more_microbatches_of_as_many_rows_is_that_of_few(price):
     stream = 4 * BATCH / 8 * WIDTH
     inputs = price(8, interleave=2).memory["saved_activations"] - held[8]
     assert inputs <= 8 * stream
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_memory_of_a_chunk_s_turn_can_be_counted(price, chunks):
+    # Weights of all layers, which are the layers' whole; those of what is outside beside them.
+    layers, outside = 2 * WIDTH * HIDDEN * LAYERS, 2 * VOCAB * WIDTH
+    found = price(8, interleave=chunks, remat="full").memory
+    here = layers / 4 + outside
+    assert found["optimizer"] == 8 * here
+    # For products they are cast to two bytes, and chunks are cut out of them for the way on and the way back.
+    cut_out = 2 * layers / 8 if chunks == 2 else 0
+    assert found["params"] == pytest.approx(4 * here + 2 * here + 2 * cut_out)
+    # Sums of all, one chunk's and the head's beside them.
+    assert found["gradients"] == pytest.approx(4 * (here + layers / 4 / chunks + VOCAB * WIDTH))
+    stream = 4 * BATCH / 8 * WIDTH
+    inputs = 2 * 4 * chunks - 1
+    assert found["saved_activations"] == pytest.approx(stream * (inputs + 5 + LAYERS / 4 / chunks), rel=0.02)
+    # Of the layer what it begins with, its largest value, in whose place the gradient is made, what it adds.
+    assert found["temporaries"] == pytest.approx(4 * BATCH / 8 * (HIDDEN + 2 * WIDTH))
