@@ -64,16 +64,18 @@ class Run:
     def value(self, *args: Any) -> Any:
         """Return what the loss gives of (params, batch) or (params, batch, state)."""
         call = self._begin(args)
-        for one in (*self._read.levels.counts, *self._read.levels.values):
+        for one in self._read.levels.counts:
             self._add(one, call)
+        self._add_all("values", call)
         return self._result(call)
 
     def value_and_grad(self, trained: Sequence[int], *args: Any) -> tuple[Any, Any]:
         """Return what the loss gives, and its gradients for the `trained` leaves of the parameters."""
         read, plan = self._read, self._read.levels
         call = self._begin(args)
-        for one in (*plan.counts, *plan.before):
+        for one in plan.counts:
             self._add(one, call)
+        self._add_all("before", call)
         sums: list[Array] = []
         if plan.last is not None:
             if plan.scaled:
@@ -81,8 +83,7 @@ class Run:
             else:
                 cotangents = self._cotangents(call)
             sums = self._learn(trained, cotangents, call)
-        for one in plan.after:
-            self._add(one, call)
+        self._add_all("after", call)
         if plan.scaled:
             (scale,) = self._tail_gradients((), call.known)[1]
             sums = [total * scale.reshape(()).astype(total.dtype) for total in sums]
@@ -250,13 +251,21 @@ class Run:
         state = leaves[2] if len(leaves) > 2 else ()
         return region.run(body, leaves[0], leaves[1], cut, state, others, places)
 
+    def _add_all(self, kind: str, call: _Call) -> None:
+        """Add what all passes of a kind give, ``before`` the gradient's say, to what is known."""
+        for number, one in enumerate(getattr(self._read.levels, kind)):
+            if self._staged is None or not is_heavy(one):
+                self._add(one, call)
+                continue
+
+            def targets(levels: Levels, number: int = number) -> list[Held]:
+                return _targets(getattr(levels, kind)[number])
+
+            sums, _, rows = self._over_stages(one, targets, call)
+            self._keep(one, sums, rows, call.known)
+
     def _add(self, one: Sweep, call: _Call) -> None:
         """Add the totals and the rows of a pass to what is known."""
-        if self._staged is not None and is_heavy(one):
-            number = self._read.levels.values.index(one)
-            sums, _, rows = self._over_stages(one, lambda levels: _targets(levels.values[number]), call)
-            self._keep(one, sums, rows, call.known)
-            return
         function = self._forward[one]
 
         def part(sums: Any, none: Any, index: Array, at: _Call) -> tuple[Any, Any, Sequence[Array]]:

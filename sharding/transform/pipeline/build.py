@@ -14,7 +14,6 @@ from ...program.jaxpr import Traced
 from ...program.tracing import read
 from ..accumulation.proof import InParts, in_parts, refusal, rows_of
 from ..accumulation.region import RowRegion, axes_of_rows, flat_specs, mixes, specs_of_rows
-from ..accumulation.run import is_heavy
 from ..accumulation.values import NotInParts
 from .layers import layers_of, stacked_parameters
 from .slots import STAGE, Slots
@@ -126,10 +125,10 @@ def _axes(plan: Decision, traced: Traced) -> tuple[str, ...]:
 
 
 def _check_passes(read: InParts, stages: int) -> None:
+    """Raise UserError if gradients go back from sums over the batch to earlier ones, through the stages."""
     levels = read.levels
-    more = [one for one in (*levels.before, *levels.after, *levels.values[1:]) if is_heavy(one)]
-    if more or levels.backward:
+    if levels.backward:
         raise UserError(
             f"stage={stages}: the loss takes {max(levels.passes, 2)} passes over the batch, since sums over "
-            "the examples wait for one another, and stages are gone through once"
+            "the examples wait for one another's gradients, and stages give gradients once"
         )

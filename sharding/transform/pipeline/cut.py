@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax.extend import core
 
 from ...errors import UserError
@@ -19,6 +18,7 @@ from ...program.pieces import ProgramPiece, of_length
 from ...program.program import Equation, Program
 from .layers import dependent, is_number, layers_of, stored_as
 from .slots import Slots
+from .stream import CARRIED, CONSTANT, GIVEN, Travelling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,25 +26,18 @@ class LayerCut:
     """A part's program in pieces, for one stage of several.
 
     enter: of a share of the rows, what travels into the layers.
-    layers: of all rows of a microbatch, what a chunk's layers carry out of what is carried in; one layer
-      where some slots of chunks have none of their own.
+    layers: of all rows of a microbatch, what a chunk's layers make of what is carried in, and give besides;
+      one layer where some slots of chunks have none of their own.
     leave: of a share, what the whole program gives.
     stacked: what is scanned over beside parameters, for all layers.
-    rows: of each thing that travels, carried or a constant, the dimension that holds rows, or None.
-    differs: whether it has a gradient.
-    carried: whether the layers change it.
-    shapes, dims: its shape and type, and its named dimensions.
+    items: what travels: constants and what is carried, as layers take them; then what they give besides.
     """
 
     enter: ProgramPiece
     layers: ProgramPiece
     leave: ProgramPiece
     stacked: ProgramPiece
-    rows: tuple[int | None, ...]
-    differs: tuple[bool, ...]
-    carried: tuple[bool, ...]
-    shapes: tuple[Any, ...]
-    dims: tuple[Any, ...]
+    items: tuple[Travelling, ...]
 
 
 def cut_at_layers(
@@ -53,7 +46,7 @@ def cut_at_layers(
     """Cut the programs of a share of a microbatch's rows, and of all of them.
 
     Their first `params` arguments are parameters; `trained` are the numbers of those that are trained,
-    `data` of the arguments that hold rows.
+    `data` of the arguments that hold rows, and of the part's number.
 
     Raises UserError if a stage's layers cannot be had by themselves.
     """
@@ -65,39 +58,42 @@ def cut_at_layers(
     atoms: list[Any] = list(ours.eqn.invars)
     share_atoms: list[Any] = list(theirs.eqn.invars)
     beside = [n for n in range(first_xs, len(atoms)) if stored_as(whole, atoms[n], params) is None]
-    if any(atoms[n] in by_params or atoms[n] in by_data for n in beside if not is_number(atoms[n])):
-        raise UserError(
-            f"stage={stages}: arrays that the layers are scanned over are computed from parameters or from "
-            f"the batch, which a stage cannot do for its own layers alone, at {ours.where}"
+    used, their_outs = _used_outside(whole, ours), theirs.eqn.outvars
+
+    def travelling(kind: str, atom: Any, dims: Any, of_share: Any, out: Any) -> Travelling:
+        rows = _rows_of(atom.aval.shape, of_share.aval.shape, stages, ours.where)
+        return Travelling(
+            shape=tuple(atom.aval.shape),
+            dtype=atom.aval.dtype,
+            dims=dims,
+            kind=kind,
+            rows=rows,
+            # What has no rows and depends on them is a sum over them, which the proof leaves incomplete.
+            summed=rows is None and out in by_data,
         )
-    travel = [
+
+    constants = [
         n
-        for n, atom in enumerate(atoms[:first_xs])
-        if n >= consts or (not is_number(atom) and atom in by_params and atom in by_data)
+        for n, atom in enumerate(atoms[:consts])
+        if not is_number(atom) and atom in by_params and atom in by_data
     ]
-    shapes = tuple(atoms[n].aval for n in travel)
-    rows = tuple(_rows_of(atoms[n].aval.shape, share_atoms[n].aval.shape, stages, ours.where) for n in travel)
-    used = _used_outside(whole, ours)
-    carries, stacked = ours.eqn.outvars[: parts.num_carry], ours.eqn.outvars[parts.num_carry :]
-    if any(var in used for var in stacked):
-        raise UserError(
-            f"stage={stages}: what each layer gives beside its output is used after the layers, which stages "
-            f"cannot hand on yet, at {ours.where}"
-        )
-    for n, out in enumerate(carries):
-        place = rows[travel.index(consts + n)]
-        if out in used and place is None and out in dependent(whole, data):
-            raise UserError(
-                f"stage={stages}: the layers add up a number over the rows, which stages cannot yet, at "
-                f"{ours.where}"
-            )
+    outs = ours.eqn.outvars
+    given = [n for n in range(parts.num_carry, len(outs)) if outs[n] in used]
+    items = [travelling(CONSTANT, atoms[n], ours.ins[n], share_atoms[n], atoms[n]) for n in constants]
+    items += [
+        travelling(CARRIED, atoms[n], ours.ins[n], share_atoms[n], outs[n - consts])
+        for n in range(consts, first_xs)
+    ]
+    items += [travelling(GIVEN, outs[n], ours.outs[n], their_outs[n], outs[n]) for n in given]
+    travel = [*constants, *range(consts, first_xs)]
     enter = ProgramPiece(program=share, wanted=tuple(share_atoms[n] for n in travel))
     leave = ProgramPiece(
         program=share,
         wanted=tuple(share.scope.jaxpr.outvars),
-        known=tuple(theirs.eqn.outvars[: parts.num_carry]),
+        known=tuple(their_outs[n] for n in (*range(parts.num_carry), *given)),
     )
-    if not slots.stored.keys().isdisjoint(enter.reads | leave.reads):
+    stacked = ProgramPiece(program=whole, wanted=tuple(atoms[n] for n in beside))
+    if not slots.stored.keys().isdisjoint(enter.reads | leave.reads | stacked.reads):
         raise UserError(
             f"stage={stages}: parameters of the layers are read before or behind them too, for rows of the "
             f"batch, and no stage has those of all layers, at {ours.where}"
@@ -106,17 +102,13 @@ def cut_at_layers(
         enter=enter,
         layers=ProgramPiece(
             program=whole,
-            wanted=tuple(carries),
+            wanted=tuple(outs[n] for n in (*range(parts.num_carry), *given)),
             at=of_length(ours, 1 if slots.fills else slots.each),
             operands=(*travel, *beside),
         ),
-        stacked=ProgramPiece(program=whole, wanted=tuple(atoms[n] for n in beside)),
+        stacked=stacked,
         leave=leave,
-        rows=rows,
-        differs=tuple(bool(jnp.issubdtype(shape.dtype, jnp.inexact)) for shape in shapes),
-        carried=tuple(n >= consts for n in travel),
-        shapes=shapes,
-        dims=tuple(ours.ins[n] for n in travel),
+        items=tuple(items),
     )
 
 

@@ -17,7 +17,7 @@ from ...program.primitives import Trait, primitives
 from ...program.program import Equation, Program
 
 _CALLS = ("jit", "closed_call")
-_CHECKPOINTS = primitives(Trait.CHECKPOINT)
+_CHECKPOINTS, _RUNS = primitives(Trait.CHECKPOINT), primitives(Trait.CALL)
 
 
 def inlined(traced: Traced, but: Callable[[core.JaxprEqn], bool] = lambda eqn: False) -> Traced:
@@ -117,8 +117,34 @@ def is_number(atom: Any) -> bool:
 
 def dependent(program: Program, arguments: Iterable[int]) -> set[Any]:
     """Return the values of a program's outermost scope that depend on some of its arguments."""
-    found = {program.scope.jaxpr.invars[n] for n in arguments}
-    for one in program.scope.equations:
-        if any(atom in found for atom in one.eqn.invars if not is_number(atom)):
-            found.update(one.eqn.outvars)
+    jaxpr = program.scope.jaxpr
+    return _reached(jaxpr, {jaxpr.invars[n] for n in arguments})
+
+
+def _reached(jaxpr: core.Jaxpr, found: set[Any]) -> set[Any]:
+    """Return the values of a program that depend on some of its values, through what loops and calls do."""
+    for eqn in jaxpr.eqns:
+        given = [not is_number(atom) and atom in found for atom in eqn.invars]
+        if not any(given):
+            continue
+        found.update(var for var, one in zip(eqn.outvars, _results(eqn, given), strict=True) if one)
     return found
+
+
+def _results(eqn: core.JaxprEqn, given: list[bool]) -> list[bool]:
+    """Return which results of an equation depend on those of its operands that are `given`."""
+    body = call_body(eqn) if eqn.primitive.name == "scan" or eqn.primitive.name in _RUNS else None
+    if body is None or len(body.jaxpr.invars) != len(given):
+        return [True] * len(eqn.outvars)
+    carry = range(0)
+    if eqn.primitive.name == "scan":
+        parts = scan_parts(eqn)
+        carry = range(parts.num_consts, parts.num_consts + parts.num_carry)
+    while True:
+        pairs = zip(body.jaxpr.invars, given, strict=True)
+        found = _reached(body.jaxpr, {var for var, one in pairs if one})
+        outs = [not is_number(atom) and atom in found for atom in body.jaxpr.outvars]
+        grown = [one or (n in carry and outs[n - carry.start]) for n, one in enumerate(given)]
+        if grown == given:
+            return outs
+        given = grown

@@ -17,6 +17,7 @@ from ...program.tracing import read
 from ..constrain import Constrain
 from .cut import LayerCut, cut_at_layers
 from .slots import STAGE, Slots
+from .stream import Stages
 from .ticks import Array, Worker
 
 # Gives a list of arrays of (parameters, a part's rows, a state if there is one, (its number, sums)).
@@ -90,9 +91,9 @@ class Staged:
         learns = bool(places)
         share = self._program(of_share, structure, rows(jnp.int32(0), True), number, known)
         whole = self._program(of_whole, structure, rows(jnp.int32(0), False), number, known)
-        data = range(len(params), len(params) + len(leaves))
+        data = [len(params) + n for n, one in enumerate(cut) if one]
         # The part's number stands behind the state: what is drawn for a part depends on it.
-        data = [*data, len(params) + len(leaves) + len(state)]
+        data.append(len(params) + len(leaves) + len(state))
         found = cut_at_layers(share, whole, self.slots, len(params), self.trained, data)
         on_share, on_whole = (
             self.passes(one, self.params, *self.state, learns=learns) for one in (share, whole)
@@ -119,23 +120,24 @@ class Staged:
         lays, lays_share = (
             next(p for p in some if isinstance(p, Constrain)) for some in (on_whole, on_share)
         )
-        lies = [
-            lays.lying(jax.ShapeDtypeStruct(one.shape, one.dtype), dims)[1]
-            for one, dims in zip(cut.shapes, cut.dims, strict=True)
-        ]
+        stages = Stages(
+            count=self.stages,
+            items=cut.items,
+            lies=[lays.lying(jax.ShapeDtypeStruct(one.shape, one.dtype), one.dims)[1] for one in cut.items],
+            mesh=jax.sharding.get_abstract_mesh(),
+            widens=self.widens,
+        )
         return Worker(
             cut=cut,
             slots=self.slots,
             microbatches=self.microbatches,
             on_share=on_share,
             on_whole=on_whole,
-            lies=lies,
-            mesh=jax.sharding.get_abstract_mesh(),
+            stages=stages,
             leaves=(),
             inputs=lambda microbatch, shared: [],
             places=(),
             cotangents=(),
             lying=lambda value, dims: lays_share.lying(value, dims)[0],
             add=lambda sums, found: (sums, ()),
-            widens=self.widens,
         )

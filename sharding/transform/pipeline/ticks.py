@@ -9,10 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from ...program.jaxpr import Pass
-from ..meshes import by_device
 from .cut import LayerCut
 from .schedule import (
     BACKWARD,
@@ -31,11 +29,10 @@ from .schedule import (
     rounds,
     ticks_since,
 )
-from .slots import STAGE, Slots
+from .slots import Slots
+from .stream import CARRIED, CONSTANT, GIVEN, Stages, Stream, Travelling
 
 Array = Any
-# What travels from stage to stage of one microbatch, or its gradient.
-_Stream = list[Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,36 +41,33 @@ class Worker:
 
     `inputs(m, shares)` gives the arguments of microbatch m, of all its rows or of this stage's share of them,
     but for the stored ones, which are `leaves`; `add(sums, outputs)` gives what the outputs of one add up to,
-    and its rows. `on_share` and `on_whole` are the passes over the cut's two
-    programs, `lies` how what travels lies over automatic axes, where `lying` brings it; `widens` is as of
-    `gather.ByHand`.
+    and its rows. `on_share` and `on_whole` are the passes over the cut's two programs; `lying` brings a value
+    to how it lies over automatic axes.
     """
 
     cut: LayerCut
     slots: Slots
+    stages: Stages
     microbatches: int
     on_share: Sequence[Pass]
     on_whole: Sequence[Pass]
-    lies: Sequence[PartitionSpec]
-    mesh: Any
     leaves: Sequence[Array]
     inputs: Callable[[Array, bool], Sequence[Array]]
     places: Sequence[int]
     cotangents: Sequence[Array]
     lying: Callable[[Any, Any], Array]
     add: Callable[[Any, Sequence[Array]], tuple[Any, Any]]
-    widens: bool
 
     def run(self, sums: Any) -> tuple[Any, Any, Any]:
         """Return the sums, the gradients of `places`, and rows of all microbatches."""
         learns = bool(self.places)
-        state: dict[str, Any] = {"sums": sums, "next": self._blank(), "sent": self._blank()}
+        blank = self.stages.blank()
+        state: dict[str, Any] = {"sums": sums, "next": blank, "sent": blank}
         if learns:
-            blank = self._learning(self._blank())
             held = ring(*self._shape)
             state |= {
-                "left": blank,
-                "ring": [jnp.zeros((held, *one.shape), one.dtype) for one in self._blank()],
+                "left": self.stages.learning(blank),
+                "ring": [jnp.zeros((held, *one.shape), one.dtype) for one in self._inputs(blank)],
                 "gradients": [_wide_zeros(self.leaves[n]) for n in self.places],
             }
         tick, rows = -1, []
@@ -111,13 +105,13 @@ class Worker:
     def _tick(self, work: frozenset[str], state: Any, t: Array) -> tuple[Any, Any]:
         state, parts, given = dict(state), (), None
         # Sent while the layers go forward; what goes forward is sent while they go back.
-        returned = self._pass(state["left"], -1, learning=True) if BACKWARD in work else []
+        returned = self.stages.hand_on(state["left"], -1, learning=True) if BACKWARD in work else []
         if FORWARD in work:
             state, given = self._forward(state, t)
         if EMBED in work:
             # After the forward work has taken what was embedded a tick ago.
             entering = forward_at(t + 1, 0, *self._shape).microbatch
-            state["next"] = self._gather(self._embed(self.leaves, self._micro(entering)))
+            state["next"] = self.stages.put_together(self._embed(self.leaves, self._micro(entering)))
         if LEARN in work:
             state = self._learn(state, t)
         gradient = None
@@ -127,57 +121,60 @@ class Worker:
         if BACKWARD in work:
             state = self._backward(state, t, returned, gradient)
         if given is not None:
-            state["sent"] = self._pass(given, 1)
+            state["sent"] = self.stages.hand_on(given, 1)
         return state, parts
 
-    def _forward(self, state: Any, t: Array) -> tuple[Any, _Stream]:
+    def _forward(self, state: Any, t: Array) -> tuple[Any, Stream]:
         unit = forward_at(t, self._stage, *self._shape)
         enters = (self._stage == 0) & (unit.chunk == 0)
         taken = [jnp.where(enters, a, b) for a, b in zip(state["next"], state["sent"], strict=True)]
         if "ring" in state:
             place = t % ring(*self._shape)
-            state["ring"] = [held.at[place].set(one) for held, one in zip(state["ring"], taken, strict=True)]
+            pairs = zip(state["ring"], self._inputs(taken), strict=True)
+            state["ring"] = [held.at[place].set(one) for held, one in pairs]
         leaves = self._of_chunk(range(len(self.leaves)), self.leaves, unit.chunk)
         return state, self._layers(leaves, taken, unit)
 
-    def _head(self, state: Any, t: Array, given: _Stream) -> tuple[Any, Any, _Stream | None]:
+    def _head(self, state: Any, t: Array, given: Stream) -> tuple[Any, Any, Stream | None]:
         """Take the last stage's rows to the loss, each stage its share, and their gradient back."""
         number = forward_at(t, self._last, *self._shape).microbatch
         real, microbatch = is_one(number, self.microbatches), self._micro(number)
-        share = self._share(given, self._stage == self._last)
+        owner = self._stage == self._last
+        share = self.stages.shared_out(given, owner)
         if not self.places:
             found = self._leave(self.leaves, share, microbatch)
             sums, parts = self.add(state["sums"], found)
             return {**state, "sums": self._if(real, sums, state["sums"])}, parts, None
         count, own = len(self.cotangents), self._own(self.cut.leave.reads)
 
-        def leave(trained: Sequence[Array], learning: _Stream) -> tuple[list[Array], list[Array]]:
+        def leave(trained: Sequence[Array], learning: Stream) -> tuple[list[Array], list[Array]]:
             leaves = self._filled(own, trained)
-            found = self._leave(leaves, self._joined(learning, share), microbatch)
+            found = self._leave(leaves, self.stages.joined(learning, share), microbatch)
             return found[:count], found[count:]
 
         trained = [self.leaves[n] for n in own]
-        _, pull, found = jax.vjp(leave, trained, self._learning(share), has_aux=True)
+        _, pull, found = jax.vjp(leave, trained, self.stages.learning(share), has_aux=True)
         grown, back = pull(list(self.cotangents))
         state["gradients"] = self._grown(state["gradients"], own, grown, real if self._pads else True)
         sums, parts = self.add(state["sums"], found)
         state["sums"] = self._if(real, sums, state["sums"])
-        return state, parts, self._gather_learning(back)
+        return state, parts, self.stages.gradient_of_shares(back, owner)
 
-    def _backward(self, state: Any, t: Array, returned: _Stream, gradient: _Stream | None) -> Any:
+    def _backward(self, state: Any, t: Array, returned: Stream, gradient: Stream | None) -> Any:
         """Run a chunk's layers again on what was their input, and back."""
         unit = backward_at(t, self._stage, *self._shape)
         real = is_one(unit.microbatch, self.microbatches)
         place = (t - ticks_since(unit, self._stage, *self._shape)) % ring(*self._shape)
-        taken = [held[place] for held in state["ring"]]
-        own = self._own(self.cut.layers.reads)
+        held = iter([held[place] for held in state["ring"]])
+        taken = [one.blank() if one.kind == GIVEN else next(held) for one in self.stages.items]
+        own = self._own(self.cut.layers.reads | self.cut.stacked.reads)
 
-        def layers(trained: Sequence[Array], learning: _Stream) -> _Stream:
+        def layers(trained: Sequence[Array], learning: Stream) -> Stream:
             leaves = self._filled(own, trained)
-            return self._learning(self._layers(leaves, self._joined(learning, taken), unit))
+            return self.stages.learning(self._layers(leaves, self.stages.joined(learning, taken), unit))
 
         trained = self._of_chunk(own, [self.leaves[n] for n in own], unit.chunk)
-        _, pull = jax.vjp(layers, trained, self._learning(taken))
+        _, pull = jax.vjp(layers, trained, self.stages.learning(taken))
         if gradient is not None:
             leaving = (self._stage == self._last) & (unit.chunk == self._shape[1] - 1)
             returned = [jnp.where(leaving, a, b) for a, b in zip(gradient, returned, strict=True)]
@@ -190,23 +187,27 @@ class Worker:
         number = backward_at(t - 1, 0, *self._shape).microbatch
         real, microbatch = is_one(number, self.microbatches), self._micro(number)
         own = self._own(self.cut.enter.reads)
-        share = self._share_learning(state["left"], self._stage == 0)
-        _, pull = jax.vjp(
-            lambda trained: self._learning(self._embed(self._filled(own, trained), microbatch)),
-            [self.leaves[n] for n in own],
-        )
+        share = self.stages.shares_of_gradient(state["left"], self._stage == 0)
+
+        def embed(trained: Sequence[Array]) -> Stream:
+            found = self._embed(self._filled(own, trained), microbatch)
+            return [one for one in found if jnp.issubdtype(one.dtype, jnp.inexact)]
+
+        _, pull = jax.vjp(embed, [self.leaves[n] for n in own])
         state["gradients"] = self._grown(state["gradients"], own, pull(share)[0], real)
         return state
 
     # The pieces
 
-    def _embed(self, leaves: Sequence[Array], microbatch: Array) -> _Stream:
+    def _embed(self, leaves: Sequence[Array], microbatch: Array) -> Stream:
         inputs = [*leaves, *self.inputs(microbatch, True)]
         found = self.cut.enter.run(self.on_share, inputs)
-        shapes = zip(found, self.cut.dims, self.cut.shapes, strict=True)
-        return [self.lying(value, dims).astype(shape.dtype) for value, dims, shape in shapes]
+        before = [one for one in self.stages.items if one.kind != GIVEN]
+        rows = zip(found, before, strict=True)
+        # What is a number in the program has a weak type.
+        return [one.bare(self.lying(value, one.dims)).astype(one.blank().dtype) for value, one in rows]
 
-    def _layers(self, leaves: Sequence[Array], taken: _Stream, unit: Unit) -> _Stream:
+    def _layers(self, leaves: Sequence[Array], taken: Stream, unit: Unit) -> Stream:
         """Run a chunk's layers, of which `leaves` has the parameters."""
         inputs = [*leaves, *self.inputs(self._micro(unit.microbatch), False)]
         each = self.slots.each
@@ -214,79 +215,50 @@ class Worker:
         beside = [jnp.asarray(one) for one in self.cut.stacked.run(self.on_whole, inputs)]
         if not self.slots.fills:
             beside = [lax.dynamic_slice_in_dim(one, first, each) for one in beside]
-            return self._run_layers(inputs, taken, beside)
+            return self._run_layers(inputs, taken, beside, first)
         stacked = [n for n in self.slots.stored if leaves[n] is not None]
 
-        def one_layer(taken: _Stream, number: Array) -> tuple[_Stream, None]:
+        def one_layer(taken: Stream, number: Array) -> tuple[Stream, None]:
             own = list(inputs)
             for n in stacked:
                 own[n] = lax.dynamic_slice_in_dim(leaves[n], number, 1)
-            flags = [
-                lax.dynamic_slice_in_dim(one, jnp.minimum(first + number, self.slots.layers - 1), 1)
-                for one in beside
-            ]
-            found = self._run_layers(own, taken, flags)
+            place = jnp.minimum(first + number, self.slots.layers - 1)
+            flags = [lax.dynamic_slice_in_dim(one, place, 1) for one in beside]
+            found = self._run_layers(own, taken, flags, place)
             return self._if(first + number < self.slots.layers, found, taken), None
 
         return lax.scan(one_layer, taken, jnp.arange(each))[0]
 
-    def _run_layers(self, inputs: Sequence[Array], taken: _Stream, beside: Sequence[Array]) -> _Stream:
-        found = iter(self.cut.layers.run(self.on_whole, inputs, operands=[*taken, *beside]))
-        return [next(found) if one else old for one, old in zip(self.cut.carried, taken, strict=True)]
+    def _run_layers(
+        self, inputs: Sequence[Array], taken: Stream, beside: Sequence[Array], first: Array
+    ) -> Stream:
+        items = self.stages.items
+        operands = [one.dressed(value) for value, one in zip(taken, items, strict=True) if one.kind != GIVEN]
+        found = iter(self.cut.layers.run(self.on_whole, inputs, operands=[*operands, *beside]))
 
-    def _leave(self, leaves: Sequence[Array], share: _Stream, microbatch: Array) -> list[Array]:
-        carried = [one for one, is_carried in zip(share, self.cut.carried, strict=True) if is_carried]
-        return self.cut.leave.run(self.on_share, [*leaves, *self.inputs(microbatch, True)], known=carried)
+        def after(old: Array, one: Travelling) -> Array:
+            if one.kind == CONSTANT:
+                return old
+            new = one.bare(next(found))
+            return new if one.kind == CARRIED else lax.dynamic_update_slice_in_dim(old, new, first, 0)
 
-    # Rows between stages
+        return [after(old, one) for old, one in zip(taken, items, strict=True)]
 
-    def _pass(self, stream: _Stream, way: int, learning: bool = False) -> _Stream:
-        count = self.slots.stages
-        pairs = [(n, (n + way) % count) for n in range(count)]
-        return self._each(lambda one, _: lax.ppermute(one, STAGE, pairs), stream, learning)
+    def _leave(self, leaves: Sequence[Array], share: Stream, microbatch: Array) -> list[Array]:
+        rows = zip(share, self.stages.items, strict=True)
+        known = [one.dressed(value) for value, one in rows if one.kind != CONSTANT]
+        return self.cut.leave.run(self.on_share, [*leaves, *self.inputs(microbatch, True)], known=known)
 
-    def _share(self, stream: _Stream, owner: Array, learning: bool = False) -> _Stream:
-        """Give each stage its share of the rows that the stage that is `owner` has; what has none to all."""
-
-        def share(one: Array, rows: int | None) -> Array:
-            sent = self._wide(one)
-            if rows is None:
-                # Of a gradient, one stage's share is enough: those of all are summed.
-                return (sent if learning else lax.psum(sent, STAGE)).astype(one.dtype)
-            return lax.psum_scatter(sent, STAGE, scatter_dimension=rows, tiled=True).astype(one.dtype)
-
-        return self._each(share, [jnp.where(owner, one, jnp.zeros_like(one)) for one in stream], learning)
-
-    def _share_learning(self, stream: _Stream, owner: Array) -> _Stream:
-        return self._share(stream, owner, True)
-
-    def _gather(self, stream: _Stream, learning: bool = False) -> _Stream:
-        def gather(one: Array, rows: int | None) -> Array:
-            if rows is not None:
-                return lax.all_gather(one, STAGE, axis=rows, tiled=True)
-            # Each share has a part of its gradient.
-            return lax.psum(self._wide(one), STAGE).astype(one.dtype) if learning else one
-
-        return self._each(gather, stream, learning)
-
-    def _gather_learning(self, stream: _Stream) -> _Stream:
-        return self._gather(stream, True)
-
-    def _each(
-        self, function: Callable[[Array, int | None], Array], stream: _Stream, learning: bool
-    ) -> _Stream:
-        rows = zip(self.cut.rows, self.lies, strict=True)
-        kinds = [kind for kind, one in zip(rows, self.cut.differs, strict=True) if one or not learning]
-        return [
-            by_device(lambda x, place=place: function(x, place), self.mesh, (spec,), spec)(one)
-            for one, (place, spec) in zip(stream, kinds, strict=True)
-        ]
+    def _inputs(self, stream: Stream) -> Stream:
+        """Return what of a stream the layers read."""
+        rows = zip(stream, self.stages.items, strict=True)
+        return [value for value, one in rows if one.kind != GIVEN]
 
     # Small things
 
     @property
     def _stage(self) -> Array:
-        return lax.axis_index(STAGE)
+        return self.stages.index
 
     @property
     def _last(self) -> int:
@@ -299,17 +271,6 @@ class Worker:
 
     def _micro(self, number: Array) -> Array:
         return nearest_one(number, self.microbatches)
-
-    def _blank(self) -> _Stream:
-        return [jnp.zeros(one.shape, one.dtype) for one in self.cut.shapes]
-
-    def _learning(self, stream: _Stream) -> _Stream:
-        return [one for one, differs in zip(stream, self.cut.differs, strict=True) if differs]
-
-    def _joined(self, learning: _Stream, others: _Stream) -> _Stream:
-        found = iter(learning)
-        pairs = zip(others, self.cut.differs, strict=True)
-        return [next(found) if differs else one for one, differs in pairs]
 
     def _own(self, reads: set[int]) -> list[int]:
         return [n for n in self.places if n in reads]
@@ -354,11 +315,6 @@ class Worker:
     def _pads(self) -> bool:
         """Whether groups of microbatches are filled up with some that are none."""
         return self.slots.chunks > 1 and self.microbatches % self.slots.stages > 0
-
-    def _wide(self, value: Array) -> Array:
-        if not (self.widens and jnp.issubdtype(value.dtype, jnp.floating)):
-            return value
-        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
 
 def _wide_zeros(like: Array) -> Array:
