@@ -31,6 +31,7 @@ from .transform import step
 from .transform.accumulation.proof import MAX_PASSES
 from .transform.check import AccumulationCheck, check_accumulation
 from .transform.compose import PlannedLoss, apply
+from .transform.deviation import Deviation, deviation
 from .verify.process import Limits
 
 if TYPE_CHECKING:
@@ -127,8 +128,7 @@ class Plan(Record):
         paths. Once loss or gradients are not finite the state stays what it was, with ``state["stopped"]``
         set; `guard` False is without that, None is with it unless the optimizer deals with it itself.
         """
-        mesh = self.make_mesh() if mesh is None else mesh
-        planned = PlannedLoss(self, loss, mesh)
+        planned = PlannedLoss(self, loss, mesh := mesh or self.make_mesh())
         return step.jitted_update(self, planned, optimizer, mesh=mesh, guard=guard)
 
     def init(
@@ -151,8 +151,7 @@ class Plan(Record):
         Raises:
           UserError: there is no optimizer, or the parameters are not those that the plan was made for.
         """
-        optimizer = self.optimizer if optimizer is None else optimizer
-        if optimizer is None:
+        if (optimizer := self.optimizer if optimizer is None else optimizer) is None:
             raise UserError("this plan knows no optimizer; write plan.init(init, key, optimizer)")
         return step.first_state(self, init, key, optimizer, mesh=self.make_mesh() if mesh is None else mesh)
 
@@ -180,8 +179,18 @@ class Plan(Record):
         Raises:
           UserError: the two differ by more than rounding, or the loss does not come in parts at all.
         """
-        mesh = self.make_mesh() if mesh is None else mesh
-        return check_accumulation(self, loss, params, batch, *state, mesh=mesh)
+        return check_accumulation(self, loss, params, batch, *state, mesh=mesh or self.make_mesh())
+
+    def deviation(
+        self, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh | None = None
+    ) -> Deviation:
+        """Return how far `loss` as planned is from the plain function, on small arrays; see `Deviation`.
+
+        The arrays may be smaller than those of the plan, wherever they lie. `mesh` are the plan's axes over
+        devices, if not those of `make_mesh()`. Raises UserError if an axis does not divide an array.
+        """
+        small = arrays.resized(self, params, batch, *state)
+        return deviation(small, loss, params, batch, *state, mesh=mesh or self.make_mesh())
 
     def verify(
         self,
@@ -263,10 +272,7 @@ class Plan(Record):
         arrays.check(self, params, batch, loss, state)
 
     def check_arrays(self, kind: str, tree: Any) -> None:
-        """Raise UserError if `tree` is not what the plan has of a `kind`.
-
-        A ``parameter``, a ``batch array`` or a ``state array``.
-        """
+        """Raise UserError if `tree` is not what the plan has: its ``parameter``, or other `kind` of array."""
         arrays.check_arrays(self, kind, tree)
 
     def resized(self, params: Any, batch: Any, state: Any = None) -> Plan:
@@ -315,6 +321,7 @@ def plan(
     attention: str | Sequence[str] | None = None,
     segments: int | None = None,
     context: str | None = None,
+    experts: str = "auto",
     names: Any = None,
     trainable: Any = None,
     state: Any = None,
@@ -359,6 +366,8 @@ def plan(
         context: how attention goes over the mesh axis of that name: ``gathered`` (every device gets all
             keys), ``heads`` (the sequence is traded for heads), ``ring`` (chunks of keys go round) or
             ``neighbours`` (those that a window reaches); the fastest that fits if not given.
+        experts: what multiplies by `meshwright.sharding.ops.experts`: ``xla``, or a kernel, ``megablox`` or
+            ``mosaic``; ``auto`` is the chip's own once it was compared there.
         names: a tree like `params` of tuples of dimension names, for rules and for what is printed.
         trainable: which parameters are trained, all floats if not given: a pattern over paths or several
             (``"*lora*"``), patterns → bool, or a tree of bools like `params`. The others are kept in the
@@ -390,20 +399,12 @@ def plan(
         attention=attention,
         segments=segments,
         context=context,
+        experts=experts,
         accumulation=accumulation,
         max_passes=max_passes,
     )
-    problem = Problem(
-        loss=loss,
-        params=params,
-        batch=batch,
-        optimizer=optimizer,
-        names=names,
-        recognise=checked_forms(recognise),
-        calibration=None if calibration is None else load_measurement(calibration),
-        trainable=trainable,
-        state=state,
-    )
+    given = {"loss": loss, "params": params, "batch": batch, "optimizer": optimizer, "names": names}
+    problem = _problem(recognise, calibration, **given, trainable=trainable, state=state)
     found, search = best_of(problem, Topology.parse(topology), declared)
     return Plan.of(found, optimizer=optimizer, problem=search.problem, search=search)
 
@@ -424,6 +425,7 @@ def declare(
     attention: str | Sequence[str] | None = None,
     segments: int | None = None,
     context: str | None = None,
+    experts: str = "auto",
     trainable: Any = None,
     state: Any = None,
     recognise: Sequence[str] = FORMS,
@@ -459,6 +461,7 @@ def declare(
         attention: as in `plan`: ``auto`` if not given.
         segments: as in `plan`.
         context: as in `plan`.
+        experts: as in `plan`.
         trainable: which parameters are trained, as in `plan`.
         state: what changes beside the parameters, as in `plan`.
         recognise: as in `plan`: all if not given.
@@ -470,17 +473,8 @@ def declare(
         UserError: the mesh does not fit the topology, a rule cannot hold, the batch does not divide, or the
             loss does not come in `microbatches`.
     """
-    problem = Problem(
-        loss=loss,
-        params=params,
-        batch=batch,
-        optimizer=optimizer,
-        names=names,
-        recognise=checked_forms(recognise),
-        calibration=None if calibration is None else load_measurement(calibration),
-        trainable=trainable,
-        state=state,
-    )
+    given = {"loss": loss, "params": params, "batch": batch, "optimizer": optimizer, "names": names}
+    problem = _problem(recognise, calibration, **given, trainable=trainable, state=state)
     declared = Declared(
         mesh=mesh,
         rules={} if rules is None else rules,
@@ -490,8 +484,15 @@ def declare(
         attention=attention,
         segments=segments,
         context=context,
+        experts=experts,
         accumulation=accumulation,
         max_passes=max_passes,
     )
     made = declared_plan(problem, Topology.parse(topology), declared)
     return Plan.of(made, optimizer=optimizer, problem=problem)
+
+
+def _problem(recognise: Sequence[str], calibration: str | os.PathLike[str] | None, **given: Any) -> Problem:
+    """Return what is to be planned, of what was `given` to `plan` or `declare`."""
+    measured = None if calibration is None else load_measurement(calibration)
+    return Problem(recognise=checked_forms(recognise), calibration=measured, **given)

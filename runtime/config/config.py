@@ -179,6 +179,17 @@ class Config(Section):
         "what the model asks, one for packed rows once `meshwright doctor --kernels` has found it right on "
         "every host; the plan says where it cannot.",
     )
+    context: Literal["gathered", "heads", "ring", "neighbours"] | None = Field(
+        default=None,
+        description="How attention goes over the mesh axis `context`: every device gathers all keys, the "
+        "sequence is traded for heads, chunks of keys go round, or those that a window reaches are fetched. "
+        "Null takes the fastest that fits.",
+    )
+    experts: Literal["auto", "xla", "megablox", "mosaic"] = Field(
+        default="auto",
+        description="What multiplies tokens by their experts: `xla` (a loop over tiles), or a kernel, "
+        "`megablox` (TPU) or `mosaic` (Hopper); `auto` is the kernel of the chip once it was compared there.",
+    )
     recognise: list[Literal["attention", "losses", "layers"]] = Field(
         default=["attention", "losses", "layers"],
         description="Forms that are worked through in one way however a model writes them: `attention`, "
@@ -362,6 +373,9 @@ def _sentence(error: pydantic.ValidationError, where: str) -> str:
     shown = "" if isinstance(given, (dict, pydantic.BaseModel)) else f" (got {given!r})"
     others = {_place(one) for one in errors if one not in same}
     more = f"; and {len(others)} more" if others else ""
+    known = re.findall(r"'([^']+)'", str(first.get("ctx", {}).get("expected", "")))
+    if isinstance(given, str) and (near := nearest(given, known)).startswith("did you mean"):
+        shown += f"; {near}"
     key = ".".join(_place(first)) or "config"
     return f"{where}: {key}: {message[:1].lower()}{message[1:]}{shown}{more}"
 

@@ -99,6 +99,8 @@ def _declared(config: Config, shapes: Shapes, topology: Topology, optimizer: Any
         accumulation=config.accumulation,
         max_passes=config.max_passes,
         **packing.declared(config),
+        context=config.context,
+        experts=config.experts,
         recognise=config.recognise,
         calibration=config.calibration,
         state=shapes.state,
@@ -145,6 +147,8 @@ def search(
         accumulation=config.accumulation,
         max_passes=config.max_passes,
         **packing.declared(config),
+        context=config.context,
+        experts=config.experts,
         recognise=config.recognise,
         calibration=config.calibration,
         state=shapes.state,
@@ -256,6 +260,7 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
         ("remat", found.saved or found.remat),
         ("microbatches", found.microbatches),
         ("interleave", found.interleave),
+        ("context", found.context),
     ):
         declared = getattr(config, key)
         if declared not in (None, planned):
@@ -268,12 +273,13 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
             f"the config declares accumulation={config.accumulation} and {config.plan} has "
             f"{found.accumulation}; leave one of them out"
         )
-    planned = found.kernels.get("attention", {}).get("implementation", "xla")
-    if config.attention not in ("auto", planned):
-        raise UserError(
-            f"the config declares attention={config.attention} and {config.plan} has {planned}; "
-            "leave one of them out"
-        )
+    for operation in ("attention", "experts"):
+        planned = found.kernels.get(operation, {}).get("implementation", "xla")
+        if (declared := getattr(config, operation)) not in ("auto", planned):
+            raise UserError(
+                f"the config declares {operation}={declared} and {config.plan} has {planned}; "
+                "leave one of them out"
+            )
     if config.calibration is not None and load_measurement(config.calibration).digest != found.calibration:
         raise UserError(
             f"{config.plan} was not planned by {config.calibration}; leave one of them out, or plan again"

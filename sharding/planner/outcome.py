@@ -56,7 +56,7 @@ class Search:
         found = (answer.found.best, *answer.found.others, *answer.found.misfits[:_MISFITS_SHOWN])
         others = [one for one in found if one is not None and one is not chosen]
         kernel = self.problem.kernel(self.topology, self.declared)
-        kernels, of_experts = _kernels(self.problem, self.topology, kernel, layout)
+        kernels, of_experts = _kernels(self.problem, self.topology, self.declared, kernel, layout)
         notes = build.notes_of(program, self.topology, layout) + kernel.notes_on(layout.dims) + of_experts
         notes += context.notes_on(self.problem.attention, layout, kernel)
         if answer.room < 1.0 and chosen.fits:
@@ -170,7 +170,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     capacity = capacity_of(topology, pricer)
     words = context.words(problem.attention, candidate, declared.context, kernel)
     candidate, estimate = _over_context(words, candidate, pricer, capacity)
-    kernels, of_experts = _kernels(problem, topology, kernel, candidate)
+    kernels, of_experts = _kernels(problem, topology, declared, kernel, candidate)
     notes = (*laid.notes, *kernel.notes_on(candidate.dims), *of_experts)
     notes += context.notes_on(problem.attention, candidate, kernel)
     # Rules say of theirs where they yield.
@@ -212,10 +212,10 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
 
 
 def _kernels(
-    problem: Problem, topology: Topology, attention: Chosen, candidate: Candidate
+    problem: Problem, topology: Topology, declared: Declared, attention: Chosen, candidate: Candidate
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the kernels of a plan, and notes on those of experts."""
-    of_experts, notes = experts.choose(problem.program, topology)
+    of_experts, notes = experts.choose(problem.program, topology, declared.experts)
     return {**(attention.kernels if attention.can(candidate.dims) else {}), **of_experts}, notes
 
 

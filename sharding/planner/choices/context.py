@@ -20,11 +20,11 @@ LONG, SHORTEST = 32768, 2048
 
 def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     """Yield the draft with each way of attention over ``context``; as it is where nothing is cut over it."""
+    declared = given.declared
     if draft.mesh.get(CONTEXT, 1) == 1:
-        yield draft
+        yield draft if declared.context is None else _without_axis(given, declared.context)
         return
     calls = given.once(calls_of, lambda: calls_of(given.program))
-    declared = given.declared
     kernel = given.once(
         kernels.choose,
         lambda: kernels.choose(given.program, given.topology, declared.attention, declared.segments),
@@ -32,6 +32,17 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     layout = Candidate(mesh=draft.mesh, dims=draft.dims)
     for word in words(calls, layout, declared.context, kernel):
         yield dataclasses.replace(draft, context=word)
+
+
+def _without_axis(given: Given, word: str) -> Refused:
+    """Refuse a mesh without ``context`` where a way over it is declared; raise UserError if all lack it."""
+    sizes = given.once(sizes_of, lambda: sizes_of(given))
+    if given.declared.mesh.get(CONTEXT, max(sizes)) == 1:
+        raise UserError(
+            f"context={word!r} is a way over a mesh axis that no mesh has here: sequences are cut from "
+            f"{LONG:,} tokens on, where rows do not fill the devices; declare it, as mesh={{'context': 2}}"
+        )
+    return Refused(sizes={CONTEXT: 1}, reason=f"context={word!r} is a way over several devices")
 
 
 def words(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...errors import UserError
 from ...hardware.chip import Chip
 from ...hardware.topology import Topology
 from ...ops.experts import experts_call
@@ -12,6 +13,10 @@ from ...ops.grouped import TILES
 from ...ops.products import product_facts, products_refusal
 from ...program.program import Program
 from ...xla.gpu_targets import compute_capability
+
+# What may be declared: what the chip wants, plain XLA, or one of the kernels.
+AUTO, PLAIN = "auto", "xla"
+WORDS = (AUTO, PLAIN, *product_facts())
 
 # Compiled forward and backward for CPUs, v5e and H100: dense but for TPUs' forward pass and rows' gradient.
 _RAGGED = "ragged_dot_general"
@@ -26,22 +31,30 @@ def kernel_of(chip: Chip) -> str:
     return TILES
 
 
-def choose(program: Program, topology: Topology) -> tuple[Mapping[str, Mapping[str, Any]], tuple[str, ...]]:
+def choose(
+    program: Program, topology: Topology, declared: str = AUTO
+) -> tuple[Mapping[str, Mapping[str, Any]], tuple[str, ...]]:
     """Return a Plan's ``kernels`` for the calls of `ops.experts` in `program`, and notes.
 
-    A call that the kernel does not take is left to XLA's loop, and a note says why. So does one of products
-    over groups that compilers work out densely.
+    `declared` is ``auto`` (the chip's own, once it was compared), ``xla`` or a kernel. A call that the kernel
+    does not take is left to XLA's loop, and a note says why. So does one of products over groups that
+    compilers work out densely.
+
+    Raises UserError for a declared kernel that the chip does not have, or that takes none of the calls.
     """
     dense = _dense(program, topology.chip)
     kernel = kernel_of(topology.chip)
     calls = [one.eqn for one in program.equations() if experts_call(one.eqn) is not None]
-    if kernel == TILES or not calls:
+    if declared not in (AUTO, PLAIN):
+        _check_kernel(declared, kernel, topology.chip, bool(calls))
+    if kernel == TILES or declared == PLAIN or not calls:
         return {}, dense
-    if not product_facts()[kernel]["compared"]:
+    if declared == AUTO and not product_facts()[kernel]["compared"]:
         offered = {"implementation": kernel}
         why = (
             f"products of experts are XLA's loop over tiles: no {topology.chip.name} has compared {kernel} "
-            f"with plain products yet; a plan with kernels={{'experts': {offered}}} takes it"
+            f"with plain products yet; experts={kernel!r}, or a plan with kernels={{'experts': {offered}}}, "
+            "takes it"
         )
         return {}, (why, *dense)
     refused = []
@@ -49,9 +62,22 @@ def choose(program: Program, topology: Topology) -> tuple[Mapping[str, Mapping[s
         x, _, _, *matrices = (atom.aval for atom in eqn.invars)
         refused.append(products_refusal(kernel, x, *matrices))
     reasons = dict.fromkeys(why for why in refused if why is not None)
+    if declared != AUTO and None not in refused:
+        raise UserError(f"experts={declared!r} cannot multiply by experts: {refused[0]}; experts='xla' can")
     notes = tuple(f"products of experts by {kernel} cannot be had: {why}; XLA multiplies" for why in reasons)
     taken = None in refused
     return ({"experts": {"implementation": kernel}} if taken else {}), notes + dense
+
+
+def _check_kernel(declared: str, own: str, chip: Chip, called: bool) -> None:
+    """Raise UserError for a declared kernel that `chip` lacks, which has its `own`, or that nothing calls."""
+    if declared != own:
+        near = PLAIN if own == TILES else own
+        raise UserError(f"experts={declared!r} is not there on {chip.name}; nearest: experts={near!r}")
+    if not called:
+        raise UserError(
+            f"experts={declared!r}, but the loss has no call of meshwright.sharding.ops.experts; leave it out"
+        )
 
 
 def _dense(program: Program, chip: Chip) -> tuple[str, ...]:

@@ -216,6 +216,26 @@ def test_attention_is_what_the_config_says(small_config: pathlib.Path, tmp_path:
         plan_config(load(small_config, (*words[:-1], f"plan={saved}", "attention=xla")))
 
 
+def test_context_and_experts_are_what_the_config_says(
+    small_config: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    words = ("topology=v5e:2x4", "data.sequence=256", "train.global_batch=16", "mesh={context: 2, data: 4}")
+    found = plan_config(load(small_config, (*words, "context=ring"))).plan
+    assert found.context == "ring"
+    found.save(saved := tmp_path / "x.plan.json")
+    with pytest.raises(UserError, match=r"declares context=heads and .* has context=ring; leave one of them"):
+        plan_config(load(small_config, (*words, f"plan={saved}", "context=heads")))
+    for wrong, message in (
+        ("context=rings", r"\(got 'rings'\); did you mean 'ring'\?"),
+        ("experts=megablock", r"\(got 'megablock'\); did you mean 'megablox'\?"),
+        ("experts=megablox", r"no call of meshwright.sharding.ops.experts; leave it out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan_config(load(small_config, (*words, wrong)))
+    with pytest.raises(UserError, match=r"no mesh has here: .* declare it, as mesh=\{'context': 2\}"):
+        plan_config(load(small_config, (*words[:-1], "mesh=null", "plan=auto", "context=ring")))
+
+
 def test_what_is_recognised_is_what_the_config_says(
     small_config: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

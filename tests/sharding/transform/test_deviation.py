@@ -47,7 +47,7 @@ def planned(of: Any = loss) -> Plan:
 @pytest.mark.devices(8)
 def test_a_planned_loss_is_the_plain_one_to_rounding_in_each_trained_gradient() -> None:
     plan = planned()
-    found = deviation.deviation(plan, loss, init(), batch(), mesh=plan.make_mesh())
+    found = plan.deviation(loss, init(), batch())
     assert found.passes
     assert set(found.apart) == {None, "into", "out"}
     assert max(found.apart.values()) <= 1e-6

@@ -19,11 +19,11 @@ def loss(params: Any, batch: Any) -> Any:
     return jnp.mean(experts(x, weights, chosen, up=params["up"], down=params["down"]).astype(jnp.float32))
 
 
-def planned(topology: str, dtype: Any = jnp.bfloat16, mlp: int = 256) -> Any:
+def planned(topology: str, dtype: Any = jnp.bfloat16, mlp: int = 256, **how: Any) -> Any:
     shapes = {"router": (128, 8), "up": (8, 128, mlp), "down": (8, mlp, 128)}
     params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
     batch = {"x": jax.ShapeDtypeStruct((8, 16, 128), jnp.float32)}
-    return plan(loss, params, batch, topology=topology, optimizer=optax.sgd(0.1), mesh={"data": 8})
+    return plan(loss, params, batch, topology=topology, optimizer=optax.sgd(0.1), mesh={"data": 8}, **how)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,30 @@ def test_a_kernel_that_no_card_has_compared_waits_to_be_asked_for() -> None:
     made = planned("h100:8")
     (note,) = [note for note in made.notes if "has compared mosaic" in note]
     assert "kernels={'experts': {'implementation': 'mosaic'}}" in note
+
+
+@pytest.mark.parametrize(
+    ("topology", "word", "kernel"),
+    [("h100:8", "mosaic", "mosaic"), ("v5e:2x4", "xla", None), ("v5e:2x4", "megablox", "megablox")],
+)
+def test_what_is_declared_of_experts_is_taken(topology: str, word: str, kernel: str | None) -> None:
+    assert planned(topology, experts=word).kernels.get("experts", {}).get("implementation") == kernel
+
+
+@pytest.mark.parametrize(
+    ("topology", "how", "message"),
+    [
+        ("h100:8", {"experts": "mosiac"}, "experts='mosiac' is unknown; did you mean 'mosaic'"),
+        ("v5e:2x4", {"experts": "mosaic"}, "not there on v5e; nearest: experts='megablox'"),
+        ("cpu:8", {"experts": "megablox"}, "not there on cpu; nearest: experts='xla'"),
+        ("v5e:2x4", {"experts": "megablox", "mlp": 200}, "multiples of 128, not 200; experts='xla' can"),
+    ],
+)
+def test_a_declared_kernel_that_cannot_be_had_is_refused_with_the_nearest(
+    topology: str, how: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        planned(topology, **how)
 
 
 @pytest.mark.parametrize(
