@@ -10,15 +10,18 @@ EXTRAS_test := test
 WORKERS ?= 2
 # What of the suite depends on JAX itself: tracing, transforms, compiled programs, models and whole runs. The rest
 # of it sees JAX through these, and runs once.
-ON_NEXT := tests/frozen tests/test_generations.py tests/models tests/runtime/train/test_run.py \
-	$(addprefix tests/sharding/,test_api.py program transform ops hlo compiled verify)
+ON_NEXT := tests/frozen tests/test_generations.py \
+	$(addprefix tests/models/,test_flax_versions.py transformer/test_decoder.py) \
+	$(addprefix tests/runtime/train/test_run.py::test_,it_learns_what_it_always_did two_processes_learn_what_one_does \
+	a_profile_is_captured_and_read) \
+	$(addprefix tests/sharding/,test_api.py program transform ops hlo compiled verify/test_worker.py)
 
 # The generation of JAX between the oldest and the newest: what reads its programs, and what makes manual regions.
 ON_MIDDLE := tests/test_generations.py tests/sharding/ops tests/sharding/program/test_primitives.py \
 	$(addprefix tests/sharding/program/,op_rules test_factors.py test_jaxpr.py test_layers.py test_tracing.py) \
 	$(addprefix tests/sharding/transform/,test_packed_attention.py accumulation/test_region.py)
 
-.PHONY: quickstart test test-next test-middle check coverage gpu-kit lint types clean
+.PHONY: quickstart test test-next test-middle environments check coverage gpu-kit lint types clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/meshwright train configs/quickstart.yaml
@@ -57,6 +60,10 @@ else
 	$(MAKE) test VENV=.venv-middle CONSTRAINTS=.venv-middle/constraints.txt PYTHON=$(NEXT_PYTHON) \
 		PYTEST_ARGS="$(or $(PYTEST_ARGS),$(ON_MIDDLE))"
 endif
+
+# What the generations above install, before they are tested.
+environments:
+	$(MAKE) test-next test-middle PYTEST_ARGS=--version
 
 # What benchmarks/gpu.sh needs on a machine without network, as wheels in .gpu/.
 gpu-kit:

@@ -39,11 +39,11 @@ def write_text(folder: pathlib.Path) -> None:
 def write_config(home: pathlib.Path) -> pathlib.Path:
     """Write text and a config that trains on it under `home`; return the config's path.
 
-    Tokens and compiled programs stay in `home` too, for all runs of the config.
+    Tokens stay in `home` too, for all runs of the config; compiled programs where the suite keeps them.
     """
     write_text(home / "text")
     data = {**CONFIG["data"], "source": str(home / "text"), "cache": str(home / "tokens")}
-    config = {**CONFIG, "data": data, "compilation_cache": str(home / "compiled")}
+    config = {**CONFIG, "data": data, "compilation_cache": os.environ["MESHWRIGHT_TEST_PROGRAMS"]}
     path = home / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

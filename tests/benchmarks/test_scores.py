@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent / "measured"))
 
+import pytest
 from accuracy import estimate
 from measured.rows import parse
 from test_measured_rows import COLUMNS
@@ -64,6 +65,7 @@ def run(script: str, folder: Path, given: list[dict[str, str]], *arguments: str)
     return done.stdout
 
 
+@pytest.mark.slow
 def test_cells_left_out_of_a_fit_are_predicted_by_the_others(tmp_path):
     empty = tmp_path / "runs.csv"
     empty.write_text(",".join(COLUMNS) + "\n")

@@ -97,6 +97,7 @@ def test_a_bad_file_is_told_in_one_sentence(tmp_path, content, said) -> None:
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.slow
 def test_the_devices_here_are_timed_and_a_config_is_planned_by_it(tmp_path) -> None:
     told = []
     found = calibrate(18.0, said=told.append)

@@ -31,7 +31,7 @@ def test_is_the_same_on_any_mesh() -> None:
     "dtype", ["float32", "bfloat16", "float16", "int8", "uint32", "bool", "float8_e4m3fn", "complex64"]
 )
 def test_any_flipped_bit_changes_it(dtype) -> None:
-    array = np.asarray(jnp.arange(6).reshape(2, 3).astype(dtype))
+    array = np.asarray(jnp.arange(2).reshape(1, 2).astype(dtype))
     whole = of(array)[0]
     places = range(8 * array.nbytes) if dtype != "bool" else range(0, 8 * array.nbytes, 8)
     changed = []

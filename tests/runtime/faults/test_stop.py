@@ -76,7 +76,7 @@ def test_handlers_are_given_back() -> None:
 
 
 @pytest.mark.processes(2, timeout_seconds=90)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_all_processes_stop_at_the_same_step(number: int, shared_path) -> None:
     import jax
 

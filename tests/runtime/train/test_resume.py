@@ -96,6 +96,7 @@ def test_a_run_killed_during_a_save_goes_on(
     assert_same_course(run, reference)
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_saves_goes_on(
     small_config: pathlib.Path, reference: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -121,7 +122,10 @@ def test_a_run_killed_at_any_moment_goes_on(
     assert_same_course(run, reference)
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Ctrl-C", marks=pytest.mark.slow)],
+)
 def test_a_request_to_stop_saves_and_the_same_command_goes_on(
     small_config: pathlib.Path, reference: pathlib.Path, tmp_path: pathlib.Path, number: int, name: str
 ) -> None:

@@ -169,6 +169,7 @@ def squared(verdict: Verdict) -> list[Finding]:
     return [one for one in verdict.proof.findings if one.kind == "sequence_squared"]
 
 
+@pytest.mark.slow
 def test_blocks_that_do_not_fit_are_told_from_too_little_memory() -> None:
     made = planned("v5e:2x2", sequence=2048)
     large = {"implementation": "splash", "block_q": 2048, "block_kv": 2048}

@@ -184,6 +184,7 @@ def test_what_helps_is_kept_when_the_next_is_tried(monkeypatch: pytest.MonkeyPat
     ]
 
 
+@pytest.mark.slow
 def test_declared_options_are_left_alone() -> None:
     """By whatever plan is chosen, with no others tried."""
     options = {"xla_gpu_enable_triton_gemm": True}
