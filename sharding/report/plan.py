@@ -18,6 +18,7 @@ from .costs import cost_figures, memory_chapter, time_chapter
 from .document import Chapter, Column, Cut, Document, Drawing, Entry, Figure, List, Table, Text
 from .drawings import Dot, layouts_plot, mesh_drawings
 from .proof import proof_chapters
+from .stages import stages_chapter
 
 _OTHERS, _PARAMETERS = 6, 16
 _DOTS = {
@@ -36,6 +37,7 @@ def plan_document(plan: Record) -> Document:
         _mesh(plan),
         time_chapter(plan.estimate, plan.proof),
         memory_chapter(plan.estimate, plan.proof, capacity),
+        stages_chapter(plan),
         *([] if plan.proof is None else proof_chapters(plan.proof, capacity)),
         _others(plan, capacity),
         _dims(plan),

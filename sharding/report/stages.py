@@ -1,0 +1,155 @@
+"""The schedule of a plan's pipeline: the microbatch of each stage and tick, what waits, what is held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from ..cost.pipeline import Lockstep, held_layers
+from ..plans.record import Record
+from ..transform.pipeline import schedule
+from ..words import gib, seconds
+from .document import Chapter, Drawing, Text
+
+# Ticks and stages that are drawn; of more, the first and the last.
+_TICKS, _STAGES = 16, 8
+_CELL, _ROW, _NAME, _HEAD = 34, 18, 74, 18
+_WIDE = 78
+
+_Cell = tuple[str, str]
+_FORWARD, _BACKWARD, _WAITS = "before", "compute", "free"
+
+
+def stages_chapter(plan: Record) -> Chapter:
+    """Return the picture of a plan's pipeline; nothing for a plan without stages."""
+    stages = plan.mesh.get("stage", 1)
+    if stages == 1:
+        return Chapter(title="", blocks=())
+    ticks = Lockstep(stages=stages, chunks=plan.interleave, microbatches=plan.microbatches)
+    blocks = (Text(words=_summary(plan, ticks)), _drawing(ticks), Text(words=_held(plan, ticks)))
+    return Chapter(title="pipeline", blocks=blocks)
+
+
+def _summary(plan: Record, ticks: Lockstep) -> str:
+    chunks = f" of {ticks.chunks} chunks" if ticks.chunks > 1 else ""
+    waits = ticks.layer_ticks - ticks.microbatches * ticks.chunks
+    words = (
+        f"{ticks.stages} stages{chunks}, {ticks.microbatches} microbatches: {ticks.layer_ticks} ticks "
+        f"forward and as many backward, in {waits} of which a stage waits ({waits / ticks.layer_ticks:.1%})"
+    )
+    estimate = plan.estimate
+    if estimate is None or "bubble" not in estimate.time:
+        return f"{words}."
+    bubble = estimate.time["bubble"]
+    return f"{words}: {seconds(bubble)}, {bubble / estimate.step_seconds:.1%} of the step."
+
+
+def _held(plan: Record, ticks: Lockstep) -> str:
+    """Say what each stage holds; all hold alike, since they do alike."""
+    layers = next((dim.size for dim in plan.dims.values() if "stage" in dim.axes), None)
+    words = f"Each stage holds the inputs of {ticks.inputs} chunks, however many microbatches there are"
+    if layers is not None:
+        mine = held_layers(layers, ticks.stages, ticks.chunks)
+        spare = mine * ticks.stages - layers
+        filled = f", {spare} of all stages' filled with copies that are passed by" if spare else ""
+        words = f"{words}, and {mine} of {layers} layers{filled}"
+    estimate = plan.estimate
+    if estimate is None:
+        return f"{words}."
+    kept = estimate.memory.get("saved_activations", 0.0)
+    parts = f", {gib(kept)} of it kept activations" if kept else ""
+    return f"{words}: {gib(estimate.peak_bytes)} of memory on a device of each stage{parts}."
+
+
+def _drawing(ticks: Lockstep) -> Drawing:
+    rows = _shown(list(range(ticks.stages)), _STAGES)
+    width = max(len(_cell(ticks.slots - 1, ticks.chunks - 1, ticks)) + 1, 3)
+    label = len(f"stage {ticks.stages - 1} backward ")
+    columns = _shown(list(range(_last(ticks) + 1)), min(_TICKS, (_WIDE - label) // width))
+    table = {
+        stage: (_row(ticks, stage, columns, False), _row(ticks, stage, columns, True))
+        for stage in rows
+        if stage is not None
+    }
+    heads = [(_number(tick), "") for tick in columns]
+    art = [f"{'tick':<{label}}" + _joined(heads, width)]
+    for stage in rows:
+        if stage is None:
+            art.append("…")
+            continue
+        forward, backward = table[stage]
+        art.append(f"{f'stage {stage} forward':<{label}}" + _joined(forward, width))
+        art.append(f"{'backward':>{label - 1}} " + _joined(backward, width))
+    letters = ", a letter its chunk" if ticks.chunks > 1 else ""
+    return Drawing(
+        svg=_svg(table, columns),
+        art=tuple(line.rstrip() for line in art),
+        caption=f"A number is the microbatch of a tick{letters}; · waits.",
+        legend={_FORWARD: "forward", _BACKWARD: "backward, the chunk run again before it", _WAITS: "waits"},
+    )
+
+
+def _last(ticks: Lockstep) -> int:
+    """Return the last tick with layers in it: the first stage's backward of the last unit."""
+    return ticks.layer_ticks - 1 + ticks.stages * ticks.chunks - 1
+
+
+def _shown(numbers: list[int], most: int) -> list[int | None]:
+    """Return the first and the last few of many, None between them."""
+    if len(numbers) <= most:
+        return list(numbers)
+    last = most // 3
+    return [*numbers[: most - last - 1], None, *numbers[-last:]]
+
+
+def _row(ticks: Lockstep, stage: int, columns: Sequence[int | None], back: bool) -> list[_Cell]:
+    """Return the words and the kind of a stage's cells."""
+    unit_at = schedule.backward_at if back else schedule.forward_at
+    found: list[_Cell] = []
+    for tick in columns:
+        if tick is None:
+            found.append(("…", ""))
+            continue
+        unit = unit_at(tick, stage, ticks.stages, ticks.chunks)
+        works = bool(schedule.is_one(unit.microbatch, ticks.microbatches))
+        kind = _BACKWARD if back else _FORWARD
+        found.append((_cell(unit.microbatch, unit.chunk, ticks), kind) if works else ("·", _WAITS))
+    return found
+
+
+def _cell(microbatch: int, chunk: int, ticks: Lockstep) -> str:
+    return f"{microbatch}{chr(ord('a') + chunk % 26) if ticks.chunks > 1 else ''}"
+
+
+def _joined(cells: Sequence[_Cell], width: int) -> str:
+    return "".join(f"{words:>{width}}" for words, _ in cells)
+
+
+def _svg(table: dict[int, tuple[list[_Cell], list[_Cell]]], columns: Sequence[int | None]) -> str:
+    """Return the same as a picture: a row of forward and one of backward for each stage."""
+    parts = [_text(_NAME + (n + 0.5) * _CELL, 12, _number(tick)) for n, tick in enumerate(columns)]
+    top = _HEAD
+    for stage, rows in table.items():
+        parts.append(f'<text x="0" y="{top + _ROW + 4}">stage {stage}</text>')
+        for cells in rows:
+            for n, (words, kind) in enumerate(cells):
+                x = _NAME + n * _CELL
+                if kind:
+                    size = f'width="{_CELL - 2}" height="{_ROW - 2}"'
+                    parts.append(f'<rect class="{kind}" x="{x}" y="{top}" {size} rx="2"/>')
+                parts.append(_text(x + _CELL / 2 - 1, top + 12, words))
+            top += _ROW
+        top += 4
+    width = _NAME + len(columns) * _CELL
+    return (
+        f'<svg class="ticks" viewBox="0 0 {width} {top}" width="{width}" height="{top}" role="img">'
+        f"<title>Microbatches by stage and tick</title>{''.join(parts)}</svg>"
+    )
+
+
+def _number(tick: int | None) -> str:
+    return "…" if tick is None else str(tick)
+
+
+def _text(x: float, y: float, words: str) -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="middle">{escape(words)}</text>'
