@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ..sharding.errors import wrong
+
 if TYPE_CHECKING:
     import jax
 
@@ -40,8 +42,8 @@ class Model:
 
     Here as in `decode`, `params` is ``(params, state)`` where the model has a state: what `init` gives."""
 
-    names: Mapping[str, Any]
-    """Parallel to the parameters: a tuple of named dimensions for each array."""
+    names: Mapping[str, Any] | None
+    """Parallel to the parameters: a tuple of named dimensions for each array; None where they have none."""
 
     num_parameters: int
     """Scalars in all parameters."""
@@ -67,3 +69,13 @@ class Model:
     decode: Callable[..., tuple[jax.Array, Any]] | None = None
     """``decode(params, cache, tokens, index)``: feed tokens ``[batch]`` at place `index`; returns logits of
     the token after it, float32 ``[batch, vocab]``, and the cache with this token in it."""
+
+    def __post_init__(self) -> None:
+        for name in ("init", "loss", "logits", "flops_per_token"):
+            if not callable(getattr(self, name)):
+                raise wrong(name, getattr(self, name), "is no function")
+        for name in ("evaluation", "empty_cache", "decode"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise wrong(name, getattr(self, name), "is neither a function nor None")
+        if isinstance(self.num_parameters, bool) or not isinstance(self.num_parameters, int):
+            raise wrong("num_parameters", self.num_parameters, "is no whole number")

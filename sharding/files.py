@@ -17,6 +17,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 
+from .errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -30,6 +32,16 @@ def user_cache() -> pathlib.Path:
     """Return ``$XDG_CACHE_HOME/meshwright``, by default ``~/.cache/meshwright``; it need not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return pathlib.Path(base).expanduser() / "meshwright"
+
+
+def expanded(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Return `path` with a leading ``~`` filled in. Raises UserError for the home of a user there is not."""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{os.fspath(path)!r} begins with the home folder of a user that is unknown"
+        ) from None
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -48,6 +60,16 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_asked(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write as `write_whole` in the place that a user names. Raises UserError where that cannot be done."""
+    try:
+        if not pathlib.Path(path).name:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        write_whole(path, content)
+    except OSError as error:
+        raise UserError(f"{os.fspath(path) or '.'} cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager

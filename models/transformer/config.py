@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -162,7 +163,7 @@ def _check_values(config: DecoderConfig) -> None:
         elif name == "z_loss":
             if not number or value < 0:
                 raise UserError(f"z_loss={value!r} must be a number of at least 0")
-        elif not number or not value > 0:
+        elif not number or not 0 < value < math.inf:
             raise UserError(f"{name}={value!r} must be a number above 0")
 
 

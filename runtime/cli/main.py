@@ -298,6 +298,9 @@ def main() -> None:
     try:
         app()
     except (UserError, RunError) as error:
+        # Ctrl-C within a function of the user's can come out as an error of that.
+        if isinstance(error, UserError) and _was_interrupted(error):
+            sys.exit(EXIT_INTERRUPTED)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(exit_code(error))
     except KeyboardInterrupt:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field
 
 from ...sharding.errors import UserError, nearest, one_line
+from ...sharding.files import expanded
 from ..checkpoint.config import CheckpointConfig
 from ..data.config import DataConfig
 from ..profiling.config import ProfileConfig
@@ -61,6 +62,10 @@ class ModelConfig(Section):
             raise ValueError("give a preset or a build function")
         if self.build is not None and self.build.count(":") != 1:
             raise ValueError(f"build={self.build!r} is not of the form module:function")
+        if self.build is None and self.arguments:
+            raise ValueError(f"arguments={self.arguments!r} are for build, which is not given")
+        if self.build is not None and self.overrides:
+            raise ValueError(f"overrides={self.overrides!r} change a preset; build takes arguments")
         return self
 
 
@@ -222,7 +227,7 @@ class Config(Section):
     @property
     def run_folder(self) -> pathlib.Path:
         """Folder of the run, `{name}` filled in."""
-        return pathlib.Path(self.run.replace("{name}", self.name)).expanduser()
+        return expanded(self.run.replace("{name}", self.name))
 
 
 class _Loader(yaml.SafeLoader):
@@ -308,6 +313,8 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {one_line(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply for a file of settings") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):

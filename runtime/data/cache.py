@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...sharding.errors import UserError
-from ...sharding.files import user_cache
+from ...sharding.files import expanded, user_cache
 
 _META = "meta.json"
 _BLOCK_BYTES = 1 << 20
@@ -20,7 +20,7 @@ _BLOCKS = 64
 def cache_folder(folder: str | None) -> pathlib.Path:
     """Return the folder for tokenised corpora: `folder`, or the user's cache folder's part of meshwright."""
     if folder is not None:
-        return pathlib.Path(folder).expanduser()
+        return expanded(folder)
     return user_cache() / "data"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from ...sharding.errors import UserError, nearest
+from ...sharding.files import expanded
 from .config import DataConfig
 
 Kind = Literal["text", "jsonl", "parquet", "tokens"]
@@ -60,7 +61,7 @@ def find(source: str, *, format: Kind | Literal["auto"] = "auto", include: str |
         if not files:
             raise UserError(f"no file of Python's own library under {root} matches {include or '*.py'!r}")
         return Source(kind="text", files=tuple(files), lone=False)
-    path = pathlib.Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         files = _in_folder(path, format, include)
     elif path.is_file():

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...sharding.errors import UserError, nearest, one_line
+from ...sharding.files import expanded
 from .sources import no_such_file
 
 _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
@@ -134,7 +135,7 @@ def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | 
                     f"data.{field}={value!r} is for a tokenizer.json; tokenizer=bytes has its own special ids"
                 )
         return ByteTokenizer()
-    path = pathlib.Path(name).expanduser()
+    path = expanded(name)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise UserError(

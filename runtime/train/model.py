@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -10,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ...models import Model, decoder, preset
-from ...sharding.errors import UserError, nearest
+from ...sharding.errors import UserError, nearest, one_line
+from ...sharding.hlo.frames import is_library
 from ..config import ModelConfig
 
 
@@ -27,25 +30,74 @@ def _users_model(where: str, arguments: dict[str, Any]) -> Model:
     # Where `python -m` looks too; an installed command looks only beside itself and in the libraries.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"model.build={where!r}: {error}{_places(error)}") from error
+    module = _module(where, module_name)
     function: Callable[..., Any] | None = getattr(module, function_name, None)
     if not callable(function):
-        near = nearest(function_name, dir(module))
-        raise UserError(f"model.build: {module_name} has no function {function_name!r}; {near}")
+        near = nearest(function_name, _functions(module))
+        kind = "" if function is None else f" is of type {type(function).__name__}, no function;"
+        said = f"{where!r}{kind}" if kind else f"{module_name} has no function {function_name!r};"
+        raise UserError(f"model.build: {said} {near}")
     try:
         model = function(**arguments)
     except TypeError as error:
         raise UserError(
             f"model.build={where!r} with arguments {arguments}: {error}{_places(error)}"
         ) from error
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"model.build={where!r} fails: {_said(error)}{_places(error)}") from error
     if not isinstance(model, Model):
         raise UserError(
             f"model.build={where!r} returned {type(model).__name__}, not a meshwright.models.Model"
         )
-    return model
+    return dataclasses.replace(
+        model, init=_telling(model.init, "the model's init"), loss=_telling(model.loss, "the loss")
+    )
+
+
+def _module(where: str, name: str) -> Any:
+    if not all(part.isidentifier() for part in name.split(".")):
+        meant = ".".join(part for part in name.removesuffix(".py").split("/") if part.isidentifier())
+        instead = f"write {meant}:{where.partition(':')[2]}" if meant else "write module:function"
+        raise UserError(f"model.build={where!r}: {name!r} is no name of a module; {instead}")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"model.build={where!r}: {error}{_places(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"model.build={where!r} cannot be imported: {_said(error)}{_places(error)}"
+        ) from error
+
+
+def _functions(module: Any) -> list[str]:
+    """Return the functions that a module defines itself, those that it has from elsewhere if none."""
+    names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+    own = [name for name in names if getattr(vars(module)[name], "__module__", None) == module.__name__]
+    return own or names
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__
+
+
+def _telling(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """Return `function`, of whose own errors a sentence with its line is told; what JAX raises passes."""
+
+    @functools.wraps(function)
+    def told(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except UserError:
+            raise
+        except Exception as error:
+            last = _frames(error)[-1]
+            if is_library(last.filename):
+                raise
+            raise UserError(f"{what} fails: {_said(error)}{_places(error)}") from error
+
+    return told
 
 
 def _places(error: BaseException) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...sharding.errors import UserError
+from ...sharding.paths import map_by_path, names_by_path
 from ..config import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -49,13 +51,12 @@ def build(config: OptimizerConfig, rate: optax.Schedule, names: Any) -> optax.Gr
     """Return the optimiser with clipping and decoupled weight decay.
 
     `names` is the model's tree of dimension-name tuples, one a parameter: it tells matrices, which are
-    decayed (and orthogonalised by muon), from vectors, which are not.
+    decayed (and orthogonalised by muon), from vectors, which are not. What has no names goes by its rank.
     """
     import optax
 
     def decay(params: Any) -> Any:
-        del params
-        return _map_names(is_matrix, names)
+        return _map_names(is_matrix, names, params)
 
     if config.name == "adamw":
         update = optax.adamw(
@@ -90,7 +91,7 @@ def build(config: OptimizerConfig, rate: optax.Schedule, names: Any) -> optax.Gr
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
-def is_matrix(names: tuple[str, ...]) -> bool:
+def is_matrix(names: Sequence[str | None]) -> bool:
     """Whether a parameter of these dimensions maps one space to another, stacking aside."""
     return len([name for name in names if name not in _STACKING]) >= 2
 
@@ -99,7 +100,7 @@ def _muon(config: OptimizerConfig, rate: Any, names: Any, decay: Any) -> optax.G
     """Muon for the matrices inside the layers, AdamW for embeddings, unembeddings and vectors."""
     import optax
 
-    def dimensions(dims: tuple[str, ...]) -> Any:
+    def dimensions(dims: Sequence[str | None]) -> Any:
         if not is_matrix(dims) or "vocab" in dims:
             return None
         inside = [i for i, name in enumerate(dims) if name not in _STACKING]
@@ -117,7 +118,7 @@ def _muon(config: OptimizerConfig, rate: Any, names: Any, decay: Any) -> optax.G
         adam_b1=config.beta1,
         adam_b2=config.beta2,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=lambda params: _map_names(dimensions, names),
+        muon_weight_dimension_numbers=lambda params: _map_names(dimensions, names, params),
     )
     return optax.chain(
         update,
@@ -127,7 +128,6 @@ def _muon(config: OptimizerConfig, rate: Any, names: Any, decay: Any) -> optax.G
     )
 
 
-def _map_names(function: Any, names: Any) -> Any:
-    import jax
-
-    return jax.tree.map(function, names, is_leaf=lambda node: isinstance(node, tuple))
+def _map_names(function: Any, names: Any, params: Any) -> Any:
+    known = {} if names is None else names_by_path(names)
+    return map_by_path(lambda path, leaf: function(known.get(path, (None,) * leaf.ndim)), params)

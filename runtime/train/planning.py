@@ -13,7 +13,7 @@ from ...models import Model
 from ...sharding import Plan, Topology, declare, plan
 from ...sharding.cost.measured import load as load_measurement
 from ...sharding.errors import IndivisibleBatch, UserError, nearest
-from ...sharding.files import write_whole
+from ...sharding.files import write_asked
 from ...sharding.hardware.axes import resolve_axes
 from ...sharding.planner.outcome import searched_instead
 from ...sharding.plans.trainable import trained_paths
@@ -53,6 +53,8 @@ class Shapes:
         # A key made for real would start the devices, which planning has no need of.
         key = jax.eval_shape(lambda: jax.random.key(0))
         first = jax.eval_shape(init, key)
+        if model.has_state and (not isinstance(first, tuple) or len(first) != 2):
+            raise UserError("a model with has_state gives (params, state) by its init")
         params, state = first if model.has_state else (first, None)
         return cls(
             init=init,
@@ -237,13 +239,10 @@ def compare_plans(a: pathlib.Path, b: pathlib.Path, *, as_json: bool) -> Any:
 
 def write_files(plan: Plan, *, plan_file: pathlib.Path | None, page: pathlib.Path | None) -> None:
     """Write the plan as JSON and as a page, where asked for. Raises UserError where that cannot be done."""
-    try:
-        if plan_file is not None:
-            plan.save(plan_file)
-        if page is not None:
-            write_whole(page, page_of(plan_document(plan)))
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
+    if plan_file is not None:
+        plan.save(plan_file)
+    if page is not None:
+        write_asked(page, page_of(plan_document(plan)))
 
 
 def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:

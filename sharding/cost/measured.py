@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError, wrong
-from ..files import write_whole
+from ..files import write_asked
 from .calibration import Calibration, calibration_for, checked
 
 _FORMAT = 1
@@ -65,7 +65,7 @@ class Measurement:
 def save(measurement: Measurement, path: str | os.PathLike[str]) -> None:
     """Write `measurement` as JSON."""
     content = {"format": _FORMAT, **dataclasses.asdict(measurement)}
-    write_whole(pathlib.Path(path), json.dumps(content, indent=1) + "\n")
+    write_asked(path, json.dumps(content, indent=1) + "\n")
 
 
 def load(path: str | os.PathLike[str]) -> Measurement:

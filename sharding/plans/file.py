@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..errors import UserError, nearest, one_line, wrong
-from ..files import write_whole
+from ..files import write_asked
 from .arrays import item_bytes
 from .estimate import Estimate
 from .origin import Origin, alternative_from
@@ -71,10 +71,7 @@ def write(plan: Record, path: str | pathlib.Path) -> None:
             )
         else:
             lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
-    try:
-        write_whole(path, "{\n  " + ",\n  ".join(lines) + "\n}\n")
-    except OSError as error:
-        raise UserError(f"the plan cannot be written to {path}: {error.strerror}") from error
+    write_asked(path, "{\n  " + ",\n  ".join(lines) + "\n}\n")
 
 
 def _block(start: str, rows: list[str], end: str) -> str:

@@ -102,6 +102,8 @@ def test_every_setting_is_described_by_a_line_that_sets_its_default() -> None:
         (["model={preset: tiny, build: a:b}"], "give preset='tiny' or build='a:b', not both"),
         (["model={preset: null}"], "give a preset or a build function"),
         (["model.build=nothing"], "build='nothing' is not of the form module:function"),
+        (["model.arguments={embed: 8}"], r"arguments={'embed': 8} are for build, which is not given"),
+        (["model={preset: null, build: a:b, overrides: {layers: 2}}"], "build takes arguments"),
         (["checkpoint.keep_best=accuracy"], "keep_best='accuracy' is not a metric .* loss, eval_loss"),
         (["hosts.process_id=1"], "process_id=1 needs num_processes too"),
     ],
@@ -121,6 +123,7 @@ def test_a_mistake_is_one_sentence_that_names_it(words: list[str], sentence: str
         ("seed: 1\ntrain: {steps: 2}\nseed: 2\n", "'seed' stands twice .*line 3"),
         ("name: !!python/object/apply:os.getcwd []\n", "is not YAML: could not determine a constructor"),
         ("? [a, b]\n: 3\n", "config.yaml"),
+        ("a: " + "[" * 2000, "nested too deeply"),
         ("name: \xff\n".encode("latin-1"), "cannot be read"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from meshwright.models import Model
 from meshwright.runtime.config import parse
 from meshwright.runtime.train import build_model
+from meshwright.runtime.train.planning import plan_config
 from meshwright.sharding import UserError
 
 MODULES = {
@@ -78,3 +79,44 @@ def test_arguments_that_do_not_fit_and_an_error_within(home: pathlib.Path) -> No
     assert said.endswith("build() got an unexpected keyword argument 'depth'")
     said = refusal("calls_wrongly:build", width=2)
     assert said.endswith(f"object of type 'int' has no len() ({home / 'calls_wrongly.py'}:2)")
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("no_syntax:build", "cannot be imported: SyntaxError: "),
+        ("leaves:build", r"cannot be imported: SystemExit: 3 \(.*leaves.py:1\)"),
+        ("fails:build", r"model.build='fails:build' fails: ZeroDivisionError: .* \(.*fails.py:2\)"),
+        ("fails:number", "'fails:number' is of type int, no function; known: build, loss, init"),
+        ("fails:biuld", "fails has no function 'biuld'; did you mean 'build'?"),
+        ("./fails.py:build", "'./fails.py' is no name of a module; write fails:build"),
+        (":build", "'' is no name of a module; write module:function"),
+        ("fails:init", r"model.build='fails:init' with arguments {}: init\(\) missing"),
+        ("shaped_wrongly:build", "flops_per_token=3 is no function"),
+    ],
+)
+def test_what_is_wrong_with_a_function_is_one_sentence(home: pathlib.Path, where: str, says: str) -> None:
+    texts = {
+        "no_syntax": "def build(:\n",
+        "leaves": "raise SystemExit(3)\n",
+        "fails": "def build():\n    1 / 0\ndef loss(params, batch):\n    return params['none']\n"
+        "def init(key):\n    1 / 0\nnumber = 3\n",
+        "shaped_wrongly": "import dataclasses\nfrom small_models import perceptron\n"
+        "def build():\n    return dataclasses.replace(perceptron(embed=8), flops_per_token=3)\n",
+    }
+    for name, text in texts.items():
+        (home / f"{name}.py").write_text(text)
+        sys.modules.pop(name, None)
+    with pytest.raises(UserError, match=says):
+        build(where)
+
+
+def test_an_error_of_a_models_own_functions_names_their_line(home: pathlib.Path) -> None:
+    (home / "fails_late.py").write_text(
+        "import dataclasses\nfrom small_models import perceptron\n"
+        "def loss(params, batch):\n    return params['none']\n"
+        "def build():\n    return dataclasses.replace(perceptron(embed=8), loss=loss)\n"
+    )
+    words = {"model": {"preset": None, "build": "fails_late:build"}, "topology": "cpu:8"}
+    with pytest.raises(UserError, match=r"the loss fails: KeyError: 'none' \(.*fails_late.py:4\)"):
+        plan_config(parse({**words, "train": {"global_batch": 8}, "data": {"sequence": 8}}))

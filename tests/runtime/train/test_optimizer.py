@@ -155,3 +155,13 @@ def test_first_moments_are_stored_in_the_type_asked_for(name: str) -> None:
     state = jax.eval_shape(build(name=name, moment_dtype="bfloat16").init, params())
     kept = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert {leaf.shape for leaf in kept if leaf.dtype == jnp.bfloat16} == {(6, 8), (2, 8, 4), (2, 4)}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_without_names_go_by_their_rank(name: str) -> None:
+    matrices = {key: value for key, value in params().items() if key == "table"}
+    named = optimizer.build(settings(name=name), lambda _: 0.1, {"table": ("embed", "mlp")})
+    for names in (None, {}):
+        unnamed = optimizer.build(settings(name=name), lambda _: 0.1, names)
+        updates = [one.update(matrices, one.init(matrices), matrices)[0] for one in (named, unnamed)]
+        np.testing.assert_allclose(*(update["table"] for update in updates))

@@ -160,7 +160,7 @@ def test_arguments_of_another_kind_are_one_sentence(how: Any, says: str) -> None
         (lambda plan, _: plan.init(init, 0, SGD), "key=0 is no key of JAX's"),
         (lambda plan, _: plan.train_step(loss, 3), "optimizer=3 is none of optax's"),
         (lambda plan, _: plan.save(3), "path=3 is no file to write a plan to"),
-        (lambda plan, tmp: plan.save(tmp), "cannot be written to .*: Is a directory"),
+        (lambda plan, tmp: plan.save(tmp), "cannot be written: Is a directory"),
         (lambda plan, tmp: plan.save(tmp / "none" / "p.json"), "No such file or directory"),
         (lambda *_: Plan.of(3), "record=3 is no plan"),
         (lambda *_: Topology.of([None]), r"devices=\[None\] is no list"),
