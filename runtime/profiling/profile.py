@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -81,6 +82,27 @@ class Operation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineTime:
+    """What a device does for a pipeline in a step, mean over steps and devices.
+
+    Attributes:
+        seconds: of ``forward``, ``backward``, ``embed``, ``head``, ``learn`` (the embedding's gradient) and
+            ``send``.
+        waits: the share of ticks forward, and of those backward, in which a stage has no microbatch.
+        predicted_seconds: the bubble of the plan's estimate, None where it has none.
+    """
+
+    seconds: Mapping[str, float]
+    waits: float
+    predicted_seconds: float | None
+
+    @property
+    def bubble_seconds(self) -> float:
+        """What layers took in ticks without a microbatch, which are as long as others."""
+        return self.waits * sum(self.seconds.get(work, 0.0) for work in ("forward", "backward"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProgramTime:
     """One program of a trace, on all devices: executions, operations, seconds in which one of them ran."""
 
@@ -101,6 +123,7 @@ class Profile:
         programs: What ran, program by program, the one that took most first.
         placed: Operations of programs that belong to an execution or a step, and all.
         estimate: What the plan of the run was predicted to cost; None where it was declared.
+        pipeline: What stages did and waited; None for a run without stages, or another program's trace.
     """
 
     platform: str
@@ -115,6 +138,7 @@ class Profile:
     programs: tuple[ProgramTime, ...] = ()
     placed: tuple[int, int] = (0, 0)
     estimate: Estimate | None = None
+    pipeline: PipelineTime | None = None
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -141,6 +165,8 @@ class Profile:
         record["devices"] = list(self.devices)
         record["mean"] = asdict(self.mean())
         record["by_step"] = [asdict(step) for step in self.by_step()]
+        if self.pipeline is not None:
+            record["pipeline"]["bubble_seconds"] = self.pipeline.bubble_seconds
         record["estimate"] = None if self.estimate is None else self.estimate.to_dict()
         return record
 

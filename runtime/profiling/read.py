@@ -10,6 +10,7 @@ from pathlib import Path
 from ...sharding import Plan
 from ...sharding.errors import UserError
 from .analyse import analyse
+from .pipeline import pipeline_time
 from .profile import Profile
 from .program import load_program
 from .xplane import SUFFIXES, read_xplane
@@ -82,7 +83,8 @@ def _with_estimate(profile: Profile, path: Path) -> Profile:
         notes += (
             "the estimate is for devices of nominal speed, since simulated ones have none of their own",
         )
-    return dataclasses.replace(profile, estimate=plan.estimate, notes=notes)
+    pipeline = pipeline_time(profile.operations, plan)
+    return dataclasses.replace(profile, estimate=plan.estimate, pipeline=pipeline, notes=notes)
 
 
 def _sizes(mesh: Mapping[str, int]) -> dict[str, int]:

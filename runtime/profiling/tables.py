@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...sharding.plans.estimate import Estimate
-from .profile import Profile, StepTime
+from .profile import PipelineTime, Profile, StepTime
 from .window import SESSIONS
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ def report(profile: Profile, *, top: int = 12) -> Group:
         parts.append(_programs_table(profile))
     if profile.mean().collectives:
         parts.append(_collectives_table(profile))
+    if profile.pipeline is not None:
+        parts.append(_pipeline_table(profile.pipeline, profile.mean().wall_seconds))
     parts.append(_operations_table(profile, top))
     placed, total = profile.placed
     parts.append(Text(f"{placed} of {total} {_OPERATIONS.get(profile.platform, 'operations')} placed"))
@@ -142,6 +144,23 @@ def _collectives_table(profile: Profile) -> Table:
             _ms(collective.overlapped_seconds),
             _share(collective.exposed_seconds, mean.wall_seconds),
         )
+    return table
+
+
+def _pipeline_table(pipeline: PipelineTime, wall: float) -> Table:
+    from rich.table import Table
+
+    table = Table(title="Pipeline a step, mean over devices", title_justify="left")
+    table.add_column("work")
+    for column in ("ms", "share"):
+        table.add_column(column, justify="right")
+    for work, seconds in sorted(pipeline.seconds.items(), key=lambda item: -item[1]):
+        table.add_row(work, _ms(seconds), _share(seconds, wall))
+    table.add_section()
+    bubble = pipeline.bubble_seconds
+    table.add_row(f"bubble, {pipeline.waits:.1%} of the layers' ticks", _ms(bubble), _share(bubble, wall))
+    if pipeline.predicted_seconds is not None:
+        table.add_row("bubble, estimated", _ms(pipeline.predicted_seconds))
     return table
 
 

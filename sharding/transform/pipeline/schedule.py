@@ -21,11 +21,15 @@ inputs of chunks, however many microbatches there are.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 EMBED, FORWARD, HEAD, BACKWARD, LEARN = "embed", "forward", "head", "backward", "learn"
+# What stages hand on between these, for profiles.
+SEND = "send"
+_SCOPE = "pipeline_"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,21 @@ class Unit(NamedTuple):
 
     microbatch: Any
     chunk: Any
+
+
+def scope_of(work: str) -> str:
+    """Return the name scope of some work in a compiled program.
+
+    >>> work_of(f"jit(step)/transpose({scope_of(FORWARD)})/dot_general")
+    'forward'
+    """
+    return f"{_SCOPE}{work}"
+
+
+def work_of(name: str) -> str | None:
+    """Return which work an operation of such a name is of, None for what is outside of a pipeline's ticks."""
+    found = re.findall(rf"{_SCOPE}([a-z]+)", name)
+    return found[-1] if found else None
 
 
 def rounds(stages: int, microbatches: int, chunks: int = 1, *, learns: bool) -> list[Rounds]:

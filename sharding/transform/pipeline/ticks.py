@@ -18,6 +18,7 @@ from .schedule import (
     FORWARD,
     HEAD,
     LEARN,
+    SEND,
     Rounds,
     Stretch,
     Unit,
@@ -27,6 +28,7 @@ from .schedule import (
     nearest_one,
     ring,
     rounds,
+    scope_of,
     ticks_since,
 )
 from .slots import Slots
@@ -105,23 +107,32 @@ class Worker:
     def _tick(self, work: frozenset[str], state: Any, t: Array) -> tuple[Any, Any]:
         state, parts, given = dict(state), (), None
         # Sent while the layers go forward; what goes forward is sent while they go back.
-        returned = self.stages.hand_on(state["left"], -1, learning=True) if BACKWARD in work else []
+        returned: Stream = []
+        if BACKWARD in work:
+            with _named(SEND):
+                returned = self.stages.hand_on(state["left"], -1, learning=True)
         if FORWARD in work:
-            state, given = self._forward(state, t)
+            with _named(FORWARD):
+                state, given = self._forward(state, t)
         if EMBED in work:
             # After the forward work has taken what was embedded a tick ago.
             entering = forward_at(t + 1, 0, *self._shape).microbatch
-            state["next"] = self.stages.put_together(self._embed(self.leaves, self._micro(entering)))
+            with _named(EMBED):
+                state["next"] = self.stages.put_together(self._embed(self.leaves, self._micro(entering)))
         if LEARN in work:
-            state = self._learn(state, t)
+            with _named(LEARN):
+                state = self._learn(state, t)
         gradient = None
         if HEAD in work:
             assert given is not None
-            state, parts, gradient = self._head(state, t, given)
+            with _named(HEAD):
+                state, parts, gradient = self._head(state, t, given)
         if BACKWARD in work:
-            state = self._backward(state, t, returned, gradient)
+            with _named(BACKWARD):
+                state = self._backward(state, t, returned, gradient)
         if given is not None:
-            state["sent"] = self.stages.hand_on(given, 1)
+            with _named(SEND):
+                state["sent"] = self.stages.hand_on(given, 1)
         return state, parts
 
     def _forward(self, state: Any, t: Array) -> tuple[Any, Stream]:
@@ -320,3 +331,8 @@ class Worker:
 def _wide_zeros(like: Array) -> Array:
     narrow = jnp.issubdtype(like.dtype, jnp.floating) and like.dtype.itemsize < 4
     return jnp.zeros(like.shape, jnp.float32 if narrow else like.dtype)
+
+
+def _named(work: str) -> Any:
+    """Return the scope of some work, by which profiles tell it."""
+    return jax.named_scope(scope_of(work))
