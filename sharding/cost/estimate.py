@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -18,9 +19,10 @@ from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables
 from .execution import Execution, execution_for
 from .kept import Residuals
 from .memory import Standing, Worked, worked
+from .pipeline import at_least
 from .placement import Placement, place
 from .profile import ProgramTables, profile
-from .step import StepParts, offload, stacking_seconds, step_seconds
+from .step import Offload, StepParts, offload, stacking_seconds, step_seconds
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -272,9 +274,7 @@ class Pricer:
         moved_bytes = 4.0 * memory.get("stacks", 0.0) * candidate.microbatches
         time["stacks"] = moved_bytes / ((chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency)
         time["host"] += calibration.step_seconds
-        # The slowest of n devices is later than the mean by about as much again each time n doubles.
-        doublings = math.log2(max(candidate.num_devices, 1))
-        time["stragglers"] = sum(time.values()) * calibration.imbalance_per_doubling * doublings
+        time["stragglers"] = sum(time.values()) * (_lateness(candidate, calibration) - 1.0)
         return {name: float(seconds) for name, seconds in time.items() if seconds}
 
     def _over_context(
@@ -295,6 +295,27 @@ class Pricer:
         forward, backward = (float(once.seconds[n, 1].sum()) for n in range(2))
         work = Attending(forward=forward, backward=backward, again=again)
         return context_seconds(calls, candidate.context, wires["context"], calibration, work)
+
+    def least_over_stages(self, candidate: Candidate) -> float:
+        """Return the seconds that `candidate` takes at least however it is stored, its parts the most."""
+        if (other := self.of(candidate)) is not self:
+            return other.least_over_stages(candidate)
+        placement = self.place(dataclasses.replace(candidate, microbatches=1))
+        once = self._once(placement, self.calibration, self.execution, known=True)
+        kept = self.kept(candidate)
+        parts = StepParts(
+            table=self.profile,
+            placement=placement,
+            candidate=candidate,
+            over=StoredOver(parameters=[], gradients=[], optimizer=[], computed=[]),
+            calibration=self.calibration,
+            wires=self.execution.links(candidate.mesh, self.topology, self.calibration),
+            work=self.execution.busy(self.profile, once, kept),
+            moved=Exchange(gathers={}, scatters={}, step={}),
+            kept=kept,
+            host=Offload(),
+        )
+        return at_least(parts) * _lateness(candidate, self.calibration)
 
     def passes(self, candidate: Candidate) -> Passes:
         """Return a candidate's forward and backward passes over one microbatch."""
@@ -345,6 +366,14 @@ class Pricer:
         if known:
             _remembered(self._exchanges, key, (made, (candidate.dims, over)))
         return made
+
+
+def _lateness(candidate: Candidate, calibration: Calibration) -> float:
+    """Return how many times as long a step takes, since it waits for the slowest of its devices.
+
+    Of n devices that is later than the mean by about as much again each time n doubles.
+    """
+    return 1.0 + calibration.imbalance_per_doubling * math.log2(max(candidate.num_devices, 1))
 
 
 def _remembered(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:

@@ -149,6 +149,19 @@ def through_stages(parts: StepParts) -> dict[str, float]:
     return time
 
 
+def at_least(parts: StepParts) -> float:
+    """Return the seconds of `through_stages` that no storage and no number of microbatches takes away.
+
+    They are those of a whole batch at once, computed and exchanged where it is computed with, as often as the
+    most microbatches that `parts` has make stages wait.
+    """
+    ticks = lockstep(parts.candidate)
+    share = held_layers(parts.table.layers, ticks.stages, ticks.chunks) / parts.table.layers
+    waited = ticks.layer_ticks / (ticks.chunks * ticks.microbatches)
+    here = np.array([1 / ticks.stages, share * waited, 1 / ticks.stages])
+    return sum(float(row @ here) for row in microbatch(_forward_again(parts)).values())
+
+
 def _forward_again(parts: StepParts) -> StepParts:
     """Return the parts of a microbatch whose layers are run once more, from a stage's input."""
     seconds, kernels = parts.work.seconds.copy(), parts.work.kernels.copy()
@@ -205,6 +218,18 @@ def _summed(profile: ProgramTables, params: np.ndarray) -> np.ndarray:
     """Return what `_gradients` does, of the bytes of parameters by section."""
     table = profile.parameters
     return _like(profile, params, np.maximum(table.item_bytes, _SUMMED) * table.trained)
+
+
+def held_at_least(profile: ProgramTables, candidate: Candidate, slot_bytes: float) -> float:
+    """Return the bytes of a device that `moments` says at least, however parameters and rows lie.
+
+    They are parameters, moments and gradients over all devices, and inputs of chunks over those of a stage.
+    """
+    ticks, table = lockstep(candidate), profile.parameters
+    each = table.item_bytes + (slot_bytes + np.maximum(table.item_bytes, _SUMMED)) * table.trained
+    stream = float(profile.values.bytes[list(profile.carries)].sum()) / candidate.microbatches
+    inputs = (ticks.inputs + _IN_HAND) * stream * ticks.stages
+    return (float(table.elements @ each) + inputs) / candidate.num_devices
 
 
 def moments(

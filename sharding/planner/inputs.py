@@ -39,7 +39,7 @@ from .choices.remat import check_names, ladders, read
 from .declared import DATA_NAMES, Declared
 from .search import Found, StoredBytes, anything_fits, search, stored_bytes
 from .slots import OptimizerArrays
-from .space import Space, space
+from .space import Space, Worth, space
 
 # Bytes of moments for each parameter element where no optimizer is given: Adam's two, in float32.
 _ADAM_BYTES = 8.0
@@ -182,8 +182,8 @@ class Problem:
         """Return the kernel of the program's attention."""
         return kernels.choose(self.program, topology, declared.attention, declared.segments)
 
-    def space(self, topology: Topology, declared: Declared) -> Space:
-        """Return what is worth considering."""
+    def space(self, topology: Topology, declared: Declared, worth: Worth | None = None) -> Space:
+        """Return what is worth considering, of layouts only what is `worth` it where that is given."""
         table = self.table(self.kernel(topology, declared))
         if declared.remat is not None:
             check_names(read(declared.remat), table)
@@ -195,6 +195,7 @@ class Problem:
             names=self.names,
             proof=self.accumulation(declared),
             ladders=ladders(table, host=_has_host(topology)),
+            worth=worth,
         )
 
     @functools.cached_property

@@ -23,6 +23,7 @@ from .choices.storage import state_storage
 from .declared import Declared, ruled
 from .inputs import ROOMS, Answer, Problem, capacity_of
 from .obstacles import notes_on
+from .pipelines import why_not_run, with_stages
 from .search import Priced
 from .space import checked_remat, only
 from .supposing import Case, case_of
@@ -87,7 +88,8 @@ class Search:
         capacity = self.answer.capacity_bytes * share
         rooms = tuple(room for room in ROOMS if room <= self.answer.room)
         answer = self.problem.solve(self.topology, self.declared, capacity, rooms)
-        return dataclasses.replace(self, answer=answer)
+        found = dataclasses.replace(self, answer=answer)
+        return _through_stages(found) or found
 
 
 def best_of(problem: Problem, topology: Topology, declared: Declared) -> tuple[Record, Search]:
@@ -103,9 +105,23 @@ def best_of(problem: Problem, topology: Topology, declared: Declared) -> tuple[R
         found, rolled, best = other, best, other.answer.found.best
         assert best is not None
         return _noted(found.plan(best), rolled, best), found
+    staged = _through_stages(found)
+    if staged is not None:
+        found, best = staged, staged.answer.found.best
     if best is None:
         raise UserError(nothing_fits(problem, topology, declared, answer))
     return found.plan(best), found
+
+
+def _through_stages(search: Search) -> Search | None:
+    """Return the search over stages where a pipeline is worth taking and its loss goes through them."""
+    problem = search.problem
+    answer = with_stages(problem, search.topology, search.declared, search.answer)
+    best = answer.found.best
+    if answer is search.answer or best is None:
+        return None
+    found = dataclasses.replace(search, answer=answer)
+    return found if why_not_run(problem, found.plan(best)) is None else None
 
 
 def _as_written(search: Search) -> Search | None:

@@ -84,6 +84,7 @@ def search(
     stored: StoredBytes | None = None,
     runners_up: int = _RUNNERS_UP,
     each_size: bool = True,
+    below: float = math.inf,
 ) -> Found:
     """Return the fastest candidate of `space` that fits into `capacity_bytes` a device.
 
@@ -97,10 +98,11 @@ def search(
         runners_up: how many other layouts to return in order.
         each_size: also return the best for every size of every mesh axis, or a bound on it where that is far
             from the best of all.
+        below: only what may take fewer seconds than that.
     """
     sized = size or (lambda candidate: price(candidate).needed_bytes)
     searching = _Search(space, price, sized, capacity_bytes, stored or (lambda _: 0.0))
-    ranked = list(itertools.islice(searching.ranked(range(len(space.layouts))), 1 + runners_up))
+    ranked = list(itertools.islice(searching.ranked(range(len(space.layouts)), below), 1 + runners_up))
     if ranked and each_size:
         ranked += searching.best_of_sizes(ranked)
     return Found(
@@ -152,10 +154,11 @@ class _Search:
         nearest = sorted(self._hopeless.values(), key=lambda place: self._sizes[place])
         return tuple(self._at(*place) for place in nearest[:_MISFITS])
 
-    def ranked(self, layouts: range | list[int]) -> Iterator[Priced]:
-        """Yield the best candidate of each layout that fits, best first."""
+    def ranked(self, layouts: range | list[int], below: float = math.inf) -> Iterator[Priced]:
+        """Yield the best candidate of each layout that fits, best first, of those whose bound is `below`."""
         # Two heaps: layouts by their bounds, and the best candidates of the layouts already taken from there.
-        open_ = [(*self._bound(layout), layout) for layout in layouts]
+        bounds = [(*self._bound(layout), layout) for layout in layouts]
+        open_ = [one for one in bounds if one[1] < below]
         heapq.heapify(open_)
         fitting: list[tuple[float, float, float, int, Priced]] = []
         while open_ or fitting:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..cost.candidate import Candidate
@@ -17,6 +17,9 @@ from .choices import batch, context, mesh, microbatches, sequence, stages, stora
 from .choices.draft import Choices, Draft, Given, Refused
 from .choices.remat import PLAIN, DeclaredRemat, Policy, read
 from .declared import Declared
+
+# Says of a layout that is not stored yet, with its numbers of microbatches, whether it is worth considering.
+Worth = Callable[[Candidate, Sequence[int]], bool]
 
 # The choices that make a layout, each with what those before it have chosen.
 LAYOUT: tuple[Choices, ...] = (
@@ -47,7 +50,7 @@ class Space:
 
     def parts(self, layout: Candidate) -> tuple[int, ...]:
         """Return the numbers of microbatches that `layout` can be worked through in, smallest first."""
-        return self.microbatches[_batch_parts(layout)]
+        return self.microbatches[_row_parts(layout)]
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield every candidate."""
@@ -66,6 +69,7 @@ def space(
     names: Any = None,
     proof: microbatches.PartsProof | None = None,
     ladders: Sequence[Sequence[Policy]] = (PLAIN,),
+    worth: Worth | None = None,
 ) -> Space:
     """Return what is worth considering for `program` on `topology`, with the declared parts kept.
 
@@ -77,6 +81,7 @@ def space(
         names: the user's names of their dimensions, as in `trace`.
         proof: in which numbers of parts the batch can be worked through; whole only if not given.
         ladders: what layers may keep, see `remats.ladders`; for programs that have layers.
+        worth: says of a layout, before its storage is chosen, whether it is worth considering.
 
     Raises:
         UserError: the declared parts contradict each other, the program or the topology.
@@ -95,13 +100,13 @@ def space(
         names=names,
         proof=proof,
     )
-    layouts, refused = _layouts(given)
+    layouts, refused = _layouts(given, worth)
     return Space(
         layouts=layouts,
         remats=tuple(policy for ladder in offered for policy in ladder),
         heads=tuple(itertools.accumulate((len(ladder) for ladder in offered[:-1]), initial=0)),
         # Those of most microbatches first: one proof of many parts is one of the fewer that divide them.
-        microbatches={parts: _parts(given, parts) for parts in sorted(set(map(_batch_parts, layouts)))},
+        microbatches={parts: _parts(given, parts) for parts in sorted(set(map(_row_parts, layouts)))},
         refused=refused,
     )
 
@@ -132,24 +137,27 @@ def only(candidate: Candidate) -> Space:
         layouts=(candidate,),
         remats=(Policy(remat=candidate.remat, saved=candidate.saved),),
         heads=(0,),
-        microbatches={_batch_parts(candidate): (candidate.microbatches,)},
+        microbatches={_row_parts(candidate): (candidate.microbatches,)},
         refused={},
     )
 
 
-def _batch_parts(layout: Candidate) -> int:
-    return max(
-        (cut_into(axes, layout.mesh) for axes in layout.dims.values() if "data" in axes or "fsdp" in axes),
-        default=1,
-    )
+def _row_parts(layout: Candidate | Draft) -> int:
+    """Return in how many parts the rows of a microbatch lie: over the batch's axes, and shared by stages."""
+    over = (cut_into(axes, layout.mesh) for axes in layout.dims.values() if "data" in axes or "fsdp" in axes)
+    return max(over, default=1) * layout.mesh.get("stage", 1)
 
 
-def _layouts(given: Given) -> tuple[tuple[Candidate, ...], dict[str, str]]:
+def _layouts(given: Given, worth: Worth | None) -> tuple[tuple[Candidate, ...], dict[str, str]]:
     """Return every layout and what was refused; if the batch is too small, ``fsdp`` may only store."""
     refused: dict[str, str] = {}
     for storing in (False, True):
         drafts = [Draft(storing=storing)]
         for choices in LAYOUT:
+            if choices is storage.choices and worth is not None and drafts:
+                drafts = [one for one in drafts if worth(_candidate(one), _parts(given, _row_parts(one)))]
+                if not drafts:
+                    raise UserError("no layout of this program is worth considering")
             drafts = [way for draft in drafts for way in _taken(choices(given, draft), refused)]
         if drafts:
             return tuple(map(_candidate, drafts)), refused
@@ -178,13 +186,13 @@ def _candidate(draft: Draft) -> Candidate:
     )
 
 
-def _parts(given: Given, batch_parts: int) -> tuple[int, ...]:
-    """Return the numbers of microbatches to consider where the batch is cut into `batch_parts`."""
+def _parts(given: Given, row_parts: int) -> tuple[int, ...]:
+    """Return the numbers of microbatches to consider where their rows lie in `row_parts`."""
     if given.declared.microbatches is not None:
         return (given.declared.microbatches,)
-    if given.rows % batch_parts or given.proof is None:
+    if given.rows % row_parts or given.proof is None:
         return (1,)
-    return given.proof.among(microbatches.options(given.rows // batch_parts))
+    return given.proof.among(microbatches.options(given.rows // row_parts))
 
 
 def _nothing(refused: Mapping[str, str], devices: int) -> str:

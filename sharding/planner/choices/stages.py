@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from ...cost.pipeline import held_layers
@@ -10,16 +11,18 @@ from ...errors import UserError, nearest
 from ...plans.vocabulary import SCHEDULES
 from .draft import Draft, Given, Refused
 from .layers import why_no_stages
+from .microbatches import indivisible
 
 # Chunks a stage holds, where they are not declared: each divides the bubble and repeats every send.
-_CHUNKS = (1, 2, 4, 8)
+CHUNKS = (1, 2, 4, 8)
 
 
 def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     """Yield the layers cut over ``stage``, with numbers of chunks that a stage may hold.
 
-    Without a declared schedule it is 1F1B, which is what runs. Chunks that would fill up more slots than one
-    chunk does are left out where they are not declared.
+    Without a declared schedule it is 1F1B, which is what runs. Stages share the rows of a microbatch, which
+    have to divide. Chunks that would fill up more slots than one chunk does are left out where they are not
+    declared.
     """
     stages = draft.mesh.get("stage", 1)
     if stages == 1:
@@ -30,9 +33,14 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
         yield Refused(sizes={"stage": stages}, reason=reason)
         return
     assert found is not None
+    axes = {axis: draft.mesh[axis] for axis in (*draft.batch, "stage")}
+    count = given.declared.microbatches or 1
+    if given.rows % (needed := math.prod(axes.values()) * count):
+        yield Refused(sizes=axes, reason=indivisible(given.rows, axes, count, needed))
+        return
     schedule, declared = given.declared.schedule or "1f1b", given.declared.interleave
     least = held_layers(found.count, stages, 1)
-    for chunks in _CHUNKS if declared is None else (declared,):
+    for chunks in CHUNKS if declared is None else (declared,):
         if declared is None and (chunks > 1 and schedule != "1f1b"):
             continue
         if declared is None and held_layers(found.count, stages, chunks) > least:

@@ -1,0 +1,171 @@
+"""Stages in the search: a pipeline is taken where it is faster than whatever else fits, and runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from ..cost.candidate import Candidate
+from ..cost.estimate import Pricer
+from ..cost.pipeline import Lockstep, held_at_least, held_layers, lockstep
+from ..cost.placement import FORWARD
+from ..cost.profile import LAYERS
+from ..errors import UserError
+from ..hardware.topology import Topology
+from ..plans.record import Record
+from ..transform.compose import PlannedLoss
+from ..verify.export import abstract_mesh
+from .choices.layers import STAGE, Layers, layers_of, why_no_stages
+from .choices.mesh import experts_dims
+from .choices.microbatches import batch_rows, divisors
+from .choices.stages import CHUNKS
+from .declared import Declared
+from .inputs import ROOMS, Answer, Problem
+from .search import Found, Priced, anything_fits, search
+
+# A pipeline is taken if it needs at most this share of the seconds of the best without: what is as fast
+# either way stays what it is.
+_WORTH = 0.98
+
+
+def with_stages(problem: Problem, topology: Topology, declared: Declared, answer: Answer) -> Answer:
+    """Return the search over meshes with ``stage`` where its best is worth it, else `answer` itself.
+
+    `answer` is the search without. Stages are offered where nothing is declared of them or of their schedule,
+    layers are found and experts are none, and the chip is a real one. Sizes are tried in the order of what
+    they take at least, until that is no less than the best known.
+    """
+    layers = layers_of(problem.program)
+    if not _are_offered(problem, topology, declared, layers):
+        return answer
+    assert layers is not None
+    pricer = problem.pricer(topology, declared, answer.room)
+    best = answer.found.best
+    below = math.inf if best is None else _WORTH * best.estimate.step_seconds
+    work = _Work.of(pricer, layers.count, batch_rows(problem.program))
+    found = answer
+    for stages in sorted(_sizes(topology, declared, layers), key=work.at_least):
+        if work.at_least(stages) >= below:
+            break
+        other = _solved(problem, topology, declared, stages, work, below, found)
+        if other is not None and other.found.best is not None:
+            found, below = other, other.found.best.estimate.step_seconds
+    return found if found is answer else _joined(found, answer)
+
+
+def why_not_run(problem: Problem, plan: Record) -> str | None:
+    """Return why a plan's loss does not go through its stages, None if it does: it is traced, not run."""
+    try:
+        planned = PlannedLoss(plan, problem.loss, abstract_mesh(plan))
+        jax.eval_shape(planned.value_and_grad, *problem.args)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _are_offered(problem: Problem, topology: Topology, declared: Declared, layers: Layers | None) -> bool:
+    said = STAGE in declared.mesh or -1 in declared.mesh.values()
+    said = said or declared.schedule is not None or declared.interleave is not None
+    if said or topology.chip.nominal or layers is None or experts_dims(problem.program):
+        return False
+    return problem.accumulation(declared).why_not(2) is None
+
+
+def _sizes(topology: Topology, declared: Declared, layers: Layers) -> Iterator[int]:
+    """Yield the numbers of stages that what is declared leaves devices for."""
+    free, left = divmod(topology.num_devices, math.prod(declared.mesh.values()))
+    for stages in () if left else divisors(free):
+        if stages > 1 and why_no_stages(layers, stages) is None:
+            yield stages
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Work:
+    """Seconds of a step's products and work on memory, shared out evenly, with layers forward done twice."""
+
+    layers: float
+    others: float
+    count: int
+    rows: int
+
+    @classmethod
+    def of(cls, pricer: Pricer, count: int, rows: int) -> _Work:
+        once = pricer.passes(Candidate(mesh={}, dims={}))
+        each = once.seconds.sum(axis=(0, 1)) / pricer.topology.num_devices
+        again = once.seconds[FORWARD, :, LAYERS].sum() / pricer.topology.num_devices
+        others = float(each.sum() - each[LAYERS])
+        return cls(layers=float(each[LAYERS] + again), others=others, count=count, rows=rows)
+
+    def at_least(self, stages: int) -> float:
+        """Return the seconds that any pipeline of so many stages takes at least."""
+        most = max(self.rows // stages, 1)
+        ways = [chunks for chunks in CHUNKS if stages * chunks <= self.count]
+        return min(self.over(Lockstep(stages=stages, chunks=one, microbatches=most)) for one in ways)
+
+    def over(self, ticks: Lockstep) -> float:
+        """Return the seconds that a pipeline of such ticks takes at least."""
+        share = held_layers(self.count, ticks.stages, ticks.chunks) * ticks.stages / self.count
+        return self.others + self.layers * share * ticks.layer_ticks / (ticks.chunks * ticks.microbatches)
+
+
+def _solved(
+    problem: Problem,
+    topology: Topology,
+    declared: Declared,
+    stages: int,
+    work: _Work,
+    below: float,
+    known: Answer,
+) -> Answer | None:
+    """Return what so many stages can do in fewer seconds than `below`, in the memory that was `known`."""
+    declared = dataclasses.replace(declared, mesh={**declared.mesh, STAGE: stages})
+    pricer, capacity = problem.pricer(topology, declared, known.room), known.capacity_bytes
+
+    def worth(layout: Candidate, microbatches: Sequence[int]) -> bool:
+        most = dataclasses.replace(layout, microbatches=microbatches[-1])
+        if work.over(lockstep(most)) >= below:
+            return False
+        if held_at_least(pricer.profile, most, pricer.slot_bytes) > capacity:
+            return False
+        return below == math.inf or pricer.least_over_stages(most) < below
+
+    try:
+        offered = problem.space(topology, declared, worth)
+    except UserError:
+        return None
+    if below == math.inf and not anything_fits(offered, capacity, pricer.needed_bytes):
+        return None
+    answer = None
+    for share in (one for one in ROOMS if one >= known.room):
+        pricer = problem.pricer(topology, declared, share)
+        found = search(
+            offered, pricer.price, capacity, size=pricer.needed_bytes, each_size=False, below=below
+        )
+        answer = Answer(
+            program=problem.program,
+            space=offered,
+            found=found,
+            capacity_bytes=capacity,
+            stored=None,
+            room=share,
+        )
+        if found.best is not None:
+            break
+    return answer
+
+
+def _joined(found: Answer, without: Answer) -> Answer:
+    """Return the search over stages with what was found without them among its alternatives."""
+    others: list[Priced] = [one for one in (without.found.best, *without.found.others) if one is not None]
+    both = sorted((*found.found.others, *others), key=lambda one: one.estimate.step_seconds)
+    joined = Found(
+        best=found.found.best,
+        others=tuple(both),
+        misfits=without.found.misfits,
+        priced=found.found.priced + without.found.priced,
+    )
+    refused = {**without.space.refused, **found.space.refused}
+    return dataclasses.replace(found, found=joined, space=dataclasses.replace(found.space, refused=refused))

@@ -1,0 +1,95 @@
+"""Stages in the search: taken where they are fastest by their own price, or fit at last, and only where they run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from meshwright.sharding import Topology, UserError, plan
+from meshwright.sharding.cost.pipeline import held_at_least
+from meshwright.sharding.planner.declared import Declared
+from meshwright.sharding.planner.inputs import Problem
+
+WIDTH, TIME = 4096, 16
+# Slices of four devices: between them a gradient of all layers takes longer than what stages hand on.
+SLOW = "4*v5e:2x2"
+
+
+def problem_of(rows=256, layers=16, width=WIDTH, time=TIME, passes=1):
+    shape = jax.ShapeDtypeStruct
+    params = {
+        "blocks": {
+            "up": shape((layers, width, 4 * width), "float32"),
+            "down": shape((layers, 4 * width, width), "float32"),
+        },
+        "out": shape((width,), "float32"),
+    }
+
+    def loss(params, batch):
+        def block(x, w):
+            h = jax.nn.silu(x @ w["up"].astype(x.dtype))
+            return x + h @ w["down"].astype(x.dtype), None
+
+        x, _ = jax.lax.scan(block, batch["x"], params["blocks"])
+        found = x.astype(jnp.float32) @ params["out"]
+        if passes == 2:
+            # What is known of a row waits for all rows.
+            found = found - (found**2).mean()
+        return (found**2).mean()
+
+    return loss, params, {"x": shape((rows, time, width), "bfloat16")}
+
+
+def planned(topology, *args, **more):
+    return plan(*args, topology=topology, optimizer=optax.adamw(1e-3), **more)
+
+
+def test_stages_are_taken_over_slow_links_and_are_the_best_of_all_sizes():
+    args = problem_of()
+    found = planned(SLOW, *args)
+    each = {size: planned(SLOW, *args, mesh={"stage": size}) for size in (1, 2, 4, 8, 16)}
+    seconds = {size: one.estimate.step_seconds for size, one in each.items()}
+    best = min(seconds, key=lambda size: seconds[size])
+    assert best > 1
+    assert found.mesh["stage"] == best
+    assert found.estimate.step_seconds == seconds[best] < 0.5 * seconds[1]
+    # What it was preferred to stands beside it.
+    assert any(one.mesh.get("stage", 1) == 1 for one in found.alternatives)
+
+
+def test_stages_are_not_taken_where_links_are_fast():
+    assert planned("v5e:4x4", *problem_of()).mesh.get("stage", 1) == 1
+
+
+def test_stages_are_taken_where_nothing_else_fits():
+    args = problem_of(rows=1024, layers=32, width=8192, time=32)
+    with pytest.raises(UserError, match="nothing fits"):
+        planned("8*v5e:2x2", *args, mesh={"stage": 1})
+    assert planned("8*v5e:2x2", *args).mesh["stage"] > 1
+
+
+def test_stages_are_not_taken_where_the_loss_does_not_go_through_them():
+    assert planned(SLOW, *problem_of(passes=2)).mesh.get("stage", 1) == 1
+
+
+def test_rows_that_stages_do_not_share_out_are_refused_while_planning():
+    with pytest.raises(UserError, match=r"a batch of 24 rows does not divide by stage=16; nearest: 16 or 32"):
+        planned(SLOW, *problem_of(rows=24), mesh={"stage": 16})
+
+
+def test_no_layout_is_cheaper_than_its_bounds():
+    loss, params, batch = problem_of()
+    problem = Problem(loss=loss, params=params, batch=batch, optimizer=optax.adamw(1e-3), names=None)
+    topology, declared = Topology.parse(SLOW), Declared(mesh={"stage": 4})
+    pricer, space = problem.pricer(topology, declared), problem.space(topology, declared)
+    assert len(space.layouts) > 10
+    for layout in space.layouts:
+        most = dataclasses.replace(layout, microbatches=space.parts(layout)[-1])
+        seconds = pricer.least_over_stages(most)
+        size = held_at_least(pricer.profile, most, pricer.slot_bytes)
+        for remat in (space.remats[0], space.remats[-1]):
+            for count in space.parts(layout):
+                one = pricer.price(remat.on(layout, count))
+                assert one.step_seconds >= seconds * 0.995
+                assert one.peak_bytes >= size
