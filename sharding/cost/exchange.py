@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -44,20 +45,23 @@ def stored_over(
     def axes(spec: Storage | None, default: frozenset[str]) -> frozenset[str]:
         if spec is None:
             return default
-        return frozenset(axis for entry in spec for axis in entry if axis in cut)
+        return _axes_of(spec) & cut
 
-    # Many parameters are stored alike.
+    # Many parameters are stored alike, by one tuple for all of them.
     alike: dict[object, tuple[frozenset[str], ...]] = {}
+    specs_of = candidate.stored.get, candidate.gradients.get, candidate.optimizer.get
     for dims, argument in zip(profile.parameter_dims, profile.parameters.argument.tolist(), strict=True):
-        specs = (candidate.stored.get(argument), candidate.gradients.get(argument))
-        key = (dims, *specs, candidate.optimizer.get(argument))
+        stored, gradient, moments = (of(argument) for of in specs_of)
+        key = (dims, id(stored), id(gradient), id(moments))
         found = alike.get(key)
         if found is None:
             here = frozenset(axis for dim in dims for axis in dims_of.get(dim, ()) if axis in cut)
-            kept = axes(specs[0], here)
-            found = alike[key] = (here, kept, axes(specs[1], kept), axes(key[-1], kept))
-        for rows, one in zip((computed, parameters, gradients, optimizer), found, strict=True):
-            rows.append(one)
+            kept = axes(stored, here)
+            found = alike[key] = (here, kept, axes(gradient, kept), axes(moments, kept))
+        computed.append(found[0])
+        parameters.append(found[1])
+        gradients.append(found[2])
+        optimizer.append(found[3])
     for n in read_there:
         computed[n] = parameters[n]
     return StoredOver(
@@ -67,6 +71,11 @@ def stored_over(
         computed=computed,
         read_there=read_there,
     )
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _axes_of(spec: Storage) -> frozenset[str]:
+    return frozenset(axis for entry in spec for axis in entry)
 
 
 def tables_read_there(
@@ -192,19 +201,21 @@ def exchange(
     trained, read = table.trained.tolist(), table.read.tolist()
     plans: dict[_Alike, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     ordered = sorted(placement.parameter_partial.items(), key=lambda pair: AXES_BY_WEIGHT.index(pair[0]))
-    partial = [(axis, mask.tolist()) for axis, mask in ordered]
+    sums = _partial_sums([(axis, mask) for axis, mask in ordered], len(elements))
     # Many parameters lie alike.
-    known: dict[object, _Alike] = {}
+    known: dict[object, list[float]] = {}
     for n, count in enumerate(elements):
-        there = over.read_there.get(n, ())
-        # Each device has the whole gradient of its own columns from those that its rows went to.
-        summed = tuple(axis for axis, mask in partial if mask[n] and axis not in there) if trained[n] else ()
-        count /= math.prod(candidate.mesh[axis] for axis in there)
+        summed = sums[n] if trained[n] else ()
+        if there := over.read_there.get(n, ()):
+            # Each device has the whole gradient of its own columns from those that its rows went to.
+            summed = tuple(axis for axis in summed if axis not in there)
+            count /= math.prod(candidate.mesh[axis] for axis in there)
         lying = over.parameters[n], over.computed[n], over.optimizer[n], over.gradients[n]
-        key = sections[n], stacks[n], read[n], trained[n], summed, lying
-        if key not in known:
-            known[key] = _alike(*key, reduces_whole)
-        row = plans[known[key]]
+        key = (sections[n], stacks[n], read[n], trained[n], summed, *map(id, lying))
+        row = known.get(key)
+        if row is None:
+            alike = _alike(sections[n], stacks[n], read[n], trained[n], summed, lying, reduces_whole)
+            row = known[key] = plans[alike]
         row[0] += count * item_bytes[n]
         row[1] += count * (used_bytes[n] if gradient_bytes is None else gradient_bytes)
         # Parameters of a layer are gathered and reduced together: as many collectives as layers.
@@ -216,6 +227,18 @@ def exchange(
         _gather(found.gathers, links, candidate.mesh, alike, used, times)
         _reduce(found, links, candidate.mesh, alike, size, gradient, times, reduces_whole)
     return found
+
+
+def _partial_sums(partial: list[tuple[str, np.ndarray]], count: int) -> list[tuple[str, ...]]:
+    """Return of each of so many parameters the axes that its gradient is a partial sum over."""
+    codes = np.zeros(count, int)
+    for place, (_, mask) in enumerate(partial):
+        codes[mask] |= 1 << place
+    ways = {
+        code: tuple(axis for place, (axis, _) in enumerate(partial) if code >> place & 1)
+        for code in set(codes.tolist())
+    }
+    return [ways[code] for code in codes.tolist()]
 
 
 def _alike(

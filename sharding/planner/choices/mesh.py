@@ -19,7 +19,7 @@ from .draft import Draft, Given, Refused
 from .microbatches import divisors
 
 # What the search may choose for any program; `expert` for one with calls of `ops.experts`, `context` for long
-# sequences of `ops.attention`; `stage` is taken when declared.
+# sequences of `ops.attention`; `stage` is searched for apart (`pipelines.py`).
 OFFERED = ("data", "fsdp", "tensor")
 
 # Axes whose traffic is light enough for the network between slices.

@@ -35,6 +35,7 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
             declared=draft.kept.arrays,
             tile_rows=compiler_of(given.topology).tile_rows,
             chunks=draft.interleave,
+            known=given.once(store, dict),
         )
         if stored in seen:
             continue
@@ -68,6 +69,7 @@ def store(
     declared: Mapping[int, Mapping[int, tuple[str, ...]]],
     tile_rows: int,
     chunks: int = 1,
+    known: dict[object, tuple[Storage, Storage]] | None = None,
 ) -> ParameterStorage:
     """Return how each parameter, and each array of the state, lies on the mesh.
 
@@ -80,18 +82,26 @@ def store(
         declared: argument index → array dimension → axes that are kept as they are.
         tile_rows: rows that gathers move whole, see `Compiler`.
         chunks: of layers that each of the mesh's stages holds.
+        known: what was found so far for this program, on meshes of any sizes.
     """
     moved = moved_layers(program, mesh, chunks)
     if moved is not None:
         dims = {dim: axes for dim, axes in dims.items() if dim != moved.dim}
     total = program.elements
     params, optimizer = {}, {}
+    known = {} if known is None else known
+    everywhere = (*mesh.items(), *over, *moments_over, tile_rows, moved)
     for argument in program.parameters:
         first = program.alike[argument.index]
         if first in params and (not declared or declared.get(argument.index) == declared.get(first)):
             params[argument.index], optimizer[argument.index] = params[first], optimizer[first]
             continue
         kept = declared.get(argument.index, {})
+        laid = (dims.get(composition[0], ()) if composition else () for composition in argument.dims)
+        key = (argument.index, *laid, *kept.items(), *everywhere)
+        if key in known:
+            params[argument.index], optimizer[argument.index] = known[key]
+            continue
         storage = [kept.get(n, axes) for n, axes in enumerate(computed(argument, dims, mesh))]
         open_dimensions = [n for n in range(len(argument.shape)) if n not in kept]
         choices = _worth_cutting(argument, program, total, open_dimensions)
@@ -103,6 +113,7 @@ def store(
         for axis in moments_over if argument.is_trained else ():
             storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
         optimizer[argument.index] = tuple(storage)
+        known[key] = params[argument.index], optimizer[argument.index]
     state = state_storage(program, mesh, dims, params, over=over, tile_rows=tile_rows)
     return ParameterStorage(params={**params, **state}, optimizer={**optimizer, **state})
 

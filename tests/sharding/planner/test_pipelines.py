@@ -1,4 +1,4 @@
-"""Stages in the search: taken where they are fastest by their own price, or fit at last, and only where they run."""
+"""Stages in the search: taken where they are fastest by their own price, or fit at last, and run."""
 
 import dataclasses
 
