@@ -24,6 +24,7 @@ from .loop import TrainingLoop
 from .metrics import Collector, JsonLines, Sink, TensorBoard, check_metrics
 from .planning import described_topology
 from .prediction import FirstSteps, Prediction, StepCost
+from .rounds import RoundsWatch, exchange_axes
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
             sinks = _sinks(config, job, folder, start) if hosts.is_main else []
             if hosts.is_main and prediction is not None:
                 sinks.append(_first_steps(prediction, config, job, folder, hosts, start))
+            if hosts.is_main and (axes := exchange_axes(job.plan)):
+                sinks.append(RoundsWatch(axes, lambda words: _say(hosts, words)))
             collector = Collector(
                 sinks,
                 tokens_per_step=job.tokens_per_step,

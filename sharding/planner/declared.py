@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,12 +95,22 @@ class Kept:
     arrays: Mapping[int, Mapping[int, tuple[str, ...]]] = dataclasses.field(default_factory=dict)
 
 
-def keep(program: Program, declared: Declared, mesh: Mapping[str, int], params: Any, names: Any) -> Kept:
-    """Return what `declared` fixes on `mesh`.
+def keep(
+    program: Program,
+    declared: Declared,
+    mesh: Mapping[str, int],
+    params: Any,
+    names: Any,
+    found: Collection[str] = (),
+) -> Kept:
+    """Return what `declared` fixes on `mesh`; dimensions of `found` labels are known without their names.
 
     Raises UserError if a rule cannot hold on it.
     """
-    rules = {**_purposes(declared, mesh), **declared.rules}
+    named = {name for argument in program.arguments for name in argument.names}
+    purposes = _purposes(declared, mesh)
+    rules = {label: axis for label, axis in purposes.items() if label in named or label not in found}
+    rules |= declared.rules
     if not rules:
         return Kept()
     checked = Rules(rules)

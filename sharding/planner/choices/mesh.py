@@ -37,7 +37,8 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     )
     for mesh in meshes(given.topology, given.declared.mesh, experts=math.gcd(*counts), contexts=long):
         try:
-            kept = keep(given.program, given.declared, mesh, given.params, given.names)
+            found = ("experts",) if experts else ()
+            kept = keep(given.program, given.declared, mesh, given.params, given.names, found)
         except UserError as error:
             yield Refused(sizes=mesh, reason=str(error))
             continue
