@@ -26,8 +26,11 @@ _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = {
     "llama3-8b": ("v5e:16x16", "v6e:16x16", "v5p:4x4x8", "h100:4x8"),
     "llama3-70b": ("v5p:8x8x8", "v6e:16x16", "h100:32x8"),
-    "llama3-405b": ("v5p:8x8x16", "2*v6e:16x16"),
+    "llama3-405b": ("v5p:8x8x16", "2*v6e:16x16", "8*v5p:4x4x8"),
+    "mixtral-8x7b": ("v5p:4x4x8",),
 }
+# What is declared of plans that no search would take.
+DECLARED = {("llama3-405b", "8*v5p:4x4x8"): ("mesh={stage: 8}",)}
 
 
 def path_of(config: str, topology: str) -> Path:
@@ -58,7 +61,8 @@ def main() -> int:
             if only not in path.name:
                 continue
             try:
-                planned = plan_config(load(_CONFIGS / f"{config}.yaml", [f"topology={topology}"]))
+                words = [f"topology={topology}", *DECLARED.get((config, topology), ())]
+                planned = plan_config(load(_CONFIGS / f"{config}.yaml", words))
                 if given.options:
                     options = _options(given.options, topology)
                     chosen = dataclasses.replace(planned.plan, compiler_options=options)

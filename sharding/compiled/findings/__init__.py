@@ -19,6 +19,14 @@ from .communication import (
     resharding,
 )
 from .computing import rematerialised, unknown_loops, unpriced_kernels
+from .spread import (
+    dense_experts,
+    exchange_larger,
+    foreign_in_ring,
+    grows_with_microbatches,
+    keys_gathered,
+    send_not_overlapped,
+)
 from .storage import kept_whole, padding, sequence_squared, spilled_to_host
 
 #: All functions that find something; others may be appended.
@@ -33,6 +41,12 @@ FINDERS: list[Callable[[Evidence], list[Finding]]] = [
     sequence_squared,
     padding,
     overlaps_nothing,
+    send_not_overlapped,
+    grows_with_microbatches,
+    keys_gathered,
+    foreign_in_ring,
+    exchange_larger,
+    dense_experts,
     spilled_to_host,
     unknown_loops,
     unpriced_kernels,

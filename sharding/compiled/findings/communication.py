@@ -46,7 +46,7 @@ def gathered_by_reduction(evidence: Evidence) -> list[Finding]:
             bytes=bytes_,
             source=source,
         )
-        for axes, source, runs, exposed, bytes_ in _by_line(chosen, SMALL * evidence.step_seconds)
+        for axes, source, runs, exposed, bytes_ in by_line(chosen, SMALL * evidence.step_seconds)
     ]
 
 
@@ -67,7 +67,7 @@ def reduced_whole(evidence: Evidence) -> list[Finding]:
             bytes=bytes_,
             source=source,
         )
-        for axes, source, runs, exposed, bytes_ in _by_line(chosen, SMALL * evidence.step_seconds)
+        for axes, source, runs, exposed, bytes_ in by_line(chosen, SMALL * evidence.step_seconds)
     ]
 
 
@@ -100,7 +100,7 @@ def reduced_each_time(evidence: Evidence) -> list[Finding]:
             bytes=bytes_,
             source=source,
         )
-        for axes, source, runs, exposed, bytes_ in _by_line(chosen, SMALL * evidence.step_seconds)
+        for axes, source, runs, exposed, bytes_ in by_line(chosen, SMALL * evidence.step_seconds)
     ]
 
 
@@ -127,8 +127,8 @@ def resharding(evidence: Evidence) -> list[Finding]:
             bytes=bytes_,
             source=source,
         )
-        for kind, alike in _by_kind(chosen)
-        for axes, source, runs, exposed, bytes_ in _by_line(alike, SMALL * evidence.step_seconds)
+        for kind, alike in by_kind(chosen)
+        for axes, source, runs, exposed, bytes_ in by_line(alike, SMALL * evidence.step_seconds)
     ]
 
 
@@ -150,18 +150,14 @@ def replicated_to_reshard(evidence: Evidence) -> list[Finding]:
             bytes=bytes_,
             source=source,
         )
-        for axes, source, _, exposed, bytes_ in _by_line(chosen, SMALL * evidence.step_seconds)
+        for axes, source, _, exposed, bytes_ in by_line(chosen, SMALL * evidence.step_seconds)
     ]
 
 
 def overlaps_nothing(evidence: Evidence) -> list[Finding]:
-    """Return collectives beside which nothing is computed."""
+    """Return collectives beside which nothing is computed; `spread.send_not_overlapped` tells of sends."""
     least = MATTERS * evidence.step_seconds
-    chosen = [
-        seen
-        for seen in evidence.collectives
-        if seen.seconds and seen.exposed_seconds >= EXPOSED * seen.seconds
-    ]
+    chosen = [seen for seen in evidence.collectives if waits(seen) and not is_send(seen)]
     return [
         Finding(
             kind="overlaps_nothing",
@@ -172,12 +168,22 @@ def overlaps_nothing(evidence: Evidence) -> list[Finding]:
             bytes=bytes_,
             source=source,
         )
-        for kind, alike in _by_kind(chosen)
-        for axes, source, runs, exposed, bytes_ in _by_line(alike, least)
+        for kind, alike in by_kind(chosen)
+        for axes, source, runs, exposed, bytes_ in by_line(alike, least)
     ]
 
 
-def _by_kind(chosen: Iterable[StepCollective]) -> list[tuple[str, list[StepCollective]]]:
+def is_send(seen: StepCollective) -> bool:
+    """Whether stages hand something on."""
+    return seen.collective.kind == "collective_permute" and "stage" in seen.collective.axes
+
+
+def waits(seen: StepCollective) -> bool:
+    """Whether nothing is computed beside a collective."""
+    return bool(seen.seconds) and seen.exposed_seconds >= EXPOSED * seen.seconds
+
+
+def by_kind(chosen: Iterable[StepCollective]) -> list[tuple[str, list[StepCollective]]]:
     """Return the collectives of each kind."""
     found: dict[str, list[StepCollective]] = {}
     for seen in chosen:
@@ -185,7 +191,7 @@ def _by_kind(chosen: Iterable[StepCollective]) -> list[tuple[str, list[StepColle
     return sorted(found.items())
 
 
-def _by_line(
+def by_line(
     chosen: Iterable[StepCollective], least_seconds: float
 ) -> list[tuple[str, SourceLine | None, float, float, float]]:
     """Return axes, line, runs, exposed seconds and bytes, summed over the collectives of those axes and line.
