@@ -1,9 +1,10 @@
 """Pipelines: errors of loss and gradients, collectives in and outside of loops, peaks, executed work, prices.
 
-    python benchmarks/pipelines.py [errors] [memory] [work] [price]
+    python benchmarks/pipelines.py [errors] [memory] [work] [price] [models]
 
 On simulated devices, with a loss of its own: a packed decoder without attention, whose table is tied. Prices
-are held to what the compiler for v5p makes of it.
+are held to what the compiler for v5p makes of it. `models` are those of `pipeline_models.py`, written as
+other people write them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from meshwright.sharding.compiled.flops import flops
 from meshwright.sharding.cost.pipeline import Lockstep, held_layers
 from meshwright.sharding.hlo.loops import loops, run_counts
 from meshwright.sharding.hlo.text import parse_hlo
+from pipeline_models import MODELS, errors_of
 
 LAYERS, WIDTH, VOCAB, TIME = 8, 32, 64, 16
 NAMES = {
@@ -202,7 +204,25 @@ def price() -> None:
             print(f"  {name}: {pair[0] * 1e3:.4f} ms, compiled {pair[1] * 1e3:.4f} ms")
 
 
+# A mesh, and how its stages are worked through.
+WAYS = (
+    ({"stage": 2, "data": 2}, {"microbatches": 4}),
+    ({"stage": 4, "data": 2}, {"microbatches": 2, "remat": "full"}),
+    ({"stage": 2, "fsdp": 2, "tensor": 2}, {"microbatches": 4, "interleave": 2}),
+)
+
+
+def models() -> None:
+    """Print the errors of models that are written as others write them, scanned and in Python loops."""
+    for name in MODELS:
+        for scanned in (True, False):
+            for mesh, how in WAYS:
+                value, gradient = errors_of(name, scanned, mesh, **how)
+                kind = f"{name}, {'scanned' if scanned else 'in a loop'}, {mesh} {how}"
+                print(f"{kind}: loss {value:.1e}, gradient {gradient:.1e}", flush=True)
+
+
 if __name__ == "__main__":
-    COMMANDS = {"errors": errors, "memory": memory, "work": work, "price": price}
+    COMMANDS = {"errors": errors, "memory": memory, "work": work, "price": price, "models": models}
     for name in sys.argv[1:] or ["errors", "memory", "work"]:
         COMMANDS[name]()

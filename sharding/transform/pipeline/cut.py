@@ -29,7 +29,7 @@ class LayerCut:
     layers: of all rows of a microbatch, what a chunk's layers make of what is carried in, and give besides;
       one layer where some slots of chunks have none of their own.
     leave: of a share, what the whole program gives.
-    stacked: what is scanned over beside parameters, for all layers.
+    stacked: what is scanned over beside parameters, for all layers, with its named dimensions (`beside`).
     items: what travels: constants and what is carried, as layers take them; then what they give besides.
     """
 
@@ -37,6 +37,7 @@ class LayerCut:
     layers: ProgramPiece
     leave: ProgramPiece
     stacked: ProgramPiece
+    beside: tuple[Any, ...]
     items: tuple[Travelling, ...]
 
 
@@ -107,6 +108,7 @@ def cut_at_layers(
             operands=(*travel, *beside),
         ),
         stacked=stacked,
+        beside=tuple(ours.ins[n] for n in beside),
         leave=leave,
         items=tuple(items),
     )

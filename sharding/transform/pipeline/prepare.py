@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ...paths import by_path
 from ...plans.record import ArrayPlan, Decision, DimPlan
-from ...plans.specs import Spec, axes_of, spec_of
+from ...plans.specs import Spec, axes_of, spec_of, without
 from ...program.jaxpr import Traced, scan_parts, with_inputs
 from ...program.program import Program
 from ...program.stacks import is_stack, path_of_stack
@@ -253,7 +253,8 @@ def _unmixed(plan: Decision, traced: Traced) -> Decision:
     """Return the plan with parameters that enter the region of rows whole over what cuts them beside others.
 
     Where a dimension is stored over an axis that cuts rows, or over stages, and over another as well, it is
-    gathered over the first once a step, ahead of the region; its gradient is stored as before.
+    gathered over the first once a step, ahead of the region; its gradient is stored as before. So is what a
+    state stores over stages: each of them reads all of it.
     """
     manual = (*axes_of_rows(plan, specs_of_rows(plan, traced.args[1], rows_of(traced.args[1]))), STAGE)
     params, moments = dict(plan.params), dict(plan.moments)
@@ -264,7 +265,10 @@ def _unmixed(plan: Decision, traced: Traced) -> Decision:
         if spec_of(entries) != spec_of(map(axes_of, row.spec)):
             params[path] = dataclasses.replace(row, spec=spec_of(entries))
             moments.setdefault(path, row.spec)
-    return dataclasses.replace(plan.decision(), params=params, moments=moments)
+    state = plan.state and {
+        path: dataclasses.replace(row, spec=without(row.spec, (STAGE,))) for path, row in plan.state.items()
+    }
+    return dataclasses.replace(plan.decision(), params=params, moments=moments, state=state)
 
 
 def _needed(jaxpr: core.Jaxpr, outs: Sequence[Any], given: Mapping[Any, Any]) -> list[core.JaxprEqn]:

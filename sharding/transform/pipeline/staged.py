@@ -117,9 +117,8 @@ class Staged:
         return read(Traces(function).on(*args), state=(2,) if self.state else ())
 
     def _worker(self, cut: LayerCut, on_share: list[Pass], on_whole: list[Pass]) -> Worker:
-        lays, lays_share = (
-            next(p for p in some if isinstance(p, Constrain)) for some in (on_whole, on_share)
-        )
+        # What is of one dimension is so in the share's program too: they differ in their rows alone.
+        lays = next(one for one in on_whole if isinstance(one, Constrain))
         stages = Stages(
             count=self.stages,
             items=cut.items,
@@ -138,6 +137,6 @@ class Staged:
             inputs=lambda microbatch, shared: [],
             places=(),
             cotangents=(),
-            lying=lambda value, dims: lays_share.lying(value, dims)[0],
+            lying=lambda value, dims: lays.lying(value, dims)[0],
             add=lambda sums, found: (sums, ()),
         )

@@ -134,10 +134,16 @@ class Stages:
         def whole(value: Array, one: Travelling) -> Array:
             if one.rows is not None:
                 return lax.all_gather(value, STAGE, axis=one.rows, tiled=True)
-            # All of a sum is the owner's share; what all have, each has a part of the gradient of.
-            return self._sum(jnp.where(owner, value, 0) if one.summed else value)
+            # What all have, each has a part of the gradient of.
+            return self._sum(value)
 
-        return self._each(whole, gradient, learning=True)
+        learning = [one for one in self.items if one.differs]
+        # All of a sum is the owner's share.
+        own = [
+            jnp.where(owner, value, 0) if one.summed else value
+            for value, one in zip(gradient, learning, strict=True)
+        ]
+        return self._each(whole, own, learning=True)
 
     def shares_of_gradient(self, gradient: Stream, owner: Array) -> Stream:
         """Return each stage's gradient of what it gave `put_together`, of that which the `owner` has."""

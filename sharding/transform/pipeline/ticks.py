@@ -223,7 +223,8 @@ class Worker:
         inputs = [*leaves, *self.inputs(self._micro(unit.microbatch), False)]
         each = self.slots.each
         first = (unit.chunk * self.slots.stages + self._stage) * each
-        beside = [jnp.asarray(one) for one in self.cut.stacked.run(self.on_whole, inputs)]
+        walked = zip(self.cut.stacked.run(self.on_whole, inputs), self.cut.beside, strict=True)
+        beside = [jnp.asarray(self.lying(value, dims)) for value, dims in walked]
         if not self.slots.fills:
             beside = [lax.dynamic_slice_in_dim(one, first, each) for one in beside]
             return self._run_layers(inputs, taken, beside, first)

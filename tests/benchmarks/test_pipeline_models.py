@@ -1,0 +1,35 @@
+"""A model as others write them, through stages; `benchmarks/pipelines.py models` tries five."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import pipeline_models
+
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
+
+MANY = {"mesh": {"stage": 2, "fsdp": 2, "tensor": 2}, "microbatches": 4, "interleave": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "scanned", "how"),
+    [
+        ("mixture", False, MANY),
+        *(
+            pytest.param(name, scanned, MANY, marks=pytest.mark.slow)
+            for name in pipeline_models.MODELS
+            for scanned in (True, False)
+            if scanned or name != "mixture"
+        ),
+    ],
+    ids=str,
+)
+def test_stages_keep_a_models_values_and_gradients(name: str, scanned: bool, how: dict) -> None:
+    value, gradient = pipeline_models.errors_of(name, scanned, **how)
+    assert value < 1e-6
+    assert gradient < 1e-5
