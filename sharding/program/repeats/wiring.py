@@ -199,7 +199,7 @@ def cycle_of(graph: Graph, repeat: Repeat) -> int:
         if any(not isinstance(atom, Written) and graph.depends_on_params[atom] for atom in row):
             continue
         names = [graph.origin(atom) for atom in row]
-        for length in range(2, min(count // 2, _LONGEST_CYCLE) + 1):
+        for length in range(1, min(count // 2, _LONGEST_CYCLE) + 1):
             if all(names[r] == names[r - length] for r in range(length, count)):
                 whole = math.lcm(whole, length)
                 break
