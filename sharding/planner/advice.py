@@ -160,11 +160,25 @@ def _lower_precision(case: Case) -> str | None:
         problem.params,
     )
     try:
-        found = _fits(dataclasses.replace(problem, params=params), case.topology, case.declared)
+        if _fits_narrower(case):
+            # Whether the loss takes such parameters: what it would need is known.
+            jax.eval_shape(problem.loss, params, *problem.args[1:])
+            found = True
+        else:
+            found = _fits(dataclasses.replace(problem, params=params), case.topology, case.declared)
     except (TypeError, ValueError):
         # The loss has the type of its parameters written into it.
         return None
     return "parameters and moments in bfloat16 instead of float32" if found else None
+
+
+def _fits_narrower(case: Case) -> bool:
+    """Whether the candidate itself fits with all that is stored of its float32 parameters in two bytes."""
+    sizes = [(math.prod(one.shape), one.dtype) for one in case.problem.program.parameters]
+    bytes_ = sum(count * dtype.itemsize for count, dtype in sizes)
+    wide = sum(count * dtype.itemsize for count, dtype in sizes if dtype == jnp.float32)
+    stored = sum(case.estimate.memory.get(name, 0.0) for name in ("params", "gradients", "optimizer"))
+    return case.estimate.needed_bytes - stored * wide / bytes_ / _WIDE <= case.capacity_bytes
 
 
 def larger_slices(topology: Topology) -> Iterator[Topology]:
