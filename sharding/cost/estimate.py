@@ -89,6 +89,7 @@ class Pricer:
         self._calls = tuple(calls)
         self._placements: dict[object, Placement] = {}
         self._stored: dict[object, tuple[StoredOver, object]] = {}
+        self._tables: dict[object, tuple[dict[int, tuple[str, ...]], object]] = {}
         self._slots: dict[object, tuple[float, object]] = {}
         self._exchanges: dict[object, tuple[Exchange, object]] = {}
         self._standing: dict[object, tuple[Standing, object]] = {}
@@ -137,10 +138,15 @@ class Pricer:
     def stored_over(self, candidate: Candidate, placement: Placement) -> StoredOver:
         """Return where everything is stored; candidates made of one another share their storage."""
         maps = (candidate.dims, candidate.stored, candidate.optimizer, candidate.gradients)
-        there = tables_read_there(self.profile, placement, candidate)
+        mesh = (tuple(candidate.mesh.items()), *map(id, maps))
+        of_parts = (*mesh, candidate.microbatches)
+        tables = self._tables.get(of_parts)
+        if tables is None:
+            found = tables_read_there(self.profile, placement, candidate)
+            tables = _remembered(self._tables, of_parts, (found, maps))
+        there = tables[0]
         # What goes to a table and back, unlike what is gathered, is as much as a microbatch looks up.
-        parts = (*there, candidate.microbatches) if there else ()
-        key = (tuple(candidate.mesh.items()), parts, *map(id, maps))
+        key = (*mesh, *there, candidate.microbatches) if there else mesh
         known = self._stored.get(key)
         if known is None:
             # The maps are kept, so that no other one gets their identity.

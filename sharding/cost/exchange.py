@@ -49,13 +49,14 @@ def stored_over(
 
     # Many parameters are stored alike, by one tuple for all of them.
     alike: dict[object, tuple[frozenset[str], ...]] = {}
+    cutting = {dim: own for dim, axes in dims_of.items() if (own := cut.intersection(axes))}
     specs_of = candidate.stored.get, candidate.gradients.get, candidate.optimizer.get
     for dims, argument in zip(profile.parameter_dims, profile.parameters.argument.tolist(), strict=True):
         stored, gradient, moments = (of(argument) for of in specs_of)
         key = (dims, id(stored), id(gradient), id(moments))
         found = alike.get(key)
         if found is None:
-            here = frozenset(axis for dim in dims for axis in dims_of.get(dim, ()) if axis in cut)
+            here = frozenset().union(*(cutting[dim] for dim in dims if dim in cutting))
             kept = axes(stored, here)
             found = alike[key] = (here, kept, axes(gradient, kept), axes(moments, kept))
         computed.append(found[0])
