@@ -88,8 +88,9 @@ def check_document(plan: Record, check: PlanCheck) -> Document:
     how = check.reduction
     mesh = {axis: size for axis, size in how.mesh.items() if size > 1}
     sizes = ", ".join(f"{name} {size:,}" for name, size in check.model.items())
+    parts_of = f" in {how.microbatches} parts" if how.microbatches > 1 else ""
     parts = [f"cpu:{how.devices}", " x ".join(f"{axis}={size}" for axis, size in mesh.items())]
-    parts += [f"{how.rows} rows in {how.microbatches} parts", *([sizes] if sizes else ())]
+    parts += [f"{how.rows} rows{parts_of}", *([sizes] if sizes else ())]
     chunks = [f"{how.interleave} chunks a stage"] if how.interleave > 1 else []
     return deviation_document(check.types, of=layout_of(plan), tried="; ".join(filter(None, parts + chunks)))
 

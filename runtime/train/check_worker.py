@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from ...models import Model, decoder, preset
@@ -27,6 +30,7 @@ from ..hosts.simulated import simulate
 from .check import PlanCheck
 from .model import build_model
 from .planning import Shapes
+from .small import drawn, small
 
 # Tokens of a row.
 _SEQUENCE = 32
@@ -34,6 +38,8 @@ _SEQUENCE = 32
 _SMALL = 10_000_000
 # The type in which small differences are seen, and by which narrower ones are judged.
 _WIDE = "float32"
+# A model of the user's own has its products in whatever types it has.
+_OWN = "its own types"
 
 
 def main(folder: pathlib.Path) -> None:
@@ -52,75 +58,106 @@ def checked(config: Config, plan: Record) -> PlanCheck:
     """Try `plan`, which is that of `config`, on this process's devices; see `check.check_plan`."""
     how = reduction_of(plan, _layers_in_stages(plan))
     sequence = how.size(config.data.sequence, _SEQUENCE)
-    small = config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"sequence": sequence}),
-            "train": config.train.model_copy(update={"global_batch": how.rows}),
-        }
-    )
     found: dict[str, Deviation] = {}
-    measure, model = None, None
-    for kind, model in _models(config, how, sequence).items():
-        shapes = Shapes.of(small, model)
-        decision = _decision(plan, how, shapes)
-        given = _arguments(shapes, model, config.seed)
-        found[kind] = deviation(decision, shapes.loss, *given, mesh=arrays.mesh_of(decision), measure=measure)
-        measure = found[kind].plain if kind == _WIDE else None
-    return PlanCheck(reduction=how, model=_sizes(model, sequence), types=found)
+    measure, sizes = None, {}
+    for kind, one in _subjects(config, plan, how, sequence).items():
+        decision = _decision(plan, how, one.arguments)
+        mesh = arrays.mesh_of(decision)
+        found[kind] = deviation(decision, one.loss, *one.arguments, mesh=mesh, measure=measure)
+        measure, sizes = found[kind].plain if kind == _WIDE else None, one.sizes
+    return PlanCheck(reduction=how, model=sizes, types=found)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What is tried: a loss, its arguments (parameters, batch, and the state where there is one), sizes."""
+
+    loss: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    sizes: Mapping[str, int]
 
 
 def _layers_in_stages(plan: Decision) -> int | None:
     return next((dim.size for dim in plan.dims.values() if "stage" in dim.axes), None)
 
 
-def _models(config: Config, how: Reduction, sequence: int) -> dict[str, Model]:
-    """Return the small model by the type of its products: in a wide one first, then in its own."""
+def _subjects(config: Config, plan: Decision, how: Reduction, sequence: int) -> dict[str, _Subject]:
+    """Return what is tried by the type of its products: in a wide one first, then in its own."""
     settings = config.model
     if settings.build is not None:
         settings = settings.model_copy(update={"arguments": settings.arguments | settings.reduced})
-        return {"its own types": _as_it_is(build_model(settings), config)}
+        model = build_model(settings)
+        if model.num_parameters <= _SMALL or settings.reduced:
+            return {_OWN: _as_built(model, config, how, sequence)}
+        return {_OWN: _as_traced(model, config, plan, how, sequence)}
     whole = preset(settings.preset or "", **settings.overrides)
-    layers = how.layers
-    shape = reduced_decoder(whole, how.size, layers=layers, sequence=sequence, whole=config.data.sequence)
+    shape = reduced_decoder(whole, how.size, layers=how.layers, sequence=sequence, whole=config.data.sequence)
     check_fields(settings.reduced)
     shape = dataclasses.replace(shape, **settings.reduced)
-    types = dict.fromkeys((_WIDE, shape.compute_dtype))
-    return {kind: decoder(dataclasses.replace(shape, compute_dtype=kind)) for kind in types}
+    models = {
+        kind: decoder(dataclasses.replace(shape, compute_dtype=kind))
+        for kind in dict.fromkeys((_WIDE, shape.compute_dtype))
+    }
+    return {kind: _as_built(model, config, how, sequence) for kind, model in models.items()}
 
 
-def _as_it_is(model: Model, config: Config) -> Model:
-    """Return a model that is small. Raises UserError, saying what to set, for one that is not."""
-    if model.num_parameters <= _SMALL:
-        return model
-    given = ", ".join(config.model.arguments) or "none"
-    raise UserError(
-        f"model.build={config.model.build!r} gives a model of {model.num_parameters:,} parameters, too large "
-        f"to try in seconds; set model.reduced to arguments of a small one (its arguments: {given})"
+def _as_built(model: Model, config: Config, how: Reduction, sequence: int) -> _Subject:
+    """Return a small model with what it begins with, and rows as short as it takes."""
+    shapes = Shapes.of(_with_rows(config, how.rows, sequence), model)
+    first = shapes.init(jax.random.key(config.seed))
+    params, *state = first if model.has_state else (first,)
+    try:
+        jax.eval_shape(shapes.loss, params, shapes.batch, *state)
+    except Exception:  # A user's own function may raise anything where its rows are of one length.
+        sequence = config.data.sequence
+    batch = example_batch(how.rows, sequence, int(getattr(model.config, "vocab", 2)), config.seed)
+    batch = {key: batch[key] for key in shapes.batch}
+    names = ("layers", "embed", "heads", "mlp", "vocab", "experts")
+    sizes = {name: size for name in names if isinstance(size := getattr(model.config, name, None), int)}
+    return _Subject(
+        loss=shapes.loss, arguments=(params, batch, *state), sizes={**sizes, "sequence": sequence}
     )
 
 
-def _decision(plan: Record, how: Reduction, shapes: Shapes) -> Decision:
+def _as_traced(model: Model, config: Config, plan: Decision, how: Reduction, sequence: int) -> _Subject:
+    """Return a large model of the user's with small dims and drawn parameters.
+
+    Raises UserError, saying what to set, where it stays too large.
+    """
+    shapes = Shapes.of(config, model)
+    found = small(plan, how, shapes, sequence)
+    scalars = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(found.params))
+    if scalars > _SMALL:
+        given = ", ".join(config.model.arguments) or "none"
+        could = ", ".join(f"{name}={size}" for name, size in found.sizes.items()) or "nothing"
+        raise UserError(
+            f"model.build={config.model.build!r} gives a model of {model.num_parameters:,} parameters, of "
+            f"which {scalars:,} stay where what can be is made small ({could}): too many to try in seconds; "
+            f"set model.reduced to arguments of a small one (its arguments: {given})"
+        )
+    rows, length = next(iter(found.batch.values())).shape
+    batch = example_batch(rows, length, found.ids, config.seed)
+    state = tuple(drawn(one, config.seed + 1) for one in found.state)
+    arguments = (drawn(found.params, config.seed), {key: batch[key] for key in found.batch}, *state)
+    return _Subject(loss=shapes.loss, arguments=arguments, sizes={**found.sizes, "sequence": length})
+
+
+def _with_rows(config: Config, rows: int, sequence: int) -> Config:
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"sequence": sequence}),
+            "train": config.train.model_copy(update={"global_batch": rows}),
+        }
+    )
+
+
+def _decision(plan: Record, how: Reduction, arguments: tuple[Any, ...]) -> Decision:
     try:
-        return reduced(plan, how, shapes.params, shapes.batch, shapes.state)
+        return reduced(plan, how, *arguments)
     except UserError as error:
         raise UserError(
             f"the plan does not go over the small model: {error}; set model.reduced to sizes that it divides"
         ) from None
-
-
-def _arguments(shapes: Shapes, model: Model, seed: int) -> tuple[Any, ...]:
-    """Return parameters, a batch and, where there is one, the state, as a run begins with them."""
-    import jax
-
-    first = shapes.init(jax.random.key(seed))
-    params, *state = first if model.has_state else (first,)
-    rows, sequence = next(iter(shapes.batch.values())).shape
-    batch = example_batch(rows, sequence, _vocabulary(model), seed)
-    return params, {key: batch[key] for key in shapes.batch}, *state
-
-
-def _vocabulary(model: Model) -> int:
-    return int(getattr(model.config, "vocab", 2))
 
 
 def example_batch(rows: int, sequence: int, vocab: int, seed: int) -> dict[str, np.ndarray]:
@@ -139,14 +176,6 @@ def example_batch(rows: int, sequence: int, vocab: int, seed: int) -> dict[str, 
         "segment_ids": np.where(padding, 0, 1 + second),
     }
     return {key: value.astype(np.int32) for key, value in batch.items()}
-
-
-def _sizes(model: Model | None, sequence: int) -> dict[str, int]:
-    """Return the sizes of a small model that are told."""
-    config = getattr(model, "config", None)
-    names = ("layers", "embed", "heads", "mlp", "vocab", "experts")
-    found = {name: value for name in names if isinstance(value := getattr(config, name, None), int)}
-    return {**found, "sequence": sequence}
 
 
 if __name__ == "__main__":

@@ -60,13 +60,23 @@ def test_a_plan_that_computes_something_else_fails_by_the_parameter(monkeypatch:
     assert found.types["its own types"].worst[0] == "up"
 
 
+LARGE = {"hidden": 2**17, "embed": 512}
+
+
 @pytest.mark.devices(8)
-def test_a_model_that_is_too_large_says_what_to_set() -> None:
-    config = config_of(
-        model={"build": "small_models:perceptron", "arguments": {"hidden": 2**17, "embed": 512}}
-    )
+def test_a_large_model_of_the_users_is_tried_with_small_dimensions() -> None:
+    config = config_of(model={"build": "small_models:perceptron", "arguments": LARGE})
+    found = checked(config, plan_config(config).plan)
+    assert found.passes
+    assert found.model["mlp"] <= 64
+    assert found.model["sequence"] == 32
+
+
+@pytest.mark.devices(8)
+def test_a_model_that_stays_too_large_says_what_to_set() -> None:
+    config = config_of(model={"build": "small_models:of_one_size", "arguments": LARGE})
     plan = plan_config(config).plan
-    said = r"101,847,040 parameters, too large .* arguments: hidden, embed"
+    said = r"101,847,040 parameters, of which 69,341,184 stay .* arguments: hidden, embed"
     with pytest.raises(UserError, match=said):
         checked(config, plan)
 
