@@ -13,18 +13,18 @@ import pipeline_models
 
 pytestmark = [pytest.mark.numerics(False), pytest.mark.devices(8)]
 
-HOW = {"mesh": {"stage": 2, "data": 2}, "microbatches": 4}
+FEW = {"mesh": {"stage": 2, "data": 2}, "microbatches": 4}
+MANY = {"mesh": {"stage": 2, "fsdp": 2, "tensor": 2}, "microbatches": 4, "interleave": 2}
 
 
 @pytest.mark.parametrize(
     ("name", "scanned", "how"),
     [
-        ("mixture", False, HOW),
+        ("mixture", False, FEW),
         *(
-            pytest.param(name, scanned, HOW, marks=pytest.mark.slow)
+            pytest.param(name, scanned, MANY, marks=pytest.mark.slow)
             for name in pipeline_models.MODELS
             for scanned in (True, False)
-            if scanned or name != "mixture"
         ),
     ],
     ids=str,

@@ -124,7 +124,7 @@ class Staged:
             items=cut.items,
             lies=[lays.lying(jax.ShapeDtypeStruct(one.shape, one.dtype), one.dims)[1] for one in cut.items],
             mesh=jax.sharding.get_abstract_mesh(),
-            widens=self.widens,
+            on_cpu=self.widens,
         )
         return Worker(
             cut=cut,

@@ -106,6 +106,7 @@ class Worker:
 
     def _tick(self, work: frozenset[str], state: Any, t: Array) -> tuple[Any, Any]:
         state, parts, given = dict(state), (), None
+        self.stages.begin()
         # Sent while the layers go forward; what goes forward is sent while they go back.
         returned: Stream = []
         if BACKWARD in work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from meshwright.runtime.checkpoint import Checkpoints
 from meshwright.sharding import Plan, UserError, declare
 from meshwright.sharding.hlo.loops import loops, run_counts
 from meshwright.sharding.hlo.text import parse_hlo
@@ -203,7 +205,23 @@ def test_half_precision_is_as_near_as_the_plain_function() -> None:
         assert ours <= 2 * own
 
 
-def test_a_step_and_an_evaluation_of_a_jitted_loss() -> None:
+def restored(folder: pathlib.Path, state: Any, plan: Plan) -> Any:
+    """Save a state and return what comes back, laid out as another plan says."""
+    mesh = plan.make_mesh(devices=jax.devices()[: plan.topology.num_devices])
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, state, metadata={})
+    wanted = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        state,
+        plan.shardings(state, mesh),
+    )
+    with Checkpoints(folder) as checkpoints:
+        found = checkpoints.restore(wanted)
+    assert found is not None
+    return found.state
+
+
+def test_a_step_an_evaluation_and_checkpoints_of_a_jitted_loss(tmp_path: pathlib.Path) -> None:
     loss = jax.jit(drawn)
     plan = declared(loss, {"stage": 2, "data": 2, "fsdp": 2})
     state = plan.init(lambda key: init(), jax.random.key(0), optax.sgd(0.1))
@@ -214,6 +232,14 @@ def test_a_step_and_an_evaluation_of_a_jitted_loss() -> None:
     assert max(apart(state["params"], after)) < 1e-6
     value = jax.jit(plan.apply(drawn))(state["params"], batch())
     assert apart(value, drawn(after, batch()))[0] < 1e-6
+    # To layers that no stage stores where it runs them, to no stages at all, and back.
+    ways: list[Any] = [({"stage": 2, "data": 2}, {"interleave": 2}), ({"fsdp": 2, "tensor": 4}, {})]
+    others = [declared(drawn, mesh, **how) for mesh, how in ways]
+    last = state
+    for number, other in enumerate((*others, plan)):
+        last = restored(tmp_path / str(number), last, other)
+        same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), last, state)
+        assert all(jax.tree.leaves(same))
 
 
 @pytest.mark.slow
