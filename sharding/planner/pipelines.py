@@ -47,7 +47,10 @@ def with_stages(problem: Problem, topology: Topology, declared: Declared, answer
     below = math.inf if best is None else _WORTH * best.estimate.step_seconds
     work = _Work.of(pricer, layers.count, batch_rows(problem.program))
     found = answer
-    for stages in sorted(_sizes(topology, declared, layers), key=work.at_least):
+    sizes = [one for one in _sizes(topology, declared, layers) if work.at_least(one) < below]
+    if not sizes or problem.accumulation(declared).why_not(2) is not None:
+        return answer
+    for stages in sorted(sizes, key=work.at_least):
         if work.at_least(stages) >= below:
             break
         other = _solved(problem, topology, declared, stages, work, below, found)
@@ -69,9 +72,7 @@ def why_not_run(problem: Problem, plan: Record) -> str | None:
 def _are_offered(problem: Problem, topology: Topology, declared: Declared, layers: Layers | None) -> bool:
     said = STAGE in declared.mesh or -1 in declared.mesh.values()
     said = said or declared.schedule is not None or declared.interleave is not None
-    if said or topology.chip.nominal or layers is None or experts_dims(problem.program):
-        return False
-    return problem.accumulation(declared).why_not(2) is None
+    return not (said or topology.chip.nominal or layers is None or experts_dims(problem.program))
 
 
 def _sizes(topology: Topology, declared: Declared, layers: Layers) -> Iterator[int]:
