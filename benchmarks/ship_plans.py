@@ -28,6 +28,7 @@ SHIPPED = {
     "llama3-70b": ("v5p:8x8x8", "v6e:16x16", "h100:32x8"),
     "llama3-405b": ("v5p:8x8x16", "2*v6e:16x16", "8*v5p:4x4x8"),
     "mixtral-8x7b": ("v5p:4x4x8",),
+    "deepseek-v3": ("h100:256x8",),
 }
 # What is declared of plans that no search would take.
 DECLARED = {("llama3-405b", "8*v5p:4x4x8"): ("mesh={stage: 8}",)}
