@@ -263,6 +263,11 @@ def _ruled_dims(
                 "lie over it, and XLA lays out what is computed of the groups"
             )
             continue
+        if all(place.part for place in dim.places):
+            # The minor part of a dimension, which its major one stands for: a sequence taken in chunks.
+            said = axes_in(rules.spec((label,), (cut_into(sizes, sizes),), sizes))
+            if dim.size % cut_into(said, sizes):
+                continue
         axes = _long(axes_in(rules.spec((label,), (dim.size,), sizes)), sizes)
         if label != "batch":
             axes = tuple(axis for axis in axes if axis not in of_batch)

@@ -247,3 +247,17 @@ def test_one_row_and_a_batch_without_rows_lie_whole(mesh: dict[str, int], rows: 
 def test_a_batch_of_no_rows_is_one_sentence() -> None:
     with pytest.raises(UserError, match="the batch has no rows"):
         declare_mlp(batch=shapes(x=(0, 8), y=(0, 8)))
+
+
+def test_a_sequence_that_the_loss_takes_in_chunks_lies_over_context() -> None:
+    def chunked(params: Any, batch: Any) -> Any:
+        x = batch["x"] @ params["w"]
+        # A loss in two chunks of each row.
+        chunks = x.reshape(x.shape[0], -1, 2, x.shape[-1])
+        return jax.lax.map(lambda one: (one**2).sum(), jnp.swapaxes(chunks, 0, 2)).mean()
+
+    params = {"w": jax.ShapeDtypeStruct((16, 16), "float32")}
+    batch = {"x": jax.ShapeDtypeStruct((8, 64, 16), "float32")}
+    plan = declare(chunked, params, batch, topology="cpu:8", mesh={"context": 8})
+    assert plan.batch["x"].spec[:2] == (None, "context")
+    assert [dim.axes for dim in plan.dims.values() if dim.size == 32] == [("context",)]
