@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 from ...errors import UserError
@@ -23,7 +25,8 @@ _CHECKPOINTS, _RUNS = primitives(Trait.CHECKPOINT), primitives(Trait.CALL)
 def inlined(traced: Traced, but: Callable[[core.JaxprEqn], bool] = lambda eqn: False) -> Traced:
     """Return a trace with what jitted functions do in their place, `but` for some calls.
 
-    So are checkpoints around layers: stages run their layers again as it is.
+    So are checkpoints around layers: stages run their layers again as it is. Layers that are walked from the
+    last on are turned round.
     """
 
     def is_gone_into(eqn: core.JaxprEqn) -> bool:
@@ -43,7 +46,10 @@ def inlined(traced: Traced, but: Callable[[core.JaxprEqn], bool] = lambda eqn: F
             ins = [value(atom) for atom in eqn.invars]
             body = call_body(eqn) if is_gone_into(eqn) else None
             with context_of(eqn):
-                outs = run(eqn, ins) if body is None else again(body, *ins)
+                if eqn.primitive.name == "scan" and eqn.params["reverse"] and is_layer_scan(eqn):
+                    outs = _run_forward(eqn, ins)
+                else:
+                    outs = run(eqn, ins) if body is None else again(body, *ins)
             values.update(zip(eqn.outvars, outs, strict=True))
         return [value(atom) for atom in jaxpr.outvars]
 
@@ -53,6 +59,15 @@ def inlined(traced: Traced, but: Callable[[core.JaxprEqn], bool] = lambda eqn: F
     ]
     jaxpr = jax.make_jaxpr(lambda *args: again(traced.jaxpr, *args))(*shapes)
     return dataclasses.replace(traced, jaxpr=jaxpr, written=traced.written or traced.jaxpr)
+
+
+def _run_forward(eqn: core.JaxprEqn, ins: Sequence[Any]) -> list[Any]:
+    """Run a scan that walks from the end as one from the beginning, over what is turned round."""
+    parts = scan_parts(eqn)
+    first = parts.num_consts + parts.num_carry
+    turned = [lax.rev(jnp.asarray(one), (0,)) for one in ins[first:]]
+    outs = run(eqn.replace(params={**eqn.params, "reverse": False}), [*ins[:first], *turned])
+    return [*outs[: parts.num_carry], *(lax.rev(one, (0,)) for one in outs[parts.num_carry :])]
 
 
 def _has_layers(jaxpr: core.Jaxpr) -> bool:

@@ -108,7 +108,7 @@ def apart_by_layer(params: Any) -> Any:
 
 
 def mixture(params: Any, batch: Any) -> Any:
-    """Layers that give sums over the batch, products of such sums, and values of each row."""
+    """Layers, from the last on, that give sums over the batch, products of these, and values of each row."""
 
     def block(carry: Any, layer: Any) -> Any:
         x, total, number = carry
@@ -119,7 +119,7 @@ def mixture(params: Any, batch: Any) -> Any:
         return (x, total, number + 1), (jnp.square(shares).mean((0, 1)), x[:, 0], busy)
 
     start = params["table"][batch["tokens"]], 0.0, 0
-    (x, total, number), (squares, first, busy) = jax.lax.scan(block, start, params["blocks"])
+    (x, total, number), (squares, first, busy) = jax.lax.scan(block, start, params["blocks"], reverse=True)
     losses = optax.softmax_cross_entropy_with_integer_labels(x @ params["table"].T, batch["targets"])
     loss = losses.mean() + 0.1 * total / number + squares[:, 0].sum() + jnp.square(first).mean()
     return loss, {"busy": busy, "first": first}
