@@ -256,7 +256,7 @@ def _first(
         return {
             "step": jnp.int32(0),
             "params": params,
-            "optimizer": optimizer.init(split(params, plan.trainable).trained),
+            "optimizer": insisting(optimizer.init(split(params, plan.trainable).trained), "optimizer array"),
             **beside,
             "stopped": jnp.bool_(False),
         }
@@ -340,6 +340,7 @@ def updated(
     changes, moments = change(optimizer, gradients, state["optimizer"], parts.trained, extra)
     trained = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), parts.trained, changes)
     after = {"step": state["step"] + 1, "params": parts.joined(trained), "optimizer": moments, **changed}
+    after["optimizer"] = insisting(after["optimizer"], "optimizer array")
     stopped = state["stopped"]
     if _guarded(guard, state["optimizer"]):
         stopped |= ~(jnp.all(jnp.isfinite(value)) & jnp.isfinite(length))

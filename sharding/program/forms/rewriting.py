@@ -20,6 +20,7 @@ from .losses import RegionFinder, placed, product_with_vocabulary
 from .opened import Made, Opening, Rebuilding
 from .position import by_position
 from .spans import NotThis
+from .unread import unread
 from .values import Sources
 
 
@@ -31,13 +32,16 @@ def with_attention(traced: Traced) -> Traced:
     values = Sources(opening)
     finder, calls = AttentionFinder(values), Calls(values)
     made: dict[int, Any] = {}
-    for one in (*finder.search(), *_for_cudnn(opening, finder)):
+    read = finder.search()
+    for one in (*read, *_for_cudnn(opening, finder)):
         try:
             program, inputs = calls.of(one)
         except NotThis as why:
             finder.missed.append((one.product, one.scores_aval, str(why)))
             continue
         made[id(one.product)] = _Bringing(opening, one.scope, program, inputs)
+    known = [atom for one in read for atom in (one.query, one.key)]
+    finder.missed += unread(values, known, [eqn for eqn, *_ in finder.missed])
     notes = tuple(_left("attention", "scores", finder.missed))
     if not made:
         return dataclasses.replace(traced, notes=(*traced.notes, *notes)) if notes else traced

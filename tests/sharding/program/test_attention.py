@@ -103,7 +103,7 @@ def test_what_is_left_is_told_with_its_line_and_its_scores(name) -> None:
 
 
 @pytest.mark.parametrize("name", ways.OTHER)
-def test_what_is_no_attention_is_left_without_a_word(name) -> None:
+def test_what_is_no_attention_of_the_forms_is_left(name) -> None:
     given = ways.arrays()
     one = traced(loss_of({name: ways.OTHER[name]}), floats(given), given)
     assert recognised(one, ("attention",)).jaxpr is one.jaxpr
@@ -187,3 +187,63 @@ def test_short_sequences_are_scored_at_once_and_long_ones_in_chunks(length, chun
     found = recognised(traced(lambda x: jnp.sum(ways.library()(x)), given), ("attention",))
     (call,) = (call for eqn in found.jaxpr.jaxpr.eqns if (call := attention_call(eqn)))
     assert call.chunk == chunk
+
+
+def weights_where(scores):
+    return jax.nn.softmax(scores, where=jnp.tril(jnp.ones(scores.shape[-2:], bool)))
+
+
+def weights_of_logs(scores):
+    return jnp.exp(jax.nn.log_softmax(scores))
+
+
+def weights_over_their_norm(scores):
+    weights = jnp.exp(scores)
+    return weights / jnp.linalg.norm(weights, axis=-1, keepdims=True)
+
+
+def weights_of_mixed_heads(scores):
+    return jnp.einsum("bhqk,hg->bgqk", jax.nn.softmax(scores), jnp.eye(scores.shape[1]))
+
+
+@pytest.mark.parametrize(
+    "weights", [weights_where, weights_of_logs, weights_over_their_norm, weights_of_mixed_heads]
+)
+def test_attention_that_no_form_reads_is_a_note_with_its_line(weights):
+    def loss(params, batch):
+        scores = jnp.einsum("bqhd,bkhd->bhqk", params["query"], batch)
+        return jnp.sin(jnp.einsum("bhqk,bkhd->bqhd", weights(scores), batch)).sum()
+
+    line = loss.__code__.co_firstlineno + 2
+    found = recognised(
+        traced(loss, {"query": jnp.ones((2, 8, 3, 4))}, jnp.ones((2, 8, 3, 4))), ("attention",)
+    )
+    (note,) = found.notes
+    assert f"test_attention.py:{line} (loss)): its weights are not read as a softmax over keys" in note
+
+
+def test_attention_worked_through_in_blocks_by_hand_is_a_note():
+    def loss(params, blocks):
+        def body(carry, block):
+            most, total, out = carry
+            scores = jnp.einsum("bqd,bkd->bqk", params, block)
+            new = jnp.maximum(most, scores.max(-1))
+            weights, less = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
+            out = out * less[..., None] + jnp.einsum("bqk,bkd->bqd", weights, block)
+            return (new, total * less + weights.sum(-1), out), None
+
+        first = jnp.full((2, 8), -1e30), jnp.zeros((2, 8)), jnp.zeros((2, 8, 4))
+        (_, total, out), _ = jax.lax.scan(body, first, blocks)
+        return jnp.sin(out / total[..., None]).sum()
+
+    found = recognised(traced(loss, jnp.ones((2, 8, 4)), jnp.ones((3, 2, 8, 4))), ("attention",))
+    (note,) = found.notes
+    assert "(body)): its weights are not read as a softmax over keys" in note
+
+
+def test_what_is_no_attention_is_no_note():
+    def loss(params, x):
+        routed = jax.nn.softmax(x @ params) * jnp.exp(-jnp.square(x @ params))
+        return -jax.nn.log_softmax(jnp.einsum("ned,ndf->nef", routed[:, None], routed[:, :, None])).mean()
+
+    assert recognised(traced(loss, jnp.ones((8, 4)), jnp.ones((16, 8))), ("attention",)).notes == ()

@@ -282,3 +282,19 @@ def test_a_parameter_may_be_named_as_a_part_of_the_state(name: str) -> None:
     for tree in (state["params"], state["optimizer"][0].mu):
         for leaf in jax.tree.leaves(tree):
             assert leaf.addressable_data(0).size == leaf.size // 8
+
+
+@pytest.mark.devices(8)
+def test_an_optimizer_whose_numbers_insist_on_no_type_is_compiled_once() -> None:
+    def update(gradients: Any, state: Any, params: Any = None) -> Any:
+        del params
+        return jax.tree.map(lambda g: -1e-2 * g, gradients), {"seen": state["seen"] + jnp.float32(1)}
+
+    step = sharded_step(
+        {"data": 8}, optax.GradientTransformation(lambda _: {"seen": jnp.asarray(0.0)}, update)
+    )
+    state = step.init(jax.random.key(7))
+    for batch in batches()[:2]:
+        state, _ = step.update(state, batch)
+    assert step.update._cache_size() == 1
+    assert state["optimizer"]["seen"] == 2

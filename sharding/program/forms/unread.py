@@ -1,0 +1,99 @@
+"""Attention that no form reads: scores of queries and keys whose exp goes into a product with values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from jax.extend import core
+
+from .values import SAME, Sources, shape
+
+# How many equations lie at most between scores and their exp, and from there to the product with values.
+_FAR = 24
+# What gives one number for each of those it is given.
+_EACH = ("mul", "div", "add", "sub", "select_n", "tanh", "max", "min", "transpose", "reshape", *SAME)
+# Scores have a batch, heads, queries and keys where heads are mixed.
+_RANK = 4
+
+_WHY = "its weights are not read as a softmax over keys"
+
+
+def unread(
+    values: Sources, read: Collection[Any], missed: Collection[core.JaxprEqn]
+) -> Iterator[tuple[core.JaxprEqn, Any, str]]:
+    """Yield the product with values, the shape of scores, and why it is left, of attention that was not read.
+
+    Args:
+      values: of the program.
+      read: queries and keys of what was.
+      missed: products with values of which it is known why.
+    """
+    for scope in values.opening.top.scopes():
+        users: dict[Any, list[core.JaxprEqn]] = {}
+        for eqn in scope.equations:
+            for atom in eqn.invars:
+                if not isinstance(atom, core.Literal):
+                    users.setdefault(atom, []).append(eqn)
+        said: list[core.JaxprEqn] = []
+        for eqn in scope.equations:
+            if eqn.primitive.name != "exp" or (scores := _scores(values, eqn.invars[0])) is None:
+                continue
+            product = _product(users, eqn.outvars[0])
+            if product is None or any(product is one for one in (*missed, *said)):
+                continue
+            if not any(atom is one for atom in scores.invars for one in read):
+                said.append(product)
+                yield product, scores.outvars[0].aval, _WHY
+
+
+def _scores(values: Sources, atom: Any) -> core.JaxprEqn | None:
+    """Return the product in batches that `atom` is worked out from number by number."""
+    near, seen = [(atom, _FAR)], set()
+    while near:
+        atom, depth = near.pop()
+        eqn = None if isinstance(atom, core.Literal) or depth == 0 else values.made(atom)
+        if eqn is None or id(eqn) in seen:
+            continue
+        seen.add(id(eqn))
+        if _is_batched(eqn):
+            return eqn
+        if _gives_each(eqn):
+            size = _size(eqn.outvars[0])
+            near += [(one, depth - 1) for one in eqn.invars if _size(one) == size]
+    return None
+
+
+def _product(users: dict[Any, list[core.JaxprEqn]], atom: Any) -> core.JaxprEqn | None:
+    """Return the product in batches that reads `atom`, or what is worked out from it number by number."""
+    near, seen = [(atom, _FAR)], set()
+    while near:
+        atom, depth = near.pop()
+        for eqn in users.get(atom, ()) if depth else ():
+            if _is_batched(eqn):
+                return eqn
+            if id(eqn) not in seen and _gives_each(eqn) and _size(eqn.outvars[0]) == _size(atom):
+                seen.add(id(eqn))
+                near.append((eqn.outvars[0], depth - 1))
+    return None
+
+
+def _gives_each(eqn: core.JaxprEqn) -> bool:
+    return eqn.primitive.name in _EACH or _mixes_heads(eqn)
+
+
+def _is_batched(eqn: core.JaxprEqn) -> bool:
+    return eqn.primitive.name == "dot_general" and bool(eqn.params["dimension_numbers"][1][0])
+
+
+def _mixes_heads(eqn: core.JaxprEqn) -> bool:
+    if eqn.primitive.name != "dot_general":
+        return False
+    return len(shape(eqn.outvars[0])) >= _RANK and any(
+        _size(one) == _size(eqn.outvars[0]) for one in eqn.invars
+    )
+
+
+def _size(atom: Any) -> int:
+    return math.prod(shape(atom))
