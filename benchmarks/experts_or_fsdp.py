@@ -18,7 +18,7 @@ from meshwright.runtime.train import plan_config
 from meshwright.sharding import Plan, UserError
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "deepseek-v3.yaml"
-CASES = ("tpu7x:8x8x8=4096", "gb200:72x4=4608", "h100:256x8=8192")
+CASES = ("tpu7x:8x8x8=4096", "gb200:64x4=4096", "h100:256x8=8192")
 SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 
 
