@@ -8,6 +8,8 @@ import runpy
 
 import pytest
 
+pytestmark = pytest.mark.numerics
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))

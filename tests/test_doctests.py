@@ -6,6 +6,8 @@ import pathlib
 
 import pytest
 
+pytestmark = pytest.mark.numerics
+
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(
     path.relative_to(ROOT)

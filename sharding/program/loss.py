@@ -108,7 +108,7 @@ def _wrong(result: Any) -> str | None:
             return f"gives a tuple of {len(result)}: return a scalar, or (scalar, aux) with all else in aux"
         value, aux = result
     if not isinstance(value, _NUMBERS) and not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        return f"gives what is {_in_words(value)}: return a scalar, or (scalar, aux)"
+        return f"gives {_in_words(value)}: return a scalar, or (scalar, aux)"
     if jnp.shape(value) != ():
         return f"gives an array of shape {jnp.shape(value)}: return its mean or sum"
     dtype = jnp.result_type(value)
@@ -127,7 +127,7 @@ def _in_words(leaf: Any) -> str:
     if callable(leaf):
         return f"a function ({getattr(leaf, '__name__', type(leaf).__name__)})"
     of = f" of {leaf.dtype}" if isinstance(leaf, np.ndarray) else ""
-    return f"of type {type(leaf).__name__}{of}"
+    return f"an object of type {type(leaf).__name__}{of}"
 
 
 def _named(loss: Callable[..., Any]) -> str:

@@ -20,6 +20,7 @@ def capturing(run: pathlib.Path) -> list[pathlib.Path]:
     return list((run / "profile").glob("capturing_*"))
 
 
+@pytest.mark.slow
 def test_a_process_that_died_in_its_window_goes_on_without_it_and_says_so(
     small_config: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

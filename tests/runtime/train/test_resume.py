@@ -183,6 +183,7 @@ def test_a_request_to_stop_a_launch_saves_at_one_step(
     )
 
 
+@pytest.mark.slow
 def test_one_of_two_killed_ends_the_launch_with_the_cause(
     small_config: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -64,6 +64,7 @@ def test_it_learns_what_it_always_did(reference):
     assert losses(reference)[: len(frozen)] == pytest.approx(frozen[: len(losses(reference))], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_layout_does_not_change_what_is_learnt(small_config, reference, tmp_path):
     run = tmp_path / "run"
     result = train(
@@ -78,6 +79,7 @@ def test_the_layout_does_not_change_what_is_learnt(small_config, reference, tmp_
     assert losses(run) == pytest.approx(losses(reference), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(small_config, reference, tmp_path):
     run = tmp_path / "run"
     result = meshwright("launch", *words(small_config, run, "microbatches=2"), "--processes", 2)

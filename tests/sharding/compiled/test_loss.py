@@ -69,6 +69,7 @@ def test_a_tpu_keeps_neither_them_nor_their_gradient_through_the_layers() -> Non
     assert statistics.median(found.timeline[fullest:]) < found.timeline[0] + TABLE
 
 
+@pytest.mark.slow
 def test_a_gpu_gathers_them_in_two_bytes_and_scatters_their_gradient() -> None:
     found = proof("h100:2x8", 16)
     of_tables = [one for one in found.collectives if one.bytes >= 0.9 * TABLE * 2 / 16]

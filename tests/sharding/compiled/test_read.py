@@ -43,6 +43,8 @@ GPUS = (
     "nested,product",
 )
 SLOW = ("v5p:2x2x2/fsdp=8/offloaded",)
+# Compilers whose programs differ from another chip's by numbers alone.
+ALIKE = ("v4:2x2x2", "v6e:4x4", "tpu7x:2x2x1")
 SHARD = ROWS * COLUMNS * 2  # bytes of bfloat16
 # What a compiler makes of a reduce-scatter that is not a ring over one torus axis.
 REDUCED = {"v4:2x2x2": "all_reduce"}
@@ -54,6 +56,10 @@ def _cases(specs):
         for topology, _, programs in (spec.split("/") for spec in specs)
         for program in programs.split(",")
     ]
+
+
+def _marked(cases):
+    return [pytest.param(one, marks=pytest.mark.slow if one.startswith(ALIKE) else ()) for one in cases]
 
 
 def _compiled(case: str) -> Compiled:
@@ -77,7 +83,7 @@ ALONE = [
 ]
 
 
-@pytest.mark.parametrize("case", ALONE)
+@pytest.mark.parametrize("case", _marked(ALONE))
 def test_a_collective_alone_is_read_as_written(case):
     topology, asked = case.split("/")
     proof, mesh = _proof(case), _compiled(case).mesh
@@ -103,7 +109,7 @@ def test_a_collective_alone_is_read_as_written(case):
         assert row.source.file.endswith("compiled_programs.py")
 
 
-@pytest.mark.parametrize("case", _cases(TPUS + GPUS))
+@pytest.mark.parametrize("case", _marked(_cases(TPUS + GPUS)))
 def test_the_items_of_time_add_up_and_a_proof_survives_its_record(case):
     proof = _proof(case)
     assert sum(proof.time.values()) == pytest.approx(proof.step_seconds)
@@ -141,7 +147,7 @@ def test_what_loops_hold_counts_as_often_as_they_turn(case):
     assert proof.flops == STEPS * LAYERS * 2 * BATCH * WIDTH * WIDTH
 
 
-@pytest.mark.parametrize("case", [case for case in _cases(TPUS) if case.endswith("/product")])
+@pytest.mark.parametrize("case", _marked(case for case in _cases(TPUS) if case.endswith("/product")))
 def test_cycles_over_the_clock_come_near_the_peak_and_never_above(case):
     proof = _proof(case)
     peak = Topology.parse(case.split("/")[0]).chip.peak_flops("bfloat16")
@@ -150,7 +156,7 @@ def test_cycles_over_the_clock_come_near_the_peak_and_never_above(case):
     assert 0.6 < proof.flops / peak / proof.time["compute"] <= 1.0
 
 
-@pytest.mark.parametrize("case", [case for case in _cases(TPUS) if "/scaled" in case])
+@pytest.mark.parametrize("case", _marked(case for case in _cases(TPUS) if "/scaled" in case))
 def test_elementwise_work_takes_as_long_as_its_bytes(case):
     topology, _, dtype = case.partition("/scaled")
     chip = Topology.parse(topology).chip

@@ -18,6 +18,7 @@ from meshwright.sharding.xla.options import trials_for
 from meshwright.sharding.xla.targets import missing
 
 CASES = {"v5p:2x2x1": "fsdp=4", "v5e:2x2": "fsdp=4", "v6e:2x2": "fsdp=4"}
+TOPOLOGIES = [pytest.param(one, marks=() if one == "v6e:2x2" else pytest.mark.slow) for one in CASES]
 
 
 def _compiled(topology: str) -> Compiled:
@@ -33,7 +34,7 @@ def _seconds(found: Compiled, bundles: dict[str, int], product_cycles: float = 1
     return found.proof(calibration=record, bundles=bundles).time["compute"]
 
 
-@pytest.mark.parametrize("topology", CASES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_a_product_takes_as_long_as_its_schedule(topology):
     found = _compiled(topology)
     chip = Topology.parse(topology).chip
@@ -50,7 +51,7 @@ def test_a_product_takes_as_long_as_its_schedule(topology):
     assert needed <= _seconds(found, short) <= scheduled
 
 
-@pytest.mark.parametrize("topology", CASES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_without_a_schedule_a_product_takes_what_schedules_do_on_its_chip(topology):
     found = _compiled(topology)
     needed = 2 * LARGE**3 / Topology.parse(topology).chip.peak_flops("bfloat16")

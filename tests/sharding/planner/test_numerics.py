@@ -46,6 +46,7 @@ def test_a_device_holds_little_more_than_its_share(name: str, most: float) -> No
 
 
 @pytest.mark.devices(8)
+@pytest.mark.slow
 def test_a_step_that_may_keep_its_old_state_holds_its_gradients_at_once_and_no_more() -> None:
     """Whether to keep it is known when all gradients are, which without the guard are used up one by one."""
     guarded, plain = measure("lstm", 8), measure("lstm", 8, guard=False)
@@ -161,6 +162,7 @@ def holds(names: list[str], pick: int) -> None:
             assert error <= 2e-5 * max(np.abs(gradient).max(), 1e-3), name
 
 
+@pytest.mark.numerics
 @pytest.mark.devices(8)
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(names=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=4), pick=st.integers(0, 10_000))

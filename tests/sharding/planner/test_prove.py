@@ -129,6 +129,7 @@ def test_of_several_the_fastest_as_compiled_is_kept() -> None:
     assert all(re.search(r", \d+\.\d% longer", lost) for lost in told)
 
 
+@pytest.mark.slow
 def test_options_are_tried_with_several_and_kept_where_they_help() -> None:
     made = layers_plan("h100:2x8")
     assert not any("options" in note for note in made.verify().notes)

@@ -11,6 +11,8 @@ import optax.contrib
 import pytest
 from meshwright.sharding import plan
 
+pytestmark = pytest.mark.numerics
+
 
 def init(key: jax.Array) -> dict[str, Any]:
     return {

@@ -16,6 +16,8 @@ import attention_ways as ways
 from meshwright.sharding.program.recognise import recognised
 from recognition import calls, traced
 
+pytestmark = pytest.mark.numerics
+
 LOOSE = {"half precision": 1e-2, "widened to float32": 1e-2}
 
 
@@ -124,6 +126,7 @@ def packed(params, batch):
     return jnp.mean(x**2)
 
 
+@pytest.mark.numerics(False)
 @pytest.mark.devices(8)
 def test_planned_attention_on_several_devices_is_the_plain_one_and_holds_no_scores() -> None:
     draw = np.random.default_rng(0)

@@ -118,7 +118,7 @@ def of(result: Callable[[Any], Any]) -> Callable[..., Any]:
         (lambda _: None, "gives None; does it lack a return"),
         (lambda h: h.mean(1), r"gives an array of shape \(16,\): return its mean or sum"),
         (lambda h: "no", "gives the text 'no'"),
-        (lambda h: (h.mean(), {}, {}), "gives 3 values"),
+        (lambda h: (h.mean(), {}, {}), "gives a tuple of 3"),
         (lambda h: [h.mean(), {}], "gives of type list|gives .*list"),
         (lambda h: {"loss": h.mean()}, "gives .*dict"),
         (lambda h: (h.mean(), {"how": "fast"}), "aux value 'how' is the text 'fast'"),

@@ -11,6 +11,8 @@ from meshwright.sharding.program.forms import losses
 from meshwright.sharding.program.jaxpr import Traced
 from meshwright.sharding.program.recognise import recognised
 
+pytestmark = pytest.mark.numerics
+
 ROWS, LENGTH, WIDTH, VOCABULARY = 8, 24, 16, 96
 
 
@@ -200,6 +202,7 @@ def test_small_logits_and_layers_are_left_without_a_word(monkeypatch) -> None:
     assert recognised(one, ("losses",)) is one
 
 
+@pytest.mark.numerics(False)
 @pytest.mark.devices(8)
 def test_planned_loss_on_several_devices_is_the_plain_one_and_takes_less_memory(monkeypatch) -> None:
     monkeypatch.setattr(losses, "ROW_CHUNK", 1 << 13)

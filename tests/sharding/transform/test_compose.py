@@ -16,6 +16,8 @@ from meshwright.sharding.transform import compose
 from meshwright.sharding.transform.compose import PlannedLoss
 from meshwright.sharding.verify.export import abstract_mesh
 
+pytestmark = pytest.mark.numerics
+
 ROWS, WIDTH, LAYERS = 16, 8, 2
 NAMES = {"up": ("layers", "embed", "mlp"), "down": ("layers", "mlp", "embed")}
 OPTIMIZER = optax.sgd(0.1)

@@ -161,7 +161,7 @@ def sends(text: str) -> float:
 @pytest.mark.parametrize(
     ("mesh", "loss", "how"),
     [
-        ({"stage": 4, "data": 2}, tied, {}),
+        pytest.param({"stage": 4, "data": 2}, tied, {}, marks=pytest.mark.slow),
         ({"stage": 2, "fsdp": 2, "tensor": 2}, tied, {"remat": "full"}),
         ({"stage": 2}, mixture, {}),
     ],
