@@ -153,6 +153,7 @@ def cudnn_calls(text: HloModule, name: str) -> tuple[list[Any], list[Any]]:
     return forward, backward
 
 
+@pytest.mark.slow
 def test_plain_attention_where_it_is_asked_for(own_cache: pathlib.Path) -> None:
     made = planned("v5e:2x2", attention="xla")
     assert not made.kernels
