@@ -75,6 +75,9 @@ class Plan(Record):
         """
         return arrays.mesh_of(self, devices)
 
+    def _over(self, mesh: Any) -> Any:
+        return self.make_mesh() if mesh is None else mesh
+
     def specs(self, tree: Any, kind: str = "params") -> Any:
         """Return a tree like `tree` of PartitionSpecs.
 
@@ -112,7 +115,7 @@ class Plan(Record):
     def apply(self, loss: Callable[..., Any], mesh: Mesh | AbstractMesh | None = None) -> Callable[..., Any]:
         """Return `loss` with the plan's transforms around it: the same signature and the same values."""
         check_runs(self)
-        return apply(self, loss, self.make_mesh() if mesh is None else mesh)
+        return apply(self, loss, self._over(mesh))
 
     def train_step(
         self,
@@ -128,7 +131,7 @@ class Plan(Record):
         paths. Once loss or gradients are not finite the state stays what it was, with ``state["stopped"]``
         set; `guard` False is without that, None is with it unless the optimizer deals with it itself.
         """
-        planned = PlannedLoss(self, loss, mesh := mesh or self.make_mesh())
+        planned = PlannedLoss(self, loss, mesh := self._over(mesh))
         return step.jitted_update(self, planned, optimizer, mesh=mesh, guard=guard)
 
     def init(
@@ -153,15 +156,10 @@ class Plan(Record):
         """
         if (optimizer := self.optimizer if optimizer is None else optimizer) is None:
             raise UserError("this plan knows no optimizer; write plan.init(init, key, optimizer)")
-        return step.first_state(self, init, key, optimizer, mesh=self.make_mesh() if mesh is None else mesh)
+        return step.first_state(self, init, key, optimizer, mesh=self._over(mesh))
 
     def check_accumulation(
-        self,
-        loss: Callable[..., Any],
-        params: Any,
-        batch: Any,
-        *state: Any,
-        mesh: Mesh | None = None,
+        self, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh | None = None
     ) -> AccumulationCheck:
         """Try on real arrays whether two parts of a batch give the loss and the gradients of the whole.
 
@@ -179,7 +177,7 @@ class Plan(Record):
         Raises:
           UserError: the two differ by more than rounding, or the loss does not come in parts at all.
         """
-        return check_accumulation(self, loss, params, batch, *state, mesh=mesh or self.make_mesh())
+        return check_accumulation(self, loss, params, batch, *state, mesh=self._over(mesh))
 
     def deviation(
         self, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh | None = None
@@ -190,7 +188,7 @@ class Plan(Record):
         devices, if not those of `make_mesh()`. Raises UserError if an axis does not divide an array.
         """
         small = arrays.resized(self, params, batch, *state)
-        return deviation(small, loss, params, batch, *state, mesh=mesh or self.make_mesh())
+        return deviation(small, loss, params, batch, *state, mesh=self._over(mesh))
 
     def verify(
         self,
