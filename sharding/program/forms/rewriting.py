@@ -41,7 +41,8 @@ def with_attention(traced: Traced) -> Traced:
             continue
         made[id(one.product)] = _Bringing(opening, one.scope, program, inputs)
     known = [atom for one in read for atom in (one.query, one.key)]
-    finder.missed += unread(values, known, [eqn for eqn, *_ in finder.missed])
+    products = [one.product for one in read] + [eqn for eqn, *_ in finder.missed]
+    finder.missed += unread(values, known, products)
     notes = tuple(_left("attention", "scores", finder.missed))
     if not made:
         return dataclasses.replace(traced, notes=(*traced.notes, *notes)) if notes else traced

@@ -8,6 +8,7 @@ from typing import Any
 
 from jax.extend import core
 
+from .attention import live
 from .values import SAME, Sources, shape
 
 # How many equations lie at most between scores and their exp, and from there to the product with values.
@@ -21,27 +22,28 @@ _WHY = "its weights are not read as a softmax over keys"
 
 
 def unread(
-    values: Sources, read: Collection[Any], missed: Collection[core.JaxprEqn]
+    values: Sources, read: Collection[Any], products: Collection[core.JaxprEqn]
 ) -> Iterator[tuple[core.JaxprEqn, Any, str]]:
     """Yield the product with values, the shape of scores, and why it is left, of attention that was not read.
 
     Args:
       values: of the program.
       read: queries and keys of what was.
-      missed: products with values of which it is known why.
+      products: those with values of what was read, or of which it is known why they were not.
     """
     for scope in values.opening.top.scopes():
         users: dict[Any, list[core.JaxprEqn]] = {}
-        for eqn in scope.equations:
+        equations = live(scope)
+        for eqn in equations:
             for atom in eqn.invars:
                 if not isinstance(atom, core.Literal):
                     users.setdefault(atom, []).append(eqn)
         said: list[core.JaxprEqn] = []
-        for eqn in scope.equations:
+        for eqn in equations:
             if eqn.primitive.name != "exp" or (scores := _scores(values, eqn.invars[0])) is None:
                 continue
             product = _product(users, eqn.outvars[0])
-            if product is None or any(product is one for one in (*missed, *said)):
+            if product is None or any(product is one for one in (*products, *said)):
                 continue
             if not any(atom is one for atom in scores.invars for one in read):
                 said.append(product)

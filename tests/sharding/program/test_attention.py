@@ -67,6 +67,8 @@ SAMPLE = [
     "batch and heads taken apart",
     "absorbed latents",
     "NNX's dropout",
+    "Linen's module",
+    "two products",
 ]
 PADDED = [name for name in ways.WAYS if "padd" in name or "pairs" in name] + ["two masks, added"]
 # By itself: a gradient of bfloat16 is off by one rounding of its own size, those of float32 by a millionth.
