@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import pipeline_models
 
-pytestmark = [pytest.mark.numerics(False), pytest.mark.devices(8)]
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
 
 FEW = {"mesh": {"stage": 2, "data": 2}, "microbatches": 4}
 MANY = {"mesh": {"stage": 2, "fsdp": 2, "tensor": 2}, "microbatches": 4, "interleave": 2}
