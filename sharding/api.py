@@ -131,8 +131,9 @@ class Plan(Record):
         paths. Once loss or gradients are not finite the state stays what it was, with ``state["stopped"]``
         set; `guard` False is without that, None is with it unless the optimizer deals with it itself.
         """
-        planned = PlannedLoss(self, loss, mesh := self._over(mesh))
-        return step.jitted_update(self, planned, optimizer, mesh=mesh, guard=guard)
+        over = self._over(mesh)
+        planned = PlannedLoss(self, loss, over)
+        return step.jitted_update(self, planned, optimizer, mesh=over, guard=guard)
 
     def init(
         self,

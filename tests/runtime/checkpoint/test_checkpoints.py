@@ -427,6 +427,7 @@ def _child(directory: pathlib.Path, count: int, *largest_file_bytes: int) -> sub
     return processes.start(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.slow
 def test_killed_during_a_save_at_random_moments_the_checkpoint_before_restores(tmp_path) -> None:
     rng, committed = random.Random(3), 0
     for _ in range(4):

@@ -87,6 +87,7 @@ def test_each_device_runs_the_kernel_on_its_rows_and_heads(topology: str, own_ca
     assert f"[{BATCH // 2},{HEADS // 2},{SEQUENCE},{HEAD_DIM}]" in forward[0].shape
 
 
+@pytest.mark.slow
 def test_what_is_kept_by_name_is_not_computed_again(own_cache: pathlib.Path) -> None:
     forwards = {}
     for remat in ("full", {"output:in": "device"}):
