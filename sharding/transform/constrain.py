@@ -1,11 +1,10 @@
 """Where arrays lie: constraints wherever XLA would have to guess, look-ups in tables that are cut by rows.
 
-Parameters are stored one way and used another (`gather`, `lookup`); what they wait for is here too.
+Parameters are stored one way and used another (`storage`, `lookup`); what they wait for is here too.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,27 +15,19 @@ from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..ops.experts import ExpertsCall, experts_call
-from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, only, spec_of, without
+from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, spec_of
 from ..program.aside import aside
-from ..program.jaxpr import Body, Go, Pass, closed, run, scan_parts
+from ..program.jaxpr import Body, Go, Pass, scan_parts
 from ..program.lookups import MANY_ROWS, looks_up_rows
 from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope
 from ..program.stacks import is_stack
 from .attention import AttentionKernel
 from .experts import BY_TILES, Multiplier, on_mesh
-from .gather import (
-    NOTHING,
-    ByHand,
-    Scattering,
-    StoredParameter,
-    elementwise,
-    gathered,
-    learning,
-    sums_of,
-)
+from .gather import NOTHING, ByHand, Scattering, StoredParameter, elementwise, learning
 from .lookup import lookup_by_columns
 from .meshes import by_device, constraint
+from .storage import Storage, cast_of_uses
 
 _ANCHORS = primitives(Trait.ANCHOR)
 _CHECKPOINTS = primitives(Trait.CHECKPOINT)
@@ -76,14 +67,14 @@ class Constrain(Pass):
         multiplier: Multiplier = BY_TILES,
     ) -> None:
         self._by_hand, self._multiplier = by_hand, multiplier
+        self._storage = Storage(mesh, self._spec, scattering, by_hand, reduces_cast)
+        self._used = self._storage.used
         self._program = program
         self._unsaid = frozenset(unsaid)
         self._mesh = mesh
         self._axes = axes
         self._stored = [(tuple(spec), tuple(goal)) for spec, goal in zip(stored, reduced, strict=True)]
-        self._scattering = scattering
         self._kernel = kernel
-        self._reduces_cast = reduces_cast
         self._of_parameters = frozenset(dim for a in program.parameters for c in a.dims for dim in c)
         self._aside = aside(program)
         self._in_loop = False
@@ -132,7 +123,7 @@ class Constrain(Pass):
             if outputs is not None:
                 return outputs
         if is_stack(equation.eqn) and all(isinstance(value, StoredParameter) for value in inputs):
-            return [self._stack(equation, inputs)]
+            return [self._storage.stacked(equation.eqn, inputs)]
         if (mixture := experts_call(equation.eqn)) is not None:
             return [self._experts(mixture, equation, inputs)]
         if equation.scopes and name == "scan":
@@ -210,12 +201,12 @@ class Constrain(Pass):
         for index, dims in enumerate(equation.ins[:first_xs]):
             value = inputs[index]
             constant = isinstance(value, StoredParameter) and index < parts.num_consts
-            cast = _cast(scope.jaxpr, index) if constant else None
+            cast = cast_of_uses(scope.jaxpr, index) if constant else None
             if cast is None:
                 inputs[index] = self._gather(value, dims)
             else:
                 # It travels, and is read, in the smaller type; its gradient is summed as the loop sums it.
-                inputs[index], summed[index] = self._cast_once(value, dims, cast)
+                inputs[index], summed[index] = self._storage.cast_once(value, dims, cast)
 
         def around(body: Body) -> Body:
             return lambda args: self._turn(scope, args, summed, range(parts.num_consts, first_xs), body)
@@ -242,58 +233,8 @@ class Constrain(Pass):
         finally:
             self._in_loop = outside
 
-    def _stack(self, equation: Equation, inputs: list[Any]) -> Any:
-        """Return parameters stacked, stored as most of them are; so are their gradients before they part."""
-        stored = Counter((value.spec, value.reduced) for value in inputs)
-        (spec, reduced), _ = stored.most_common(1)[0]
-        by_hand = self._by_hand
-        if any(only(value.spec, by_hand.axes) != only(spec, by_hand.axes) for value in inputs):
-            values = [self._whole(value) for value in inputs]
-            spec, reduced = without(spec, by_hand.axes), without(reduced, by_hand.axes)
-        else:
-            values = [value.value for value in inputs]
-        spec, reduced = (None, *spec), (None, *reduced)
-        whole = run(equation.eqn, values)[0]
-        if any(axes_in(by_hand.rest(one)) for one in (spec, reduced)):
-            used, goal = (NamedSharding(self._mesh, by_hand.rest(one)) for one in (spec, reduced))
-            whole = gathered(whole, used, [goal])
-        return StoredParameter(whole, spec, reduced)
-
-    def _cast_once(self, value: StoredParameter, dims: Dims, dtype: Any) -> tuple[Any, Any]:
-        """Return a parameter cast and then gathered, and the array that its gradient is summed in."""
-        used, reduced = self._used(value, dims), self._by_hand.rest(value.reduced)
-        shardings = self._scattering.shardings(used, reduced)
-        # The barrier keeps a compiler from casting what has travelled.
-        cast = jax.lax.optimization_barrier(jax.lax.stop_gradient(value.value).astype(dtype))
-        cast = self._by_hand.gather(cast, value.spec)
-        cast = constraint(self._mesh)(cast, NamedSharding(self._mesh, used))
-        travels = dtype if self._reduces_cast else None
-        return cast, sums_of(value.value, shardings, travels, self._by_hand, value.spec)
-
     def _gather(self, value: Any, dims: Dims) -> Any:
-        if not isinstance(value, StoredParameter):
-            return value
-        used, reduced = self._used(value, dims), self._by_hand.rest(value.reduced)
-        if not any((used, axes_in(value.spec), reduced)):
-            return value.value
-        sharding = NamedSharding(self._mesh, used)
-        if not jnp.issubdtype(value.value.dtype, jnp.inexact):
-            return constraint(self._mesh)(self._by_hand.gather(value.value, value.spec), sharding)
-        shardings = self._scattering.shardings(used, reduced)
-        return gathered(value.value, sharding, shardings, self._by_hand, value.spec)
-
-    def _used(self, value: StoredParameter, dims: Dims) -> PartitionSpec:
-        """Return how a stored parameter lies where it is computed with."""
-        held = by_dimension(only(value.spec, self._by_hand.axes), value.value.ndim)
-        rows = zip(value.value.shape, held, strict=True)
-        return self._spec(dims, tuple(size * cut_into(axes, self._mesh.shape) for size, axes in rows))
-
-    def _whole(self, value: StoredParameter) -> Any:
-        """Return a parameter that is whole over what is done by hand, stored otherwise."""
-        used, goal = (
-            NamedSharding(self._mesh, self._by_hand.rest(one)) for one in (value.spec, value.reduced)
-        )
-        return gathered(value.value, used, [goal], self._by_hand, value.spec)
+        return self._storage.gather(value, dims) if isinstance(value, StoredParameter) else value
 
     def _constrain(self, value: Any, dims: Dims) -> Any:
         if not getattr(value, "ndim", 0):
@@ -324,24 +265,6 @@ class Constrain(Pass):
 def _unless_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """Say that what an operation gives may be kept, unless it is a parameter on its way to its use."""
     return primitive.name != "sharding_constraint"
-
-
-def _cast(jaxpr: core.Jaxpr, index: int) -> Any:
-    """Return the smaller type that all uses of an argument cast it to, or None."""
-    variable = jaxpr.invars[index]
-    found = set()
-    for eqn in jaxpr.eqns:
-        for place in (n for n, atom in enumerate(eqn.invars) if atom is variable):
-            name = eqn.primitive.name
-            if name == "convert_element_type":
-                found.add(eqn.params["new_dtype"])
-            elif name == "jit" or name in _CHECKPOINTS:
-                found.add(_cast(closed(eqn.params["jaxpr"]).jaxpr, place))
-            else:
-                found.add(None)
-    cast = found.pop() if len(found) == 1 and variable not in jaxpr.outvars else None
-    own: Any = variable.aval
-    return cast if cast is not None and cast.itemsize < own.dtype.itemsize else None
 
 
 def before_gradients(value: Any) -> Any:
