@@ -73,7 +73,12 @@ def account(
         name_of: The name under which an operation is counted.
     """
     ledger = Ledger()
-    inside = [e for e in events if e.start_ns < window.end_ns and e.end_ns > window.start_ns]
+    inside = [
+        e
+        for e in events
+        # One of no length that begins with the window is in it.
+        if e.start_ns < window.end_ns and (e.end_ns > window.start_ns or e.start_ns == window.start_ns)
+    ]
     holding = _holding(inside)
     spans = []
     for place, event in enumerate(inside):

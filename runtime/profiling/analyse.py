@@ -10,6 +10,7 @@ from ...sharding.errors import UserError
 from .account import Ledger, account
 from .events import OpEvent, Trace
 from .executions import FoundSteps, StepWindow, busiest_module, busy_ns, events_by_device, find_steps
+from .held import Programs
 from .operations import OpReader
 from .profile import CollectiveTime, HostStep, Profile, ProgramTime, StepTime
 from .program import SavedProgram
@@ -19,6 +20,10 @@ _CPU_NOTE = (
     "simulated devices share this machine's cores: much of a collective's time is waiting for other devices"
 )
 _NO_PROGRAM_NOTE = "no program was saved beside the trace, so mesh axes and source lines are unknown"
+_HELD_NOTE = (
+    "the program is the trace's own, which says of collectives how many devices take part and not along "
+    "which mesh axes"
+)
 _COMMAND_BUFFERS_NOTE = (
     "operations in command buffers bear the name of the whole buffer: they are told by their kernels"
 )
@@ -44,13 +49,16 @@ def analyse(traces: Mapping[int, Trace], program: SavedProgram | None, files: Se
         )
     module = _step_module(events, program)
     notes = [_CPU_NOTE] if events[0].device.startswith("cpu") else []
-    notes += [] if program is not None else [_NO_PROGRAM_NOTE]
+    programs = Programs(program, [trace.programs for trace in traces.values()])
+    if program is None:
+        own = next((event for event in events if event.module == module and not event.copy), events[0])
+        notes += [_NO_PROGRAM_NOTE if programs.of(own) is None else _HELD_NOTE]
     notes += [_COMMAND_BUFFERS_NOTE] if any(e.op.startswith("command_buffer") for e in events) else []
     steps = {
         process: find_steps(trace, module, sure=program is not None) for process, trace in traces.items()
     }
     has_steps = any(windows for found in steps.values() for windows in found.windows.values())
-    reader = OpReader(program, module if has_steps else "")
+    reader = OpReader(programs, module if has_steps else "")
     times: list[StepTime] = []
     ledgers: list[Ledger] = []
     for process, trace in traces.items():

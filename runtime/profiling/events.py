@@ -59,6 +59,7 @@ class Trace:
         launched_ns: Host time at which an execution was launched, by `OpEvent.run`, where the trace says.
         launched: Executions of each program that the host launched, device by device, where the trace says.
         devices: Every device that the trace has a plane for, with operations or without.
+        programs: Serialised modules that the trace holds, by name and number, ``jit_step(17)``.
         notes: Sentences on what the trace lacks.
     """
 
@@ -69,4 +70,5 @@ class Trace:
     launched_ns: Mapping[int, float] = field(default_factory=dict)
     launched: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     devices: tuple[str, ...] = ()
+    programs: Mapping[str, bytes] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from ...sharding.errors import UserError
-from ...sharding.hlo.text import COLLECTIVES, Instruction
+from ...sharding.hlo.frames import user_line
+from ...sharding.hlo.text import COLLECTIVES, Collective, Instruction
 from .account import CollectiveKey, Ledger
 from .events import OpEvent
+from .held import Programs
 from .profile import Operation
-from .program import SavedProgram
 
 _CONTAINERS = ("while", "conditional", "call", "async-start")
 # The mesh axes of a collective that no saved program tells of.
@@ -35,17 +36,14 @@ _NO_SYMBOL = re.compile(r"\W")
 
 
 class OpReader:
-    """Reads operations of one step's program, `module`, and tells those of other programs apart from them."""
+    """Reads operations by their programs; those of others than the step's, `module`, bear its name."""
 
-    def __init__(self, program: SavedProgram | None, module: str) -> None:
-        self._program = program
+    def __init__(self, programs: Programs, module: str) -> None:
+        self._programs = programs
         self._module = module
-        self._known: dict[str, CollectiveKey | None] = {}
+        self._known: dict[tuple[str, str, str, str], CollectiveKey | None] = {}
         self._events: dict[str, OpEvent] = {}
-        self._symbols: dict[str, Instruction] = {}
-        if program is not None:
-            # A kernel bears its fusion's name, as far as a symbol can.
-            self._symbols = {_NO_SYMBOL.sub("_", name): i for name, i in program.program.instructions.items()}
+        self._symbols: dict[int, dict[str, Instruction]] = {}
 
     def name(self, event: OpEvent) -> str:
         """Return the name under which an operation is counted: with its program's, if that is another one."""
@@ -55,22 +53,27 @@ class OpReader:
         return name
 
     def instruction(self, event: OpEvent) -> Instruction | None:
-        """Return the saved program's instruction that an operation carries out."""
-        if self._program is None or event.module not in (self._module, ""):
+        """Return the instruction of its program that an operation carries out."""
+        saved = self._programs.of(event)
+        if saved is None:
             return None
-        found = self._program.program.instructions.get(event.op)
-        return found if found is not None else self._symbols.get(event.kernel.removesuffix(".kd"))
+        instructions = saved.program.instructions
+        if (found := instructions.get(event.op)) is not None:
+            return found
+        if id(saved) not in self._symbols:
+            # A kernel bears its fusion's name, as far as a symbol can.
+            self._symbols[id(saved)] = {_NO_SYMBOL.sub("_", name): i for name, i in instructions.items()}
+        return self._symbols[id(saved)].get(event.kernel.removesuffix(".kd"))
 
     def collective_of(self, event: OpEvent) -> CollectiveKey | None:
         """Return kind and mesh axes of a communication; None for anything else."""
         if event.copy:
             return None
         # Another program's instruction may bear the same name and be something else.
-        if event.module not in (self._module, ""):
-            return _key_by_name(event, "other program" if self._program is not None else _UNKNOWN)
-        if event.op not in self._known:
-            self._known[event.op] = self._read_key(event)
-        return self._known[event.op]
+        key = (event.module, event.program, event.op, event.kernel)
+        if key not in self._known:
+            self._known[key] = self._read_key(event)
+        return self._known[key]
 
     def is_copy(self, event: OpEvent) -> bool:
         """Tell whether an operation only moves bytes between memories, or waits until they are moved."""
@@ -78,7 +81,7 @@ class OpReader:
 
     def is_container(self, event: OpEvent) -> bool:
         """Tell loops, calls and conditionals."""
-        instruction = self.instruction(event) if event.module == self._module else None
+        instruction = self.instruction(event)
         return (instruction.opcode if instruction is not None else event.op).startswith(_CONTAINERS)
 
     def operations(self, ledgers: Sequence[Ledger], wall_seconds: float) -> tuple[Operation, ...]:
@@ -101,7 +104,10 @@ class OpReader:
     def _operation(self, name: str, spent: float, count: int, ledgers: int, wall_seconds: float) -> Operation:
         event = self._events[name]
         instruction, key = self.instruction(event), self.collective_of(event)
-        source = instruction.source if instruction is not None else None
+        saved = self._programs.of(event)
+        source = (
+            user_line(saved.program, instruction) if saved is not None and instruction is not None else None
+        )
         kind = "copy" if self.is_copy(event) else "compute"
         return Operation(
             name=name,
@@ -115,25 +121,42 @@ class OpReader:
         )
 
     def _read_key(self, event: OpEvent) -> CollectiveKey | None:
-        instruction = self.instruction(event)
-        if instruction is None or self._program is None:
-            return _key_by_name(event)
+        instruction, saved = self.instruction(event), self._programs.of(event)
+        if instruction is None or saved is None:
+            others = self._programs.saved is not None and event.module not in (self._module, "")
+            return _key_by_name(event, "other program" if others else _UNKNOWN)
         if instruction.collective is None:
-            return None
+            # A library's own communication, behind a call that XLA knows nothing of.
+            return _key_by_kernel(event, _UNKNOWN)
+        if not saved.mesh:
+            return instruction.collective.kind, _group_label(instruction.collective)
         try:
-            return instruction.collective.kind, self._program.axes(instruction).label
+            return instruction.collective.kind, saved.axes(instruction).label
         except ValueError as error:
             raise UserError(f"the saved mesh does not fit the saved program: {error}") from error
+
+
+def _group_label(collective: Collective) -> str:
+    """Return how many devices communicate with each other, where no mesh says along which axes."""
+    sizes = sorted({len(group) for group in collective.groups})
+    if collective.kind == "collective_permute" or not sizes:
+        return "pairs"
+    return f"groups of {' or '.join(map(str, sizes))}"
 
 
 def _key_by_name(event: OpEvent, axes: str = _UNKNOWN) -> CollectiveKey | None:
     # XLA's own names begin with the opcode; the longest one first, for `all-to-all` ends another.
     kinds = sorted(COLLECTIVES, key=len, reverse=True)
     kind = next((COLLECTIVES[opcode] for opcode in kinds if event.op.startswith(opcode)), None)
-    if kind is None and (match := _NCCL.search(event.kernel)) is not None:
-        named = (kind for name, kind in _NCCL_KINDS.items() if match[1].startswith(name))
-        kind = next(named, "collective")
-    return (kind, axes) if kind is not None else None
+    return (kind, axes) if kind is not None else _key_by_kernel(event, axes)
+
+
+def _key_by_kernel(event: OpEvent, axes: str) -> CollectiveKey | None:
+    match = _NCCL.search(event.kernel)
+    if match is None:
+        return None
+    named = (kind for name, kind in _NCCL_KINDS.items() if match[1].startswith(name))
+    return next(named, "collective"), axes
 
 
 def _add(total: dict[str, float] | dict[str, int], more: Mapping[str, float] | Mapping[str, int]) -> None:

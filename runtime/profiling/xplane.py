@@ -19,14 +19,17 @@ import re
 import warnings
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ...sharding.errors import UserError
 from .events import HostSpan, OpEvent, Trace
 from .gpu import Kernel, place, read_kernels
+from .held import held_modules
 from .host import read_host
+from .wire import fields
 
 #: How the files of traces end.
 SUFFIXES = (".xplane.pb", ".xplane.pb.gz")
@@ -45,17 +48,22 @@ def read_xplane(path: Path) -> Trace:
     with warnings.catch_warnings():
         # jaxlib's stat types name no module, which Python 3.12 deprecates.
         warnings.simplefilter("ignore", DeprecationWarning)
-        planes, complaints = _planes(path)
-        return trace_of_planes(planes, complaints)
+        planes, content = _planes(path)
+        return trace_of_planes(planes, _complaints(content), held_modules(content))
 
 
-def trace_of_planes(planes: Iterable[Any], complaints: Iterable[str] = ()) -> Trace:
+def trace_of_planes(
+    planes: Iterable[Any],
+    complaints: Iterable[str] = (),
+    programs: Mapping[str, bytes] = MappingProxyType({}),
+) -> Trace:
     """Read planes as `jax.profiler.ProfileData` gives them: ``.name``, ``.lines`` → ``.name``, ``.events`` →
     ``.name``, ``.start_ns``, ``.duration_ns``, ``.stats`` (pairs).
 
     Args:
         planes: The planes of one process.
         complaints: What the profiler itself said of the trace, such as that it dropped events.
+        programs: Serialised modules that the trace holds, by name and number.
     """
     planes = list(planes)
     events: list[OpEvent] = []
@@ -88,11 +96,12 @@ def trace_of_planes(planes: Iterable[Any], complaints: Iterable[str] = ()) -> Tr
         launched_ns=placed.launched_ns,
         launched=placed.launched,
         devices=tuple(devices) or tuple(dict.fromkeys(event.device for event in events)),
+        programs=programs,
         notes=tuple(f"the profiler said: {words}" for words in complaints),
     )
 
 
-def _planes(path: Path) -> tuple[list[Any], list[str]]:
+def _planes(path: Path) -> tuple[list[Any], bytes]:
     from jax.profiler import ProfileData
 
     content = path.read_bytes()
@@ -110,34 +119,16 @@ def _planes(path: Path) -> tuple[list[Any], list[str]]:
         raise UserError(f"the trace {path} is damaged: {error}; capture the profile again") from error
     if not planes:
         raise UserError(f"the trace {path} is empty ({len(content)} bytes); capture the profile again")
-    return planes, _complaints(content)
+    return planes, content
 
 
 def _complaints(content: bytes) -> list[str]:
-    """Return the errors and warnings of a serialised XSpace, whose top level is all that is walked."""
-    found = []
-    place = 0
-    while place < len(content):
-        tag, place = _varint(content, place)
-        if tag & 7 != 2:
-            return found  # the message has only fields with a length
-        length, place = _varint(content, place)
-        if tag >> 3 in _COMPLAINTS:
-            found.append(content[place : place + length].decode(errors="replace"))
-        place += length
-    return found
-
-
-def _varint(content: bytes, place: int) -> tuple[int, int]:
-    value = shift = 0
-    while place < len(content):
-        byte = content[place]
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        place += 1
-        if byte < 0x80:
-            break
-    return value, place
+    """Return the errors and warnings of a serialised XSpace."""
+    return [
+        value.decode(errors="replace")
+        for number, value in fields(content)
+        if number in _COMPLAINTS and isinstance(value, bytes)
+    ]
 
 
 def _steps_line(plane: Any) -> tuple[HostSpan, ...]:

@@ -165,12 +165,13 @@ def test_what_the_plan_was_to_cost_stands_beside_what_it_did(tmp_path):
 
 
 @pytest.mark.devices(8)
-def test_without_the_program_kinds_are_known_and_axes_are_said_to_be_unknown(tmp_path):
+def test_without_a_saved_program_the_traces_own_says_lines_and_how_many_devices_take_part(tmp_path):
     train(tmp_path, start_step=1, num_steps=1, save=False)
     profile = read_profile(tmp_path)
     kinds = {(c.kind, c.axes) for c in profile.mean().collectives}
-    assert ("all_gather", "unknown") in kinds
-    assert any("no program was saved" in note for note in profile.notes)
+    assert ("all_gather", "groups of 2") in kinds
+    assert any("the trace's own" in note for note in profile.notes)
+    assert any((o.source or "").startswith(__file__) for o in profile.operations)
 
 
 @pytest.mark.devices(8)
