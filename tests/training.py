@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import yaml
+from forks import forked
 from meshwright.sharding import processes
 
 CONFIG: dict[str, Any] = {
@@ -51,7 +52,7 @@ def write_config(home: pathlib.Path) -> pathlib.Path:
 
 def command(*words: object) -> list[str]:
     """The command line that runs `meshwright` with `words`."""
-    return [sys.executable, "-m", "meshwright.runtime.cli", *map(str, words)]
+    return forked([sys.executable, "-m", "meshwright.runtime.cli", *words])
 
 
 def meshwright(*words: object) -> subprocess.CompletedProcess[str]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from forks import forked
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from meshwright.runtime.checkpoint import CheckpointError, Checkpoints, list_checkpoints
 from meshwright.sharding import processes
@@ -422,7 +423,7 @@ _CHILD = """
 def _child(directory: pathlib.Path, count: int, *largest_file_bytes: int) -> subprocess.Popen[str]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     arguments = map(str, (directory, count, *largest_file_bytes))
-    command = [sys.executable, "-c", textwrap.dedent(_CHILD), *arguments]
+    command = forked([sys.executable, "-c", textwrap.dedent(_CHILD), *arguments])
     pipe = subprocess.PIPE
     return processes.start(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 

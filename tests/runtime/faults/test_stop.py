@@ -9,13 +9,14 @@ import sys
 import time
 
 import pytest
+from forks import forked
 from meshwright.runtime.faults import StopSignal
 from meshwright.sharding import processes
 
 
 def start(source: str) -> subprocess.Popen[str]:
     environment, pipe = os.environ | {"JAX_PLATFORMS": "cpu"}, subprocess.PIPE
-    command = [sys.executable, "-u", "-c", source]
+    command = forked([sys.executable, "-u", "-c", source])
     return processes.start(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from forks import forked
 from meshwright.runtime.config import HostsConfig
 from meshwright.runtime.hosts import initialize, simulate
 from meshwright.runtime.hosts.address import reserved_port
@@ -39,7 +40,7 @@ def start(words: str, **environment: str) -> subprocess.Popen[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(CLUSTERS)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     words_of_child = clean | {"JAX_PLATFORMS": "cpu"} | environment
-    return processes.start([sys.executable, "-c", SCRIPT, words], env=words_of_child, **pipes)
+    return processes.start(forked([sys.executable, "-c", SCRIPT, words]), env=words_of_child, **pipes)
 
 
 def finish(*processes: subprocess.Popen[str]) -> list[tuple[int, str, str]]:
