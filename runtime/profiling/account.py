@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .events import HostSpan, OpEvent
-from .executions import StepWindow
+from .steps import StepWindow
 
 #: What a collective is, as (kind, mesh axes), such as ("all_gather", "fsdp").
 CollectiveKey = tuple[str, str]

@@ -8,13 +8,15 @@ from itertools import groupby
 
 from ...sharding.errors import UserError
 from .account import Ledger, account
+from .annotations import with_one_kind_of_steps
 from .events import OpEvent, Trace
-from .executions import FoundSteps, StepWindow, busiest_module, busy_ns, events_by_device, find_steps
+from .executions import busiest_module, events_by_device, find_steps
 from .held import Programs
 from .operations import OpReader
 from .profile import CollectiveTime, HostStep, Profile, ProgramTime, StepTime
 from .program import SavedProgram
 from .repetition import with_executions
+from .steps import FoundSteps, StepWindow, busy_ns
 
 _CPU_NOTE = (
     "simulated devices share this machine's cores: much of a collective's time is waiting for other devices"
@@ -40,7 +42,7 @@ def analyse(traces: Mapping[int, Trace], program: SavedProgram | None, files: Se
     Raises:
         UserError: The traces hold no operation, or none of the saved program.
     """
-    traces = {process: with_executions(trace) for process, trace in traces.items()}
+    traces = {process: _understood(trace, program) for process, trace in traces.items()}
     events = [event for trace in traces.values() for event in trace.events]
     if not events:
         raise UserError(
@@ -98,6 +100,13 @@ def analyse(traces: Mapping[int, Trace], program: SavedProgram | None, files: Se
         programs=_programs(traces),
         placed=_placed(traces, steps),
     )
+
+
+def _understood(trace: Trace, program: SavedProgram | None) -> Trace:
+    """Return a trace with its executions known, and its steps those of one kind."""
+    trace = with_executions(trace)
+    module = program.program.name if program is not None else busiest_module(trace.events)
+    return with_one_kind_of_steps(trace, module)
 
 
 def _step_module(events: Sequence[OpEvent], program: SavedProgram | None) -> str:

@@ -40,11 +40,12 @@ class OpEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostSpan:
-    """A span of the host's time: a step with its number, or a wait for data."""
+    """A span of the host's time: a step with its number and what it is a step of, or a wait for data."""
 
     start_ns: float
     end_ns: float
     step: int | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,47 +11,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from .events import HostSpan, OpEvent, Trace
-from .repetition import numbered, period
+from .groups import in_groups
+from .repetition import numbered
+from .steps import DeviceExecution, FoundSteps, StepWindow, executions_of, grouped, uneven, with_gaps
 
 # Of the devices' time, what one program takes for its executions to be the steps.
 _ALONE = 0.9
-# How far apart the busy times of groups may lie that are one step done again and again.
-_ALIKE = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepWindow:
-    """One step on one device.
-
-    A numbered step goes from the end of the step before to the end of its own last operation. One that nobody
-    numbered goes from its own first to its own last operation, and `gap_ns` is what passed before it.
-    """
-
-    step: int
-    start_ns: float
-    end_ns: float
-    gap_ns: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundSteps:
-    """The steps of one process's trace, by device; `notes` say how they were told, or why there are none."""
-
-    windows: Mapping[str, tuple[StepWindow, ...]]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Execution:
-    module: str
-    run: int
-    start_ns: float
-    end_ns: float
-    busy_ns: float
-    operations: int
 
 
 def busiest_module(events: Sequence[OpEvent]) -> str:
@@ -74,19 +41,20 @@ def find_steps(trace: Trace, module: str, *, sure: bool = False) -> FoundSteps:
     if trace.steps:
         found = {device: _numbered(events, module, trace) for device, events in own.items()}
         if any(found.values()):
-            return FoundSteps(windows=found, notes=_uneven(found))
+            return FoundSteps(windows=found, notes=uneven(found))
     if any(trace.device_steps.values()):
         windows = {device: _of_device(trace.device_steps.get(device, ())) for device in own}
         return FoundSteps(windows=windows, notes=("the steps are those of the trace's own lines of steps",))
-    executions = {device: _executions(events) for device, events in own.items()}
+    executions = {device: executions_of(events) for device, events in own.items()}
     said = _cannot_number(trace, module, executions)
     if sure or _is_alone(trace.events, module):
         ours = {device: [e for e in each if e.module == module] for device, each in executions.items()}
         if any(ours.values()):
-            groups = {device: [[execution] for execution in each] for device, each in ours.items()}
+            whole = {device: _whole(each) for device, each in ours.items()}
+            groups = {device: [[execution] for execution in each] for device, each in whole.items()}
             how = f"nobody numbered the steps: each execution of {module} is one"
-            return FoundSteps(windows=_grouped(groups), notes=(*said, how, *_uneven(ours)))
-    return _in_groups(executions, said)
+            return FoundSteps(windows=grouped(groups), notes=(*said, how, *_cut(ours, whole), *uneven(whole)))
+    return in_groups(executions, said)
 
 
 def events_by_device(trace: Trace) -> dict[str, list[OpEvent]]:
@@ -101,7 +69,8 @@ def step_windows(events: Sequence[OpEvent], module: str, steps: Sequence[HostSpa
     """Divide one device's time into the host's numbered steps, by the order of executions.
 
     The windows adjoin, so that whatever happens between two steps (an evaluation, a wait) belongs to the
-    later one. The first begins where the host began the step, for the device waited from then on.
+    later one. The first begins where the host began the step, for the device waited from then on, or where
+    the device had done what came before.
 
     Args:
         events: One device's operations, in order of start.
@@ -112,17 +81,18 @@ def step_windows(events: Sequence[OpEvent], module: str, steps: Sequence[HostSpa
         ValueError: The executions found cannot be shared out among `steps`.
     """
     told = numbered(events, len(steps))
-    spans = [(e.start_ns, e.end_ns) for e in _executions(told) if e.module == module]
+    spans = [(e.start_ns, e.end_ns) for e in executions_of(told) if e.module == module]
     each, left = divmod(len(spans), len(steps))
     if left or not each:
         raise ValueError(f"{len(spans)} executions of {module!r} do not divide among {len(steps)} steps")
     ends = [spans[last][1] for last in range(each - 1, len(spans), each)]
-    return _adjoining(dict(enumerate(ends)), steps, spans[0][0])
+    return _adjoining(dict(enumerate(ends)), steps, spans[0][0], _before(events, spans[0][0]))
 
 
 def _numbered(events: Sequence[OpEvent], module: str, trace: Trace) -> tuple[StepWindow, ...]:
     """Return the host's steps on one device: by when each execution was launched, else by their order."""
-    launched = [e for e in _executions(events) if e.run in trace.launched_ns]
+    executions = executions_of(events)
+    launched = [e for e in executions if e.run in trace.launched_ns]
     if not launched:
         try:
             return step_windows(events, module, trace.steps)
@@ -130,23 +100,34 @@ def _numbered(events: Sequence[OpEvent], module: str, trace: Trace) -> tuple[Ste
             return ()
     starts = [span.start_ns for span in trace.steps]
     ends: dict[int, float] = {}
+    own: set[tuple[str, int]] = set()
     for execution in launched:
         at_ns = trace.launched_ns[execution.run]
         place = bisect_right(starts, at_ns) - 1
         # A step's program may be launched by another thread, a little after the loop went on.
         if place >= 0 and (at_ns <= trace.steps[place].end_ns or execution.module == module):
             ends[place] = max(ends.get(place, 0.0), execution.end_ns)
-    return _adjoining(ends, trace.steps, min(e.start_ns for e in launched))
+            own.add((execution.module, execution.run))
+    if not own:
+        return ()
+    first_ns = min(e.start_ns for e in launched if (e.module, e.run) in own)
+    return _adjoining(ends, trace.steps, first_ns, _before(events, first_ns))
+
+
+def _before(events: Sequence[OpEvent], first_ns: float) -> float:
+    """Return until when the device was at work that was launched before its first step."""
+    ends = (e.end_ns for e in events if e.start_ns < first_ns and e.role == "run" and not e.copy)
+    return min(max(ends, default=float("-inf")), first_ns)
 
 
 def _adjoining(
-    ends: Mapping[int, float], steps: Sequence[HostSpan], first_ns: float
+    ends: Mapping[int, float], steps: Sequence[HostSpan], first_ns: float, before_ns: float
 ) -> tuple[StepWindow, ...]:
     windows = []
     begin = None
     for place in sorted(ends):
         span = steps[place]
-        begin = min(span.start_ns, first_ns) if begin is None else begin
+        begin = min(max(span.start_ns, before_ns), first_ns) if begin is None else begin
         number = span.step if span.step is not None else place
         end = max(begin, ends[place])
         windows.append(StepWindow(step=number, start_ns=begin, end_ns=end))
@@ -155,102 +136,31 @@ def _adjoining(
 
 
 def _of_device(spans: Sequence[HostSpan]) -> tuple[StepWindow, ...]:
-    return _with_gaps(
+    return with_gaps(
         [(s.start_ns, s.end_ns, s.step if s.step is not None else k) for k, s in enumerate(spans)]
     )
 
 
-def _with_gaps(spans: Sequence[tuple[float, float, int]]) -> tuple[StepWindow, ...]:
-    windows = []
-    before = None
-    for start, end, number in spans:
-        gap = max(start - before, 0.0) if before is not None else 0.0
-        windows.append(StepWindow(step=number, start_ns=start, end_ns=end, gap_ns=gap))
-        before = end
-    return tuple(windows)
+def _whole(executions: Sequence[DeviceExecution]) -> list[DeviceExecution]:
+    """Return executions without a first or last one that the trace cuts: all others have more operations."""
+    counts = [execution.operations for execution in executions]
+    inner = set(counts[1:-1])
+    if len(inner) != 1:
+        return list(executions)
+    (usual,) = inner
+    return list(executions[counts[0] < usual : len(counts) - (counts[-1] < usual)])
 
 
-def _executions(events: Sequence[OpEvent]) -> list[_Execution]:
-    """Return the executions of all programs on one device, in order of start."""
-    runs: dict[tuple[str, int], list[OpEvent]] = defaultdict(list)
-    for event in events:
-        if event.run is not None and event.role != "flight":
-            runs[event.module, event.run].append(event)
-    found = [
-        _Execution(
-            module=module,
-            run=run,
-            start_ns=min(e.start_ns for e in own),
-            end_ns=max(e.end_ns for e in own),
-            busy_ns=busy_ns(own),
-            operations=len(own),
-        )
-        for (module, run), own in runs.items()
-    ]
-    return sorted(found, key=lambda execution: execution.start_ns)
-
-
-def busy_ns(events: Sequence[OpEvent]) -> float:
-    """Return the time in which any of `events` ran."""
-    total, end_ns = 0.0, float("-inf")
-    for event in sorted(events, key=lambda event: event.start_ns):
-        if event.end_ns > end_ns:
-            total += event.end_ns - max(event.start_ns, end_ns)
-            end_ns = event.end_ns
-    return total
-
-
-def _in_groups(executions: Mapping[str, Sequence[_Execution]], said: Sequence[str]) -> FoundSteps:
-    """Return groups of executions that follow each other in one order as steps, if they take alike long."""
-    groups: dict[str, list[list[_Execution]]] = {}
-    for device, own in executions.items():
-        length = period([(execution.module, execution.operations) for execution in own])
-        if not own or 2 * length > len(own):
-            why = f"the executions of {_programs(own)} repeat in no order" if own else "no execution is known"
-            return FoundSteps(windows={}, notes=(*said, f"no steps: {why}"))
-        groups[device] = [list(own[k : k + length]) for k in range(0, len(own) - length + 1, length)]
-        busy = [sum(execution.busy_ns for execution in group) for group in groups[device]]
-        if max(busy) > _ALIKE * min(busy):
-            why = (
-                f"{length} executions follow each other {len(busy)} times in one order, but take "
-                f"{min(busy) / 1e6:.3f} to {max(busy) / 1e6:.3f} ms"
-            )
-            return FoundSteps(windows={}, notes=(*said, f"no steps: {why}"))
-    if not groups:
-        return FoundSteps(windows={}, notes=(*said, "no steps: no execution is known"))
-    lengths = sorted({len(own[0]) for own in groups.values()})
-    how = f"nobody numbered the steps: {' or '.join(map(str, lengths))} executions in their order are one"
-    return FoundSteps(windows=_grouped(groups), notes=(*said, how, *_uneven(groups)))
-
-
-def _programs(executions: Sequence[_Execution]) -> str:
-    number = len({execution.module for execution in executions})
-    return f"{number} programs" if number > 1 else executions[0].module or "a program"
-
-
-def _grouped(groups: Mapping[str, Sequence[Sequence[_Execution]]]) -> dict[str, tuple[StepWindow, ...]]:
-    return {
-        device: _with_gaps(
-            [
-                (group[0].start_ns, max(execution.end_ns for execution in group), number)
-                for number, group in enumerate(own)
-            ]
-        )
-        for device, own in groups.items()
-    }
-
-
-def _uneven(counted: Mapping[str, Sequence[object]]) -> tuple[str, ...]:
-    numbers = {device: len(own) for device, own in counted.items()}
-    if len(set(numbers.values())) == 1:
-        return ()
-    most = max(numbers.values())
-    fewer = ", ".join(f"{device} {number}" for device, number in numbers.items() if number < most)
-    return (f"not every device has all {most} steps: {fewer}",)
+def _cut(
+    found: Mapping[str, Sequence[DeviceExecution]], whole: Mapping[str, Sequence[DeviceExecution]]
+) -> tuple[str, ...]:
+    less = {device: len(each) - len(whole[device]) for device, each in found.items()}
+    said = ", ".join(f"{device} {number}" for device, number in less.items() if number)
+    return (f"executions that the trace cuts are no steps: {said}",) if said else ()
 
 
 def _cannot_number(
-    trace: Trace, module: str, executions: Mapping[str, Sequence[_Execution]]
+    trace: Trace, module: str, executions: Mapping[str, Sequence[DeviceExecution]]
 ) -> tuple[str, ...]:
     if not trace.steps:
         return ()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .events import OpEvent
-from .host import HostExecution, HostRecord
+from .host import HostExecution, HostRecord, KernelLaunch
 
 # Transfers by CUPTI's and by older ROCm's names, and the kernels that newer ROCm makes them with.
 _TRANSFER = re.compile(r"^(Memcpy|Memset|Copy(Host|Device|Array)\w*To|Fill)")
@@ -24,6 +24,8 @@ _ROCM_TRANSFER = re.compile(r"^__amd_rocclr_(copy|fill)")
 # Transfers between a program's host and device memory, beside which it goes on.
 _OFFLOAD = re.compile(r"^Memcpy(H2D|D2H|HtoD|DtoH|P2P|PtoP)")
 _COMMAND_BUFFER = "command_buffer"
+# Calls that move or set bytes and launch no kernel of a program.
+_MOVES = re.compile(r"(?i)mem(cpy|set)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,22 +45,33 @@ class Placed:
     launched: dict[str, tuple[int, ...]]
 
 
-def read_kernels(plane: Any, device: str) -> list[Kernel]:
-    """Return what the streams of a plane ran; lines that a viewer derived from them are left out."""
-    kernels = []
+def read_kernels(plane: Any, device: str) -> tuple[list[Kernel], int]:
+    """Return what the streams of a plane ran, and of how many kernels the times cannot be.
+
+    Lines that a viewer derived from streams are left out, and so are kernels that ended before they began, or
+    took longer than all of their stream while others of it ran.
+    """
+    kernels: list[Kernel] = []
+    broken = 0
     for line in plane.lines:
         if not line.name.startswith("Stream"):
             continue
-        for event in line.events:
+        events = list(line.events)
+        starts = sorted(event.start_ns for event in events)
+        for event in events:
             stats = dict(event.stats)
             correlation = stats.get("correlation_id")
+            later = len(starts) - bisect_right(starts, event.start_ns)
+            if event.duration_ns < 0 or (later > 1 and event.duration_ns > 2 * (starts[-1] - starts[0])):
+                broken += 1
+                continue
             kernels.append(
                 Kernel(
                     event=_event(event, stats, device, line.name),
                     correlation=int(correlation) if correlation is not None else None,
                 )
             )
-    return kernels
+    return kernels, broken
 
 
 def _event(event: Any, stats: Mapping[str, Any], device: str, line: str) -> OpEvent:
@@ -138,19 +151,26 @@ def _by_launch(kernels: Sequence[Kernel], ordinal: int, host: HostRecord) -> lis
     threads: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for number, kernel in enumerate(kernels):
         launch = host.launches.get(kernel.correlation) if kernel.correlation is not None else None
-        if launch is not None and kernel.event.module:
+        if launch is not None and (kernel.event.module or not _moves(kernel, launch)):
             threads[launch.line].append((number, launch.at_ns))
-    runs: list[int | None] = [None] * len(kernels)
+    found: list[int | None] = [None] * len(kernels)
     for launched in threads.values():
         # A launch's thread and the thread of its execution bear different names: pair them by what they hold.
-        found = {
+        by_line = {
             line: [execution_at(line, at, kernels[number].event.module) for number, at in launched]
             for line in lines
         }
-        best = max(found.values(), key=lambda runs_: sum(run is not None for run in runs_), default=[])
+        best = max(by_line.values(), key=lambda runs: sum(run is not None for run in runs), default=[])
         for (number, _), run in zip(launched, best, strict=False):
-            runs[number] = run
-    return _between(kernels, runs, host.executions)
+            found[number] = run
+    # The number of a kernel that names no program may be another call's: what lies around it is surer.
+    named = [run if kernel.event.module else None for kernel, run in zip(kernels, found, strict=True)]
+    runs = _between(kernels, named, host.executions)
+    return [call if run is None else run for run, call in zip(runs, found, strict=True)]
+
+
+def _moves(kernel: Kernel, launch: KernelLaunch) -> bool:
+    return kernel.event.copy or _MOVES.search(launch.name) is not None
 
 
 def _between(

@@ -41,9 +41,10 @@ class HostExecution:
 
 @dataclass(kw_only=True)
 class HostRecord:
-    """All that was read of the host."""
+    """All that was read of the host; `nameless` are operations that say no device, as older CPUs' do."""
 
     events: list[OpEvent] = field(default_factory=list)
+    nameless: list[OpEvent] = field(default_factory=list)
     steps: list[HostSpan] = field(default_factory=list)
     waits: list[HostSpan] = field(default_factory=list)
     closed: list[float] = field(default_factory=list)
@@ -90,9 +91,9 @@ def _read(
         record.launches[int(stats["correlation_id"])] = KernelLaunch(
             name=event.name, line=line, at_ns=start_ns
         )
-    elif "hlo_op" in stats and "device_ordinal" in stats:
+    elif "hlo_op" in stats:
         op = OpEvent(
-            device=f"cpu:{stats['device_ordinal']}",
+            device=f"cpu:{stats.get('device_ordinal', 0)}",
             line=line,
             op=str(stats["hlo_op"]),
             module=str(stats.get("hlo_module", "")),
@@ -101,9 +102,13 @@ def _read(
             start_ns=start_ns,
             end_ns=end_ns,
         )
-        found.append((op, stats.get("_p")))
+        if "device_ordinal" in stats:
+            found.append((op, stats.get("_p")))
+        else:
+            record.nameless.append(op)
     elif "step_num" in stats:
-        record.steps.append(HostSpan(start_ns=start_ns, end_ns=end_ns, step=int(stats["step_num"])))
+        step = _number(stats["step_num"])
+        record.steps.append(HostSpan(start_ns=start_ns, end_ns=end_ns, step=step, name=event.name))
     elif event.name == DATA_WAIT:
         record.waits.append(HostSpan(start_ns=start_ns, end_ns=end_ns))
     elif event.name == WINDOW:
@@ -123,6 +128,13 @@ def _read(
         modules.append(
             HostExecution(module=match[1], line=line, ordinal=None, start_ns=start_ns, end_ns=end_ns)
         )
+
+
+def _number(value: Any) -> int | None:
+    try:
+        return int(value)
+    except ValueError:
+        return None
 
 
 def _finish(found: list[tuple[OpEvent, int | None]], finished: dict[int, float]) -> Iterable[OpEvent]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from ...sharding import Plan
 from ...sharding.errors import UserError
 from .analyse import analyse
+from .events import OpEvent, Trace
+from .executions import busiest_module
 from .pipeline import pipeline_time
 from .profile import Profile
 from .program import load_program
@@ -20,6 +23,17 @@ PROFILE_FOLDER = "profile"
 
 #: The plan that the run goes by, beside it.
 PLAN = "plan.json"
+
+# Files of other profilers, and of JAX's for other viewers, by how their names end.
+_OTHERS = {
+    ".trace.json.gz": "a trace for Perfetto or Chrome, as PyTorch's profiler writes too",
+    ".trace.json": "a trace for Perfetto or Chrome, as PyTorch's profiler writes too",
+    ".perfetto-trace": "a trace for Perfetto",
+    ".nsys-rep": "a report of Nsight Systems",
+    ".qdrep": "a report of Nsight Systems",
+    ".ncu-rep": "a report of Nsight Compute",
+    ".rpd": "a database of ROCm's profiler",
+}
 
 _HOW = "train with profile.start_step=10 profile.num_steps=3 to capture one"
 
@@ -35,12 +49,18 @@ def profile_run(run: str | Path) -> Profile:
     run = Path(run)
     if run.is_file():
         if not run.name.endswith(SUFFIXES):
-            raise UserError(f"{run} is no trace: their names end in {' or '.join(SUFFIXES)}")
+            raise UserError(f"{run} is {_kind(run)}: what is read is {' or '.join(SUFFIXES)}")
         return analyse({0: read_xplane(run)}, None, [str(run)])
     if not run.is_dir():
         raise UserError(f"there is no run folder at {run}")
     if not (run / PROFILE_FOLDER).is_dir():
         if not _sessions(run):
+            other = next((file for suffix in _OTHERS for file in sorted(run.rglob(f"*{suffix}"))), None)
+            if other is not None:
+                raise UserError(
+                    f"{run} holds no profile of JAX's: {other.name} is {_kind(other)}, and what is read is "
+                    f"{' or '.join(SUFFIXES)}"
+                )
             raise UserError(f"the run {run} has captured no profile: {_HOW}")
         return read_profile(run)
     profile = read_profile(run / PROFILE_FOLDER)
@@ -59,6 +79,7 @@ def read_profile(directory: str | Path) -> Profile:
         raise UserError(f"no profile was captured in {directory}: {_HOW}")
     newest = max(sessions.values(), key=lambda files: max(file.stat().st_mtime_ns for file in files))
     traces = {_process(file, place): read_xplane(file) for place, file in enumerate(newest)}
+    _check_one_program(dict(zip((file.name for file in newest), traces.values(), strict=False)))
     return analyse(traces, load_program(directory), [str(file) for file in newest])
 
 
@@ -69,6 +90,29 @@ def _sessions(directory: Path) -> dict[Path, list[Path]]:
         for trace in sorted(directory.rglob(f"*{suffix}")):
             sessions.setdefault(trace.parent, []).append(trace)
     return sessions
+
+
+def _kind(file: Path) -> str:
+    """Say what a file is that is no trace of JAX's."""
+    return next((kind for suffix, kind in _OTHERS.items() if file.name.endswith(suffix)), "no trace")
+
+
+def _check_one_program(traces: Mapping[str, Trace]) -> None:
+    """Refuse traces of one folder that are not of the processes of one program."""
+    ran = {name: trace.events for name, trace in traces.items() if trace.events}
+    busiest = {name: busiest_module(events) for name, events in ran.items()}
+    modules = {name: {event.module for event in events} for name, events in ran.items()}
+    for first, second in combinations(ran, 2):
+        apart = busiest[first] not in modules[second] and busiest[second] not in modules[first]
+        if apart or _platform(ran[first]) != _platform(ran[second]):
+            raise UserError(
+                f"the {len(ran)} traces of one folder are of processes that ran no program together, such as "
+                f"{first} and {second}: name one of the files"
+            )
+
+
+def _platform(events: Sequence[OpEvent]) -> str:
+    return events[0].device.partition(":")[0]
 
 
 def _with_estimate(profile: Profile, path: Path) -> Profile:

@@ -44,7 +44,9 @@ def numbered(
         return events
     runs: dict[int, int] = {}
     first = 0
-    for module in dict.fromkeys(event.module for event in events if event.module and not event.copy):
+    modules = dict.fromkeys(event.module for event in events if not event.copy)
+    # What names no program is one only where nothing names any.
+    for module in modules if len(modules) == 1 else (module for module in modules if module):
         places = [k for k, event in enumerate(events) if event.module == module and not event.copy]
         begins = blocks([events[k] for k in places], steps, (most or {}).get(module))
         for k in places:
@@ -109,12 +111,13 @@ def _by_period(events: Sequence[OpEvent], most: int | None) -> list[float]:
     if 2 * length > len(main):
         return []
     # A trace that begins amid an execution shows where executions begin by the gaps between them.
-    phase = 0 if len(main) % length == 0 else max(range(length), key=lambda at: _gap(main, at, length))
+    spans = [(event.start_ns, event.end_ns) for event in main]
+    phase = 0 if len(main) % length == 0 else max(range(length), key=lambda at: gap_before(spans, at, length))
     begins = [main[place].start_ns for place in range(phase, len(main), length)]
     return [min(begins[0], events[0].start_ns), *begins[1:]] if phase == 0 else begins
 
 
-def _gap(events: Sequence[OpEvent], phase: int, length: int) -> float:
-    """Return the mean time before the operations at `phase` and every `length` after it."""
-    places = [place for place in range(phase, len(events), length) if place]
-    return fmean(events[place].start_ns - events[place - 1].end_ns for place in places) if places else 0.0
+def gap_before(spans: Sequence[tuple[float, float]], phase: int, length: int) -> float:
+    """Return the mean time before the (start, end) at `phase` and every `length` after it."""
+    places = [place for place in range(phase, len(spans), length) if place]
+    return fmean(spans[place][0] - spans[place - 1][1] for place in places) if places else 0.0

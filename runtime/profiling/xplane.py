@@ -68,6 +68,7 @@ def trace_of_planes(
     planes = list(planes)
     events: list[OpEvent] = []
     kernels: dict[str, list[Kernel]] = {}
+    broken: dict[str, int] = {}
     device_steps: dict[str, tuple[HostSpan, ...]] = {}
     devices: list[str] = []
     for plane in planes:
@@ -79,12 +80,13 @@ def trace_of_planes(
         if match[1] == "TPU":
             events += _tpu_events(plane, device)
         else:
-            kernels[device] = read_kernels(plane, device)
+            kernels[device], broken[device] = read_kernels(plane, device)
         if found := _steps_line(plane):
             device_steps[device] = found
-    host = read_host(plane for plane in planes if plane.name.startswith("/host:CPU"))
+    # A viewer puts the planes of calls (``/host:CUPTI``, ``/host:ROCTRACER``) into the CPU's.
+    host = read_host(plane for plane in planes if plane.name.startswith("/host:"))
     placed = place(kernels, host)
-    events += host.events + placed.events
+    events += host.events + placed.events + ([] if devices else host.nameless)
     # The trace runs on a little while its writer begins: what the devices start then is not the window's.
     end_ns = max(host.closed, default=float("inf"))
     events = sorted((event for event in events if event.start_ns < end_ns), key=lambda event: event.start_ns)
@@ -97,7 +99,14 @@ def trace_of_planes(
         launched=placed.launched,
         devices=tuple(devices) or tuple(dict.fromkeys(event.device for event in events)),
         programs=programs,
-        notes=tuple(f"the profiler said: {words}" for words in complaints),
+        notes=(
+            *(f"the profiler said: {words}" for words in complaints),
+            *(
+                f"{number} kernels on {device} have times that cannot be, and are left out"
+                for device, number in broken.items()
+                if number
+            ),
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 from meshwright.runtime.profiling.account import account
 from meshwright.runtime.profiling.events import HostSpan, OpEvent
-from meshwright.runtime.profiling.executions import StepWindow
+from meshwright.runtime.profiling.steps import StepWindow
 
 
 def op(name, start, end, line="core", role="run"):

@@ -253,3 +253,100 @@ def test_transfers_alone_are_refused():
     gpu.kernel(0, "Stream #1", "", 0, 10, kernel="MemcpyH2D")
     with pytest.raises(UserError, match="holds transfers alone"):
         profile(gpu)
+
+
+def in_turn(gpu, times, first=0):
+    """Launch jit_grad and jit_update in turn; return when the next one may begin."""
+    for k in range(first, first + times):
+        gpu.execution(20 * k, [("Stream #1", "dot", 200 * k, 200 * k + 90)], module="jit_grad")
+        ops = [("Stream #1", "add", 200 * k + 100, 200 * k + 150)]
+        gpu.execution(20 * k + 10, ops, module="jit_update", program="2")
+    return first + times
+
+
+def test_programs_before_and_a_step_that_is_cut_do_not_hide_the_order_of_the_others():
+    gpu = Gpu()
+    gpu.execution(0, [("Stream #1", "fill", 0, 10)], module="jit_zeros", program="3")
+    k = in_turn(gpu, 4, first=1)
+    gpu.execution(20 * k, [("Stream #1", "dot", 200 * k, 200 * k + 90)], module="jit_grad")
+    found = profile(gpu)
+    assert walls(found) == [(0, 150, 0), (1, 150, 50), (2, 150, 50), (3, 150, 50)]
+    notes = " ".join(found.notes)
+    assert "2 executions in their order are one (1 of jit_grad, 1 of jit_update)" in notes
+    assert "executions outside of these steps: 2" in notes
+
+
+def test_an_execution_that_the_trace_cuts_is_no_step():
+    gpu = Gpu()
+    for k in range(4):
+        gpu.execution(10 * k, moved(STEP[: 3 if k < 3 else 1], 200 * k))
+    found = profile(gpu)
+    assert walls(found) == [(0, 90, 0), (1, 90, 110), (2, 90, 110)]
+    assert "executions that the trace cuts are no steps: gpu:0 1" in found.notes
+
+
+def test_kernels_that_name_no_program_are_placed_by_their_calls_alone():
+    gpu = Gpu()
+    for k in range(3):
+        gpu.execution(50 * k, [])
+        graph = gpu.kernel(0, "Stream #1", "", 200 * k, 200 * k + 40, kernel="nvjet_tst")
+        gpu.kernel(0, "Stream #1", "", 200 * k + 40, 200 * k + 60, kernel="add_kernel", correlation=graph)
+        gpu.launch(graph, 50 * k, name="cuGraphLaunch (CudaGraph:7)")
+    found = profile(gpu)
+    assert walls(found) == [(0, 60, 0), (1, 60, 140), (2, 60, 140)]
+    assert found.placed == (6, 6)
+    assert [p.module for p in found.programs] == ["jit_step"]
+
+
+def test_calls_may_stand_in_a_plane_of_their_own():
+    gpu = Gpu()
+    for k in range(2):
+        gpu.execution(10 * k, moved(STEP, 200 * k))
+    host, *devices = gpu.planes()
+    calls = [line for line in host.lines if line.name.startswith("Host Threads")]
+    spans = [line for line in host.lines if line not in calls]
+    planes = [
+        plane("/host:CPU", [(line.name, line.events) for line in spans]),
+        plane("/host:CUPTI", [(line.name, line.events) for line in calls]),
+        *devices,
+    ]
+    found = analyse({0: trace_of_planes(planes)}, None)
+    assert walls(found) == [(0, 90, 0), (1, 90, 110)]
+    assert not any("launches" in note for note in found.notes)
+
+
+def test_kernels_with_times_that_cannot_be_are_left_out_and_counted():
+    gpu = Gpu()
+    for k in range(2):
+        gpu.execution(10 * k, moved(STEP, 200 * k))
+    gpu.kernel(0, "Stream #1", "lost", -9, 2**60, module="jit_step")
+    found = profile(gpu)
+    assert walls(found) == [(0, 90, 0), (1, 90, 110)]
+    assert "1 kernels on gpu:0 have times that cannot be, and are left out" in found.notes
+
+
+def test_a_first_numbered_step_begins_when_the_device_has_done_what_came_before():
+    gpu = Gpu()
+    for k in range(4):
+        gpu.execution(20 * k, moved(STEP, 1000 + 200 * k))
+    gpu.step(7, 39, 59)
+    gpu.step(8, 59, 79)
+    found = profile(gpu)
+    assert walls(found) == [(7, 200, 0), (8, 200, 0)]
+    assert {o.name: o.count for o in found.operations} == {"dot": 1, "norm": 1, "all-reduce-start": 1}
+
+
+@pytest.mark.parametrize("around", [True, False], ids=["epochs around", "evaluations beside"])
+def test_steps_are_the_numbered_spans_in_which_the_program_was_launched(around):
+    gpu = Gpu()
+    for k in range(4):
+        gpu.execution(40 * k, moved(STEP, 200 * k))
+        gpu.execution(40 * k + 20, moved(STEP[1:2], 200 * k + 100), module="jit_eval", program="2")
+        gpu.step(10 + k, 40 * k - 1, 40 * k + 19)
+        if not around:
+            gpu.host["loop"].append(event("eval", 40 * k + 19, 40 * k + 30, step_num=k))
+    if around:
+        gpu.host["loop"].append(event("epoch", -5, 200, step_num=3))
+    found = profile(gpu)
+    assert [step.step for step in found.steps] == [10, 11, 12, 13]
+    assert any("numbered as train_step" in note for note in found.notes)

@@ -213,3 +213,32 @@ def test_a_missing_run_and_a_run_without_a_profile_say_so(tmp_path):
     Path(tmp_path, "profile").mkdir()
     with pytest.raises(UserError, match="no profile was captured in"):
         profile_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("host.pt.trace.json.gz", "holds no profile of JAX's: host.pt.trace.json.gz is a trace for Perfetto"),
+        ("report.nsys-rep", "report.nsys-rep is a report of Nsight Systems"),
+        ("notes.txt", "has captured no profile"),
+    ],
+)
+def test_a_folder_of_another_profilers_files_says_what_they_are(tmp_path, name, words):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=words):
+        profile_run(tmp_path)
+
+
+def test_traces_of_different_programs_in_one_folder_are_not_taken_for_one(tmp_path):
+    import jax
+    import jax.numpy as jnp
+
+    together = tmp_path / "together"
+    together.mkdir()
+    for name, function in {"one": jnp.sin, "two": jnp.cumsum}.items():
+        with capture(tmp_path / name):
+            jax.block_until_ready(jax.jit(function)(jnp.ones(8)))
+        (trace,) = (tmp_path / name).rglob("*.xplane.pb")
+        trace.rename(together / f"{name}.xplane.pb")
+    with pytest.raises(UserError, match=r"ran no program together, such as one\.xplane"):
+        profile_run(together)
