@@ -8,9 +8,11 @@ EXTRAS_test := test
 
 # The suite's processes: each has JAX of its own, and two keep two cores busy.
 WORKERS ?= 2
-# What of the suite depends on JAX itself: tracing, transforms, compiled programs, models and whole runs. The rest
-# of it sees JAX through these, and runs once.
-ON_NEXT := tests/frozen tests/test_generations.py \
+# What of the suite depends on JAX itself: tracing, transforms, compiled programs, models and whole runs; of
+# plans one of each kind of program. The rest of it sees JAX through these, and runs once.
+ON_NEXT := tests/test_generations.py \
+	$(patsubst %,tests/frozen/test_frozen.py::test_a_config_is_planned_as_it_was[%], \
+		deepseek-v3 llama3-8b mixtral-8x7b quickstart quickstart.declared) \
 	$(addprefix tests/models/,test_flax_versions.py transformer/test_decoder.py) \
 	$(addprefix tests/runtime/train/test_run.py::test_,it_learns_what_it_always_did two_processes_learn_what_one_does \
 	a_profile_is_captured_and_read) \

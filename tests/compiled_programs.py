@@ -1,7 +1,7 @@
 """Small programs whose collectives can be written down, through the real compilers of absent chips.
 
-`texts` compiles in a child process, one a compiler, and keeps what came out for the session. Run as a script
-it is that child: ``python compiled_programs.py OUTPUT [schedules] TOPOLOGY/axis=size,…/program[,program…]``.
+`texts` compiles in a child process, one a compiler, and keeps what came out for the session. Its
+arguments are ``OUTPUT [schedules] TOPOLOGY/axis=size,…/program[,program…]``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from forks import forked
+
 if TYPE_CHECKING:
     from meshwright.sharding.plans.proof import Proof
 
+_HERE = str(pathlib.Path(__file__).parent)
+_CHILD = "import sys, compiled_programs; compiled_programs._main(*sys.argv[1:])"
 ROWS, COLUMNS = 1024, 1024
 LAYERS, WIDTH, HIDDEN, BATCH = 4, 512, 2048, 512
 LARGE = 4096
@@ -67,8 +71,8 @@ def texts(*specs: str, schedules: bool = False) -> dict[str, Compiled]:
     """
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, __file__, folder, *(["schedules"] if schedules else []), *specs],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+            forked([sys.executable, "-c", _CHILD, folder, *(["schedules"] if schedules else []), *specs]),
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": _HERE},
             capture_output=True,
             text=True,
             timeout=600,
@@ -323,7 +327,3 @@ def _main(folder: str, *specs: str) -> None:
             record = {"name": f"{text}/{name}", "topology": text, "mesh": sizes, "memory": memory}
             record["bundles"] = read_bundles(schedules)
             path.with_suffix(".json").write_text(json.dumps(record))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -20,7 +20,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from forks import forked
+from meshwright.runtime.testing import processes as ranks
 from meshwright.sharding.hardware.attached import quiet_absent
+from meshwright.sharding.processes import start
 
 # The folder of compiled programs: of one run with all its processes or, if it is set before, of several runs.
 _PROGRAMS = "MESHWRIGHT_TEST_PROGRAMS"
@@ -38,10 +41,18 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tests run on simulated devices, those without the marker too.
     quiet_absent()
     _compile_fast()
+    _fork_ranks(config)
     config.addinivalue_line("markers", "numerics: only values are looked at; see tests/conftest.py")
     if _PROGRAMS not in os.environ:
         os.environ[_PROGRAMS] = folder = tempfile.mkdtemp(prefix="meshwright-test-programs-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def _fork_ranks(config: pytest.Config) -> None:
+    """Let ``@pytest.mark.processes`` start its processes as forks, but where that marker itself is tested."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ranks, "start", lambda command, **options: start(forked(command), **options))
+    config.add_cleanup(patch.undo)
 
 
 def _compile_fast() -> None:

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 # What a run of the command line imports, with all in its wake.
 _IMPORTED = (
+    "pytest",
     "meshwright.runtime.cli.main",
     "meshwright.runtime.train.run",
     "grain",
@@ -36,8 +37,8 @@ _PR_SET_PDEATHSIG = 1
 def forked(command: Sequence[object]) -> list[str]:
     """Return the command that does the same as `command`, which runs this Python, with its imports done.
 
-    ``python -c SOURCE``, ``-m MODULE`` and ``-u`` before them are understood. On other systems than Linux it
-    is `command` itself.
+    ``python -c SOURCE``, ``-m MODULE`` and, before them, ``-u`` or ``-P`` are understood. On other systems
+    than Linux it is `command` itself.
     """
     python, *arguments = map(str, command)
     assert python == sys.executable
@@ -68,7 +69,7 @@ def _run(path: str, *arguments: str) -> None:
         request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
         socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
         pid = int(server.recv(32))
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGABRT):
             signal.signal(number, lambda number, _: os.kill(pid, number))
         code = int(server.recv(32))
     if code < 0:
@@ -143,9 +144,10 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, file
         os.close(file)
     # What is run in the background is given an ignored Ctrl-C, and would pass it on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(write_through="PYTHONUNBUFFERED" in environment or arguments[0] == "-u")
-    arguments = arguments[arguments[0] == "-u" :]
-    sys.path[0:1] = ["", *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    option = arguments.pop(0) if arguments[0] in ("-u", "-P") else ""
+    sys.stdout.reconfigure(write_through="PYTHONUNBUFFERED" in environment or option == "-u")
+    here = [""] if option != "-P" else []
+    sys.path[0:1] = [*here, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     _set_jax_up(environment)
     kind, what, *rest = arguments
     sys.argv = [kind, *rest]

@@ -12,10 +12,9 @@ from meshwright.sharding import Plan
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PLANS = sorted((CONFIGS / "plans").glob("*.plan.json"))
-# Of each compiler a small and a large one, and a mixture whose first three layers are dense, each in so many
-# layers: a slice of v6e takes minutes. benchmarks/ship_plans.py compiles them all, whole.
+# The largest for TPUs, a small and a large one for GPUs, and a mixture whose first three layers are dense, in
+# so many layers: a slice of v6e takes minutes. benchmarks/ship_plans.py compiles them all, whole.
 COMPILED = {
-    "llama3-8b.v5p-4x4x8": 2,
     "llama3-405b.v5p-8x8x16": 2,
     "llama3-8b.h100-4x8": 2,
     "llama3-70b.h100-32x8": 2,
