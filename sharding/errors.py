@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .words import first_of
+
 # What a sentence shows of a value that has no business to be there.
 _LONGEST = 60
 
@@ -69,8 +71,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}?"
-    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    return f"known: {shown}" if names else "there are none"
+    return f"known: {first_of(names, 12)}" if names else "there are none"
 
 
 def nearest_divisors(size: int, wanted: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _GIB = 2**30
 _NAMES_SHOWN = 3
@@ -24,6 +24,16 @@ def seconds(time: float) -> str:
     return f"{time / 1e-6:.3g} µs"
 
 
+def first_of(names: Iterable[object], most: int = 3, between: str = ", ") -> str:
+    """Write the first of many names and how many there are besides.
+
+    >>> first_of("abcde")
+    'a, b, c and 2 more'
+    """
+    told = [str(name) for name in names]
+    return between.join(told[:most]) + (f" and {len(told) - most} more" if len(told) > most else "")
+
+
 def remat_in_words(remat: str, saved: Mapping[str, str]) -> str:
     """Write what layers keep: a policy, or the values."""
     if not saved:
@@ -40,9 +50,7 @@ def _listed(names: Sequence[str]) -> str:
     folders = {name.partition("/")[0] for name in names}
     prefix = f"{folders.pop()}/" if len(folders) == 1 and len(names) > 1 else ""
     short = [name.removeprefix(prefix) for name in names]
-    if len(short) <= _NAMES_SHOWN:
-        return " ".join(short)
-    return f"{' '.join(short[: _NAMES_SHOWN - 1])} and {len(short) - _NAMES_SHOWN + 1} more"
+    return first_of(short, _NAMES_SHOWN - (len(short) > _NAMES_SHOWN), " ")
 
 
 def layout_in_words(mesh: Mapping[str, int], remat: str, microbatches: int, saved: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from ...sharding.errors import UserError, nearest
+from ...sharding.words import first_of
 from . import manifest, store
 from .errors import Damaged, first_line
 from .fingerprint import fingerprints
@@ -48,7 +49,7 @@ def verify_arrays(directory: Path, record: Manifest) -> str | None:
         try:
             leaves = pick(store.read(directory, nest(names, abstract), partial=True), names)
         except (ValueError, KeyError, OSError) as error:
-            return f"reading leaf {_shown(names)} failed: {first_line(error)}"
+            return f"reading leaf {first_of(names)} failed: {first_line(error)}"
         fault = check_leaves(record, names, leaves)
         if fault is not None:
             return fault
@@ -98,8 +99,4 @@ def check_leaves(record: Manifest, names: Sequence[str], leaves: Sequence[jax.Ar
     wrong = [name for name, now in zip(names, found, strict=True) if saved[name] != now]
     if not wrong:
         return None
-    return f"leaf {_shown(wrong)} is not what was saved: the fingerprint does not fit"
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"leaf {first_of(wrong)} is not what was saved: the fingerprint does not fit"

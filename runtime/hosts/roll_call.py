@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from ...sharding.errors import UserError
+from ...sharding.words import first_of
 from .address import is_loopback, split_address
 
 Entry = dict[str, Any]
@@ -123,9 +124,8 @@ class _Gathering:
 
     def _missing(self, count: int, timeout_seconds: float) -> str:
         absent = [number for number in range(count) if number not in self._present]
-        some = ", ".join(map(str, absent[:8])) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
         return (
-            f"process{'es' if len(absent) > 1 else ''} {some} of {count} did not start within "
+            f"process{'es' if len(absent) > 1 else ''} {first_of(absent, 8)} of {count} did not start within "
             f"hosts.timeout_seconds={timeout_seconds:g}"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..ops.attention import AttentionCall, attention_call
@@ -22,7 +22,7 @@ from ..ops.context.ways import (
     way_of,
     why_not,
 )
-from ..plans.specs import cut_into
+from ..plans.specs import cut_into, while_computing
 from ..program.program import Dims, Equation, Program
 from .calibration import Calibration
 from .candidate import Candidate
@@ -122,8 +122,9 @@ def laid_calls(calls: Sequence[SpreadCall], candidate: Candidate) -> tuple[LaidC
 def _laid(
     one: SpreadCall, dims: Mapping[int, tuple[str, ...]], mesh: Mapping[str, int], microbatches: int
 ) -> LaidCall | None:
+    axes = {dim: tuple(axis for axis in cut if mesh.get(axis, 1) > 1) for dim, cut in dims.items()}
     query, key = (
-        _axes(composition, shape, dims, mesh, one.first)
+        while_computing(composition, shape, axes, mesh, one.first)
         for composition, shape in zip(one.dims[:2], one.shapes[:2], strict=True)
     )
     if query[1] != (CONTEXT,) or key[1] not in ((), (CONTEXT,)):
@@ -150,25 +151,6 @@ def _laid(
         runs=one.runs,
         index=one.equation.index,
     )
-
-
-def _axes(
-    dims: Dims,
-    shape: Sequence[int],
-    axes_of: Mapping[int, tuple[str, ...]],
-    mesh: Mapping[str, int],
-    first: Collection[int],
-) -> list[tuple[str, ...]]:
-    """Return the mesh axes of each dimension of an array; an axis serves one, those of parameters first."""
-    cut: list[tuple[str, ...]] = [()] * len(shape)
-    taken: set[str] = set()
-    majors = [(composition[0], n) for n, composition in enumerate(dims) if composition]
-    for dim, n in sorted(majors, key=lambda place: place[0] not in first):
-        axes = tuple(axis for axis in axes_of.get(dim, ()) if axis not in taken and mesh.get(axis, 1) > 1)
-        if axes and shape[n] % cut_into(axes, mesh) == 0:
-            taken.update(axes)
-            cut[n] = axes
-    return cut
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,33 @@ def without(spec: Spec, axes: Collection[str]) -> Spec:
     return spec_of(tuple(axis for axis in axes_of(entry) if axis not in axes) for entry in spec)
 
 
+def while_computing(
+    dims: Sequence[Sequence[int]],
+    shape: Sequence[int],
+    axes_of_dim: Mapping[int, tuple[str, ...]],
+    mesh: Mapping[str, int],
+    first: Collection[int],
+) -> list[tuple[str, ...]]:
+    """Return the mesh axes of each dimension of an array of a program while computing.
+
+    An axis serves one dimension, those with a dim in `first` before others, and divides it. Of a merged
+    dimension only the major part can be sharded.
+
+    >>> mesh, axes = {"data": 2, "fsdp": 3}, {0: ("data",), 1: ("data", "fsdp")}
+    >>> while_computing([(0,), (1,)], (8, 6), axes, mesh, {1})
+    [(), ('data', 'fsdp')]
+    """
+    cut: list[tuple[str, ...]] = [()] * len(shape)
+    taken: set[str] = set()
+    majors = [(composition[0], n) for n, composition in enumerate(dims) if composition]
+    for dim, n in sorted(majors, key=lambda place: place[0] not in first):
+        axes = tuple(axis for axis in axes_of_dim.get(dim, ()) if axis not in taken)
+        if axes and shape[n] % cut_into(axes, mesh) == 0:
+            taken.update(axes)
+            cut[n] = axes
+    return cut
+
+
 def cut_into(axes: Iterable[str], mesh: Mapping[str, int]) -> int:
     """Return the number of parts that `axes` of `mesh` cut into."""
     return math.prod(mesh[axis] for axis in axes)

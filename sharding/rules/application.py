@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .. import paths as tree_paths
 from ..errors import UserError, nearest, nearest_divisors, wrong
 from ..paths import Leaf
+from ..words import first_of
 
 if TYPE_CHECKING:
     from jax.sharding import PartitionSpec
@@ -88,7 +89,7 @@ class Application:
     def notes(self) -> list[str]:
         """Return a sentence for each reason why something stayed whole, with the arrays that it concerns."""
         return [
-            f"{what} stays whole in {_listed(paths)}: {why}"
+            f"{what} stays whole in {first_of(paths)}: {why}"
             if paths != [""]
             else f"{what} stays whole: {why}"
             for (what, why), paths in self._yielded.items()
@@ -247,7 +248,3 @@ def _claimed_twice(leaf: Leaf, labels: Names, first: str, second: str, axis: str
     written = ", ".join(entry or "null" for entry in kept)
     instead = f"; give the array a rule of its own, such as {leaf.path}: [{written}]" if leaf.path else ""
     return f"{where}{first} and {second} both claim {axis} in one array{instead}"
-
-
-def _listed(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

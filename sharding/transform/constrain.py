@@ -15,7 +15,7 @@ from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..ops.experts import ExpertsCall, experts_call
-from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, spec_of
+from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, spec_of, while_computing
 from ..program.aside import aside
 from ..program.jaxpr import Body, Go, Pass, scan_parts
 from ..program.lookups import MANY_ROWS, looks_up_rows
@@ -250,15 +250,7 @@ class Constrain(Pass):
 
     def _spec(self, dims: Dims, shape: tuple[int, ...]) -> PartitionSpec:
         """Return the spec of an array while computing; an axis serves one dim, those of parameters first."""
-        cut: list[tuple[str, ...]] = [()] * len(shape)
-        taken: set[str] = set()
-        # Of a merged dimension only the major part can be sharded.
-        majors = [(composition[0], n) for n, composition in enumerate(dims) if composition]
-        for dim, n in sorted(majors, key=lambda place: place[0] not in self._of_parameters):
-            axes = tuple(axis for axis in self._axes.get(dim, ()) if axis not in taken)
-            if axes and shape[n] % cut_into(axes, self._mesh.shape) == 0:
-                taken.update(axes)
-                cut[n] = axes
+        cut = while_computing(dims, shape, self._axes, self._mesh.shape, self._of_parameters)
         return PartitionSpec(*spec_of(cut))
 
 

@@ -43,11 +43,8 @@ def with_attention(traced: Traced) -> Traced:
     known = [atom for one in read for atom in (one.query, one.key)]
     products = [one.product for one in read] + [eqn for eqn, *_ in finder.missed]
     finder.missed += unread(values, known, products)
-    notes = tuple(_left("attention", "scores", finder.missed))
-    if not made:
-        return dataclasses.replace(traced, notes=(*traced.notes, *notes)) if notes else traced
-    jaxpr = Rebuilding(opening, made).program()
-    return dataclasses.replace(traced, jaxpr=jaxpr, notes=(*traced.notes, *notes))
+    notes = _left("attention", "scores", finder.missed)
+    return _rebuilt(traced, opening, made, notes)
 
 
 def _for_cudnn(opening: Opening, finder: AttentionFinder) -> Iterator[WrittenAttention]:
@@ -79,10 +76,15 @@ def with_losses(traced: Traced) -> Traced:
             site = placed(region)
             kept += [region.product, site]
             made[id(site)] = _Bringing(opening, scope, program, region.inputs)
-    notes = tuple(_left("a loss over the vocabulary", "logits", finder.missed))
-    if not made:
-        return dataclasses.replace(traced, notes=(*traced.notes, *notes)) if notes else traced
-    jaxpr = Rebuilding(opening, made).program()
+    notes = _left("a loss over the vocabulary", "logits", finder.missed)
+    return _rebuilt(traced, opening, made, notes)
+
+
+def _rebuilt(traced: Traced, opening: Opening, made: dict[int, Any], notes: list[str]) -> Traced:
+    """Return `traced` with what is `made` in place of what was written, and with `notes` besides."""
+    if not made and not notes:
+        return traced
+    jaxpr = Rebuilding(opening, made).program() if made else traced.jaxpr
     return dataclasses.replace(traced, jaxpr=jaxpr, notes=(*traced.notes, *notes))
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from forks import forked
 from meshwright.runtime.config import load
 from meshwright.runtime.data import open_corpus
 from training import write_text
@@ -207,7 +208,7 @@ def outcomes(home: pathlib.Path) -> dict[str, tuple[int, str, str]]:
         for name, mistake in MISTAKES.items()
     ]
     child = subprocess.run(
-        [sys.executable, "-c", CHILD],
+        forked([sys.executable, "-c", CHILD]),
         input=json.dumps(cases),
         capture_output=True,
         text=True,
