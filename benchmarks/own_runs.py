@@ -46,8 +46,14 @@ class Row:
     compiled_bytes: float | None = None
 
 
-def estimated(row: Mapping[str, str], *, compiled: bool = False) -> Row:
-    """Return a row of the file with the Estimate of its plan, and what the compiler makes of it."""
+def estimated(row: Mapping[str, str], *, compiled: bool = False, calibration: Path | None = None) -> Row:
+    """Return a row of the file with the Estimate of its plan, and what the compiler makes of it.
+
+    Args:
+        row: Of the file; a reference has no estimate.
+        compiled: Whether to ask the compiler too.
+        calibration: File of efficiencies in place of the shipped record.
+    """
     measured = Row(
         name=row["name"],
         measured_seconds=float(row["measured_step_seconds"]),
@@ -56,7 +62,8 @@ def estimated(row: Mapping[str, str], *, compiled: bool = False) -> Row:
     )
     if row["notes"] == "reference":
         return measured
-    model = decoder(preset(row["preset"], **dict(word.split("=") for word in row["overrides"].split())))
+    overrides = dict(word.split("=") for word in row["overrides"].split() if "=" in word)
+    model = decoder(preset(row["preset"], **({"compute_dtype": "bfloat16"} | overrides)))
     shape = int(row["batch"]), int(row["sequence"])
     # What a row calls its kernel, and whether its batch had segments.
     kernel, packed = row["attention"].split(",")[0].strip(), "no segments" not in row["attention"]
@@ -72,6 +79,7 @@ def estimated(row: Mapping[str, str], *, compiled: bool = False) -> Row:
         remat=row["remat"],
         microbatches=int(row["microbatches"]),
         attention=kernel or None,
+        calibration=calibration,
     )
     assert made.estimate is not None
     found = dataclasses.replace(

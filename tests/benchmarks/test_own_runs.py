@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import accuracy
 import held_out
+import left_out
 import own_runs
 import tuned
 
@@ -24,6 +25,16 @@ def test_our_own_runs_are_scored_from_a_clean_checkout(capsys):
         assert abs(row["estimated_bytes"] / row["measured_bytes"] - 1.0) < 0.05
     assert told["summary"]["step_seconds"] < 0.08
     assert len(told["rows"]) - len(own) == 3
+
+
+@pytest.mark.slow
+def test_each_row_is_priced_by_a_record_of_the_others(capsys):
+    assert left_out.main(["--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told) == 5
+    for row in told:
+        assert abs(row["left_out"] / row["measured"] - 1.0) < 0.15
+    assert sorted(abs(row["left_out"] / row["measured"] - 1.0) for row in told)[2] < 0.08
 
 
 @pytest.mark.parametrize(
