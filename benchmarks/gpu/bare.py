@@ -1,13 +1,15 @@
 """The reference on one GPU: a Llama of plain JAX, its layers scanned, attention by `jax.nn`, nothing else.
 
-`python benchmarks/gpu/bare.py BATCH SEQUENCE none|dots|full [--small]` prints a JSON line: seconds of a step
-of the shape of Llama-3.2-1B, without segments; `--small` is a shape for trying it out, without cuDNN.
+`python benchmarks/gpu/bare.py BATCH SEQUENCE none|dots|full [--small] [--trace DIR]` prints a JSON line: seconds
+of a step of the shape of Llama-3.2-1B, without segments; `--small` is a shape for trying it out, without
+cuDNN. `--trace DIR` keeps a profile of two more steps and the compiled program's text there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import statistics
 import time
 
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from traced import traced
 
 _ROUNDS, _STEPS, _WARM = 3, 10, 3
 LARGE = {"L": 16, "E": 2048, "M": 8192, "H": 32, "K": 8, "D": 64, "V": 128_256}
@@ -28,11 +31,13 @@ def main() -> None:
     parser.add_argument("sequence", type=int)
     parser.add_argument("remat", choices=("none", "dots", "full"))
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--trace", type=pathlib.Path)
     given = parser.parse_args()
     size = SMALL if given.small else LARGE
     step, params, moments, tokens = build(size, given.batch, given.sequence, given.remat, given.small)
     begun = time.perf_counter()
-    compiled = step.lower(params, moments, tokens).compile()
+    lowered = step.lower(params, moments, tokens)
+    compiled = lowered.compile()
     compile_seconds = time.perf_counter() - begun
     loss = jnp.float32(0)
     for _ in range(_WARM):
@@ -55,6 +60,8 @@ def main() -> None:
         "measured_peak_bytes": (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
     print(json.dumps(row), flush=True)
+    if given.trace is not None:
+        traced(lowered, (params, moments), (tokens,), given.trace, {})
 
 
 def build(size, batch, sequence, remat, small):

@@ -1,8 +1,10 @@
-"""One configuration's step on the devices that are here: estimate, compiled memory, seconds and bytes.
+"""Configurations' steps on the devices that are here: estimate, compiled memory, seconds and bytes.
 
-`python benchmarks/gpu/step.py NAME CONFIG.yaml [section.key=value]... --rows CSV [--steps 10]` times the
-compiled step alone, on the config's own packed batches, prints one JSON line and appends a row to the CSV,
-whose columns are those of `benchmarks/measured/own_gpu_runs.csv`.
+`python benchmarks/gpu/step.py CONFIG.yaml --rows CSV --way NAME [section.key=value]... [@option=value]... [--way ...]`
+times the compiled step of each way alone, on the config's own packed batches, prints one JSON line a way and
+appends it to the CSV, whose columns are those of `benchmarks/measured/own_gpu_runs.csv`. Words with `@` are
+options of the compiler. `--trace DIR` keeps a profile of two more steps and the compiled program's text of
+each way in DIR/NAME.
 """
 
 from __future__ import annotations
@@ -15,30 +17,45 @@ import statistics
 import time
 from typing import Any
 
+from traced import traced
+
 _COLUMNS = pathlib.Path(__file__).parents[1] / "measured" / "own_gpu_runs.csv"
 _WARM, _ROUNDS = 3, 3
 
 
 def main() -> None:
-    """Print and append the row."""
+    """Print and append the rows; a way that fails says so, and the others go on."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name")
     parser.add_argument("config", type=pathlib.Path)
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--way", action="append", nargs="+", required=True)
     parser.add_argument("--rows", type=pathlib.Path, required=True)
     parser.add_argument("--steps", type=int, default=10)
-    given = parser.parse_intermixed_args()
-    row = {"name": given.name, **measured(given.config, given.overrides, given.steps)}
-    print(json.dumps(row), flush=True)
-    new = not given.rows.exists()
-    with given.rows.open("a", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS.read_text().splitlines()[0].split(","))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    parser.add_argument("--trace", type=pathlib.Path)
+    given = parser.parse_args()
+    failed = False
+    for name, *words in given.way:
+        overrides = [word for word in words if word[0] != "@"]
+        options = dict(word[1:].split("=", 1) for word in words if word[0] == "@")
+        folder = None if given.trace is None else given.trace / name
+        try:
+            row = {"name": name, **measured(given.config, overrides, options, given.steps, folder)}
+        except Exception as error:  # one way's fault is an answer about it alone
+            print(f"{name}: {type(error).__name__}: {str(error)[:2000]}", flush=True)
+            failed = True
+            continue
+        print(json.dumps(row), flush=True)
+        new = not given.rows.exists()
+        with given.rows.open("a", newline="") as file:
+            writer = csv.DictWriter(file, _COLUMNS.read_text().splitlines()[0].split(","))
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+    raise SystemExit(failed)
 
 
-def measured(path: pathlib.Path, overrides: list[str], steps: int) -> dict[str, Any]:
+def measured(
+    path: pathlib.Path, overrides: list[str], options: dict[str, str], steps: int, folder: pathlib.Path | None
+) -> dict[str, Any]:
     """Return the row of a config, without its name."""
     import jax
     from meshwright.runtime.config import load
@@ -53,7 +70,7 @@ def measured(path: pathlib.Path, overrides: list[str], steps: int) -> dict[str, 
     job = build_job(config)
     lowered = job.step.update.lower(job.step.abstract_state, job.abstract_batch)
     begun = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(compiler_options=options or None)
     compile_seconds = time.perf_counter() - begun
     state = job.step.init(jax.random.key(config.seed))
     with job.data.iterate(0, job.step.batch["tokens"], stop_step=1) as batches:
@@ -71,14 +88,14 @@ def measured(path: pathlib.Path, overrides: list[str], steps: int) -> dict[str, 
     plan, device = job.plan, jax.local_devices()[0]
     estimate = plan.estimate
     kernel = plan.kernels.get("attention", {}).get("implementation", "xla")
-    return {
+    row = {
         "preset": config.model.preset,
         "overrides": ";".join(f"{key}={value}" for key, value in config.model.overrides.items()),
         "batch": config.train.global_batch,
         "sequence": config.data.sequence,
         "device": device.device_kind,
         "jax": jax.__version__,
-        "remat": plan.remat,
+        "remat": " ".join(["keep", *plan.saved]) if plan.saved else plan.remat,
         "attention": kernel,
         "microbatches": plan.microbatches,
         "parameters": job.model.num_parameters,
@@ -89,8 +106,11 @@ def measured(path: pathlib.Path, overrides: list[str], steps: int) -> dict[str, 
         "compile_seconds": round(compile_seconds, 1),
         "estimated_step_seconds": None if estimate is None else round(estimate.step_seconds, 6),
         "estimated_peak_bytes": None if estimate is None else int(estimate.peak_bytes),
-        "notes": f"loss {float(metrics['loss']):.4f}",
+        "notes": "; ".join([f"loss {float(metrics['loss']):.4f}", *(f"{k}={v}" for k, v in options.items())]),
     }
+    if folder is not None:
+        traced(lowered, (state,), (batch,), folder, options)
+    return row
 
 
 if __name__ == "__main__":
