@@ -13,6 +13,8 @@ for package in orbax-checkpoint grain array_record pydantic pydantic_core annota
     "$python" -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
         --implementation cp "${platforms[@]}" -d "$wheels" "${pin:-$package}" || echo "missing: ${pin:-$package}"
 done
+# Grain's; it is published as sources alone.
+"$python" -m pip wheel -q --disable-pip-version-check --no-deps -w "$wheels" portpicker
 copy=$(mktemp -d); trap 'rm -rf "$copy"' EXIT
 git clone -q "$root" "$copy/project"
 "$python" -m pip wheel -q --disable-pip-version-check --no-deps -w "$wheels" "$copy/project"
