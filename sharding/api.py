@@ -321,6 +321,7 @@ def plan(
     segments: int | None = None,
     context: str | None = None,
     experts: str = "auto",
+    gradients: str = "auto",
     names: Any = None,
     trainable: Any = None,
     state: Any = None,
@@ -367,6 +368,8 @@ def plan(
             ``neighbours`` (those that a window reaches); the fastest that fits if not given.
         experts: what multiplies by `meshwright.sharding.ops.experts`: ``xla``, or a kernel, ``megablox`` or
             ``mosaic``; ``auto`` is the chip's own once it was compared there.
+        gradients: ``auto``: GPUs take those of bfloat16 products by bfloat16 products, and sum a look-up's in
+            float32; ``jax``: as JAX does.
         names: a tree like `params` of tuples of dimension names, for rules and for what is printed.
         trainable: which parameters are trained, all floats if not given: a pattern over paths or several
             (``"*lora*"``), patterns → bool, or a tree of bools like `params`. The others are kept in the
@@ -399,6 +402,7 @@ def plan(
         segments=segments,
         context=context,
         experts=experts,
+        gradients=gradients,
         accumulation=accumulation,
         max_passes=max_passes,
     )
@@ -425,6 +429,7 @@ def declare(
     segments: int | None = None,
     context: str | None = None,
     experts: str = "auto",
+    gradients: str = "auto",
     trainable: Any = None,
     state: Any = None,
     recognise: Sequence[str] = FORMS,
@@ -457,16 +462,9 @@ def declare(
         remat: what layers keep for their backward pass: a policy of `transform.remat`, or names → places.
         microbatches: parts of the batch that are computed one after another.
         interleave: chunks of layers that each stage of the mesh holds.
-        attention: as in `plan`: ``auto`` if not given.
-        segments: as in `plan`.
-        context: as in `plan`.
-        experts: as in `plan`.
-        trainable: which parameters are trained, as in `plan`.
-        state: what changes beside the parameters, as in `plan`.
-        recognise: as in `plan`: all if not given.
-        accumulation: as in `plan`.
-        max_passes: as in `plan`.
-        calibration: as in `plan`.
+        attention, segments, context, experts, gradients: as in `plan`.
+        trainable, state: as in `plan`.
+        recognise, accumulation, max_passes, calibration: as in `plan`.
 
     Raises:
         UserError: the mesh does not fit the topology, a rule cannot hold, the batch does not divide, or the
@@ -484,6 +482,7 @@ def declare(
         segments=segments,
         context=context,
         experts=experts,
+        gradients=gradients,
         accumulation=accumulation,
         max_passes=max_passes,
     )

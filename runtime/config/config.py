@@ -195,6 +195,11 @@ class Config(Section):
         description="What multiplies tokens by their experts: `xla` (a loop over tiles), or a kernel, "
         "`megablox` (TPU) or `mosaic` (Hopper); `auto` is the kernel of the chip once it was compared there.",
     )
+    gradients: Literal["auto", "jax"] = Field(
+        default="auto",
+        description="How gradients are taken of products of bfloat16 into float32, and of look-ups: `auto`, on "
+        "GPUs, by products of bfloat16 and by sums in float32, or `jax`, as JAX does, in float32 and bfloat16.",
+    )
     recognise: list[Literal["attention", "losses", "layers"]] = Field(
         default=["attention", "losses", "layers"],
         description="Forms that are worked through in one way however a model writes them: `attention`, "

@@ -103,6 +103,7 @@ def _declared(config: Config, shapes: Shapes, topology: Topology, optimizer: Any
         **packing.declared(config),
         context=config.context,
         experts=config.experts,
+        gradients=config.gradients,
         recognise=config.recognise,
         calibration=config.calibration,
         state=shapes.state,
@@ -151,6 +152,7 @@ def search(
         **packing.declared(config),
         context=config.context,
         experts=config.experts,
+        gradients=config.gradients,
         recognise=config.recognise,
         calibration=config.calibration,
         state=shapes.state,
@@ -279,6 +281,12 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
                 f"the config declares {operation}={declared} and {config.plan} has {planned}; "
                 "leave one of them out"
             )
+    planned = "auto" if "gradients" in found.kernels else "jax"
+    if config.gradients == "jax" != planned:
+        raise UserError(
+            f"the config declares gradients=jax and {config.plan} takes those of "
+            f"{' and '.join(found.kernels['gradients'])} otherwise; leave one of them out"
+        )
     if config.calibration is not None and load_measurement(config.calibration).digest != found.calibration:
         raise UserError(
             f"{config.plan} was not planned by {config.calibration}; leave one of them out, or plan again"

@@ -16,7 +16,7 @@ from ..words import gib, layout_in_words, seconds
 from ..xla.compiler import compiler_of
 from . import build
 from .advice import nothing_fits
-from .choices import context, experts
+from .choices import context, experts, gradients
 from .choices.attention import Chosen
 from .choices.remat import check_names
 from .choices.storage import state_storage
@@ -232,7 +232,9 @@ def _kernels(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the kernels of a plan, and notes on those of experts."""
     of_experts, notes = experts.choose(problem.program, topology, declared.experts)
-    return {**(attention.kernels if attention.can(candidate.dims) else {}), **of_experts}, notes
+    of_gradients = gradients.choose(problem.program, topology, declared.gradients)
+    of_attention = attention.kernels if attention.can(candidate.dims) else {}
+    return {**of_attention, **of_experts, **of_gradients}, notes
 
 
 def _over_context(

@@ -62,7 +62,8 @@ def layout_of(plan: Record) -> str:
         words += f", {plan.schedule}"
         words += f" of {plan.interleave} chunks a stage" if plan.interleave > 1 else ""
     for operation, kernel in plan.kernels.items():
-        words += f", {operation} by {kernel['implementation']}"
+        if "implementation" in kernel:
+            words += f", {operation} by {kernel['implementation']}"
     return words
 
 

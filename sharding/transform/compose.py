@@ -40,6 +40,7 @@ from .attention import AttentionKernel
 from .constrain import Constrain
 from .experts import Multiplier
 from .gather import ByHand, Scattering
+from .gradients import Gradients
 from .meshes import automatic, explicit_axes, of_plan
 from .pipeline.build import pipelined
 from .pipeline.prepare import PreparedRun, prepared
@@ -80,6 +81,7 @@ def passes_of(
     marks = marks_of(program, saved)
     settings = plan.kernels.get("attention")
     capability = compute_capability(plan.topology.chip)
+    gradients = plan.kernels.get("gradients", {})
     kernel = None
     if settings is not None or plan.context is not None:
         kernel = AttentionKernel(mesh, settings, platform, program, marks, capability, plan.context)
@@ -110,10 +112,13 @@ def passes_of(
             reduces_cast=on_own_chips and compiler_of(plan.topology).reduces_cast,
             by_hand=ByHand(mesh=mesh, axes=by_hand, widens=bool(by_hand) and platform == "cpu"),
             multiplier=Multiplier.of(plan.kernels.get("experts"), platform),
+            sums_wide="lookups" in gradients,
         )
     )
     if learns and plan.remat != "none":
         passes.append(Remat(program, plan.remat, plan.saved))
+    if learns and gradients:
+        passes.append(Gradients(gradients))
     return passes
 
 

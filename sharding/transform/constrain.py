@@ -47,7 +47,7 @@ class Constrain(Pass):
     `scattering` says over which axes gradients go in steps; calls of `ops.attention` are carried out by
     `kernel`, if there is one, products of experts by `multiplier`; XLA decides how the dims in `unsaid` lie;
     `reduces_cast` says whether a gradient's sum is reduced in the smaller type it is cast to
-    (`xla.compiler.Compiler`). The axes of `by_hand` are manual around the program; `mesh` and `axes` are what
+    (`xla.compiler.Compiler`), `sums_wide` whether rows' gradients of tables are summed in float32. The axes of `by_hand` are manual around the program; `mesh` and `axes` are what
     is left to XLA.
     """
 
@@ -65,8 +65,9 @@ class Constrain(Pass):
         reduces_cast: bool = False,
         by_hand: ByHand = NOTHING,
         multiplier: Multiplier = BY_TILES,
+        sums_wide: bool = False,
     ) -> None:
-        self._by_hand, self._multiplier = by_hand, multiplier
+        self._by_hand, self._multiplier, self._sums_wide = by_hand, multiplier, sums_wide
         self._storage = Storage(mesh, self._spec, scattering, by_hand, reduces_cast)
         self._used = self._storage.used
         self._program = program
@@ -146,7 +147,7 @@ class Constrain(Pass):
             table, ids = inputs[0], self._gather(inputs[1], equation.ins[1])
             used, of_ids = self._used(table, equation.ins[0]), self._spec(equation.ins[1], ids.shape)
             if ids.size // cut_into(axes_in(of_ids), self._mesh.shape) * MANY_ROWS <= table.value.shape[0]:
-                how = {"used": used, "of_ids": of_ids, "by_hand": self._by_hand}
+                how = {"used": used, "of_ids": of_ids, "by_hand": self._by_hand, "wide": self._sums_wide}
                 read = lookup_by_columns(equation.eqn, self._mesh, table, **how)
                 if read is not None:
                     return [read(ids)]
@@ -182,8 +183,8 @@ class Constrain(Pass):
             if of_table and of_table[0] is not None:
                 aval: Any = equation.eqn.outvars[0].aval
                 of_rows = self._spec(equation.outs[0], aval.shape)
-                lookup = Lookup(equation.eqn, self._mesh, of_table, of_ids, of_rows, self._by_hand.widens)
-                return [lookup.read(*values)]
+                how = {"widens": self._by_hand.widens, "sums_wide": self._sums_wide}
+                return [Lookup(equation.eqn, self._mesh, of_table, of_ids, of_rows, **how).read(*values)]
         return go(values)
 
     def _scan(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
@@ -287,6 +288,7 @@ class Lookup:
     to itself, XLA gathers the table where the rows read lie over the axes that cut it, and adds up its
     gradient whole on every device. Here each device finds the ids of its own rows, and what they read is
     summed over the others, each keeping its part where `of_rows` says so; in float32 at least if it `widens`.
+    A device's own rows' gradients are summed in float32 if `sums_wide`.
     """
 
     def __init__(
@@ -296,9 +298,11 @@ class Lookup:
         of_table: PartitionSpec,
         of_ids: PartitionSpec,
         of_rows: PartitionSpec,
+        *,
         widens: bool = False,
+        sums_wide: bool = False,
     ) -> None:
-        self._widens = widens
+        self._widens, self._sums_wide = widens, sums_wide
         avals: list[Any] = [atom.aval for atom in eqn.invars]
         table, ids = avals
         self._mode, self._fill = eqn.params["mode"], eqn.params["fill_value"]
@@ -365,9 +369,11 @@ class Lookup:
 
     def _learn(self, ids: Any, gradient: Any) -> Any:
         place, mine = self._own(ids)
-        sums = jnp.zeros((self._rows, *gradient.shape[ids.ndim - 1 :]), gradient.dtype)
+        dtype = jnp.promote_types(gradient.dtype, jnp.float32) if self._sums_wide else gradient.dtype
+        sums = jnp.zeros((self._rows, *gradient.shape[ids.ndim - 1 :]), dtype)
         # What is another device's lies outside, and is dropped.
-        sums = sums.at[jnp.where(mine, place, self._rows)].add(gradient, mode="drop")
+        sums = sums.at[jnp.where(mine, place, self._rows)].add(gradient.astype(dtype), mode="drop")
+        sums = sums.astype(gradient.dtype)
         others = tuple(axis for entry in self._entries for axis in entry)
         return jax.lax.psum(self._wide(sums), others).astype(sums.dtype) if others else sums
 

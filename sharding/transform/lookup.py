@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -23,12 +24,14 @@ def lookup_by_columns(
     used: PartitionSpec,
     of_ids: PartitionSpec,
     by_hand: ByHand,
+    wide: bool = False,
 ) -> Callable[[Any], Any] | None:
     """Return what reads rows of a table that is stored over more axes along its columns than it is `used`.
 
     The ids go to all devices that hold a part of the columns, each looks up its own, and an exchange gives
     each device whole rows of its own ids, as `of_ids` cuts them; its gradient goes back the same way. So
-    nothing of the table's own size is sent or held. None where the axes are not such.
+    nothing of the table's own size is sent or held. Gradients are summed in float32 if `wide`. None where the
+    axes are not such.
     """
     value = table.value
     stored, whole = by_dimension(table.spec, value.ndim), by_dimension(tuple(used), value.ndim)
@@ -43,7 +46,7 @@ def lookup_by_columns(
     apart = own_rows.isdisjoint(axes_in(tuple(used)))
     at_once = set(axes) <= set(by_hand.axes) or set(axes).isdisjoint(by_hand.axes)
     return (
-        _ByColumns(eqn, mesh, table, used, of_ids, by_hand, axes).read
+        _ByColumns(eqn, mesh, table, used, of_ids, by_hand, axes, wide).read
         if nests and apart and at_once
         else None
     )
@@ -61,10 +64,11 @@ class _ByColumns:
         of_ids: PartitionSpec,
         by_hand: ByHand,
         axes: tuple[str, ...],
+        wide: bool,
     ) -> None:
         aval: Any = eqn.invars[1].aval
         rank, value = aval.ndim - 1, table.value
-        self._eqn, self._mesh, self._value, self._axes = eqn, mesh, value, axes
+        self._eqn, self._mesh, self._value, self._axes, self._wide = eqn, mesh, value, axes, wide
         # Of the rows that are read, with a dimension of the devices in front.
         self._column = (
             1
@@ -128,6 +132,8 @@ class _ByColumns:
             size // cut_into(axes, self._mesh.shape)
             for size, axes in zip(self._value.shape, cut, strict=True)
         ]
-        like = jax.ShapeDtypeStruct(tuple(own), gradient.dtype)
-        (sums,) = jax.linear_transpose(lambda table: self._looked_up(table, ids), like)(sent)
+        dtype = jnp.promote_types(gradient.dtype, jnp.float32) if self._wide else gradient.dtype
+        like = jax.ShapeDtypeStruct(tuple(own), dtype)
+        (sums,) = jax.linear_transpose(lambda table: self._looked_up(table, ids), like)(sent.astype(dtype))
+        sums = sums.astype(gradient.dtype)
         return jax.lax.psum(sums, self._others) if self._others else sums
