@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import AbstractMesh, Mesh
 
-from .cost.measured import load as load_measurement
 from .errors import UserError
 from .hardware.topology import Topology
 from .planner.asked import with_asked
 from .planner.declared import Declared
-from .planner.inputs import Problem
+from .planner.inputs import Problem, problem_of
 from .planner.outcome import Search, best_of, declared_plan
 from .planner.prove import prove
 from .plans import arrays, file
 from .plans.record import Record, check_record, check_runs
 from .plans.vocabulary import EXACT
 from .program.program import Program
-from .program.recognise import FORMS, checked_forms
+from .program.recognise import FORMS
 from .report.compare import Comparison, compare
 from .report.explain import explain
 from .report.html import fragment
@@ -407,7 +406,7 @@ def plan(
         max_passes=max_passes,
     )
     given = {"loss": loss, "params": params, "batch": batch, "optimizer": optimizer, "names": names}
-    problem = _problem(recognise, calibration, **given, trainable=trainable, state=state)
+    problem = problem_of(recognise, calibration, **given, trainable=trainable, state=state)
     found, search = best_of(problem, Topology.parse(topology), declared)
     return Plan.of(found, optimizer=optimizer, problem=search.problem, search=search)
 
@@ -462,16 +461,24 @@ def declare(
         remat: what layers keep for their backward pass: a policy of `transform.remat`, or names → places.
         microbatches: parts of the batch that are computed one after another.
         interleave: chunks of layers that each stage of the mesh holds.
-        attention, segments, context, experts, gradients: as in `plan`.
-        trainable, state: as in `plan`.
-        recognise, accumulation, max_passes, calibration: as in `plan`.
+        attention: as in `plan`: ``auto`` if not given.
+        segments: as in `plan`.
+        context: as in `plan`.
+        experts: as in `plan`.
+        gradients: as in `plan`.
+        trainable: which parameters are trained, as in `plan`.
+        state: what changes beside the parameters, as in `plan`.
+        recognise: as in `plan`: all if not given.
+        accumulation: as in `plan`.
+        max_passes: as in `plan`.
+        calibration: as in `plan`.
 
     Raises:
         UserError: the mesh does not fit the topology, a rule cannot hold, the batch does not divide, or the
             loss does not come in `microbatches`.
     """
     given = {"loss": loss, "params": params, "batch": batch, "optimizer": optimizer, "names": names}
-    problem = _problem(recognise, calibration, **given, trainable=trainable, state=state)
+    problem = problem_of(recognise, calibration, **given, trainable=trainable, state=state)
     declared = Declared(
         mesh=mesh,
         rules={} if rules is None else rules,
@@ -488,9 +495,3 @@ def declare(
     )
     made = declared_plan(problem, Topology.parse(topology), declared)
     return Plan.of(made, optimizer=optimizer, problem=problem)
-
-
-def _problem(recognise: Sequence[str], calibration: str | os.PathLike[str] | None, **given: Any) -> Problem:
-    """Return what is to be planned, of what was `given` to `plan` or `declare`."""
-    measured = None if calibration is None else load_measurement(calibration)
-    return Problem(recognise=checked_forms(recognise), calibration=measured, **given)

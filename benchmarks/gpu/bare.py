@@ -1,8 +1,8 @@
 """The reference on one GPU: a Llama of plain JAX, its layers scanned, attention by `jax.nn`, nothing else.
 
-`python benchmarks/gpu/bare.py BATCH SEQUENCE none|dots|full [--small] [--trace DIR]` prints a JSON line: seconds
-of a step of the shape of Llama-3.2-1B, without segments; `--small` is a shape for trying it out, without
-cuDNN. `--trace DIR` keeps a profile of two more steps and the compiled program's text there.
+`python benchmarks/gpu/bare.py BATCH SEQUENCE none|dots|full [--small] [--trace DIR]` prints a JSON line:
+seconds of a step of the shape of Llama-3.2-1B, without segments; `--small` is a shape for trying it out,
+without cuDNN. `--trace DIR` keeps a profile of two more steps and the compiled program's text there.
 """
 
 from __future__ import annotations

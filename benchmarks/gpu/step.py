@@ -1,10 +1,10 @@
 """Configurations' steps on the devices that are here: estimate, compiled memory, seconds and bytes.
 
-`python benchmarks/gpu/step.py CONFIG.yaml --rows CSV --way NAME [section.key=value]... [@option=value]... [--way ...]`
-times the compiled step of each way alone, on the config's own packed batches, prints one JSON line a way and
-appends it to the CSV, whose columns are those of `benchmarks/measured/own_gpu_runs.csv`. Words with `@` are
-options of the compiler. `--trace DIR` keeps a profile of two more steps and the compiled program's text of
-each way in DIR/NAME.
+`python benchmarks/gpu/step.py CONFIG.yaml --rows CSV --way NAME [section.key=value]... [@option=value]...`
+times the compiled step of each way (there may be several) alone, on the config's own packed batches, prints
+one JSON line a way and appends it to the CSV, whose columns are those of
+`benchmarks/measured/own_gpu_runs.csv`. Words with `@` are options of the compiler. `--trace DIR` keeps a
+profile of two more steps and the compiled program's text of each way in DIR/NAME.
 """
 
 from __future__ import annotations

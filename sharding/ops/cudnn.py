@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax._src import dispatch  # seen in 0.10.2 and 0.12.0
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.ad_checkpoint import checkpoint_name
 
 from .segments import packed_offsets
 
@@ -52,6 +53,7 @@ class _Asked:
     causal: bool
     window: int | None = None
     most: int | None = None
+    name: str | None = None
 
 
 def masked(
@@ -64,13 +66,14 @@ def masked(
     scale: float,
     causal: bool,
     window: int | None,
+    name: str | None = None,
 ) -> jax.Array:
     """Return attention within segments, ``[batch, queries, heads, value_dim]``, by masks of few queries.
 
     The mask of a chunk of queries is ``[batch, 1, chunk, keys]``, made anew for the gradient; keys that
     causality or a window hides from all of a chunk are not read.
     """
-    return _masked(query, key, value, query_ids, key_ids, _Asked(scale, causal, window))
+    return _masked(query, key, value, query_ids, key_ids, _Asked(scale, causal, window, name=name))
 
 
 def packed(
@@ -82,6 +85,7 @@ def packed(
     most: int,
     scale: float,
     causal: bool,
+    name: str | None = None,
 ) -> jax.Array:
     """Return attention within runs of `ids`, of which a row has at most `most`, by cuDNN's packed layout.
 
@@ -90,7 +94,7 @@ def packed(
     """
     width = value.shape[3]
     wide = jnp.pad(value, ((0, 0),) * 3 + ((0, query.shape[3] - width),))
-    out: Any = _packed(query, key, wide, ids, _Asked(scale, causal, most=most))
+    out: Any = _packed(query, key, wide, ids, _Asked(scale, causal, most=most, name=name))
     return out[..., :width]
 
 
@@ -102,17 +106,10 @@ def plain(
     scale: float,
     causal: bool,
     window: int | None,
+    name: str | None = None,
 ) -> jax.Array:
     """Return attention without segments; values may be of another width than queries."""
-    kinds = fused_attention_stablehlo.MaskType
-    out: Any = fused_attention_stablehlo.dot_product_attention(
-        query,
-        key,
-        value,
-        scale=scale,
-        mask_type=kinds.CAUSAL if causal else kinds.NO_MASK,
-        sliding_window_length=window,
-    )
+    out: Any = _plain(query, key, value, _Asked(scale, causal, window, name=name))
     return out
 
 
@@ -139,6 +136,29 @@ def gradients(
     return d_query, d_key, d_value
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _plain(query: Any, key: Any, value: Any, call: _Asked) -> jax.Array:
+    return _forward((query, key, value), call, training=False)[0]
+
+
+def _plain_forward(query: Any, key: Any, value: Any, call: _Asked) -> tuple[jax.Array, Any]:
+    out, sums = _kept(_forward((query, key, value), call, training=True), call)
+    return out, (query, key, value, out, sums)
+
+
+def _plain_backward(call: _Asked, kept: Any, d: jax.Array) -> tuple[Any, ...]:
+    query, key, value, out, sums = kept
+    return (*_backward((query, key, value), call, sums, out, d),)
+
+
+_plain.defvjp(_plain_forward, _plain_backward)
+
+
+def _kept(values: Any, call: _Asked) -> Any:
+    """Return what a gradient reads, under the name by which rematerialisation keeps it, if there is one."""
+    return values if call.name is None else jax.tree.map(lambda one: checkpoint_name(one, call.name), values)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _masked(query: Any, key: Any, value: Any, query_ids: Any, key_ids: Any, call: _Asked) -> jax.Array:
     parts = _chunks(query.shape[1], key.shape[1], call)
@@ -159,7 +179,7 @@ def _masked_forward(
         out, total = _forward((query[:, rows], key[:, keys], value[:, keys]), call, bias=bias, training=True)
         outs.append(out)
         sums.append(total)
-    out = jnp.concatenate(outs, axis=1)
+    out, sums = _kept((jnp.concatenate(outs, axis=1), sums), call)
     return out, (query, key, value, query_ids, key_ids, out, sums)
 
 
@@ -193,7 +213,7 @@ def _packed(query: Any, key: Any, value: Any, ids: Any, call: _Asked) -> jax.Arr
 
 
 def _packed_forward(query: Any, key: Any, value: Any, ids: Any, call: _Asked) -> tuple[jax.Array, Any]:
-    out, sums = _forward((query, key, value), call, ids=ids, training=True)
+    out, sums = _kept(_forward((query, key, value), call, ids=ids, training=True), call)
     return out, (query, key, value, ids, out, sums)
 
 
@@ -243,7 +263,7 @@ def _settings(call: _Asked, *, packs: bool, biased: bool) -> dict[str, Any]:
         "variadic_args": (biased, False),
         "mask_type": kind if packs else unmasked,
         "layout": fused_attention_stablehlo.AttentionLayout.BTNH.value,
-        "sliding_window_length": None,
+        "sliding_window_length": None if packs or biased else call.window,
     }
     if "score_mod" in inspect.signature(fused_attention_stablehlo._dot_product_attention_fwd_impl).parameters:
         settings |= {"score_mod_name": None, "score_mod_jaxpr": None}

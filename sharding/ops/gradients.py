@@ -37,10 +37,11 @@ def check_gradients(settings: Mapping[str, Any]) -> None:
 
 
 def widens(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation is a product of two operands of 16 bits, at default precision, into a wider type."""
+    """Whether an equation is a product of operands of 16 bits, at default precision, into a wider type."""
     if eqn.primitive.name != "dot_general":
         return False
-    left, right, out = (atom.aval.dtype for atom in (*eqn.invars, eqn.outvars[0]))
+    avals: list[Any] = [atom.aval for atom in (*eqn.invars, eqn.outvars[0])]
+    left, right, out = (aval.dtype for aval in avals)
     precision = eqn.params["precision"]
     each = precision if isinstance(precision, tuple) else (precision,)
     return left == right and left in _SHORT and out == jnp.float32 and all(one in _DEFAULT for one in each)

@@ -221,13 +221,14 @@ def by_cudnn(
     key: jax.Array,
     value: jax.Array,
     *ids: jax.Array,
+    name: str | None = None,
 ) -> jax.Array:
-    """Return attention of the arrays of one device by cuDNN.
+    """Return attention of the arrays of one device by cuDNN, what its gradient reads under `name` if given.
 
     `ids` are those of queries and of keys. With `most`, the largest number of segments in a row, segments
     that queries and keys share go to its packed layout; else they are masks of a chunk of queries.
     """
-    asked = {"scale": call.scale, "causal": call.causal}
+    asked: dict[str, Any] = {"scale": call.scale, "causal": call.causal, "name": name}
     if not ids:
         return cudnn.plain(query, key, value, window=call.window, **asked)
     if most is not None and takes_packed(call):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..cost.context import SpreadCall, calls_of, laid_calls
 from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
 from ..cost.measured import Measurement
+from ..cost.measured import load as load_measurement
 from ..cost.profile import ProgramTables, profile
 from ..errors import UserError, wrong
 from ..hardware.memory import usable_bytes
@@ -26,7 +28,7 @@ from ..plans.vocabulary import BY_PART
 from ..program.flops import work
 from ..program.loss import abstract, checked
 from ..program.program import Program
-from ..program.recognise import FORMS
+from ..program.recognise import FORMS, checked_forms
 from ..program.tracing import trace
 from ..program.untraceable import check_constants
 from ..transform.accumulation.proof import InParts
@@ -336,6 +338,12 @@ class Problem:
                 f"no optimizer was given: {_ADAM_BYTES:g} bytes of moments for each parameter are assumed"
             )
         return tuple(found)
+
+
+def problem_of(recognise: Sequence[str], calibration: str | os.PathLike[str] | None, **given: Any) -> Problem:
+    """Return what is to be planned, of what was `given` to `plan` or `declare`."""
+    measured = None if calibration is None else load_measurement(calibration)
+    return Problem(recognise=checked_forms(recognise), calibration=measured, **given)
 
 
 def capacity_of(topology: Topology, pricer: Pricer) -> float:

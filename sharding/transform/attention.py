@@ -56,8 +56,8 @@ class AttentionKernel:
     program is lowered for; on a ``cpu`` splash is interpreted. `marks` are the names that values of the
     program are to be given. `capability` is that of the plan's GPUs.
 
-    Splash's backward pass reads its result in an order of its own, and one number a row besides. It is these
-    that are to be kept under a name of the result, and not the program's order of them once more.
+    A kernel's backward pass reads its result, splash's in an order of its own, and one number a row besides.
+    It is these that are to be kept under a name of the result, and not the program's order of them once more.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class AttentionKernel:
             if kernel == "splash":
                 out = self._splash(call, eqn.outvars[0], inputs, layout)
             else:
-                out = self._cudnn(call, inputs, layout)
+                out = self._cudnn(call, eqn.outvars[0], inputs, layout)
         return None if out is None else [out]
 
     def _over_context(
@@ -219,20 +219,24 @@ class AttentionKernel:
         )
         return self._on_devices(local, (kernel,), (of_masks,), inputs, layout)
 
-    def _cudnn(self, call: AttentionCall, inputs: Sequence[Any], layout: _Layout) -> Any:
+    def _cudnn(self, call: AttentionCall, result: Any, inputs: Sequence[Any], layout: _Layout) -> Any:
         if self._parts(layout.rows) > 1:
             return None
 
         def local(*arrays: Any) -> Any:
-            return by_cudnn(call, self._settings.get("segments"), *arrays)
+            return by_cudnn(call, self._settings.get("segments"), *arrays, name=name)
 
+        name = self._names.get(result)
         try:
             with self._described():
-                return self._on_devices(local, (), (), inputs, layout._replace(rows=None))
+                out = self._on_devices(local, (), (), inputs, layout._replace(rows=None))
         except (RuntimeError, NotImplementedError, ValueError) as error:
             # JAX asks the library itself, which is there where a GPU is, while it traces.
             warnings.warn(f"attention by cuDNN cannot be had here ({error}); XLA computes it", stacklevel=2)
             return None
+        if name is not None:
+            self._made.add(result)
+        return out
 
     def _on_devices(
         self,

@@ -47,8 +47,8 @@ class Constrain(Pass):
     `scattering` says over which axes gradients go in steps; calls of `ops.attention` are carried out by
     `kernel`, if there is one, products of experts by `multiplier`; XLA decides how the dims in `unsaid` lie;
     `reduces_cast` says whether a gradient's sum is reduced in the smaller type it is cast to
-    (`xla.compiler.Compiler`), `sums_wide` whether rows' gradients of tables are summed in float32. The axes of `by_hand` are manual around the program; `mesh` and `axes` are what
-    is left to XLA.
+    (`xla.compiler.Compiler`), `sums_wide` whether those of a table's rows are summed in float32. The axes of
+    `by_hand` are manual around the program; `mesh` and `axes` are what is left to XLA.
     """
 
     def __init__(

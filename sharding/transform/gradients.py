@@ -12,7 +12,7 @@ from ..program.program import Equation
 
 
 class Gradients(Pass):
-    """Takes gradients as a plan's ``kernels["gradients"]`` says; the last pass, on what a device computes with.
+    """Takes gradients as a plan's ``kernels["gradients"]`` says; the last pass, on what is computed with.
 
     Look-ups in tables that are cut over devices are `transform.constrain`'s.
     """
