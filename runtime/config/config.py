@@ -198,7 +198,7 @@ class Config(Section):
     gradients: Literal["auto", "jax"] = Field(
         default="auto",
         description="How gradients of products of bfloat16 into float32, and of look-ups, are taken: `auto`, "
-        "on GPUs by products of bfloat16 and by sums in float32, or `jax`, in float32 and bfloat16 as JAX does.",
+        "on GPUs by products of bfloat16 and sums in float32, or `jax`, in float32 and bfloat16 as JAX does.",
     )
     recognise: list[Literal["attention", "losses", "layers"]] = Field(
         default=["attention", "losses", "layers"],

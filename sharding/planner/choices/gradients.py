@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...hardware.topology import Topology
+from ...ops.attention import attention_call
 from ...ops.gradients import WORDS, is_short, widens
 from ...program.lookups import looks_up_rows
-from ...program.program import Program
+from ...program.program import Equation, Program, Scope
 
 # What may be declared: what pays on the chip, or as JAX takes them.
 AUTO, PLAIN = "auto", "jax"
@@ -23,7 +24,7 @@ def choose(program: Program, topology: Topology, declared: str = AUTO) -> Mappin
     if declared == PLAIN or topology.chip.platform != "gpu":
         return {}
     found = set()
-    for equation in program.equations():
+    for equation in _outside_attention(program.scope):
         if widens(equation.eqn):
             found.add("products")
         elif looks_up_rows(equation.eqn):
@@ -31,3 +32,11 @@ def choose(program: Program, topology: Topology, declared: str = AUTO) -> Mappin
             if is_short(aval.dtype):
                 found.add("lookups")
     return {"gradients": {key: word for key, word in WORDS.items() if key in found}} if found else {}
+
+
+def _outside_attention(scope: Scope) -> Iterator[Equation]:
+    """Walk the equations but for those of attention, whose kernels take their own gradients."""
+    for equation in scope.equations:
+        yield equation
+        for inner in () if attention_call(equation.eqn) is not None else equation.scopes:
+            yield from _outside_attention(inner)
