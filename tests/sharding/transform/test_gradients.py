@@ -1,0 +1,130 @@
+"""Gradients of 16-bit products and look-ups on GPUs: no less exact than as JAX takes them."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshwright.sharding import Plan, UserError, declare, plan
+
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
+
+VOCAB, EMBED, ROWS, SEQUENCE = 512, 64, 16, 32
+NAMES = {"table": ("vocab", "embed"), "w": ("layers", "embed", "mlp")}
+# Few tokens, each of which is read often, as the frequent ones of a text are.
+OFTEN = 8
+
+
+def loss_in(dtype):
+    """Return a tied language model's loss that computes in `dtype`."""
+
+    def loss(params, batch):
+        table = params["table"].astype(dtype)
+
+        def layer(x, w):
+            return x + jnp.tanh(jnp.einsum("bse,ef->bsf", x, w.astype(dtype))), None
+
+        x, _ = jax.lax.scan(layer, table[batch["x"]], params["w"])
+        logits = jnp.einsum("bse,ve->bsv", x, table, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(logits, batch["y"][..., None], -1)[..., 0]
+        return jnp.mean(jax.nn.logsumexp(logits, -1) - chosen)
+
+    return loss
+
+
+def arrays():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "table": jax.random.normal(keys[0], (VOCAB, EMBED)) * 0.3,
+        "w": jax.random.normal(keys[1], (4, EMBED, EMBED)) * 0.1,
+    }
+    batch = {
+        "x": jax.random.randint(keys[2], (ROWS, SEQUENCE), 0, OFTEN),
+        "y": jax.random.randint(keys[3], (ROWS, SEQUENCE), 0, VOCAB),
+    }
+    return params, batch
+
+
+def mesh_of(made: Plan) -> jax.sharding.Mesh:
+    auto = (jax.sharding.AxisType.Auto,) * len(made.mesh)
+    return jax.make_mesh(tuple(made.mesh.values()), tuple(made.mesh), axis_types=auto)
+
+
+def errors(found, exact):
+    return {n: float(jnp.linalg.norm(found[n] - exact[n]) / jnp.linalg.norm(exact[n])) for n in exact}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rules", "microbatches"),
+    [
+        ({"fsdp": 8}, {}, 1),
+        ({"data": 2, "tensor": 4}, {"vocab": "tensor"}, 1),
+        ({"data": 4, "fsdp": 2}, {}, 2),
+    ],
+    ids=["columns", "rows cut", "in parts"],
+)
+def test_gradients_are_no_less_exact_than_as_jax_takes_them(mesh, rules, microbatches):
+    params, batch = arrays()
+    short = loss_in(jnp.bfloat16)
+    exact = jax.grad(loss_in(jnp.float32))(params, batch)
+    value, plain = jax.value_and_grad(short)(params, batch)
+    made = declare(
+        short,
+        params,
+        batch,
+        topology="h100:1x8",
+        mesh=mesh,
+        rules=rules,
+        names=NAMES,
+        microbatches=microbatches,
+    )
+    assert made.kernels["gradients"] == {"products": "operands", "lookups": "float32"}
+    found, gradients = jax.jit(jax.value_and_grad(made.apply(short, mesh_of(made))))(params, batch)
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    own = errors(plain, exact)
+    for name, error in errors(gradients, exact).items():
+        assert error < 1.1 * own[name]
+    # Sums of many rows in bfloat16 are what JAX's own gradient of the table loses most by.
+    assert errors(gradients, exact)["table"] < 0.8 * own["table"]
+
+
+def test_no_product_of_float32_and_no_sum_in_bfloat16_is_left():
+    params, batch = arrays()
+    loss = loss_in(jnp.bfloat16)
+    texts = {}
+    for gradients in ("auto", "jax"):
+        made = declare(loss, params, batch, topology="h100:1x1", mesh={"data": 1}, gradients=gradients)
+        texts[gradients] = jax.jit(jax.grad(made.apply(loss, mesh_of(made)))).lower(params, batch).as_text()
+    wide = re.compile(r"stablehlo.dot_general.*: \(tensor<[\dx]*f32>")
+    summed = re.compile(r'stablehlo.scatter"(?:.|\n)*?}\) : \(tensor<512x64x(\w+)>')
+    assert len(wide.findall(texts["jax"])) == 2
+    assert not wide.findall(texts["auto"])
+    assert summed.findall(texts["jax"]) == ["bf16"]
+    assert summed.findall(texts["auto"]) == ["f32"]
+
+
+def test_they_are_a_gpu_s_and_can_be_switched_off(tmp_path):
+    params, batch = arrays()
+    loss = loss_in(jnp.bfloat16)
+    assert "gradients" not in plan(loss, params, batch, topology="v5e:2x4").kernels
+    assert "gradients" not in plan(loss, params, batch, topology="h100:1x8", gradients="jax").kernels
+    assert "gradients" not in plan(loss_in(jnp.float32), params, batch, topology="h100:1x8").kernels
+    made = plan(loss, params, batch, topology="h100:1x8")
+    made.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == made
+    assert "gradients" in made.kernels
+
+
+def test_unknown_words_are_refused():
+    params, batch = arrays()
+    with pytest.raises(UserError, match=r"gradients='fast' .*auto"):
+        plan(loss_in(jnp.bfloat16), params, batch, topology="h100:1x8", gradients="fast")
+    made = plan(loss_in(jnp.bfloat16), params, batch, topology="h100:1x8")
+    for written, why in (
+        ({"product": "operands"}, "kernels: gradients: 'product' is unknown; .*products"),
+        ({"products": "bfloat16"}, "gradients: products='bfloat16' is unknown; known: operands"),
+    ):
+        with pytest.raises(UserError, match=why):
+            dataclasses.replace(made, kernels={"gradients": written})
