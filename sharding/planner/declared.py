@@ -20,6 +20,7 @@ from ..paths import by_path, matches
 from ..plans.record import ArrayPlan
 from ..plans.specs import axes_in, by_dimension, cut_into
 from ..plans.vocabulary import EXACT, SCHEDULES, check_accumulation
+from ..program.dims import batch_rows
 from ..program.program import Dim, Program
 from ..rules.application import is_pattern, mentioned
 from ..rules.rules import Rules
@@ -27,7 +28,7 @@ from ..transform.accumulation.proof import MAX_PASSES
 from .choices import gradients
 from .choices.experts import AUTO, WORDS
 from .choices.layers import check_chunks, laid_over_stages
-from .choices.microbatches import batch_rows, indivisible
+from .choices.microbatches import indivisible
 from .choices.remat import read
 
 # What the first two dimensions of an array of the data are called in rules.

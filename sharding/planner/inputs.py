@@ -25,6 +25,7 @@ from ..paths import by_path
 from ..plans.arrays import check_new_state
 from ..plans.trainable import split, trained_paths
 from ..plans.vocabulary import BY_PART
+from ..program.dims import batch_rows
 from ..program.flops import work
 from ..program.loss import abstract, checked
 from ..program.program import Program
@@ -36,7 +37,7 @@ from ..xla.compiler import compiler_of
 from . import build
 from .choices import attention as kernels
 from .choices.context import by_kernel
-from .choices.microbatches import PartsProof, batch_rows
+from .choices.microbatches import PartsProof
 from .choices.remat import check_names, ladders, read
 from .declared import DATA_NAMES, Declared
 from .search import Found, StoredBytes, anything_fits, search, stored_bytes

@@ -17,10 +17,10 @@ from ..cost.compute import FusedAttention, peak_flops, product_seconds
 from ..cost.estimate import Pricer
 from ..cost.profile import LAYERS
 from ..plans.estimate import Estimate
+from ..program.dims import batch_rows
 from ..program.forms.losses import product_with_vocabulary
 from ..words import gib, seconds
 from .choices.attention import PLAIN
-from .choices.microbatches import batch_rows
 from .inputs import Supposing
 from .supposing import Case, checkpointed, lighter, more_rows, together
 

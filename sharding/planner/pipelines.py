@@ -16,11 +16,12 @@ from ..cost.profile import LAYERS
 from ..errors import UserError
 from ..hardware.topology import Topology
 from ..plans.record import Record
+from ..program.dims import batch_rows
 from ..transform.compose import PlannedLoss
 from ..verify.export import abstract_mesh
 from .choices.layers import STAGE, Layers, layers_of, why_no_stages
 from .choices.mesh import experts_dims
-from .choices.microbatches import batch_rows, divisors
+from .choices.microbatches import divisors
 from .choices.stages import CHUNKS
 from .declared import Declared
 from .inputs import ROOMS, Answer, Problem

@@ -204,7 +204,9 @@ def check_rows(plan: Decision, batch: Any) -> None:
     have = _same_paths("batch array", plan.batch, batch)
     cut = [row.shape[0] for row in plan.batch.values() if row.spec and row.spec[0]]
     leads = cut or [row.shape[0] for row in plan.batch.values() if row.shape]
-    planned_rows = max(leads, key=leads.count, default=0)
+    # Of as many arrays each, those of the most numbers: a key's own length is none of rows.
+    size = {row.shape[0]: math.prod(row.shape) for row in plan.batch.values() if row.shape}
+    planned_rows = max(leads, key=lambda lead: (leads.count(lead), size[lead]), default=0)
     first: tuple[str, int] | None = None
     for path, row in plan.batch.items():
         shape, dtype = have[path]

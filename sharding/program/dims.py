@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from .labels import label_votes, unique
-from .program import Argument, Dim, Place
+from .program import Argument, Dim, Place, Program
 from .resolve import Resolver, Use
 
 
@@ -49,6 +49,13 @@ def leading_batch(arguments: Sequence[Argument]) -> tuple[int, ...]:
             elements[lead] += math.prod(argument.shape)
     first = [lead for lead in votes if not second.intersection(lead)]
     return max(first or votes, key=lambda lead: (votes[lead], elements[lead]), default=())
+
+
+def batch_rows(program: Program) -> int:
+    """Return the rows of the batch, 1 if no array of the data has any."""
+    data = [a for a in program.arguments if a.is_data and a.shape]
+    leads = [a.shape[0] for a in data if a.dims[0] == program.batch_dims] or [a.shape[0] for a in data]
+    return max(leads, key=leads.count, default=1)
 
 
 def with_names_of_rows(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from ..errors import UserError, nearest
+from ..paths import by_path
 
 if TYPE_CHECKING:
     import optax
@@ -60,22 +61,41 @@ def change(
         names = re.findall(r"'(\w+)'", found[1]) if found else []
         unknown = next((name for name in names if name not in EXTRA), None)
         if unknown is None:
-            _check_state(optimizer, state, params)
             raise
         raise _unknown(unknown) from None
-    except (AttributeError, ValueError):
-        _check_state(optimizer, state, params)
-        raise
 
 
-def _check_state(optimizer: optax.GradientTransformation, state: Any, params: Any) -> None:
-    """Raise UserError if a state is of another optimizer."""
-    wanted, have = map(jax.tree.structure, (jax.eval_shape(optimizer.init, params), state))
-    if wanted != have:
+def check_state(optimizer: optax.GradientTransformation, state: Any, params: Any) -> None:
+    """Raise UserError if `state` is that of another optimizer, by what it keeps; `params` are those trained.
+
+    An optimizer may take what it does not know for its own and carry it along, as plain SGD takes Adam's.
+    """
+    own = jax.eval_shape(optimizer.init, params)
+    if by_path(own).keys() != by_path(state).keys():
         raise UserError(
-            f"the state's optimizer part is that of another optimizer: {have.num_leaves} arrays, where this "
-            f"one has {wanted.num_leaves}; make the state by plan.init(init, key, optimizer) of this one"
+            f"the state's optimizer part is that of another optimizer: it keeps {_kept(state)}, where this "
+            f"one keeps {_kept(own)}; make the state by plan.init(init, key, optimizer) of this one"
         )
+
+
+def _kept(state: Any) -> str:
+    """Return the records of an optimizer's state that hold arrays, with their fields, or its first arrays."""
+    rows = by_path(state)
+    if not rows:
+        return "nothing"
+    records: list[str] = []
+
+    def look(node: Any) -> bool:
+        if isinstance(node, tuple):
+            names: tuple[str, ...] = getattr(node, "_fields", ())
+            fields = (name for name in names if jax.tree.leaves(getattr(node, name)))
+            if told := ", ".join(fields):
+                records.append(f"{type(node).__name__} ({told})")
+        return False
+
+    jax.tree.leaves(state, is_leaf=look)
+    said = list(dict.fromkeys(records)) or [repr(path) for path in rows]
+    return ", ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "")
 
 
 def extra_of(

@@ -22,7 +22,7 @@ from ..xla.options import check_options
 from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
-from .optimizer import change, extra_of, handles_nonfinite, wanted
+from .optimizer import change, check_state, extra_of, handles_nonfinite, wanted
 from .said import donated, is_key, lying_elsewhere, not_arrays, other_count, other_devices, takes
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ def jitted_update(
         arrays.check(plan, shapes[0]["params"], shapes[1], state=shapes[0].get("state"))
         if plan.origin is not None:
             plan.origin.check(planned.traces.on(shapes[0]["params"], shapes[1], *of_loss(shapes[0])))
+        check_state(optimizer, shapes[0]["optimizer"], split(shapes[0]["params"], plan.trainable).trained)
         of_state = arrays.shardings(plan, shapes[0], mesh)
         batch = jax.lax.with_sharding_constraint(batch, arrays.shardings(plan, shapes[1], mesh, "batch"))
         state, metrics = updated(planned, optimizer, state, batch, measure, guard=guard)

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 from ...cost.candidate import Storage
 from ...hardware.topology import Topology
+from ...program.dims import batch_rows
 from ...program.program import Program
 from ..declared import Declared, Kept
 from .layers import Layers, layers_of
-from .microbatches import PartsProof, batch_rows
+from .microbatches import PartsProof
 
 _Found = TypeVar("_Found")
 

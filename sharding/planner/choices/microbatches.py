@@ -114,13 +114,6 @@ def options(rows_of_device: int) -> Sequence[int]:
     return tuple(m for m in divisors(rows_of_device) if m == rows_of_device or m & (m - 1) == 0)
 
 
-def batch_rows(program: Program) -> int:
-    """Return the rows of the batch, 1 if no array of the data has any."""
-    data = [a for a in program.arguments if a.is_data and a.shape]
-    leads = [a.shape[0] for a in data if a.dims[0] == program.batch_dims] or [a.shape[0] for a in data]
-    return max(leads, key=leads.count, default=1)
-
-
 def indivisible(rows: int, parts: Mapping[str, int], microbatches: int, needed: int) -> str:
     """Return the sentence for a batch that does not divide, with the nearest that does."""
     factors = {**parts, "microbatches": microbatches} if microbatches > 1 else dict(parts)

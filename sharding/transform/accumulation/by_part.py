@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from ...errors import UserError, nearest_divisors
 
+# Shapes of keys as JAX's older functions have them: threefry's and rbg's.
+_RAW_KEYS = ((2,), (4,))
+
 
 def mean_of_parts(
     one_part: Callable[[Any], Any], batch: Any, microbatches: int, like: Callable[[Any], Any]
@@ -22,19 +25,25 @@ def mean_of_parts(
             ``aux["weight"]`` where there is one (tokens counted, say) and equally otherwise, so that the
             result is the mean over the whole batch; ``weight`` itself is summed.
         batch: a tree of arrays ``[rows, ...]``. Rows go to the parts by stride, which keeps a sharded batch
-            where it is.
+            where it is. Numbers and keys are the same for every part.
         microbatches: parts; they divide the rows.
         like: gives what `one_part` does as ShapeDtypeStructs.
 
     Raises:
         UserError: the rows do not divide, or an aux value is no scalar.
     """
-    parts = jax.tree.map(lambda leaf: _split(leaf, microbatches), batch)
-    first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), parts)
-    shapes = like(first)
+    leaves, structure = jax.tree.flatten(batch)
+    parts = {n: _split(leaf, microbatches) for n, leaf in enumerate(leaves) if _has_rows(leaf)}
+    if not parts:
+        raise UserError(f"microbatches={microbatches} is of a batch without rows")
+    first = [
+        jax.ShapeDtypeStruct(parts[n].shape[1:] if n in parts else leaf.shape, leaf.dtype)
+        for n, leaf in enumerate(leaves)
+    ]
+    shapes = like(structure.unflatten(first))
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
-        found = one_part(part)
+        found = one_part(structure.unflatten([part.get(n, leaf) for n, leaf in enumerate(leaves)]))
         weight = _weight(found[0])
         weighed = jax.tree.map(lambda value: value * weight.astype(value.dtype), found)
         return jax.tree.map(jnp.add, total, (weight, weighed)), None
@@ -59,8 +68,14 @@ def _weight(result: Any) -> Any:
     return aux["weight"] if isinstance(aux, dict) and "weight" in aux else jnp.float32(1)
 
 
+def _has_rows(leaf: Any) -> bool:
+    """Whether an array of a batch is more than one number or one key, which every part has."""
+    raw_key = leaf.dtype == jnp.uint32 and leaf.shape in _RAW_KEYS
+    return leaf.ndim > 0 and not raw_key
+
+
 def _split(leaf: Any, parts: int) -> Any:
-    rows = leaf.shape[0] if leaf.ndim else 0
+    rows = leaf.shape[0]
     if rows == 0 or rows % parts:
         near = nearest_divisors(rows, parts)
         raise UserError(f"microbatches={parts} does not divide the batch of {rows} rows; nearest: {near}")

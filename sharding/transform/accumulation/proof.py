@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ...errors import UserError, nearest_divisors
+from ...program.dims import batch_rows
 from ...program.jaxpr import Traced
+from ...program.program import Program
+from ...program.tracing import read
 from .graph import PartGraph, Reading
 from .levels import Levels, levels
 from .rules import rule_of
@@ -58,10 +61,15 @@ class InParts:
         )
 
 
-def rows_of(batch: Any) -> int:
-    """Return the rows of a batch: what most of its arrays lead with."""
-    leads = [jnp.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf)]
-    return max(leads, key=leads.count, default=0)
+def rows_of(traced: Traced) -> int:
+    """Return the rows of the batch that a loss was traced on.
+
+    Arrays that lead with other numbers (tables, keys) are told from examples by what the loss does of them.
+    """
+    leads = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(traced.args[1]) if jnp.ndim(leaf)}
+    if len(leads) > 1:
+        return batch_rows(_program(traced))
+    return next(iter(leads), 0)
 
 
 def check_rows(rows: int, parts: int) -> None:
@@ -79,19 +87,47 @@ def in_parts(traced: Traced, parts: int, *, by_block: bool = False) -> InParts:
     Raises NotInParts, with the user's line, if its value or gradients cannot be had so; UserError if the rows
     do not divide.
     """
-    params, batch, *_ = traced.args
-    rows = rows_of(batch)
+    rows = rows_of(traced)
     check_rows(rows, parts)
+    as_long = frozenset(
+        n for n, leaf in enumerate(jax.tree.leaves(traced.args[1])) if jnp.shape(leaf)[:1] == (rows,)
+    )
     pre = 1 if by_block else rows // parts
+    try:
+        return _read(traced, parts, rows, pre, as_long)
+    except NotInParts as why:
+        # A table may be as long as the batch: what meets no other array along its rows is one, perhaps.
+        told = _led(traced) & as_long
+        if not told or told == as_long:
+            raise
+        try:
+            return _read(traced, parts, rows, pre, told)
+        except NotInParts:
+            raise why from None
+
+
+def _led(traced: Traced) -> frozenset[int]:
+    """Return which arrays of the batch lead with the rows, by what the loss does of them."""
+    program = _program(traced)
+    data = [one for one in program.arguments if one.position == 1]
+    return frozenset(n for n, one in enumerate(data) if one.dims and one.dims[0] == program.batch_dims)
+
+
+def _program(traced: Traced) -> Program:
+    return read(traced, state=tuple(range(2, len(traced.args))))
+
+
+def _read(traced: Traced, parts: int, rows: int, pre: int, led: Collection[int]) -> InParts:
+    """Read a traced loss in parts, of whose batch the arrays numbered `led` are examples."""
+    params, batch, *_ = traced.args
     ties: frozenset[int] = frozenset()
     while True:
         graph = PartGraph(parts, Reading(rule=rule_of, slice=sliced), cut=True, ties=ties)
         jaxpr = traced.jaxpr.jaxpr
         count, beyond = len(jax.tree.leaves(params)), len(jax.tree.leaves((params, batch)))
         ins = [Held(tuple(v.aval.shape), v.aval.dtype, heavy=n < count) for n, v in enumerate(jaxpr.invars)]
-        for value in ins[count:beyond]:
-            if value.shape and value.shape[0] == rows:
-                value.form = examples(0, pre)
+        for number in led:
+            ins[count + number].form = examples(0, pre)
         found = graph.read(traced.jaxpr, ins)
         outs, apart = _completed(graph, found)
         shared = [value for value in ins[count:] if value.kind is Kind.SHARED]
@@ -125,13 +161,13 @@ def proved(traced: Traced, parts: int, max_passes: int | None = None) -> InParts
     With `max_passes` more passes over the parts are refused too.
     """
     try:
-        read = in_parts(traced, parts)
-        why = None if max_passes is None else read.too_many(max_passes)
+        found = in_parts(traced, parts)
+        why = None if max_passes is None else found.too_many(max_passes)
         if why is not None:
             raise why
     except NotInParts as refused:
         raise UserError(refusal(parts, refused, has_state=len(traced.args) > 2)) from None
-    return read
+    return found
 
 
 def refusal(parts: int, why: NotInParts, *, has_state: bool = False) -> str:

@@ -43,7 +43,7 @@ def pipelined(
 
     Raises UserError, one sentence, if it cannot.
     """
-    params, batch, *state = traced.args
+    params, _, *state = traced.args
     stages = plan.mesh[STAGE]
     of_params, of_state = flat_specs(plan, params), flat_specs(plan, state[0], "state") if state else ()
     axes = _axes(plan, traced)
@@ -55,7 +55,7 @@ def pipelined(
                 "cuts rows cuts no dimension that another axis cuts"
             )
     devices = cut_into(axes, plan.mesh)
-    rows, needed = rows_of(batch), plan.microbatches * devices * stages
+    rows, needed = rows_of(traced), plan.microbatches * devices * stages
     if rows % needed:
         near = nearest_divisors(rows // (devices * stages) or 1, plan.microbatches)
         raise UserError(
@@ -113,7 +113,7 @@ def _check_storage(slots: Slots) -> None:
 
 def _axes(plan: Decision, traced: Traced) -> tuple[str, ...]:
     """Return the axes that cut the rows. Raises UserError if they cut something else too."""
-    rows = specs_of_rows(plan, traced.args[1], rows_of(traced.args[1]))
+    rows = specs_of_rows(plan, traced.args[1], rows_of(traced))
     axes = axes_of_rows(plan, rows)
     cut = {axis for spec in rows for axis in axes_in(spec[:1]) if plan.mesh[axis] > 1}
     if cut - set(axes):

@@ -256,7 +256,7 @@ def _unmixed(plan: Decision, traced: Traced) -> Decision:
     gathered over the first once a step, ahead of the region; its gradient is stored as before. So is what a
     state stores over stages: each of them reads all of it.
     """
-    manual = (*axes_of_rows(plan, specs_of_rows(plan, traced.args[1], rows_of(traced.args[1]))), STAGE)
+    manual = (*axes_of_rows(plan, specs_of_rows(plan, traced.args[1], rows_of(traced))), STAGE)
     params, moments = dict(plan.params), dict(plan.moments)
     for path, row in plan.params.items():
         entries = [

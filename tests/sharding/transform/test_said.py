@@ -203,12 +203,15 @@ def test_states_of_another_making_are_one_sentence() -> None:
     step, state = plan.train_step(loss, adam), plan.init(init, jax.random.key(0), adam)
     for wrong, says in (
         ({**state, "ema": 1.0}, "the training state has 'ema'"),
-        (plan.init(init, jax.random.key(0), SGD), "of another optimizer: 0 arrays, where this one has 3"),
+        (plan.init(init, jax.random.key(0), SGD), "it keeps nothing, where this one keeps ScaleByAdamState"),
     ):
         with pytest.raises(UserError, match=says):
             step(wrong, batch())
     with pytest.raises(UserError, match=r"it takes \(state, batch\) and was given 1 argument$"):
         step(state)
+    # Plain SGD would carry these along and leave them as they are.
+    with pytest.raises(UserError, match=r"keeps ScaleByAdamState \(count, mu, nu\), where this one keeps no"):
+        plan.train_step(loss, SGD)(state, batch())
     step(state, batch())
     with pytest.raises(UserError, match="this state was given to an earlier step"):
         step(state, batch())

@@ -93,6 +93,16 @@ def test_parts_that_do_not_divide_the_batch_are_refused(params, batch):
         accumulate(loss, 3)(params, batch)
 
 
+def test_numbers_and_keys_are_those_of_every_part(params, batch):
+    def noisy(params, batch):
+        kept = jax.random.bernoulli(batch["key"], 0.5, (1, batch["x"].shape[1]))
+        return batch["scale"] * loss(params, {**batch, "x": batch["x"] * kept})[0]
+
+    batch = {**batch, "mask": jnp.ones(ROWS), "key": jax.random.PRNGKey(0), "scale": jnp.float32(3)}
+    got = accumulate(noisy, 2)(params, batch)
+    np.testing.assert_allclose(got, noisy(params, batch), rtol=1e-5)
+
+
 def test_aux_arrays_are_refused_by_name(params, batch):
     def with_array(params, batch):
         value, aux = loss(params, batch)

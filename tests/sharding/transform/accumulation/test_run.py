@@ -205,6 +205,25 @@ def test_what_does_not_come_in_parts_is_refused_by_both_doors_with_one_sentence(
     assert "accumulation='by part'" in said[0]
 
 
+def test_rows_are_told_from_keys_and_tables_by_what_the_loss_does_of_them():
+    def weighed(p, b):
+        kept = jax.random.bernoulli(b["a key"], 0.9, b["x"].shape)
+        by = (b["bias"] + b["weights"])[b["y"]]
+        each = optax.softmax_cross_entropy_with_integer_labels(logits(p, {"x": b["x"] * kept}), b["y"])
+        return (each * by).sum() / by.sum()
+
+    # Tables of as many classes as rows, more of them than examples, and a key before all.
+    p = {**params(), "outside": jax.random.normal(jax.random.key(5), (WIDTH, ROWS)) / 4}
+    table = jnp.arange(1.0, 1 + ROWS)
+    b = {**batch(), "weights": table, "bias": table[::-1] ** 2, "a key": jax.random.PRNGKey(4)}
+    b = {name: b[name] for name in ("x", "y", "weights", "bias", "a key")}
+    longer = {**b, "weights": jnp.tile(table, 2), "bias": jnp.tile(table, 2) ** 2}
+    for one in (b, longer):
+        made = declare(weighed, p, one, topology="cpu:8", mesh={"data": 8}, microbatches=2)
+        want, got = both(weighed)(p, one), both(made.apply(weighed))(p, one)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, want)
+
+
 def test_what_is_refused_is_taken_by_part_if_that_is_asked_and_the_plan_says_so():
     for made in doors(contrastive, 2, accumulation="by part"):
         assert any("the mean of what the parts give" in note for note in made.notes)
