@@ -55,13 +55,17 @@ def repeated(x: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
     return x["query"], jnp.repeat(x["key"], times, 2), jnp.repeat(x["value"], times, 2)
 
 
-def masked(change: Callable[..., jax.Array]) -> Way:
+def masked(
+    change: Callable[..., jax.Array],
+    weights: Callable[[jax.Array], jax.Array] = jax.nn.softmax,
+    operands: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = repeated,
+) -> Way:
     """Return attention whose scores ``[batch, heads, rows, columns]`` are changed before the softmax."""
 
     def way(x: dict[str, jax.Array]) -> jax.Array:
-        query, key, value = repeated(x)
+        query, key, value = operands(x)
         scores = change(jnp.einsum("bqhd,bkhd->bhqk", query, key) * WIDTH**-0.5, x)
-        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights(scores), value)
 
     return way
 

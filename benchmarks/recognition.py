@@ -10,9 +10,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import attention_ways
 import jax
 import jax.numpy as jnp
-from attention_ways import LEFT, OTHER, WAYS, Way, arrays
+import softmax_ways
+from attention_ways import OTHER, Way, arrays
 from jax.extend import core
 from loss_ways import LEFT as LOSSES_LEFT
 from loss_ways import WAYS as LOSSES
@@ -22,6 +24,8 @@ from meshwright.sharding.program.forms import losses
 from meshwright.sharding.program.jaxpr import Traced
 from meshwright.sharding.program.recognise import recognised
 
+WAYS = attention_ways.WAYS | softmax_ways.WAYS
+LEFT = attention_ways.LEFT | softmax_ways.LEFT
 TOLERANCE = {"half precision": 1e-2, "widened to float32": 1e-2, "half_precision": 1e-2}
 
 

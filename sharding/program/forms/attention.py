@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from jax.extend import core
 
@@ -19,6 +19,7 @@ from .further import Further, fits, further_product, precision_of, rank
 from .masks import NEVER, Labels, Mask, Masks, Part, Scores, is_truth
 from .opened import Opened
 from .placed import PlacedDims, placed_along, through
+from .softmax import Softmax, Softmaxes
 from .spans import NotThis
 from .values import SAME, Sources, shape
 
@@ -39,7 +40,8 @@ class WrittenAttention:
     `mask` is taken apart, `written` is not. `sink` is a score that is in the sum of weights alone; weights
     are multiplied by `factors` and `times`; `precision` is what all products ask for. `further` are products
     of other queries and keys that are added to the scores, `scaled` is what scores of a query are
-    ``multiplied`` or ``divided`` by.
+    ``multiplied`` or ``divided`` by. `blank` is what hides scores where weights are put to 0 by it once more:
+    a query that sees nothing gets zeros then.
     """
 
     product: core.JaxprEqn
@@ -62,6 +64,7 @@ class WrittenAttention:
     precision: str | None = None
     further: tuple[Further, ...] = ()
     scaled: tuple[Part, ...] = ()
+    blank: Part | None = None
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -81,16 +84,6 @@ class _Scoring:
         return self.cap is not None or self.sink is not None or bool(self.parts)
 
 
-class _Softmax(NamedTuple):
-    """A softmax over the dimension `axis` of `logits`; `late` says that `weights` are not divided yet."""
-
-    axis: int
-    logits: Any
-    weights: Any
-    numerator: Any
-    late: bool = False
-
-
 class AttentionFinder:
     """Finds attention; `missed` are, after a search, equations that are nearly that, and why not."""
 
@@ -99,6 +92,7 @@ class AttentionFinder:
         self.masks = Masks(values)
         self.missed: list[tuple[core.JaxprEqn, Any, str]] = []
         self._users: dict[Any, list[core.JaxprEqn]] = {}
+        self.softmaxes = Softmaxes(values, self._users)
         self._results: set[Any] = set()
         self._back: dict[Any, tuple[core.JaxprEqn, tuple[tuple[core.JaxprEqn, int], ...]] | None] = {}
 
@@ -117,7 +111,7 @@ class AttentionFinder:
         return found
 
     def _read(self, exp: core.JaxprEqn, scope: Opened) -> WrittenAttention | None:
-        softmax = self._softmax(exp)
+        softmax = self.softmaxes.around(exp)
         before = None if softmax is None else self._product_before(softmax.logits, _FAR)
         after = None if softmax is None else self._product_after(softmax.weights, _FAR // 2)
         if softmax is None or before is None or after is None:
@@ -128,85 +122,6 @@ class AttentionFinder:
             if str(why):
                 self.missed.append((after[1], before[0].outvars[0].aval, str(why)))
             return None
-
-    def _softmax(self, exp: core.JaxprEqn) -> _Softmax | None:
-        """Return a softmax around `exp`, whose weights may be divided only after values were summed."""
-        less = self.values.made(exp.invars[0], "sub")
-        logits = less.invars[0] if less is not None else exp.invars[0]
-        numerator = exp.outvars[0]
-        sums: list[core.JaxprEqn] = []
-        for eqn in self._uses(numerator):
-            if eqn.primitive.name == "reduce_sum":
-                sums.append(eqn)
-            if eqn.primitive.name != "div" or self.values.plain(eqn.invars[0]) is not numerator:
-                continue
-            found = self._sums(eqn.invars[1], numerator, 12)
-            dimensions = range(len(shape(numerator)))
-            if found is None or any(found[d] not in (d, None) for d in dimensions):
-                continue
-            axes = [d for d in dimensions if found[d] is None and shape(numerator)[d] > 1]
-            if len(axes) != 1 or self._reduced != (axes[0],):
-                continue
-            # What is subtracted of all scores of a query alike changes nothing but the range of numbers.
-            if less is not None and not self._alike_along(less.invars[1], axes[0]):
-                continue
-            return _Softmax(axes[0], logits, eqn.outvars[0], numerator)
-        for eqn in sums:
-            axes = tuple(int(axis) for axis in eqn.params["axes"])
-            if len(axes) == 1 and (less is None or self._alike_along(less.invars[1], axes[0])):
-                return _Softmax(axes[0], logits, numerator, numerator, late=True)
-        return None
-
-    def _sums(self, atom: Any, of: Any, depth: int) -> list[int | None] | None:
-        """Return, for each dimension of sums of `of`, which of its dimensions it is; None if it is no sum.
-
-        `_reduced` is then what was summed over.
-        """
-        atom = self.values.plain(atom)
-        if atom is of:
-            self._reduced: tuple[int, ...] = ()
-            return list(range(len(shape(of))))
-        eqn = self.values.made(atom)
-        if eqn is None or depth == 0 or len(eqn.invars) != 1:
-            return None
-        before = self._sums(eqn.invars[0], of, depth - 1)
-        if before is None:
-            return None
-        name = eqn.primitive.name
-        if name == "reduce_sum" and not self._reduced:
-            axes = tuple(int(axis) for axis in eqn.params["axes"])
-            self._reduced = tuple(before[axis] for axis in axes)  # pyright: ignore[reportAttributeAccessIssue]
-            return [one for n, one in enumerate(before) if n not in axes]
-        if name == "transpose":
-            return [before[d] for d in eqn.params["permutation"]]
-        if name == "broadcast_in_dim":
-            where = list(eqn.params["broadcast_dimensions"])
-            return [before[where.index(d)] if d in where else None for d in range(len(eqn.params["shape"]))]
-        if name in ("reshape", "squeeze"):
-            sizes = shape(eqn.invars[0])
-            rest = iter([one for one, size in zip(before, sizes, strict=True) if size > 1])
-            after = shape(atom)
-            if [size for size in sizes if size > 1] == [size for size in after if size > 1]:
-                return [next(rest) if size > 1 else None for size in after]
-        return None
-
-    def _alike_along(self, atom: Any, axis: int) -> bool:
-        """Whether an array has one number along a dimension."""
-        atom = self.values.plain(atom)
-        if not shape(atom) or shape(atom)[axis] == 1:
-            return True
-        eqn = self.values.made(atom, "broadcast_in_dim")
-        if eqn is None:
-            return False
-        where = list(eqn.params["broadcast_dimensions"])
-        return axis not in where or shape(eqn.invars[0])[where.index(axis)] == 1
-
-    def _uses(self, atom: Any) -> list[core.JaxprEqn]:
-        """Return what reads `atom`, through changes of type and name."""
-        found = []
-        for eqn in self._users.get(atom, ()):
-            found += self._uses(eqn.outvars[0]) if eqn.primitive.name in SAME else [eqn]
-        return found
 
     def _product_before(
         self, atom: Any, depth: int
@@ -243,7 +158,7 @@ class AttentionFinder:
 
     def _attention(
         self,
-        softmax: _Softmax,
+        softmax: Softmax,
         before: tuple[core.JaxprEqn, tuple[tuple[core.JaxprEqn, int], ...]],
         after: tuple[tuple[tuple[core.JaxprEqn, int], ...], core.JaxprEqn, int],
         scope: Opened,
@@ -259,11 +174,13 @@ class AttentionFinder:
             raise NotThis("")
         keys = labels[softmax.axis][0]
         placed.tell(keys)
+        self._hide(softmax, labels, placed.sizes, scoring)
         of_weights = labels
         factors, times = [], 1.0
         for eqn, main in steps_after:
             times *= self._change(eqn, main, labels, scoring, factors)
             labels = through(eqn, labels, placed.sizes)
+        factors, blank = self._blank(factors, placed.sizes, scoring)
         place, width = placed.last(last, side, labels)
         result = last
         if softmax.late:
@@ -296,6 +213,7 @@ class AttentionFinder:
             precision=precision_of(first, *(one.product for one in further), last),
             further=further,
             scaled=scaled,
+            blank=blank,
         )
 
     def _further(
@@ -323,7 +241,7 @@ class AttentionFinder:
         return found
 
     def _divided(
-        self, softmax: _Softmax, last: core.JaxprEqn, labels: Labels, of_weights: Labels, sizes: Sequence[int]
+        self, softmax: Softmax, last: core.JaxprEqn, labels: Labels, of_weights: Labels, sizes: Sequence[int]
     ) -> tuple[core.JaxprEqn, Labels]:
         """Return the division of what `last` gives by the sum of weights of each query, and its labels."""
         atom = last.outvars[0]
@@ -335,10 +253,10 @@ class AttentionFinder:
         for eqn in self._users.get(atom, []):
             if eqn.primitive.name != "div" or eqn.invars[0] is not atom:
                 continue
-            found = self._sums(eqn.invars[1], softmax.numerator, 12)
-            if found is None or self._reduced != (softmax.axis,):
+            found = self.softmaxes.sums(eqn.invars[1], softmax.numerator)
+            if found is None or found.over != (softmax.axis,) or found.hidden:
                 continue
-            told = [() if d is None else of_weights[d] for d in found]
+            told = [() if d is None else of_weights[d] for d in found.dims]
             summed = [one for n, one in enumerate(of_weights) if n != softmax.axis]
             # Each query of each head has a sum of its own.
             fits = all(one in ((), label) for one, label in zip(told, labels, strict=True))
@@ -400,6 +318,68 @@ class AttentionFinder:
             here = labels if shape(eqn.invars[0]) else ()
             scoring.parts.append(Part(atom=eqn.invars[0], labels=here, how=how, fill=fill))
 
+    def _hide(self, softmax: Softmax, labels: Labels, sizes: Sequence[int], scoring: _Scoring) -> None:
+        """Take note of what puts exps to 0, or those that are summed, and has not hidden scores before."""
+        for eqn in softmax.hidden:
+            part = self._putting(eqn, labels)
+            if self._hides_again(part, sizes, scoring) is not None:
+                continue
+            if eqn.outvars[0] is not softmax.numerator:
+                raise NotThis("its weights are divided by the sum of some")
+            scoring.parts.append(dataclasses.replace(part, fill=-math.inf))
+
+    def _putting(self, eqn: core.JaxprEqn, labels: Labels) -> Part:
+        """Return what puts 0, or another number, in the place of weights."""
+        how = "true" if self.values.number(eqn.invars[1]) is None else "false"
+        which = eqn.invars[0]
+        return Part(atom=which, labels=labels if shape(which) else (), how=how, fill=0.0)
+
+    def _hides_again(self, part: Part, sizes: Sequence[int], scoring: _Scoring) -> Part | None:
+        """Return what hides the scores whose weights `part` puts to 0."""
+        again = self._truth(part, sizes)
+        for one in scoring.parts:
+            before = self._truth(one, sizes)
+            alike = (before.how, before.labels) == (again.how, again.labels)
+            if alike and before.how != "added" and self.values.same(before.atom, again.atom):
+                return one
+        return None
+
+    def _truth(self, part: Part, sizes: Sequence[int]) -> Part:
+        """Return a condition before it was laid out, one that is multiplied by as the truth value it was."""
+        found = self.masks.stripped(part, sizes)
+        multiplied = part.how == "added" and part.added == 0 and is_truth(found.atom)
+        return dataclasses.replace(found, how="false") if multiplied else found
+
+    def _blank(
+        self, factors: Sequence[Part], sizes: Sequence[int], scoring: _Scoring
+    ) -> tuple[list[Part], Part | None]:
+        """Return the factors that do more than put hidden weights to 0, and what hides those that others do.
+
+        Weights are no numbers where all is hidden by minus infinity: what puts those to 0 does so too.
+        """
+        hides = [part for part in scoring.parts if part.how != "added"]
+        kept, blank = [], None
+        for factor in factors:
+            if self._tests(factor.atom, "ne"):
+                if len(hides) != 1 or math.isfinite(hides[0].fill):
+                    raise NotThis("its weights are replaced where they are no numbers")
+                blank = hides[0]
+            elif len(hides) == 1 and self._hides_again(factor, sizes, scoring) is hides[0]:
+                blank = hides[0]
+            else:
+                kept.append(factor)
+        return kept, blank
+
+    def _tests(self, atom: Any, *names: str) -> bool:
+        """Whether an atom says which weights are no numbers (``ne``), or endless (``eq``), as none are."""
+        eqn = self.values.made(atom, *names)
+        if eqn is None or len(eqn.invars) != 2:
+            return False
+        if eqn.primitive.name == "ne":
+            return self.values.same(*eqn.invars)
+        number = self.values.number(eqn.invars[1])
+        return number is not None and math.isinf(number)
+
     def _sink(self, eqn: core.JaxprEqn, main: int, labels: Labels, scoring: _Scoring) -> None:
         """Take note of one score more for each query, that of no key."""
         before, after = shape(eqn.invars[main]), shape(eqn.outvars[0])
@@ -429,6 +409,8 @@ class AttentionFinder:
                 raise NotThis("")
             return 1.0
         if name not in ("mul", "div", "select_n"):
+            return 1.0
+        if name == "select_n" and self._tests(eqn.invars[0], "eq"):
             return 1.0
         if name == "select_n":
             other = eqn.invars[3 - main]
@@ -468,7 +450,8 @@ class AttentionFinder:
         on_the_way = [weights, *(eqn.outvars[0] for eqn, _ in steps)]
         readers = [*(eqn for eqn, _ in steps), last]
         for atom, reader in zip(on_the_way, readers, strict=True):
-            if atom in self._results or any(eqn is not reader for eqn in self._users.get(atom, ())):
+            others = (eqn for eqn in self._users.get(atom, ()) if eqn is not reader)
+            if atom in self._results or any(not self._tests(eqn.outvars[0], "ne", "eq") for eqn in others):
                 raise NotThis("its weights are read by more than the sum of values")
 
 

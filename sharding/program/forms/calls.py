@@ -24,6 +24,9 @@ from .values import Sources, shape
 
 _LOW = ("bfloat16", "float16")
 
+# A score that exp makes 0 of beside any other, and that is a number by itself.
+_HIDDEN = -1e30
+
 _HEADS = "its mask differs from head to head"
 
 
@@ -56,7 +59,11 @@ class Calls:
         scale = scales[0] * one.scale
         heads = _heads(one, parts)
         sink = () if one.sink is None else (one.sink,)
-        pairs = (*mask.pairs, *mask.biases, *one.factors, *sink)
+        factors = one.factors
+        if one.blank is not None and (mask.pairs or mask.biases or factors or sink):
+            # What hides weights is over scores then, and puts those to 0 of a query that sees nothing.
+            factors = (*factors, one.blank)
+        pairs = (*mask.pairs, *mask.biases, *factors, *sink)
         others = [*(mask.segments[0] if mask.segments else ()), *parts, *pairs]
         call = Call(
             arrays=(*labels[:3], *(part.labels for part in others)),
@@ -84,10 +91,11 @@ class Calls:
             dtype=str(dtype_of(one.product.outvars[0])),
             pairs=tuple(part.how == "false" for part in mask.pairs),
             biases=tuple(part.fill for part in mask.biases),
-            factors=tuple(None if part.how == "added" else part.how == "false" for part in one.factors),
+            factors=tuple(None if part.how == "added" else part.how == "false" for part in factors),
             sink=one.sink is not None,
             times=one.times,
             literal=bool(pairs),
+            blank=one.blank is not None,
             fill=_fill(one) if pairs else None,
             precision=None if dtype_of(atoms[0]).itemsize < 4 else one.precision,
         )
@@ -219,7 +227,9 @@ def _unseeing(one: WrittenAttention) -> float | None:
     mask = one.mask
     if not mask.padding and not mask.query_padding:
         return None
-    if mask.unseen is None:
+    if one.blank is not None and len(mask.fills) == 1:
+        return 0.0
+    if mask.unseen is None or one.blank is not None:
         raise NotThis("a query may see no key, and what it gets then is not the mean of all")
     if one.cap is not None and any(added for added, _ in mask.fills):
         raise NotThis("a query may see no key, and a cap shapes its gradient then")
@@ -260,6 +270,9 @@ def _fill(one: WrittenAttention) -> float | None:
     if mask.fill is None:
         raise NotThis("a query may see no key, and its scores are hidden in several ways")
     fill, added = mask.fill
+    if one.blank is not None:
+        # Weights of all keys alike, which are put to 0.
+        return max(fill, _HIDDEN)
     if mask.late and not added:
         raise NotThis("a query may see no key, and something is added to its scores after they were hidden")
     if one.cap is not None and added:

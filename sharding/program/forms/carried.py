@@ -30,7 +30,7 @@ class Call:
     multiplied by. `further` are labels of queries and keys of further products, whose arrays come last, and
     what each is multiplied by beside the first. Before them come those that scores of a query are multiplied
     by (`scaled`), or divided by. `literal` says that a query that sees nothing gets what
-    `fill` makes of it.
+    `fill` makes of it, `blank` that it gets zeros.
     """
 
     arrays: tuple[Labels, ...]
@@ -60,6 +60,7 @@ class Call:
     precision: str | None = None
     further: tuple[tuple[Labels, Labels, float], ...] = ()
     scaled: tuple[tuple[Labels, bool], ...] = ()
+    blank: bool = False
 
     @property
     def over_scores(self) -> int:
@@ -228,6 +229,8 @@ def _of_unseeing(call: Call, query: Any, key: Any, value: Any) -> Any:
     still reaches queries and keys: that of a softmax of equal scores, which is linear in them, by the
     covariance of keys and values.
     """
+    if call.blank:
+        return jnp.asarray(0, query.dtype)
     if call.unseeing is None or not math.isfinite(call.unseeing):
         return jnp.asarray(jnp.nan, query.dtype)
     group = query.shape[2] // value.shape[2]

@@ -20,13 +20,13 @@ from .losses import RegionFinder, placed, product_with_vocabulary
 from .opened import Made, Opening, Rebuilding
 from .position import by_position
 from .spans import NotThis
-from .unread import unread
+from .unread import WEIGHS, unread
 from .values import Sources
 
 
 def with_attention(traced: Traced) -> Traced:
     """Return `traced` with each attention that is found a call of `ops.attention`."""
-    if not any(_has(traced.jaxpr.jaxpr, name, {}) for name in ("exp", "custom_vjp_call")):
+    if not any(_has(traced.jaxpr.jaxpr, name, {}) for name in (*WEIGHS, "custom_vjp_call")):
         return traced
     opening = Opening(traced.jaxpr)
     values = Sources(opening)

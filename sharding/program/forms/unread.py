@@ -1,4 +1,4 @@
-"""Attention that no form reads: scores of queries and keys whose exp goes into a product with values."""
+"""Attention that no form reads: weights made of scores of queries and keys go into a product with values."""
 
 from __future__ import annotations
 
@@ -8,17 +8,38 @@ from typing import Any
 
 from jax.extend import core
 
+from ..jaxpr import call_body
 from .attention import live
 from .values import SAME, Sources, shape
 
 # How many equations lie at most between scores and their exp, and from there to the product with values.
 _FAR = 24
 # What gives one number for each of those it is given.
-_EACH = ("mul", "div", "add", "sub", "select_n", "tanh", "max", "min", "transpose", "reshape", *SAME)
+_EACH = (
+    "custom_jvp_call",
+    "mul",
+    "div",
+    "add",
+    "sub",
+    "select_n",
+    "tanh",
+    "max",
+    "min",
+    "transpose",
+    "reshape",
+    *SAME,
+)
+_CALLS = ("custom_jvp_call", "jit", "pjit")
+_PRODUCTS = ("dot_general", "conv_general_dilated")
 # Scores have a batch, heads, queries and keys where heads are mixed.
 _RANK = 4
 
-_WHY = "its weights are not read as a softmax over keys"
+# What makes weights of scores, and what is said of it.
+WEIGHS = {
+    "exp": "its weights are not read as a softmax over keys",
+    "logistic": "its weights are sigmoids of scores, which no kernel computes",
+    "max": "its weights are scores cut at 0, which no kernel computes",
+}
 
 
 def unread(
@@ -40,14 +61,30 @@ def unread(
                     users.setdefault(atom, []).append(eqn)
         said: list[core.JaxprEqn] = []
         for eqn in equations:
-            if eqn.primitive.name != "exp" or (scores := _scores(values, eqn.invars[0])) is None:
+            kind = _weighing(eqn)
+            why = WEIGHS.get(kind)
+            if why is None or (scores := _scores(values, eqn.invars[0])) is None:
                 continue
             product = _product(users, eqn.outvars[0])
             if product is None or any(product is one for one in (*products, *said)):
                 continue
+            if kind != "exp" and not _of_data(values, scores, product):
+                continue
             if not any(atom is one for atom in scores.invars for one in read):
                 said.append(product)
-                yield product, scores.outvars[0].aval, _WHY
+                yield product, scores.outvars[0].aval, why
+
+
+def _weighing(eqn: core.JaxprEqn) -> str:
+    """Return the primitive of an equation, or the one that is all of its call (relu is one of its own)."""
+    name = eqn.primitive.name
+    while name in _CALLS:
+        body = call_body(eqn)
+        if body is None or len(body.eqns) != 1:
+            break
+        (eqn,) = body.eqns
+        name = eqn.primitive.name
+    return name
 
 
 def _scores(values: Sources, atom: Any) -> core.JaxprEqn | None:
@@ -81,8 +118,28 @@ def _product(users: dict[Any, list[core.JaxprEqn]], atom: Any) -> core.JaxprEqn 
     return None
 
 
+def _of_data(values: Sources, scores: core.JaxprEqn, product: core.JaxprEqn) -> bool:
+    """Whether no operand is a parameter as it is: products of experts, with what is between, look alike."""
+    return all(_is_made(values, atom) for eqn in (scores, product) for atom in eqn.invars)
+
+
+def _is_made(values: Sources, atom: Any) -> bool:
+    """Whether there is a product or a convolution in what `atom` is worked out from."""
+    near, seen = [(atom, _FAR)], set()
+    while near:
+        atom, depth = near.pop()
+        eqn = None if isinstance(atom, core.Literal) or depth == 0 else values.made(atom)
+        if eqn is None or id(eqn) in seen:
+            continue
+        if eqn.primitive.name in _PRODUCTS:
+            return True
+        seen.add(id(eqn))
+        near += [(one, depth - 1) for one in eqn.invars]
+    return False
+
+
 def _gives_each(eqn: core.JaxprEqn) -> bool:
-    return eqn.primitive.name in _EACH or _mixes_heads(eqn)
+    return _weighing(eqn) in _EACH or _mixes_heads(eqn)
 
 
 def _is_batched(eqn: core.JaxprEqn) -> bool:

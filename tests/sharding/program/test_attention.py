@@ -13,11 +13,13 @@ from meshwright.sharding.ops.attention import attention_call
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import attention_ways as ways
+import softmax_ways
 from meshwright.sharding.program.recognise import recognised
 from recognition import calls, traced
 
 pytestmark = pytest.mark.numerics
 
+WAYS, LEFT = ways.WAYS | softmax_ways.WAYS, ways.LEFT | softmax_ways.LEFT
 LOOSE = {"half precision": 1e-2, "widened to float32": 1e-2}
 
 
@@ -69,17 +71,21 @@ SAMPLE = [
     "NNX's dropout",
     "Linen's module",
     "two products",
+    "softmax(where=)",
+    "exps hidden",
+    "exp of log_softmax",
+    "exp less logsumexp",
 ]
-PADDED = [name for name in ways.WAYS if "padd" in name or "pairs" in name] + ["two masks, added"]
+PADDED = [name for name in WAYS if "padd" in name or "pairs" in name] + ["two masks, added"]
 # By itself: a gradient of bfloat16 is off by one rounding of its own size, those of float32 by a millionth.
 HALVES = [([name], ways.arrays) for name in LOOSE]
-ALL = pytest.param([name for name in ways.WAYS if name not in LOOSE], ways.arrays, marks=pytest.mark.slow)
+ALL = pytest.param([name for name in WAYS if name not in LOOSE], ways.arrays, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("names", "make"), [(SAMPLE, ways.arrays), (PADDED, unseeing), *HALVES, ALL])
 def test_every_way_becomes_one_call_and_keeps_values_and_gradients(names, make) -> None:
     given = make()
-    chosen = {name: ways.WAYS[name] for name in names}
+    chosen = {name: WAYS[name] for name in names}
     loss = loss_of(chosen)
     found = recognised(traced(loss, floats(given), given), ("attention",))
     assert calls(found.jaxpr.jaxpr) == len(chosen)
@@ -93,16 +99,16 @@ def test_every_way_becomes_one_call_and_keeps_values_and_gradients(names, make) 
         np.testing.assert_allclose(other[name], one, atol=rounding, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ways.LEFT)
+@pytest.mark.parametrize("name", LEFT)
 def test_what_is_left_is_told_with_its_line_and_its_scores(name) -> None:
-    way, why = ways.LEFT[name]
+    way, why = LEFT[name]
     given = ways.arrays()
     one = traced(loss_of({name: way}), floats(given), given)
     found = recognised(one, ("attention",))
     assert found.jaxpr is one.jaxpr
     (note,) = found.notes
     assert why in note
-    assert "attention_ways.py:" in note
+    assert "_ways.py:" in note
     assert "its scores take 8.0 KiB" in note
 
 
@@ -194,14 +200,6 @@ def test_short_sequences_are_scored_at_once_and_long_ones_in_chunks(length, chun
     assert call.chunk == chunk
 
 
-def weights_where(scores):
-    return jax.nn.softmax(scores, where=jnp.tril(jnp.ones(scores.shape[-2:], bool)))
-
-
-def weights_of_logs(scores):
-    return jnp.exp(jax.nn.log_softmax(scores))
-
-
 def weights_over_their_norm(scores):
     weights = jnp.exp(scores)
     return weights / jnp.linalg.norm(weights, axis=-1, keepdims=True)
@@ -211,9 +209,7 @@ def weights_of_mixed_heads(scores):
     return jnp.einsum("bhqk,hg->bgqk", jax.nn.softmax(scores), jnp.eye(scores.shape[1]))
 
 
-@pytest.mark.parametrize(
-    "weights", [weights_where, weights_of_logs, weights_over_their_norm, weights_of_mixed_heads]
-)
+@pytest.mark.parametrize("weights", [weights_over_their_norm, weights_of_mixed_heads])
 def test_attention_that_no_form_reads_is_a_note_with_its_line(weights):
     def loss(params, batch):
         scores = jnp.einsum("bqhd,bkhd->bhqk", params["query"], batch)
@@ -225,6 +221,17 @@ def test_attention_that_no_form_reads_is_a_note_with_its_line(weights):
     )
     (note,) = found.notes
     assert f"test_attention.py:{line} (loss)): its weights are not read as a softmax over keys" in note
+
+
+@pytest.mark.parametrize("between", [jax.nn.relu, jax.nn.sigmoid])
+def test_products_of_experts_are_no_attention(between):
+    def loss(params, batch):
+        tokens = jnp.einsum("ted,dw->etw", batch, params["mix"])
+        up = between(jnp.einsum("etw,ewf->etf", tokens, params["up"]))
+        return jnp.einsum("etf,efw->etw", up, params["down"]).sum()
+
+    params = {"mix": jnp.ones((4, 4)), "up": jnp.ones((3, 4, 8)), "down": jnp.ones((3, 8, 4))}
+    assert not recognised(traced(loss, params, jnp.ones((5, 3, 4))), ("attention",)).notes
 
 
 def test_attention_worked_through_in_blocks_by_hand_is_a_note():

@@ -1,0 +1,93 @@
+"""Softmaxes of attention in the ways that people write them, and weights that are none.
+
+Arrays are those of `attention_ways`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from attention_ways import WIDTH, Way, causal, kept, masked, repeated
+
+
+def projected(x: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return queries, and keys and values with as many heads, each a product of its array."""
+    turn = x["bias"][0, :WIDTH, :WIDTH]
+    query, key, value = (one @ turn for one in repeated(x))
+    return query, key, value
+
+
+def scored(x: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return scores ``[batch, heads, rows, columns]``, and values."""
+    query, key, value = repeated(x)
+    return jnp.einsum("bqhd,bkhd->bhqk", query, key) * WIDTH**-0.5, value
+
+
+def hidden_from_the_softmax(
+    visible: Callable[[dict[str, jax.Array]], jax.Array],
+    bias: Callable[[dict[str, jax.Array]], Any] = lambda x: 0.0,
+) -> Way:
+    """Return attention whose softmax is told `where`: a query that sees nothing gets zeros."""
+
+    def way(x: dict[str, jax.Array]) -> jax.Array:
+        scores, value = scored(x)
+        where = jnp.broadcast_to(visible(x), scores.shape)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores + bias(x), where=where), value)
+
+    return way
+
+
+def hidden_again(x: dict[str, jax.Array]) -> jax.Array:
+    """What is hidden gets no weight, be there nothing else."""
+    (scores, value), seen = scored(x), causal(x) & kept(x)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(seen, scores, -1e9)) * seen, value)
+
+
+def without_nan(x: dict[str, jax.Array]) -> jax.Array:
+    """A softmax of nothing but minus infinity is no number, and put to 0."""
+    scores, value = scored(x)
+    weights = jax.nn.softmax(jnp.where(kept(x) & causal(x), scores, -jnp.inf))
+    return jnp.einsum("bhqk,bkhd->bqhd", jnp.nan_to_num(weights), value)
+
+
+def exps_hidden(x: dict[str, jax.Array]) -> jax.Array:
+    """A softmax by hand, whose exps are hidden and not its scores."""
+    scores, value = scored(x)
+    power = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    power = jnp.where(causal(x), power, 0.0)
+    return jnp.einsum("bhqk,bkhd->bqhd", power / power.sum(-1, keepdims=True), value)
+
+
+def divided_by_some(x: dict[str, jax.Array]) -> jax.Array:
+    """Weights of all keys, by the sum of those that are seen: no softmax."""
+    scores, value = scored(x)
+    power = jnp.exp(scores)
+    total = jnp.where(causal(x), power, 0.0).sum(-1, keepdims=True)
+    return jnp.einsum("bhqk,bkhd->bqhd", power / total, value)
+
+
+WAYS: dict[str, Way] = {
+    "softmax(where=)": hidden_from_the_softmax(causal),
+    "softmax(where=), causal padding": hidden_from_the_softmax(lambda x: causal(x) & kept(x)),
+    "softmax(where=), pairs": hidden_from_the_softmax(lambda x: x["pairs"] & causal(x)),
+    "softmax(where=), bias and padding": hidden_from_the_softmax(kept, lambda x: x["bias"]),
+    "weights hidden again, padding": hidden_again,
+    "weights that are no numbers, padding": without_nan,
+    "exps hidden": exps_hidden,
+    "exp of log_softmax": masked(
+        lambda s, x: jax.nn.log_softmax(jnp.where(causal(x), s, -1e30)), weights=jnp.exp
+    ),
+    "exp less logsumexp": masked(
+        lambda s, x: s - jax.nn.logsumexp(s, axis=-1, keepdims=True), weights=jnp.exp
+    ),
+}
+
+# What is left as it is written, with a note that says what of it is in the way.
+LEFT: dict[str, tuple[Way, str]] = {
+    "sigmoids": (masked(lambda s, x: jnp.where(causal(x), s, -1e30), jax.nn.sigmoid, projected), "sigmoids"),
+    "cut at 0": (masked(lambda s, x: jnp.where(causal(x), s, 0.0), jax.nn.relu, projected), "cut at 0"),
+    "divided by some": (divided_by_some, "divided by the sum of some"),
+}
