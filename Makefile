@@ -15,7 +15,7 @@ ON_NEXT := tests/test_generations.py \
 		deepseek-v3 llama3-8b mixtral-8x7b quickstart quickstart.declared) \
 	tests/models/test_flax_versions.py \
 	$(addprefix tests/runtime/train/test_run.py::test_,it_learns_what_it_always_did a_profile_is_captured_and_read) \
-	$(addprefix tests/sharding/,test_api.py program transform ops hlo compiled verify/test_worker.py)
+	$(addprefix tests/sharding/,api program transform ops hlo compiled verify/test_worker.py)
 
 # The generation of JAX between the oldest and the newest: what reads its programs, and what makes manual regions.
 ON_MIDDLE := tests/test_generations.py tests/sharding/ops tests/sharding/program/test_primitives.py \

@@ -16,8 +16,7 @@ from typing import Any
 import jax
 import optax
 from meshwright.models import decoder, preset
-from meshwright.sharding import Topology
-from meshwright.sharding.api import plan
+from meshwright.sharding import Topology, plan
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.inputs import Problem
 

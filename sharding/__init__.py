@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from .errors import door
 
 if TYPE_CHECKING:
-    from .api import Plan as Plan
-    from .api import declare as declare
-    from .api import plan as plan
+    from .api.facade import Plan as Plan
+    from .api.planning import declare as declare
+    from .api.planning import plan as plan
     from .errors import UserError as UserError
     from .hardware.chip import Chip as Chip
     from .hardware.mesh import make_mesh as make_mesh
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 # Name → module that defines it. Loaded on first use, so that `import meshwright.sharding` costs nothing.
 _HOMES = {
     "Chip": "hardware.chip",
-    "Plan": "api",
-    "declare": "api",
-    "plan": "api",
+    "Plan": "api.facade",
+    "declare": "api.planning",
+    "plan": "api.planning",
     "DEFAULT_RULES": "rules.rules",
     "Rules": "rules.rules",
     "Topology": "hardware.topology",

@@ -113,12 +113,12 @@ def test_the_doors_are_found() -> None:
     ("homes", "fault"),
     [
         ({"plan": "planning"}, "there is no module sharding.planning for 'plan'"),
-        ({"plans": "api"}, "sharding.api defines no 'plans'"),
-        ({"plan": "api", "UserError": "errors"}, "the table and the imports for typing differ"),
+        ({"plans": "api.planning"}, "sharding.api.planning defines no 'plans'"),
+        ({"plan": "api.planning", "UserError": "errors"}, "the table and the imports for typing differ"),
     ],
 )
 def test_a_wrong_table_is_told(homes: dict[str, str], fault: str) -> None:
-    door = Door(module="sharding", homes=homes, typed={"plan": "api"})
+    door = Door(module="sharding", homes=homes, typed={"plan": "api.planning"})
     assert any(fault in line for line in wrong(HOUSE, door))
 
 
@@ -135,7 +135,7 @@ def test_every_import_obeys_the_law() -> None:
         ("sharding.hardware.mesh", "sharding.hardware.axes", True),
         ("sharding.hardware.mesh", "sharding.plans.record", False),
         ("sharding.cost.step", "sharding", False),
-        ("sharding.api", "runtime.config.config", False),
+        ("sharding.api.planning", "runtime.config.config", False),
         ("models.sampling", "sharding.errors", True),
         ("models.sampling", "sharding.ops.attention", True),
         ("models.sampling", "sharding.hardware.mesh", False),
