@@ -35,6 +35,11 @@ _WAYS = (
     "loss_passes",
 )
 
+# Of these, the starts of kernels and of collectives, which hosts give.
+_HOSTS = ("kernel_seconds", "fabric_seconds", "network_seconds")
+# By how much of itself a value has moved from where its fit began, if runs told it.
+_MOVED = 0.1
+
 # Chip → framework → record.
 Tables = dict[str, dict[str, "Framework"]]
 
@@ -125,12 +130,14 @@ def unseen(chip: str, framework: str, path: Path | None = None) -> Framework:
     """Return the record of a framework as if no run of it, nor of its family, had ever been measured.
 
     Kernels are the chip's own. XLA's ways are the product's; any other framework's are those in the middle of
-    its nearest relatives: the other families on that chip, or on all chips where it has none.
+    its nearest relatives: the other families on that chip, or on all chips where it has none. How long a host
+    takes no chip decides, and most runs do not tell, since their devices are behind: it is in the middle of
+    all relatives that were told it, whose records have moved from where every fit began.
     """
     own, mine = plain(chip), family(framework)
     if mine == "xla":
         return own
-    tables = _read(SHIPPED if path is None else path)
+    begun, tables = _read(SHIPPED if path is None else path)
     kin = [
         (at, record)
         for at, rows in tables.items()
@@ -142,6 +149,10 @@ def unseen(chip: str, framework: str, path: Path | None = None) -> Framework:
         return own
     # `median_low` is one of the values, as of what is either so or not it has to be.
     middle = {name: statistics.median_low([getattr(one, name) for one in near]) for name in _WAYS}
+    for name in _HOSTS:
+        before = getattr(begun, name)
+        told = [v for _, one in kin if abs((v := getattr(one, name)) - before) > _MOVED * before]
+        middle |= {name: statistics.median_low(told)} if told else {}
     return dataclasses.replace(own, **middle)
 
 
@@ -156,8 +167,8 @@ def read(path: Path) -> tuple[Framework, Tables]:
 
 
 @functools.cache
-def _read(path: Path) -> Tables:
-    return read(path)[1]
+def _read(path: Path) -> tuple[Framework, Tables]:
+    return read(path)
 
 
 def record_for(chip: str, framework: str, path: Path | None = None) -> Framework:
@@ -166,7 +177,7 @@ def record_for(chip: str, framework: str, path: Path | None = None) -> Framework
     A variant (``torchtitan-fp8``) is its framework where the chip has no record of it; a framework that the
     chip has no record of is the chip's own.
     """
-    rows = _read(SHIPPED if path is None else path).get(chip, {})
+    rows = _read(SHIPPED if path is None else path)[1].get(chip, {})
     while framework not in rows and "-" in framework:
         framework = framework.rpartition("-")[0]
     return rows[framework] if framework in rows else plain(chip)

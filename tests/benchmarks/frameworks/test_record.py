@@ -67,10 +67,26 @@ def test_a_framework_as_never_seen_has_the_ways_of_other_families_and_the_chips_
         path, Framework(), {"h100": rows, "a100": {"torchtitan": dataclasses.replace(slow, step_seconds=5.0)}}
     )
     found, own = unseen("h100", "megatron-lm-selective", path), plain("h100")
-    assert (found.kernel_seconds, found.fused_residuals) == (2e-3, True)
+    # What no chip decides is in the middle of relatives on all of them.
+    assert (found.kernel_seconds, found.fused_residuals, found.step_seconds) == (1e-3, True, 0.0)
     assert found.matmul_efficiency == own.matmul_efficiency
     # Its own family's rows are not looked at, and neither are XLA's, whose ways are the product's.
     assert unseen("h100", "maxtext", path) == own
-    assert unseen("h100", "nobody-knows", path).kernel_seconds == 2e-3
+    assert unseen("h100", "nobody-knows", path).kernel_seconds == 1e-3
     # A chip of which only its own family is known has relatives on others.
     assert unseen("a100", "torchtitan", path).kernel_seconds == 2e-3
+
+
+def test_how_long_a_host_takes_is_told_by_relatives_whose_runs_moved_it(tmp_path):
+    path = tmp_path / "c.toml"
+    begun = Framework(kernel_seconds=1e-5, network_seconds=1e-5)
+    rows = {
+        "megatron-lm": dataclasses.replace(begun, kernel_seconds=1.02e-5),
+        "llm-foundry": dataclasses.replace(begun, kernel_seconds=0.98e-5),
+        "torchtitan": dataclasses.replace(begun, kernel_seconds=3e-5),
+    }
+    write(path, begun, {"h100": rows})
+    found = unseen("h100", "nanotron", path)
+    assert found.kernel_seconds == 3e-5
+    # Nobody's runs told of the network's starts.
+    assert found.network_seconds == 1e-5
