@@ -349,6 +349,13 @@ def _turns(case: Case) -> Iterator[Obstacle]:
         return
     runs = np.array([op.runs for op in case.flat.ops], float)
     most = int(np.argmax(runs))
+    if runs[most] <= 1:
+        yield Obstacle(
+            what=f"{seconds(spent)} go into starting a step and its kernels, which have little to do",
+            remedy=f"what they do takes {seconds(step - spent)}, on fewer devices or with more rows too",
+            gain=step / (step - spent),
+        )
+        return
     yield Obstacle(
         what=f"{seconds(spent)} go into starting kernels, most in a loop of {int(runs[most]):,} turns "
         f"in all at {case.parts.lines[most]}",

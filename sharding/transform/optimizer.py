@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 # optimizers know them by: `obj_fn` is Sophia's name of `value_fn`, `grad_fn` is that of SAM.
 EXTRA = ("value", "grad", "value_fn", "obj_fn", "grad_fn")
 
+# What is said of an optimizer whose derivatives of the loss JAX refuses, when the step is lowered.
+FORWARD = (
+    "the optimizer differentiates the loss forward (jax.jvp, as Hutchinson's estimate in Sophia does), and a "
+    "planned loss is differentiated by reverse only; take one that wants gradients alone, or call the update "
+    "in a loop of your own with the loss itself"
+)
+
 # Python's own words for a call that lacks an argument.
 _MISSING = re.compile(r"missing \d+ required (?:keyword-only |positional )?arguments?: (.*)")
 

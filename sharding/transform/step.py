@@ -22,7 +22,7 @@ from ..xla.options import check_options
 from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
-from .optimizer import change, check_state, extra_of, handles_nonfinite, wanted
+from .optimizer import FORWARD, change, check_state, extra_of, handles_nonfinite, wanted
 from .said import donated, is_key, lying_elsewhere, not_arrays, other_count, other_devices, takes
 
 if TYPE_CHECKING:
@@ -423,6 +423,8 @@ class _Said:
                 or other_devices(self._mesh)
                 or lying_elsewhere(args, self._names, self._mesh)
             )
+            if said is None and "forward-mode" in str(error) and not isinstance(error, UserError):
+                said = FORWARD
             if said is None or isinstance(error, UserError):
                 raise
         raise UserError(said)

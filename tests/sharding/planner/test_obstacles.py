@@ -199,3 +199,13 @@ def test_hidden_layers_are_no_logits() -> None:
     params = {"up": shape(16, 1024, 32768, dtype=WIDE), "down": shape(16, 32768, 1024, dtype=WIDE)}
     said = refusal(loss, params, shape(2**17, 1024, dtype=WIDE), topology="v5e:2x2", microbatches=1)
     assert "logits" not in said
+
+
+def test_a_program_of_little_work_is_told_to_be_that() -> None:
+    def loss(params, batch):
+        return jnp.mean((jnp.tanh(batch @ params["up"]) @ params["down"]) ** 2)
+
+    params = {"up": jnp.ones((8, 24)), "down": jnp.ones((24, 8))}
+    told = " ".join(plan(loss, params, jnp.ones((32, 8)), topology="v5e:2x4").notes)
+    assert "go into starting a step and its kernels, which have little to do" in told
+    assert "turns" not in told

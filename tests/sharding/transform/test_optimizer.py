@@ -134,6 +134,15 @@ def test_what_no_step_has_is_said_in_a_sentence(inside: bool) -> None:
 
 
 @pytest.mark.numerics(False)
+@pytest.mark.devices(8)
+def test_an_optimizer_that_differentiates_forward_is_told_so() -> None:
+    batch, made = batches(1)[0], contrib.sophia(1e-3)
+    planned = plan(loss, jax.eval_shape(init, jax.random.key(0)), batch, topology="cpu:8")
+    with pytest.raises(UserError, match=r"differentiates the loss forward \(jax.jvp"):
+        planned.train_step(loss, made)(planned.init(init, jax.random.key(0), made), batch)
+
+
+@pytest.mark.numerics(False)
 @pytest.mark.parametrize(
     ("make", "itself"),
     [
