@@ -27,6 +27,7 @@ def test_a_half_that_does_not_exist_is_refused(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.numerics
 def test_the_first_half_leaves_traces_and_shows_that_a_profile_changes_no_loss(
     tmp_path: pathlib.Path,
 ) -> None:
