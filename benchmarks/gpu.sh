@@ -87,7 +87,7 @@ elif [ "$half" = second ]; then
     rows=$out/rows.csv
     step() { # step NAME OVERRIDES...
         local name=$1; shift
-        part 90 "step-$name.json" "$python" "$here/step.py" "$name" config.yaml "$@" --rows "$rows" --steps "$steps"
+        part 90 "step-$name.json" "$python" "$here/step.py" config.yaml --way "$name" "$@" --rows "$rows" --steps "$steps"
     }
     say "whole steps: ours, packed"; step whole "${whole[@]}"
     if [ -f "$out/calibration.json" ]; then

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import pathlib
 import select
 import signal
 import socket
@@ -52,7 +51,8 @@ def _server() -> str:
     """Start the process that forks, which ends with this one, and return the path of its socket."""
     from meshwright.sharding import processes
 
-    path = str(pathlib.Path(tempfile.mkdtemp(prefix="meshwright-forks-")) / "socket")
+    # A folder that the suite removes at its end (`conftest.py`).
+    path = tempfile.mkdtemp(prefix="forks-", dir=os.environ["MESHWRIGHT_TEST_PROGRAMS"]) + "/socket"
     # JAX takes its settings from the environment when it is imported; each fork gives it its own.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     command = [sys.executable, __file__, "serve", path]
