@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError, nearest
+from ..hardware.chip import chips
 
 _SHIPPED = Path(__file__).with_name("calibration.toml")
 
@@ -154,15 +155,28 @@ def _efficiencies(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if key not in ("source", "transferred", "kernels")}
 
 
-@functools.cache
 def transferred_from(chip: str) -> str | None:
     """Return the chip whose shipped efficiencies `chip` has, as shares of its own datasheet's rates, or None.
 
     >>> transferred_from("h100"), transferred_from("h200")
     ('h200', None)
     """
-    found: str | None = read_toml(_SHIPPED).get(chip, {}).get("transferred")
+    tables = _tables()
+    if chip not in tables:
+        return _relative(chip)
+    found: str | None = tables[chip].get("transferred")
     return found
+
+
+@functools.cache
+def _tables() -> Mapping[str, Any]:
+    return read_toml(_SHIPPED)
+
+
+def _relative(chip: str) -> str | None:
+    """Return the chip whose efficiencies one has that has none: as it says itself, for a GPU the H200."""
+    own = chips().get(chip)
+    return None if own is None or own.platform != "gpu" else own.like or "h200"
 
 
 @functools.cache
@@ -173,10 +187,12 @@ def _shipped() -> Mapping[tuple[str, str | None], Calibration]:
 def calibration_for(chip: str, kernel: str | None = None) -> Calibration:
     """Return the shipped efficiencies of `chip`, those of attention by `kernel` where they are known.
 
-    A chip that the file has no table of has the default's.
+    A chip that the file has no table of has those of a relative: a GPU those of the chip that it says it is
+    like (`Chip.like`), or the H200's; any other the default's.
 
     >>> calibration_for("v5p").attention_efficiency, calibration_for("v5p", "splash").attention_efficiency
     (0.4, 0.3203)
     """
     known = _shipped()
-    return known.get((chip, kernel)) or known.get((chip, None)) or known["default", None]
+    name = chip if (chip, None) in known else _relative(chip) or "default"
+    return known.get((name, kernel)) or known.get((name, None)) or known["default", None]

@@ -6,8 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from ..errors import UserError
-from ..hardware.chip import Chip
+from ..hardware.chip import Chip, unknown_figure
 from .calibration import Calibration
 from .kept import Residuals
 from .placement import Placement
@@ -49,7 +48,7 @@ def peak_flops(chip: Chip, dtype: str) -> float:
     """Return the matmul peak of one device. Raises UserError where `chips.toml` has none."""
     peak = chip.peak_flops(dtype)
     if peak is None:
-        raise UserError(f"{chip.name} has no figure for products of {dtype}; give one in chips.toml")
+        raise unknown_figure(chip, f"products of {dtype}", chip.peak_key(dtype))
     return peak
 
 
@@ -92,7 +91,7 @@ def passes(
       aligned_elements: of a product's role that matrix units read at once.
     """
     if chip.hbm_bytes_per_second is None:
-        raise UserError(f"{chip.name} has no memory rate; give hbm_bytes_per_second in chips.toml")
+        raise unknown_figure(chip, "its memory's rate", "hbm_bytes_per_second")
     seconds, kernels = np.zeros((3, 3, 3)), np.zeros((3, 3))
     once = product_seconds(profile, placement, chip, dtype, calibration, kernel, aligned_elements)
     products, products_back, launched = _products(profile, once, kernel, calibration, seconds, kernels)

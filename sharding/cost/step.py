@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ..errors import UserError
-from ..hardware.chip import Chip
+from ..hardware.chip import Chip, unknown_figure
 from .calibration import Calibration
 from .candidate import Candidate
 from .collectives import Link
@@ -106,7 +105,7 @@ def offload(
         return Offload()
     rate = chip.host_link_bytes_per_second_per_chip
     if rate is None:
-        raise UserError(f"{chip.name} has no figure for its link to the host; give one in chips.toml")
+        raise unknown_figure(chip, "its link to the host", "host_link_bytes_per_second_per_chip")
     size = table.values.bytes * placement.value_fraction * table.values.runs
     moved = 2.0 * float((size * kept.host).sum())
     memory = (chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency

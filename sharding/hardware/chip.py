@@ -1,12 +1,17 @@
-"""Chips: peak rates, memory, links and the slices they come in, read from `chips.toml`."""
+"""Chips: peak rates, memory, links and the slices they come in, from `chips.toml` and a file of the user's.
+
+A user's file, which the variable `MESHWRIGHT_CHIPS` names, has tables of the same keys for chips that are not
+shipped; it is read on every host that plans or trains.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +20,10 @@ from typing import Any
 from ..errors import UserError, nearest
 
 _FACTS = Path(__file__).with_name("chips.toml")
+
+#: Names a file of chips that are not shipped.
+OWN = "MESHWRIGHT_CHIPS"
+_PAGE = "docs/howto/plan.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,8 @@ class Chip:
     compiler_name: str | None = None
     compiler_chip_config: str | None = None
     usd_per_chip_hour: float | None = None
+    like: str | None = None
+    """Shipped chip whose efficiencies it has, as shares of its own rates, where none are shipped of it."""
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -115,7 +126,11 @@ class Chip:
         Raises:
           KeyError: no chip has figures for such a dtype.
         """
-        return getattr(self, f"peak_{_PEAK_COLUMN[str(dtype)]}_flops")
+        return getattr(self, self.peak_key(dtype))
+
+    def peak_key(self, dtype: str) -> str:
+        """Return the name of the figure that `peak_flops` returns."""
+        return f"peak_{_PEAK_COLUMN[str(dtype)]}_flops"
 
 
 _PEAK_COLUMN = {
@@ -136,20 +151,70 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
-@functools.cache
 def chips() -> Mapping[str, Chip]:
-    """Return every chip of `chips.toml`, by name."""
+    """Return every chip of `chips.toml`, and of the file that `MESHWRIGHT_CHIPS` names, by name.
+
+    Raises:
+      UserError: that file is not there, or is no file of chips.
+    """
+    own = os.environ.get(OWN)
+    return MappingProxyType({**_shipped(), **_of_file(own)}) if own else _shipped()
+
+
+@functools.cache
+def _shipped() -> Mapping[str, Chip]:
     with _FACTS.open("rb") as file:
         facts = tomllib.load(file)
-    known = {field.name for field in fields(Chip)}
     found = {}
     for name, row in facts["chips"].items():
-        if unknown := set(row) - known:
+        if unknown := set(row) - _KEYS:
             raise ValueError(f"{_FACTS.name}: {name} has unknown keys {sorted(unknown)}")
         if missing := set(row["sources"]) - set(facts["sources"]):
             raise ValueError(f"{_FACTS.name}: {name} names sources {sorted(missing)} that are not listed")
         found[name] = Chip(name=name, **{key: _frozen(value) for key, value in row.items()})
     return MappingProxyType(found)
+
+
+@functools.cache
+def _of_file(path: str) -> Mapping[str, Chip]:
+    """Return the chips of a user's file."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8")).get("chips")
+    except OSError:
+        raise UserError(f"{OWN}={path}: there is no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{OWN}={path}: {error}") from None
+    if not isinstance(tables, dict) or not all(isinstance(row, dict) for row in tables.values()):
+        raise UserError(f"{OWN}={path}: it has no tables [chips.NAME]; see {_PAGE}")
+    return {name: _own(name, row, f"{OWN}={path}: {name}") for name, row in tables.items()}
+
+
+def _own(name: str, row: Mapping[str, Any], where: str) -> Chip:
+    if name in _shipped():
+        raise UserError(f"{where} is shipped; give the chip another name")
+    for key, value in row.items():
+        if key not in _KEYS:
+            raise UserError(f"{where} has {key!r}; {nearest(key, _KEYS)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key.endswith(_NUMBERS) and not (number and value > 0):
+            raise UserError(f"{where} has {key}={value!r}, which must be a number above 0")
+    kinds = row.get("device_kinds")
+    if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
+        raise UserError(f'{where} says no device_kinds, such as ["NVIDIA L40S"], as jax.devices() names them')
+    if row.get("platform") != "gpu":
+        raise UserError(f"{where} has platform={row.get('platform')!r}; one of your own is of 'gpu'")
+    if (like := row.get("like")) is not None and like not in _shipped():
+        raise UserError(f"{where} is like {like!r}; {nearest(like, _shipped())}")
+    facts = {"vendor": "unknown", "memory_share": 0.75, "chips_per_host": 1, **row}
+    facts.setdefault("domain_chips", facts["chips_per_host"])
+    try:
+        return Chip(name=name, **{key: _frozen(value) for key, value in facts.items()})
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+_KEYS = {field.name for field in fields(Chip)} - {"name"}
+_NUMBERS = ("_flops", "_bytes", "_bytes_per_second", "_per_chip", "_per_host", "_chips", "_share")
 
 
 def chip_named(name: str) -> Chip:
@@ -167,14 +232,32 @@ def chip_named(name: str) -> Chip:
     for chip in known.values():
         if name in chip.aliases:
             return chip
-    raise UserError(f"{name!r} is not a chip known here; {nearest(name, known)}")
+    raise unknown_chip(name, known)
+
+
+def unknown_chip(name: str, known: Iterable[str]) -> UserError:
+    """Return the error of a name that no chip has."""
+    own = f"chips of your own stand in a file that {OWN} names ({_PAGE})"
+    return UserError(f"{name!r} is not a chip known here; {nearest(name, known)}; {own}")
+
+
+def unknown_figure(chip: Chip, what: str, key: str) -> UserError:
+    """Return the error of a figure that planning needs and no file has; the user may give it by `key`."""
+    if chip.name in _shipped():
+        return UserError(f"{chip.name} has no figure for {what}, so it cannot be planned for")
+    kinds = ", ".join(f'"{kind}"' for kind in chip.device_kinds)
+    table = f'[chips.{chip.name}] with platform = "{chip.platform}" and device_kinds = [{kinds}]'
+    return UserError(
+        f"{chip.name} has no figure for {what}; give {key} in a file of your own that {OWN} names, in a "
+        f"table {table} ({_PAGE})"
+    )
 
 
 def chip_of_device_kind(device_kind: str, platform: str) -> Chip:
     """Return the chip whose devices JAX calls `device_kind`.
 
-    A kind that `chips.toml` does not list gets a chip without figures, named after the kind: one can train on
-    it, and not plan for it.
+    A kind that no file lists gets a chip without figures, named after the kind: one can train on it, and not
+    plan for it.
     """
     for chip in chips().values():
         if device_kind.casefold() in (kind.casefold() for kind in chip.device_kinds):

@@ -15,6 +15,7 @@ from ..cost.placement import FORWARD
 from ..cost.profile import LAYERS
 from ..errors import UserError
 from ..hardware.topology import Topology
+from ..ops import cudnn
 from ..plans.record import Record
 from ..program.dims import batch_rows
 from ..transform.compose import PlannedLoss
@@ -64,7 +65,9 @@ def why_not_run(problem: Problem, plan: Record) -> str | None:
     """Return why a plan's loss does not go through its stages, None if it does: it is traced, not run."""
     try:
         planned = PlannedLoss(plan, problem.loss, abstract_mesh(plan))
-        jax.eval_shape(planned.value_and_grad, *problem.args)
+        # The kernels are those of the plan's devices, which need not be here.
+        with cudnn.described():
+            jax.eval_shape(planned.value_and_grad, *problem.args)
     except UserError as error:
         return str(error)
     return None
