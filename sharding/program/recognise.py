@@ -8,8 +8,11 @@ program, and a program without such a form stays the very object that JAX traced
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import jax
 
 from ..errors import UserError, nearest
 from .forms.rewriting import with_attention, with_losses
@@ -37,10 +40,21 @@ def recognised(traced: Traced, which: Iterable[str] = FORMS) -> Traced:
     as it is written; its `written` is the jaxpr of `traced`.
     """
     found = traced
-    for form in checked_forms(which):
-        if form in _RECOGNISERS:
-            found = _RECOGNISERS[form](found)
+    with usual_promotion():
+        for form in checked_forms(which):
+            if form in _RECOGNISERS:
+                found = _RECOGNISERS[form](found)
     return found if found is traced else dataclasses.replace(found, written=traced.jaxpr)
+
+
+@contextlib.contextmanager
+def usual_promotion() -> Iterator[None]:
+    """Within it arrays of several ranks and types meet as they do by default, whatever the user has set.
+
+    A user's setting is about what the user writes, and that is traced before it is rewritten.
+    """
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def checked_forms(which: Iterable[str]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from ..errors import UserError
 from ..hardware.mesh import check_mesh
 from ..plans.record import Decision
+from ..program.recognise import usual_promotion
 
 
 def of_plan(plan: Decision, mesh: Mesh | AbstractMesh) -> Any:
@@ -44,15 +45,18 @@ def of_plan(plan: Decision, mesh: Mesh | AbstractMesh) -> Any:
 
 @contextlib.contextmanager
 def automatic(mesh: Mesh | AbstractMesh) -> Iterator[None]:
-    """Within it, what is traced lies as a plan's constraints say, whatever mesh the caller has set."""
+    """Within it, what is traced lies as a plan's constraints say, whatever mesh the caller has set.
+
+    Arrays meet there as they do by default, see `usual_promotion`.
+    """
     own = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
     around = jax.sharding.get_abstract_mesh()
     by_hand = AxisType.Manual in around.axis_types
     others = around.axis_names and not by_hand and dict(around.shape) != dict(own.shape)
-    if not others and not explicit_axes():
-        yield
-        return
-    with jax.sharding.use_abstract_mesh(own):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(usual_promotion())
+        if others or explicit_axes():
+            stack.enter_context(jax.sharding.use_abstract_mesh(own))
         yield
 
 

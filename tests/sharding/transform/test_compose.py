@@ -205,3 +205,30 @@ def test_sums_are_cast_for_a_compiler_that_reduces_them_as_cast(topology: str, c
     lowered = [eqn for eqn in program.eqns if eqn.params.get("new_dtype") == jnp.bfloat16]
     # The weight on its way to the loop, and its gradient on the way back.
     assert len(lowered) == 1 + casts
+
+
+def attending(params: Any, batch: Any) -> Any:
+    """Written for those who let no ranks and types meet by themselves."""
+    heads = batch["x"].reshape(ROWS, 2, 4, 1)
+    query, key = (heads * params[name].reshape(1, 1, 4, 1) for name in ("query", "key"))
+    x = jax.nn.dot_product_attention(query, key, heads, is_causal=True).reshape(ROWS, WIDTH)
+    logits = x @ params["out"]
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    return jnp.sum(each * batch["counts"]) / jnp.sum(batch["counts"])
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_what_a_plan_adds_is_not_held_to_the_users_settings(microbatches: int) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "query": jax.random.normal(keys[0], (4,)),
+        "key": jax.random.normal(keys[1], (4,)),
+        "out": jax.random.normal(keys[2], (WIDTH, 12)),
+    }
+    data = {**batch(), "y": jnp.arange(ROWS) % 12, "counts": (jnp.arange(ROWS) % 3).astype(jnp.float32)}
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        want = jax.jit(jax.value_and_grad(attending))(params, data)
+        made = declare(attending, params, data, topology="cpu:8", mesh={"data": 8}, microbatches=microbatches)
+        got = jax.jit(jax.value_and_grad(made.apply(attending)))(params, data)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
