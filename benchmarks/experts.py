@@ -5,7 +5,9 @@ the error of the loss and of the worst leaf of its gradient (float32), and the b
 all-to-alls: in the compiled program, by the formula, and as the plan's price has them. The formula, of a
 layer in one round, forward and backward, to the experts and back:
 
-    4 · slots · embed · itemsize · (peers - 1),  slots = 1.25 · tokens · choices / peers
+    (4 · embed + 2) · itemsize · slots · (peers - 1),  slots = 1.25 · tokens · choices / peers
+
+Two are a row's weight, to its expert, and its gradient, back.
 
 `--compile TOPOLOGY …` (of eight devices) prints the products of a compiled step over those that rows need,
 by the chip's kernel and by a loop over tiles.
@@ -102,7 +104,7 @@ def measured(mesh: dict[str, int], choices: int, skew: float, rows: int = 64, se
         "loss": abs(float(value - wanted) / float(wanted)),
         "leaf": max(leaves),
         "compiled": sent(step.as_text(), peers),
-        "formula": 4 * slots * EMBED * 4 * (peers - 1),
+        "formula": (4 * EMBED + 2) * 4 * slots * (peers - 1),
         "priced": priced(made, peers),
     }
 

@@ -28,6 +28,7 @@ _GROUPS = re.compile(r"\b(feature_group_count|batch_group_count)=(\d+)")
 _GEMM = re.compile(r'"lhs_contracting_dimensions":\[([^\]]*)\]')
 _KERNEL_FLOPS = re.compile(r'"flops":"?(\d+)')
 _ROWS = re.compile(rf"\b{ROWS}\[(\d+)\]")
+_MEGABLOX = re.compile(r"\bt?gmm\b")
 _KERNEL_BYTES = re.compile(r'"bytes_accessed":"?(\d+)')
 
 # Opcodes that read only a part of their operand.
@@ -81,7 +82,7 @@ def moved_bytes(module: HloModule, instruction: Instruction) -> float:
     """Return the bytes that an instruction reads and writes; a fusion may read a part of an operand."""
     stated = _KERNEL_BYTES.search(instruction.attributes) if instruction.opcode == "custom-call" else None
     if stated is not None:
-        return float(stated[1])
+        return _of_even_rows(module, instruction, float(stated[1]))
     if instruction.calls in module.computations and instruction.opcode == "fusion":
         return _fusion_bytes(module, instruction)
     result = _bytes(instruction)
@@ -136,6 +137,27 @@ def _grouped(module: HloModule, call: Instruction, rows: int) -> float:
         one[0].dims[1] for one in shapes if one and len(one[0].dims) == 2 and one[0].dims[0] == out.dims[0]
     ]
     return 2.0 * rows * inside[0] * out.dims[1] if inside and len(out.dims) == 2 else 0.0
+
+
+def grouped_kernel(instruction: Instruction) -> str | None:
+    """Return the name of the kernel of grouped rows that an instruction calls, None for others."""
+    if instruction.opcode != "custom-call" or _ROWS.search(instruction.op_name) is None:
+        return None
+    return "megablox" if _MEGABLOX.search(instruction.op_name) else "mosaic"
+
+
+def _of_even_rows(module: HloModule, call: Instruction, stated: float) -> float:
+    """Return the bytes that a kernel of grouped rows moves for an even router, of those for all its room.
+
+    All are of rows, or of matrices once for each tile of rows, but the gradient of the matrices itself.
+    """
+    rows = _ROWS.search(call.op_name)
+    shapes = [leaves(parse_shape(module.instructions[name].shape)) for name in call.operands]
+    room = max((one[0].dims[0] for one in shapes if one and len(one[0].dims) == 2), default=0)
+    if rows is None or not room:
+        return stated
+    whole = _bytes(call) if len(leaves(parse_shape(call.shape))[0].dims) == 3 else 0.0
+    return whole + (stated - whole) * min(1.0, int(rows[1]) / room)
 
 
 def _convolution(module: HloModule, convolution: Instruction) -> float:

@@ -24,11 +24,12 @@ import numpy as np
 
 from ..cost.calibration import Calibration
 from ..cost.compute import attention_share, product_share
+from ..cost.grouped import busy_of, streaming_rate
 from ..hardware.chip import Chip
 from ..hlo.shapes import HOST_SPACE, leaves, parse_shape
 from ..hlo.text import HloModule, Instruction
 from ..xla.compiler import compiler_for
-from .flops import attention_kernel, flops, moved_bytes, product_sizes
+from .flops import attention_kernel, flops, grouped_kernel, moved_bytes, product_sizes
 from .schedule import scheduled_cycles
 
 # Shares of an elementwise fusion's cycles: the least that stays, and the least that memory must explain.
@@ -115,6 +116,8 @@ def instruction_cost(
     if done and _in_f32(module, instruction):
         peak = chip.peak_flops("float32") or peak
     rate = (chip.hbm_bytes_per_second or float("inf")) * calibration.memory_efficiency
+    if grouped_kernel(instruction) is not None:
+        rate = streaming_rate(chip, calibration)
     reached = peak * _share(module, instruction, chip, calibration) if done else peak
     seconds = max(done / reached, moved / rate)
     unknown = target(instruction) == "tpu_custom_call" and not done
@@ -128,6 +131,8 @@ def _share(module: HloModule, instruction: Instruction, chip: Chip, calibration:
         width, keys = np.array([kernel.width]), np.array([kernel.keys])
         reached = float(attention_share(width, keys, calibration)[0])
         return reached * (calibration.masked_efficiency if kernel.gradient and kernel.masked else 1.0)
+    if (grouped := grouped_kernel(instruction)) is not None:
+        return calibration.matmul_efficiency * busy_of(grouped)
     sizes = product_sizes(module, instruction)
     if sizes is None:
         return calibration.matmul_efficiency

@@ -130,6 +130,8 @@ class _Schedule:
             trips = 1 if loop.trip_count is None else loop.trip_count
             self._call(loop.body, trips)
             self._call(loop.condition, trips + 1)
+            if loop.told and trips and self._timeline.chip.platform == "gpu":
+                self._spend(COMPUTE, trips * self._timeline.calibration.turn_seconds)
         elif opcode == "call":
             for callee in callees(instruction).values():
                 self._call(callee, 1)

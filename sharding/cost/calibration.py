@@ -43,6 +43,7 @@ class Calibration:
         beyond what its maker writes and its reader reads: the stack of all turns filled with zeros, the value
         copied into it and out again.
       optimizer_efficiency: share of the HBM's rate that the optimizer reaches.
+      turn_seconds: what a turn of a loop takes besides, where the host has to be told whether it goes on.
       kernel_seconds: host's time for one kernel; a step is never faster than its kernels are issued.
       microbatch_seconds: host's time for a microbatch.
       step_seconds: host's time for a step.
@@ -75,6 +76,7 @@ class Calibration:
     memory_efficiency: float = _also_compiled(1.0)
     kept_passes: float = 0.0
     optimizer_efficiency: float = 1.0
+    turn_seconds: float = _also_compiled(0.0)
     kernel_seconds: float = 0.0
     microbatch_seconds: float = 0.0
     step_seconds: float = 0.0

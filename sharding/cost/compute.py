@@ -7,7 +7,9 @@ import dataclasses
 import numpy as np
 
 from ..hardware.chip import Chip, unknown_figure
+from ..ops.grouped import TILES
 from .calibration import Calibration
+from .grouped import GroupedWork, grouped_seconds
 from .kept import Residuals
 from .placement import Placement
 from .profile import ProgramTables
@@ -78,6 +80,7 @@ def passes(
     calibration: Calibration,
     kernel: FusedAttention | None,
     aligned_elements: int,
+    grouped: str = TILES,
 ) -> Passes:
     """Return the seconds of one microbatch's forward and backward passes.
 
@@ -89,12 +92,17 @@ def passes(
       calibration: the shares of both rates that are reached.
       kernel: what carries out attention; None where products and elementwise work do.
       aligned_elements: of a product's role that matrix units read at once.
+      grouped: what multiplies rows by their experts, as in `ops.products`.
     """
     if chip.hbm_bytes_per_second is None:
         raise unknown_figure(chip, "its memory's rate", "hbm_bytes_per_second")
     seconds, kernels = np.zeros((3, 3, 3)), np.zeros((3, 3))
     once = product_seconds(profile, placement, chip, dtype, calibration, kernel, aligned_elements)
-    products, products_back, launched = _products(profile, once, kernel, calibration, seconds, kernels)
+    backward = profile.products.gradients.copy()
+    _by_group(profile, placement, chip, dtype, calibration, grouped, once, backward)
+    products, products_back, launched = _products(
+        profile, once, backward, kernel, calibration, seconds, kernels
+    )
     rate = chip.hbm_bytes_per_second * calibration.memory_efficiency
     groups, groups_back, group_runs = _kernels(profile, placement, rate, kernel, seconds, kernels)
     return Passes(
@@ -197,9 +205,37 @@ def attention_share(width: np.ndarray, keys: np.ndarray, calibration: Calibratio
     return calibration.attention_efficiency / ramps
 
 
+def _by_group(
+    profile: ProgramTables,
+    placement: Placement,
+    chip: Chip,
+    dtype: str,
+    calibration: Calibration,
+    kernel: str,
+    once: np.ndarray,
+    backward: np.ndarray,
+) -> None:
+    """Put what experts take by `kernel` in `once` [M], in `backward` [M] their gradients over it."""
+    products = profile.products
+    chosen = np.flatnonzero(products.grouped)
+    if not len(chosen):
+        return
+    sizes = np.maximum(products.role_sizes[chosen] * placement.role_fraction[chosen], 1.0)
+    peak = peak_flops(chip, dtype) * product_share(sizes[:, 1:], calibration)
+    item = 4 if dtype.startswith("float32") else 2
+    for n, (groups, rows, columns, contraction), reached in zip(chosen, sizes, peak, strict=True):
+        work = GroupedWork(
+            groups=groups, rows=rows, columns=columns, contraction=contraction, item_bytes=item
+        )
+        found = grouped_seconds(work, kernel, chip, calibration, reached)
+        once[n] = found.product
+        backward[n] *= (found.of_rows + found.of_matrices) / (2.0 * found.product)
+
+
 def _products(
     profile: ProgramTables,
     seconds_of_one: np.ndarray,
+    backward: np.ndarray,
     kernel: FusedAttention | None,
     calibration: Calibration,
     seconds: np.ndarray,
@@ -210,7 +246,6 @@ def _products(
     section, runs, core = steps.section[equation], steps.runs[equation], steps.core[equation]
     once = seconds_of_one * runs
     # One product of the forward pass is one for each operand's gradient, of as many flops.
-    backward = products.gradients.copy()
     if kernel is not None:
         slowed = 1.0 - kernel.masked + kernel.masked / calibration.masked_efficiency
         backward[core] *= kernel.gradient / 2.0 * slowed

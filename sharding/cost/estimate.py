@@ -22,7 +22,7 @@ from .memory import Standing, Worked, worked
 from .pipeline import at_least
 from .placement import Placement, place
 from .profile import ProgramTables, profile
-from .step import Offload, StepParts, offload, stacking_seconds, step_seconds
+from .step import Offload, StepParts, microbatch, offload, stacking_seconds, step_seconds
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -94,6 +94,7 @@ class Pricer:
         self._exchanges: dict[object, tuple[Exchange, object]] = {}
         self._standing: dict[object, tuple[Standing, object]] = {}
         self._passes: dict[int, tuple[Passes, Placement]] = {}
+        self._least: dict[object, tuple[float, Placement]] = {}
         self._worked: dict[object, tuple[Worked, object]] = {}
         products = self.profile.products
         runs = self.profile.steps.runs[products.equation]
@@ -307,9 +308,31 @@ class Pricer:
         if (other := self.of(candidate)) is not self:
             return other.least_over_stages(candidate)
         placement = self.place(dataclasses.replace(candidate, microbatches=1))
+        return at_least(self._unstored(candidate, placement)) * _lateness(candidate, self.calibration)
+
+    def least(self, candidate: Candidate) -> float:
+        """Return the seconds that `candidate`, without stages, takes at least however it is stored.
+
+        What is kept is not counted as `kept`.
+        """
+        if (other := self.of(candidate)) is not self:
+            return other.least(candidate)
+        placement = self.place(candidate)
+        key = (id(placement), candidate.remat, *candidate.saved.items())
+        known = self._least.get(key)
+        if known is None:
+            found = microbatch(self._unstored(candidate, placement))
+            seconds = candidate.microbatches * sum(
+                float(row.sum()) for name, row in found.items() if name != "kept"
+            )
+            known = _remembered(self._least, key, (seconds, placement))
+        return known[0] * _lateness(candidate, self.calibration)
+
+    def _unstored(self, candidate: Candidate, placement: Placement) -> StepParts:
+        """Return what a step is made of but for what is stored, and travels for it."""
         once = self._once(placement, self.calibration, self.execution, known=True)
         kept = self.kept(candidate)
-        parts = StepParts(
+        return StepParts(
             table=self.profile,
             placement=placement,
             candidate=candidate,
@@ -321,7 +344,6 @@ class Pricer:
             kept=kept,
             host=Offload(),
         )
-        return at_least(parts) * _lateness(candidate, self.calibration)
 
     def passes(self, candidate: Candidate) -> Passes:
         """Return a candidate's forward and backward passes over one microbatch."""
@@ -341,6 +363,7 @@ class Pricer:
             calibration,
             execution.attention,
             execution.aligned_elements,
+            execution.grouped,
         )
         if known:
             _remembered(self._passes, id(placement), (made, placement))

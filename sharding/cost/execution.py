@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 from ..hardware.topology import Topology
+from ..ops.grouped import TILES
 from ..xla.compiler import compiler_of
 from . import compute, memory
 from .calibration import Calibration
@@ -51,6 +52,7 @@ class Execution:
       loss_arrays: arrays as large as the logits that lie in memory while the loss's gradient is taken.
       aligned_elements: of a product's role that matrix units read at once.
       product_bytes: of an element as products take it, None for its own.
+      grouped: what multiplies rows by their experts: XLA's loop over tiles or a kernel (`ops.products`).
       kept: (profile, candidate, fused attention) → what is kept for the backward pass, and run again.
       links: (mesh, topology, calibration) → the link of each mesh axis longer than 1.
       through_stages: seconds of a step over stages; `pipeline.through_stages`.
@@ -65,6 +67,7 @@ class Execution:
     loss_arrays: int = 1
     aligned_elements: int = 1
     product_bytes: int | None = None
+    grouped: str = TILES
     kept: KeptBy = kept_by_policy
     links: LinksOf = links
     through_stages: ThroughStages = through_stages
@@ -73,8 +76,12 @@ class Execution:
     moments: MomentsOf = moments
 
 
-def execution_for(topology: Topology, attention: FusedAttention | None = None) -> Execution:
+def execution_for(
+    topology: Topology, attention: FusedAttention | None = None, grouped: str = TILES
+) -> Execution:
     """Return how XLA's compiler for `topology` runs a step, attention by a kernel if one is given.
+
+    `grouped` is what multiplies rows by their experts.
 
     >>> execution_for(Topology.parse("h100:8")).reduces_whole
     True
@@ -87,4 +94,5 @@ def execution_for(topology: Topology, attention: FusedAttention | None = None) -
         loss_arrays=compiler.loss_arrays,
         aligned_elements=compiler.aligned_elements,
         product_bytes=compiler.product_bytes,
+        grouped=grouped,
     )

@@ -28,14 +28,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
+from ..ops.experts import SLACK
 from .candidate import Candidate
 from .profile import ProgramTables
 
 FORWARD, BACKWARD = 0, 1
 
+# Experts have room for more rows than an even router gives them: a tile that is not filled for each, of 16 or
+# more (`ops.grouped.tile_of`), and of tokens that come from other devices more than the even share.
+_TILE_NOT_FILLED = 1 / 16
 # Axes over which an array may go from one cut dim to another by an all-to-all, rather than be gathered:
 # tokens are cut over `expert` by rows outside of a mixture and by experts inside.
 _EXCHANGING = ("expert",)
@@ -97,7 +102,7 @@ def place(profile: ProgramTables, candidate: Candidate) -> Placement:
     that uses it are cut differently, the array moves.
     """
     claims = _claims(profile, candidate)
-    values, steps, products = profile.values, profile.steps, profile.products
+    values, products = profile.values, profile.products
     # A part is a product of 1 / size over the axes that cut, so in logarithms a sum, axis after axis.
     padding = _padding(profile, candidate)
     value_log = _padded(values.dims, padding)
@@ -106,30 +111,61 @@ def place(profile: ProgramTables, candidate: Candidate) -> Placement:
     partial: dict[str, np.ndarray] = {}
     moves: list[tuple[str, str, int, np.ndarray]] = []
     for axis, dims in claims.items():
-        shrink = np.log(candidate.mesh[axis])
-        value_won = _winners(values.dims, dims)
-        step_won = _winners(steps.space, dims)
-        value_log[value_won >= 0] -= shrink
-        # A product shrinks in the role (batch, left, right, contracted) that the dim plays in it.
-        won = step_won[products.equation]
-        has = (won >= 0)[:, None] & products.role_dims[np.arange(len(won)), :, won]
-        role_log[has] -= shrink
-        parameter_won = _winners(profile.parameters.dims, dims)
-        parameter_log[parameter_won >= 0] -= shrink
-        partial[axis] = np.zeros(len(parameter_log), bool)
+        size = candidate.mesh[axis]
         apart = candidate.context is not None and axis == "context"
-        _moves(profile, axis, candidate.mesh[axis], value_won, step_won, partial[axis], moves, apart=apart)
+        # Its size decides on nothing else than what is exchanged.
+        key = (axis, tuple(dims), size if axis in _EXCHANGING else 0, apart)
+        own = profile.along.get(key)
+        if own is None:
+            own = profile.along[key] = _along(profile, axis, size, dims, apart=apart)
+        value_log[own.values] -= np.log(size)
+        role_log[own.roles] -= np.log(size)
+        parameter_log[own.parameters] -= np.log(size)
+        partial[axis] = own.partial
+        moves += own.moves
     value_fraction, role_fraction = np.exp(value_log), np.exp(role_log)
     if profile.batch_dims and candidate.microbatches > 1:
         columns, share = list(profile.batch_dims), 1.0 / candidate.microbatches
         value_fraction[values.dims[:, columns].any(axis=1)] *= share
         role_fraction[products.role_dims[:, :, columns].any(axis=2)] *= share
+    if values.slots.any():
+        exchanged = any(candidate.mesh.get(axis, 1) > 1 for axis in _EXCHANGING)
+        value_fraction[values.slots] *= (1.0 + _TILE_NOT_FILLED) * (SLACK if exchanged else 1.0)
     return Placement(
         value_fraction=value_fraction,
         role_fraction=role_fraction,
         parameter_fraction=np.exp(parameter_log),
         parameter_partial=partial,
         traffic=[_traffic(profile, value_fraction, candidate.mesh, *move) for move in moves],
+    )
+
+
+class _Along(NamedTuple):
+    """What one axis does by itself: masks of what it cuts and of gradients that are sums, and what moves."""
+
+    values: np.ndarray
+    roles: np.ndarray
+    parameters: np.ndarray
+    partial: np.ndarray
+    moves: list[tuple[str, str, int, np.ndarray]]
+
+
+def _along(profile: ProgramTables, axis: str, size: int, dims: list[int], *, apart: bool) -> _Along:
+    """Return what an axis of `size` does by itself that `dims` want, the last of them first."""
+    products = profile.products
+    value_won = _winners(profile.values.dims, dims)
+    step_won = _winners(profile.steps.space, dims)
+    # A product shrinks in the role (batch, left, right, contracted) that the dim plays in it.
+    won = step_won[products.equation]
+    partial = np.zeros(len(profile.parameters.dims), bool)
+    moves: list[tuple[str, str, int, np.ndarray]] = []
+    _moves(profile, axis, size, value_won, step_won, partial, moves, apart=apart)
+    return _Along(
+        values=value_won >= 0,
+        roles=(won >= 0)[:, None] & products.role_dims[np.arange(len(won)), :, won],
+        parameters=_winners(profile.parameters.dims, dims) >= 0,
+        partial=partial,
+        moves=moves,
     )
 
 

@@ -28,7 +28,8 @@ _DIVISIBLE = ("map", "contract", "reduce", "index", "group", "resize")
 class Values:
     """The arrays, V of them: bytes of one run, dims [V, D], whether gradients flow, parameter index or -1.
 
-    stack: the scan over layers that each is inside of, as they run, or -1.
+    stack: the scan over layers that each is inside of, as they run, or -1; slots: whether its rows are those
+    of experts, as many as an even router gives each.
     """
 
     bytes: np.ndarray
@@ -40,6 +41,7 @@ class Values:
     runs: np.ndarray
     width: np.ndarray
     stack: np.ndarray
+    slots: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,7 +68,8 @@ class Uses:
 class Products:
     """Matrix products, M: equation, flops, gradients each has (0 to 2), values [M, 3] (operands, result).
 
-    role_sizes [M, 4] and role_dims [M, 4, D] are of batch, left, right and contracted.
+    role_sizes [M, 4] and role_dims [M, 4, D] are of batch, left, right and contracted; grouped [M] says that
+    the batch are experts, to which left are the rows that an even router gives each.
     """
 
     equation: np.ndarray
@@ -75,6 +78,7 @@ class Products:
     values: np.ndarray
     role_sizes: np.ndarray
     role_dims: np.ndarray
+    grouped: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,7 +124,8 @@ class TableLookup:
 class ProgramTables:
     """The tables of one program; sizes are unsharded.
 
-    priority [D] orders dims that want the same mesh axis: those of parameters come first.
+    priority [D] orders dims that want the same mesh axis: those of parameters come first. `along` holds what
+    `placement` has found out of mesh axes by themselves.
     """
 
     dim_sizes: np.ndarray
@@ -140,6 +145,7 @@ class ProgramTables:
     captured_bytes: float
     layers: int
     stacks: int
+    along: dict[object, Any] = dataclasses.field(default_factory=dict, init=False)
 
 
 def profile(
@@ -220,6 +226,7 @@ def _values(flat: Flat, count: int) -> Values:
         runs=np.array([v.trips for v in values], float),
         width=np.array([v.width for v in values], float),
         stack=np.array([v.stack for v in values], int),
+        slots=np.array([v.slots for v in values], bool),
     )
 
 
@@ -251,14 +258,18 @@ def _uses(flat: Flat, owners: list[dict[int, int]], count: int, side: str) -> Us
 
 
 def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
-    equation, flops, gradients, values, sizes, dims = [], [], [], [], [], []
+    equation, flops, gradients, values, sizes, dims, grouped = [], [], [], [], [], [], []
     for number, op in enumerate(flat.ops):
         roles = matmul_roles(op.equation)
         if roles is None or not op.runs:
             continue
         places = {id(factor): n for n, factor in enumerate(op.equation.factors)}
         row_sizes, row_dims = [], []
-        for factors in (roles.batch, roles.lhs, roles.rhs, roles.contracting):
+        left, right = roles.lhs, roles.rhs
+        of_groups = op.grouped and bool(roles.batch)
+        if of_groups and not flat.values[op.ins[0]].slots:
+            left, right = right, left
+        for factors in (roles.batch, left, right, roles.contracting):
             row_sizes.append(math.prod(f.size for f in factors))
             mine = {d for f in factors for d in f.dims if owners[number].get(d) == places[id(f)]}
             row_dims.append(_mask(mine, count))
@@ -267,6 +278,7 @@ def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
         gradients.append(sum(flat.values[i].grad for i in op.ins[:2]))
         values.append([op.ins[0], op.ins[1], op.outs[0]])
         sizes.append(row_sizes)
+        grouped.append(of_groups)
         dims.append(row_dims)
     return Products(
         equation=np.array(equation, int),
@@ -275,6 +287,7 @@ def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
         values=np.array(values, int).reshape(-1, 3),
         role_sizes=np.array(sizes, float).reshape(-1, 4),
         role_dims=np.array(dims, bool).reshape(-1, 4, count),
+        grouped=np.array(grouped, bool),
     )
 
 

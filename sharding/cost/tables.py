@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
+from ..ops.experts import experts_call, slots_of_outline
 from ..program.aside import aside
 from ..program.flops import work
 from ..program.jaxpr import scan_parts, while_parts
@@ -30,7 +31,8 @@ class Value:
     `width` is the length of rows that stay rows, a head's in an array of four or more axes; 0 of others.
     `parameter` is the index of the argument that it is a view of (a cast, a layer's slice), or -1; `source`
     the value that it stands for inside or outside of a loop, or -1; `call` the kernel that it is inside of,
-    or -1; `stack` the scan over layers that it is inside of, or -1.
+    or -1; `stack` the scan over layers that it is inside of, or -1; `slots` says that its rows are those of
+    experts, as many as an even router gives each.
     """
 
     bytes: float
@@ -47,11 +49,15 @@ class Value:
     call: int = -1
     width: int = 0
     stack: int = -1
+    slots: bool = False
 
 
 @dataclasses.dataclass(slots=True)
 class FlatOp:
-    """An equation that runs no scope, with what it reads and writes, its kernel and its loop over layers."""
+    """An equation that runs no scope, with what it reads and writes, its kernel and its loop over layers.
+
+    `grouped` says that it is of a call of `ops.experts`.
+    """
 
     equation: Equation
     ins: list[int]
@@ -61,6 +67,7 @@ class FlatOp:
     rematted: bool
     call: int = -1
     stack: int = -1
+    grouped: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,6 +99,8 @@ class _Flattener:
         self.calls: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self._kernels, self._kept_by_name, self._sums_of_each = kernels, kept_by_name, sums
         self._call = -1
+        # Experts and their rows, within a call of `ops.experts`.
+        self._slots: tuple[int, int] | None = None
         self.values: list[Value] = []
         self.ops: list[FlatOp] = []
         self.carries: list[int] = []
@@ -141,6 +150,7 @@ class _Flattener:
                 call=self._call,
                 width=shape[-1] if len(shape) >= 4 else 0,
                 stack=self._stack_of_layers,
+                slots=self._slots is not None and len(shape) == 4 and {*self._slots} <= {*shape[:3]},
             )
         )
         return len(self.values) - 1
@@ -167,6 +177,11 @@ class _Flattener:
             return self._stack(equation, ins, runs)
         if equation.index in self._kernels:
             return self._attention(equation, ins, runs)
+        if experts_call(equation.eqn) is not None and self._slots is None:
+            self._slots = slots_of_outline(*(getattr(atom.aval, "shape", ()) for atom in equation.eqn.invars))
+            outs = self._equation(equation, ins, runs, rematted)
+            self._slots = None
+            return outs
         if name == "scan":
             return self._scan(equation, ins, runs, rematted)
         if name == "while":
@@ -314,6 +329,7 @@ class _Flattener:
                 rematted=rematted,
                 call=self._call,
                 stack=self._stack_of_layers,
+                grouped=self._slots is not None,
             )
         )
         return outs

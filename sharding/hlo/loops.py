@@ -54,12 +54,16 @@ _Value = int | None | tuple["_Value", ...]
 
 @dataclass(frozen=True, kw_only=True)
 class WhileLoop:
-    """A while instruction; `trip_count` is None where it could not be read."""
+    """A while instruction; `trip_count` is None where it could not be read.
+
+    `told` says that only a run knows it, and the program says what to count.
+    """
 
     name: str
     body: str
     condition: str
     trip_count: int | None
+    told: bool = False
 
 
 def turns_scope(count: int) -> str:
@@ -96,6 +100,8 @@ def loops(module: HloModule) -> dict[str, WhileLoop]:
                 body=inside.get("body", ""),
                 condition=inside.get("condition", ""),
                 trip_count=_trip_count(module, instruction, inside),
+                told=_KNOWN.search(instruction.attributes) is None
+                and _NAMED.search(instruction.op_name) is not None,
             )
     return found
 

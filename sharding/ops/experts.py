@@ -1,10 +1,11 @@
 """A mixture's experts: each token through those its router chose, none dropped, as one equation of a program.
 
-    tokens, choices ─► sorted by expert, padded to tiles ─► grouped products ─► weighted sum of choices
+    tokens, choices ─► sorted by expert, padded to tiles ─► grouped products ─► sum of choices
 
-Routing is the model's own. The equation is a jitted function whose body is what one device does by itself:
-whoever does not know it sees through it. A plan carries it out where its experts lie
-(`transform.experts`).
+A choice's weight is multiplied into what its expert's last product reads: the sum's gradient needs no result
+of that product then, so that none is kept and none is worked out again. Routing is the model's own. The
+equation is a jitted function whose body is what one device does by itself: whoever does not know it sees
+through it. A plan carries it out where its experts lie (`transform.experts`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from ..errors import UserError, nearest
-from .grouped import TILES, Grouping, by_tiles, inverse, pick
+from .grouped import TILES, Grouping, by_tiles, collect, inverse, pick
 from .products import grouped_product, grouping_of
 
 _NAME = "meshwright_experts"
@@ -49,6 +51,17 @@ class ExpertsCall:
         return 5 + self.gated
 
 
+class KeptProducts(NamedTuple):
+    """Names of the products' results that a plan may keep for the backward pass; None: of no name."""
+
+    up: str | None = None
+    down: str | None = None
+    gate: str | None = None
+
+
+NOTHING = KeptProducts()
+
+
 def experts(
     x: jax.Array,
     weights: jax.Array,
@@ -66,7 +79,7 @@ def experts(
 
     Args:
         x: ``[batch, sequence, embed]``.
-        weights: ``[batch, sequence, choices]``, of each choice; the sum is float32.
+        weights: ``[batch, sequence, choices]``, of each choice; multiplied in `x`'s type, summed in float32.
         chosen: int32 ``[batch, sequence, choices]``, the experts of each token.
         up: ``[experts, embed, mlp]``, of the type of `x`.
         down: ``[experts, mlp, embed]``.
@@ -109,18 +122,45 @@ def activated(call: ExpertsCall, up: jax.Array, gate: jax.Array | None) -> jax.A
     return act(up) if gate is None else act(gate) * up
 
 
+def hidden_rows(
+    call: ExpertsCall, up: jax.Array, gate: jax.Array | None, scale: jax.Array | None
+) -> jax.Array:
+    """Return what the last product reads: `activated`, times `scale` ``[…, 1]`` where that is given.
+
+    Its gradient works it out again from the products' results. To keep what elementwise work gives on the way
+    would take as much again as these for each of four values.
+    """
+
+    def made(up: jax.Array, gate: jax.Array | None, scale: jax.Array | None) -> jax.Array:
+        hidden = activated(call, up, gate)
+        return hidden if scale is None else hidden * scale
+
+    return jax.checkpoint(made)(up, gate, scale)
+
+
 def through_experts(
-    call: ExpertsCall, grouping: Grouping, rows: jax.Array, sizes: jax.Array, *matrices: jax.Array
+    call: ExpertsCall,
+    grouping: Grouping,
+    kept: KeptProducts,
+    rows: jax.Array,
+    scale: jax.Array,
+    sizes: jax.Array,
+    *matrices: jax.Array,
 ) -> jax.Array:
     """Return `rows` ``[rows, embed]``, laid out as `grouping` says, each through the expert of its group.
 
-    `sizes` are the groups' padded rows, `matrices` up, down and, where there is one, gate.
+    `scale` ``[rows, 1]`` are their weights, `sizes` the groups' padded rows, `matrices` up, down and, where
+    there is one, gate; `kept` names the results of their products that may be kept for the backward pass.
     """
     up, down, *gate = matrices
-    product = functools.partial(grouped_product, grouping)
-    gated: Any = product(rows, gate[0], sizes) if gate else None
-    hidden = activated(call, product(rows, up, sizes), gated)
-    return product(hidden, down, sizes)
+
+    def product(of: jax.Array, matrix: jax.Array, name: str | None) -> jax.Array:
+        found = grouped_product(grouping, of, matrix, sizes)
+        return found if name is None else checkpoint_name(found, name)
+
+    gated: Any = product(rows, gate[0], kept.gate) if gate else None
+    hidden = hidden_rows(call, product(rows, up, kept.up), gated, scale)
+    return product(hidden, down, kept.down)
 
 
 def by_expert(
@@ -131,26 +171,39 @@ def by_expert(
     *matrices: jax.Array,
     kernel: str = TILES,
     interpret: bool = False,
+    kept: KeptProducts = NOTHING,
     parts: int = 1,
 ) -> jax.Array:
     """Return what the experts of `matrices` add to tokens `x` ``[tokens, embed]``.
 
     `weights` and `chosen` are ``[tokens, choices]``; a choice that is none of them (the number of experts)
-    adds nothing. They are one of `parts` of all experts, and multiplied by `kernel`.
+    adds nothing. They are one of `parts` of all experts, and multiplied by `kernel`; `kept` is as in
+    `through_experts`.
     """
     tokens, choices = chosen.shape
     count, total = matrices[0].shape[0], tokens * choices
     grouping = grouping_of(kernel, total, count, even=total / parts, interpret=interpret)
     place, places, sizes = by_tiles(chosen.reshape(-1), count, grouping.tile)
-    choice, place = inverse(place, places), place.reshape(tokens, choices)
-    rows = pick(x, jnp.minimum(choice // choices, tokens), place)
-    rows = pick(through_experts(call, grouping, rows, sizes, *matrices), place, choice[:, None])
-    return combined(weights, rows).astype(x.dtype)
+    choice = inverse(place, places)
+    rows, scale, token = taken(x, weights, choice, place)
+    given = through_experts(call, grouping, kept, rows, scale, sizes, *matrices)
+    return collect(given, place.reshape(tokens, choices), token)
 
 
-def combined(weights: jax.Array, rows: jax.Array) -> jax.Array:
-    """Return the weighted sum of a token's rows ``[tokens, choices, embed]``, float32."""
-    return jnp.einsum("tk,tkd->td", weights.astype(jnp.float32), rows.astype(jnp.float32))
+def taken(
+    x: jax.Array, weights: jax.Array, choice: jax.Array, place: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the rows of `x` ``[tokens, embed]`` and weights that go to places, and the token of each place.
+
+    `choice` ``[places]`` says which choice of `weights` ``[tokens, choices]``, flat, is at each place (their
+    number where none is), `place` ``[tokens · choices]`` where each is.
+    """
+    tokens, choices = weights.shape
+    token = jnp.minimum(choice // choices, tokens)
+    rows = pick(x, token, place.reshape(tokens, choices))
+    # In the type of what they multiply: in float32 libtpu writes arrays of twice the bytes on the way back.
+    scale = pick(weights.astype(x.dtype).reshape(-1, 1), choice, place[:, None])
+    return rows, scale, token
 
 
 def dispatch(chosen: jax.Array, count: int, slots: int) -> tuple[jax.Array, jax.Array]:
@@ -189,17 +242,20 @@ def in_slots(
     tokens, places = jax.vmap(lambda row: dispatch(row, matrices[0].shape[0], slots))(chosen)
     taken = _look_up(x, tokens).reshape(x.shape[0], -1, slots, x.shape[2])
     dropped = places == matrices[0].shape[0] * slots
-    return _collected(weights, _batched(call, taken, *matrices), places), dropped
+    return _collected(weights, _batched(call, taken, None, *matrices), places), dropped
 
 
 _look_up = jax.vmap(lambda rows, index: rows.at[index].get(mode="fill", fill_value=0))
 
 
-def _batched(call: ExpertsCall, taken: jax.Array, *matrices: jax.Array) -> jax.Array:
-    """Map ``[batch, experts, slots, embed]`` to the same, every expert its own slots."""
+def _batched(call: ExpertsCall, taken: jax.Array, scale: jax.Array | None, *matrices: jax.Array) -> jax.Array:
+    """Map ``[batch, experts, slots, embed]`` to the same, every expert its own slots.
+
+    `scale` ``[batch, experts, slots, 1]`` are their weights, where these are not multiplied in later.
+    """
     up, down, *gate = matrices
     gated = jnp.einsum("bxce,xef->bxcf", taken, gate[0]) if gate else None
-    hidden = activated(call, jnp.einsum("bxce,xef->bxcf", taken, up), gated)
+    hidden = hidden_rows(call, jnp.einsum("bxce,xef->bxcf", taken, up), gated, scale)
     return jnp.einsum("bxcf,xfe->bxce", hidden, down)
 
 
@@ -224,9 +280,21 @@ def _balanced(
     choices = chosen.shape[2]
     tokens, places = jax.vmap(lambda row: dispatch(row, matrices[0].shape[0], room))(chosen)
     sent = jnp.broadcast_to(x[:, :, None], (batch, sequence, choices, embed)).reshape(batch, -1, embed)
-    taken = _look_up(sent, tokens).reshape(batch, -1, room, embed)[:, :, :slots]
-    given = _batched(call, taken, *matrices)
-    return _collected(weights, jnp.pad(given, ((0, 0), (0, 0), (0, room - slots), (0, 0))), places)
+    scales = weights.astype(x.dtype).reshape(batch, -1, 1)
+    taken, scale = (
+        _look_up(one, tokens).reshape(batch, -1, room, one.shape[-1])[:, :, :slots] for one in (sent, scales)
+    )
+    given = _batched(call, taken, scale, *matrices)
+    given = jnp.pad(given, ((0, 0), (0, 0), (0, room - slots), (0, 0))).reshape(batch, -1, embed)
+    back = _look_up(given, places.reshape(batch, -1)).reshape(*places.shape, embed)
+    return back.astype(jnp.float32).sum(2).astype(x.dtype)
+
+
+def slots_of_outline(
+    x: tuple[int, ...], _: Any, chosen: tuple[int, ...], up: tuple[int, ...], *__: Any
+) -> tuple[int, int]:
+    """Return how many experts a call of operands of these shapes has, and the rows `outline` gives each."""
+    return up[0], max(1, math.ceil(x[1] * chosen[2] / up[0]))
 
 
 def outline(call: ExpertsCall, *arrays: Any) -> core.ClosedJaxpr:
@@ -236,8 +304,7 @@ def outline(call: ExpertsCall, *arrays: Any) -> core.ClosedJaxpr:
     have room for `SLACK` times as many, there and back; the way back is as wide as the choices, so that the
     way there has the room of both.
     """
-    x, _, chosen, up, *_ = arrays
-    slots = max(1, math.ceil(x.shape[1] * chosen.shape[2] / up.shape[0]))
+    _, slots = slots_of_outline(*(array.shape for array in arrays))
     room = math.ceil(slots * (2 * SLACK - 1))
     return jax.make_jaxpr(functools.partial(_balanced, call, slots=slots, room=room))(*arrays)
 

@@ -32,19 +32,28 @@ class Grouping:
     interpret: bool = False
 
 
-def tile_of(rows: int, groups: int, least: int = 8, most: int = 128) -> int:
+# Rows of a tile that fill matrix units; and how many tiles a group has at least, of those and of larger ones.
+# The last one is half empty: larger tiles only save what is read and started for each of them.
+_FULL, _TILES_OF_FULL, _TILES_OF_LARGER = 512, 4, 16
+
+
+def tile_of(rows: int, groups: int, least: int = 8, most: int = 4096) -> int:
     """Return the rows of a tile, such that padding `rows` in `groups` to tiles adds at most about a quarter.
 
-    `least` and `most` are powers of two: enough for the matrix unit, and few beside the rows of a group.
+    Above 512 it adds at most about a sixteenth. `least` and `most` are powers of two: enough for the matrix
+    unit, and few beside the rows of a group.
 
-    >>> tile_of(32768, 8), tile_of(256, 8)
-    (128, 16)
+    >>> tile_of(32768, 8), tile_of(256, 8), tile_of(131072, 2)
+    (512, 16, 4096)
     """
     even = max(1, rows // max(groups, 1))
     tile = least
-    while tile < most and 4 * tile <= even:
+    while tile < most and (_TILES_OF_FULL if tile < _FULL else _TILES_OF_LARGER) * tile <= even:
         tile *= 2
     return tile
+
+
+_ROWS_OF_A_TILE = 8
 
 
 @jax.custom_vjp
@@ -63,12 +72,45 @@ def _pick_forward(x: jax.Array, index: jax.Array, back: jax.Array) -> tuple[jax.
 
 
 def _pick_backward(back: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
-    flat = gradient.reshape(-1, gradient.shape[-1])
-    taken = flat.at[back].get(mode="fill", fill_value=0)
-    return taken.astype(jnp.float32).sum(1).astype(flat.dtype), None, None
+    return _added(gradient.reshape(-1, gradient.shape[-1]), back), None, None
 
 
 pick.defvjp(_pick_forward, _pick_backward)
+
+
+@jax.custom_vjp
+def collect(rows: jax.Array, places: jax.Array, of: jax.Array) -> jax.Array:
+    """Return sums of `rows` ``[rows, width]`` at `places` ``[n, m]``, as ``[n, width]``, taken in float32.
+
+    A place of ``len(rows)`` adds nothing. `of` ``[rows]`` says which sum each row is in, n where in none: the
+    gradient takes it from there.
+    """
+    del of
+    return _added(rows, places)
+
+
+def _added(rows: jax.Array, places: jax.Array) -> jax.Array:
+    """Return the sums of `rows` at `places` ``[n, m]``, in float32.
+
+    Few are added one after another: libtpu lays m rows for each of n out in tiles of eight, which are mostly
+    empty then, and took five times as long for two.
+    """
+    if places.shape[1] < _ROWS_OF_A_TILE:
+        each = (rows.at[places[:, n]].get(mode="fill", fill_value=0) for n in range(places.shape[1]))
+        return sum((one.astype(jnp.float32) for one in each), start=jnp.float32(0)).astype(rows.dtype)
+    taken = rows.at[places].get(mode="fill", fill_value=0)
+    return taken.astype(jnp.float32).sum(1).astype(rows.dtype)
+
+
+def _collect_forward(rows: jax.Array, places: jax.Array, of: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return collect(rows, places, of), of
+
+
+def _collect_backward(of: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    return gradient.at[of].get(mode="fill", fill_value=0), None, None
+
+
+collect.defvjp(_collect_forward, _collect_backward)
 
 
 def inverse(places: jax.Array, size: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """Tokens sent to the devices of their experts and back, in rounds of equal sizes until all are sent.
 
-    slots of each peer ─► all-to-all ─► sorted by expert ─► products ─► all-to-all ─► weighted sum
+    slots of each peer ─► all-to-all ─► sorted by expert ─► products ─► all-to-all ─► sum
 
 A device sends at most `slots` rows to each other one in a round. What does not fit goes in another, and a
 loop runs as many as are needed: how many slots there are decides speed and memory, never values. The first
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..hlo.loops import turns_scope
-from .experts import SLACK, ExpertsCall, combined, through_experts
-from .grouped import TILES, by_tiles, inverse, pick, ranks
+from .experts import NOTHING, SLACK, ExpertsCall, KeptProducts, taken, through_experts
+from .grouped import TILES, by_tiles, collect, inverse, pick, ranks
 from .products import grouping_of
 
 # Slots are rounded up to whole tiles of a chip's matrix unit.
@@ -31,7 +31,8 @@ _MULTIPLE = 128
 class PeerExchange:
     """An exchange over `axes` of a mesh, of `peers` devices; `everywhere` are all of the mesh's axes.
 
-    `kernel` multiplies what came, interpreted on a CPU where it is a chip's.
+    `kernel` multiplies what came, interpreted on a CPU where it is a chip's; `kept` names what may be kept of
+    it for the backward pass.
     """
 
     axes: tuple[str, ...]
@@ -40,6 +41,7 @@ class PeerExchange:
     slots: int
     kernel: str = TILES
     interpret: bool = False
+    kept: KeptProducts = NOTHING
 
 
 def slots_of(tokens: int, choices: int, peers: int) -> int:
@@ -54,6 +56,10 @@ def slots_of(tokens: int, choices: int, peers: int) -> int:
     even = tokens * choices / peers
     rows = max(even * SLACK, even + 4 * (even * (1 - 1 / peers)) ** 0.5)
     return min(tokens * choices, -(-int(rows) // _MULTIPLE) * _MULTIPLE)
+
+
+# Tokens, weights of their choices, and the experts' matrices.
+_Floats = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
 
 
 class _Sizes(NamedTuple):
@@ -82,9 +88,10 @@ def exchanged(
     the mesh are manual.
     """
     sizes, rounds = _sized(exchange, chosen, matrices[0].shape[0])
-    first = _one_round(call, exchange, jnp.int32(0), x, weights, matrices, sizes)
-    later: Any = _later_rounds(call, exchange, x, weights, matrices, sizes, rounds)
-    return first + later
+    floats: Any = (x, weights, matrices)
+    found: Any = _later_rounds(call, exchange, floats, sizes, rounds)
+    (x, weights, matrices), later = found
+    return _one_round(call, exchange, jnp.int32(0), x, weights, matrices, sizes) + later
 
 
 def _sized(exchange: PeerExchange, chosen: jax.Array, local: int) -> tuple[_Sizes, jax.Array]:
@@ -114,13 +121,10 @@ def _one_round(
     peers, slots = exchange.peers, exchange.slots
     slot = sizes.rank - turn * slots
     place = jnp.where((slot >= 0) & (slot < slots), sizes.peer * slots + slot, peers * slots)
-    choice, place = inverse(place, peers * slots), place.reshape(tokens, choices)
-    rows = pick(x, jnp.minimum(choice // choices, tokens), place)
-    rows = _traded(
-        exchange,
-        _by_sender(call, exchange, turn, _traded(exchange, rows), matrices, sizes, even=tokens * choices),
-    )
-    return combined(weights, pick(rows, place, choice[:, None])).astype(x.dtype)
+    rows, scale, token = taken(x, weights, inverse(place, peers * slots), place)
+    came = _traded(exchange, rows), _traded(exchange, scale)
+    given = _by_sender(call, exchange, turn, *came, matrices, sizes, even=tokens * choices)
+    return collect(_traded(exchange, given), place.reshape(tokens, choices), token)
 
 
 def _traded(exchange: PeerExchange, rows: jax.Array) -> jax.Array:
@@ -132,6 +136,7 @@ def _by_sender(
     exchange: PeerExchange,
     turn: jax.Array,
     rows: jax.Array,
+    scale: jax.Array,
     matrices: tuple[jax.Array, ...],
     sizes: _Sizes,
     *,
@@ -139,7 +144,7 @@ def _by_sender(
 ) -> jax.Array:
     """Return rows ``[peers · slots, embed]`` as they came, each through its expert of `matrices`.
 
-    Of a router without favourites `even` of them come.
+    `scale` ``[peers · slots, 1]`` are their weights. Of a router without favourites `even` of them come.
     """
     count = matrices[0].shape[0]
     at = turn * exchange.slots + jnp.arange(exchange.slots)
@@ -151,21 +156,20 @@ def _by_sender(
     )
     place, places, padded = by_tiles(experts, count, grouping.tile)
     row = inverse(place, places)
-    laid = pick(rows, row, place[:, None])
-    return pick(through_experts(call, grouping, laid, padded, *matrices), place, row[:, None])
+    laid = (pick(one, row, place[:, None]) for one in (rows, scale))
+    return pick(through_experts(call, grouping, exchange.kept, *laid, padded, *matrices), place, row[:, None])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _later_rounds(
-    call: ExpertsCall,
-    exchange: PeerExchange,
-    x: jax.Array,
-    weights: jax.Array,
-    matrices: tuple[jax.Array, ...],
-    sizes: _Sizes,
-    rounds: jax.Array,
-) -> jax.Array:
-    """Return what rounds after the first add."""
+    call: ExpertsCall, exchange: PeerExchange, floats: _Floats, sizes: _Sizes, rounds: jax.Array
+) -> tuple[_Floats, jax.Array]:
+    """Return `floats` as they are, and what rounds after the first add.
+
+    The first round reads them as they come from here: its gradients are there where those of later rounds
+    are taken, which are added to them, where a sum of their own would be arrays as large as the experts.
+    """
+    x, weights, matrices = floats
 
     def body(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         turn, total = carry
@@ -173,28 +177,26 @@ def _later_rounds(
 
     start = jnp.int32(1), jnp.zeros_like(x)
     with jax.named_scope(turns_scope(0)):
-        return lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
+        return floats, lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
 
 
-def _later_forward(call: ExpertsCall, exchange: PeerExchange, *operands: Any) -> tuple[jax.Array, Any]:
+def _later_forward(call: ExpertsCall, exchange: PeerExchange, *operands: Any) -> tuple[Any, Any]:
     return _later_rounds(call, exchange, *operands), operands
 
 
-def _later_backward(call: ExpertsCall, exchange: PeerExchange, kept: Any, gradient: jax.Array) -> Any:
-    x, weights, matrices, sizes, rounds = kept
-    floats = (x, weights, matrices)
+def _later_backward(call: ExpertsCall, exchange: PeerExchange, kept: Any, gradients: Any) -> Any:
+    floats, sizes, rounds = kept
+    of_first, gradient = gradients
 
     def body(carry: Any) -> Any:
         turn, sums = carry
-        _, back = jax.vjp(
-            lambda *own: _one_round(call, exchange, turn, own[0], own[1], own[2], sizes), *floats
-        )
-        return turn + 1, jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, back(gradient))
+        _, back = jax.vjp(lambda own: _one_round(call, exchange, turn, own[0], own[1], own[2], sizes), floats)
+        (found,) = back(gradient)
+        return turn + 1, jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, found)
 
-    start = jnp.int32(1), jax.tree.map(jnp.zeros_like, floats)
     with jax.named_scope(turns_scope(0)):
-        sums = lax.while_loop(lambda carry: carry[0] < rounds, body, start)[1]
-    return *sums, None, None
+        sums = lax.while_loop(lambda carry: carry[0] < rounds, body, (jnp.int32(1), of_first))[1]
+    return sums, None, None
 
 
 _later_rounds.defvjp(_later_forward, _later_backward)

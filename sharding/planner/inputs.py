@@ -21,6 +21,7 @@ from ..cost.profile import ProgramTables, profile
 from ..errors import UserError, wrong
 from ..hardware.memory import usable_bytes
 from ..hardware.topology import Topology
+from ..ops.grouped import TILES
 from ..paths import by_path
 from ..plans.arrays import check_new_state
 from ..plans.trainable import split, trained_paths
@@ -36,6 +37,7 @@ from ..transform.accumulation.proof import InParts
 from ..xla.compiler import compiler_of
 from . import build
 from .choices import attention as kernels
+from .choices import experts
 from .choices.context import by_kernel
 from .choices.microbatches import PartsProof
 from .choices.remat import check_names, ladders, read
@@ -241,19 +243,23 @@ class Problem:
                 calls=self.attention,
             )
 
+        of_experts, _ = experts.choose(self.program, topology, (declared or Declared()).experts)
+        run_by = functools.partial(
+            execution_for, topology, grouped=of_experts.get("experts", {}).get("implementation", TILES)
+        )
         chip = topology.chip.name
         efficiencies = calibration_for if self.calibration is None else self.calibration.record
 
         @functools.cache
         def plain() -> Pricer:
-            return priced_by(self.profile, efficiencies(chip), execution_for(topology), None)
+            return priced_by(self.profile, efficiencies(chip), run_by(), None)
 
         kernel = self.kernel(topology, declared or Declared())
 
         @functools.cache
         def in_blocks() -> Pricer:
             every = kernels.in_blocks(self.program)
-            execution = execution_for(topology, FusedAttention(share=every.share, gradient=2.5))
+            execution = run_by(FusedAttention(share=every.share, gradient=2.5))
             # As many rows as the kernel's tables have, which suppositions are made for.
             table = self.table(kernel if kernel.calls else every)
             return priced_by(table, efficiencies(chip), execution, None)
@@ -267,14 +273,14 @@ class Problem:
         if kernel.implementation is None:
             if not self.attention:
                 return plain()
-            record, execution = efficiencies(chip), execution_for(topology)
+            record, execution = efficiencies(chip), run_by()
             return priced_by(
                 self.profile, record, execution, lambda one: None if one.context is None else in_blocks()
             )
         return priced_by(
             self.table(kernel),
             efficiencies(chip, kernels.priced_as(kernel)),
-            execution_for(topology, kernels.cost(kernel)),
+            run_by(kernels.cost(kernel)),
             without,
         )
 
@@ -319,7 +325,14 @@ class Problem:
         return Answer(
             program=self.program,
             space=offered,
-            found=search(offered, pricer.price, capacity, size=pricer.needed_bytes, stored=stored),
+            found=search(
+                offered,
+                pricer.price,
+                capacity,
+                size=pricer.needed_bytes,
+                least=pricer.least,
+                stored=stored,
+            ),
             capacity_bytes=capacity,
             stored=stored,
             room=room,

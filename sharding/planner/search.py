@@ -11,7 +11,8 @@ lower bound on the time of every candidate with that layout, once what keeping c
 
 The search is best-first over these bounds: it takes the layout with the smallest bound from a queue, finds
 its fastest candidate that fits, and yields a candidate once no bound left in the queue is below its time.
-What is yielded first is the best, what is yielded next the runner-up, and most of the space is never priced.
+What is yielded first is the best, what is yielded next the runner-up, and most of the space is never priced:
+a layout is in the queue by what is known of it without its storage, until it comes first.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 Price = Callable[[Candidate], "Estimate"]
 # The peak memory of a candidate in bytes, as its Estimate says it.
 Size = Callable[[Candidate], float]
+# Seconds that a candidate without stages takes at least, which are found sooner than what it costs.
+Least = Callable[[Candidate], float]
 # What a layout stores on a device in bytes, as far as it decides.
 StoredBytes = Callable[[Candidate], float]
 
@@ -81,6 +84,7 @@ def search(
     capacity_bytes: float,
     *,
     size: Size | None = None,
+    least: Least | None = None,
     stored: StoredBytes | None = None,
     runners_up: int = _RUNNERS_UP,
     each_size: bool = True,
@@ -93,6 +97,7 @@ def search(
         price: gives a candidate's Estimate.
         capacity_bytes: memory of a device.
         size: gives a candidate's peak memory alone, where that takes less than its price.
+        least: gives the seconds that a candidate takes at least, whatever it stores, sooner than its price.
         stored: gives the bytes that a layout stores on a device; where given, fewer bytes come before less
             time.
         runners_up: how many other layouts to return in order.
@@ -101,7 +106,7 @@ def search(
         below: only what may take fewer seconds than that.
     """
     sized = size or (lambda candidate: price(candidate).needed_bytes)
-    searching = _Search(space, price, sized, capacity_bytes, stored or (lambda _: 0.0))
+    searching = _Search(space, price, sized, capacity_bytes, stored or (lambda _: 0.0), least)
     ranked = list(itertools.islice(searching.ranked(range(len(space.layouts)), below), 1 + runners_up))
     if ranked and each_size:
         ranked += searching.best_of_sizes(ranked)
@@ -124,10 +129,16 @@ def anything_fits(space: Space, capacity_bytes: float, size: Size) -> bool:
 
 class _Search:
     def __init__(
-        self, space: Space, price: Price, size: Size, capacity_bytes: float, stored: StoredBytes
+        self,
+        space: Space,
+        price: Price,
+        size: Size,
+        capacity_bytes: float,
+        stored: StoredBytes,
+        least: Least | None = None,
     ) -> None:
         self._space, self._price, self._capacity = space, price, capacity_bytes
-        self._size = size
+        self._size, self._least = size, least
         sizes = [stored(layout) for layout in space.layouts]
         enough = _ABOUT_EQUAL * min(sizes, default=0.0)
         self._stored = [0.0 if size <= enough else size for size in sizes]
@@ -157,7 +168,7 @@ class _Search:
     def ranked(self, layouts: range | list[int], below: float = math.inf) -> Iterator[Priced]:
         """Yield the best candidate of each layout that fits, best first, of those whose bound is `below`."""
         # Two heaps: layouts by their bounds, and the best candidates of the layouts already taken from there.
-        bounds = [(*self._bound(layout), layout) for layout in layouts]
+        bounds = [(self._stored[layout], self._rough(layout), layout, False) for layout in layouts]
         open_ = [one for one in bounds if one[1] < below]
         heapq.heapify(open_)
         fitting: list[tuple[float, float, float, int, Priced]] = []
@@ -165,7 +176,11 @@ class _Search:
             if fitting and (not open_ or fitting[0][:2] <= open_[0][:2]):
                 yield heapq.heappop(fitting)[-1]
                 continue
-            layout = heapq.heappop(open_)[-1]
+            *_, layout, exact = heapq.heappop(open_)
+            if not exact:
+                if (bound := self._bound(layout)) < below:
+                    heapq.heappush(open_, (self._stored[layout], bound, layout, True))
+                continue
             best = self._best(layout)
             if best is not None:
                 estimate = best.estimate
@@ -186,18 +201,36 @@ class _Search:
         return sorted(unique, key=lambda one: one.estimate.step_seconds)
 
     def _best_or_bound(self, layouts: list[int], worth_seconds: float) -> Priced | None:
-        fastest = min(
-            (self._at(layout, 0, part) for layout in layouts for part in self._firsts(layout)),
-            key=lambda one: _least_seconds(one.estimate),
-        )
+        fastest = self._fastest(layouts)
         if fastest.fits or _least_seconds(fastest.estimate) <= worth_seconds:
             return next(self.ranked(layouts), None)
         return _least(fastest)
 
-    def _bound(self, layout: int) -> tuple[float, float]:
-        """Return what the layout stores, 0 where that does not count, and a lower bound on its seconds."""
+    def _fastest(self, layouts: list[int]) -> Priced:
+        """Return the fastest of `layouts` with everything kept, the first of equals."""
+        best, least, place = None, math.inf, -1
+        for rough, layout in sorted((self._rough(layout), layout) for layout in layouts):
+            if rough > least and best is not None:
+                break
+            for part in self._firsts(layout):
+                one = self._at(layout, 0, part)
+                seconds = _least_seconds(one.estimate)
+                if best is None or (seconds, layout) < (least, place):
+                    best, least, place = one, seconds, layout
+        assert best is not None
+        return best
+
+    def _rough(self, layout: int) -> float:
+        """Return what is known without a price of the seconds that a layout takes at least."""
+        base = self._space.layouts[layout]
+        if self._least is None or _is_pipeline(base):
+            return 0.0
+        return self._least(self._candidate(layout, 0, 0)) * (1 - _SLACK)
+
+    def _bound(self, layout: int) -> float:
+        """Return a lower bound on the seconds of a layout."""
         firsts = (_least_seconds(self._at(layout, 0, part).estimate) for part in self._firsts(layout))
-        return (self._stored[layout], min(firsts) * (1 - _SLACK))
+        return min(firsts) * (1 - _SLACK)
 
     def _firsts(self, layout: int) -> range:
         """Return the places of the numbers of microbatches whose fastest bounds the layout's seconds.

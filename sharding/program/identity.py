@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
+from ..ops.experts import experts_call
 from .primitives import Trait, primitives
 
 # Not part of what a program computes, or different from one tracing to the next.
@@ -35,6 +36,8 @@ def primitive_counts(closed: core.ClosedJaxpr) -> dict[str, int]:
     def count(jaxpr: core.Jaxpr) -> None:
         for eqn in jaxpr.eqns:
             counts[eqn.primitive.name] += 1
+            if experts_call(eqn) is not None:
+                continue
             for inner in core.jaxprs_in_params(eqn.params) if eqn.primitive.name in inside else ():
                 count(inner)
 
@@ -61,6 +64,10 @@ def _jaxpr(digest: Any, jaxpr: core.Jaxpr) -> None:
     for eqn in jaxpr.eqns:
         inputs = " ".join(variable(atom) for atom in eqn.invars)
         write(f"{declare(eqn.outvars)} = {eqn.primitive.name} {inputs}")
+        if (mixture := experts_call(eqn)) is not None:
+            # How it is carried out is no part of what it is.
+            write(mixture.name)
+            continue
         for key in sorted(eqn.params):
             if key not in _IGNORED:
                 for inner in core.jaxprs_in_params({key: eqn.params[key]}):

@@ -111,7 +111,7 @@ def passes_of(
             unsaid=arrays.unsaid_dims(plan, program, axes),
             reduces_cast=on_own_chips and compiler_of(plan.topology).reduces_cast,
             by_hand=ByHand(mesh=mesh, axes=by_hand, widens=bool(by_hand) and platform == "cpu"),
-            multiplier=Multiplier.of(plan.kernels.get("experts"), platform),
+            multiplier=Multiplier.of(plan.kernels.get("experts"), platform, marks),
             sums_wide="lookups" in gradients,
         )
     )

@@ -171,7 +171,7 @@ class Constrain(Pass):
         def use(inputs: list[Any]) -> Any:
             rows = zip(inputs, equation.ins, strict=True)
             arrays = [self._gather(value, dims) for value, dims in rows]
-            return on_mesh(self._mesh, call, equation.ins, self._spec, arrays, self._multiplier)
+            return on_mesh(self._mesh, call, equation, self._spec, arrays, self._multiplier)
 
         if any(isinstance(value, StoredParameter) for value in inputs):
             use = jax.checkpoint(use, policy=_unless_gathered, prevent_cse=not self._in_loop)

@@ -8,21 +8,27 @@ sorted rows would be gathered.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from ..ops.experts import ExpertsCall, by_expert
+from ..ops.experts import ExpertsCall, KeptProducts, by_expert
 from ..ops.grouped import TILES
 from ..ops.products import product_facts, products_refusal
 from ..ops.rounds import PeerExchange, exchanged, slots_of
 from ..plans.specs import by_dimension, cut_into
-from ..program.program import Dims
+from ..program.layers import Marks
+from ..program.primitives import Trait, primitives
+from ..program.program import Dims, Equation, Scope
 from .meshes import by_device
+
+_PRODUCTS = primitives(Trait.PRODUCT)
 
 # Return how the plan lays an array of these dims and this shape on the mesh.
 SpecOf = Callable[[Dims, tuple[int, ...]], PartitionSpec]
@@ -72,19 +78,25 @@ class _ExpertAxes(NamedTuple):
 
 
 class Multiplier(NamedTuple):
-    """What multiplies rows by their experts: a kernel's name, and whether a CPU stands for its chip."""
+    """What multiplies rows by their experts: a kernel's name, and whether a CPU stands for its chip.
+
+    `marks` name what a plan keeps for the backward pass, by its place in the program.
+    """
 
     kernel: str = TILES
     interpret: bool = False
+    marks: Marks = MappingProxyType({})
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any] | None, platform: str) -> Multiplier:
+    def of(cls, settings: Mapping[str, Any] | None, platform: str, marks: Marks) -> Multiplier:
         """Read a plan's ``kernels["experts"]`` on the platform that is compiled for."""
         kernel = TILES if settings is None else settings["implementation"]
         facts = product_facts().get(kernel, {})
         if platform == facts.get("platform"):
-            return cls(kernel)
-        return cls(kernel, True) if platform == "cpu" and facts.get("interpreted") else cls()
+            return cls(kernel, marks=marks)
+        if platform == "cpu" and facts.get("interpreted"):
+            return cls(kernel, True, marks)
+        return cls(marks=marks)
 
     def on(self, x: Any, matrices: Sequence[Any], hidden: int) -> Multiplier:
         """Return what multiplies a device's part of arrays, their hidden size cut into `hidden` parts."""
@@ -92,41 +104,69 @@ class Multiplier(NamedTuple):
             return self
         up, *_ = matrices
         local = jax.ShapeDtypeStruct((1, up.shape[1], up.shape[2] // hidden), up.dtype)
-        return self if products_refusal(self.kernel, x, local) is None else BY_TILES
+        return self if products_refusal(self.kernel, x, local) is None else Multiplier(marks=self.marks)
 
 
 BY_TILES = Multiplier()
 
 
+def _kept(equation: Equation, marks: Marks) -> KeptProducts:
+    """Return the names that `marks` give the products of a call, as they stand in what it is priced by."""
+    inner = equation.scopes[0]
+    matrices = dict(zip(inner.jaxpr.invars[3:], KeptProducts._fields, strict=False))
+    return KeptProducts(**{one: marks.get((product, None)) for one, product in _products(inner, matrices)})
+
+
+def _products(scope: Scope, matrices: dict[Any, str]) -> Iterator[tuple[str, int]]:
+    """Yield which of `matrices` each product of a scope reads, and the product's equation."""
+    for equation in scope.equations:
+        read = [matrices.get(atom) for atom in equation.eqn.invars if not isinstance(atom, core.Literal)]
+        if equation.scopes:
+            inner = equation.scopes[0]
+            pairs = zip(inner.jaxpr.invars, equation.eqn.invars, strict=True)
+            own = {
+                var: matrices[atom]
+                for var, atom in pairs
+                if not isinstance(atom, core.Literal) and atom in matrices
+            }
+            yield from _products(inner, own)
+        elif equation.primitive in _PRODUCTS:
+            yield from ((one, equation.index) for one in read if one is not None)
+
+
 def on_mesh(
     mesh: Mesh | AbstractMesh,
     call: ExpertsCall,
-    dims: Sequence[Dims],
+    equation: Equation,
     spec_of: SpecOf,
     arrays: Sequence[Any],
     multiplier: Multiplier,
 ) -> Any:
-    """Return the result of `call` of `arrays`, whose dims are `dims`, as a plan lays them on `mesh`."""
+    """Return the result of `call` of `arrays`, which is `equation`, as a plan lays them on `mesh`."""
+    dims = equation.ins
     x, up = arrays[0], arrays[3]
     layout = _ExpertAxes.of(
         by_dimension(tuple(spec_of(dims[0], x.shape)), 3), by_dimension(tuple(spec_of(dims[3], up.shape)), 3)
     )
     parts = cut_into((*layout.batch, *layout.sequence), mesh.shape)
     multiplier = multiplier.on(x, arrays[3:], cut_into(layout.hidden, mesh.shape))
+    how = {
+        "kernel": multiplier.kernel,
+        "interpret": multiplier.interpret,
+        "kept": _kept(equation, multiplier.marks),
+    }
     exchange = None
     if layout.exchanges:
         peers = cut_into(layout.experts, mesh.shape)
         tokens = x.shape[0] * x.shape[1] // parts
         slots = slots_of(tokens, arrays[2].shape[2], peers)
         everywhere = tuple(mesh.axis_names)
-        exchange = PeerExchange(
-            axes=layout.experts, peers=peers, everywhere=everywhere, slots=slots, **multiplier._asdict()
-        )
+        exchange = PeerExchange(axes=layout.experts, peers=peers, everywhere=everywhere, slots=slots, **how)
     tokens = PartitionSpec(layout.batch or None, layout.sequence or None)
     wide = PartitionSpec(layout.experts or None, None, layout.hidden or None)
     narrow = PartitionSpec(layout.experts or None, layout.hidden or None)
     out = PartitionSpec(layout.batch or None, (*layout.sequence, *_scattered(layout)) or None)
-    local = functools.partial(_local, mesh, call, layout, exchange, multiplier)
+    local = functools.partial(_local, mesh, call, layout, exchange, how)
     in_specs = (tokens, tokens, tokens, wide, narrow, *(wide,) * call.gated)
     return by_device(local, mesh, in_specs, out)(*arrays)
 
@@ -141,7 +181,7 @@ def _local(
     call: ExpertsCall,
     layout: _ExpertAxes,
     exchange: PeerExchange | None,
-    multiplier: Multiplier,
+    how: Mapping[str, Any],
     x: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,
@@ -157,7 +197,7 @@ def _local(
             own = chosen - lax.axis_index(layout.experts).astype(jnp.int32) * count
             chosen = jnp.where((own >= 0) & (own < count), own, count)
         parts = cut_into(layout.experts, mesh.shape)
-        out = by_expert(call, x, weights, chosen, *matrices, parts=parts, **multiplier._asdict())
+        out = by_expert(call, x, weights, chosen, *matrices, parts=parts, **how)
     out = out.reshape(shape)
     if axes := _scattered(layout):
         return lax.psum_scatter(out, axes, scatter_dimension=1, tiled=True)

@@ -124,3 +124,28 @@ def test_a_kernel_of_grouped_rows_multiplies_those_that_are_there(out):
     """Rows that it has room for are twice as many, and its author's estimate is of all."""
     program = parse_hlo(GROUPED.format(out=out, name='op_name="jit(f)/meshwright_rows[2048]/gmm"'))
     assert flops(program, program.instructions["c"]) == 2 * 2048 * 512 * 256
+
+
+STATED = """HloModule g, is_scheduled=true
+
+ENTRY %main (x: bf16[4096,1024], w: bf16[2,1024,2048]) -> bf16[{out}] {{
+  %x = bf16[4096,1024] parameter(0)
+  %w = bf16[2,1024,2048] parameter(1)
+  ROOT %gmm = bf16[{out}] custom-call(%x, %w), {of}
+}}
+"""
+OF = (
+    'custom_call_target="tpu_custom_call", '
+    'metadata={op_name="jit(f)/meshwright_rows[3072]/jit(gmm)/pallas_call"}, '
+    'backend_config={"custom_call_config":{"cost_estimate":{"flops":"1","bytes_accessed":"40000000"}}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("out", "moved"), [("4096,2048", 3e7), ("2,1024,2048", 8388608 + 0.75 * (4e7 - 8388608))]
+)
+def test_a_kernel_of_grouped_rows_moves_those_of_an_even_router(out, moved):
+    """Of the 4096 that it states bytes of 3072; the gradient of matrices is written once."""
+    program = parse_hlo(STATED.format(out=out, of=OF))
+    assert moved_bytes(program, program.instructions["gmm"]) == pytest.approx(moved)
+    assert flops(program, program.instructions["gmm"]) == 2 * 3072 * 1024 * 2048

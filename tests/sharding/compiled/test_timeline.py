@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from meshwright.sharding import Topology
 from meshwright.sharding.compiled.read import read_proof
+from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.plans.proof import Proof
 
 ALL, ROWS, COLUMNS = (
@@ -45,7 +46,7 @@ def _gather(name: str, channel: int, groups: str = ALL, rows: int = 4096) -> tup
     )
 
 
-def _read(computations: str, *lines: str) -> Proof:
+def _read(computations: str, *lines: str, topology: str = "v5e:2x2") -> Proof:
     body = "\n  ".join(lines)
     text = f"""HloModule timed, is_scheduled=true, num_partitions=4
 {computations}
@@ -59,7 +60,7 @@ ENTRY %main (p: bf16[1024,1024]) -> bf16[1024,1024] {{
 """
     return read_proof(
         text,
-        topology=Topology.parse("v5e:2x2"),
+        topology=Topology.parse(topology),
         mesh={"data": 2, "fsdp": 2},
         peak_bytes=1.0,
         memory={},
@@ -116,3 +117,18 @@ def test_what_ended_before_a_loop_is_not_put_off(one: float) -> None:
     loop = LOOP.format(n=1, turns=3, work=GATHERED)
     proof = _read(loop, start, done, WHILE.format(n=1, turns=3, start="%first"))
     assert _seconds(proof) == pytest.approx(4 * one)
+
+
+@pytest.mark.parametrize(("topology", "waits"), [("h100:4", True), ("v5e:2x2", False)])
+def test_a_loop_whose_turns_only_a_run_knows_waits_for_its_host_on_gpus(topology: str, waits: bool) -> None:
+    """Its program says how many to count; a TPU knows by itself whether a loop goes on."""
+    known = LOOP.format(n=1, turns=7, work=""), WHILE.format(n=1, start="%first", turns=7)
+    told = (
+        "%while.1 = (s32[], bf16[1024,1024]) while(%first), condition=%condition.1, body=%body.1, "
+        'metadata={op_name="jit(f)/meshwright_turns[7]/while"}'
+    )
+    of_compiler = _read(*known, topology=topology)
+    of_program = _read(known[0], told, topology=topology)
+    wanted = 7 * calibration_for("h100").turn_seconds if waits else 0.0
+    assert of_program.step_seconds - of_compiler.step_seconds == pytest.approx(wanted)
+    assert (wanted > 0) == waits

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend import core
 from meshwright.sharding import plan
 from meshwright.sharding.ops.experts import experts
 
@@ -101,6 +102,30 @@ def test_experts_keep_their_values_on_any_mesh(mesh: dict[str, int]) -> None:
 )
 def test_experts_keep_their_values_in_parts_and_under_rules(changes: dict[str, Any]) -> None:
     check(**{"mesh": {"data": 2, "expert": 4}, **changes})
+
+
+def products(jaxpr: Any) -> int:
+    """How many products a program has, those of all loops and calls once."""
+    inner = (one for eqn in jaxpr.eqns for one in core.jaxprs_in_params(eqn.params))
+    return sum(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns) + sum(map(products, inner))
+
+
+def test_a_backward_pass_multiplies_again_what_a_plan_does_not_keep() -> None:
+    """Of experts two products, up and gate: no gradient reads what the last one gives."""
+    params, batch, _ = problem()
+    counted = {}
+    for name, remat in {
+        "full": "full",
+        "up": {"router": "device", "up": "device"},
+        "both": {"router": "device", "up": "device", "gate": "device"},
+        "none": "none",
+    }.items():
+        declared: dict[str, Any] = {"mesh": {"data": 2, "expert": 4}, "remat": remat, "names": NAMES}
+        made = plan(loss, params, batch, topology="cpu:8", optimizer=optax.sgd(0.1), **declared)
+        counted[name] = products(jax.make_jaxpr(jax.grad(made.apply(loss)))(params, batch).jaxpr)
+    assert counted["full"] == counted["none"] + 3
+    assert counted["up"] == counted["none"] + 1
+    assert counted["both"] == counted["none"]
 
 
 def test_a_search_finds_an_axis_for_experts() -> None:
