@@ -208,12 +208,3 @@ def context_bytes(calls: Sequence[LaidCall], word: str) -> float:
     """Return the bytes that the largest call needs on a device beside its operands."""
     ways = ((one, one.way(word)) for one in calls)
     return max((one.held(way) for one, way in ways if way is not None), default=0.0)
-
-
-def sequence_dims(calls: Sequence[SpreadCall]) -> tuple[int, ...]:
-    """Return the dims of queries' sequences, the longest first."""
-    sizes: dict[int, int] = {}
-    for one in calls:
-        if one.dims[0][1]:
-            sizes[one.dims[0][1][0]] = max(sizes.get(one.dims[0][1][0], 0), one.shapes[0][1])
-    return tuple(sorted(sizes, key=lambda dim: -sizes[dim]))

@@ -100,11 +100,6 @@ def _once(work: set[str], ticks: int) -> Rounds:
     return Rounds(stretches=(Stretch(work=frozenset(work), ticks=ticks),))
 
 
-def ticks_of(work: str, found: list[Rounds]) -> int:
-    """Return in how many ticks some work is done."""
-    return sum(one.ticks * whole.times for whole in found for one in whole.stretches if work in one.work)
-
-
 def ring(stages: int, chunks: int = 1) -> int:
     """Return of how many chunks a stage holds the input."""
     return 2 * stages * chunks - 1
