@@ -51,8 +51,9 @@ def write_config(home: pathlib.Path) -> pathlib.Path:
 
 
 def command(*words: object) -> list[str]:
-    """The command line that runs `meshwright` with `words`."""
-    return forked([sys.executable, "-m", "meshwright.runtime.cli", *words])
+    """The command line that runs `meshwright` with `words`; a launcher has little to import."""
+    plain = [sys.executable, "-m", "meshwright.runtime.cli", *map(str, words)]
+    return plain if words[0] == "launch" else forked(plain)
 
 
 def meshwright(*words: object) -> subprocess.CompletedProcess[str]:
