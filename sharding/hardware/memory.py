@@ -34,6 +34,18 @@ def usable_bytes(chip: Chip) -> float:
     return chip.hbm_bytes * share_here(chip.memory_share)
 
 
+def not_counted(chip: Chip) -> tuple[str, ...]:
+    """Say that variables of this process are not those of GPUs that are elsewhere, where any is set."""
+    said = [name for name in (*FRACTIONS, ALLOCATOR) if os.environ.get(name)]
+    if not said or chip.platform != "gpu" or chip.hbm_bytes is None or _is_attached(chip):
+        return ()
+    names = " and ".join(f"{name}={os.environ[name]}" for name in said)
+    return (
+        f"{names} is of this process, whose machine has no {chip.name}: the plan counts on the "
+        f"{chip.memory_share:.0%} of their memory that JAX reserves by default",
+    )
+
+
 def share_here(usual: float, environment: Mapping[str, str] | None = None) -> float:
     """Return the share of a GPU's memory that an environment has JAX let programs have, by default `usual`.
 

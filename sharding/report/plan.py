@@ -32,6 +32,7 @@ _DOTS = {
 def plan_document(plan: Record) -> Document:
     """Return all that `plan` shows in a terminal, in a notebook and as a page."""
     capacity = usable_bytes(plan)
+    notes = (*plan.notes, *memory.not_counted(plan.topology.chip))
     devices = Figure(name="devices", value=f"{plan.topology.num_devices:,}")
     chapters = [
         _mesh(plan),
@@ -43,7 +44,7 @@ def plan_document(plan: Record) -> Document:
         _dims(plan),
         _parameters(plan),
         _state(plan),
-        Chapter(title="notes", blocks=(List(items=plan.notes),) if plan.notes else ()),
+        Chapter(title="notes", blocks=(List(items=notes),) if notes else ()),
     ]
     return Document(
         name=f"Plan for {plan.topology}",

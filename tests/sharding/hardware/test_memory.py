@@ -8,7 +8,7 @@ import jax
 import pytest
 from meshwright.sharding import Topology, UserError, plan
 from meshwright.sharding.hardware import attached
-from meshwright.sharding.hardware.memory import ALLOCATOR, FRACTIONS, PREALLOCATE, usable_bytes
+from meshwright.sharding.hardware.memory import ALLOCATOR, FRACTIONS, PREALLOCATE, not_counted, usable_bytes
 
 NEW, OLD = FRACTIONS
 
@@ -62,10 +62,15 @@ def test_attached_gpus_have_what_the_environment_says(
 def test_without_a_gpu_the_environment_says_nothing(
     machine: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    chip = Topology.parse("h200:8").chip
+    assert not_counted(chip) == ()
     monkeypatch.setenv(OLD, "0.5")
     assert share("h200:8") == pytest.approx(0.75)
+    (said,) = not_counted(chip)
+    assert said.startswith(f"{OLD}=0.5 is of this process, whose machine has no h200")
     (machine / "dev").mkdir()
     (machine / "dev/nvidia0").touch()
+    assert not_counted(chip) == ()
     # A container may show a GPU and not its kind.
     assert share("h200:8") == pytest.approx(0.5)
 
