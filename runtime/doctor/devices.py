@@ -20,15 +20,19 @@ _PROBE = """
 import json, jax
 try:
     import flax.nnx
-    flax_error = None
+    flax_error = flax_package = None
 except Exception as error:
-    flax_error = f"{type(error).__name__}: {error}"
+    flax_error, trace = f"{type(error).__name__}: {error}", error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    flax_package = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0]
 settings = sorted(name.upper() for name in jax.config.values)
 devices = jax.local_devices()
 kinds = sorted({device.device_kind for device in devices})
 limit = (devices[0].memory_stats() or {}).get("bytes_limit")
 found = dict(platform=devices[0].platform, count=len(devices), kinds=kinds, bytes_limit=limit)
-print(json.dumps(found | {"settings": settings, "flax_error": flax_error}))
+found |= {"settings": settings, "flax_error": flax_error, "flax_package": flax_package}
+print(json.dumps(found))
 """
 
 _NAMES = {"gpu": "NVIDIA GPUs", "tpu": "TPUs", "rocm": "AMD GPUs"}

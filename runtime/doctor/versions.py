@@ -39,7 +39,8 @@ def flax(answer: Mapping[str, Any]) -> Iterator[Check]:
     """Say why Flax does not load, where it is installed and a child process found that it does not."""
     if answer.get("flax_error") and (version := version_of("flax")) is not None:
         both = f"flax {version}, jax {version_of('jax')}"
-        yield Check(name="flax and jax", value=both, status="bad", advice=why_not(answer["flax_error"]))
+        advice = why_not(answer["flax_error"], answer.get("flax_package") or "")
+        yield Check(name="flax and jax", value=both, status="bad", advice=advice)
 
 
 def _requirements() -> dict[str, str]:

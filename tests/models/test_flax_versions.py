@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import sys
 
 import jax
+import optax
+from meshwright.models.flax_versions import why_not
 from meshwright.sharding.processes import run
 
 # A Flax that fails as 0.12.8 does beside JAX 0.11.
@@ -25,3 +28,24 @@ def test_a_model_names_both_versions_and_what_to_install(tmp_path: pathlib.Path)
     assert f"flax 0.12.7 does not load with jax {jax.__version__} (module 'jax.experimental" in last
     assert "HiPrimitive'): pip install \"flax>=0.12." in last
     assert "cannot import name" not in done.stderr
+
+
+def failing(package: str) -> Exception:
+    """Return the error of a module of `package` that fails."""
+    try:
+        exec(
+            "raise AttributeError(\"module 'jax' has no attribute 'tree_map'\")", {"__name__": f"{package}.x"}
+        )
+    except AttributeError as error:
+        return error
+    raise AssertionError
+
+
+def test_a_package_that_flax_imports_and_that_does_not_load_is_named_itself() -> None:
+    said = why_not(failing("optax"))
+    assert f"since optax {optax.__version__} does not with jax {jax.__version__}" in said
+    assert said.endswith("pip install --upgrade optax")
+
+
+def test_a_flax_that_is_new_enough_is_to_be_replaced_by_the_version_that_is_known() -> None:
+    assert re.search(r"pip install --force-reinstall \"flax==0\.12\.(8|10)\"$", why_not(failing("flax")))
