@@ -253,6 +253,14 @@ class Plan(Record):
         """Return this plan (A) and `other` (B) side by side, for a terminal or a notebook."""
         return compare(self, other)
 
+    def __reduce__(self) -> tuple[Callable[..., Plan], tuple[dict[str, Any]]]:
+        """Go to another process as what is saved: without the problem, the search and the optimizer."""
+        return Plan.from_dict, (self.to_dict(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        """Return itself, of which nothing changes."""
+        return self
+
     def _repr_html_(self) -> str:
         """Show the plan in a notebook: mesh, time, memory, parameters, what else there was."""
         return fragment(plan_document(self))

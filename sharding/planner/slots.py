@@ -17,6 +17,7 @@ from ..plans.arrays import Lying, item_bytes, least_that_matters
 from ..plans.owners import ALL, Owners
 from ..plans.specs import axes_in, cut_into, spec_of
 from ..program.program import Program
+from ..transform.optimizer import own_state
 
 if TYPE_CHECKING:
     import optax
@@ -30,7 +31,9 @@ class OptimizerArrays:
         self._trained = {one.path: one for one in program.parameters if one.is_trained}
         self._parameter_bytes = sum(_size(one) * one.dtype.itemsize for one in program.parameters)
         self._owners = Owners({path: one.shape for path, one in self._trained.items()})
-        self._arrays: Mapping[str, Any] = by_path(jax.eval_shape(optimizer.init, params))
+        self._arrays: Mapping[str, Any] = by_path(
+            jax.eval_shape(functools.partial(own_state, optimizer), params)
+        )
 
     @functools.cached_property
     def like_parameters(self) -> bool:
@@ -94,7 +97,7 @@ class OptimizerArrays:
 
 def slot_bytes(optimizer: optax.GradientTransformation, params: Any) -> float:
     """Return the bytes of an optimizer's arrays for each element of the parameters."""
-    state = jax.eval_shape(optimizer.init, params)
+    state = jax.eval_shape(functools.partial(own_state, optimizer), params)
     total = sum(_bytes(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim)
     return total / max(sum(_size(leaf) for leaf in jax.tree.leaves(params)), 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -68,8 +69,27 @@ def change(
         names = re.findall(r"'(\w+)'", found[1]) if found else []
         unknown = next((name for name in names if name not in EXTRA), None)
         if unknown is None:
-            raise
+            raise _fails("update", error) from error
         raise _unknown(unknown) from None
+    except UserError:
+        raise
+    except Exception as error:
+        raise _fails("update", error) from error
+
+
+def own_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """Return the optimizer's first state. Raises UserError, one sentence, if it fails on `params`."""
+    try:
+        return optimizer.init(params)
+    except Exception as error:
+        raise _fails("init", error) from error
+
+
+def _fails(what: str, error: Exception) -> UserError:
+    told = str(error).partition("\n")[0]
+    return UserError(
+        f"the optimizer's own {what} fails on the parameters of this loss: {type(error).__name__}: {told}"
+    )
 
 
 def check_state(optimizer: optax.GradientTransformation, state: Any, params: Any) -> None:
@@ -77,7 +97,7 @@ def check_state(optimizer: optax.GradientTransformation, state: Any, params: Any
 
     An optimizer may take what it does not know for its own and carry it along, as plain SGD takes Adam's.
     """
-    own = jax.eval_shape(optimizer.init, params)
+    own = jax.eval_shape(functools.partial(own_state, optimizer), params)
     if by_path(own).keys() != by_path(state).keys():
         raise UserError(
             f"the state's optimizer part is that of another optimizer: it keeps {_kept(state)}, where this "

@@ -22,7 +22,7 @@ from ..xla.options import check_options
 from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
-from .optimizer import FORWARD, change, check_state, extra_of, handles_nonfinite, wanted
+from .optimizer import FORWARD, change, check_state, extra_of, handles_nonfinite, own_state, wanted
 from .said import donated, is_key, lying_elsewhere, not_arrays, other_count, other_devices, takes
 
 if TYPE_CHECKING:
@@ -254,10 +254,11 @@ def _first(
                 raise UserError("the plan has a state: init(key) has to return (params, state)")
             params, beside["state"] = params[0], insisting(params[1], "state array")
         params = insisting(params, "parameter")
+        kept = own_state(optimizer, split(params, plan.trainable).trained)
         return {
             "step": jnp.int32(0),
             "params": params,
-            "optimizer": insisting(optimizer.init(split(params, plan.trainable).trained), "optimizer array"),
+            "optimizer": insisting(kept, "optimizer array"),
             **beside,
             "stopped": jnp.bool_(False),
         }
@@ -312,7 +313,9 @@ def abstract_state(
     return {
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "params": params,
-        "optimizer": jax.eval_shape(optimizer.init, split(params, plan.trainable).trained),
+        "optimizer": jax.eval_shape(
+            functools.partial(own_state, optimizer), split(params, plan.trainable).trained
+        ),
         **({} if plan.state is None else {"state": shapes(loss_state)}),
         "stopped": jax.ShapeDtypeStruct((), jnp.bool_),
     }

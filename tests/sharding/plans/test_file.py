@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
-from meshwright.sharding import Plan, UserError, declare
+from meshwright.sharding import Plan, UserError, declare, plan
 
 
 def loss(params: Any, x: Any) -> Any:
@@ -54,3 +57,12 @@ def test_a_file_that_lacks_a_field_is_named() -> None:
     lacking = {name: value for name, value in written().items() if name != "params"}
     with pytest.raises(UserError, match="is not a plan, for it lacks 'params'"):
         Plan.from_dict(lacking)
+
+
+def test_a_plan_goes_to_another_process_as_what_is_saved() -> None:
+    params, x = {"w": jax.ShapeDtypeStruct((8, 8), "float32")}, jax.ShapeDtypeStruct((16, 8), "float32")
+    made = plan(loss, params, x, topology="cpu:8", optimizer=optax.adam(1e-3))
+    again = pickle.loads(pickle.dumps(made))
+    assert again == made
+    assert (again.search, again.optimizer) == (None, None)
+    assert copy.deepcopy(made) is made

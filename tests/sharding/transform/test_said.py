@@ -215,3 +215,14 @@ def test_states_of_another_making_are_one_sentence() -> None:
     step(state, batch())
     with pytest.raises(UserError, match="this state was given to an earlier step"):
         step(state, batch())
+
+
+def test_an_optimizer_that_fails_is_one_sentence() -> None:
+    plan, ahead = planned(), optax.lookahead(SGD, 2, 0.5)
+    with pytest.raises(UserError, match=r"the optimizer's own update fails .*: AttributeError: .*'fast'"):
+        plan.train_step(loss, ahead)(plan.init(init, jax.random.key(0), ahead), batch())
+    picky = optax.GradientTransformation(lambda params: params["b"], SGD.update)
+    with pytest.raises(UserError, match=r"the optimizer's own init fails .*: KeyError: 'b'"):
+        planned(optimizer=picky)
+    with pytest.raises(UserError, match="the optimizer's own init fails"):
+        plan.init(init, jax.random.key(0), picky)
