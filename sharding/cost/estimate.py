@@ -256,6 +256,7 @@ class Pricer:
             placement=placement,
             candidate=candidate,
             over=over,
+            chip=chip,
             calibration=calibration,
             wires=wires,
             work=done,
@@ -264,6 +265,7 @@ class Pricer:
             host=offload(table, placement, kept, chip, calibration),
             stacking=stacking,
             gradient_bytes=self.gradient_bytes,
+            product=math.inf if execution.product_bytes is None else execution.product_bytes,
         )
         time = step_seconds(parts, execution.through_stages)
         if candidate.context is not None:
@@ -337,6 +339,7 @@ class Pricer:
             placement=placement,
             candidate=candidate,
             over=StoredOver(parameters=[], gradients=[], optimizer=[], computed=[]),
+            chip=self.topology.chip,
             calibration=self.calibration,
             wires=self.execution.links(candidate.mesh, self.topology, self.calibration),
             work=self.execution.busy(self.profile, once, kept),

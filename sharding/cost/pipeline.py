@@ -23,9 +23,9 @@ from .candidate import Candidate
 from .exchange import parts as lying_over
 from .kept import Residuals
 from .memory import Standing, Worked, activations
-from .placement import FORWARD
+from .placement import BACKWARD, FORWARD
 from .profile import AFTER, BEFORE, LAYERS, ProgramTables
-from .step import StepParts, Turns, exposed, microbatch, reduce_once, stream_bytes
+from .step import StepParts, Turns, microbatch, reduce_once, stream_bytes
 
 # Of what stages hand on, held beside the inputs that are kept: what is embedded for the next tick, what was
 # sent on and what came, what is sent back and what came back, the head's share put together again.
@@ -34,6 +34,8 @@ _IN_HAND = 5
 _CUT_OUT = 2
 # Bytes of an element that gradients are added up in, at least.
 _SUMMED = 4.0
+# Sums of gradients are read and written, and what is added is read.
+_PASSES_OF_ADDING = 3.0
 # Phases of `Busy` in which layers run forward, and run again.
 _AGAIN = 2
 
@@ -140,7 +142,7 @@ def through_stages(parts: StepParts) -> dict[str, float]:
     taken = sum(time.values())
     with_bubble = sum(float(row.sum()) for row in microbatch(parts, all_).values())
     time["bubble"] = with_bubble - taken
-    _over_stages(time, parts, ticks, with_bubble)
+    _over_stages(time, parts, ticks, share / ticks.chunks)
     time["host"] += parts.calibration.microbatch_seconds * (ticks.layer_ticks + ticks.stages)
     here = np.array([1.0, share, 1.0])
     reduce_once(time, parts, here)
@@ -175,11 +177,22 @@ def _forward_again(parts: StepParts) -> StepParts:
     return dataclasses.replace(parts, work=work, kept=kept)
 
 
-def _over_stages(time: dict[str, float], parts: StepParts, ticks: Lockstep, window: float) -> None:
-    """Add what stages hand on, which waits behind the `window` as far as it can, and what they share out."""
+def _over_stages(time: dict[str, float], parts: StepParts, ticks: Lockstep, chunk: float) -> None:
+    """Add what stages hand on, as far as nothing hides it, and what they share out.
+
+    What is sent on goes beside the backward pass of a `chunk` of all layers; in ticks that only go forward
+    nothing is beside it. What is sent back goes beside the next tick, but where its head waits for it: then
+    beside adding up the chunk's gradients, of two halves, which libtpu schedules on either side of the send's
+    start, the latter.
+    """
     link, size = parts.wires["stage"], stream_bytes(parts)
-    sent = link.point_to_point(size * ticks.sends, ticks.sends)
-    time["send/stage"] += exposed(sent, window, parts.calibration.overlap_stages)
+    each = link.point_to_point(size)
+    back = float(parts.work.seconds[[BACKWARD, _AGAIN], :, LAYERS].sum()) * chunk
+    rate = (parts.chip.hbm_bytes_per_second or math.inf) * parts.calibration.memory_efficiency
+    added = _PASSES_OF_ADDING * float(_gradients(parts)[LAYERS]) * chunk / rate
+    behind_back, behind_sums = max(0.0, each - back), max(0.0, each - added / 2)
+    time["send/stage"] += (ticks.stages - 1) * each + ticks.layer_ticks * behind_back
+    time["send/stage"] += ticks.head_ticks * behind_sums
     half = ticks.exchanges / 2
     for kind in ("reduce_scatter", "all_gather"):
         time[f"{kind}/stage"] += link.collective(kind, size * half, half)
@@ -197,7 +210,9 @@ def _move_layers(time: dict[str, float], parts: StepParts, ticks: Lockstep) -> N
     if not is_moved(parts.table.layers, ticks.stages, ticks.chunks):
         return
     table = parts.table.parameters
-    stored = table.elements * table.item_bytes / lying_over(parts.over.parameters, parts.candidate.mesh)
+    # Cast to the type that they are used in first.
+    each = np.minimum(np.minimum(table.used_bytes, parts.product), table.item_bytes)
+    stored = table.elements * each / lying_over(parts.over.parameters, parts.candidate.mesh)
     size = float(stored[table.section == LAYERS].sum()) + float(_gradients(parts)[LAYERS])
     time["all_to_all/stage"] += parts.wires["stage"].collective("all_to_all", size, 2.0)
 

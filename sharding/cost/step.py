@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
@@ -28,6 +29,7 @@ class StepParts:
       placement: the candidate laid over them.
       candidate: its mesh, microbatches and schedule.
       over: where its parameters and their gradients are stored.
+      chip: what a device is.
       calibration: what overlaps, and the host's times.
       wires: the link of each mesh axis.
       work: what a device computes for a microbatch.
@@ -36,12 +38,14 @@ class StepParts:
       host: what goes to the host and back.
       stacking: seconds of stacking what layers keep; see `stacking_seconds`.
       gradient_bytes: of one accumulated gradient; as the parameter's if None.
+      product: bytes of an element as products take it, at most.
     """
 
     table: ProgramTables
     placement: Placement
     candidate: Candidate
     over: StoredOver
+    chip: Chip
     calibration: Calibration
     wires: Mapping[str, Link]
     work: Busy
@@ -50,6 +54,7 @@ class StepParts:
     host: Offload
     stacking: float = 0.0
     gradient_bytes: float | None = None
+    product: float = math.inf
 
 
 # Gives the seconds of a step that goes through stages.
