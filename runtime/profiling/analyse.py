@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from ...sharding.errors import UserError
 from .account import Ledger, account
@@ -68,9 +69,13 @@ def analyse(traces: Mapping[int, Trace], program: SavedProgram | None, files: Se
         for device, own in events_by_device(trace).items():
             # Only a CPU's devices are numbered across processes.
             name = device if device.startswith("cpu") or len(traces) == 1 else f"process {process} {device}"
+            # Events before `first` have all ended before a window: of long traces each sees a part.
+            starts = [event.start_ns for event in own]
+            ended = list(accumulate((event.end_ns for event in own), max))
             for window in windows.get(device, ()):
+                first = bisect_left(ended, window.start_ns)
                 ledger = account(
-                    own,
+                    own[first : bisect_left(starts, window.end_ns)],
                     window,
                     trace.waits,
                     reader.collective_of,
