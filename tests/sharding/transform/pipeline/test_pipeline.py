@@ -157,12 +157,14 @@ def sends(text: str) -> float:
     return sum(runs[one.computation] for one in permutes if not one.opcode.endswith("done"))
 
 
-@pytest.mark.numerics(False)
+AS_COMPILED = pytest.mark.numerics(False)
+
+
 @pytest.mark.parametrize(
     ("mesh", "loss", "how"),
     [
-        pytest.param({"stage": 4, "data": 2}, tied, {}, marks=pytest.mark.slow),
-        ({"stage": 2, "fsdp": 2, "tensor": 2}, tied, {"remat": "full"}),
+        pytest.param({"stage": 4, "data": 2}, tied, {}, marks=[pytest.mark.slow, AS_COMPILED]),
+        pytest.param({"stage": 2, "fsdp": 2, "tensor": 2}, tied, {"remat": "full"}, marks=AS_COMPILED),
         ({"stage": 2}, mixture, {}),
     ],
     ids=lambda one: getattr(one, "__name__", str(one)),
