@@ -245,10 +245,14 @@ def _batch(case: Case) -> Iterator[Obstacle]:
     gain = best.mfu / case.estimate.mfu
     if gain >= _WORTH:
         yield Obstacle(
-            what=f"a batch of {rows} rows is {rows / candidate.num_devices:.3g} a device",
+            what=f"a batch of {rows} rows is {_some(rows / candidate.num_devices)} a device",
             remedy=f"with {_MORE_ROWS * rows} rows MFU {best.mfu:.1%}, {seconds(best.step_seconds)} a step",
             gain=gain,
         )
+
+
+def _some(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _wide(case: Case) -> Iterator[Obstacle]:
@@ -349,7 +353,9 @@ def _turns(case: Case) -> Iterator[Obstacle]:
         return
     runs = np.array([op.runs for op in case.flat.ops], float)
     most = int(np.argmax(runs))
-    if runs[most] <= 1:
+    # What every step takes of the host, however little it starts.
+    always = case.pricer.calibration.step_seconds
+    if runs[most] <= 1 or spent - always < _TOLD * step:
         yield Obstacle(
             what=f"{seconds(spent)} go into starting a step and its kernels, which have little to do",
             remedy=f"what they do takes {seconds(step - spent)}, on fewer devices or with more rows too",
