@@ -89,5 +89,9 @@ WAYS: dict[str, Way] = {
 LEFT: dict[str, tuple[Way, str]] = {
     "sigmoids": (masked(lambda s, x: jnp.where(causal(x), s, -1e30), jax.nn.sigmoid, projected), "sigmoids"),
     "cut at 0": (masked(lambda s, x: jnp.where(causal(x), s, 0.0), jax.nn.relu, projected), "cut at 0"),
+    "cut at 0, squared": (
+        masked(lambda s, x: jnp.where(causal(x), s, 0.0), lambda s: jax.nn.relu(s) ** 2, projected),
+        "cut at 0",
+    ),
     "divided by some": (divided_by_some, "divided by the sum of some"),
 }

@@ -15,20 +15,9 @@ from .values import SAME, Sources, shape
 # How many equations lie at most between scores and their exp, and from there to the product with values.
 _FAR = 24
 # What gives one number for each of those it is given.
-_EACH = (
-    "custom_jvp_call",
-    "mul",
-    "div",
-    "add",
-    "sub",
-    "select_n",
-    "tanh",
-    "max",
-    "min",
-    "transpose",
-    "reshape",
-    *SAME,
-)
+_EACH = frozenset(
+    ("mul", "div", "add", "sub", "select_n", "tanh", "max", "min", "pow", "integer_pow", "square")
+) | {"transpose", "reshape", *SAME}
 _CALLS = ("custom_jvp_call", "jit", "pjit")
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 # Scores have a batch, heads, queries and keys where heads are mixed.
