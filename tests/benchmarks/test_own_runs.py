@@ -1,6 +1,7 @@
 """Our own device rows: in the repository, and scored by one command without any other data."""
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -31,10 +32,10 @@ def test_our_own_runs_are_scored_from_a_clean_checkout(capsys):
 def test_each_row_is_priced_by_a_record_of_the_others(capsys):
     assert left_out.main(["--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert len(told) == 5
-    for row in told:
-        assert abs(row["left_out"] / row["measured"] - 1.0) < 0.15
-    assert sorted(abs(row["left_out"] / row["measured"] - 1.0) for row in told)[2] < 0.08
+    errors = [abs(row["left_out"] / row["measured"] - 1.0) for row in told]
+    assert len(errors) >= 5
+    assert statistics.median(errors) < 0.08
+    assert max(errors) < 0.15
 
 
 @pytest.mark.parametrize(
