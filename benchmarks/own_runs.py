@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import statistics
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import optax
+import yaml
 from measured.rows import csv_file
 from meshwright.models import decoder, preset
 from meshwright.sharding import plan
@@ -62,13 +64,16 @@ def estimated(row: Mapping[str, str], *, compiled: bool = False, calibration: Pa
     )
     if row["notes"] == "reference":
         return measured
-    overrides = dict(word.split("=") for word in row["overrides"].split() if "=" in word)
+    words = (word.split("=") for word in row["overrides"].split() if "=" in word)
+    overrides = {key: yaml.safe_load(value) for key, value in words}
     model = decoder(preset(row["preset"], **({"compute_dtype": "bfloat16"} | overrides)))
     shape = int(row["batch"]), int(row["sequence"])
     # What a row calls its kernel, and whether its batch had segments.
     kernel, packed = row["attention"].split(",")[0].strip(), "no segments" not in row["attention"]
     batch = {key: jax.ShapeDtypeStruct(shape, "int32") for key in (*_BATCH, *(_PACKED if packed else ()))}
     params, optimizer = jax.eval_shape(model.init, jax.random.key(0)), optax.adamw(3e-4)
+    most = re.search(r"(\d+) segments", row["attention"])
+    remat, *names = row["remat"].split()
     made = plan(
         model.loss,
         params,
@@ -76,9 +81,12 @@ def estimated(row: Mapping[str, str], *, compiled: bool = False, calibration: Pa
         topology=f"{row['device'].lower()}:1",
         optimizer=optimizer,
         names=model.names,
-        remat=row["remat"],
+        remat=dict.fromkeys(names, "device") if remat == "keep" else remat,
         microbatches=int(row["microbatches"]),
         attention=kernel or None,
+        segments=int(most[1]) if most else None,
+        # Rows from before there was a choice say nothing of it.
+        arithmetic="auto" if "arithmetic: auto" in row["notes"] else "jax",
         calibration=calibration,
     )
     assert made.estimate is not None

@@ -35,7 +35,7 @@ def main() -> None:
     failed = False
     for name, *words in given.way:
         overrides = [word for word in words if word[0] != "@"]
-        options = dict(word[1:].split("=", 1) for word in words if word[0] == "@")
+        options = dict(_option(word[1:]) for word in words if word[0] == "@")
         folder = None if given.trace is None else given.trace / name
         try:
             row = {"name": name, **measured(given.config, overrides, options, given.steps, folder)}
@@ -53,8 +53,15 @@ def main() -> None:
     raise SystemExit(failed)
 
 
+def _option(word: str) -> tuple[str, Any]:
+    import yaml
+
+    key, _, value = word.partition("=")
+    return key, yaml.safe_load(value) if value else ""
+
+
 def measured(
-    path: pathlib.Path, overrides: list[str], options: dict[str, str], steps: int, folder: pathlib.Path | None
+    path: pathlib.Path, overrides: list[str], options: dict[str, Any], steps: int, folder: pathlib.Path | None
 ) -> dict[str, Any]:
     """Return the row of a config, without its name."""
     import jax
@@ -87,7 +94,12 @@ def measured(
         rounds.append((time.perf_counter() - begun) / steps)
     plan, device = job.plan, jax.local_devices()[0]
     estimate = plan.estimate
-    kernel = plan.kernels.get("attention", {}).get("implementation", "xla")
+    kernel = plan.kernels.get("attention", {"implementation": "xla"})
+    attention = ", ".join(
+        [kernel["implementation"], *(f"{n} segments" for n in [kernel.get("segments")] if n)]
+    )
+    said = [f"loss {float(metrics['loss']):.4f}", *(f"{key}={value}" for key, value in options.items())]
+    said += ["arithmetic: auto"] if "arithmetic" in plan.kernels else []
     row = {
         "preset": config.model.preset,
         "overrides": ";".join(f"{key}={value}" for key, value in config.model.overrides.items()),
@@ -96,7 +108,7 @@ def measured(
         "device": device.device_kind,
         "jax": jax.__version__,
         "remat": " ".join(["keep", *plan.saved]) if plan.saved else plan.remat,
-        "attention": kernel,
+        "attention": attention,
         "microbatches": plan.microbatches,
         "parameters": job.model.num_parameters,
         "flops_per_step": job.flops_per_step,
@@ -106,7 +118,7 @@ def measured(
         "compile_seconds": round(compile_seconds, 1),
         "estimated_step_seconds": None if estimate is None else round(estimate.step_seconds, 6),
         "estimated_peak_bytes": None if estimate is None else int(estimate.peak_bytes),
-        "notes": "; ".join([f"loss {float(metrics['loss']):.4f}", *(f"{k}={v}" for k, v in options.items())]),
+        "notes": "; ".join(said),
     }
     if folder is not None:
         traced(lowered, (state,), (batch,), folder, options)

@@ -15,7 +15,7 @@ _TRACEABLE = {"xla_gpu_enable_command_buffer": ""}
 
 
 def traced(
-    lowered: Any, state: Any, operands: tuple[Any, ...], folder: pathlib.Path, options: Mapping[str, str]
+    lowered: Any, state: Any, operands: tuple[Any, ...], folder: pathlib.Path, options: Mapping[str, Any]
 ) -> None:
     """Keep a profile of two steps of `lowered`, which gives its donated `state` back first, in `folder`.
 

@@ -195,10 +195,10 @@ class Config(Section):
         description="What multiplies tokens by their experts: `xla` (a loop over tiles), or a kernel, "
         "`megablox` (TPU) or `mosaic` (Hopper); `auto` is the kernel of the chip once it was compared there.",
     )
-    gradients: Literal["auto", "jax"] = Field(
+    arithmetic: Literal["auto", "jax"] = Field(
         default="auto",
-        description="How gradients of products of bfloat16 into float32, and of look-ups, are taken: `auto`, "
-        "on GPUs by products of bfloat16 and sums in float32, or `jax`, in float32 and bfloat16 as JAX does.",
+        description="How products of bfloat16 into float32, and look-ups, are worked out: `auto`, on GPUs by "
+        "gradients of bfloat16 with sums in float32, and odd vocabularies padded, or `jax`, as JAX does.",
     )
     recognise: list[Literal["attention", "losses", "layers"]] = Field(
         default=["attention", "losses", "layers"],

@@ -6,10 +6,12 @@ is wrong on a GPU can end the process.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,11 +68,15 @@ def compare_kernels(*, timeout_seconds: float = 300.0) -> Iterator[Check]:
     yield Check(name="kernels compared on", value=here or f"{platform}: XLA alone")
     mine = [name for name, facts in kernel_facts().items() if platform in facts["platforms"] and here]
     found: dict[str, bool] = {}
-    for name in ("xla", *mine):
-        lines, failure = _asked(name, timeout_seconds)
-        cases = [Compared(**line) for line in lines if not line["refused"]]
-        found[name] = bool(cases) and all(case.passed for case in cases)
-        yield _check(name, cases, failure)
+    names = ("xla", *mine)
+    # Most of a comparison is compiling, which a processor does beside the others.
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        for name, (lines, failure) in zip(
+            names, pool.map(lambda name: _asked(name, timeout_seconds), names), strict=True
+        ):
+            cases = [Compared(**line) for line in lines if not line["refused"]]
+            found[name] = bool(cases) and all(case.passed for case in cases)
+            yield _check(name, cases, failure)
     if here is not None:
         with contextlib.suppress(OSError):
             user_cache().mkdir(parents=True, exist_ok=True)
@@ -245,8 +251,10 @@ def _comparison(kernel: str, shape: tuple[int, ...], sequence: int) -> Callable[
         attention=kernel,
         segments=_MOST,
     )
+    # Values are asked for, not speed: products are not tuned.
+    options = {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else None
     by_kernel, by_xla = (
-        jax.jit(jax.value_and_grad(function, has_aux=True))
+        jax.jit(jax.value_and_grad(function, has_aux=True), compiler_options=options)
         for function in (plan.apply(loss, plan.make_mesh()), plain)
     )
 
@@ -267,6 +275,8 @@ def _comparison(kernel: str, shape: tuple[int, ...], sequence: int) -> Callable[
 
 
 def _main(what: str) -> None:
+    # Several are at work at once, and each needs little.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
 
     if what == "here":

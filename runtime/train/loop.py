@@ -76,7 +76,9 @@ class TrainingLoop:
         asked_at = time.perf_counter()
         with self.window.data_wait():
             batch = next(batches)
-        update = (self.traced or self.update) if self.window.active else self.update
+        # A GPU loads an executable when it first runs it, which is none of the window's steps.
+        nears = self.window.active or self.window.opens_at(step + 1)
+        update = (self.traced or self.update) if nears else self.update
         state, metrics = update(state, batch)
         done_at = self.window.on_step_end(step, metrics, quiet)
         train = self.config.train

@@ -103,7 +103,7 @@ def _declared(config: Config, shapes: Shapes, topology: Topology, optimizer: Any
         **packing.declared(config),
         context=config.context,
         experts=config.experts,
-        gradients=config.gradients,
+        arithmetic=config.arithmetic,
         recognise=config.recognise,
         calibration=config.calibration,
         state=shapes.state,
@@ -152,7 +152,7 @@ def search(
         **packing.declared(config),
         context=config.context,
         experts=config.experts,
-        gradients=config.gradients,
+        arithmetic=config.arithmetic,
         recognise=config.recognise,
         calibration=config.calibration,
         state=shapes.state,
@@ -281,11 +281,11 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
                 f"the config declares {operation}={declared} and {config.plan} has {planned}; "
                 "leave one of them out"
             )
-    planned = "auto" if "gradients" in found.kernels else "jax"
-    if config.gradients == "jax" != planned:
+    fast = found.kernels.get("arithmetic", {})
+    if config.arithmetic == "jax" and fast:
         raise UserError(
-            f"the config declares gradients=jax and {config.plan} takes those of "
-            f"{' and '.join(found.kernels['gradients'])} otherwise; leave one of them out"
+            f"the config declares arithmetic=jax and {config.plan} has {' and '.join(fast)} otherwise; leave "
+            "one of them out"
         )
     if config.calibration is not None and load_measurement(config.calibration).digest != found.calibration:
         raise UserError(

@@ -192,11 +192,13 @@ def _prediction(job: Job, compiled: Compiled) -> Prediction | None:
     if estimate is None or chip.nominal or job.plan.topology.chip.name != chip.name:
         return None
     proof, sizes = job.plan.proof, compiled.memory_analysis()
+    # An executable that comes from a cache does not know its sizes on GPUs, and says 0.
+    held = 0 if sizes is None else peak_of(sizes, job.topology)
     return Prediction(
         estimate=estimate,
         compiled=StepCost(
             seconds=None if proof is None else proof.step_seconds,
-            bytes=None if sizes is None else peak_of(sizes, job.topology),
+            bytes=held or None,
             mfu=None if proof is None else _mfu(job, proof.step_seconds),
         ),
         where=str(job.topology),
@@ -215,8 +217,8 @@ def _first_steps(
 
     profile = config.profile
     first = profile.start_step
-    # The step after a window waits for its trace to be written.
-    traced = () if first is None else range(first, first + profile.num_steps + 1)
+    # The step before a window loads its executable, and the one after it waits for its trace to be written.
+    traced = () if first is None else range(first - 1, first + profile.num_steps + 1)
     return FirstSteps(
         prediction,
         start=start,

@@ -36,7 +36,7 @@ def plan(
     segments: int | None = None,
     context: str | None = None,
     experts: str = "auto",
-    gradients: str = "auto",
+    arithmetic: str = "auto",
     names: Any = None,
     trainable: Any = None,
     state: Any = None,
@@ -83,8 +83,8 @@ def plan(
             ``neighbours`` (those that a window reaches); the fastest that fits if not given.
         experts: what multiplies by `meshwright.sharding.ops.experts`: ``xla``, or a kernel, ``megablox`` or
             ``mosaic``; ``auto`` is the chip's own once it was compared there.
-        gradients: ``auto``: GPUs take those of bfloat16 products by bfloat16 products, and sum a look-up's in
-            float32; ``jax``: as JAX does.
+        arithmetic: ``auto``: GPUs take gradients of bfloat16 products into float32 by bfloat16 products, sum
+            a look-up's in float32, and pad odd vocabularies; ``jax``: all is as JAX does it.
         names: a tree like `params` of tuples of dimension names, for rules and for what is printed.
         trainable: which parameters are trained, all floats if not given: a pattern over paths or several
             (``"*lora*"``), patterns → bool, or a tree of bools like `params`. The others are kept in the
@@ -117,7 +117,7 @@ def plan(
         segments=segments,
         context=context,
         experts=experts,
-        gradients=gradients,
+        arithmetic=arithmetic,
         accumulation=accumulation,
         max_passes=max_passes,
     )
@@ -144,7 +144,7 @@ def declare(
     segments: int | None = None,
     context: str | None = None,
     experts: str = "auto",
-    gradients: str = "auto",
+    arithmetic: str = "auto",
     trainable: Any = None,
     state: Any = None,
     recognise: Sequence[str] = FORMS,
@@ -181,7 +181,7 @@ def declare(
         segments: as in `plan`.
         context: as in `plan`.
         experts: as in `plan`.
-        gradients: as in `plan`.
+        arithmetic: as in `plan`.
         trainable: which parameters are trained, as in `plan`.
         state: what changes beside the parameters, as in `plan`.
         recognise: as in `plan`: all if not given.
@@ -205,7 +205,7 @@ def declare(
         segments=segments,
         context=context,
         experts=experts,
-        gradients=gradients,
+        arithmetic=arithmetic,
         accumulation=accumulation,
         max_passes=max_passes,
     )

@@ -114,7 +114,7 @@ def instruction_cost(
         moved = 0.0  # a product merged with a part of a collective, to which the buffers belong
     peak = chip.peak_flops("bfloat16") or float("inf")
     if done and _in_f32(module, instruction):
-        peak = chip.peak_flops("float32") or peak
+        peak = (chip.peak_flops("float32") or peak) * calibration.float32_efficiency
     rate = (chip.hbm_bytes_per_second or float("inf")) * calibration.memory_efficiency
     if grouped_kernel(instruction) is not None:
         rate = streaming_rate(chip, calibration)
@@ -130,7 +130,7 @@ def _share(module: HloModule, instruction: Instruction, chip: Chip, calibration:
     if kernel is not None:
         width, keys = np.array([kernel.width]), np.array([kernel.keys])
         reached = float(attention_share(width, keys, calibration)[0])
-        return reached * (calibration.masked_efficiency if kernel.gradient and kernel.masked else 1.0)
+        return reached * (calibration.masked_efficiency if kernel.masked else 1.0)
     if (grouped := grouped_kernel(instruction)) is not None:
         return calibration.matmul_efficiency * busy_of(grouped)
     sizes = product_sizes(module, instruction)

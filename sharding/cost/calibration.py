@@ -36,8 +36,10 @@ class Calibration:
       attention_half_width: width of a head at which such a kernel is half as fast as with a wide one.
       attention_half_keys: keys of a query, those that no mask known beforehand hides, at which it is half as
         fast as with many.
-      masked_efficiency: share of that which its gradient reaches where segments are read as a mask of queries
-        by keys.
+      masked_efficiency: share of that which it reaches where segments are read as a mask of queries by keys.
+      float32_efficiency: share of other products' efficiency that products of float32 reach.
+      short_sum_seconds: time that adding one number of 16 bits to a table's row takes, where a look-up's
+        gradient is summed so.
       memory_efficiency: share of the HBM's rate that elementwise work reaches.
       kept_passes: times that a value which a loop over layers keeps for the backward pass goes through memory
         beyond what its maker writes and its reader reads: the stack of all turns filled with zeros, the value
@@ -73,6 +75,8 @@ class Calibration:
     attention_half_width: float = _also_compiled(0.0)
     attention_half_keys: float = _also_compiled(0.0)
     masked_efficiency: float = _also_compiled(1.0)
+    float32_efficiency: float = _also_compiled(1.0)
+    short_sum_seconds: float = 0.0
     memory_efficiency: float = _also_compiled(1.0)
     kept_passes: float = 0.0
     optimizer_efficiency: float = 1.0

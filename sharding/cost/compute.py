@@ -26,11 +26,13 @@ class FusedAttention:
     gradient: the work of its backward pass over that of its forward pass (2.5: five products over two, since
               it computes the scores once more).
     masked:   of its work, how much is with segments that it reads as a mask of queries by keys.
+    scratch:  bytes that its gradient works in, for each element of its result.
     """
 
     share: float = 1.0
     gradient: float = 2.0
     masked: float = 0.0
+    scratch: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,6 +83,9 @@ def passes(
     kernel: FusedAttention | None,
     aligned_elements: int,
     grouped: str = TILES,
+    *,
+    wide_gradients: bool = False,
+    short_sums: bool = False,
 ) -> Passes:
     """Return the seconds of one microbatch's forward and backward passes.
 
@@ -93,6 +98,8 @@ def passes(
       kernel: what carries out attention; None where products and elementwise work do.
       aligned_elements: of a product's role that matrix units read at once.
       grouped: what multiplies rows by their experts, as in `ops.products`.
+      wide_gradients: whether gradients of 16-bit products into float32 are products of float32.
+      short_sums: whether those of look-ups in 16-bit tables are summed in 16 bits.
     """
     if chip.hbm_bytes_per_second is None:
         raise unknown_figure(chip, "its memory's rate", "hbm_bytes_per_second")
@@ -100,11 +107,18 @@ def passes(
     once = product_seconds(profile, placement, chip, dtype, calibration, kernel, aligned_elements)
     backward = profile.products.gradients.copy()
     _by_group(profile, placement, chip, dtype, calibration, grouped, once, backward)
+    if wide_gradients:
+        slower = peak_flops(chip, dtype) / (peak_flops(chip, "float32") * calibration.float32_efficiency)
+        backward[profile.products.widens] *= slower
     products, products_back, launched = _products(
         profile, once, backward, kernel, calibration, seconds, kernels
     )
     rate = chip.hbm_bytes_per_second * calibration.memory_efficiency
     groups, groups_back, group_runs = _kernels(profile, placement, rate, kernel, seconds, kernels)
+    if short_sums:
+        for one in profile.short_sums:
+            added = one.elements * placement.value_fraction[one.value]
+            seconds[1, 2, one.section] += added * calibration.short_sum_seconds
     return Passes(
         seconds=seconds,
         kernels=kernels,
@@ -164,6 +178,8 @@ def product_seconds(
     sizes = np.maximum(products.role_sizes * placement.role_fraction, 1.0)
     flops = products.flops * np.prod(placement.role_fraction, axis=1)
     peak = peak_flops(chip, dtype) * product_share(sizes[:, 1:], calibration, aligned_elements)
+    if dtype == "float32":
+        peak *= calibration.float32_efficiency
     moved = (profile.values.bytes * placement.value_fraction)[products.values].sum(axis=1)
     rate = (chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency
     computed = flops / peak
@@ -247,8 +263,8 @@ def _products(
     once = seconds_of_one * runs
     # One product of the forward pass is one for each operand's gradient, of as many flops.
     if kernel is not None:
-        slowed = 1.0 - kernel.masked + kernel.masked / calibration.masked_efficiency
-        backward[core] *= kernel.gradient / 2.0 * slowed
+        backward[core] *= kernel.gradient / 2.0
+        once[core] *= 1.0 - kernel.masked + kernel.masked / calibration.masked_efficiency
     for kind, chosen in ((0, ~core), (1, core)):
         for n, times in enumerate((1.0, backward)):
             seconds[n, kind] += _by_section(section, once * times * chosen)

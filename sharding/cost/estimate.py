@@ -216,6 +216,7 @@ class Pricer:
                 placement,
                 mesh,
                 fused_attention=self.execution.attention is not None,
+                scratch=0.0 if self.execution.attention is None else self.execution.attention.scratch,
                 lanes=self.topology.chip.lanes,
                 loss_arrays=self.execution.loss_arrays,
                 product_bytes=self.execution.product_bytes,
@@ -365,8 +366,10 @@ class Pricer:
             self.dtype,
             calibration,
             execution.attention,
-            execution.aligned_elements,
+            1 if execution.pads_products else execution.aligned_elements,
             execution.grouped,
+            wide_gradients=execution.wide_gradients,
+            short_sums=execution.short_sums,
         )
         if known:
             _remembered(self._passes, id(placement), (made, placement))

@@ -53,6 +53,9 @@ class Execution:
       aligned_elements: of a product's role that matrix units read at once.
       product_bytes: of an element as products take it, None for its own.
       grouped: what multiplies rows by their experts: XLA's loop over tiles or a kernel (`ops.products`).
+      wide_gradients: whether gradients of 16-bit products into float32 are products of float32.
+      pads_products: whether matrices of odd widths are padded until matrix units read them whole.
+      short_sums: whether those of look-ups in 16-bit tables are summed in 16 bits.
       kept: (profile, candidate, fused attention) → what is kept for the backward pass, and run again.
       links: (mesh, topology, calibration) → the link of each mesh axis longer than 1.
       through_stages: seconds of a step over stages; `pipeline.through_stages`.
@@ -68,6 +71,9 @@ class Execution:
     aligned_elements: int = 1
     product_bytes: int | None = None
     grouped: str = TILES
+    wide_gradients: bool = False
+    short_sums: bool = False
+    pads_products: bool = False
     kept: KeptBy = kept_by_policy
     links: LinksOf = links
     through_stages: ThroughStages = through_stages

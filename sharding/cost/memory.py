@@ -219,15 +219,17 @@ def worked(
     mesh: Mapping[str, int],
     *,
     fused_attention: bool,
+    scratch: float = 0.0,
     lanes: int = 1,
     loss_arrays: int = 1,
     product_bytes: int | None = None,
 ) -> Worked:
     """Return what `placement`'s values weigh, whatever is kept of them.
 
-    While the loss's gradient is taken, so many arrays as large as its largest lie in memory (`loss_arrays`).
-    Rows of heads that are kept are padded to whole `lanes`: a TPU's tile has 128 elements in its last
-    dimension, a head often 64. Products take elements of `product_bytes` at most, where that is given.
+    A kernel of attention works in `scratch` bytes for each element of its result. While the loss's gradient
+    is taken, so many arrays as large as its largest lie in memory (`loss_arrays`). Rows of heads that are
+    kept are padded to whole `lanes`: a TPU's tile has 128 elements in its last dimension, a head often 64.
+    Products take elements of `product_bytes` at most, where that is given.
     """
     values = profile.values
     size = values.bytes * placement.value_fraction
@@ -250,6 +252,12 @@ def worked(
     least = _by_stack(profile, used * fused * ~profile.saved.by_policy["none/given"])
     largest_of = np.zeros(1 + profile.stacks)
     np.maximum.at(largest_of, values.stack + 1, used)
+    attended = list(profile.attended)
+    if scratch and attended:
+        # Of two bytes, as all types that a kernel takes on GPUs.
+        at_work = used[attended] / 2 * scratch
+        np.maximum.at(largest_of, values.stack[attended] + 1, at_work)
+        np.maximum.at(largest, values.section[attended], at_work)
     width = np.maximum(values.width, 1.0)
     padded = np.where(values.width > 0, np.ceil(width / lanes) * lanes / width, 1.0)
     return Worked(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from ..ops.arithmetic import is_short, widens
 from ..program.aside import aside
 from ..program.flops import matmul_roles, work
 from ..program.layers import saved_values
@@ -69,7 +70,8 @@ class Products:
     """Matrix products, M: equation, flops, gradients each has (0 to 2), values [M, 3] (operands, result).
 
     role_sizes [M, 4] and role_dims [M, 4, D] are of batch, left, right and contracted; grouped [M] says that
-    the batch are experts, to which left are the rows that an even router gives each.
+    the batch are experts, to which left are the rows that an even router gives each, widens [M] that operands
+    are of 16 bits and the result is not.
     """
 
     equation: np.ndarray
@@ -79,6 +81,16 @@ class Products:
     role_sizes: np.ndarray
     role_dims: np.ndarray
     grouped: np.ndarray
+    widens: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ShortSums:
+    """A look-up's gradient in a table of 16 bits: so many `elements` of a `value`, and where it stands."""
+
+    elements: float
+    value: int
+    section: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,8 +136,9 @@ class TableLookup:
 class ProgramTables:
     """The tables of one program; sizes are unsharded.
 
-    priority [D] orders dims that want the same mesh axis: those of parameters come first. `along` holds what
-    `placement` has found out of mesh axes by themselves.
+    priority [D] orders dims that want the same mesh axis: those of parameters come first; attended are the
+    values that kernels of attention give. `along` holds what `placement` has found out of mesh axes by
+    themselves.
     """
 
     dim_sizes: np.ndarray
@@ -136,6 +149,8 @@ class ProgramTables:
     reads: Uses
     writes: Uses
     products: Products
+    short_sums: tuple[ShortSums, ...]
+    attended: tuple[int, ...]
     groups: Groups
     parameters: Parameters
     parameter_dims: tuple[tuple[int, ...], ...]
@@ -148,15 +163,9 @@ class ProgramTables:
     along: dict[object, Any] = dataclasses.field(default_factory=dict, init=False)
 
 
-def profile(
-    program: Program,
-    *,
-    kernels: frozenset[int] = frozenset(),
-    kept_by_name: bool = True,
-    sums: int = 1,
-) -> ProgramTables:
-    """Read `program` into tables; `kernels`, `kept_by_name` and `sums` are as in `flatten`."""
-    flat = flatten(program, kernels=kernels, kept_by_name=kept_by_name, sums=sums)
+def profile(program: Program, *, kernels: frozenset[int] = frozenset()) -> ProgramTables:
+    """Read `program` into tables; `kernels` are as in `flatten`."""
+    flat = flatten(program, kernels=kernels)
     count = len(program.dims)
     in_parameters = {d for a in program.parameters for composition in a.dims for d in composition}
     priority = np.array([d + (0 if d in in_parameters else count) for d in range(count)], int)
@@ -170,6 +179,8 @@ def profile(
         reads=_uses(flat, owners, count, "ins"),
         writes=_uses(flat, owners, count, "outs"),
         products=_products(flat, owners, count),
+        short_sums=tuple(_short_sums(flat)),
+        attended=tuple(written[0] for _, written in flat.calls),
         groups=fuse(flat),
         parameters=_parameters(program, flat, count),
         parameter_dims=tuple(
@@ -258,7 +269,8 @@ def _uses(flat: Flat, owners: list[dict[int, int]], count: int, side: str) -> Us
 
 
 def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
-    equation, flops, gradients, values, sizes, dims, grouped = [], [], [], [], [], [], []
+    equation, flops, gradients, values = [], [], [], []
+    sizes, dims, grouped, wider = [], [], [], []
     for number, op in enumerate(flat.ops):
         roles = matmul_roles(op.equation)
         if roles is None or not op.runs:
@@ -277,6 +289,7 @@ def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
         flops.append(work(op.equation).flops)
         gradients.append(sum(flat.values[i].grad for i in op.ins[:2]))
         values.append([op.ins[0], op.ins[1], op.outs[0]])
+        wider.append(op.call < 0 and widens(op.equation.eqn))
         sizes.append(row_sizes)
         grouped.append(of_groups)
         dims.append(row_dims)
@@ -288,7 +301,18 @@ def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
         role_sizes=np.array(sizes, float).reshape(-1, 4),
         role_dims=np.array(dims, bool).reshape(-1, 4, count),
         grouped=np.array(grouped, bool),
+        widens=np.array(wider, bool),
     )
+
+
+def _short_sums(flat: Flat) -> Iterator[ShortSums]:
+    for op in flat.ops:
+        if not looks_up_rows(op.equation.eqn) or not flat.values[op.ins[0]].grad:
+            continue
+        aval: Any = op.equation.eqn.invars[0].aval
+        if is_short(aval.dtype):
+            out = op.outs[0]
+            yield ShortSums(elements=flat.values[out].elements * op.runs, value=out, section=op.section)
 
 
 def _parameters(program: Program, flat: Flat, count: int) -> Parameters:

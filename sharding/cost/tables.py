@@ -94,10 +94,10 @@ class Flat:
 class _Flattener:
     """Flattens the scopes of a program into ops over numbered values."""
 
-    def __init__(self, program: Program, kernels: frozenset[int], kept_by_name: bool, sums: int) -> None:
+    def __init__(self, program: Program, kernels: frozenset[int]) -> None:
         self.program = program
         self.calls: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-        self._kernels, self._kept_by_name, self._sums_of_each = kernels, kept_by_name, sums
+        self._kernels = kernels
         self._call = -1
         # Experts and their rows, within a call of `ops.experts`.
         self._slots: tuple[int, int] | None = None
@@ -219,29 +219,8 @@ class _Flattener:
         (out,) = self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, False)
         self._call = -1
         self.values[out].call = -1
-        written = [out]
-        if not self._kept_by_name:
-            written.append(self._sums(equation, out, runs))
-        self.calls.append((tuple(ins), tuple(written)))
+        self.calls.append((tuple(ins), (out,)))
         return [out]
-
-    def _sums(self, equation: Equation, out: int, runs: int) -> int:
-        """Return the numbers, one or more a row and head, that a kernel's gradient needs and nobody names."""
-        result = self.values[out]
-        (head_dim,) = equation.eqn.outvars[0].aval.shape[3:]  # type: ignore[attr-defined]
-        width = head_dim / self._sums_of_each
-        flat = tuple(dict.fromkeys(dim for composition in equation.outs[0][:3] for dim in composition))
-        one = dataclasses.replace(
-            result,
-            bytes=4.0 * result.elements / width,
-            item_bytes=4,
-            elements=result.elements / width,
-            dims=flat,
-            trips=runs,
-            source=-1,
-        )
-        self.values.append(one)
-        return len(self.values) - 1
 
     def _scan(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
         scan, inner = scan_parts(equation.eqn), equation.scopes[0]
@@ -380,21 +359,13 @@ def _item_bytes(dtype: Any) -> int:
     return int(getattr(dtype, "itemsize", 4))
 
 
-def flatten(
-    program: Program,
-    *,
-    kernels: frozenset[int] = frozenset(),
-    kept_by_name: bool = True,
-    sums: int = 1,
-) -> Flat:
+def flatten(program: Program, *, kernels: frozenset[int] = frozenset()) -> Flat:
     """Return the ops of `program` over numbered values.
 
     Of `kernels`, indices of calls of `ops.attention`, each is carried out by a kernel, so that its scores are
-    nowhere else;
-    `kept_by_name` says that what keeps a kernel's result keeps all that its gradient reads; else that is
-    `sums` numbers of each row and head besides.
+    nowhere else.
     """
-    reader = _Flattener(program, kernels, kept_by_name, sums)
+    reader = _Flattener(program, kernels)
     reader.read()
     return Flat(
         values=reader.values,

@@ -24,7 +24,7 @@ from jax._src import dispatch  # seen in 0.10.2 and 0.12.0
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.ad_checkpoint import checkpoint_name
 
-from .segments import packed_offsets
+from .segments import by_run, by_token, packed_offsets
 
 # What a call becomes: plain, with a mask, and their gradients.
 CUSTOM_CALLS = (
@@ -89,8 +89,9 @@ def packed(
 ) -> jax.Array:
     """Return attention within runs of `ids`, of which a row has at most `most`, by cuDNN's packed layout.
 
-    Softmax's sums are float32 ``[batch · most, heads, sequence]``, and kept for the gradient. Values may be
-    narrower than queries; one offset serves keys and values, so they are padded to the queries' width.
+    Of softmax's sums, float32 ``[batch · most, heads, sequence]``, those of tokens are kept for the gradient,
+    ``[batch, sequence, heads]``. Values may be narrower than queries; one offset serves keys and values, so
+    they are padded to the queries' width.
     """
     width = value.shape[3]
     wide = jnp.pad(value, ((0, 0),) * 3 + ((0, query.shape[3] - width),))
@@ -213,12 +214,16 @@ def _packed(query: Any, key: Any, value: Any, ids: Any, call: _Asked) -> jax.Arr
 
 
 def _packed_forward(query: Any, key: Any, value: Any, ids: Any, call: _Asked) -> tuple[jax.Array, Any]:
-    out, sums = _kept(_forward((query, key, value), call, ids=ids, training=True), call)
+    out, sums = _forward((query, key, value), call, ids=ids, training=True)
+    # cuDNN gives each of the runs that there may be a whole row of sums: kept are those of tokens.
+    out, sums = _kept((out, by_token(sums, ids)), call)
     return out, (query, key, value, ids, out, sums)
 
 
 def _packed_backward(call: _Asked, kept: Any, d: jax.Array) -> tuple[Any, ...]:
     query, key, value, ids, out, sums = kept
+    assert call.most is not None
+    sums = by_run(sums, ids, call.most)
     return *_backward((query, key, value), call, sums, out, d, ids=ids), None
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from ..errors import UserError, nearest
 from . import cudnn
+from .arithmetic import check_arithmetic
 from .attention import AttentionCall, scaled
 from .context.order import chunks_of
-from .gradients import check_gradients
 from .products import check_products
 from .segments import marked
 
@@ -72,11 +72,11 @@ def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
         if operation == "experts":
             check_products(settings)
             continue
-        if operation == "gradients":
-            check_gradients(settings)
+        if operation == "arithmetic":
+            check_arithmetic(settings)
             continue
         if operation != "attention":
-            raise UserError(f"kernels: {operation!r} has no kernels; known: attention, experts, gradients")
+            raise UserError(f"kernels: {operation!r} has no kernels; known: arithmetic, attention, experts")
         name, facts = str(settings.get("implementation")), kernel_facts()
         if name not in facts:
             raise UserError(

@@ -82,6 +82,32 @@ def marked(query: jax.Array, ids: jax.Array, most: int) -> jax.Array:
     return query + mark[:, None, None, None]
 
 
+def by_token(of_runs: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return numbers of runs' tokens, ``[runs, heads, sequence]``, by token: ``[batch, sequence, heads]``.
+
+    The runs of all rows stand in one list, as `packed_offsets` has them, each with its tokens from 0 on.
+
+    >>> import jax.numpy as jnp
+    >>> numbers = jnp.arange(8.0).reshape(4, 1, 2)
+    >>> by_token(numbers, jnp.array([[1, 1], [2, 3]])).ravel().tolist()
+    [0.0, 1.0, 2.0, 4.0]
+    """
+    first = begins(ids).ravel()
+    place = jnp.arange(first.size, dtype=jnp.int32)
+    start = lax.cummax(jnp.where(first, place, 0))
+    found = of_runs[jnp.cumsum(first) - 1, :, place - start]
+    return found.reshape(*ids.shape, of_runs.shape[1])
+
+
+def by_run(of_tokens: jax.Array, ids: jax.Array, most: int) -> jax.Array:
+    """Return what `by_token` was given; behind a run's end stands anything finite."""
+    batch, size, heads = of_tokens.shape
+    starts, _ = packed_offsets(ids, most, 1)
+    place = starts.ravel()[: batch * most, None] + jnp.arange(size, dtype=jnp.int32)
+    found = of_tokens.reshape(batch * size, heads)[jnp.minimum(place, batch * size - 1)]
+    return jnp.swapaxes(found, 1, 2)
+
+
 def packed_offsets(ids: jax.Array, most: int, per_token: int) -> tuple[jax.Array, jax.Array]:
     """Return offsets ``[batch, most + 1]`` and lengths ``[batch, most]`` of runs, int32, as cuDNN reads them.
 

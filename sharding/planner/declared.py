@@ -25,7 +25,7 @@ from ..program.program import Dim, Program
 from ..rules.application import is_pattern, mentioned
 from ..rules.rules import Rules
 from ..transform.accumulation.proof import MAX_PASSES
-from .choices import gradients
+from .choices import arithmetic
 from .choices.experts import AUTO, WORDS
 from .choices.layers import check_chunks, laid_over_stages
 from .choices.microbatches import indivisible
@@ -52,7 +52,7 @@ class Declared:
     segments: int | None = None
     context: str | None = None
     experts: str = AUTO
-    gradients: str = gradients.AUTO
+    arithmetic: str = arithmetic.AUTO
     accumulation: str = EXACT
     max_passes: int = MAX_PASSES
 
@@ -61,7 +61,7 @@ class Declared:
         check_accumulation(self.accumulation)
         check_way(self.context)
         check_word("experts", self.experts, WORDS)
-        check_word("gradients", self.gradients, gradients.CHOICES)
+        check_word("arithmetic", self.arithmetic, arithmetic.CHOICES)
         if isinstance(self.max_passes, bool) or not isinstance(self.max_passes, int) or self.max_passes < 1:
             raise UserError(f"max_passes={self.max_passes!r} must be a whole number of at least 1")
         check_chunks(self.interleave, self.mesh)

@@ -36,8 +36,8 @@ from ..program.untraceable import check_constants
 from ..transform.accumulation.proof import InParts
 from ..xla.compiler import compiler_of
 from . import build
+from .choices import arithmetic, experts
 from .choices import attention as kernels
-from .choices import experts
 from .choices.context import by_kernel
 from .choices.microbatches import PartsProof
 from .choices.remat import check_names, ladders, read
@@ -168,7 +168,7 @@ class Problem:
         return profile(self.program)
 
     @functools.cached_property
-    def kernel_profiles(self) -> dict[tuple[bool, int, frozenset[int]], ProgramTables]:
+    def kernel_profiles(self) -> dict[frozenset[int], ProgramTables]:
         """The program in tables, with calls of attention carried out by kernels, as asked for so far."""
         return {}
 
@@ -176,12 +176,9 @@ class Problem:
         """Return the program in tables, with the calls of attention that `kernel` takes carried out by it."""
         if not kernel.calls:
             return self.profile
-        key = kernel.kept_by_name, kernel.sums, kernel.calls
-        if key not in self.kernel_profiles:
-            self.kernel_profiles[key] = profile(
-                self.program, kernels=kernel.calls, kept_by_name=kernel.kept_by_name, sums=kernel.sums
-            )
-        return self.kernel_profiles[key]
+        if kernel.calls not in self.kernel_profiles:
+            self.kernel_profiles[kernel.calls] = profile(self.program, kernels=kernel.calls)
+        return self.kernel_profiles[kernel.calls]
 
     def kernel(self, topology: Topology, declared: Declared) -> kernels.Chosen:
         """Return the kernel of the program's attention."""
@@ -243,26 +240,35 @@ class Problem:
                 calls=self.attention,
             )
 
-        of_experts, _ = experts.choose(self.program, topology, (declared or Declared()).experts)
-        run_by = functools.partial(
-            execution_for, topology, grouped=of_experts.get("experts", {}).get("implementation", TILES)
-        )
+        asked = declared or Declared()
+        of_experts, _ = experts.choose(self.program, topology, asked.experts)
+        grouped = of_experts.get("experts", {}).get("implementation", TILES)
+        by_jax = arithmetic.as_jax(self.program, topology, asked.arithmetic)
+
+        def execution(attention: FusedAttention | None = None) -> Execution:
+            return dataclasses.replace(
+                execution_for(topology, attention, grouped),
+                wide_gradients="products" in by_jax,
+                short_sums="lookups" in by_jax,
+                pads_products=topology.chip.platform == "gpu" and "multiple" not in by_jax,
+            )
+
         chip = topology.chip.name
         efficiencies = calibration_for if self.calibration is None else self.calibration.record
 
         @functools.cache
         def plain() -> Pricer:
-            return priced_by(self.profile, efficiencies(chip), run_by(), None)
+            return priced_by(self.profile, efficiencies(chip), execution(), None)
 
         kernel = self.kernel(topology, declared or Declared())
 
         @functools.cache
         def in_blocks() -> Pricer:
             every = kernels.in_blocks(self.program)
-            execution = run_by(FusedAttention(share=every.share, gradient=2.5))
+            blocks = execution(FusedAttention(share=every.share, gradient=2.5))
             # As many rows as the kernel's tables have, which suppositions are made for.
             table = self.table(kernel if kernel.calls else every)
-            return priced_by(table, efficiencies(chip), execution, None)
+            return priced_by(table, efficiencies(chip), blocks, None)
 
         def without(candidate: Candidate) -> Pricer | None:
             if candidate.context is None:
@@ -273,14 +279,16 @@ class Problem:
         if kernel.implementation is None:
             if not self.attention:
                 return plain()
-            record, execution = efficiencies(chip), run_by()
             return priced_by(
-                self.profile, record, execution, lambda one: None if one.context is None else in_blocks()
+                self.profile,
+                efficiencies(chip),
+                execution(),
+                lambda one: None if one.context is None else in_blocks(),
             )
         return priced_by(
             self.table(kernel),
             efficiencies(chip, kernels.priced_as(kernel)),
-            run_by(kernels.cost(kernel)),
+            execution(kernels.cost(kernel)),
             without,
         )
 

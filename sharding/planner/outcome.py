@@ -16,7 +16,7 @@ from ..words import gib, layout_in_words, seconds
 from ..xla.compiler import compiler_of
 from . import build
 from .advice import nothing_fits
-from .choices import context, experts, gradients
+from .choices import arithmetic, context, experts
 from .choices.attention import Chosen
 from .choices.remat import check_names
 from .choices.storage import state_storage
@@ -232,9 +232,9 @@ def _kernels(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the kernels of a plan, and notes on those of experts."""
     of_experts, notes = experts.choose(problem.program, topology, declared.experts)
-    of_gradients = gradients.choose(problem.program, topology, declared.gradients)
+    fast = arithmetic.choose(problem.program, topology, declared.arithmetic, candidate.dims)
     of_attention = attention.kernels if attention.can(candidate.dims) else {}
-    return {**of_attention, **of_experts, **of_gradients}, notes
+    return {**of_attention, **of_experts, **({"arithmetic": fast} if fast else {})}, notes
 
 
 def _over_context(

@@ -62,8 +62,7 @@ class Case:
         program = self.problem.program
         if self.pricer.execution.attention is None:
             return flatten(program)
-        kept, sums = kernel.kept_by_name, kernel.sums
-        return flatten(program, kernels=kernel.calls, kept_by_name=kept, sums=sums)
+        return flatten(program, kernels=kernel.calls)
 
     @functools.cached_property
     def parts(self) -> Breakdown:

@@ -69,7 +69,8 @@ class Decision:
             yet run.
         interleave: model chunks that a pipeline stage holds.
         kernels: ``attention`` → the kernel that carries it out and the sizes of its blocks, where that is not
-            XLA's own; likewise ``experts``; ``gradients`` → those that are not taken as JAX takes them.
+            XLA's own; likewise ``experts``; ``arithmetic`` → what of products and look-ups is not as JAX does
+            it.
         context: how attention goes over the mesh axis `context`, a word of `ops.context.ways.WAYS`; None
             where XLA gathers.
         compiler_options: XLA's, for this step.

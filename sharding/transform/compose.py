@@ -36,11 +36,11 @@ from .accumulation.differentiable import Loss, differentiable
 from .accumulation.proof import proved
 from .accumulation.region import region_of
 from .accumulation.run import Planned, Run
+from .arithmetic import Arithmetic
 from .attention import AttentionKernel
 from .constrain import Constrain
 from .experts import Multiplier
 from .gather import ByHand, Scattering
-from .gradients import Gradients
 from .meshes import automatic, explicit_axes, of_plan
 from .pipeline.build import pipelined
 from .pipeline.prepare import PreparedRun, prepared
@@ -81,7 +81,7 @@ def passes_of(
     marks = marks_of(program, saved)
     settings = plan.kernels.get("attention")
     capability = compute_capability(plan.topology.chip)
-    gradients = plan.kernels.get("gradients", {})
+    arithmetic = plan.kernels.get("arithmetic", {})
     kernel = None
     if settings is not None or plan.context is not None:
         kernel = AttentionKernel(mesh, settings, platform, program, marks, capability, plan.context)
@@ -112,13 +112,13 @@ def passes_of(
             reduces_cast=on_own_chips and compiler_of(plan.topology).reduces_cast,
             by_hand=ByHand(mesh=mesh, axes=by_hand, widens=bool(by_hand) and platform == "cpu"),
             multiplier=Multiplier.of(plan.kernels.get("experts"), platform, marks),
-            sums_wide="lookups" in gradients,
+            sums_wide="lookups" in arithmetic,
         )
     )
     if learns and plan.remat != "none":
         passes.append(Remat(program, plan.remat, plan.saved))
-    if learns and gradients:
-        passes.append(Gradients(gradients))
+    if learns and arithmetic:
+        passes.append(Arithmetic(arithmetic))
     return passes
 
 

@@ -35,22 +35,20 @@ class Chosen:
     kernels:       as a Plan has them; empty for plain XLA.
     notes:         why the chip's kernel is not used, or not for all calls.
     implementation: its name, None for plain XLA.
-    kept_by_name:  whether rematerialisation that keeps its result by name keeps all that its gradient reads.
     share:         of all scores, how many it computes: those that no mask known beforehand hides.
     masked:        of its work, how much is with segments that it reads as a mask of queries by keys.
     whole:         dims that it needs whole; a layout that cuts one leaves attention to XLA.
-    sums:          rows of numbers that its gradient reads of each head and query, one for each segment.
+    scratch:       bytes that its gradient works in, for each element of its result.
     """
 
     kernels: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     implementation: str | None = None
-    kept_by_name: bool = True
     calls: frozenset[int] = frozenset()
     share: float = 1.0
     masked: float = 0.0
     whole: frozenset[int] = frozenset()
-    sums: int = 1
+    scratch: float = 0.0
 
     def can(self, dims: Mapping[int, tuple[str, ...]]) -> bool:
         """Whether the kernel runs where a layout cuts `dims` over mesh axes."""
@@ -134,12 +132,11 @@ def _chosen(
         kernels={"attention": {**settings, "segments": segments} if facts["packs"] else settings},
         notes=notes,
         implementation=wanted,
-        kept_by_name=facts["kept_by_name"],
         calls=frozenset(equation.index for equation, _ in taken),
         share=_share(taken),
         masked=_masked(taken) if facts.get("dense_segments") else 0.0,
         whole=frozenset(dim for equation, _ in taken for dims in equation.ins[:3] for dim in dims[3]),
-        sums=segments or 1 if facts["packs"] else 1,
+        scratch=facts.get("scratch", 0) * (segments or 1 if facts["packs"] else 1) * _per_query(taken),
     )
 
 
@@ -187,14 +184,23 @@ def cost(chosen: Chosen) -> FusedAttention:
     """Return what decides how much the kernel computes."""
     assert chosen.implementation is not None
     gradient = kernel_facts()[chosen.implementation]["gradient"]
-    return FusedAttention(share=chosen.share, gradient=gradient, masked=chosen.masked)
+    return FusedAttention(share=chosen.share, gradient=gradient, masked=chosen.masked, scratch=chosen.scratch)
 
 
 def priced_as(chosen: Chosen) -> str | None:
     """Return the kernel whose efficiencies are known for the chosen one."""
     if chosen.implementation is None:
         return None
-    return str(kernel_facts()[chosen.implementation].get("like", chosen.implementation))
+    return chosen.implementation
+
+
+def _per_query(taken: Sequence[tuple[Equation, AttentionCall]]) -> int:
+    """Return how many arrays as large as queries, in float32, cuDNN's gradient works in.
+
+    The gradient of queries; where heads share keys, those of keys and values of each head besides, in half.
+    """
+    shared = any(query.shape[2] != key.shape[2] for query, key, _ in (_arrays(one) for one, _ in taken))
+    return 2 if shared else 1
 
 
 def _arrays(equation: Equation) -> tuple[Any, Any, Any]:

@@ -80,7 +80,7 @@ def test_gradients_are_no_less_exact_than_as_jax_takes_them(mesh, rules, microba
         names=NAMES,
         microbatches=microbatches,
     )
-    assert made.kernels["gradients"] == {"products": "operands", "lookups": "float32"}
+    assert made.kernels["arithmetic"] == {"products": "operands", "lookups": "float32"}
     found, gradients = jax.jit(jax.value_and_grad(made.apply(short, mesh_of(made))))(params, batch)
     np.testing.assert_allclose(found, value, rtol=1e-5)
     own = errors(plain, exact)
@@ -94,9 +94,9 @@ def test_no_product_of_float32_and_no_sum_in_bfloat16_is_left():
     params, batch = arrays()
     loss = loss_in(jnp.bfloat16)
     texts = {}
-    for gradients in ("auto", "jax"):
-        made = declare(loss, params, batch, topology="h100:1x1", mesh={"data": 1}, gradients=gradients)
-        texts[gradients] = jax.jit(jax.grad(made.apply(loss, mesh_of(made)))).lower(params, batch).as_text()
+    for how in ("auto", "jax"):
+        made = declare(loss, params, batch, topology="h100:1x1", mesh={"data": 1}, arithmetic=how)
+        texts[how] = jax.jit(jax.grad(made.apply(loss, mesh_of(made)))).lower(params, batch).as_text()
     wide = re.compile(r"stablehlo.dot_general.*: \(tensor<[\dx]*f32>")
     summed = re.compile(r'stablehlo.scatter"(?:.|\n)*?}\) : \(tensor<512x64x(\w+)>')
     assert len(wide.findall(texts["jax"])) == 2
@@ -108,23 +108,23 @@ def test_no_product_of_float32_and_no_sum_in_bfloat16_is_left():
 def test_they_are_a_gpu_s_and_can_be_switched_off(tmp_path):
     params, batch = arrays()
     loss = loss_in(jnp.bfloat16)
-    assert "gradients" not in plan(loss, params, batch, topology="v5e:2x4").kernels
-    assert "gradients" not in plan(loss, params, batch, topology="h100:1x8", gradients="jax").kernels
-    assert "gradients" not in plan(loss_in(jnp.float32), params, batch, topology="h100:1x8").kernels
+    assert "arithmetic" not in plan(loss, params, batch, topology="v5e:2x4").kernels
+    assert "arithmetic" not in plan(loss, params, batch, topology="h100:1x8", arithmetic="jax").kernels
+    assert "arithmetic" not in plan(loss_in(jnp.float32), params, batch, topology="h100:1x8").kernels
     made = plan(loss, params, batch, topology="h100:1x8")
     made.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == made
-    assert "gradients" in made.kernels
+    assert "arithmetic" in made.kernels
 
 
 def test_unknown_words_are_refused():
     params, batch = arrays()
-    with pytest.raises(UserError, match=r"gradients='fast' .*auto"):
-        plan(loss_in(jnp.bfloat16), params, batch, topology="h100:1x8", gradients="fast")
+    with pytest.raises(UserError, match=r"arithmetic='fast' .*auto"):
+        plan(loss_in(jnp.bfloat16), params, batch, topology="h100:1x8", arithmetic="fast")
     made = plan(loss_in(jnp.bfloat16), params, batch, topology="h100:1x8")
     for written, why in (
-        ({"product": "operands"}, "kernels: gradients: 'product' is unknown; .*products"),
-        ({"products": "bfloat16"}, "gradients: products='bfloat16' is unknown; known: operands"),
+        ({"product": "operands"}, "kernels: arithmetic: 'product' is unknown; .*products"),
+        ({"products": "bfloat16"}, "arithmetic: products='bfloat16' is unknown; known: operands"),
     ):
         with pytest.raises(UserError, match=why):
-            dataclasses.replace(made, kernels={"gradients": written})
+            dataclasses.replace(made, kernels={"arithmetic": written})
