@@ -76,7 +76,7 @@ class Calibration:
     attention_half_keys: float = _also_compiled(0.0)
     masked_efficiency: float = _also_compiled(1.0)
     float32_efficiency: float = _also_compiled(1.0)
-    short_sum_seconds: float = 0.0
+    short_sum_seconds: float = _also_compiled(0.0)
     memory_efficiency: float = _also_compiled(1.0)
     kept_passes: float = 0.0
     optimizer_efficiency: float = 1.0

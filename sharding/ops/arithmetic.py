@@ -89,7 +89,7 @@ def product(eqn: core.JaxprEqn, left: Any, right: Any, settings: Mapping[str, An
     behind = -width % settings["multiple"]
     padding = [(0, behind * (n == dimension)) for n in range(2)]
     operands[side] = jnp.pad(operands[side], padding)
-    found = _multiplied(eqn, *operands, settings)
+    found = _multiplied(eqn, operands[0], operands[1], settings)
     # Free dimensions of the left operand come first, those of the right one last.
     place = 0 if side == 0 else found.ndim - 1
     return jax.lax.slice_in_dim(found, 0, width, axis=place)

@@ -76,7 +76,7 @@ def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
             check_arithmetic(settings)
             continue
         if operation != "attention":
-            raise UserError(f"kernels: {operation!r} has no kernels; known: arithmetic, attention, experts")
+            raise UserError(f"kernels: {operation!r} has no kernels; known: attention, experts, arithmetic")
         name, facts = str(settings.get("implementation")), kernel_facts()
         if name not in facts:
             raise UserError(

@@ -24,7 +24,7 @@ class Arithmetic(Pass):
         """Run a product or a look-up in the plan's way."""
         eqn = equation.eqn
         if widens(eqn):
-            return [product(eqn, *inputs, self._settings)]
+            return [product(eqn, inputs[0], inputs[1], self._settings)]
         if "lookups" in self._settings and looks_up_rows(eqn) and is_short(inputs[0].dtype):
             return [looked_up(eqn, *inputs)]
         return go(inputs)

@@ -288,7 +288,7 @@ def attending(keys, width, *, masked=0.0, **efficiencies):
     kernel = FusedAttention(share=1.0, gradient=2.5, masked=masked)
     calls = frozenset(e.index for e in program.equations() if attention_call(e.eqn))
     pricer = Pricer(
-        profile(program, kernels=calls, kept_by_name=False),
+        profile(program, kernels=calls),
         TOPOLOGY,
         calibration=Calibration(**efficiencies),
         execution=execution_for(TOPOLOGY, kernel),
@@ -296,13 +296,12 @@ def attending(keys, width, *, masked=0.0, **efficiencies):
     return pricer.price(Candidate(mesh={}, dims={})).time["compute/attention"]
 
 
-def test_attention_is_slower_with_narrow_heads_few_keys_and_a_mask_in_its_gradient():
+def test_attention_is_slower_with_narrow_heads_few_keys_and_a_mask():
     plain = attending(1024, 64)
     assert attending(1024, 64, attention_half_width=64) == pytest.approx(2.0 * plain)
     assert attending(1024, 64, attention_half_keys=1024) == pytest.approx(2.0 * plain)
-    # One part forward, two and a half backward, of which a mask that halves the rate takes twice the time.
     masked = attending(1024, 64, masked=1.0, masked_efficiency=0.5)
-    assert masked == pytest.approx(plain * (1.0 + 5.0) / 3.5)
+    assert masked == pytest.approx(2.0 * plain)
     assert attending(1024, 64, masked=0.0, masked_efficiency=0.5) == pytest.approx(plain)
 
 
