@@ -24,6 +24,7 @@ if [ -d "$root/.gpu/wheels" ] && ! "$python" -c "import meshwright.runtime" 2>/d
 fi
 export PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
 meshwright=("$python" -m meshwright.runtime.cli)
+compared=${XDG_CACHE_HOME:-$HOME/.cache}/meshwright/kernels.json
 failed=0
 cd "$(mktemp -d)" || exit 1
 
@@ -79,17 +80,21 @@ if [ "$half" = first ]; then
     done
     cp windows/metrics.jsonl "$out/windows.metrics.jsonl"
     say "kernels of attention against plain float32"; part 90 values.txt "${meshwright[@]}" doctor --kernels
+    cp "$compared" "$out/" 2>/dev/null
     say "what kernels of XLA reach"; part 90 kernels.jsonl "$python" "$here/kernels.py" "${flag[@]}"
     say "the card's calibration, by loops and then by the trace"
     part 75 calibrate.txt "${meshwright[@]}" calibrate --seconds "$timed" --out "$out/calibration.json"
     part 40 calibrate-traced.txt "${meshwright[@]}" profile windows --calibrate --out "$out/calibration.json"
 elif [ "$half" = second ]; then
     rows=$out/rows.csv
+    # What the first half found right is taken for packed rows here, too.
+    [ -f "$out/kernels.json" ] && mkdir -p "$(dirname "$compared")" && cp "$out/kernels.json" "$compared"
     step() { # step NAME OVERRIDES...
         local name=$1; shift
         part 90 "step-$name.json" "$python" "$here/step.py" config.yaml --way "$name" "$@" --rows "$rows" --steps "$steps"
     }
-    say "whole steps: ours, packed"; step whole "${whole[@]}"
+    say "whole steps: ours, packed; and with products and look-ups as JAX does them"
+    step whole "${whole[@]}"; step whole-jax "${whole[@]}" arithmetic=jax
     if [ -f "$out/calibration.json" ]; then
         say "the same, as estimated by the card's own calibration"
         part 40 plan.txt "${meshwright[@]}" plan config.yaml "${whole[@]}" "calibration=$out/calibration.json"
@@ -105,8 +110,9 @@ elif [ "$half" = second ]; then
         else
             echo "torch or transformers is not here: left out"
         fi
-        say "more of ours"
+        say "more of ours; the second with a vocabulary of 50,257 not padded"
         step gpt-125m model.preset=gpt-125m "model.overrides={compute_dtype: bfloat16}" data.sequence=1024 train.global_batch=64
+        step gpt-125m-jax model.preset=gpt-125m "model.overrides={compute_dtype: bfloat16}" data.sequence=1024 train.global_batch=64 arithmetic=jax
         step 8b-layers model.preset=llama3-8b "model.overrides={compute_dtype: bfloat16, layers: 4}" data.sequence=8192 train.global_batch=4
     fi
     say "the loop beside the compiled step"
