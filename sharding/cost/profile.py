@@ -71,7 +71,7 @@ class Products:
 
     role_sizes [M, 4] and role_dims [M, 4, D] are of batch, left, right and contracted; grouped [M] says that
     the batch are experts, to which left are the rows that an even router gives each, widens [M] that operands
-    are of 16 bits and the result is not.
+    are of bfloat16 and the result is not.
     """
 
     equation: np.ndarray

@@ -125,6 +125,13 @@ def test_an_odd_vocabulary_is_padded_within_the_product_alone():
     assert "multiple" not in declare(short, *even, topology="h100:1x8", **cut).kernels["arithmetic"]
 
 
+def test_float16_loses_no_small_cotangent():
+    params, batch = arrays()
+    half = loss_in(jnp.float16)
+    made = declare(half, params, batch, topology="h100:1x8", mesh={"fsdp": 8}, names=NAMES)
+    assert made.kernels["arithmetic"] == {"lookups": "float32"}
+
+
 def test_they_are_a_gpu_s_and_can_be_switched_off(tmp_path):
     params, batch = arrays()
     loss = loss_in(jnp.bfloat16)
