@@ -39,6 +39,7 @@ class Plan(Record):
     the `problem` that it is for, the `optimizer` that it was planned with and the `search` that found it.
 
     >>> import jax
+    >>> from meshwright.sharding import declare
     >>> def loss(params, x):
     ...     return ((x @ params["w"]) ** 2).mean()
     >>> params = {"w": jax.ShapeDtypeStruct((512, 512), "float32")}

@@ -9,7 +9,7 @@ kernels (`docs/decisions/arithmetic-on-gpus.md`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -78,28 +78,31 @@ def odd_width(eqn: core.JaxprEqn) -> tuple[int, int] | None:
     return None
 
 
-def product(eqn: core.JaxprEqn, left: Any, right: Any, settings: Mapping[str, Any]) -> Any:
+def product(
+    eqn: core.JaxprEqn, left: Any, right: Any, settings: Mapping[str, Any], *, shared: bool = False
+) -> Any:
     """Return the product that `eqn`, which `widens`, is.
 
     With ``products`` its gradients are products of its operands' type: the cotangent is rounded to that type,
     as a TPU rounds it at default precision, and sums are float32. With ``multiple`` a matrix of an odd width
-    is padded by zeros, whose results are left out.
+    is padded by zeros, whose results are left out. Gradients that several devices have shares of (`shared`)
+    are float32 until they are rounded, as JAX has them: XLA adds the shares up as it finds them.
     """
     odd = odd_width(eqn) if "multiple" in settings else None
     if odd is None:
-        return _multiplied(eqn, left, right, settings)
+        return _multiplied(eqn, left, right, settings, shared)
     operands, (side, dimension) = [left, right], odd
     width = operands[side].shape[dimension]
     behind = -width % settings["multiple"]
     padding = [(0, behind * (n == dimension)) for n in range(2)]
     operands[side] = jnp.pad(operands[side], padding)
-    found = _multiplied(eqn, operands[0], operands[1], settings)
+    found = _multiplied(eqn, operands[0], operands[1], settings, shared)
     # Free dimensions of the left operand come first, those of the right one last.
     place = 0 if side == 0 else found.ndim - 1
     return jax.lax.slice_in_dim(found, 0, width, axis=place)
 
 
-def _multiplied(eqn: core.JaxprEqn, left: Any, right: Any, settings: Mapping[str, Any]) -> Any:
+def _multiplied(eqn: core.JaxprEqn, left: Any, right: Any, settings: Mapping[str, Any], shared: bool) -> Any:
     params = eqn.primitive.get_bind_params(eqn.params)
     if "products" not in settings:
         return eqn.primitive.bind(left, right, **params)
@@ -111,10 +114,24 @@ def _multiplied(eqn: core.JaxprEqn, left: Any, right: Any, settings: Mapping[str
     def backward(operands: tuple[Any, Any], cotangent: Any) -> tuple[Any, Any]:
         short = {**params, "preferred_element_type": operands[0].dtype}
         _, pulled = jax.vjp(lambda a, b: eqn.primitive.bind(a, b, **short), *operands)
-        return pulled(cotangent.astype(operands[0].dtype))
+        rounded = cotangent.astype(operands[0].dtype)
+        return _in_float32(pulled, rounded) if shared else pulled(rounded)
 
     multiplied.defvjp(lambda left, right: (multiplied(left, right), (left, right)), backward)
     return multiplied(left, right)
+
+
+def _in_float32(pulled: Callable[[Any], Any], cotangent: Any) -> Any:
+    """Return what `pulled` gives of a cotangent, its products float32 until the end."""
+    traced = jax.make_jaxpr(pulled)(cotangent)
+    values = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
+    values |= dict(zip(traced.jaxpr.invars, [cotangent], strict=True))
+    for eqn in traced.jaxpr.eqns:
+        params = eqn.primitive.get_bind_params(eqn.params)
+        if eqn.primitive.name == "dot_general":
+            params["preferred_element_type"] = jnp.float32
+        values[eqn.outvars[0]] = eqn.primitive.bind(*(values[atom] for atom in eqn.invars), **params)
+    return tuple(values[atom].astype(cotangent.dtype) for atom in traced.jaxpr.outvars)
 
 
 def looked_up(eqn: core.JaxprEqn, table: Any, ids: Any) -> Any:

@@ -17,14 +17,14 @@ class Arithmetic(Pass):
     Look-ups in tables that are cut over devices are `transform.constrain`'s.
     """
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._settings = settings
+    def __init__(self, settings: Mapping[str, Any], devices: int) -> None:
+        self._settings, self._shared = settings, devices > 1
 
     def visit(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
         """Run a product or a look-up in the plan's way."""
         eqn = equation.eqn
         if widens(eqn):
-            return [product(eqn, inputs[0], inputs[1], self._settings)]
+            return [product(eqn, inputs[0], inputs[1], self._settings, shared=self._shared)]
         if "lookups" in self._settings and looks_up_rows(eqn) and is_short(inputs[0].dtype):
             return [looked_up(eqn, *inputs)]
         return go(inputs)

@@ -8,6 +8,7 @@ each layer). The last step differentiates, plainly or a part of the batch at a t
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -118,7 +119,7 @@ def passes_of(
     if learns and plan.remat != "none":
         passes.append(Remat(program, plan.remat, plan.saved))
     if learns and arithmetic:
-        passes.append(Arithmetic(arithmetic))
+        passes.append(Arithmetic(arithmetic, math.prod(plan.mesh.values())))
     return passes
 
 
