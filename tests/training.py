@@ -44,7 +44,7 @@ def write_config(home: pathlib.Path) -> pathlib.Path:
     """
     write_text(home / "text")
     data = {**CONFIG["data"], "source": str(home / "text"), "cache": str(home / "tokens")}
-    config = {**CONFIG, "data": data, "compilation_cache": os.environ["MESHWRIGHT_TEST_PROGRAMS"]}
+    config = {**CONFIG, "data": data, "compilation_cache": os.environ.get("MESHWRIGHT_TEST_PROGRAMS")}
     path = home / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
