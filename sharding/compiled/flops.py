@@ -51,6 +51,17 @@ def flops(module: HloModule, instruction: Instruction) -> float:
     return 0.0
 
 
+def short_sums(module: HloModule, instruction: Instruction) -> float:
+    """Return how many numbers of 16 bits a scatter adds up, those inside of a fusion included."""
+    if instruction.opcode == "scatter":
+        array = _array(module, instruction.operands[-1])
+        return float(array.elements) if instruction.shape.lstrip("(").startswith(("bf16", "f16")) else 0.0
+    inside = module.inside(instruction)
+    if inside is None or instruction.opcode not in ("fusion", "fusion-start"):
+        return 0.0
+    return sum(short_sums(module, module.instructions[name]) for name in inside.instructions)
+
+
 def product_sizes(module: HloModule, instruction: Instruction) -> tuple[float, float, float] | None:
     """Return rows, columns and contraction of an instruction's largest product, None if it is no plain one.
 

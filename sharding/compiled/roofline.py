@@ -29,7 +29,7 @@ from ..hardware.chip import Chip
 from ..hlo.shapes import HOST_SPACE, leaves, parse_shape
 from ..hlo.text import HloModule, Instruction
 from ..xla.compiler import compiler_for
-from .flops import attention_kernel, flops, grouped_kernel, moved_bytes, product_sizes
+from .flops import attention_kernel, flops, grouped_kernel, moved_bytes, product_sizes, short_sums
 from .schedule import scheduled_cycles
 
 # Shares of an elementwise fusion's cycles: the least that stays, and the least that memory must explain.
@@ -120,6 +120,8 @@ def instruction_cost(
         rate = streaming_rate(chip, calibration)
     reached = peak * _share(module, instruction, chip, calibration) if done else peak
     seconds = max(done / reached, moved / rate)
+    if calibration.short_sum_seconds:
+        seconds += short_sums(module, instruction) * calibration.short_sum_seconds
     unknown = target(instruction) == "tpu_custom_call" and not done
     return InstructionCost(seconds=seconds, basis="unknown" if unknown else "roofline")
 

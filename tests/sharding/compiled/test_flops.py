@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from meshwright.sharding.compiled.flops import flops, moved_bytes
+from meshwright.sharding.compiled.flops import flops, moved_bytes, short_sums
 from meshwright.sharding.hlo.text import parse_hlo
 
 CONVOLUTION = """HloModule f, is_scheduled=true
@@ -149,3 +149,26 @@ def test_a_kernel_of_grouped_rows_moves_those_of_an_even_router(out, moved):
     program = parse_hlo(STATED.format(out=out, of=OF))
     assert moved_bytes(program, program.instructions["gmm"]) == pytest.approx(moved)
     assert flops(program, program.instructions["gmm"]) == 2 * 3072 * 1024 * 2048
+
+
+SCATTER = """HloModule f, is_scheduled=true
+
+%add (x: {kind}[], y: {kind}[]) -> {kind}[] {{
+  %x = {kind}[] parameter(0)
+  %y = {kind}[] parameter(1)
+  ROOT %sum = {kind}[] add(%x, %y)
+}}
+
+ENTRY %main (t: {kind}[512,64], i: s32[96,1], u: {kind}[96,1,64]) -> {kind}[512,64] {{
+  %t = {kind}[512,64] parameter(0)
+  %i = s32[96,1] parameter(1)
+  %u = {kind}[96,1,64] parameter(2)
+  ROOT %c = {kind}[512,64] scatter(%t, %i, %u), update_window_dims={{1,2}}, to_apply=%add
+}}
+"""
+
+
+@pytest.mark.parametrize(("kind", "numbers"), [("bf16", 96 * 64), ("f32", 0)])
+def test_numbers_of_16_bits_that_a_scatter_adds_up(kind, numbers):
+    program = parse_hlo(SCATTER.format(kind=kind))
+    assert short_sums(program, program.instructions["c"]) == numbers
