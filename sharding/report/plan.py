@@ -54,6 +54,14 @@ def plan_document(plan: Record) -> Document:
     )
 
 
+# What a plan's ``kernels["arithmetic"]`` has otherwise than JAX, in words.
+_ARITHMETIC = {
+    "products": "gradients of bfloat16 products in bfloat16",
+    "lookups": "those of look-ups summed in float32",
+    "multiple": "odd widths padded",
+}
+
+
 def layout_of(plan: Record) -> str:
     """Write a plan's choices: topology, mesh, what layers keep, microbatches, pipeline, kernels."""
     words = f"{plan.topology}: {layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)}"
@@ -65,6 +73,8 @@ def layout_of(plan: Record) -> str:
     for operation, kernel in plan.kernels.items():
         if "implementation" in kernel:
             words += f", {operation} by {kernel['implementation']}"
+    for key in plan.kernels.get("arithmetic", {}):
+        words += f", {_ARITHMETIC[key]}"
     return words
 
 

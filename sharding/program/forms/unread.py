@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from jax.extend import core
@@ -78,6 +78,18 @@ def _weighing(eqn: core.JaxprEqn) -> str:
 
 def _scores(values: Sources, atom: Any) -> core.JaxprEqn | None:
     """Return the product in batches that `atom` is worked out from number by number."""
+
+    def each(eqn: core.JaxprEqn) -> list[Any]:
+        size = _size(eqn.outvars[0])
+        return [one for one in eqn.invars if _size(one) == size] if _gives_each(eqn) else []
+
+    return next((eqn for eqn in _behind(values, atom, each) if _is_batched(eqn)), None)
+
+
+def _behind(
+    values: Sources, atom: Any, through: Callable[[core.JaxprEqn], Sequence[Any]]
+) -> Iterator[core.JaxprEqn]:
+    """Walk what `atom` is worked out from, of each equation what it reads that is gone `through`."""
     near, seen = [(atom, _FAR)], set()
     while near:
         atom, depth = near.pop()
@@ -85,12 +97,8 @@ def _scores(values: Sources, atom: Any) -> core.JaxprEqn | None:
         if eqn is None or id(eqn) in seen:
             continue
         seen.add(id(eqn))
-        if _is_batched(eqn):
-            return eqn
-        if _gives_each(eqn):
-            size = _size(eqn.outvars[0])
-            near += [(one, depth - 1) for one in eqn.invars if _size(one) == size]
-    return None
+        yield eqn
+        near += [(one, depth - 1) for one in through(eqn)]
 
 
 def _product(users: dict[Any, list[core.JaxprEqn]], atom: Any) -> core.JaxprEqn | None:
@@ -114,17 +122,7 @@ def _of_data(values: Sources, scores: core.JaxprEqn, product: core.JaxprEqn) -> 
 
 def _is_made(values: Sources, atom: Any) -> bool:
     """Whether there is a product or a convolution in what `atom` is worked out from."""
-    near, seen = [(atom, _FAR)], set()
-    while near:
-        atom, depth = near.pop()
-        eqn = None if isinstance(atom, core.Literal) or depth == 0 else values.made(atom)
-        if eqn is None or id(eqn) in seen:
-            continue
-        if eqn.primitive.name in _PRODUCTS:
-            return True
-        seen.add(id(eqn))
-        near += [(one, depth - 1) for one in eqn.invars]
-    return False
+    return any(eqn.primitive.name in _PRODUCTS for eqn in _behind(values, atom, lambda eqn: eqn.invars))
 
 
 def _gives_each(eqn: core.JaxprEqn) -> bool:

@@ -144,6 +144,7 @@ def test_they_are_a_gpu_s_and_can_be_switched_off(tmp_path):
     made = plan(loss, params, batch, topology="h100:1x8")
     made.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == made
+    assert "gradients of bfloat16 products in bfloat16" in " ".join(made.explain().split())
     assert "arithmetic" in made.kernels
 
 
