@@ -71,7 +71,8 @@ def endings(
 
     The iterator ends with the last process; None is the moment to look at limits and to leave the loop.
     """
-    ended: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+    # No SimpleQueue: its `get` waits for ever once a signal handler returns past the time limit (CPython).
+    ended: queue.Queue[tuple[int, int]] = queue.Queue()
 
     def wait_for(place: int, process: subprocess.Popen[Any]) -> None:
         ended.put((place, process.wait()))

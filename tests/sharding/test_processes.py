@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -112,3 +113,18 @@ def test_waiting_stops_in_time() -> None:
         end_all([process], grace_seconds=0)
     assert wait_all([process], seconds=0)
     assert fate(process.returncode) == "was ended by SIGKILL"
+
+
+def test_a_signal_whose_handler_lasts_longer_than_a_look_does_not_end_the_looks() -> None:
+    before = signal.signal(signal.SIGUSR1, lambda *_: time.sleep(0.2))
+    sleeper = start(python("import time; time.sleep(60)"))
+    looks = endings([sleeper], every_seconds=0.1)
+    last_resort = threading.Timer(20, sleeper.kill)
+    last_resort.start()
+    try:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        assert [next(looks), next(looks)] == [None, None]
+    finally:
+        last_resort.cancel()
+        end_all([sleeper], grace_seconds=0)
+        signal.signal(signal.SIGUSR1, before)

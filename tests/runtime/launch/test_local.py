@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 import time
 
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.numerics
 
 # Joins the others, then sums over all devices again and again; stops when asked to.
 TRAIN = """
-import os, sys, time
+import faulthandler, os, sys, time
+faulthandler.dump_traceback_later(50)  # where it hangs, before whoever waits for it gives up
 from meshwright.runtime.hosts import initialize
 from meshwright.runtime.faults import StepWatchdog, StopSignal, fail_fast
 from meshwright.runtime.config import HostsConfig
@@ -81,7 +83,10 @@ class Launcher:
         raise AssertionError(self.log.read_text())
 
     def finish(self, seconds: float) -> tuple[int, str]:
-        code = self.process.wait(timeout=seconds)
+        try:
+            code = self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still there after {seconds:g} s:\n{self.log.read_text()}") from None
         return code, self.log.read_text()
 
 
