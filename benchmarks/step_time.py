@@ -155,6 +155,7 @@ def _meshwright() -> Any:
             window=ProfileWindow(start_step=None, directory=folder),
             stop=stop,
             watchdog=watchdog,
+            say=print,
         )
         before = waits.seconds
         state, step = loop.run(state, step)

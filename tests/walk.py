@@ -46,7 +46,7 @@ def walk(config: Config) -> list[str]:
         job.step.update.lower(state, batch)
         return state, {}
 
-    idle = {name: MagicMock() for name in ("checkpoints", "collector", "window", "stop", "watchdog")}
+    idle = {name: MagicMock() for name in ("checkpoints", "collector", "window", "stop", "watchdog", "say")}
     loop = TrainingLoop(config=config, job=job, update=update, **idle)
     with _watched() as files:
         loop.run({**job.step.abstract_state, "stopped": np.bool_(False)}, 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from ...sharding.errors import UserError, one_line
 from ...sharding.transform.metrics import named
 from ...sharding.transform.step import has_stopped, of_loss
 from ..checkpoint import Checkpoints
@@ -27,7 +28,7 @@ class TrainingLoop:
     """What the steps of a run need.
 
     `update(state, batch)` is the compiled step; `traced` the same as it runs while a profile is captured,
-    where that is another executable.
+    where that is another executable. `say` prints a line, in one process.
     """
 
     config: Config
@@ -38,16 +39,27 @@ class TrainingLoop:
     window: ProfileWindow
     stop: StopSignal
     watchdog: StepWatchdog
+    say: Callable[[str], object]
     traced: Callable[[Any, Any], tuple[Any, Any]] | None = None
     _held_out: list[Any] = dataclasses.field(default_factory=list)
+    _state: Any = None
 
     def run(self, state: Any, start: int) -> tuple[Any, int]:
         """Train from `start` steps done to the last, or until asked to stop; return state and steps done.
 
         The state is saved when it is due, and in the end, whichever way that comes.
         """
+        try:
+            return self._run(state, start)
+        except NotFinite as error:
+            if error.step is not None:
+                self._say_where(error.step)
+            raise
+
+    def _run(self, state: Any, start: int) -> tuple[Any, int]:
         steps = self.config.train.steps
         step = start
+        self._state = state
         sharding = self.job.step.batch["tokens"]
         with self.job.data.iterate(start, sharding, stop_step=steps) as batches:
             for step in range(start + 1, steps + 1):
@@ -67,7 +79,7 @@ class TrainingLoop:
     def _step(self, state: Any, step: int, batches: Prefetch[Any]) -> Any:
         if self.window.opens_at(step):
             self._before_window(state, step)
-        self.collector.wait_for_slot()
+        self.collector.wait_for_slot(step)
 
         def quiet() -> contextlib.AbstractContextManager[object]:
             return self._quiet(batches, state)
@@ -80,6 +92,7 @@ class TrainingLoop:
         nears = self.window.active or self.window.opens_at(step + 1)
         update = (self.traced or self.update) if nears else self.update
         state, metrics = update(state, batch)
+        self._state = state
         done_at = self.window.on_step_end(step, metrics, quiet)
         train = self.config.train
         evaluate = train.evaluate_every and (self._due(step, train.evaluate_every) or step == train.steps)
@@ -92,6 +105,23 @@ class TrainingLoop:
             evaluation=self._evaluate(state) if evaluate else (),
         )
         return state
+
+    def _say_where(self, step: int) -> None:
+        """Say where a value of a step was first not finite; the state still has its parameters."""
+        job, state = self.job, self._state
+        self.say("looking for where that began, in a program of its own that is compiled for it")
+        try:
+            with self.watchdog.paused():
+                sharding = job.step.batch["tokens"]
+                with job.data.iterate(step - 1, sharding, stop_step=step) as batches:
+                    batch = next(batches)
+                found = job.plan.first_not_finite(
+                    job.loss, state["params"], batch, *of_loss(state), mesh=job.mesh
+                )
+        except (UserError, jax.errors.JaxRuntimeError) as error:
+            self.say(f"it was not found: {one_line(error)}")
+            return
+        self.say(f"step {step}: {found}")
 
     def _before_window(self, state: Any, step: int) -> None:
         """Save what was trained so far: a profiler may take the process with it."""

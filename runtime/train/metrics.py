@@ -47,7 +47,11 @@ class Sink(Protocol):
 
 
 class NotFinite(RunError):
-    """The loss or the gradients of a step were infinite or not a number."""
+    """The loss or the gradients of `step`, where it is known, were infinite or not a number."""
+
+    def __init__(self, words: str, step: int | None = None) -> None:
+        super().__init__(words)
+        self.step = step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,11 +91,18 @@ class Collector:
         self._thread = threading.Thread(target=self._collect, name="metrics", daemon=True)
         self._thread.start()
 
-    def wait_for_slot(self) -> None:
-        """Return once fewer than IN_FLIGHT steps are under way; raise what went wrong in one that was."""
+    def wait_for_slot(self, step: int) -> None:
+        """Return once `step` may begin, fewer than IN_FLIGHT being under way; raise what went wrong in one.
+
+        That one was not finite is raised so many steps after it, whenever it is known: all processes look for
+        where together, and have to have begun the same steps.
+        """
         self._slots.acquire()
-        if self._error is not None:
-            raise self._error
+        error = self._error
+        if isinstance(error, NotFinite) and error.step is not None and step < error.step + IN_FLIGHT:
+            return
+        if error is not None:
+            raise error
 
     def submit(
         self,
@@ -167,7 +178,8 @@ class Collector:
         if self._stop_on_nan and not math.isfinite(values["loss"] + values["grad_norm"]):
             raise NotFinite(
                 f"the loss of step {pending.step} is {values['loss']}, its gradient norm "
-                f"{values['grad_norm']}; {NOT_KEPT}"
+                f"{values['grad_norm']}; {NOT_KEPT}",
+                pending.step,
             )
         if pending.evaluation:
             record["eval_loss"] = _weighted_mean(jax.device_get(list(pending.evaluation)))

@@ -136,6 +136,7 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
                 window=window,
                 stop=stop,
                 watchdog=watchdog,
+                say=lambda words: _say(hosts, words),
             )
             state, step = loop.run(state, start)
             with watchdog.paused():

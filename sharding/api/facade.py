@@ -25,6 +25,7 @@ from ..transform import step
 from ..transform.check import AccumulationCheck, check_accumulation
 from ..transform.compose import PlannedLoss, apply
 from ..transform.deviation import Deviation, deviation
+from ..transform.nonfinite import FirstNotFinite, first_not_finite
 from ..verify.process import Limits
 
 if TYPE_CHECKING:
@@ -173,6 +174,24 @@ class Plan(Record):
           UserError: the two differ by more than rounding, or the loss does not come in parts at all.
         """
         return check_accumulation(self, loss, params, batch, *state, mesh=self._over(mesh))
+
+    def first_not_finite(
+        self, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh | None = None
+    ) -> FirstNotFinite:
+        """Return where `loss` or its gradients first have a value that is not finite; its text says it.
+
+        Asked of a state whose ``stopped`` is set, which has the parameters of the step that failed, and of
+        that step's batch. The step's loss and gradients are worked through once in another program, layers
+        one at a time, which has to be compiled.
+
+        Args:
+          loss: the function that the plan was made for.
+          params: arrays as `shardings` says.
+          batch: likewise, a global batch.
+          state: likewise, of a loss with one.
+          mesh: the plan's axes over devices, if not those of `make_mesh()`.
+        """
+        return first_not_finite(self, loss, params, batch, *state, mesh=self._over(mesh))
 
     def deviation(
         self, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh | None = None

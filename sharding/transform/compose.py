@@ -221,6 +221,15 @@ class PlannedLoss:
             lambda part: (self.traces.on(params, part).result, parts.trained),
         )
 
+    def first_not_finite(self, params: Any, batch: Any, *state: Any) -> Any:
+        """Return the number of where a value is first not finite, int32, see `pipeline.watch.fault_of`.
+
+        The plan has a ``stage`` axis, of one device at least. Raises UserError for a loss that does not go
+        through stages.
+        """
+        run = self._through_stages(self.traces.on(params, batch, *state), watched=True)
+        return run.first_not_finite(self.split(params).places, params, batch, *state)
+
     def _run(self, *args: Any) -> Run | PreparedRun:
         """Return what works the batch through in parts, as it is proved of the whole batch's program."""
         traced = self.traces.on(*args)
@@ -238,7 +247,7 @@ class PlannedLoss:
             self._runs[traced] = run
         return self._runs[traced]
 
-    def _through_stages(self, traced: Traced) -> PreparedRun:
+    def _through_stages(self, traced: Traced, *, watched: bool = False) -> PreparedRun:
         ready = prepared(self._plan, self._mesh, traced)
         plan, traced = ready.plan, ready.traced
 
@@ -257,7 +266,7 @@ class PlannedLoss:
         params = enumerate(jax.tree.leaves(traced.args[0]))
         trained = [n for n, one in params if jnp.issubdtype(one.dtype, jnp.inexact)]
         widens = _platform(plan, self._mesh) == "cpu"
-        found = pipelined(plan, self._mesh, traced, passes, trained, widens)
+        found = pipelined(plan, self._mesh, traced, passes, trained, widens, watched=watched)
         planned = self._planned(plan, found.region.manual, _stored(traced))
         whole = composed(Traces(ready.loss), functools.partial(_passes, plan, self._mesh))
         run = Run(found.region.read, planned, whole, found.region, found.staged, found.of_whole)

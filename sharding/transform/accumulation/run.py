@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..pipeline.staged import Staged
+from ..pipeline.watch import BEHIND_SUMS, NOWHERE, are_finite
 from .levels import Levels, Sweep, tail
 from .proof import InParts
 from .region import RowRegion
@@ -73,16 +74,7 @@ class Run:
         """Return what the loss gives, and its gradients for the `trained` leaves of the parameters."""
         read, plan = self._read, self._read.levels
         call = self._begin(args)
-        for one in plan.counts:
-            self._add(one, call)
-        self._add_all("before", call)
-        sums: list[Array] = []
-        if plan.last is not None:
-            if plan.scaled:
-                cotangents = [jnp.ones(plan.learnt[0].outs[0].shape, plan.learnt[0].outs[0].dtype)]
-            else:
-                cotangents = self._cotangents(call)
-            sums = self._learn(trained, cotangents, call)
+        sums = self._sums_of_gradients(trained, call)[0]
         self._add_all("after", call)
         if plan.scaled:
             (scale,) = self._tail_gradients((), call.known)[1]
@@ -97,6 +89,10 @@ class Run:
         for place, total in zip(trained, sums, strict=True):
             gradients[place] = total.astype(read.params[place].dtype)
         return self._result(call), jax.tree.unflatten(jax.tree.structure(args[0]), gradients)
+
+    def first_not_finite(self, trained: Sequence[int], *args: Any) -> Array:
+        """Return the number of where a value is first not finite, of stages that watch their layers."""
+        return self._sums_of_gradients(trained, self._begin(args))[1]
 
     # What is known
 
@@ -113,6 +109,21 @@ class Run:
         return jax.tree.unflatten(jax.tree.structure(read.result), outs)
 
     # Passes
+
+    def _sums_of_gradients(self, trained: Sequence[int], call: _Call) -> tuple[list[Array], Array]:
+        """Return the sums of the parts' gradients, and where a value was first not finite."""
+        plan = self._read.levels
+        for one in plan.counts:
+            self._add(one, call)
+        self._add_all("before", call)
+        if plan.last is None:
+            return [], jnp.int32(NOWHERE)
+        if plan.scaled:
+            cotangents = [jnp.ones(plan.learnt[0].outs[0].shape, plan.learnt[0].outs[0].dtype)]
+        else:
+            cotangents = self._cotangents(call)
+        sums, first = self._learn(trained, cotangents, call)
+        return sums, jnp.where(are_finite(cotangents), first, BEHIND_SUMS)
 
     def _function(self, targets: Sequence[Held], read: InParts | None = None) -> Callable[..., list[Array]]:
         read = read or self._read
@@ -247,6 +258,7 @@ class Run:
             )
             return list(map(region.total, combines, sums)), gradients, rows
 
+        combines += ["min"] if staged.slots.watched else []
         others = [call.known[value] for value in totals], list(call.cotangents)
         state = leaves[2] if len(leaves) > 2 else ()
         return region.run(body, leaves[0], leaves[1], cut, state, others, places)
@@ -262,7 +274,7 @@ class Run:
                 return _targets(getattr(levels, kind)[number])
 
             sums, _, rows = self._over_stages(one, targets, call)
-            self._keep(one, sums, rows, call.known)
+            self._keep(one, sums[: len(one.totals)], rows, call.known)
 
     def _add(self, one: Sweep, call: _Call) -> None:
         """Add the totals and the rows of a pass to what is known."""
@@ -283,8 +295,10 @@ class Run:
         for value, stacked in zip(one.stacks, rows, strict=True):
             known[value] = put_together(stacked, value.form.axis, value.form.pre, value.shape)
 
-    def _learn(self, places: Sequence[int], cotangents: Sequence[Array], call: _Call) -> list[Array]:
-        """Return the sums of the parts' gradients for the parameters; add what the pass gives besides."""
+    def _learn(
+        self, places: Sequence[int], cotangents: Sequence[Array], call: _Call
+    ) -> tuple[list[Array], Array]:
+        """Return what `_sums_of_gradients` does; add what the pass gives besides."""
         plan = self._read.levels
         assert plan.last is not None
         assert self._last is not None
@@ -309,8 +323,9 @@ class Run:
             sums, gradients, rows = self._over_stages(one, _of_last, call, places)
         else:
             sums, gradients, rows = self._over_parts(part, _zeros(one.totals), call, places)
-        self._keep(one, sums, rows, call.known)
-        return gradients
+        count = len(one.totals)
+        self._keep(one, sums[:count], rows, call.known)
+        return gradients, sums[count] if len(sums) > count else jnp.int32(NOWHERE)
 
     # Derivatives of the tail, and of sums with respect to earlier ones
 

@@ -35,11 +35,14 @@ def pipelined(
     passes: Passes,
     trained: Sequence[int],
     widens: bool,
+    *,
+    watched: bool = False,
 ) -> Pipelined:
     """Return how a traced loss goes through the stages of `plan` on `mesh`.
 
     `passes` gives the plan's passes over a program inside of the region, `trained` are the numbers of the
-    parameters that may be trained.
+    parameters that may be trained. Layers that are `watched` run one at a time, for where a value is first
+    not finite.
 
     Raises UserError, one sentence, if it cannot.
     """
@@ -78,6 +81,7 @@ def pipelined(
         chunks=plan.interleave,
         stored={n: of_params[n] for n in stacked_parameters(program, layers, count)},
         manual=manual,
+        watched=watched,
     )
     _check_storage(slots)
     region = RowRegion(

@@ -27,7 +27,7 @@ class LayerCut:
 
     enter: of a share of the rows, what travels into the layers.
     layers: of all rows of a microbatch, what a chunk's layers make of what is carried in, and give besides;
-      one layer where some slots of chunks have none of their own.
+      one layer where they run one at a time.
     leave: of a share, what the whole program gives.
     stacked: what is scanned over beside parameters, for all layers, with its named dimensions (`beside`).
     items: what travels: constants and what is carried, as layers take them; then what they give besides.
@@ -104,7 +104,7 @@ def cut_at_layers(
         layers=ProgramPiece(
             program=whole,
             wanted=tuple(outs[n] for n in (*range(parts.num_carry), *given)),
-            at=of_length(ours, 1 if slots.fills else slots.each),
+            at=of_length(ours, 1 if slots.singly else slots.each),
             operands=(*travel, *beside),
         ),
         stacked=stacked,

@@ -109,6 +109,12 @@ class PreparedRun:
             gradients[n] = one
         return found, jax.tree.unflatten(structure, gradients)
 
+    def first_not_finite(self, trained: Sequence[int], params: Any, *others: Any) -> Array:
+        """Return the number of where a value is first not finite."""
+        own = self._prepared.params(params)
+        places = trained if self._prepared.make is None else self._prepared.places(trained)
+        return self._run.first_not_finite(places, own, *others)
+
 
 def _gradient(found: Array | None, value: Array) -> Array:
     if found is not None:

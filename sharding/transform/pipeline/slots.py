@@ -34,6 +34,7 @@ class Slots:
 
     `stored` are the specs of the stacked parameters, by their number among all, `manual` the axes that are
     manual where layers are moved. What is stored over `stage` in its first dimension lies where it is run.
+    Layers that are `watched` run one at a time, so that what each gives can be looked at.
     """
 
     layers: int
@@ -41,6 +42,7 @@ class Slots:
     chunks: int
     stored: Mapping[int, Spec]
     manual: tuple[str, ...]
+    watched: bool = False
 
     @property
     def scattered(self) -> bool:
@@ -60,6 +62,11 @@ class Slots:
     def fills(self) -> bool:
         """Whether some slots have no layer of their own."""
         return self.layers < self.each * self.stages * self.chunks
+
+    @property
+    def singly(self) -> bool:
+        """Whether a chunk's layers run one at a time."""
+        return self.fills or self.watched
 
     @property
     def _order(self) -> np.ndarray:

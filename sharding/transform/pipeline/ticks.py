@@ -33,6 +33,7 @@ from .schedule import (
 )
 from .slots import Slots
 from .stream import CARRIED, CONSTANT, GIVEN, Stages, Stream, Travelling
+from .watch import NOWHERE, are_finite, first_layer, last_layer, number_of
 
 Array = Any
 
@@ -61,10 +62,15 @@ class Worker:
     add: Callable[[Any, Sequence[Array]], tuple[Any, Any]]
 
     def run(self, sums: Any) -> tuple[Any, Any, Any]:
-        """Return the sums, the gradients of `places`, and rows of all microbatches."""
+        """Return the sums, the gradients of `places`, and rows of all microbatches.
+
+        Where layers are watched, the number of where a value was first not finite stands behind the sums.
+        """
         learns = bool(self.places)
         blank = self.stages.blank()
         state: dict[str, Any] = {"sums": sums, "next": blank, "sent": blank}
+        if self.slots.watched:
+            state["first"] = jnp.int32(NOWHERE)
         if learns:
             held = ring(*self._shape)
             state |= {
@@ -78,7 +84,8 @@ class Worker:
             rows += found
             tick += one.ticks * one.times
         parts = [jnp.concatenate(some)[: self.microbatches] for some in zip(*rows, strict=True)]
-        return state["sums"], state.get("gradients", []), parts
+        first = [state["first"]] if self.slots.watched else []
+        return [*state["sums"], *first], state.get("gradients", []), parts
 
     # One stretch
 
@@ -119,7 +126,9 @@ class Worker:
             # After the forward work has taken what was embedded a tick ago.
             entering = forward_at(t + 1, 0, *self._shape).microbatch
             with _named(EMBED):
-                state["next"] = self.stages.put_together(self._embed(self.leaves, self._micro(entering)))
+                embedded = self._embed(self.leaves, self._micro(entering))
+                state = self._watched(state, t, EMBED, is_one(entering, self.microbatches), embedded)
+                state["next"] = self.stages.put_together(embedded)
         if LEARN in work:
             with _named(LEARN):
                 state = self._learn(state, t)
@@ -145,7 +154,11 @@ class Worker:
             pairs = zip(state["ring"], self._inputs(taken), strict=True)
             state["ring"] = [held.at[place].set(one) for held, one in pairs]
         leaves = self._of_chunk(range(len(self.leaves)), self.leaves, unit.chunk)
-        return state, self._layers(leaves, taken, unit)
+        given, sound = self._layers(leaves, taken, unit)
+        if sound is not None:
+            real = is_one(unit.microbatch, self.microbatches)
+            state = self._watched(state, t, FORWARD, real & ~sound.all(), layer=first_layer(~sound))
+        return state, given
 
     def _head(self, state: Any, t: Array, given: Stream) -> tuple[Any, Any, Stream | None]:
         """Take the last stage's rows to the loss, each stage its share, and their gradient back."""
@@ -165,9 +178,10 @@ class Worker:
             return found[:count], found[count:]
 
         trained = [self.leaves[n] for n in own]
-        _, pull, found = jax.vjp(leave, trained, self.stages.learning(share), has_aux=True)
+        learnt, pull, found = jax.vjp(leave, trained, self.stages.learning(share), has_aux=True)
         grown, back = pull(list(self.cotangents))
         state["gradients"] = self._grown(state["gradients"], own, grown, real if self._pads else True)
+        state = self._watched(state, t, HEAD, real, [*learnt, *grown, *back])
         sums, parts = self.add(state["sums"], found)
         state["sums"] = self._if(real, sums, state["sums"])
         return state, parts, self.stages.gradient_of_shares(back, owner)
@@ -183,7 +197,7 @@ class Worker:
 
         def layers(trained: Sequence[Array], learning: Stream) -> Stream:
             leaves = self._filled(own, trained)
-            return self.stages.learning(self._layers(leaves, self.stages.joined(learning, taken), unit))
+            return self.stages.learning(self._layers(leaves, self.stages.joined(learning, taken), unit)[0])
 
         trained = self._of_chunk(own, [self.leaves[n] for n in own], unit.chunk)
         _, pull = jax.vjp(layers, trained, self.stages.learning(taken))
@@ -191,6 +205,10 @@ class Worker:
             leaving = (self._stage == self._last) & (unit.chunk == self._shape[1] - 1)
             returned = [jnp.where(leaving, a, b) for a, b in zip(gradient, returned, strict=True)]
         grown, state["left"] = pull(returned)
+        if self.slots.watched:
+            sound = are_finite([*grown, *state["left"]])
+            stacked = [one for n, one in zip(own, grown, strict=True) if n in self.slots.stored]
+            state = self._watched(state, t, BACKWARD, real & ~sound, layer=last_layer(stacked))
         state["gradients"] = self._grown(state["gradients"], own, grown, real, unit.chunk)
         return state
 
@@ -206,8 +224,9 @@ class Worker:
             return [one for one in found if jnp.issubdtype(one.dtype, jnp.inexact)]
 
         _, pull = jax.vjp(embed, [self.leaves[n] for n in own])
-        state["gradients"] = self._grown(state["gradients"], own, pull(share)[0], real)
-        return state
+        grown = pull(share)[0]
+        state["gradients"] = self._grown(state["gradients"], own, grown, real)
+        return self._watched(state, t, LEARN, real, grown)
 
     # The pieces
 
@@ -219,28 +238,32 @@ class Worker:
         # What is a number in the program has a weak type.
         return [one.bare(self.lying(value, one.dims)).astype(one.blank().dtype) for value, one in rows]
 
-    def _layers(self, leaves: Sequence[Array], taken: Stream, unit: Unit) -> Stream:
-        """Run a chunk's layers, of which `leaves` has the parameters."""
+    def _layers(self, leaves: Sequence[Array], taken: Stream, unit: Unit) -> tuple[Stream, Array | None]:
+        """Run a chunk's layers, of which `leaves` has the parameters.
+
+        Where they are watched, say of each whether all that it gives is finite, bool ``[layers]``.
+        """
         inputs = [*leaves, *self.inputs(self._micro(unit.microbatch), False)]
         each = self.slots.each
         first = (unit.chunk * self.slots.stages + self._stage) * each
         walked = zip(self.cut.stacked.run(self.on_whole, inputs), self.cut.beside, strict=True)
         beside = [jnp.asarray(self.lying(value, dims)) for value, dims in walked]
-        if not self.slots.fills:
+        if not self.slots.singly:
             beside = [lax.dynamic_slice_in_dim(one, first, each) for one in beside]
-            return self._run_layers(inputs, taken, beside, first)
+            return self._run_layers(inputs, taken, beside, first), None
         stacked = [n for n in self.slots.stored if leaves[n] is not None]
 
-        def one_layer(taken: Stream, number: Array) -> tuple[Stream, None]:
+        def one_layer(taken: Stream, number: Array) -> tuple[Stream, Array | None]:
             own = list(inputs)
             for n in stacked:
                 own[n] = lax.dynamic_slice_in_dim(leaves[n], number, 1)
             place = jnp.minimum(first + number, self.slots.layers - 1)
             flags = [lax.dynamic_slice_in_dim(one, place, 1) for one in beside]
             found = self._run_layers(own, taken, flags, place)
-            return self._if(first + number < self.slots.layers, found, taken), None
+            found = self._if(first + number < self.slots.layers, found, taken)
+            return found, are_finite(found) if self.slots.watched else None
 
-        return lax.scan(one_layer, taken, jnp.arange(each))[0]
+        return lax.scan(one_layer, taken, jnp.arange(each))
 
     def _run_layers(
         self, inputs: Sequence[Array], taken: Stream, beside: Sequence[Array], first: Array
@@ -268,6 +291,25 @@ class Worker:
         return [value for value, one in rows if one.kind != GIVEN]
 
     # Small things
+
+    def _watched(
+        self,
+        state: Any,
+        t: Array,
+        work: str,
+        real: Any,
+        values: Sequence[Array] | None = None,
+        layer: Any = 0,
+    ) -> Any:
+        """Return the state with where `real` work of a tick is at fault, if nothing was before.
+
+        It is where `values`, if they are given, are not all finite.
+        """
+        if not self.slots.watched:
+            return state
+        fault = real if values is None else real & ~are_finite(values)
+        number = number_of(self.slots, t, work, self._stage, layer)
+        return {**state, "first": jnp.minimum(state["first"], jnp.where(fault, number, NOWHERE))}
 
     @property
     def _stage(self) -> Array:

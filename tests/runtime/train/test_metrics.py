@@ -41,7 +41,7 @@ class Kept:
 def submit(
     collector: Collector, step: int, loss: Any = 1.0, metrics: Mapping[str, Any] | None = None, **more: Any
 ) -> None:
-    collector.wait_for_slot()
+    collector.wait_for_slot(step)
     values = {
         "loss": jnp.float32(loss),
         "grad_norm": jnp.float32(2.0),

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -131,6 +132,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_unsaved(small_config, tmp_path):
     assert result.returncode == 1
     assert "error: the loss of step" in result.stderr
     assert "nothing of that step is kept" in result.stderr
+    assert re.search(r"step \d+: the first value that is not finite is in ", result.stderr)
     assert "Traceback" not in result.stderr
     assert max(saved_steps(run), default=0) <= len(metrics(run))
 

@@ -1,0 +1,142 @@
+"""Where the first value of a loss is that is not finite: looked for on demand, with one layer at a time.
+
+The loss is worked through as planned, gradients too, in a program of its own: the one that trains has nothing
+of it. A plan without stages is taken as one of a single stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ..errors import UserError
+from ..hardware.axes import AXES
+from ..paths import by_path
+from ..plans import arrays
+from ..plans.record import Decision, Record
+from ..program.jaxpr import Traced
+from ..program.tracing import read
+from .compose import PlannedLoss
+from .meshes import automatic, of_plan
+from .pipeline.layers import layers_of
+from .pipeline.prepare import prepared
+from .pipeline.schedule import BACKWARD, EMBED, FORWARD, HEAD, LEARN
+from .pipeline.slots import STAGE
+from .pipeline.watch import BEHIND_SUMS, Fault, are_finite, fault_of
+
+_WORDS = {
+    EMBED: "what is before the layers",
+    FORWARD: "the forward pass",
+    HEAD: "what is behind the layers or its gradient",
+    BACKWARD: "the backward pass",
+    LEARN: "the gradient of what is before the layers",
+}
+# Paths that are named.
+_NAMED = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstNotFinite:
+    """Where the first value of a loss or its gradients is that is not finite.
+
+    Attributes:
+        arrays: kind (``parameter``, ``batch array``, ``state array``) → paths of those that have such values
+            to begin with; then nothing else is looked at.
+        fault: the work of a microbatch, None where all of it is finite.
+        behind: whether it is in what is worked out of sums over the whole batch, such as their quotient.
+        layers, microbatches, stages, chunks: how many there are.
+        refused: why no layer was looked at, None where they were.
+    """
+
+    arrays: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    fault: Fault | None = None
+    behind: bool = False
+    layers: int = 0
+    microbatches: int = 1
+    stages: int = 1
+    chunks: int = 1
+    refused: str | None = None
+
+    def __str__(self) -> str:
+        if self.arrays:
+            kind, paths = next(iter(self.arrays.items()))
+            more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+            return f"the {kind} {', '.join(paths[:_NAMED])}{more} is not finite to begin with"
+        if self.refused is not None:
+            return f"no layer was looked at: {self.refused}"
+        if self.behind:
+            return (
+                "every part of the batch is finite; what is worked out of sums over the batch, such as the "
+                "quotient of two, is not"
+            )
+        if self.fault is None:
+            return "every value and gradient is finite where one layer at a time is run"
+        return f"the first value that is not finite is in {self._words(self.fault)}"
+
+    def _words(self, fault: Fault) -> str:
+        words = [_WORDS[fault.work]]
+        if fault.layer is not None:
+            words[0] += f" of layer {fault.layer} of {self.layers} (from 0)"
+        if self.microbatches > 1:
+            words.append(f"microbatch {fault.microbatch} of {self.microbatches}")
+        if fault.stage is not None and self.stages > 1:
+            words.append(f"stage {fault.stage} of {self.stages}")
+            if self.chunks > 1:
+                words.append(f"chunk {fault.chunk} of {self.chunks}")
+        if self.stages > 1:
+            words.append(f"tick {fault.tick}")
+        return ", ".join(words)
+
+
+def first_not_finite(
+    plan: Record, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh
+) -> FirstNotFinite:
+    """Return where the first value is that is not finite, see `Plan.first_not_finite`."""
+    arrays.check(plan, params, batch, state=state[0] if state else None)
+    sizes = {axis: {STAGE: 1, **plan.mesh}[axis] for axis in AXES if axis == STAGE or axis in plan.mesh}
+    decision = dataclasses.replace(plan.decision(), mesh=sizes)
+    mesh = of_plan(decision, mesh)
+    planned = PlannedLoss(decision, loss, mesh)
+    traced = planned.traces.on(params, batch, *state)
+    kinds = dict(zip(("parameter", "batch array", "state array"), (params, batch, *state), strict=False))
+
+    def flags(*args: Any) -> list[dict[str, Any]]:
+        return [{path: are_finite([leaf]) for path, leaf in by_path(tree).items()} for tree in args]
+
+    def first(*args: Any) -> Any:
+        with automatic(mesh):
+            return planned.first_not_finite(*args)
+
+    found = jax.device_get(jax.jit(flags)(params, batch, *state))
+    bad = {
+        kind: tuple(path for path, sound in rows.items() if not sound)
+        for kind, rows in zip(kinds, found, strict=True)
+    }
+    if bad := {kind: paths for kind, paths in bad.items() if paths}:
+        return FirstNotFinite(arrays=bad)
+    try:
+        number = int(jax.jit(first)(params, batch, *state))
+        layers = _layers(decision, mesh, traced)
+    except UserError as why:
+        return FirstNotFinite(refused=str(why))
+    stages, chunks = decision.mesh[STAGE], decision.interleave
+    return FirstNotFinite(
+        fault=fault_of(number, layers, stages, chunks),
+        behind=number == BEHIND_SUMS,
+        layers=layers,
+        microbatches=decision.microbatches,
+        stages=stages,
+        chunks=chunks,
+    )
+
+
+def _layers(plan: Decision, mesh: Mesh, traced: Traced) -> int:
+    """Return how many layers a loss has."""
+    flat = prepared(plan, mesh, traced).traced
+    params, *others = flat.args
+    program = read(flat, state=(2,) if len(others) > 1 else ())
+    return layers_of(program, len(jax.tree.leaves(params))).eqn.params["length"]

@@ -1,0 +1,91 @@
+"""Where a value of a loss is first not finite: its layer, microbatch and stage, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshwright.sharding import Plan, declare
+
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
+
+LAYERS, WIDTH, ROWS = 4, 8, 16
+
+
+def init() -> Any:
+    weights = jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH)) * 0.2
+    return {"blocks": weights, "head": jnp.ones((WIDTH, 4))}
+
+
+def batch(odd: int | None = None) -> Any:
+    rows = np.random.default_rng(0).standard_normal((ROWS, 3, WIDTH)).astype(np.float32)
+    mark, counted = np.zeros(ROWS, np.float32), np.ones(ROWS, np.float32)
+    if odd is not None:
+        mark[odd] = 1
+    return {"x": rows, "mark": mark, "counted": counted}
+
+
+@jax.custom_vjp
+def odd_slope(x: Any, where: Any) -> Any:
+    return x
+
+
+odd_slope.defvjp(lambda x, where: (x, where), lambda where, g: (jnp.where(where, jnp.nan, g), None))
+
+
+def failing(layer: int, backward: bool = False) -> Callable[..., Any]:
+    """A loss whose `layer` overflows on rows that are marked, forward or in its gradient."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        def block(carry: Any, weights: Any) -> Any:
+            x, number = carry
+            h = x + jnp.tanh(x @ weights)
+            here = (number == layer) & (batch["mark"][:, None, None] > 0)
+            h = odd_slope(h, here) if backward else jnp.where(here, jnp.inf, h)
+            return (h, number + 1), None
+
+        (x, _), _ = jax.lax.scan(block, (batch["x"], 0), params["blocks"])
+        rows = jnp.square(x @ params["head"]).mean((1, 2)) * batch["counted"]
+        return rows.sum() / batch["counted"].sum()
+
+    return loss
+
+
+def found(loss: Callable[..., Any], mesh: dict[str, int], rows: Any, params: Any = None, **how: Any) -> Any:
+    size = int(np.prod(list(mesh.values())))
+    params = init() if params is None else params
+    plan: Plan = declare(loss, params, rows, topology=f"cpu:{size}", mesh=mesh, **how)
+    over = plan.make_mesh(devices=jax.devices()[:size])
+    placed = jax.device_put(
+        (params, rows), (plan.shardings(params, over), plan.shardings(rows, over, "batch"))
+    )
+    return plan.first_not_finite(loss, *placed, mesh=over)
+
+
+def test_a_stage_is_named_with_its_chunk_layer_and_microbatch() -> None:
+    rows = batch(odd=ROWS - 1)
+    said = str(found(failing(1), {"stage": 2, "data": 2}, rows, microbatches=4, interleave=2))
+    assert "in the forward pass of layer 1 of 4 (from 0), microbatch 3 of 4, stage 1 of 2, chunk 0" in said
+
+
+def test_the_layer_of_a_gradient_is_the_last_one() -> None:
+    one = found(failing(2, backward=True), {"stage": 2}, batch(odd=5), microbatches=4)
+    assert (one.fault.work, one.fault.layer, one.fault.microbatch, one.fault.stage) == ("backward", 2, 1, 1)
+
+
+def test_a_plan_without_stages_tells_its_layer() -> None:
+    said = str(found(failing(3), {"data": 2}, batch(odd=0)))
+    assert said == "the first value that is not finite is in the forward pass of layer 3 of 4 (from 0)"
+
+
+def test_what_is_no_layers_is_said() -> None:
+    nothing = {**batch(), "counted": np.zeros(ROWS, np.float32)}
+    assert "sums over the batch" in str(found(failing(0), {"stage": 2}, nothing, microbatches=2))
+    bad = init()
+    bad["blocks"] = bad["blocks"].at[1, 0, 0].set(jnp.nan)
+    assert "the parameter blocks is not finite" in str(found(failing(0), {"data": 2}, batch(), bad))
+    assert "every value" in str(found(failing(0), {"data": 2}, batch()))
