@@ -18,6 +18,7 @@ from ..hlo.loops import WhileLoop, branches, callees
 from ..hlo.shapes import HBM_SPACES, HOST_SPACE, Array, leaves, parse_shape
 from ..hlo.text import HloModule, Instruction
 from .aliasing import Aliasing, entry_aliases
+from .attention import unstated_scratch
 from .roofline import target
 
 _INDEX = re.compile(r"\bindex=(\d+)")
@@ -27,13 +28,17 @@ _VIEWS = _BARRIERS | {"bitcast", "copy-done"}
 
 @dataclass(kw_only=True)
 class Allocation:
-    """One buffer, alive from its `first` to its `last` place in the replay; a `pinned` one to the end."""
+    """One buffer, alive from its `first` to its `last` place in the replay; a `pinned` one to the end.
+
+    An `assumed` one is no array of the program: a library works in it that was not there to say so.
+    """
 
     name: str
     array: Array
     first: int
     last: int
     pinned: bool = False
+    assumed: bool = False
 
     @property
     def bytes(self) -> float:
@@ -327,4 +332,8 @@ class _Replayer:
                     taken.add(operand)
                     break
             found.append(allocation or self._allocation(instruction.name, array))
+        scratch = unstated_scratch(self._module, instruction)
+        if scratch:
+            array = Array(dtype="u8", dims=(round(scratch),))
+            self._allocation(instruction.name, array).assumed = True
         return found

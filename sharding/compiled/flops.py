@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ..hlo.shapes import Array, leaves, parse_shape, total_bytes
 from ..hlo.text import HloModule, Instruction
-from ..ops.attention import visible_pairs
 from ..ops.products import ROWS
+from .attention import attention_kernel
 
 _CONTRACTING = re.compile(r"\blhs_contracting_dims=\{([\d,]*)\}")
 _BATCHED = re.compile(r"\blhs_batch_dims=\{([\d,]*)\}")
@@ -94,7 +93,7 @@ def moved_bytes(module: HloModule, instruction: Instruction) -> float:
     stated = _KERNEL_BYTES.search(instruction.attributes) if instruction.opcode == "custom-call" else None
     if stated is not None:
         return _of_even_rows(module, instruction, float(stated[1]))
-    if instruction.calls in module.computations and instruction.opcode == "fusion":
+    if instruction.calls in module.computations and instruction.opcode in ("fusion", "fusion-start"):
         return _fusion_bytes(module, instruction)
     result = _bytes(instruction)
     if instruction.opcode in _PARTS:
@@ -122,6 +121,10 @@ def _dot(module: HloModule, dot: Instruction) -> float:
 
 def _custom(module: HloModule, call: Instruction) -> float:
     """Return the flops of a custom call: a library's product, or a kernel by its author's estimate."""
+    # First, as cuDNN's settings name the contractions of the products inside, too.
+    attention = attention_kernel(module, call)
+    if attention is not None and attention.kernel != "splash":
+        return attention.flops
     gemm = _GEMM.search(call.attributes)
     if gemm is not None and call.operands:
         left = _array(module, call.operands[0])
@@ -132,7 +135,9 @@ def _custom(module: HloModule, call: Instruction) -> float:
     if rows is not None:
         return _grouped(module, call, int(rows[1]))
     stated = _KERNEL_FLOPS.search(call.attributes)
-    return float(stated[1]) if stated else attention_flops(module, call)
+    if stated is not None:
+        return float(stated[1])
+    return 0.0 if attention is None else attention.flops
 
 
 def _grouped(module: HloModule, call: Instruction, rows: int) -> float:
@@ -297,80 +302,3 @@ def _written(module: HloModule, root: str) -> float:
     if instruction.opcode == "dynamic-update-slice" and len(instruction.operands) > 1:
         return _bytes(module.instructions[instruction.operands[1]])
     return _bytes(instruction)
-
-
-_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)")
-_CUDNN = re.compile(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"')
-# The name scope in which `transform.attention` calls a kernel.
-_CALL = re.compile(r"meshwright_attention\[([^\]]*)\]")
-_SLIDING = re.compile(r"\bwindow=(\d+)")
-# Where all that is hidden is in an array, cuDNN computes every score.
-_ALL = re.compile(r'"mask_type": ?"NO_MASK"')
-_AHEAD = re.compile(r"\bahead=(\d+)")
-
-# Products of each kernel that contract or produce the head dimension of queries and keys, and those that do
-# so with that of values. Each kernel computes the scores. The forward one then computes the result, "dq" the
-# gradients of scores and queries, "dkv" those of scores, keys and values, cuDNN's "Backward" all of these.
-_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2), "Backward": (3, 2)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionWork:
-    """A kernel of attention: its flops, a head's width, the keys that a query sees, and what it is for.
-
-    `gradient` says that it is of the backward pass, `masked` that it reads a mask of queries by keys.
-    """
-
-    flops: float
-    width: float
-    keys: float
-    gradient: bool
-    masked: bool
-
-
-def attention_flops(module: HloModule, call: Instruction) -> float:
-    """Return the flops of a kernel of attention, 0 for other instructions; see `attention_kernel`."""
-    found = attention_kernel(module, call)
-    return 0.0 if found is None else found.flops
-
-
-def attention_kernel(module: HloModule, call: Instruction) -> AttentionWork | None:
-    """Return what a splash or cuDNN kernel does on the scores that its static mask leaves; None for others.
-
-    Static are causality and a window, which `ops.attention` writes into the name scope; a kernel without one
-    counts all scores.
-    """
-    if call.opcode != "custom-call":
-        return None
-    splash, cudnn = _SPLASH.search(call.op_name), _CUDNN.search(call.attributes)
-    if splash is None and cudnn is None:
-        return None
-    kernel = splash[1] if splash else (cudnn and cudnn[1]) or "fwd"
-    shapes = [leaves(parse_shape(module.instructions[name].shape)) for name in call.operands]
-    arrays = [found[0].dims for found in shapes if found and found[0].dtype.startswith(("f", "bf"))]
-    if len(arrays) < 3 or any(len(dims) < 3 for dims in arrays[:3]):
-        return None
-    query, key, value = arrays[:3]
-    if splash is None:
-        # cuDNN takes [batch, sequence, heads, head_dim].
-        query, key = ((*dims[:-3], dims[-2], dims[-3], dims[-1]) for dims in (query, key))
-    asked = None if _ALL.search(call.attributes) else _CALL.search(call.op_name)
-    window, ahead = (word.search(asked[1]) if asked else None for word in (_SLIDING, _AHEAD))
-    # A device may have only some of the queries. The average over all devices is that of the whole sequence.
-    keys = key[-2]
-    seen = visible_pairs(
-        keys,
-        keys,
-        causal=asked is not None and "causal" in asked[1].split(","),
-        window=int(window[1]) if window else None,
-        ahead=int(ahead[1]) if ahead else 0,
-    )
-    of_keys, of_values = _PRODUCTS[kernel]
-    each = 2.0 * math.prod(query[:-1]) * seen / keys
-    return AttentionWork(
-        flops=each * (of_keys * query[-1] + of_values * value[-1]),
-        width=float(query[-1]),
-        keys=max(seen / keys, 1.0),
-        gradient=kernel != "fwd",
-        masked="ScaleBias" in call.attributes,
-    )

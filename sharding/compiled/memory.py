@@ -25,6 +25,7 @@ class Memory:
       peak_bytes: the most that is alive at once.
       padding_bytes: of the buffers at the peak, the part that is padding of tiles.
       host_bytes: the most that is on the host at once.
+      scratch_bytes: of the peak, what libraries work in that the compiler lacked (`Allocation.assumed`).
       buffers: the largest at the peak, at most `MOST_BUFFERS`.
       timeline: bytes alive at even distances along the schedule, at most `MOST_POINTS`.
       largest_padding: the buffer at the peak with most padding, None if there is no padding.
@@ -33,6 +34,7 @@ class Memory:
     peak_bytes: float
     padding_bytes: float
     host_bytes: float
+    scratch_bytes: float
     buffers: tuple[Buffer, ...]
     timeline: tuple[float, ...]
     largest_padding: Buffer | None
@@ -52,6 +54,7 @@ def memory(module: HloModule, loops: Mapping[str, WhileLoop], platform: str) -> 
     host = [one for one in found.allocations if on_host(one.array) and platform != "cpu"]
     alive = _alive(hbm, len(found.places))
     peak = int(np.argmax(alive)) if len(alive) else 0
+    stated = _alive([one for one in hbm if not one.assumed], len(found.places))
     present = [one for one in hbm if one.first <= peak <= one.last]
     padding = [one.bytes - one.array.bytes for one in present]
     worst = max(zip(padding, present, strict=True), key=lambda pair: pair[0], default=None)
@@ -60,6 +63,7 @@ def memory(module: HloModule, loops: Mapping[str, WhileLoop], platform: str) -> 
         peak_bytes=float(alive[peak]) if len(alive) else 0.0,
         padding_bytes=float(sum(padding)),
         host_bytes=float(_alive(host, len(found.places)).max(initial=0.0)),
+        scratch_bytes=float(alive[peak] - stated.max()) if len(alive) else 0.0,
         buffers=tuple(_buffer(module, one) for one in present[:MOST_BUFFERS]),
         timeline=_thinned(alive),
         largest_padding=None if worst is None or worst[0] <= 0 else _buffer(module, worst[1]),

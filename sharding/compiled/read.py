@@ -10,6 +10,7 @@ from ..hardware.topology import Topology
 from ..hlo.frames import nearest_line
 from ..hlo.loops import loops, run_counts
 from ..hlo.text import SourceLine, parse_hlo
+from ..ops.kernels import kernel_facts
 from ..plans.proof import CompiledCollective, LineCost, Proof
 from ..plans.record import Record
 from ..xla.compiler import compiler_of
@@ -55,9 +56,10 @@ def read_proof(
     Raises:
       ValueError: `text` is not the text of an HLO module, or its groups do not fit a mesh of these axes.
     """
-    efficiencies = calibration
+    efficiencies, kernels = calibration, {}
     if efficiencies is None:
         efficiencies = calibration_for(topology.chip.name)
+        kernels = {name: calibration_for(topology.chip.name, name) for name in kernel_facts()}
         options = {} if planned is None else planned.compiler_options
         share = product_cycles(options, topology, efficiencies.product_cycles)
         efficiencies = dataclasses.replace(efficiencies, product_cycles=share)
@@ -71,10 +73,11 @@ def read_proof(
         chip=topology.chip,
         calibration=efficiencies,
         bundles=for_all_alike(module, bundles or {}),
+        kernels=kernels,
     )
     step = line.cost(module.entry)
     held = memory_of(module, found, topology.chip.platform)
-    peak = held.peak_bytes if peak_bytes is None else peak_bytes
+    peak = held.peak_bytes if peak_bytes is None else peak_bytes + held.scratch_bytes
     if compiler_of(topology).untuned_peak and not memory.get("host"):
         peak = max(peak, held.peak_bytes)
     evidence = Evidence(
@@ -94,7 +97,7 @@ def read_proof(
         step_seconds=step.seconds,
         compile_seconds=compile_seconds,
         time=dict(step.items),
-        memory=dict(memory),
+        memory=dict(memory) | ({"scratch": held.scratch_bytes} if held.scratch_bytes else {}),
         collectives=_collectives(evidence),
         findings=findings(evidence),
         buffers=evidence.memory.buffers,

@@ -29,7 +29,8 @@ from ..hardware.chip import Chip
 from ..hlo.shapes import HOST_SPACE, leaves, parse_shape
 from ..hlo.text import HloModule, Instruction
 from ..xla.compiler import compiler_for
-from .flops import attention_kernel, flops, grouped_kernel, moved_bytes, product_sizes, short_sums
+from .attention import attention_kernel
+from .flops import flops, grouped_kernel, moved_bytes, product_sizes, short_sums
 from .schedule import scheduled_cycles
 
 # Shares of an elementwise fusion's cycles: the least that stays, and the least that memory must explain.
@@ -89,6 +90,7 @@ def instruction_cost(
     chip: Chip,
     calibration: Calibration,
     bundles: Mapping[str, int],
+    kernels: Mapping[str, Calibration] | None = None,
 ) -> InstructionCost:
     """Return what one run of `instruction` costs its device, `NO_COST` if it does not compute.
 
@@ -100,6 +102,7 @@ def instruction_cost(
       chip: what the device is.
       calibration: efficiencies of the chip.
       bundles: instruction → length of its schedule, where that is known.
+      kernels: kernel of attention → efficiencies with it, of those that have their own.
     """
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(("-start", "-done", "-update")) or target(instruction) in _NOTES:
@@ -118,7 +121,7 @@ def instruction_cost(
     rate = (chip.hbm_bytes_per_second or float("inf")) * calibration.memory_efficiency
     if grouped_kernel(instruction) is not None:
         rate = streaming_rate(chip, calibration)
-    reached = peak * _share(module, instruction, chip, calibration) if done else peak
+    reached = peak * _share(module, instruction, chip, calibration, kernels or {}) if done else peak
     seconds = max(done / reached, moved / rate)
     if calibration.short_sum_seconds:
         seconds += short_sums(module, instruction) * calibration.short_sum_seconds
@@ -126,13 +129,20 @@ def instruction_cost(
     return InstructionCost(seconds=seconds, basis="unknown" if unknown else "roofline")
 
 
-def _share(module: HloModule, instruction: Instruction, chip: Chip, calibration: Calibration) -> float:
+def _share(
+    module: HloModule,
+    instruction: Instruction,
+    chip: Chip,
+    calibration: Calibration,
+    kernels: Mapping[str, Calibration],
+) -> float:
     """Return the share of the peak that an instruction's products reach, as the Estimate has it."""
     kernel = attention_kernel(module, instruction)
     if kernel is not None:
+        own = kernels.get(kernel.kernel, calibration)
         width, keys = np.array([kernel.width]), np.array([kernel.keys])
-        reached = float(attention_share(width, keys, calibration)[0])
-        return reached * (calibration.masked_efficiency if kernel.masked else 1.0)
+        reached = float(attention_share(width, keys, own)[0])
+        return reached * (own.masked_efficiency if kernel.masked else 1.0)
     if (grouped := grouped_kernel(instruction)) is not None:
         return calibration.matmul_efficiency * busy_of(grouped)
     sizes = product_sizes(module, instruction)

@@ -19,10 +19,11 @@ from ..hlo.loops import WhileLoop, branches, callees
 from ..hlo.shapes import leaves, parse_shape
 from ..hlo.text import HloModule, Instruction
 from .collectives import CollectiveFinder, ScheduledCollective
+from .flops import flops, moved_bytes
 from .roofline import NO_COST, InstructionCost, host_bytes, instruction_cost, to_host
 
 #: Items of `Proof.time` that are no collectives.
-COMPUTE, PREFETCH, HOST = "compute", "prefetch", "host"
+COMPUTE, PREFETCH, COPIES, HOST = "compute", "prefetch", "copies", "host"
 
 # A torus axis and direction, a network, or a lane of copies: what one operation at a time can occupy.
 _Link = tuple[object, ...]
@@ -61,6 +62,7 @@ class Timeline:
       chip: what a device is.
       calibration: efficiencies of the chip.
       bundles: instruction → length of its schedule, where that is known.
+      kernels: kernel of attention → efficiencies with it, of those that have their own.
       costs: what was found so far, by computation.
     """
 
@@ -70,6 +72,7 @@ class Timeline:
     chip: Chip
     calibration: Calibration
     bundles: Mapping[str, int]
+    kernels: Mapping[str, Calibration] = field(default_factory=dict)
     costs: dict[str, ComputationCost] = field(default_factory=dict)
 
     def cost(self, computation: str) -> ComputationCost:
@@ -145,6 +148,8 @@ class _Schedule:
             opcode in ("copy-start", "slice-start", "dynamic-slice-start") and instruction.collective is None
         ):
             self._prefetch(instruction)
+        elif opcode == "fusion-start" and not flops(self._timeline.module, instruction):
+            self._copy_slice(instruction)
         elif opcode.endswith("-done"):
             self._wait(self._timeline.finder.start_of(instruction))
         else:
@@ -185,7 +190,9 @@ class _Schedule:
 
     def _compute(self, instruction: Instruction) -> None:
         line = self._timeline
-        cost = instruction_cost(line.module, instruction, line.chip, line.calibration, line.bundles)
+        cost = instruction_cost(
+            line.module, instruction, line.chip, line.calibration, line.bundles, line.kernels
+        )
         if cost is not NO_COST:
             self._cost.instructions[instruction.name] = cost
             self._spend(COMPUTE, cost.seconds)
@@ -240,6 +247,17 @@ class _Schedule:
         # The link carries both directions at once.
         way = "out" if to_host(self._timeline.module, instruction) else "in"
         self._copy(instruction, moved * chip.devices_per_chip / rate if rate else 0.0, HOST, way)
+
+    def _copy_slice(self, instruction: Instruction) -> None:
+        """Copy a slice out of a stack or into it, which stops the device.
+
+        A GPU has a stream of its own for it, but copies with the processors that kernels run on: traced on
+        an H200, such copies begin when a kernel leaves them room, and the next kernel when they end.
+        """
+        line = self._timeline
+        rate = (line.chip.hbm_bytes_per_second or 0.0) * line.calibration.memory_efficiency
+        if rate:
+            self._spend(COPIES, moved_bytes(line.module, instruction) / rate)
 
     def _prefetch(self, instruction: Instruction) -> None:
         arrays = [array for array in leaves(parse_shape(instruction.shape)) if array.elements > 1]

@@ -66,6 +66,18 @@ def has_capability(capability: str | None, least: str) -> bool:
     return [int(part) for part in capability.split(".")] >= [int(part) for part in least.split(".")]
 
 
+def gradient_scratch(facts: Mapping[str, Any], heads: int, key_heads: int, runs: int) -> float:
+    """Return the bytes that a kernel's gradient works in, for each element of queries.
+
+    A library asks for them when it is there: the gradient of queries in float32, for each of the `runs` of
+    segments that a packed row may have; where heads share keys, those of each head's keys and values too.
+
+    >>> gradient_scratch(kernel_facts()["cudnn_packed"], heads=32, key_heads=8, runs=8)
+    64.0
+    """
+    return float(facts.get("scratch", 0)) * runs * (1 if heads == key_heads else 2)
+
+
 def check_kernels(written: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise UserError for kernels of a plan that are not known, or blocks that are none."""
     for operation, settings in written.items():

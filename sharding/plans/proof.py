@@ -74,7 +74,8 @@ class Proof:
     """What the real compiler says of a plan: one device, one step.
 
     `time` (seconds by ``compute`` and kind/axes, exposed only) adds up to `step_seconds`. `memory` holds
-    bytes by ``arguments``, ``temporaries``, ``outputs`` (beyond aliased arguments), ``code``, ``host``.
+    bytes by ``arguments``, ``temporaries``, ``outputs`` (beyond aliased arguments), ``code``, ``host``, and
+    ``scratch``: of the peak, what kernels of a library work in that the compiler did not have, by formula.
     `timeline` are bytes alive at even places of the schedule, loops entered once; `buffers` are the largest
     at the peak. `flops` are those of all products that run, loops counted and recomputation included;
     `host_bytes` go between the device and its host.

@@ -182,6 +182,12 @@ def _compared_memory(estimate: Estimate | None, proof: Proof, kinds: Mapping[str
         estimated = None if estimate is None else sum(within.values())
         bars.append(_both(name, estimated, compiled, size_text, most, _track(compiled, most, "compute")))
         bars += _within(_rows(within, whole), most, kinds, size_text)
+        scratch = 0.0 if kept else proof.memory.get("scratch", 0.0)
+        if scratch:
+            name = "of it cuDNN's, which was not there to say"
+            figures = ("", size_text(scratch), "")
+            tracks = ((), _track(scratch, most, "compute"))
+            bars.append(Bar(name=name, figures=figures, tracks=tracks, depth=1, tone="soft"))
     return tuple(bars)
 
 

@@ -15,6 +15,7 @@ from ...ops.attention import AttentionCall, attention_call
 from ...ops.kernels import (
     block_that_divides,
     facts_on,
+    gradient_scratch,
     has_capability,
     kernel_facts,
     refusal,
@@ -136,7 +137,7 @@ def _chosen(
         share=_share(taken),
         masked=_masked(taken) if facts.get("dense_segments") else 0.0,
         whole=frozenset(dim for equation, _ in taken for dims in equation.ins[:3] for dim in dims[3]),
-        scratch=facts.get("scratch", 0) * (segments or 1 if facts["packs"] else 1) * _per_query(taken),
+        scratch=max((_scratch(facts, one, segments) for one, _ in taken), default=0.0),
     )
 
 
@@ -194,13 +195,11 @@ def priced_as(chosen: Chosen) -> str | None:
     return chosen.implementation
 
 
-def _per_query(taken: Sequence[tuple[Equation, AttentionCall]]) -> int:
-    """Return how many arrays as large as queries, in float32, cuDNN's gradient works in.
-
-    The gradient of queries; where heads share keys, those of keys and values of each head besides, in half.
-    """
-    shared = any(query.shape[2] != key.shape[2] for query, key, _ in (_arrays(one) for one, _ in taken))
-    return 2 if shared else 1
+def _scratch(facts: Mapping[str, Any], equation: Equation, segments: int | None) -> float:
+    """Return the bytes that a call's gradient works in, for each element of its result."""
+    query, key, _ = _arrays(equation)
+    runs = (segments or 1) if facts["packs"] else 1
+    return gradient_scratch(facts, query.shape[2], key.shape[2], runs)
 
 
 def _arrays(equation: Equation) -> tuple[Any, Any, Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from meshwright.sharding import Plan, declare, plan
-from meshwright.sharding.compiled.flops import attention_flops
+from meshwright.sharding.compiled.flops import flops
 from meshwright.sharding.hlo.text import HloModule, parse_hlo
 from meshwright.sharding.ops import attention
 from meshwright.sharding.plans.proof import Finding
@@ -81,9 +81,9 @@ def test_each_device_runs_the_kernel_on_its_rows_and_heads(topology: str, own_ca
     # Rows over fsdp, heads over tensor; two products forward, three and four for the gradients, of which a
     # causal mask leaves one more than half.
     pairs = (BATCH // 2) * (HEADS // 2) * SEQUENCE * (SEQUENCE + 1) / 2
-    assert attention_flops(text, forward[0]) == 2 * pairs * 2 * HEAD_DIM
-    assert attention_flops(text, of_queries[0]) == 3 * pairs * 2 * HEAD_DIM
-    assert attention_flops(text, of_keys[0]) == 4 * pairs * 2 * HEAD_DIM
+    assert flops(text, forward[0]) == 2 * pairs * 2 * HEAD_DIM
+    assert flops(text, of_queries[0]) == 3 * pairs * 2 * HEAD_DIM
+    assert flops(text, of_keys[0]) == 4 * pairs * 2 * HEAD_DIM
     assert f"[{BATCH // 2},{HEADS // 2},{SEQUENCE},{HEAD_DIM}]" in forward[0].shape
 
 
@@ -107,8 +107,8 @@ def test_cudnn_is_compiled_in_for_a_gpu_that_is_not_here(own_cache: pathlib.Path
     # A chunk of half of the queries, which sees half of the keys, and one that sees all.
     heads = (BATCH // 2) * (HEADS // 2)
     pairs = [heads * SEQUENCE // 2 * keys for keys in (SEQUENCE // 2, SEQUENCE)]
-    assert sorted({attention_flops(text, one) for one in forward}) == [4 * n * HEAD_DIM for n in pairs]
-    assert sorted({attention_flops(text, one) for one in backward}) == [10 * n * HEAD_DIM for n in pairs]
+    assert sorted({flops(text, one) for one in forward}) == [4 * n * HEAD_DIM for n in pairs]
+    assert sorted({flops(text, one) for one in backward}) == [10 * n * HEAD_DIM for n in pairs]
     assert not squared(verdict)
 
 
@@ -118,9 +118,15 @@ def test_cudnn_takes_packed_rows_as_they_are(own_cache: pathlib.Path) -> None:
     verdict, text = compiled(made, own_cache)
     forward, backward = cudnn_calls(text, "fmhaSoftmax")
     pairs = (BATCH // 2) * (HEADS // 2) * SEQUENCE * (SEQUENCE + 1) / 2
-    assert attention_flops(text, forward[0]) == 2 * pairs * 2 * HEAD_DIM
-    assert attention_flops(text, backward[0]) == 5 * pairs * 2 * HEAD_DIM
+    assert flops(text, forward[0]) == 2 * pairs * 2 * HEAD_DIM
+    assert flops(text, backward[0]) == 5 * pairs * 2 * HEAD_DIM
     assert not squared(verdict)
+    # Compiled without cuDNN, which works in gradients of queries for each of a row's eight runs, and of keys
+    # and values for each head.
+    assert verdict.proof is not None
+    queries = BATCH // 2 * SEQUENCE * HEADS // 2 * HEAD_DIM
+    assert 0 < verdict.proof.memory["scratch"] <= 8 * queries * 4 * 2
+    assert max(row.bytes for row in verdict.proof.buffers) == 8 * queries * 4 * 2
 
 
 @pytest.mark.parametrize("asks", [False, pytest.param(True, marks=pytest.mark.slow)])

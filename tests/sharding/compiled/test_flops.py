@@ -172,3 +172,23 @@ ENTRY %main (t: {kind}[512,64], i: s32[96,1], u: {kind}[96,1,64]) -> {kind}[512,
 def test_numbers_of_16_bits_that_a_scatter_adds_up(kind, numbers):
     program = parse_hlo(SCATTER.format(kind=kind))
     assert short_sums(program, program.instructions["c"]) == numbers
+
+
+CUDNN = """HloModule f, is_scheduled=true
+
+ENTRY %main (q: bf16[2,64,4,128], k: bf16[2,64,2,128]) -> bf16[2,4,64,128] {{
+  %q = bf16[2,64,4,128] parameter(0)
+  %k = bf16[2,64,2,128] parameter(1)
+  %c = (bf16[2,4,64,128], u8[0]) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax", {}
+  ROOT %out = bf16[2,4,64,128] get-tuple-element(%c), index=0
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "written", ['"lhs_contracting_dimensions": ["3"]', '"lhs_contracting_dimensions":["3"]']
+)
+def test_attention_by_cudnn_is_no_plain_product(written):
+    """Its settings name the products inside, on a card as XLA writes those of a product's own."""
+    program = parse_hlo(CUDNN.format(f'backend_config={{"bmm1_dot_dimension_numbers":{{{written}}}}}'))
+    assert flops(program, program.instructions["c"]) == 2 * 2 * 2 * 4 * 64 * 64 * 128

@@ -132,3 +132,28 @@ def test_a_loop_whose_turns_only_a_run_knows_waits_for_its_host_on_gpus(topology
     wanted = 7 * calibration_for("h100").turn_seconds if waits else 0.0
     assert of_program.step_seconds - of_compiler.step_seconds == pytest.approx(wanted)
     assert (wanted > 0) == waits
+
+
+def test_slices_that_a_gpu_copies_beside_kernels_take_their_time() -> None:
+    """Copies and kernels run on the same processors; 2 MiB are read and written whatever runs beside."""
+    inside = """
+%copied (s: bf16[8,1024,1024], x: bf16[1024,1024], i: s32[]) -> bf16[8,1024,1024] {
+  %s = bf16[8,1024,1024] parameter(0)
+  %x = bf16[1024,1024] parameter(1)
+  %one = bf16[1,1024,1024] bitcast(%x)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  ROOT %d = bf16[8,1024,1024] dynamic-update-slice(%s, %one, %i, %z, %z)
+}
+"""
+    lines = (
+        '%stack = bf16[8,1024,1024] custom-call(), custom_call_target="AllocateBuffer"',
+        "%put = ((bf16[8,1024,1024], bf16[1024,1024], s32[]), bf16[8,1024,1024], u32[]) "
+        "fusion-start(%stack, %p, %zero), kind=kLoop, calls=%copied",
+        "%twice = bf16[1024,1024] add(%p, %p)",
+        "%done = bf16[8,1024,1024] fusion-done(%put)",
+    )
+    proof = _read(inside, *lines, topology="h100:4")
+    chip = Topology.parse("h100:4").chip
+    rate = (chip.hbm_bytes_per_second or 0.0) * calibration_for("h100").memory_efficiency
+    assert proof.time["copies"] == pytest.approx(2 * 2 * 1024 * 1024 / rate)
