@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util  # seen in 0.10.2 and 0.12.0
+from jax._src.state import discharge  # seen in 0.10.2 and 0.12.0
 from jax.core import Tracer
 from jax.extend import core
 from jax.sharding import AxisType
@@ -70,14 +71,25 @@ class Traces:
             # It reads what is being traced outside, which is another thing each time.
             with cudnn.traced():
                 jaxpr, result = jax.make_jaxpr(self._fn, return_shape=True)(*shapes)
-            return self._rewrite(Traced(jaxpr=jaxpr, args=shapes, result=result))
+            return self._rewrite(Traced(jaxpr=without_references(jaxpr), args=shapes, result=result))
         # JAX gives the same jaxpr for the same arguments, and another where settings differ.
         key = id(found.jaxpr.jaxpr)
         if key not in self._known:
-            traced = Traced(jaxpr=found.jaxpr, args=shapes, result=found.out_info)
+            traced = Traced(jaxpr=without_references(found.jaxpr), args=shapes, result=found.out_info)
             # The first jaxpr is kept, so that its id stays its own.
             self._known[key] = found.jaxpr, self._rewrite(traced)
         return self._known[key][1]
+
+
+def without_references(jaxpr: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Return a program that makes no mutable arrays (`jax.new_ref`): what it writes, its loops carry."""
+    return discharge.discharge_state(jaxpr) if _references(jaxpr.jaxpr) else jaxpr
+
+
+def _references(jaxpr: Any) -> bool:
+    names = ("new_ref", "run_state")
+    inner = (one for eqn in jaxpr.eqns for one in core.jaxprs_in_params(eqn.params))
+    return any(eqn.primitive.name in names for eqn in jaxpr.eqns) or any(map(_references, inner))
 
 
 def asked(

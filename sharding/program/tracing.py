@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..ops import cudnn
 from ..paths import by_path, path_of
 from . import dims as named
-from .jaxpr import Traced
+from .jaxpr import Traced, without_references
 from .labels import axis_names, names_of
 from .lines import line_of
 from .program import Argument, Program, Result, Unknown
@@ -61,7 +61,7 @@ def trace(
             raise UserError(f"parameters={tuple(parameters)}, but there are {len(args)} arguments")
     with cudnn.traced():
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    traced = recognised(Traced(jaxpr=closed, args=args, result=out_shape), recognise)
+    traced = recognised(Traced(jaxpr=without_references(closed), args=args, result=out_shape), recognise)
     return read(traced, names=names, parameters=parameters, state=state, trained=trained, rows=rows)
 
 

@@ -26,7 +26,7 @@ from .attention import AttentionKernel
 from .experts import BY_TILES, Multiplier, on_mesh
 from .gather import NOTHING, ByHand, Scattering, StoredParameter, elementwise, learning
 from .lookup import lookup_by_columns
-from .meshes import by_device, constraint
+from .meshes import by_device, constraint, is_manual
 from .storage import Storage, cast_of_uses
 
 _ANCHORS = primitives(Trait.ANCHOR)
@@ -238,7 +238,7 @@ class Constrain(Pass):
         return self._storage.gather(value, dims) if isinstance(value, StoredParameter) else value
 
     def _constrain(self, value: Any, dims: Dims) -> Any:
-        if not getattr(value, "ndim", 0):
+        if not getattr(value, "ndim", 0) or is_manual(self._mesh):
             return value
         spec = self._spec(dims, value.shape)
         if not self._unsaid.isdisjoint(dim for composition in dims for dim in composition):

@@ -65,8 +65,12 @@ def constraint(mesh: Mesh | AbstractMesh) -> Callable[[Any, NamedSharding], Any]
 
     JAX batches a constraint by what only an automatic axis takes.
     """
-    manual = all(kind == AxisType.Manual for kind in mesh.axis_types)
-    return _as_it_is if manual else jax.lax.with_sharding_constraint
+    return _as_it_is if is_manual(mesh) else jax.lax.with_sharding_constraint
+
+
+def is_manual(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether every axis of `mesh` is manual."""
+    return all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 def _as_it_is(value: Any, sharding: NamedSharding) -> Any:

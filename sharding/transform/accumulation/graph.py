@@ -18,7 +18,8 @@ from jax.core import Tracer
 from jax.extend import core
 
 from ...program.jaxpr import call_body, context_of
-from ...program.lines import line_of
+from ...program.lines import is_ours, line_of
+from .derivatives import uneven_call
 from .values import (
     LATE,
     MIXED,
@@ -86,6 +87,9 @@ class PartGraph:
             ins = [self.complete(value) if value.inside else value for value in ins]
             for out in outs:
                 out.form = LATE
+        uneven = next((value.uneven for value in ins if value.uneven is not None), None)
+        if uneven is not None and run is not None and any(out.kind is not Kind.SHARED for out in outs):
+            raise uneven
         where = self.where(self._at) if run is None and self._at is not None else ""
         op = Task(run, ins, list(outs), eqn, where)
         own = any(value.kind in (Kind.EXAMPLES, Kind.SUM) for value in (*ins, *outs))
@@ -95,6 +99,7 @@ class PartGraph:
             out.inside = inside and out.kind is Kind.SHARED
             out.level = max((value.level for value in ins), default=0) + (run is None and out.heavy)
             out.count = max((value.count for value in ins), default=0) + (run is None and not out.heavy)
+            out.uneven = uneven if run is not None else None
             out.op = op
         self.ops.append(op)
         return list(outs)
@@ -245,7 +250,16 @@ class PartGraph:
         if self.cut and totals and any(value.inside for value in ins):
             # Beside sums that are complete; else it would take a pass only to have it.
             ins = [self.complete(value) for value in ins]
-        return self.emit(_bound(eqn, {}), ins, [value_of(var) for var in eqn.outvars], eqn)
+        outs = self.emit(_bound(eqn, {}), ins, [value_of(var) for var in eqn.outvars], eqn)
+        written = uneven_call(eqn) if any(value.heavy for value in ins) else None
+        if written is not None:
+            reason = (
+                "the gradient that is written for a function is not linear in what comes back (it clips, "
+                "rounds or gives a number of its own), and would be taken of each part's share"
+            )
+            for out in outs:
+                out.uneven = NotInParts(reason, self.where(written))
+        return outs
 
     def where(self, eqn: core.JaxprEqn) -> str:
         """Return the user's lines of an equation: of the outermost call around it, and its own.
@@ -253,7 +267,7 @@ class PartGraph:
         A jitted function's trace is kept with the lines of its first call.
         """
         lines = [line_of(one) for one in (*self.calls, eqn)]
-        lines = [line for line in lines if ":" in line]
+        lines = [line for line in lines if ":" in line and not is_ours(line)]
         return " in ".join(dict.fromkeys([lines[-1], lines[0]])) if lines else ""
 
     def body(

@@ -18,7 +18,8 @@ from ...program.primitives import Trait, primitives
 from .graph import PartGraph
 from .values import Array, Held, Task, examples
 
-_ELEMENTWISE = primitives(Trait.ELEMENTWISE)
+# A key that serves several draws is split into as many as there are.
+_ELEMENTWISE = primitives(Trait.ELEMENTWISE) - {"random_gamma"}
 
 
 def take(whole: Array, axis: int, pre: int, parts: int, index: Any) -> Array:

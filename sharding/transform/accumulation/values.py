@@ -68,6 +68,7 @@ class Held:
     level, count: how many sums, one after another, it needs complete: of what depends on parameters, and of
         the data alone.
     whole: of a slice, the shared value that it was taken from.
+    uneven: why its gradient cannot be made of parts' shares, though it is shared itself.
     """
 
     shape: tuple[int, ...]
@@ -80,6 +81,7 @@ class Held:
     count: int = 0
     op: Task | None = None
     whole: Held | None = None
+    uneven: NotInParts | None = None
     why: NotInParts | None = None
 
     @property

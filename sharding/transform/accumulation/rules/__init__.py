@@ -42,6 +42,19 @@ def _on_sums(rule: Rule) -> Rule:
     return read
 
 
+def _within(rule: Rule) -> Rule:
+    """Return a rule whose refusals name the call's own line beside that of an equation inside."""
+
+    def read(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+        g.calls.append(eqn)
+        try:
+            return rule(g, eqn, ins)
+        finally:
+            g.calls.pop()
+
+    return read
+
+
 def _rules() -> dict[str, Rule]:
     found: dict[str, Rule] = dict.fromkeys(primitives(Trait.ELEMENTWISE), moves.elementwise)
     found |= dict.fromkeys(primitives(Trait.PASSING), moves.passing)
@@ -66,6 +79,7 @@ def _rules() -> dict[str, Rule]:
     found |= dict.fromkeys(same, moves.same_axis)
     found |= dict.fromkeys(primitives(Trait.CHECKPOINT), calls.checkpoint)
     found |= {
+        "random_gamma": moves.gamma,
         "broadcast_in_dim": moves.broadcast_in_dim,
         "reshape": moves.reshape,
         "squeeze": moves.squeeze,
@@ -88,8 +102,8 @@ def _rules() -> dict[str, Rule]:
         "scan": loops.scan,
         "while": loops.while_loop,
         "cond": loops.cond,
-        "custom_vjp_call": calls.custom_vjp,
-        "custom_jvp_call": calls.custom_jvp,
+        "custom_vjp_call": _within(calls.custom_vjp),
+        "custom_jvp_call": _within(calls.custom_jvp),
         "custom_linear_solve": calls.linear_solve,
     }
     found = {name: _on_sums(rule) for name, rule in found.items()}

@@ -17,6 +17,7 @@ from jax.extend import core
 from ....ops.experts import experts_call, jitted
 from ....program.jaxpr import call_body, closed, context_of
 from ....program.jaxpr import run as run_as_is
+from ..derivatives import written_gradient
 from ..graph import Body, PartGraph, Reading, Rule, inlined, value_of
 from ..values import SUM, Form, Held, Kind, NotInParts
 
@@ -110,44 +111,21 @@ def _called(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held], body: Body, aroun
 def custom_vjp(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a function whose gradient the user wrote."""
     ins = [g.shared(one) if one.kind is Kind.SUM else one for one in ins]
-    avals = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in ins]
     plain = call_body(eqn)
     assert plain is not None
     primal = g.body(plain, ins)
-
-    def forward(*arrays: Any) -> Any:
-        return jax.vjp(lambda *own: list(run_as_is(eqn, own)), *arrays)
-
-    ahead, (_, pull) = jax.make_jaxpr(forward, return_shape=True)(*avals)
-    kept, structure = jax.tree.flatten(pull)
-    there = g.body(ahead, ins, reading=_as_they_are(g))
+    written = written_gradient(eqn)
+    floats, learns = written.floats, written.learns
+    there = g.body(written.ahead, ins, reading=_as_they_are(g))
     forms = [join_results(a.form, b.form) for a, b in zip(primal.outs, there.outs, strict=False)]
     primal.bring(forms)
     there.bring([*forms, *(out.form for out in there.outs[len(forms) :])])
-    floats = [jnp.issubdtype(one.dtype, jnp.inexact) for one in ins]
-    learns = [jnp.issubdtype(one.dtype, jnp.inexact) for one in primal.outs]
-
-    def backward(kept: Any, cotangents: Any) -> Any:
-        given = iter(cotangents)
-        filled = [
-            next(given) if one else np.zeros(out.shape, jax.dtypes.float0)
-            for one, out in zip(learns, primal.outs, strict=True)
-        ]
-        gradients = jax.tree.unflatten(structure, kept)(filled)
-        return [gradient for gradient, one in zip(gradients, floats, strict=True) if one]
-
-    shapes = [
-        jax.ShapeDtypeStruct(out.shape, out.dtype)
-        for out, one in zip(primal.outs, learns, strict=True)
-        if one
-    ]
-    back_jaxpr = jax.make_jaxpr(backward)(kept, shapes)
     cotangents = [
         Held(out.shape, out.dtype, _dual(form))
         for out, form, one in zip(primal.outs, forms, learns, strict=True)
         if one
     ]
-    back = g.body(back_jaxpr, [*there.outs[len(forms) :], *cotangents], reading=_as_they_are(g))
+    back = g.body(written.back, [*there.outs[len(forms) :], *cotangents], reading=_as_they_are(g))
     back.bring([_dual(value.form) for value, one in zip(ins, floats, strict=True) if one])
     _check_complete(primal, there, back)
 

@@ -30,6 +30,13 @@ def elementwise(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]
     return g.bind(eqn, ready, [v.form] * len(eqn.outvars))
 
 
+def gamma(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+    """Read draws of a gamma distribution, where each example has keys of its own."""
+    if one_of(ins).form.axis >= len(ins[0].shape):
+        raise NotInParts("random_gamma draws each example's number by its place among all")
+    return g.bind(eqn, [g.rows(one, *one_of(ins).form[1:]) for one in ins], [one_of(ins).form])
+
+
 def same_axis(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read an operation on leading dimensions each by itself, which adds or takes away trailing ones."""
     v = one_of(ins)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from meshwright.sharding import UserError, declare, plan
+from meshwright.sharding import UserError, declare, plan, train_step
 
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
 
@@ -115,7 +115,21 @@ def two_views_and_halves(p, b):
     return jnp.repeat(apart, 3)[1::3].mean(), {"first": one[0], "pair": other[3:6:2] > 0}
 
 
+def kept_in_a_reference(p, b):
+    """Sums and rows written to mutable arrays, in a loop too."""
+    total, rows = jax.new_ref(jnp.zeros(())), jax.new_ref(jnp.zeros((ROWS, TIME)))
+
+    def turn(n, carry):
+        total[...] += jnp.square(jnp.tanh(b["x"] @ p["layers"][n])).mean()
+        return carry
+
+    jax.lax.fori_loop(0, 3, turn, 0)
+    rows[...] = each(p, b)
+    return total[...] + rows[...].mean(), {"each": rows[...]}
+
+
 ACCEPTED = (
+    kept_in_a_reference,
     picked_by_row_and_place,
     two_views_and_halves,
     a_sum,
@@ -183,9 +197,41 @@ def normalised_twice(p, b):
     return jnp.square(h @ p["outside"]).mean()
 
 
+def clipped_weights(p, b):
+    """The gradient of shared weights is clipped: not what clipping each part's share of it adds up to."""
+
+    @jax.custom_vjp
+    def clipped(w):
+        return w
+
+    clipped.defvjp(lambda w: (w, None), lambda _, g: (jnp.clip(g, -1e-2, 1e-2),))
+    return jnp.square(jnp.tanh(b["x"] @ clipped(p["inside"]))).mean()
+
+
+def scale_by_gradient(p, b):
+    """A "gradient" that is no gradient: what takes the parameter's place, whatever comes back."""
+
+    @jax.custom_vjp
+    def scaled(w, scale):
+        return w
+
+    scaled.defvjp(lambda w, scale: (w, w), lambda w, g: (g, jnp.abs(w).max()))
+    h = b["x"]
+    for w in p["layers"]:
+        h = jnp.tanh(h @ scaled(w, p["outside"][0, 0]))
+    return jnp.square(h).mean()
+
+
+def drawn_by_place(p, b):
+    return jax.random.gamma(jax.random.key(2), jnp.exp(jnp.tanh(b["x"] @ p["inside"]))).mean()
+
+
 @pytest.mark.parametrize(
     ("loss", "says"),
     [
+        (clipped_weights, "is not linear in what comes back .*, at "),
+        (scale_by_gradient, "is not linear in what comes back .*, at "),
+        (drawn_by_place, "random_gamma draws each example's number by its place among all, at "),
         (contrastive, "every example meets every other, at "),
         (sorted_losses, "sort along the examples, at "),
         (a_state_walked_along_the_rows, "what is carried is more than a sum, at "),
@@ -294,6 +340,24 @@ def test_a_state_is_the_one_that_the_whole_batch_leaves():
     want = jax.value_and_grad(loss, has_aux=True)(params(), batch(), state)
     got = jax.jit(jax.value_and_grad(made.apply(loss), has_aux=True))(params(), batch(), state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
+
+
+def test_what_is_worked_through_by_hand_after_the_gradient_leaves_a_state_too():
+    def loss(p, b, state):
+        taught = jax.lax.stop_gradient(jnp.tanh(b["other"] @ p["inside"]) @ p["outside"])
+        learnt = jax.nn.log_softmax(jnp.tanh(b["one"] @ p["inside"]) @ p["outside"])
+        value = -jnp.sum(jax.nn.softmax(taught - state) * learnt, -1).mean()
+        return value, ({"spread": taught.std(0).mean()}, 0.9 * state + 0.1 * taught.mean(0))
+
+    views, state = {"one": batch()["x"][:, 0], "other": batch()["x"][:, 1]}, jnp.zeros(CLASSES)
+    given = {"topology": "cpu:8", "mesh": {"data": 4, "fsdp": 2}, "microbatches": 2, "state": state}
+    made = declare(loss, params(), views, **given)
+    want, (aux, left) = loss(params(), views, state)
+    mesh = made.make_mesh()
+    step = train_step(made, loss, lambda _: (params(), state), views, optax.sgd(0.1), mesh=mesh)
+    after, metrics = step.update(step.init(jax.random.key(0)), views)
+    np.testing.assert_allclose([metrics["loss"], metrics["spread"]], [want, aux["spread"]], rtol=1e-4)
+    np.testing.assert_allclose(after["state"], left, rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_with_a_state_is_not_sent_to_what_it_cannot_have() -> None:

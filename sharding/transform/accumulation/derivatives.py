@@ -1,0 +1,181 @@
+"""Gradients that a user wrote, traced, and whether they are linear in what comes back to them.
+
+A part knows its own share of what comes back to a shared value alone. Where the user's rule is linear, what
+it makes of the shares adds up to what it makes of the whole; where it clips, rounds to integers or gives a
+number of its own, as rules that hand on new scales do, it does not.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from ...program.jaxpr import branches, call_body, run, scan_parts
+from ...program.primitives import Trait, primitives
+
+_CALLS = primitives(Trait.CALL)
+_LINEAR, _BILINEAR, _PICKING = primitives(Trait.LINEAR), primitives(Trait.BILINEAR), primitives(Trait.PICKING)
+# Linear in what is written and what is written to, by the place of the first number that says where.
+_WRITING = {"scatter-add": 1, "scatter-sub": 1, "scatter": 1, "dynamic_update_slice": 2}
+# Of fewer bytes a rounding is no rounding error any more.
+_LEAST_BYTES = 2
+
+
+class Gradient(NamedTuple):
+    """The gradient of a `custom_vjp_call`, traced.
+
+    ahead: its operands → its results, then what is kept. back: what is kept, then the gradients of those of
+    its results that are floats, as `learns` says → those of its operands that `floats` says.
+    """
+
+    ahead: core.ClosedJaxpr
+    back: core.ClosedJaxpr
+    kept: int
+    floats: tuple[bool, ...]
+    learns: tuple[bool, ...]
+
+
+def written_gradient(eqn: core.JaxprEqn) -> Gradient:
+    """Trace the rule that a user wrote for the gradient of `eqn`."""
+
+    def forward(*arrays: Any) -> Any:
+        return jax.vjp(lambda *own: list(run(eqn, own)), *arrays)
+
+    ins, outs = [_shape(var) for var in eqn.invars], [_shape(var) for var in eqn.outvars]
+    ahead, (_, pull) = jax.make_jaxpr(forward, return_shape=True)(*ins)
+    kept, structure = jax.tree.flatten(pull)
+    floats, learns = (tuple([jnp.issubdtype(one.dtype, jnp.inexact) for one in some]) for some in (ins, outs))
+
+    def backward(kept: Any, cotangents: Any) -> Any:
+        given = iter(cotangents)
+        filled = [
+            next(given) if one else np.zeros(out.shape, jax.dtypes.float0)
+            for one, out in zip(learns, outs, strict=True)
+        ]
+        gradients = jax.tree.unflatten(structure, kept)(filled)
+        return [gradient for gradient, one in zip(gradients, floats, strict=True) if one]
+
+    back = jax.make_jaxpr(backward)(kept, [out for out, one in zip(outs, learns, strict=True) if one])
+    return Gradient(ahead=ahead, back=back, kept=len(kept), floats=floats, learns=learns)
+
+
+def uneven_call(eqn: core.JaxprEqn) -> core.JaxprEqn | None:
+    """Return the call in `eqn`, or `eqn` itself, whose written gradient is not linear in what comes back."""
+    return next((one for one in _written(eqn) if not _is_linear(written_gradient(one))), None)
+
+
+def _written(eqn: core.JaxprEqn) -> Iterator[core.JaxprEqn]:
+    if eqn.primitive.name == "custom_vjp_call":
+        yield eqn
+        return
+    for inner in core.jaxprs_in_params(eqn.params):
+        for one in inner.eqns:
+            yield from _written(one)
+
+
+class _Class(enum.Enum):
+    """What a value is of what comes back."""
+
+    ZERO = "nothing"
+    APART = "does not depend on it"
+    LINEAR = "linear in it"
+    OTHER = "anything else"
+
+
+def _is_linear(gradient: Gradient) -> bool:
+    count = len(gradient.back.in_avals) - gradient.kept
+    found = _classes(gradient.back, [_Class.APART] * gradient.kept + [_Class.LINEAR] * count)
+    return all(one in (_Class.ZERO, _Class.LINEAR) for one in found)
+
+
+def _classes(closed: core.ClosedJaxpr, ins: Sequence[_Class]) -> list[_Class]:
+    known: dict[Any, _Class] = dict.fromkeys(closed.jaxpr.constvars, _Class.APART)
+    known.update(zip(closed.jaxpr.invars, ins, strict=True))
+
+    def read(atom: Any) -> _Class:
+        if isinstance(atom, core.Literal):
+            return _Class.ZERO if np.all(np.asarray(atom.val) == 0) else _Class.APART
+        return known[atom]
+
+    for eqn in closed.jaxpr.eqns:
+        known.update(zip(eqn.outvars, _of_equation(eqn, [read(atom) for atom in eqn.invars]), strict=True))
+    return [read(atom) for atom in closed.jaxpr.outvars]
+
+
+def _of_equation(eqn: core.JaxprEqn, ins: list[_Class]) -> list[_Class]:
+    name = eqn.primitive.name
+    body = call_body(eqn) if name in _CALLS else None
+    if body is not None:
+        return _classes(body, ins)
+    if name == "scan":
+        return _of_scan(eqn, ins)
+    depends = any(one in (_Class.LINEAR, _Class.OTHER) for one in ins)
+    if name == "cond" and ins[0] not in (_Class.LINEAR, _Class.OTHER):
+        found = [_classes(branch, ins[1:]) for branch in branches(eqn)]
+        return [_together(list(outs)) for outs in zip(*found, strict=True)]
+    return [_of_operation(eqn, ins, depends=depends)] * len(eqn.outvars)
+
+
+def _of_operation(eqn: core.JaxprEqn, ins: list[_Class], *, depends: bool) -> _Class:
+    """Return what an operation gives that runs no program."""
+    name = eqn.primitive.name
+    if name == "convert_element_type":
+        dtype: Any = eqn.outvars[0].aval.dtype  # type: ignore[union-attr]
+        rounds = depends and not (jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= _LEAST_BYTES)
+        return _Class.OTHER if rounds else ins[0]
+    if name in _LINEAR:
+        return _together(ins)
+    if name in _WRITING:
+        # Two arrays, and beside them the places, which come second or last.
+        places = ins[1:2] if _WRITING[name] == 1 else ins[2:]
+        arrays = [ins[0], ins[2]] if _WRITING[name] == 1 else ins[:2]
+        return _picked(arrays, places)
+    if name == "select_n":
+        return _picked(ins[1:], ins[:1])
+    if name in _PICKING:
+        return _picked(ins[:1], ins[1:])
+    if name in _BILINEAR or name in ("div", "triangular_solve"):
+        # What is divided comes first, what is solved for last.
+        last = {"div": 1, "triangular_solve": 0}.get(name)
+        if _Class.ZERO in ins and name != "div":
+            return _Class.ZERO
+        if last is not None and ins[last] in (_Class.LINEAR, _Class.OTHER):
+            return _Class.OTHER
+        moving = [one for one in ins if one is not _Class.APART]
+        return moving[0] if len(moving) == 1 else _Class.OTHER if depends else _Class.APART
+    return _Class.OTHER if depends else _Class.APART
+
+
+def _picked(arrays: Sequence[_Class], places: Sequence[_Class]) -> _Class:
+    moves = any(one in (_Class.LINEAR, _Class.OTHER) for one in places)
+    return _Class.OTHER if moves else _together(arrays)
+
+
+def _together(ins: Sequence[_Class]) -> _Class:
+    """Return what sums, choices and stacks of values are."""
+    kinds = set(ins) - {_Class.ZERO}
+    if not kinds:
+        return _Class.ZERO
+    return kinds.pop() if len(kinds) == 1 else _Class.OTHER
+
+
+def _of_scan(eqn: core.JaxprEqn, ins: list[_Class]) -> list[_Class]:
+    parts = scan_parts(eqn)
+    first, last = parts.num_consts, parts.num_consts + parts.num_carry
+    carry = ins[first:last]
+    while True:
+        outs = _classes(parts.body, [*ins[:first], *carry, *ins[last:]])
+        joined = [_together(pair) for pair in zip(carry, outs[: parts.num_carry], strict=True)]
+        if joined == carry:
+            return outs
+        carry = joined
+
+
+def _shape(var: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
