@@ -11,7 +11,7 @@ import numpy as np
 from meshwright.sharding.cost import collectives, compute, memory
 from meshwright.sharding.cost.calibration import Calibration
 from meshwright.sharding.cost.candidate import Candidate
-from meshwright.sharding.cost.collectives import Link, switched_groups, switched_link
+from meshwright.sharding.cost.collectives import Link, ring_link, switched_groups
 from meshwright.sharding.cost.compute import Busy, FusedAttention, Passes
 from meshwright.sharding.cost.exchange import StoredOver, parts
 from meshwright.sharding.cost.execution import Execution, execution_for
@@ -76,7 +76,7 @@ def _kept(record: Framework, profile: ProgramTables, candidate: Candidate, fused
 def _links(
     record: Framework, mesh: Mapping[str, int], topology: Topology, calibration: Calibration, /
 ) -> Mapping[str, Link]:
-    if topology.is_torus or (record.fabric_group_exponent == 0.0 and record.pipelined_starts == 1.0):
+    if topology.is_torus or record.library_ways:
         return collectives.links(mesh, topology, calibration)
     return _switched(record, tuple(mesh.items()), topology, calibration)
 
@@ -96,7 +96,7 @@ def _switched(
             fabric_seconds=calibration.fabric_seconds * starts,
             network_seconds=calibration.network_seconds * starts,
         )
-        found[axis] = switched_link(size, inside, topology, rates)
+        found[axis] = ring_link(size, inside, topology.chip, rates)
     return found
 
 

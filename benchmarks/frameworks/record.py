@@ -66,6 +66,8 @@ class Framework(Calibration):
       layer_seconds: host's time for a layer that no computing hides: where a framework waits for the device.
       fabric_group_exponent: of the group's share of its domain, in the efficiency of the fast links: small
         groups use few of them.
+      library_ways: whether collectives go by the fastest of the communication library's ways, as the
+        product's do; otherwise by rings, over which starts are fitted.
       pipelined_starts: how much longer exchanging activations takes to start while stages talk as well.
       copy_bytes: held for each parameter that a device computes with, besides the parameter, its gradient and
         the optimizer's arrays: buckets, flat copies.
@@ -86,6 +88,7 @@ class Framework(Calibration):
     loss_copies: float = 1.0
     layer_seconds: float = 0.0
     fabric_group_exponent: float = 0.0
+    library_ways: bool = False
     pipelined_starts: float = 1.0
     copy_bytes: float = 0.0
     memory_overhead: float = 0.0
@@ -104,6 +107,7 @@ def plain(chip: str) -> Framework:
         fused_attention=True,
         attention_share=0.5,
         attention_gradient=2.5,
+        library_ways=True,
     )
 
 
@@ -153,7 +157,7 @@ def unseen(chip: str, framework: str, path: Path | None = None) -> Framework:
         before = getattr(begun, name)
         told = [v for _, one in kin if abs((v := getattr(one, name)) - before) > _MOVED * before]
         middle |= {name: statistics.median_low(told)} if told else {}
-    return dataclasses.replace(own, **middle)
+    return dataclasses.replace(own, **middle, library_ways=False)
 
 
 def read(path: Path) -> tuple[Framework, Tables]:

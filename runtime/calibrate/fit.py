@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.optimize import least_squares
 
 from ...sharding.cost.calibration import Calibration, calibration_for
+from ...sharding.cost.collectives import switched_link
 from ...sharding.cost.compute import attention_share, peak_flops, product_share
 from ...sharding.hardware.chip import Chip
 from ...sharding.xla.compiler import compiler_for
@@ -17,9 +20,10 @@ from .kernels import Row
 
 # Sizes of a product's role at which it may be half as fast, one of which is taken.
 _HALVES = (0.0, 8.0, 16.0, 32.0, 64.0, 96.0, 128.0, 192.0, 256.0)
-# How often the whole of what a group holds goes through each device's link (`cost.collectives`).
-_PASSES = {"all_gather": 1.0, "reduce_scatter": 1.0, "all_reduce": 2.0}
 _LEAST = 1e-4
+# Where the fit of an axis's efficiency and start begins, and what it stays within.
+_BEGIN = (0.5, 1e-6)
+_BOUNDS = ((_LEAST, 1e-10), (10.0, 1.0))
 
 
 def fit(rows: Sequence[Row], chip: Chip) -> dict[str, float]:
@@ -31,10 +35,10 @@ def fit(rows: Sequence[Row], chip: Chip) -> dict[str, float]:
         moved = [row for row in rows if row["kind"] in ("elementwise", "sum of rows")]
         found |= _share("memory_efficiency", moved, rate)
         found |= _share("optimizer_efficiency", [row for row in rows if row["kind"] == "optimizer"], rate)
-    fast = chip.fabric_bytes_per_second_per_chip or chip.link_bytes_per_second
-    found |= _links(rows, FABRIC, None if fast is None else fast / chip.devices_per_chip)
-    slow = chip.dcn_bytes_per_second_per_chip
-    found |= _links(rows, NETWORK, None if slow is None else slow / chip.devices_per_chip)
+    if chip.fabric_bytes_per_second_per_chip or chip.link_bytes_per_second:
+        found |= _links(rows, FABRIC, chip)
+    if chip.dcn_bytes_per_second_per_chip:
+        found |= _links(rows, NETWORK, chip)
     return {name: float(f"{value:.4g}") for name, value in found.items()}
 
 
@@ -92,23 +96,25 @@ def _ramp(row: Row, shipped: Calibration) -> float:
     return float(attention_share(width, keys, shipped)[0]) / shipped.attention_efficiency
 
 
-def _links(rows: Sequence[Row], axis: str, rate: float | None) -> dict[str, float]:
-    """Return the efficiency and start of an axis's collectives.
+def _links(rows: Sequence[Row], axis: str, chip: Chip) -> dict[str, float]:
+    """Return the efficiency and start of an axis's collectives, by which they would take what was timed.
 
-    Seconds are bytes over the rate, and starts: of each device visited, twice in an all-reduce. Each row
-    counts by its own size, so that small ones tell the start and large ones the rate.
+    Each row counts by its own size, so that small ones tell the start and large ones the rate.
     """
     timed = [row for row in rows if row.get("axis") == axis]
-    if len(timed) < 2 or rate is None:
+    if len(timed) < 2:
         return {}
-    table: list[list[Any]] = []
-    for row in timed:
-        passes, count = _PASSES[row["kind"]], row["devices"]
-        moved = passes * (count - 1) / count * row["bytes"] / rate
-        table.append([moved / row["seconds"], passes * (count - 1) / row["seconds"]])
-    (slowness, start), *_ = np.linalg.lstsq(np.array(table), np.ones(len(table)), rcond=None)
-    if slowness <= 0.0 or start < 0.0:
-        # Time does not rise with bytes alone: the largest tells the rate, and nothing the start.
-        largest = max(range(len(timed)), key=lambda n: timed[n]["bytes"])
-        slowness, start = 1.0 / table[largest][0], 0.0
-    return {f"{axis}_efficiency": max(1.0 / slowness, _LEAST), f"{axis}_seconds": max(start, 0.0)}
+    shipped = calibration_for(chip.name)
+    names = (f"{axis}_efficiency", f"{axis}_seconds")
+
+    def taken(logs: Any) -> np.ndarray:
+        record = dataclasses.replace(shipped, **dict(zip(names, np.exp(logs).tolist(), strict=True)))
+        rates = []
+        for row in timed:
+            count = row["devices"]
+            link = switched_link(count, count if axis == FABRIC else 1, chip, record)
+            rates.append(link.collective(row["kind"], row["bytes"]) / row["seconds"])
+        return np.array(rates)
+
+    found = least_squares(lambda logs: taken(logs) - 1.0, np.log(_BEGIN), bounds=np.log(_BOUNDS))
+    return dict(zip(names, np.exp(found.x).tolist(), strict=True))

@@ -166,7 +166,7 @@ class Fabric:
 
     def _link(self, span: Span, drives: int | None) -> Link:
         if not self.topology.is_torus:
-            return switched_link(span.size, span.inside, self.topology, self.calibration)
+            return switched_link(span.size, span.inside, self.topology.chip, self.calibration)
         return torus_link(
             size=span.size,
             extent=span.extent,

@@ -6,11 +6,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from ..hardware.axes import AXES_BY_WEIGHT
+from ..hardware.chip import Chip
 from ..hardware.links import reaches
 from ..hardware.topology import Topology
+from . import nccl
 from .calibration import Calibration
+
+# Starts of a device and of a domain for which the figures of `nccl` hold; they change in proportion to these.
+_NCCL_FABRIC_SECONDS, _NCCL_NETWORK_SECONDS = 1e-6, 1e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +30,8 @@ class Link:
                          others of the group takes; where not given, those of a switch.
     seconds:             start of one collective, all hops together.
     network:             whether it leaves the fast fabric.
+    ways:                kind → the ways that a library has of carrying it out, their starts included; none of
+                         a kind that goes by rings, or one after the other.
     """
 
     size: int
@@ -32,6 +40,7 @@ class Link:
     seconds: float
     network: bool
     exchange_bytes_per_second: float | None = None
+    ways: Mapping[str, nccl.Ways] = dataclasses.field(default_factory=dict)
 
     def collective(self, kind: str, bytes_: float, count: float = 1.0) -> float:
         """Return the seconds of `count` collectives that move `bytes_` together.
@@ -43,12 +52,17 @@ class Link:
         all-reduce is one after the other, twice that. In an all-to-all each device holds 1 / n and keeps
         1 / n of that: (n - 1) / n of 1 / n leaves it.
         """
-        return self.transfer(kind, bytes_) + self.starts(kind, count)
+        return self.transfer(kind, bytes_, count) + self.starts(kind, count)
 
-    def transfer(self, kind: str, bytes_: float) -> float:
-        """Return the seconds that the links are busy; see `collective`."""
+    def transfer(self, kind: str, bytes_: Any, count: Any = 1.0) -> Any:
+        """Return the seconds that the links are busy, of numbers or of arrays alike; see `collective`.
+
+        With ways to choose from, the starts of `count` are among them: the device waits in them.
+        """
         if self.size == 1:
-            return 0.0
+            return 0.0 * bytes_
+        if kind in self.ways:
+            return self.ways[kind].seconds(bytes_, count)
         # Around a torus it goes as far as it must: see `torus_link`.
         if kind == "all_to_all" and self.exchange_bytes_per_second is not None:
             return bytes_ / self.size / self.exchange_bytes_per_second
@@ -60,7 +74,9 @@ class Link:
 
         An all-reduce starts twice: its reduce-scatter, then its all-gather.
         """
-        return 0.0 if self.size == 1 else count * self.seconds * (2.0 if kind == "all_reduce" else 1.0)
+        if self.size == 1 or kind in self.ways:
+            return 0.0
+        return count * self.seconds * (2.0 if kind == "all_reduce" else 1.0)
 
     def point_to_point(self, bytes_: float, count: float = 1.0) -> float:
         """Return the seconds of `count` sends of `bytes_` together to the next device of the group."""
@@ -88,7 +104,7 @@ def _links(
     if topology.is_torus and sizes:
         return _torus_links(sizes, topology, calibration)
     return {
-        axis: switched_link(size, inside, topology, calibration)
+        axis: switched_link(size, inside, topology.chip, calibration)
         for axis, (size, inside) in switched_groups(sizes, topology).items()
     }
 
@@ -110,27 +126,42 @@ def switched_groups(mesh: Mapping[str, int], topology: Topology) -> dict[str, tu
     return found
 
 
-def _fabric_rate(topology: Topology, calibration: Calibration) -> float:
-    chip = topology.chip
+def _fabric_rate(chip: Chip, calibration: Calibration) -> float:
     rate = chip.fabric_bytes_per_second_per_chip or chip.link_bytes_per_second or math.inf
     return rate / chip.devices_per_chip * calibration.fabric_efficiency
 
 
-def _network_rate(topology: Topology, calibration: Calibration) -> float:
-    chip = topology.chip
+def _network_rate(chip: Chip, calibration: Calibration) -> float:
     rate = chip.dcn_bytes_per_second_per_chip
     if rate is None:
-        return _fabric_rate(topology, calibration)
+        return _fabric_rate(chip, calibration)
     return rate / chip.devices_per_chip * calibration.network_efficiency
 
 
-def switched_link(size: int, inside: int, topology: Topology, calibration: Calibration) -> Link:
-    """Return the link of a group of `size` with `inside` members on each fast domain.
+def switched_link(size: int, inside: int, chip: Chip, calibration: Calibration) -> Link:
+    """Return the link of a group of `size`, `inside` on each fast domain, as the chip's library uses it."""
+    link = ring_link(size, inside, chip, calibration)
+    if chip.vendor != "NVIDIA" or chip.fabric != "switch" or size < 2:
+        return link
+    group = nccl.Group(
+        size=size,
+        domains=math.ceil(size / inside),
+        link=_fabric_rate(chip, calibration),
+        network=_network_rate(chip, calibration),
+        switch_sums=chip.switch_sums,
+        step=calibration.fabric_seconds / _NCCL_FABRIC_SECONDS,
+        hop=calibration.network_seconds / _NCCL_NETWORK_SECONDS,
+    )
+    return dataclasses.replace(link, ways=nccl.ways(group))
+
+
+def ring_link(size: int, inside: int, chip: Chip, calibration: Calibration) -> Link:
+    """Return the link of a group of `size` with `inside` members on each fast domain, used by rings alone.
 
     A ring that leaves a domain enters and leaves through the adapters of all its members there: it is as fast
     as the slower of one device's fast links and the adapters together.
     """
-    fabric = _fabric_rate(topology, calibration)
+    fabric = _fabric_rate(chip, calibration)
     if inside == size:
         return Link(
             size=size,
@@ -139,7 +170,7 @@ def switched_link(size: int, inside: int, topology: Topology, calibration: Calib
             seconds=calibration.fabric_seconds * (size - 1),
             network=False,
         )
-    network = _network_rate(topology, calibration)
+    network = _network_rate(chip, calibration)
     domains = math.ceil(size / inside)
     return Link(
         size=size,
@@ -217,9 +248,9 @@ def torus_link(
     exchange = one / (fullest * cores) if fullest and not crosses_slices else None
     if crosses_slices:
         inside = max(1, size // topology.num_slices)
-        network = inside * _network_rate(topology, calibration)
+        network = inside * _network_rate(topology.chip, calibration)
         rate = min(rate, network) if inside > 1 else network
-        point = _network_rate(topology, calibration)
+        point = _network_rate(topology.chip, calibration)
         seconds += calibration.network_seconds * (topology.num_slices - 1)
     return Link(
         size=size,

@@ -156,7 +156,9 @@ def microbatch(parts: StepParts, turns: Turns = ONCE) -> dict[str, np.ndarray]:
             added = traffic.of(traffic.runs * again[traffic.values])
             size, count = size + added[0], count + added[1]
         link = wires[traffic.axis]
-        row = link.transfer(traffic.kind, 1.0) * size * (1.0 - calibration.overlap_activations) * turns.rows
+        # Only the bytes are cut where a device takes part of the rows at a turn.
+        busy = link.transfer(traffic.kind, size * turns.rows, count * turns.whole)
+        row = busy * (1.0 - calibration.overlap_activations)
         items[f"{traffic.kind}/{traffic.axis}"] += row
         talking += row
         starting += link.starts(traffic.kind, 1.0) * count * turns.whole

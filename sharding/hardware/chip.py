@@ -76,6 +76,8 @@ class Chip:
     domain_chips: int | None = None
     """Chips that reach each other over the fast fabric; None on a torus, where it is the slice."""
     chips_per_host: int | None = None
+    switch_sums: float | None = None
+    """Share of what collectives reach on the fast links at which the switch sums; None where it cannot."""
     dcn_bytes_per_second_per_chip: float | None = None
     host_link_bytes_per_second_per_chip: float | None = None
 
