@@ -1,7 +1,7 @@
 """An all-reduce over a host's NVIDIA GPUs: what a plan's estimate says beside what was measured.
 
-`python benchmarks/nccl.py CSV [--topology h100:8]` reads the columns `bytes` and `time_us` of
-nccl-tests, and prints a row a size, the median and the worst error from 1 MiB on. Of the rows that `sharding/cost/nccl.toml`
+`python benchmarks/nccl.py CSV [--topology h100:8]` reads the columns `bytes` and `time_us` of nccl-tests. It
+prints a row a size, and the median and the worst error from 1 MiB on. Of rows that `sharding/cost/nccl.toml`
 was made with this says how well they are followed, of others how well it holds.
 """
 
