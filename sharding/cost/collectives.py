@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..hardware.axes import AXES_BY_WEIGHT
@@ -124,6 +124,20 @@ def switched_groups(mesh: Mapping[str, int], topology: Topology) -> dict[str, tu
         found[axis] = size, max(1, min(size, topology.devices_per_domain // stride))
         stride *= size
     return found
+
+
+def joint_link(
+    mesh: Mapping[str, int], topology: Topology, calibration: Calibration, axes: Sequence[str]
+) -> Link:
+    """Return the link of groups of a switch that lie over several `axes` at once."""
+    groups = switched_groups(mesh, topology)
+    size, inside = (math.prod(groups[axis][n] for axis in axes if axis in groups) for n in (0, 1))
+    return _joint(size, inside, topology.chip, calibration)
+
+
+@functools.lru_cache(maxsize=1024)
+def _joint(size: int, inside: int, chip: Chip, calibration: Calibration) -> Link:
+    return switched_link(size, inside, chip, calibration)
 
 
 def _fabric_rate(chip: Chip, calibration: Calibration) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -12,7 +13,7 @@ from ..plans.estimate import Estimate
 from ..program.program import Program
 from .calibration import Calibration, calibration_for
 from .candidate import Candidate
-from .collectives import Link
+from .collectives import Link, joint_link
 from .compute import Passes, passes, peak_flops
 from .context import Attending, SpreadCall, context_bytes, context_seconds, laid_calls
 from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables_read_there
@@ -248,7 +249,9 @@ class Pricer:
         kept = execution.kept(table, candidate, execution.attention is not None)
         once = self._once(placement, calibration, execution, known=own)
         done = execution.busy(table, once, kept)
-        moved = self._exchange(candidate, placement, over, wires, execution, known=own)
+        joint = functools.partial(joint_link, candidate.mesh, self.topology, calibration)
+        joint = joint if execution.reduces_whole else None
+        moved = self._exchange(candidate, placement, over, wires, joint, known=own)
         stacking = stacking_seconds(
             table, placement, kept, chip, calibration, fused_attention=execution.attention is not None
         )
@@ -381,7 +384,7 @@ class Pricer:
         placement: Placement,
         over: StoredOver,
         wires: Mapping[str, Link],
-        execution: Execution,
+        joint: Callable[[Sequence[str]], Link] | None,
         *,
         known: bool,
     ) -> Exchange:
@@ -396,7 +399,7 @@ class Pricer:
             over,
             wires,
             self.gradient_bytes,
-            reduces_whole=execution.reduces_whole,
+            joint=joint,
         )
         if known:
             _remembered(self._exchanges, key, (made, (candidate.dims, over)))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -175,15 +175,16 @@ def exchange(
     links: Mapping[str, Link],
     gradient_bytes: float | None,
     *,
-    reduces_whole: bool = False,
+    joint: Callable[[Sequence[str]], Link] | None = None,
 ) -> Exchange:
     """Return how long parameters and gradients travel.
 
     A parameter stored over more axes than it is computed with is gathered for the forward and again for the
     backward pass, in the type that it is used in. A gradient that is a partial sum over an axis is scattered
     over it each microbatch where gradients are stored so, and reduced once a step where they are not, or, if
-    it `reduces_whole`, each microbatch over all axes where there are several. An optimizer that shares the
-    work out (ZeRO-1, Rajbhandari et al. 2020) scatters instead of reducing, and gathers the new parameters.
+    there is a `joint` link, each microbatch over all axes at once where there are several. An optimizer that
+    shares the work out (ZeRO-1, Rajbhandari et al. 2020) scatters instead of reducing, and gathers the new
+    parameters.
 
     Args:
       profile: the program's tables.
@@ -192,7 +193,8 @@ def exchange(
       over: the axes that parameters, gradients and moments lie over.
       links: axis → what it runs on.
       gradient_bytes: of one element as it travels; as the parameter's in use if None.
-      reduces_whole: see `Execution`.
+      joint: axes → what a group over all of them runs on, for gradients that are reduced whole, see
+        `Execution.reduces_whole`.
     """
     found = Exchange(gathers=_table(), scatters=_table(), step=_table())
     table = profile.parameters
@@ -215,7 +217,7 @@ def exchange(
         key = (sections[n], stacks[n], read[n], trained[n], summed, *map(id, lying))
         row = known.get(key)
         if row is None:
-            alike = _alike(sections[n], stacks[n], read[n], trained[n], summed, lying, reduces_whole)
+            alike = _alike(sections[n], stacks[n], read[n], trained[n], summed, lying, joint is not None)
             row = known[key] = plans[alike]
         row[0] += count * item_bytes[n]
         row[1] += count * (used_bytes[n] if gradient_bytes is None else gradient_bytes)
@@ -226,7 +228,7 @@ def exchange(
         _send_rows(found.gathers, links, profile, placement, n, axes)
     for alike, (size, gradient, times, used) in plans.items():
         _gather(found.gathers, links, candidate.mesh, alike, used, times)
-        _reduce(found, links, candidate.mesh, alike, size, gradient, times, reduces_whole)
+        _reduce(found, links, candidate.mesh, alike, size, gradient, times, joint)
     return found
 
 
@@ -317,29 +319,28 @@ def _reduce(
     size: float,
     gradient: float,
     times: float,
-    reduces_whole: bool,
+    joint: Callable[[Sequence[str]], Link] | None,
 ) -> None:
     """Add reducing `gradient` bytes over all axes that it is a partial sum over, and renewing the parameters.
 
-    The heaviest axis, of the fastest links, goes first. A scatter over n devices leaves 1 / n of the array to
-    the axes after it. An all-reduce over several axes at once is a scatter over each and the gathers on the
-    way back, so that it leaves 1 / n too; one all-reduce after the other leaves all of it to the next.
+    Over several axes at once it is one all-reduce of all their devices, said of the first. Else the heaviest
+    axis, of the fastest links, goes first: a scatter over n devices leaves 1 / n of the array to the axes
+    after it, an all-reduce all of it.
     """
     share, section = 1.0, alike.section
-    whole = reduces_whole and len(alike.reduce) > 1
+    whole = joint is not None and len(alike.reduce) > 1
+    if joint is not None and whole:
+        seconds = joint(alike.reduce).collective("all_reduce", gradient, times)
+        found.scatters["all_reduce", next(iter(alike.reduce))][section] += seconds
     late = [axis for axis in alike.reduce if axis not in alike.gradients]
     early = [axis for axis in alike.reduce if axis in alike.gradients]
     for axis in (*reversed(early), *reversed(late)):
-        link, part = links[axis], gradient * share
-        if whole:
-            found.scatters["all_reduce", axis][section] += link.collective("all_reduce", part, times)
-        elif axis in alike.gradients:
-            found.scatters["reduce_scatter", axis][section] += link.collective("reduce_scatter", part, times)
-        elif axis in alike.moments:
-            found.step["reduce_scatter", axis][section] += link.collective("reduce_scatter", part)
-        else:
-            found.step["all_reduce", axis][section] += link.collective("all_reduce", part)
+        link, scattered = links[axis], axis in alike.gradients or axis in alike.moments
+        if not whole:
+            kind = "reduce_scatter" if scattered else "all_reduce"
+            into, count = (found.scatters, times) if axis in alike.gradients else (found.step, 1.0)
+            into[kind, axis][section] += link.collective(kind, gradient * share, count)
         if axis in alike.renewed:
             found.step["all_gather", axis][section] += link.collective("all_gather", size * share)
-        if whole or axis in alike.gradients or axis in alike.moments:
+        if whole or scattered:
             share /= mesh[axis]

@@ -3,7 +3,7 @@
 import pytest
 from meshwright.sharding import Topology
 from meshwright.sharding.cost.calibration import Calibration
-from meshwright.sharding.cost.collectives import links
+from meshwright.sharding.cost.collectives import joint_link, links
 
 PERFECT = Calibration()
 
@@ -49,3 +49,12 @@ def test_starts_are_counted_for_each_collective():
     link = links({"fsdp": 8}, Topology.parse("mi300x:8"), slow)["fsdp"]
     extra = link.collective("all_gather", 1e9, 10) - link.collective("all_gather", 1e9, 0)
     assert extra == pytest.approx(10 * 7 * 1e-5)
+
+
+def test_a_group_over_two_axes_is_one_of_all_their_devices():
+    topology = Topology.parse("h100:256x8")
+    mesh = {"fsdp": 16, "expert": 128}
+    both = joint_link(mesh, topology, PERFECT, ("fsdp", "expert"))
+    assert both == links({"fsdp": 2048}, topology, PERFECT)["fsdp"]
+    # The slower axis by itself has one adapter for each device.
+    assert both.bytes_per_second == 8 * links(mesh, topology, PERFECT)["fsdp"].bytes_per_second

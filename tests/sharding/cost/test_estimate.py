@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from meshwright.sharding import Topology
 from meshwright.sharding.cost import Calibration, Candidate, Execution, Pricer
+from meshwright.sharding.cost.collectives import links
 from meshwright.sharding.cost.compute import FusedAttention
 from meshwright.sharding.cost.execution import execution_for
 from meshwright.sharding.cost.profile import profile
@@ -137,8 +138,10 @@ def test_what_is_partial_over_two_axes_may_be_reduced_whole_each_microbatch(prog
     once = 2 * WEIGHTS / 450e9
     assert scattered["reduce_scatter/fsdp"] == pytest.approx(2 * 3 / 4 * once)
     assert not any(name.startswith("all_reduce") for name in scattered)
-    assert whole["all_reduce/fsdp"] == pytest.approx(2 * 2 * 3 / 4 * once)
-    assert whole["all_reduce/data"] == pytest.approx(2 * 2 * 1 / 2 * once / 4)
+    # One collective of all eight devices, said of the first axis.
+    eight = links({"fsdp": 8}, TOPOLOGY, PERFECT)["fsdp"]
+    assert whole["all_reduce/data"] == pytest.approx(2 * eight.collective("all_reduce", 2 * WEIGHTS))
+    assert "all_reduce/fsdp" not in whole
     assert not any(name.startswith("reduce_scatter") for name in whole)
     assert whole["all_gather/data"] == pytest.approx(1 / 2 * once / 4)
 
