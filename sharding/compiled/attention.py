@@ -64,14 +64,15 @@ def attention_kernel(module: HloModule, call: Instruction) -> AttentionWork | No
     if splash is None:
         # cuDNN takes [batch, sequence, heads, head_dim].
         query, key = ((*one[:-3], one[-2], one[-3], one[-1]) for one in (query, key))
-    asked = None if _ALL.search(call.attributes) else _CALL.search(call.op_name)
-    window, ahead = (word.search(asked[1]) if asked else None for word in (_SLIDING, _AHEAD))
+    # A piece of a call has a scope of its own within the call's.
+    asked = "" if _ALL.search(call.attributes) else (_CALL.findall(call.op_name) or [""])[-1]
+    window, ahead = (word.search(asked) for word in (_SLIDING, _AHEAD))
     # A device may have only some of the queries. The average over all devices is that of the whole sequence.
     keys = key[-2]
     seen = visible_pairs(
         keys,
         keys,
-        causal=asked is not None and "causal" in asked[1].split(","),
+        causal="causal" in asked.split(","),
         window=int(window[1]) if window else None,
         ahead=int(ahead[1]) if ahead else 0,
     )

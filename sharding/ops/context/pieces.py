@@ -73,10 +73,13 @@ def piece_forward(
 
     Queries are scaled already; `causal` says whether a query sees no key after its own place in the piece.
     """
-    if kernel.name == CUDNN:
-        return cudnn.with_sums(piece.query, piece.key, piece.value, causal=causal)
-    made = _splash(kernel, call, piece, causal=causal, sums=True)
-    out, (sums,) = jax.vmap(made)(*_by_head(piece.query, piece.key, piece.value), _segments(piece))
+    call = dataclasses.replace(call, causal=causal)
+    # What is compiled says of each piece what it computes: most pieces of a causal call have all pairs.
+    with jax.named_scope(call.name):
+        if kernel.name == CUDNN:
+            return cudnn.with_sums(piece.query, piece.key, piece.value, causal=causal)
+        made = _splash(kernel, call, piece, sums=True)
+        out, (sums,) = jax.vmap(made)(*_by_head(piece.query, piece.key, piece.value), _segments(piece))
     return jnp.swapaxes(out, 1, 2), sums
 
 
@@ -94,15 +97,17 @@ def piece_backward(
 
     `out`, its gradient `d_out` and `sums` are of all keys, not of the piece's alone.
     """
+    call = dataclasses.replace(call, causal=causal)
     if kernel.name == CUDNN:
-        return cudnn.gradients(
-            piece.query, piece.key, piece.value, out=out, sums=sums, d_out=d_out, causal=causal
-        )
+        with jax.named_scope(call.name):
+            return cudnn.gradients(
+                piece.query, piece.key, piece.value, out=out, sums=sums, d_out=d_out, causal=causal
+            )
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
         _splash_attention_bwd,  # pyright: ignore[reportPrivateUsage]
     )
 
-    made = _splash(kernel, call, piece, causal=causal, sums=False)
+    made = _splash(kernel, call, piece, sums=False)
     names = ("mask_value", "block_sizes", "mask_function", "attn_logits_soft_cap", "interpret")
     hidden, sizes, function, cap, interpret = (made.kwargs[name] for name in names)
 
@@ -114,7 +119,8 @@ def piece_backward(
         return grads[3:6]
 
     q, k, v, out, d_out = _by_head(piece.query, piece.key, piece.value, out, d_out)
-    grads = jax.vmap(one)(q, k, v, _segments(piece), out, sums, d_out)
+    with jax.named_scope(call.name):
+        grads = jax.vmap(one)(q, k, v, _segments(piece), out, sums, d_out)
     dq, dk, dv = _by_head(*grads)
     return dq, dk, dv
 
@@ -131,14 +137,14 @@ def _segments(piece: ChunkPiece) -> Any:
     return SegmentIds(piece.query_ids, piece.key_ids)
 
 
-def _splash(kernel: PieceKernel, call: AttentionCall, piece: ChunkPiece, *, causal: bool, sums: bool) -> Any:
+def _splash(kernel: PieceKernel, call: AttentionCall, piece: ChunkPiece, *, sums: bool) -> Any:
     rows, key_rows = piece.query.shape[1], piece.key.shape[1]
     block_q = block_that_divides(rows, kernel.block_q)
     block_kv = block_that_divides(key_rows, kernel.block_kv)
     assert block_q is not None
     assert block_kv is not None
     return splash_kernel(
-        dataclasses.replace(call, causal=causal),
+        call,
         queries=rows,
         keys=key_rows,
         heads=piece.query.shape[2],

@@ -88,6 +88,26 @@ def test_each_device_runs_the_kernel_on_its_rows_and_heads(topology: str, own_ca
 
 
 @pytest.mark.slow
+def test_pieces_of_a_ring_compute_what_the_whole_call_does(own_cache: pathlib.Path) -> None:
+    """Two chunks of a causal sequence: a piece sees what is before it, or all there is."""
+    *arguments, optimizer = program(2048)
+    done = []
+    for mesh in ({"fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2}):
+        told = {
+            "topology": "v5e:2x2",
+            "optimizer": optimizer,
+            "mesh": mesh,
+            "microbatches": 1,
+            "remat": "none",
+        }
+        made = plan(*arguments, **told, **({"context": "ring"} if "context" in mesh else {}))
+        proof = verify(made, *program(2048)).proof
+        assert proof is not None
+        done.append(proof.flops)
+    assert done[1] == pytest.approx(done[0], rel=0.01)
+
+
+@pytest.mark.slow
 def test_what_is_kept_by_name_is_not_computed_again(own_cache: pathlib.Path) -> None:
     forwards = {}
     for remat in ("full", {"output:in": "device"}):
