@@ -21,7 +21,6 @@ from ..program.dims import batch_rows
 from ..transform.compose import PlannedLoss
 from ..verify.export import abstract_mesh
 from .choices.layers import STAGE, Layers, layers_of, why_no_stages
-from .choices.mesh import experts_dims
 from .choices.microbatches import divisors
 from .choices.stages import CHUNKS
 from .declared import Declared
@@ -31,14 +30,17 @@ from .search import Found, Priced, anything_fits, search
 # A pipeline is taken if it needs at most this share of the seconds of the best without: what is as fast
 # either way stays what it is.
 _WORTH = 0.98
+# Layouts that only differ in which axis of light traffic cuts their rows take the same seconds at least, to
+# this share of them: the first one's tell of the others.
+_ALIKE = 1.02
 
 
 def with_stages(problem: Problem, topology: Topology, declared: Declared, answer: Answer) -> Answer:
     """Return the search over meshes with ``stage`` where its best is worth it, else `answer` itself.
 
     `answer` is the search without. Stages are offered where nothing is declared of them or of their schedule,
-    layers are found and experts are none, and the chip is a real one. Sizes are tried in the order of what
-    they take at least, until that is no less than the best known.
+    layers are found, and the chip is a real one. Sizes are tried in the order of what they take at least,
+    until that is no less than the best known.
     """
     layers = layers_of(problem.program)
     if not _are_offered(problem, topology, declared, layers):
@@ -76,7 +78,7 @@ def why_not_run(problem: Problem, plan: Record) -> str | None:
 def _are_offered(problem: Problem, topology: Topology, declared: Declared, layers: Layers | None) -> bool:
     said = STAGE in declared.mesh or -1 in declared.mesh.values()
     said = said or declared.schedule is not None or declared.interleave is not None
-    return not (said or topology.chip.nominal or layers is None or experts_dims(problem.program))
+    return not (said or topology.chip.nominal or layers is None)
 
 
 def _sizes(topology: Topology, declared: Declared, layers: Layers) -> Iterator[int]:
@@ -129,13 +131,22 @@ def _solved(
     declared = dataclasses.replace(declared, mesh={**declared.mesh, STAGE: stages})
     pricer, capacity = problem.pricer(topology, declared, known.room), known.capacity_bytes
 
+    least: dict[object, float] = {}
+
     def worth(layout: Candidate, microbatches: Sequence[int]) -> bool:
         most = dataclasses.replace(layout, microbatches=microbatches[-1])
         if work.over(lockstep(most)) >= below:
             return False
         if held_at_least(pricer.profile, most, pricer.slot_bytes) > capacity:
             return False
-        return below == math.inf or pricer.least_over_stages(most) < below
+        if below == math.inf:
+            return True
+        key = _as_one(most)
+        if least.get(key, 0.0) >= _ALIKE * below:
+            return False
+        found = pricer.least_over_stages(most)
+        least.setdefault(key, found)
+        return found < below
 
     try:
         offered = problem.space(topology, declared, worth)
@@ -160,6 +171,17 @@ def _solved(
         if found.best is not None:
             break
     return answer
+
+
+def _as_one(layout: Candidate) -> object:
+    """Return what layouts share that cut their rows over as many devices, whether by data or fsdp."""
+    rows = {axis: layout.mesh.get(axis, 1) for axis in ("data", "fsdp")}
+    dims = (
+        (dim, tuple(axis for axis in axes if axis not in rows), rows.keys().isdisjoint(axes))
+        for dim, axes in layout.dims.items()
+    )
+    mesh = {axis: size for axis, size in layout.mesh.items() if axis not in rows and size > 1}
+    return math.prod(rows.values()), tuple(mesh.items()), frozenset(dims), layout.interleave
 
 
 def _joined(found: Answer, without: Answer) -> Answer:

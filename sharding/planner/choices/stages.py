@@ -33,6 +33,9 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
         yield Refused(sizes={"stage": stages}, reason=reason)
         return
     assert found is not None
+    if reason := _mixed(given, draft):
+        yield Refused(sizes={axis: size for axis, size in draft.mesh.items() if size > 1}, reason=reason)
+        return
     axes = {axis: draft.mesh[axis] for axis in (*draft.batch, "stage")}
     count = given.declared.microbatches or 1
     if given.rows % (needed := math.prod(axes.values()) * count):
@@ -63,3 +66,16 @@ def check_schedule(schedule: str | None, mesh_stages: int | None) -> None:
         raise UserError(f"schedule={schedule!r} is unknown; {nearest(schedule, SCHEDULES)}")
     if mesh_stages in (None, 1):
         raise UserError(f"schedule={schedule!r} orders pipeline stages and the mesh declares none")
+
+
+def _mixed(given: Given, draft: Draft) -> str | None:
+    """Return why no pipeline of a draft runs: an axis that cuts rows cuts parameters' own dims too."""
+    for dim, axes in draft.dims.items():
+        both = next((axis for axis in axes if axis in draft.batch and draft.mesh[axis] > 1), None)
+        if both is not None and dim not in given.program.data_dims:
+            name = given.program.dims[dim].name
+            return (
+                f"{both}={draft.mesh[both]} cuts the batch and {name}, and stages take the batch apart by "
+                f"hand; beside stages {name} may lie over tensor, or whole: rules={{{name!r}: None}}"
+            )
+    return None

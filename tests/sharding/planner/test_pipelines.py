@@ -8,6 +8,7 @@ import optax
 import pytest
 from meshwright.sharding import Topology, UserError, plan
 from meshwright.sharding.cost.pipeline import held_at_least
+from meshwright.sharding.ops.experts import experts
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.inputs import Problem
 
@@ -93,3 +94,34 @@ def test_no_layout_is_cheaper_than_its_bounds():
                 one = pricer.price(remat.on(layout, count))
                 assert one.step_seconds >= seconds * 0.995
                 assert one.peak_bytes >= size
+
+
+def mixture_of(layers=32, width=2048, count=8, rows=1024, time=64):
+    shape = jax.ShapeDtypeStruct
+    params = {
+        "router": shape((layers, width, count), "float32"),
+        "up": shape((layers, count, width, 2 * width), "float32"),
+        "down": shape((layers, count, 2 * width, width), "float32"),
+    }
+
+    def loss(params, batch):
+        def block(x, w):
+            scores = jax.nn.softmax(x.astype(jnp.float32) @ w["router"])
+            weights, chosen = jax.lax.top_k(scores, 2)
+            up, down = w["up"].astype(x.dtype), w["down"].astype(x.dtype)
+            return x + experts(x, weights, chosen, up=up, down=down, activation="gelu"), None
+
+        x, _ = jax.lax.scan(block, batch["x"], params)
+        return (x.astype(jnp.float32) ** 2).mean()
+
+    return loss, params, {"x": shape((rows, time, width), "bfloat16")}
+
+
+def test_a_mixture_takes_stages_by_the_same_rule():
+    args = mixture_of()
+    found = planned("8*v5e:2x2", *args)
+    assert found.mesh["stage"] == 8
+    without = planned("8*v5e:2x2", *args, mesh={"stage": 1})
+    assert found.estimate.step_seconds < 0.9 * without.estimate.step_seconds
+    with pytest.raises(UserError, match="expert=4 cuts the batch and d1_8, and stages take the batch apart"):
+        planned("8*v5e:2x2", *args, mesh={"stage": 8, "expert": 4})
