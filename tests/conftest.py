@@ -1,8 +1,8 @@
 """What all tests share: caches that are not the user's, numerics compiled fast, files kept in one process.
 
 ``@pytest.mark.numerics``
-    Only values are looked at. XLA compiles without most of its optimisations, in half the time, and what it
-    makes is kept for the rest of the run, in child processes too. Never where the text, the memory or the
+    Only values are looked at. XLA compiles without most of its optimisations, in half the time, and child
+    processes keep what it makes for those of the rest of the run. Never where the text, the memory or the
     time of a compiled program is read: in a file of numerics such a test has ``numerics(False)``.
 """
 
@@ -94,26 +94,23 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     _set("jax_disable_most_optimizations", numerics)
     _set("jax_persistent_cache_min_compile_time_secs", 0.0 if numerics else 1.0)
     _set("jax_traceback_in_locations_limit", 0 if numerics else 10)  # Lines of operations in compiled text.
-    if _set("jax_compilation_cache_dir", os.environ[_PROGRAMS] if numerics else None):
-        from jax.experimental.compilation_cache import compilation_cache
-
-        compilation_cache.reset_cache()  # It looks for its folder once.
+    # For child processes, whose runs are much alike. Tests in this one compile little twice, and to look a
+    # program up and to write it takes several times what is spared.
+    _set("jax_compilation_cache_dir", os.environ[_PROGRAMS] if numerics else None, here=False)
     return (yield)
 
 
-def _set(name: str, value: bool | float | str | None) -> bool:
-    """Give a setting of JAX to child processes and, if it changed, to this one; return whether it did."""
+def _set(name: str, value: bool | float | str | None, *, here: bool = True) -> None:
+    """Give a setting of JAX to child processes and, unless not `here` or it is what it was, to this one."""
     if value is None:
         os.environ.pop(name.upper(), None)
     else:
         os.environ[name.upper()] = str(value)
-    if "jax" not in sys.modules or _given.get(name) == (value,):
-        return False
-    import jax
+    if here and "jax" in sys.modules and _given.get(name) != (value,):
+        import jax
 
-    jax.config.update(name, value)
-    _given[name] = (value,)
-    return True
+        jax.config.update(name, value)
+        _given[name] = (value,)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,6 +27,7 @@ def compilation_cache_as_it_was() -> Iterator[None]:
         "jax_persistent_cache_min_entry_size_bytes",
     )
     before = {name: getattr(settings, name) for name in names}
+    compilation_cache.reset_cache()  # It looks for its folder once.
     yield
     for name, value in before.items():
         jax.config.update(name, value)
