@@ -39,6 +39,7 @@ def test_the_first_half_leaves_traces_and_shows_that_a_profile_changes_no_loss(
 
 
 @pytest.mark.slow
+@pytest.mark.numerics
 def test_the_second_half_leaves_rows_and_the_loops_cost(tmp_path: pathlib.Path) -> None:
     done = half("second", tmp_path)
     assert done.returncode == 0, done.stdout
