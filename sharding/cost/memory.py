@@ -302,7 +302,9 @@ def _gathered(
     # outside is whole, however often it is used.
     turns = np.where(table.section == LAYERS, table.runs, 1.0)
     elements = table.elements * table.read * placement.parameter_fraction * extra / turns
-    each = elements * table.used_bytes
+    # Its gradient is summed whole too, if it is the same in all turns.
+    again = table.trained * ((table.section == LAYERS) & (table.runs == 1))
+    each = elements * table.used_bytes * (1.0 + again)
     layer = np.bincount(table.stack + 1, weights=each, minlength=1 + profile.stacks)[1:]
     # The loss's parameter in the type that it is used in, and its gradient in its own.
     own = table.item_bytes * table.trained

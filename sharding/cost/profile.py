@@ -336,6 +336,9 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
         section, runs, inside, size = used.get(argument.index, (BEFORE, 1, -1, argument.dtype.itemsize))
         if flat.layer_dim in dims:
             section, runs, inside = LAYERS, flat.layers, flat.main
+        elif section == LAYERS and not any(program.dims[dim].stacked for dim in dims):
+            # The same in every turn: gathered, and its gradient reduced, once.
+            runs = 1
         rows.append((argument, _mask(dims, count), size, section, runs, inside))
     shares = [sum(a.is_trained for a in members) / len(members) for members in program.weights]
     stacks = [program.stack_of.get(members[0].index) for members in program.weights]

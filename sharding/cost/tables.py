@@ -319,13 +319,10 @@ def _heaviest_first(equation: Equation) -> list[Scope]:
 
 
 def _main_scan(program: Program) -> int:
-    """Return the index of the scan over stacked parameters that does most work, or -1."""
-    stacked = {dim.id for dim in program.dims if dim.stacked}
+    """Return the index of the scan over layers that does most work, or -1."""
     best, most = -1, 0.0
     for equation in program.equations():
-        if equation.primitive != "scan" or not equation.factors:
-            continue
-        if stacked.isdisjoint(equation.factors[0].dims):
+        if equation.primitive != "scan" or not _is_over_layers(program, equation):
             continue
         inside = [one for scope in equation.scopes for one in walk_equations(scope)]
         amount = sum(work(one).flops * one.multiplicity for one in inside)
@@ -335,14 +332,21 @@ def _main_scan(program: Program) -> int:
 
 
 def _scans_over_layers(program: Program, main: int) -> list[int]:
-    """Return the indices of the scans over stacked parameters as they run, the `main` one among them."""
-    stacked = {dim.id for dim in program.dims if dim.stacked}
+    """Return the indices of the scans over layers as they run, the `main` one among them."""
     found = [
-        one.index
-        for one in layer_scans(program.scope)
-        if one.index == main or (one.factors and not stacked.isdisjoint(one.factors[0].dims))
+        one.index for one in layer_scans(program.scope) if one.index == main or _is_over_layers(program, one)
     ]
     return found if main in found else [main, *found]
+
+
+def _is_over_layers(program: Program, scan: Equation) -> bool:
+    """Whether a scan is over stacked parameters, or runs one layer again, over nothing of the data."""
+    walked = [program.dims[dim] for dim in (scan.factors[0].dims if scan.factors else ())]
+    if any(dim.stacked for dim in walked):
+        return True
+    parts = scan_parts(scan.eqn)
+    of_data = any(program.arguments[place.argument].is_data for dim in walked for place in dim.places)
+    return parts.num_carry > 0 and (parts.num_xs == 0 or not of_data)
 
 
 def _floats(var: Any) -> bool:

@@ -1,10 +1,11 @@
 """The layers of a program: the loops over them, and the values of a layer that a backward pass may keep.
 
-A layer scan is a `lax.scan` over stacked arrays that holds a matrix product or a convolution. Its values have
-names that need no annotation: the result of a product with a parameter is named after the parameter
-(``mlp/up``); what goes into such a product out of work that has no name of its own, as attention's result
-does, after it and ``:in`` (``attention/output:in``); what the layers hand on is ``layer:in``. Names that the
-user gave with `jax.ad_checkpoint.checkpoint_name` are kept.
+A layer scan is a `lax.scan` that holds a matrix product or a convolution: over stacked arrays, or again and
+again with the same ones, as layers do that share their parameters. Its values have names that need no
+annotation: the result of a product with a parameter is named after the parameter (``mlp/up``); what goes into
+such a product out of work that has no name of its own, as attention's result does, after it and ``:in``
+(``attention/output:in``); what the layers hand on is ``layer:in``. Names that the user gave with
+`jax.ad_checkpoint.checkpoint_name` are kept.
 """
 
 from __future__ import annotations
@@ -44,11 +45,10 @@ def layer_scans(scope: Scope) -> Iterator[Equation]:
 
 
 def is_layer_scan(equation: core.JaxprEqn) -> bool:
-    """Whether it is a `lax.scan` over stacked arrays that holds a matrix product or a convolution."""
+    """Whether it is a `lax.scan` that holds a matrix product or a convolution."""
     if equation.primitive.name != "scan" or equation.params["length"] < 2:
         return False
-    scan = scan_parts(equation)
-    return scan.num_xs > 0 and works(scan.body.jaxpr)
+    return works(scan_parts(equation).body.jaxpr)
 
 
 def is_checkpointed(layers: Equation) -> bool:

@@ -214,7 +214,7 @@ class Finder:
             again = self._wired(merged)
             if again is not None:
                 made = again
-        return made if made.is_chain() and made.has_parameters(self.graph) else None
+        return made if made.is_chain() and made.is_of_layers(self.graph) else None
 
     def _wired(self, copies: list[list[int]]) -> Repeat | None:
         """Return copies of equations of the spine as a repeat, if they are alike and can be run as one."""

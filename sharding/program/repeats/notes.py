@@ -27,7 +27,7 @@ def notes_of(graph: Graph, repeats: Sequence[Repeat]) -> list[str]:
     told = ", ".join(f"{' and '.join(counts)} ({where})" for where, counts in places.items())
     return [
         f"layers written out one after another run as scans over their parameters, which are stacked in each "
-        f"step: {told}; recognise= without 'layers' leaves them as they are written",
+        f"step unless all share them: {told}; recognise= without 'layers' leaves them as they are written",
         *_nearly(graph),
     ]
 
@@ -65,4 +65,4 @@ def _why(stretch: Sequence[FlatEquation], p: int) -> str:
             return f"{one.name} ({line_of(one.eqn)}) has an effect outside of the program"
         if one.key != other.key:
             return f"{one.name} ({line_of(one.eqn)}) is not the same in all of them"
-    return "they do not hand on to one another, or nothing that differs between them is a parameter"
+    return "they do not hand on to one another, or work with no parameter"

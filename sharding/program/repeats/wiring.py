@@ -46,6 +46,22 @@ class Repeat:
 
     def is_chain(self) -> bool:
         """Whether what a copy hands on depends on what it was handed; else copies stand side by side."""
+        handed = self._handed()
+        return any(handed[j] for (j, _), _ in self.carries)
+
+    def is_of_layers(self, graph: Graph) -> bool:
+        """Whether copies have parameters of their own, or one layer works on what it gave the time before."""
+        rows = [row[0] for row in self.rows]
+        if any(not isinstance(atom, Written) and graph.is_param[atom] for atom in rows):
+            return True
+        handed = self._handed()
+        return any(
+            handed[j] and graph.eqns[n].works and self._reads_parameter(graph, j)
+            for j, n in enumerate(self.copies[0])
+        )
+
+    def _handed(self) -> list[bool]:
+        """Return for each equation of a copy whether it depends on what the copy was handed."""
         depends: dict[int, bool] = {}
 
         def reached(j: int) -> bool:
@@ -56,11 +72,15 @@ class Repeat:
                 )
             return depends[j]
 
-        return any(reached(j) for (j, _), _ in self.carries)
+        return [reached(j) for j in range(len(self.sources))]
 
-    def has_parameters(self, graph: Graph) -> bool:
-        """Whether any of what differs comes of parameters alone."""
-        return any(not isinstance(row[0], Written) and graph.is_param[row[0]] for row in self.rows)
+    def _reads_parameter(self, graph: Graph, j: int) -> bool:
+        """Whether an operand of equation `j` comes of parameters alone, which are the same in all copies."""
+        return any(
+            (kind == "shared" and not isinstance(where, Written) and graph.is_param[where])
+            or (kind == "in" and graph.is_param[graph.eqns[self.copies[0][where[0]]].outs[where[1]]])
+            for kind, where in self.sources[j]
+        )
 
 
 def _places(graph: Graph, copy: Sequence[int]) -> dict[int, Place]:

@@ -99,6 +99,21 @@ def in_a_map(params: Any, x: Any) -> Any:
     return jnp.mean(jax.lax.map(lambda row: plain(params, row[None]), x))
 
 
+def one_layer_again(params: Any, x: Any) -> Any:
+    """The first layer's parameters serve all; the scale is each turn's own."""
+    for n in range(LAYERS):
+        x = layer(jax.tree.map(lambda w: w.astype(jnp.float32), params[0]), x, 1 / (n + 1))
+    return jnp.mean(x**2)
+
+
+def over_time(params: Any, x: Any) -> Any:
+    """A recurrence over the columns of the data."""
+    h = jnp.tile(params[1]["down"][0], (x.shape[0], 1))
+    for n in range(LAYERS):
+        h = layer(params[0], h + x[:, n : n + 1])
+    return jnp.mean(h**2)
+
+
 def cast_first(params: Any, x: Any) -> Any:
     for p in params:
         x = layer(jax.tree.map(lambda w: w.astype(jnp.bfloat16), p), x.astype(jnp.bfloat16))
@@ -115,6 +130,8 @@ MODELS = [
     backwards,
     in_a_checkpoint,
     in_a_map,
+    one_layer_again,
+    over_time,
     cast_first,
 ]
 
@@ -167,15 +184,52 @@ def test_parameters_are_stacked_in_the_type_that_layers_read() -> None:
     assert {str(aval.dtype) for aval in stacks} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("layers", [1, 4])
-def test_what_is_no_layer_is_left_as_it_is_written(layers: int) -> None:
-    """One layer alone; and one that is called again and again, with nothing to stack."""
+def test_parameters_that_all_layers_share_are_stacked_for_none() -> None:
+    _, found = rolled(one_layer_again, weights(), jnp.ones((2, WIDTH)))
+    (scan,) = scans(found.jaxpr.jaxpr)
+    assert {atom.aval.shape for atom in scan.invars} <= {
+        (WIDTH, HIDDEN),
+        (HIDDEN, WIDTH),
+        (2, WIDTH),
+        (LAYERS,),
+    }
+
+
+def test_one_layer_called_again_keeps_what_it_hands_on_and_is_gathered_once() -> None:
+    """Of 12 turns on v5e: remat is to be had, and priced; what is gathered is one layer and its gradient."""
+    width, hidden, rows, turns = 512, 2048, 4096, 12
 
     def loss(params: Any, x: Any) -> Any:
-        for _ in range(layers):
-            x = layer(params[0], x)
+        for _ in range(turns):
+            x = layer(params, x)
         return jnp.mean(x**2)
 
+    def shape(*sizes: int) -> Any:
+        return jax.ShapeDtypeStruct(sizes, "float32")
+
+    params = {"up": shape(width, hidden), "down": shape(hidden, width)}
+    given = {"topology": "v5e:2x4", "mesh": {"fsdp": 8}, "microbatches": 1}
+    kept, again = (
+        ms.plan(loss, params, shape(rows, width), remat=remat, **given).estimate.memory
+        for remat in ("none", "full")
+    )
+    border = rows // 8 * width * 4
+    assert again["saved_activations"] == pytest.approx((turns + 1) * border, rel=0.01)
+    assert kept["saved_activations"] > 4 * again["saved_activations"]
+    assert again["communication"] == pytest.approx(2 * 2 * width * hidden * 4, rel=0.01)
+
+
+def one_alone(params: Any, x: Any) -> Any:
+    return jnp.mean(layer(params[0], x) ** 2)
+
+
+def side_by_side(params: Any, x: Any) -> Any:
+    """One layer of several inputs, whose results are added up: nothing is handed on to it."""
+    return sum(jnp.mean(layer(params[0], x * n) ** 2) for n in range(LAYERS))
+
+
+@pytest.mark.parametrize("loss", [one_alone, side_by_side], ids=lambda loss: loss.__name__)
+def test_what_is_no_layer_is_left_as_it_is_written(loss: Any) -> None:
     traced, found = rolled(loss, weights(layers=1), jnp.ones((2, WIDTH)))
     assert found.jaxpr is traced.jaxpr
 
