@@ -42,6 +42,8 @@ class Calls:
 
         Raises NotThis if `ops.attention` cannot do it, or not with the same values.
         """
+        if one.scores_aval.dtype == np.float64:
+            raise NotThis("it is in float64, and scores of attention are worked out in float32")
         try:
             return self._of(one)
         except NotThis as why:

@@ -112,6 +112,23 @@ def test_what_is_left_is_told_with_its_line_and_its_scores(name) -> None:
     assert "its scores take 8.0 KiB" in note
 
 
+def test_attention_in_float64_stays_in_it() -> None:
+    def loss(p, x):
+        scores = jnp.einsum("bqd,bkd->bqk", x @ p["query"], x @ p["key"])
+        return jnp.mean(jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(scores), x) ** 2)
+
+    with jax.enable_x64(True):
+        shape = jax.ShapeDtypeStruct
+        given = (
+            {"query": shape((8, 8), "float64"), "key": shape((8, 8), "float64")},
+            shape((2, 16, 8), "float64"),
+        )
+        one = traced(loss, *given)
+        found = recognised(one, ("attention",))
+    assert found.jaxpr is one.jaxpr
+    assert "it is in float64" in found.notes[0]
+
+
 @pytest.mark.parametrize("name", ways.OTHER)
 def test_what_is_no_attention_of_the_forms_is_left(name) -> None:
     given = ways.arrays()
