@@ -76,11 +76,15 @@ class Repeat:
 
     def _reads_parameter(self, graph: Graph, j: int) -> bool:
         """Whether an operand of equation `j` comes of parameters alone, which are the same in all copies."""
-        return any(
-            (kind == "shared" and not isinstance(where, Written) and graph.is_param[where])
-            or (kind == "in" and graph.is_param[graph.eqns[self.copies[0][where[0]]].outs[where[1]]])
-            for kind, where in self.sources[j]
-        )
+        first = self.copies[0]
+        for kind, where in self.sources[j]:
+            if kind == "in":
+                place, result = where
+                if graph.is_param[graph.eqns[first[place]].outs[result]]:
+                    return True
+            elif kind == "shared" and not isinstance(where, Written) and graph.is_param[where]:
+                return True
+        return False
 
 
 def _places(graph: Graph, copy: Sequence[int]) -> dict[int, Place]:
