@@ -97,7 +97,8 @@ def compiled(plan: Any, loss: Any, params: Any) -> tuple[Any, Any, Any]:
     args = jax.device_put((params, batch()), where)
     takes_aux = isinstance(jax.eval_shape(loss, params, batch()), tuple)
     function = jax.jit(jax.value_and_grad(plan.apply(loss, mesh=mesh), has_aux=takes_aux))
-    return function.lower(*args).compile(), function(*args), jax.value_and_grad(loss, has_aux=takes_aux)
+    program = function.lower(*args).compile()
+    return program, program(*args), jax.jit(jax.value_and_grad(loss, has_aux=takes_aux))
 
 
 def reductions(text: str, mesh: dict[str, int]) -> dict[str, Counter[str]]:
