@@ -83,8 +83,8 @@ def plan(
             ``neighbours`` (those that a window reaches); the fastest that fits if not given.
         experts: what multiplies by `meshwright.sharding.ops.experts`: ``xla``, or a kernel, ``megablox`` or
             ``mosaic``; ``auto`` is the chip's own once it was compared there.
-        arithmetic: ``auto``: GPUs take gradients of bfloat16 products into float32 by bfloat16 products, one
-            alone sums a look-up's in float32, odd vocabularies are padded; ``jax``: all is as JAX does it.
+        arithmetic: ``auto``: GPUs take gradients of bfloat16 products into float32 by bfloat16 products and
+            sum look-ups' in float32, odd vocabularies are padded; ``jax``: all is as JAX does it.
         names: a tree like `params` of tuples of dimension names, for rules and for what is printed.
         trainable: which parameters are trained, all floats if not given: a pattern over paths or several
             (``"*lora*"``), patterns → bool, or a tree of bools like `params`. The others are kept in the

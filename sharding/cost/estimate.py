@@ -221,6 +221,7 @@ class Pricer:
                 lanes=self.topology.chip.lanes,
                 loss_arrays=self.execution.loss_arrays,
                 product_bytes=self.execution.product_bytes,
+                wide_sums=self.execution.wide_sums,
             )
             known = _remembered(self._worked, id(placement), (made, placement))
         return known[0]

@@ -56,6 +56,7 @@ class Execution:
       wide_gradients: whether gradients of 16-bit products into float32 are products of float32.
       pads_products: whether matrices of odd widths are padded until matrix units read them whole.
       short_sums: whether those of look-ups in 16-bit tables are summed in 16 bits.
+      wide_sums: whether they are summed in float32.
       kept: (profile, candidate, fused attention) → what is kept for the backward pass, and run again.
       links: (mesh, topology, calibration) → the link of each mesh axis longer than 1.
       through_stages: seconds of a step over stages; `pipeline.through_stages`.
@@ -73,6 +74,7 @@ class Execution:
     grouped: str = TILES
     wide_gradients: bool = False
     short_sums: bool = False
+    wide_sums: bool = False
     pads_products: bool = False
     kept: KeptBy = kept_by_policy
     links: LinksOf = links

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from ..program.lookups import MANY_ROWS
 from .candidate import Candidate
 from .exchange import StoredOver, parts
 from .kept import Residuals
@@ -223,13 +224,15 @@ def worked(
     lanes: int = 1,
     loss_arrays: int = 1,
     product_bytes: int | None = None,
+    wide_sums: bool = False,
 ) -> Worked:
     """Return what `placement`'s values weigh, whatever is kept of them.
 
     A kernel of attention works in `scratch` bytes for each element of its result. While the loss's gradient
     is taken, so many arrays as large as its largest lie in memory (`loss_arrays`). Rows of heads that are
     kept are padded to whole `lanes`: a TPU's tile has 128 elements in its last dimension, a head often 64.
-    Products take elements of `product_bytes` at most, where that is given.
+    Products take elements of `product_bytes` at most, where that is given. Gradients of look-ups in tables of
+    two bytes lie in memory in four where they have `wide_sums`, but for tables that are read where they lie.
     """
     values = profile.values
     size = values.bytes * placement.value_fraction
@@ -245,6 +248,9 @@ def worked(
     largest = np.zeros(3)
     np.maximum.at(largest, values.section, used)
     largest[AFTER] *= loss_arrays
+    for one in profile.short_sums if wide_sums else ():
+        if used[one.table] < MANY_ROWS * used[one.value]:
+            largest[one.section] = max(largest[one.section], 2.0 * used[one.table])
     # Casts of parameters are with what is gathered.
     rows = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else True
     fused = profile.saved.by_policy["none/fused"] & rows

@@ -86,9 +86,10 @@ class Products:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ShortSums:
-    """A look-up's gradient in a table of 16 bits: so many `elements` of a `value`, and where it stands."""
+    """A look-up's gradient in a `table` of 16 bits: so many `elements` of a `value`, and where it stands."""
 
     elements: float
+    table: int
     value: int
     section: int
 
@@ -312,7 +313,8 @@ def _short_sums(flat: Flat) -> Iterator[ShortSums]:
         aval: Any = op.equation.eqn.invars[0].aval
         if is_short(aval.dtype):
             out = op.outs[0]
-            yield ShortSums(elements=flat.values[out].elements * op.runs, value=out, section=op.section)
+            elements = flat.values[out].elements * op.runs
+            yield ShortSums(elements=elements, table=op.ins[0], value=out, section=op.section)
 
 
 def _parameters(program: Program, flat: Flat, count: int) -> Parameters:

@@ -144,6 +144,7 @@ def looked_up(eqn: core.JaxprEqn, table: Any, ids: Any) -> Any:
         return eqn.primitive.bind(table, ids, **params)
 
     def backward(ids: Any, cotangent: Any) -> tuple[Any, Any]:
+        # As a card has run it; `row_sums` holds less where a table is tied.
         wide = jax.ShapeDtypeStruct(shape, jnp.float32)
         (sums,) = jax.linear_transpose(lambda one: eqn.primitive.bind(one, ids, **params), wide)(
             cotangent.astype(jnp.float32)
@@ -152,3 +153,32 @@ def looked_up(eqn: core.JaxprEqn, table: Any, ids: Any) -> Any:
 
     rows.defvjp(lambda table, ids: (rows(table, ids), ids), backward)
     return rows(table, ids)
+
+
+def row_sums(eqn: core.JaxprEqn, shape: tuple[int, ...], ids: Any, cotangent: Any) -> Any:
+    """Return float32 sums of what each row of a table of `shape` was read by; `eqn` looks rows up."""
+    numbers = eqn.params["dimension_numbers"]
+    zeros, cotangent = zeros_for(shape, cotangent.astype(jnp.float32))
+    return jax.lax.scatter_add(
+        zeros,
+        ids,
+        cotangent,
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=numbers.offset_dims,
+            inserted_window_dims=numbers.collapsed_slice_dims,
+            scatter_dims_to_operand_dims=numbers.start_index_map,
+        ),
+        indices_are_sorted=eqn.params["indices_are_sorted"],
+        unique_indices=eqn.params["unique_indices"],
+        mode=eqn.params["mode"],
+    )
+
+
+def zeros_for(shape: tuple[int, ...], value: Any) -> tuple[Any, Any]:
+    """Return zeros of `value`'s type, which are there when it is, and `value`.
+
+    XLA writes all zeros of one shape in one kernel: those that a look-up's gradient begins with would be held
+    from where the loss begins to sum its own gradient of a tied table.
+    """
+    zero, value = jax.lax.optimization_barrier((jnp.zeros((), value.dtype), value))
+    return jnp.broadcast_to(zero, shape), value

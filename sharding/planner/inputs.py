@@ -244,13 +244,15 @@ class Problem:
         of_experts, _ = experts.choose(self.program, topology, asked.experts)
         grouped = of_experts.get("experts", {}).get("implementation", TILES)
         by_jax = arithmetic.as_jax(self.program, topology, asked.arithmetic)
+        on_gpu = topology.chip.platform == "gpu"
 
         def execution(attention: FusedAttention | None = None) -> Execution:
             return dataclasses.replace(
                 execution_for(topology, attention, grouped),
                 wide_gradients="products" in by_jax,
                 short_sums="lookups" in by_jax,
-                pads_products=topology.chip.platform == "gpu" and "multiple" not in by_jax,
+                wide_sums=on_gpu and "lookups" not in by_jax,
+                pads_products=on_gpu and "multiple" not in by_jax,
             )
 
         chip = topology.chip.name

@@ -114,6 +114,7 @@ def passes_of(
             by_hand=ByHand(mesh=mesh, axes=by_hand, widens=bool(by_hand) and platform == "cpu"),
             multiplier=Multiplier.of(plan.kernels.get("experts"), platform, marks),
             sums_wide="lookups" in arithmetic,
+            on_cpu=platform == "cpu",
         )
     )
     if learns and plan.remat != "none":

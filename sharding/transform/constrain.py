@@ -5,7 +5,8 @@ Parameters are stored one way and used another (`storage`, `lookup`); what they 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ..ops.arithmetic import is_short, looked_up, zeros_for
 from ..ops.experts import ExpertsCall, experts_call
 from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, spec_of, while_computing
 from ..program.aside import aside
@@ -25,7 +27,7 @@ from ..program.stacks import is_stack
 from .attention import AttentionKernel
 from .experts import BY_TILES, Multiplier, on_mesh
 from .gather import NOTHING, ByHand, Scattering, StoredParameter, elementwise, learning
-from .lookup import lookup_by_columns
+from .lookup import lookup_by_columns, lookup_summed_by_device
 from .meshes import by_device, constraint, is_manual
 from .storage import Storage, cast_of_uses
 
@@ -47,8 +49,9 @@ class Constrain(Pass):
     `scattering` says over which axes gradients go in steps; calls of `ops.attention` are carried out by
     `kernel`, if there is one, products of experts by `multiplier`; XLA decides how the dims in `unsaid` lie;
     `reduces_cast` says whether a gradient's sum is reduced in the smaller type it is cast to
-    (`xla.compiler.Compiler`), `sums_wide` whether those of a table's rows are summed in float32. The axes of
-    `by_hand` are manual around the program; `mesh` and `axes` are what is left to XLA.
+    (`xla.compiler.Compiler`), `sums_wide` whether those of a table's rows are summed in float32; `on_cpu`
+    says that nothing shorter is scattered. The axes of `by_hand` are manual around the program; `mesh` and
+    `axes` are what is left to XLA.
     """
 
     def __init__(
@@ -66,8 +69,10 @@ class Constrain(Pass):
         by_hand: ByHand = NOTHING,
         multiplier: Multiplier = BY_TILES,
         sums_wide: bool = False,
+        on_cpu: bool = False,
     ) -> None:
         self._by_hand, self._multiplier, self._sums_wide = by_hand, multiplier, sums_wide
+        self._on_cpu = on_cpu
         self._storage = Storage(mesh, self._spec, scattering, by_hand, reduces_cast)
         self._used = self._storage.used
         self._program = program
@@ -151,6 +156,9 @@ class Constrain(Pass):
                 read = lookup_by_columns(equation.eqn, self._mesh, table, **how)
                 if read is not None:
                     return [read(ids)]
+            read = self._by_own_sums(equation, table, ids.shape)
+            if read is not None:
+                return [read(ids)]
         moves = any(
             isinstance(value, StoredParameter) and self._used(value, dims) != PartitionSpec(*value.spec)
             for value, dims in zip(inputs, equation.ins, strict=True)
@@ -164,6 +172,21 @@ class Constrain(Pass):
             use, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=not self._in_loop
         )
         return again(inputs)
+
+    def _by_own_sums(
+        self, equation: Equation, table: StoredParameter, ids: tuple[int, ...]
+    ) -> Callable[[Any], Any] | None:
+        """Return what reads rows of a table whose gradient each device sums in float32, None for others."""
+        if not self._sums_wide or self._by_hand.axes or not is_short(table.value.dtype):
+            return None
+        of_table, of_ids = equation.ins
+
+        def gather(value: Any) -> Any:
+            return self._gather(dataclasses.replace(table, value=value), of_table)
+
+        used, of_ids = self._used(table, of_table), self._spec(of_ids, ids)
+        how = {"used": used, "of_ids": of_ids, "widens": self._on_cpu}
+        return lookup_summed_by_device(equation.eqn, self._mesh, table, gather, **how)
 
     def _experts(self, call: ExpertsCall, equation: Equation, inputs: list[Any]) -> Any:
         """Run a mixture's experts where they lie; of what they read, only gathered matrices are not kept."""
@@ -185,6 +208,9 @@ class Constrain(Pass):
                 of_rows = self._spec(equation.outs[0], aval.shape)
                 how = {"widens": self._by_hand.widens, "sums_wide": self._sums_wide}
                 return [Lookup(equation.eqn, self._mesh, of_table, of_ids, of_rows, **how).read(*values)]
+            # Where no axis cuts the ids, no device has but a share of the sums.
+            if self._sums_wide and not axes_in(of_ids) and is_short(values[0].dtype):
+                return [looked_up(equation.eqn, *values)]
         return go(values)
 
     def _scan(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
@@ -370,9 +396,10 @@ class Lookup:
     def _learn(self, ids: Any, gradient: Any) -> Any:
         place, mine = self._own(ids)
         dtype = jnp.promote_types(gradient.dtype, jnp.float32) if self._sums_wide else gradient.dtype
-        sums = jnp.zeros((self._rows, *gradient.shape[ids.ndim - 1 :]), dtype)
+        shape, added = (self._rows, *gradient.shape[ids.ndim - 1 :]), gradient.astype(dtype)
+        zeros, added = zeros_for(shape, added) if self._sums_wide else (jnp.zeros(shape, dtype), added)
         # What is another device's lies outside, and is dropped.
-        sums = sums.at[jnp.where(mine, place, self._rows)].add(gradient.astype(dtype), mode="drop")
+        sums = zeros.at[jnp.where(mine, place, self._rows)].add(added, mode="drop")
         sums = sums.astype(gradient.dtype)
         others = tuple(axis for entry in self._entries for axis in entry)
         return jax.lax.psum(self._wide(sums), others).astype(sums.dtype) if others else sums

@@ -1,4 +1,4 @@
-"""Look-ups in large tables that are stored cut by columns, and stay where they lie."""
+"""Look-ups in tables that stay where they are stored, and whose gradients devices sum by themselves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ..ops.arithmetic import row_sums
 from ..plans.specs import axes_in, by_dimension, cut_into
 from .gather import ByHand, StoredParameter
 from .meshes import by_device, constraint
@@ -137,3 +138,60 @@ class _ByColumns:
         (sums,) = jax.linear_transpose(lambda table: self._looked_up(table, ids), like)(sent.astype(dtype))
         sums = sums.astype(gradient.dtype)
         return jax.lax.psum(sums, self._others) if self._others else sums
+
+
+def lookup_summed_by_device(
+    eqn: core.JaxprEqn,
+    mesh: Mesh | AbstractMesh,
+    table: StoredParameter,
+    gather: Callable[[Any], Any],
+    *,
+    used: PartitionSpec,
+    of_ids: PartitionSpec,
+    widens: bool = False,
+) -> Callable[[Any], Any] | None:
+    """Return what reads rows of a table of 16 bits, whose gradient each device sums in float32.
+
+    The table is read as `gather` brings it, `used` so, its rows whole. A device adds up what its own ids
+    read, rounds the sums to the table's type, and scatters these over the devices: as many bytes as of the
+    gradient that JAX sums in that type. Left to XLA, sums in float32 would travel, and be reduced whole. They
+    travel in float32 at least if it `widens`. None where no axis but those of the table cuts `of_ids`.
+    """
+    value, rank = table.value, eqn.invars[1].aval.ndim - 1  # type: ignore[union-attr]
+    whole = by_dimension(tuple(used), value.ndim)
+    rows = axes_in(tuple(of_ids))
+    if whole[0] or not rows or not set(rows).isdisjoint(axes_in(tuple(used))):
+        return None
+    goal = by_dimension(table.reduced, value.ndim)
+    # Where the gradient is kept cut by more than the table is read by; the sums are scattered there.
+    more = [
+        tuple(axes[len(read) :]) if axes[: len(read)] == read and set(axes[len(read) :]) <= set(rows) else ()
+        for read, axes in zip(whole, goal, strict=True)
+    ]
+    scattered = [axis for axes in more for axis in axes]
+    ids = PartitionSpec(*[entry or None for entry in by_dimension(tuple(of_ids), rank)[:rank]], None)
+    read_so = PartitionSpec(*tuple(ids)[:rank], *[axes or None for axes in whole[1:]])
+    learnt_so = PartitionSpec(*[(a + b) or None for a, b in zip(whole, more, strict=True)])
+    params = eqn.primitive.get_bind_params(eqn.params)
+
+    def learn(ids: Any, gradient: Any) -> Any:
+        cut = [size // cut_into(axes, mesh.shape) for size, axes in zip(value.shape, whole, strict=True)]
+        sums = row_sums(eqn, tuple(cut), ids, gradient)
+        sums = sums if widens else sums.astype(gradient.dtype)
+        for place, axes in enumerate(more):
+            if axes:
+                sums = jax.lax.psum_scatter(sums, axes, scatter_dimension=place, tiled=True)
+        others = tuple(axis for axis in rows if axis not in scattered)
+        return (jax.lax.psum(sums, others) if others else sums).astype(gradient.dtype)
+
+    @jax.custom_vjp
+    def read(table: Any, ids: Any) -> Any:
+        return eqn.primitive.bind(gather(table), ids, **params)
+
+    def backward(kept: Any, gradient: Any) -> tuple[Any, Any]:
+        learnt = by_device(learn, mesh, (ids, read_so), learnt_so)(kept, gradient)
+        learnt = constraint(mesh)(learnt, NamedSharding(mesh, PartitionSpec(*table.reduced)))
+        return learnt, np.zeros(kept.shape, jax.dtypes.float0)
+
+    read.defvjp(lambda table, ids: (read(table, ids), ids), backward)
+    return lambda ids: read(value, ids)

@@ -26,7 +26,6 @@ def choose(
 
     `dims` are the axes of a layout's dimensions: what is cut over devices is not padded. TPUs multiply in
     bfloat16 what they are given at default precision, sort a look-up's rows, and pad tiles themselves.
-    Several devices would reduce a table's gradient in float32, whole: look-ups are summed so on one alone.
     """
     if declared == PLAIN or topology.chip.platform != "gpu":
         return {}
@@ -40,7 +39,7 @@ def choose(
                 of_width = equation.ins[side][dimension]
                 cut = dims is not None and any(dims.get(dim) for dim in of_width)
                 found.add("cut" if cut else "multiple")
-        elif topology.num_devices == 1 and looks_up_rows(equation.eqn):
+        elif looks_up_rows(equation.eqn):
             aval: Any = equation.eqn.invars[0].aval
             if is_short(aval.dtype):
                 found.add("lookups")
