@@ -111,10 +111,10 @@ def test_gathered_keys_lie_beside_other_axes() -> None:
     ("mesh", "changes", "asked"),
     [
         ({"context": 2, "data": 2, "tensor": 2}, {"microbatches": 2}, {"cap": 4.0}),
-        ({"context": 4, "fsdp": 2}, {"remat": "full"}, {"causal": False}),
+        ({"stage": 2, "context": 4}, {"microbatches": 2, "remat": "full"}, {"causal": False}),
         ({"context": 2, "fsdp": 4}, {}, {"packed": False, "value_width": 4}),
     ],
-    ids=["tensor, in parts, capped", "run again, not causal", "narrow values"],
+    ids=["tensor, in parts, capped", "over stages, run again, not causal", "narrow values"],
 )
 def test_every_way_keeps_its_values(
     way: str, mesh: dict[str, int], changes: dict[str, Any], asked: dict[str, Any]
