@@ -21,6 +21,7 @@ from ..faults import StepWatchdog, StopSignal
 from ..profiling import ProfileWindow
 from .job import Job
 from .metrics import NOT_KEPT, Collector, NotFinite
+from .rounds import RoundsWatch
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -28,7 +29,7 @@ class TrainingLoop:
     """What the steps of a run need.
 
     `update(state, batch)` is the compiled step; `traced` the same as it runs while a profile is captured,
-    where that is another executable. `say` prints a line, in one process.
+    where that is another executable. `say` prints a line, in one process; `rounds` watches, in every one.
     """
 
     config: Config
@@ -41,6 +42,7 @@ class TrainingLoop:
     watchdog: StepWatchdog
     say: Callable[[str], object]
     traced: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    rounds: RoundsWatch | None = None
     _held_out: list[Any] = dataclasses.field(default_factory=list)
     _state: Any = None
 
@@ -112,16 +114,34 @@ class TrainingLoop:
         self.say("looking for where that began, in a program of its own that is compiled for it")
         try:
             with self.watchdog.paused():
-                sharding = job.step.batch["tokens"]
-                with job.data.iterate(step - 1, sharding, stop_step=step) as batches:
-                    batch = next(batches)
                 found = job.plan.first_not_finite(
-                    job.loss, state["params"], batch, *of_loss(state), mesh=job.mesh
+                    job.loss, state["params"], self._batch_of(step), *of_loss(state), mesh=job.mesh
                 )
         except (UserError, jax.errors.JaxRuntimeError) as error:
             self.say(f"it was not found: {one_line(error)}")
             return
         self.say(f"step {step}: {found}")
+
+    def _count_rounds(self, state: Any, step: int) -> None:
+        """Say how many rounds the exchanges of a step's batch take, once all have drained the same steps."""
+        try:
+            with self.watchdog.paused():
+                found = self.job.plan.count_rounds(
+                    self.job.loss, state["params"], self._batch_of(step), *of_loss(state), mesh=self.job.mesh
+                )
+        except (UserError, jax.errors.JaxRuntimeError) as error:
+            self.say(f"rounds were not counted: {one_line(error)}")
+            return
+        several = sum(count for rounds, count in found.items() if rounds > 1)
+        self.say(
+            f"counted on the batch of step {step}: {several} of {sum(found.values())} exchanges take more "
+            f"than one round, {max(found, default=1)} at most"
+        )
+
+    def _batch_of(self, step: int) -> Any:
+        sharding = self.job.step.batch["tokens"]
+        with self.job.data.iterate(step - 1, sharding, stop_step=step) as batches:
+            return next(batches)
 
     def _before_window(self, state: Any, step: int) -> None:
         """Save what was trained so far: a profiler may take the process with it."""
@@ -156,6 +176,9 @@ class TrainingLoop:
         self.collector.drain()
         if self.job.step.guarded and has_stopped(state):
             raise NotFinite(f"a loss or gradient up to step {step} was not finite; {NOT_KEPT}")
+        if self.rounds is not None and self.rounds.said:
+            self._count_rounds(state, step)
+            self.rounds = None
         last = self.collector.last
         metrics = {key: last[key] for key in ("loss", "eval_loss") if key in last}
         with self.watchdog.paused():

@@ -36,6 +36,11 @@ class RoundsWatch:
         self._loads: deque[float] = deque(maxlen=_STEPS)
         self._said = False
 
+    @property
+    def said(self) -> bool:
+        """Whether it has said so."""
+        return self._said
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Look at one step."""
         if LOAD not in record or self._said:
@@ -48,7 +53,8 @@ class RoundsWatch:
         self._say(
             f"note: in {full} of {_STEPS} steps up to {record['step']} the fullest expert had more than "
             f"{SLACK:g} times its even share (now {LOAD}={record[LOAD]:.2f}): tokens take more than one "
-            f"round over {' x '.join(self._axes)} where a device's experts are that full together; "
+            f"round over {' x '.join(self._axes)} where a device's experts are that full together, which is "
+            "counted with the next checkpoint; "
             "model.overrides.balance_loss or router_bias_rate evens them out"
         )
 

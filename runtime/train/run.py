@@ -118,8 +118,10 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
             sinks = _sinks(config, job, folder, start) if hosts.is_main else []
             if hosts.is_main and prediction is not None:
                 sinks.append(_first_steps(prediction, config, job, folder, hosts, start))
-            if hosts.is_main and (axes := exchange_axes(job.plan)):
-                sinks.append(RoundsWatch(axes, lambda words: _say(hosts, words)))
+            rounds = None
+            if axes := exchange_axes(job.plan):
+                rounds = RoundsWatch(axes, lambda words: _say(hosts, words))
+                sinks.append(rounds)
             collector = Collector(
                 sinks,
                 tokens_per_step=job.tokens_per_step,
@@ -137,6 +139,7 @@ def _run(config: Config, job: Job, update: Lowered, folder: RunFolder, hosts: Ho
                 stop=stop,
                 watchdog=watchdog,
                 say=lambda words: _say(hosts, words),
+                rounds=rounds,
             )
             state, step = loop.run(state, start)
             with watchdog.paused():

@@ -26,6 +26,7 @@ from ..transform.check import AccumulationCheck, check_accumulation
 from ..transform.compose import PlannedLoss, apply
 from ..transform.deviation import Deviation, deviation
 from ..transform.nonfinite import FirstNotFinite, first_not_finite
+from ..transform.rounds import count_rounds
 from ..verify.process import Limits
 
 if TYPE_CHECKING:
@@ -192,6 +193,17 @@ class Plan(Record):
           mesh: the plan's axes over devices, if not those of `make_mesh()`.
         """
         return first_not_finite(self, loss, params, batch, *state, mesh=self._over(mesh))
+
+    def count_rounds(
+        self, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh | None = None
+    ) -> dict[int, int]:
+        """Return rounds → how many exchanges of tokens with their experts take so many, of one batch.
+
+        They are those of the forward pass, one for each layer of a mixture and microbatch; none where experts
+        are not cut over an axis that cuts rows. The loss runs once in a program of its own; arguments are as
+        in `first_not_finite`.
+        """
+        return count_rounds(self, loss, params, batch, *state, mesh=self._over(mesh))
 
     def deviation(
         self, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh | None = None

@@ -10,8 +10,11 @@ none, run again.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +45,24 @@ class PeerExchange:
     kernel: str = TILES
     interpret: bool = False
     kept: KeptProducts = NOTHING
+
+
+# Where programs that are traced note the rounds of their exchanges as they run, None for nowhere.
+_NOTED: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noted_rounds() -> Iterator[list[int]]:
+    """Give a list in which programs traced within it note each exchange's rounds as they run.
+
+    Every device of this process notes its own, which are alike.
+    """
+    found: list[int] = []
+    before = _NOTED.set(found)
+    try:
+        yield found
+    finally:
+        _NOTED.reset(before)
 
 
 def slots_of(tokens: int, choices: int, peers: int) -> int:
@@ -88,6 +109,8 @@ def exchanged(
     the mesh are manual.
     """
     sizes, rounds = _sized(exchange, chosen, matrices[0].shape[0])
+    if (noted := _NOTED.get()) is not None:
+        jax.debug.callback(lambda count: noted.append(int(count)), rounds)
     floats: Any = (x, weights, matrices)
     found: Any = _later_rounds(call, exchange, floats, sizes, rounds)
     (x, weights, matrices), later = found
