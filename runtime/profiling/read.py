@@ -78,7 +78,7 @@ def read_profile(directory: str | Path) -> Profile:
     if not sessions:
         raise UserError(f"no profile was captured in {directory}: {_HOW}")
     newest = max(sessions.values(), key=lambda files: max(file.stat().st_mtime_ns for file in files))
-    traces = {_process(file, place): read_xplane(file) for place, file in enumerate(newest)}
+    traces = {number: read_xplane(file) for number, file in _processes(newest).items()}
     _check_one_program(dict(zip((file.name for file in newest), traces.values(), strict=False)))
     return analyse(traces, load_program(directory), [str(file) for file in newest])
 
@@ -88,7 +88,9 @@ def _sessions(directory: Path) -> dict[Path, list[Path]]:
     sessions: dict[Path, list[Path]] = {}
     for suffix in SUFFIXES:
         for trace in sorted(directory.rglob(f"*{suffix}")):
-            sessions.setdefault(trace.parent, []).append(trace)
+            # Packed beside the same trace unpacked it would be a process of its own.
+            if not (trace.suffix == ".gz" and trace.with_suffix("").is_file()):
+                sessions.setdefault(trace.parent, []).append(trace)
     return sessions
 
 
@@ -135,6 +137,14 @@ def _sizes(mesh: Mapping[str, int]) -> dict[str, int]:
     return {axis: size for axis, size in mesh.items() if size > 1}
 
 
-def _process(file: Path, place: int) -> int:
-    match = re.search(r"_(\d+)\.xplane\.pb$", file.name)
-    return int(match[1]) if match else place
+def _processes(files: Sequence[Path]) -> dict[int, Path]:
+    """Return the traces of one session by the number of their process.
+
+    A run's own traces end in it (``host_3.xplane.pb``). Of others, whose hosts' names may end alike
+    (``a_01``, ``b_01``), it is their place.
+    """
+    found = [re.search(r"_(\d+)\.xplane\.pb(?:\.gz)?$", file.name) for file in files]
+    numbers = [int(match[1]) for match in found if match]
+    if len(set(numbers)) < len(files):
+        numbers = list(range(len(files)))
+    return dict(zip(numbers, files, strict=True))

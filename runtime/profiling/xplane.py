@@ -35,6 +35,7 @@ from .wire import fields
 SUFFIXES = (".xplane.pb", ".xplane.pb.gz")
 
 _DEVICE = re.compile(r"^/device:(GPU|TPU):(\d+)$")
+_SPARSE = re.compile(r"^/device:TPU:\d+ SparseCore \d+$")
 # Fields of an XSpace beside its planes: what went wrong while it was captured.
 _COMPLAINTS = (2, 3)
 
@@ -71,6 +72,11 @@ def trace_of_planes(
     broken: dict[str, int] = {}
     device_steps: dict[str, tuple[HostSpan, ...]] = {}
     devices: list[str] = []
+    sparse = [
+        one
+        for one in planes
+        if _SPARSE.match(one.name) and any(True for line in one.lines for _ in line.events)
+    ]
     for plane in planes:
         match = _DEVICE.match(plane.name)
         if match is None:
@@ -101,6 +107,11 @@ def trace_of_planes(
         programs=programs,
         notes=(
             *(f"the profiler said: {words}" for words in complaints),
+            *(
+                [f"what SparseCores did beside the devices is left out ({len(sparse)} of them)"]
+                if sparse
+                else []
+            ),
             *(
                 f"{number} kernels on {device} have times that cannot be, and are left out"
                 for device, number in broken.items()

@@ -1,5 +1,6 @@
 """Real traces of real steps, from capture to report, and what is said when there is nothing to read."""
 
+import gzip
 import inspect
 import json
 import shutil
@@ -184,7 +185,17 @@ def test_a_trace_of_unnumbered_steps_is_divided_by_executions(tmp_path):
         for _ in range(2):
             weights, loss = compiled(weights, x)
         jax.block_until_ready((weights, loss))
-    assert [step.step for step in read_profile(tmp_path).by_step()] == [0, 1]
+    alone = read_profile(tmp_path)
+    assert [step.step for step in alone.by_step()] == [0, 1]
+    # Of two hosts whose names end alike neither is lost, and a packed copy is no third.
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    for name in ("node-a_01", "node-b_01"):
+        shutil.copy(trace, trace.with_name(f"{name}.xplane.pb"))
+    (trace.with_name("node-b_01.xplane.pb.gz")).write_bytes(gzip.compress(trace.read_bytes()))
+    trace.unlink()
+    both = read_profile(tmp_path)
+    assert len(both.files) == 2
+    assert len(both.steps) == 2 * len(alone.steps)
 
 
 @pytest.mark.devices(8)

@@ -48,6 +48,7 @@ def test_a_tpu_names_operations_by_their_text_and_executions_on_their_own_line()
         ("fusion.1", "jit_step", 5, "run"),
     ]
     assert {e.device for e in trace.events} == {"tpu:0"}
+    assert trace.notes == ("what SparseCores did beside the devices is left out (1 of them)",)
     windows = step_windows(trace.events, "jit_step", trace.steps)
     assert [(w.step, w.start_ns, w.end_ns) for w in windows] == [(7, 0, 50), (8, 50, 90)]
 
