@@ -319,15 +319,16 @@ def _heaviest_first(equation: Equation) -> list[Scope]:
 
 
 def _main_scan(program: Program) -> int:
-    """Return the index of the scan over layers that does most work, or -1."""
-    best, most = -1, 0.0
+    """Return the index of the scan over layers that does most work, or -1; stages cut stacked parameters."""
+    best, most = -1, (False, 0.0)
     for equation in program.equations():
         if equation.primitive != "scan" or not _is_over_layers(program, equation):
             continue
         inside = [one for scope in equation.scopes for one in walk_equations(scope)]
         amount = sum(work(one).flops * one.multiplicity for one in inside)
-        if amount > most:
-            best, most = equation.index, amount
+        stacked = any(program.dims[dim].stacked for dim in _walked(equation))
+        if amount > 0 and (stacked, amount) > most:
+            best, most = equation.index, (stacked, amount)
     return best
 
 
@@ -341,12 +342,16 @@ def _scans_over_layers(program: Program, main: int) -> list[int]:
 
 def _is_over_layers(program: Program, scan: Equation) -> bool:
     """Whether a scan is over stacked parameters, or runs one layer again, over nothing of the data."""
-    walked = [program.dims[dim] for dim in (scan.factors[0].dims if scan.factors else ())]
+    walked = [program.dims[dim] for dim in _walked(scan)]
     if any(dim.stacked for dim in walked):
         return True
     parts = scan_parts(scan.eqn)
     of_data = any(program.arguments[place.argument].is_data for dim in walked for place in dim.places)
     return parts.num_carry > 0 and (parts.num_xs == 0 or not of_data)
+
+
+def _walked(scan: Equation) -> tuple[int, ...]:
+    return scan.factors[0].dims if scan.factors else ()
 
 
 def _floats(var: Any) -> bool:

@@ -87,9 +87,8 @@ def layers_of(program: Program, params: int) -> Equation:
     def size(one: Equation) -> int:
         if one.primitive != "scan" or not is_layer_scan(one.eqn):
             return 0
-        xs: list[Any] = [
-            atom for atom in one.eqn.invars[-scan_parts(one.eqn).num_xs :] if not is_number(atom)
-        ]
+        ins = one.eqn.invars
+        xs: list[Any] = [atom for atom in ins[len(ins) - scan_parts(one.eqn).num_xs :] if not is_number(atom)]
         return sum(math.prod(atom.aval.shape) for atom in xs if atom in own)
 
     best = max(program.scope.equations, key=size, default=None)
