@@ -140,7 +140,7 @@ def gradients(plan: Plan, loss: Callable[..., Any], params: Any) -> Any:
     function = jax.jit(jax.value_and_grad(plan.apply(loss, mesh=mesh), has_aux=has_aux))
     args = jax.device_put((params, batch()), placed)
     program = function.lower(*args).compile()
-    return program, jax.device_get(program(*args)), jax.value_and_grad(loss, has_aux=has_aux)
+    return program, jax.device_get(program(*args)), jax.jit(jax.value_and_grad(loss, has_aux=has_aux))
 
 
 def apart(found: Any, wanted: Any) -> list[float]:
