@@ -11,10 +11,12 @@ import numpy as np
 import optax
 import pytest
 from jax.extend import core
+from meshwright.sharding.cost.tables import flatten
 from meshwright.sharding.plans.specs import axes_in
 from meshwright.sharding.program import trace
 from meshwright.sharding.program.jaxpr import Traced, shapes_of
 from meshwright.sharding.program.recognise import recognised
+from meshwright.sharding.transform.pipeline.layers import layers_of
 
 pytestmark = pytest.mark.numerics
 
@@ -388,3 +390,17 @@ def test_branches_side_by_side_are_no_layers() -> None:
 
     traced, found = rolled(loss, weights(layers=8), jnp.ones((2, WIDTH)))
     assert found.jaxpr is traced.jaxpr
+
+
+def test_stages_cut_the_stack_beside_one_layer_that_does_more() -> None:
+    def loss(params: Any, x: Any) -> Any:
+        x, _ = jax.lax.scan(lambda x, p: (layer(p, x), None), x, params["stack"])
+        for _ in range(6):
+            x = layer(params["again"], x)
+        return jnp.mean(x**2)
+
+    stack = jax.tree.map(lambda *blocks: jnp.stack(blocks), *weights())
+    again = {"up": jnp.ones((WIDTH, 1024)), "down": jnp.ones((1024, WIDTH))}
+    program = trace(loss, {"stack": stack, "again": again}, jnp.ones((2, WIDTH)), recognise=("layers",))
+    assert layers_of(program, 4).eqn.params["length"] == LAYERS
+    assert flatten(program).layers == LAYERS
