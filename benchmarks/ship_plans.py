@@ -25,7 +25,9 @@ from meshwright.sharding.xla.options import Options, trials_for
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = {
     "llama3-8b": ("v5e:16x16", "v6e:16x16", "v5p:4x4x8", "h100:4x8"),
+    "llama3-8b-1m": ("v5p:8x8x8",),
     "llama3-70b": ("v5p:8x8x8", "v6e:16x16", "h100:32x8"),
+    "llama3-70b-128k": ("h100:32x8",),
     "llama3-405b": ("v5p:8x8x16", "2*v6e:16x16", "8*v5p:4x4x8"),
     "mixtral-8x7b": ("v5p:4x4x8",),
     "deepseek-v3": ("h100:256x8",),

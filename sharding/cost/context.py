@@ -119,14 +119,27 @@ def laid_calls(calls: Sequence[SpreadCall], candidate: Candidate) -> tuple[LaidC
     return tuple(one for one in found if one is not None)
 
 
+def crowded(calls: Sequence[SpreadCall], candidate: Candidate) -> bool:
+    """Whether queries of a call lie over `context` and other axes at once, for which there is no way."""
+    lying = (_axes(one, candidate.dims, candidate.mesh)[0][1] for one in calls)
+    return any(CONTEXT in axes and len(axes) > 1 for axes in lying)
+
+
+def _axes(
+    one: SpreadCall, dims: Mapping[int, tuple[str, ...]], mesh: Mapping[str, int]
+) -> list[list[tuple[str, ...]]]:
+    """Return the mesh axes of each dimension of queries and of keys."""
+    axes = {dim: tuple(axis for axis in cut if mesh.get(axis, 1) > 1) for dim, cut in dims.items()}
+    return [
+        while_computing(composition, shape, axes, mesh, one.first)
+        for composition, shape in zip(one.dims[:2], one.shapes[:2], strict=True)
+    ]
+
+
 def _laid(
     one: SpreadCall, dims: Mapping[int, tuple[str, ...]], mesh: Mapping[str, int], microbatches: int
 ) -> LaidCall | None:
-    axes = {dim: tuple(axis for axis in cut if mesh.get(axis, 1) > 1) for dim, cut in dims.items()}
-    query, key = (
-        while_computing(composition, shape, axes, mesh, one.first)
-        for composition, shape in zip(one.dims[:2], one.shapes[:2], strict=True)
-    )
+    query, key = _axes(one, dims, mesh)
     if query[1] != (CONTEXT,) or key[1] not in ((), (CONTEXT,)):
         return None
     (batch, queries, heads, wide), (_, keys, kv_heads, _), (*_, value_wide) = one.shapes

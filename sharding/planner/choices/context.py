@@ -30,7 +30,14 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
         lambda: kernels.choose(given.program, given.topology, declared.attention, declared.segments),
     )
     layout = Candidate(mesh=draft.mesh, dims=draft.dims)
-    for word in words(calls, layout, declared.context, kernel):
+    if declared.context is not None and not declared.mesh.get(CONTEXT):
+        why = _lacks(laid_calls(calls, layout), declared.context)
+        if why is not None:
+            axes = [axis for axis in (CONTEXT, "tensor") if draft.mesh.get(axis, 1) > 1]
+            yield Refused(sizes={axis: draft.mesh[axis] for axis in axes}, reason=why)
+            return
+    found = words(calls, layout, declared.context, kernel)
+    for word in found:
         yield dataclasses.replace(draft, context=word)
 
 
@@ -43,6 +50,14 @@ def _without_axis(given: Given, word: str) -> Refused:
             f"{LONG:,} tokens on, where rows do not fill the devices; declare it, as mesh={{'context': 2}}"
         )
     return Refused(sizes={CONTEXT: 1}, reason=f"context={word!r} is a way over several devices")
+
+
+def _lacks(laid: Sequence[LaidCall], way: str) -> str | None:
+    """Return why no call goes a `way` here that one would go over fewer devices."""
+    if any(one.way(way) == way for one in laid):
+        return None
+    fewer = (dataclasses.replace(one, parts=2) for one in laid)
+    return next((one.why_not(way) for one in laid), None) if any(f.way(way) == way for f in fewer) else None
 
 
 def words(

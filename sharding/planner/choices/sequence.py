@@ -12,6 +12,8 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterator
 
+from ...cost.candidate import Candidate
+from ...cost.context import CONTEXT, calls_of, crowded
 from ...plans.specs import cut_into
 from ...program.jaxpr import scan_parts
 from ...program.program import Dims, Equation, Program
@@ -29,8 +31,15 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
         return
     before = draft.dims.get(dim, ())
     cut = (*before, "tensor")
-    if before in ((), ("context",)) and given.program.dims[dim].size % cut_into(cut, draft.mesh) == 0:
-        yield dataclasses.replace(draft, dims={**draft.dims, dim: cut})
+    if before not in ((), (CONTEXT,)) or given.program.dims[dim].size % cut_into(cut, draft.mesh):
+        return
+    dims = {**draft.dims, dim: cut}
+    if before:
+        # Where heads do not lie over the tensor axis, attention's queries would, beside context.
+        calls = given.once(calls_of, lambda: calls_of(given.program))
+        if crowded(calls, Candidate(mesh=draft.mesh, dims=dims)):
+            return
+    yield dataclasses.replace(draft, dims=dims)
 
 
 def _stream_dim(program: Program, layer_dim: int, taken: Collection[int]) -> int | None:

@@ -129,6 +129,22 @@ def test_declared_rules_are_kept(program: Program) -> None:
         assert [axis for axes in query for axis in axes] == wanted
 
 
+def test_attention_has_a_way_over_context_wherever_it_is_cut(program: Program) -> None:
+    """Also beside a stream between layers that lies over ``tensor`` too, as heads do then."""
+    found = offered(program, mesh={"context": 2, "tensor": 4}).layouts
+    assert {layout.context is None for layout in found} == {False}
+    cut = {axes for layout in found for axes in layout.dims.values() if "context" in axes}
+    assert cut == {("context",), ("context", "tensor")}
+
+
+def test_a_declared_way_leaves_out_the_meshes_that_it_does_not_divide() -> None:
+    long = {key: jax.ShapeDtypeStruct((4, 65536), jnp.int32) for key in BATCH}
+    names = {0: MODEL.names, 1: dict.fromkeys(long, ("batch", "sequence"))}
+    found = offered(trace(MODEL.loss, PARAMS, long, names=names), "cpu:32", context="heads")
+    assert {layout.mesh["context"] for layout in found.layouts} == {2, 4, 8}
+    assert found.refused["context=32"] == "context=32 does not divide 8 heads of queries; nearest: 8"
+
+
 def test_a_declared_context_axis_shards_the_sequence(program: Program) -> None:
     for layout in offered(program, mesh={"context": 2}).layouts:
         assert layout.mesh["context"] == 2
