@@ -249,6 +249,9 @@ class _Search:
             ladders = ladders[:1]
         elif not self._can_fit(layout, [ladder[-1] for ladder in ladders]):
             return None
+        # Keeping everything is searched apart: what is kept by name may take more than what gradients read.
+        first, *others = ladders
+        ladders = [first[:1], first[1:], *others]
         fitting = [one for ladder in ladders for one in self._descend(layout, ladder)]
         return min(
             fitting, key=lambda one: (one.estimate.step_seconds, one.estimate.peak_bytes), default=None
