@@ -78,7 +78,7 @@ def ways(group: Group) -> Mapping[str, Ways]:
 
     >>> host = ways(Group(size=8, domains=1, link=382e9, network=35e9, switch_sums=0.81))
     >>> [round(float(host["all_reduce"].seconds(size)) * 1e6) for size in (2**16, 2**24, 2**30)]
-    [15, 108, 4007]
+    [16, 108, 4001]
     """
     found = {}
     for kind in KINDS:
