@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 
 import pytest
 from meshwright.runtime.config import load
@@ -28,7 +29,9 @@ def test_there_are_plans() -> None:
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
 def test_it_names_no_place_of_a_machine(path: pathlib.Path) -> None:
-    assert '"file": "/' not in path.read_text()
+    text = path.read_text()
+    assert '"file": "/' not in text
+    assert not re.search(r"""(^|[\s("'])/[^\s"']*\.py""", text)
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)

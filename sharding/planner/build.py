@@ -10,6 +10,7 @@ from ..cost.candidate import Candidate, Storage
 from ..hardware.topology import Topology
 from ..plans.arrays import least_that_matters
 from ..plans.origin import Alternative, Origin
+from ..plans.proof import nearby_lines
 from ..plans.record import ArrayPlan, DimPlan, Record
 from ..plans.specs import Spec, spec_of
 from ..plans.trainable import is_float
@@ -27,12 +28,15 @@ def record_of(
     topology: Topology,
     candidate: Candidate,
     *,
+    notes: Sequence[str] = (),
+    refused: Mapping[str, str] | None = None,
     batch: Mapping[str, ArrayPlan] | None = None,
     **remembered: Any,
 ) -> Record:
     """Return the plan that runs `program` as `candidate` says; `remembered` are further fields of it.
 
-    `batch` says how the data lies where that is not as it is computed with.
+    `batch` says how the data lies where that is not as it is computed with. Lines of code in `notes` and in
+    what was `refused` are named as in proofs: plans are committed and read elsewhere.
     """
     return Record(
         topology=topology,
@@ -49,6 +53,8 @@ def record_of(
         moments=moments_of(program, candidate),
         trainable=trainable_of(program),
         origin=Origin.of(program),
+        notes=tuple(map(nearby_lines, notes)),
+        refused={sizes: nearby_lines(reason) for sizes, reason in (refused or {}).items()},
         **remembered,
     )
 

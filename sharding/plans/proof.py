@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..hlo.text import SourceLine
+
+# A file of code by its whole path, before the number of a line, where a word of a sentence begins.
+_LINE = re.compile(r"(?:(?<=[\s(])|^)/[^:()]*?\.py(?=:\d)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +151,15 @@ def nearby(file: str) -> str:
     return (
         path.relative_to(here) if path.is_relative_to(here) else pathlib.PurePath(*path.parts[-2:])
     ).as_posix()
+
+
+def nearby_lines(sentence: str) -> str:
+    """Return a sentence whose lines of code are named as `nearby` does.
+
+    >>> nearby_lines("work is done again at /somewhere/else/models/mlp.py:12 (mlp), 2 s")
+    'work is done again at models/mlp.py:12 (mlp), 2 s'
+    """
+    return _LINE.sub(lambda found: nearby(found[0]), sentence)
 
 
 def _nearby_line(source: SourceLine | None) -> SourceLine | None:
