@@ -1,9 +1,9 @@
-"""How long planning takes: trace and search, without imports, and one candidate's price.
+"""How long planning takes on a processor: trace and search, without imports, and one candidate's price.
 
     python benchmarks/planning_time.py [--json]
 
 Each case is planned twice in this process and the second time counts, so that what Python and JAX load once
-is not part of it.
+is not part of it. It is processor time, so that other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ def measure(name: str, topology: str, rows: int, sequence: int) -> dict[str, Any
         def loss(params: Any, batch: Any, *state: Any) -> Any:
             return model.loss(params, batch, *state)
 
-        start = time.perf_counter()
+        start = time.process_time()
         made = plan(loss, params, batch, topology=topology, optimizer=optimizer, names=model.names, **beside)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
     given = {"params": params, "batch": batch, "optimizer": optimizer, "names": model.names, **beside}
     problem = Problem(loss=model.loss, **given)
     where = Topology.parse(topology)
     layouts = problem.space(where, Declared()).layouts[:PRICED]
     pricer = problem.pricer(where)
-    start = time.perf_counter()
+    start = time.process_time()
     for layout in layouts:
         pricer.price(layout)
-    priced = (time.perf_counter() - start) / len(layouts)
+    priced = (time.process_time() - start) / len(layouts)
     assert made.estimate is not None
     return {
         "model": name,

@@ -50,9 +50,9 @@ def stored_over(
     # Many parameters are stored alike, by one tuple for all of them.
     alike: dict[object, tuple[frozenset[str], ...]] = {}
     cutting = {dim: own for dim, axes in dims_of.items() if (own := cut.intersection(axes))}
-    specs_of = candidate.stored.get, candidate.gradients.get, candidate.optimizer.get
-    for dims, argument in zip(profile.parameter_dims, profile.parameters.argument.tolist(), strict=True):
-        stored, gradient, moments = (of(argument) for of in specs_of)
+    arguments = profile.parameters.argument.tolist()
+    specs = (map(of.get, arguments) for of in (candidate.stored, candidate.gradients, candidate.optimizer))
+    for dims, stored, gradient, moments in zip(profile.parameter_dims, *specs, strict=True):
         key = (dims, id(stored), id(gradient), id(moments))
         found = alike.get(key)
         if found is None:
@@ -237,11 +237,14 @@ def _partial_sums(partial: list[tuple[str, np.ndarray]], count: int) -> list[tup
     codes = np.zeros(count, int)
     for place, (_, mask) in enumerate(partial):
         codes[mask] |= 1 << place
-    ways = {
-        code: tuple(axis for place, (axis, _) in enumerate(partial) if code >> place & 1)
-        for code in set(codes.tolist())
-    }
-    return [ways[code] for code in codes.tolist()]
+    axes = tuple(axis for axis, _ in partial)
+    return [_chosen(axes, code) for code in codes.tolist()]
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _chosen(axes: tuple[str, ...], code: int) -> tuple[str, ...]:
+    """Return those of `axes` whose bits are set in `code`."""
+    return tuple(axis for place, axis in enumerate(axes) if code >> place & 1)
 
 
 def _alike(

@@ -17,6 +17,8 @@ from .layers import moved_layers, over_stages
 # A vector is stored whole unless it is more than this part of all parameters: a gather of so few bytes
 # costs its latency in every layer and saves nothing.
 _LEAST_VECTOR = 0.01
+# How a parameter and its moments lie, by what that depends on: of the mesh, then of the parameter.
+Known = dict[object, dict[object, tuple[Storage, Storage]]]
 # The axis that stores parameters which it does not compute with.
 _STORING = "fsdp"
 
@@ -69,7 +71,7 @@ def store(
     declared: Mapping[int, Mapping[int, tuple[str, ...]]],
     tile_rows: int,
     chunks: int = 1,
-    known: dict[object, tuple[Storage, Storage]] | None = None,
+    known: Known | None = None,
 ) -> ParameterStorage:
     """Return how each parameter, and each array of the state, lies on the mesh.
 
@@ -90,7 +92,8 @@ def store(
     total = program.elements
     params, optimizer = {}, {}
     known = {} if known is None else known
-    everywhere = (*mesh.items(), *over, *moments_over, tile_rows, moved)
+    # Found once for a mesh, so that the long part of the key is hashed once.
+    found = known.setdefault((*mesh.items(), *over, *moments_over, tile_rows, moved), {})
     for argument in program.parameters:
         first = program.alike[argument.index]
         if first in params and (not declared or declared.get(argument.index) == declared.get(first)):
@@ -98,9 +101,9 @@ def store(
             continue
         kept = declared.get(argument.index, {})
         laid = (dims.get(composition[0], ()) if composition else () for composition in argument.dims)
-        key = (argument.index, *laid, *kept.items(), *everywhere)
-        if key in known:
-            params[argument.index], optimizer[argument.index] = known[key]
+        key = (argument.index, *laid, *kept.items())
+        if key in found:
+            params[argument.index], optimizer[argument.index] = found[key]
             continue
         storage = [kept.get(n, axes) for n, axes in enumerate(computed(argument, dims, mesh))]
         open_dimensions = [n for n in range(len(argument.shape)) if n not in kept]
@@ -113,7 +116,7 @@ def store(
         for axis in moments_over if argument.is_trained else ():
             storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
         optimizer[argument.index] = tuple(storage)
-        known[key] = params[argument.index], optimizer[argument.index]
+        found[key] = params[argument.index], optimizer[argument.index]
     state = state_storage(program, mesh, dims, params, over=over, tile_rows=tile_rows)
     return ParameterStorage(params={**params, **state}, optimizer={**optimizer, **state})
 
