@@ -36,7 +36,7 @@ _ACTING = frozenset({"debug_callback", "debug_print", "io_callback"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Split:
+class Halves:
     """A function in two.
 
     early: of all arguments, the outputs that are not late and then the residuals.
@@ -51,7 +51,7 @@ class Split:
     residuals: tuple[jax.ShapeDtypeStruct, ...]
 
 
-def split(function: Function, args: Sequence[Array], awaited: Sequence[bool], again: Sequence[bool]) -> Split:
+def split(function: Function, args: Sequence[Array], awaited: Sequence[bool], again: Sequence[bool]) -> Halves:
     """Return a function in two, traced on `args`.
 
     Outputs that are `awaited` are early, and so are others that take no product which these do not need. The
@@ -91,7 +91,7 @@ def split(function: Function, args: Sequence[Array], awaited: Sequence[bool], ag
         for aval in first.out_avals[len(outs) - sum(scope.is_late) :]
     )
     given = [arg for arg, one in zip(args, again, strict=True) if one]
-    return Split(
+    return Halves(
         early=first,
         late=jax.make_jaxpr(late)(*given, *residuals),
         is_late=tuple(scope.is_late),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.extend import core
-from meshwright.sharding.transform.pipeline.split import Split, split
+from meshwright.sharding.transform.pipeline.split import Halves, split
 
 LAYERS, ROWS, WIDTH, HIDDEN = 3, 8, 16, 32
 # Products of a layer's weights, of which each has a gradient that is one product more.
@@ -70,7 +70,7 @@ def shared(args: Any) -> Any:
     return jnp.tanh(x @ args["last"])
 
 
-def halves(run: Callable[[Any], Any]) -> tuple[Split, Callable[..., Any], list[Any]]:
+def halves(run: Callable[[Any], Any]) -> tuple[Halves, Callable[..., Any], list[Any]]:
     args = arguments()
     names = [name for name in args if name != "x"]
     flat = [*(args[name] for name in names), args["x"], jnp.cos(args["x"])]
@@ -86,7 +86,7 @@ def halves(run: Callable[[Any], Any]) -> tuple[Split, Callable[..., Any], list[A
     return made, back, flat
 
 
-def together(made: Split, flat: list[Any], again: int) -> list[Any]:
+def together(made: Halves, flat: list[Any], again: int) -> list[Any]:
     first = len(made.is_late) - sum(made.is_late)
     early = jax.jit(core.jaxpr_as_fun(made.early))(*flat)
     late = iter(jax.jit(core.jaxpr_as_fun(made.late))(*flat[:again], *early[first:]))
