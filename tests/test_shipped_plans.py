@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 
@@ -13,13 +14,14 @@ from meshwright.sharding import Plan
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PLANS = sorted((CONFIGS / "plans").glob("*.plan.json"))
-# The largest for TPUs, a small and a large one for GPUs, and a mixture whose first three layers are dense, in
-# so many layers: a slice of v6e takes minutes. benchmarks/ship_plans.py compiles them all, whole.
+# A small and a large one for GPUs, a mixture whose first three layers are dense, one for TPUs, and stages over
+# slices, in so many layers: a slice of v6e takes minutes. benchmarks/ship_plans.py compiles them all, whole.
 COMPILED = {
-    "llama3-405b.v5p-8x8x16": 2,
     "llama3-8b.h100-4x8": 2,
     "llama3-70b.h100-32x8": 2,
     "deepseek-v3.h100-256x8": 5,
+    "mixtral-8x7b.v5p-4x4x8": 2,
+    "llama3-405b.8xv5p-4x4x8": 8,
 }
 
 
@@ -55,10 +57,14 @@ def test_the_lines_of_its_proof_are_of_files_that_are_here(path: pathlib.Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_it_compiles_for_its_topology(name: str) -> None:
-    """In a reduced number of layers, which the collectives of a scanned layer do not change in kind."""
+    """In a reduced number of layers, which the collectives of a scanned layer do not change in kind.
+
+    A stage has one of them, where it has several chunks of the whole model's.
+    """
     path = CONFIGS / "plans" / f"{name}.plan.json"
     made = Plan.load(path)
     assert made.proof is not None
+    made = dataclasses.replace(made, interleave=1)
     config = load(CONFIGS / f"{path.name.partition('.')[0]}.yaml", [f"topology={made.topology}"])
     model = config.model.model_copy(
         update={"overrides": {**config.model.overrides, "layers": COMPILED[name]}}
