@@ -173,7 +173,7 @@ class Worker:
         count, own = len(self.cotangents), self._own(self.cut.leave.reads)
 
         def leave(trained: Sequence[Array], learning: Stream) -> tuple[list[Array], list[Array]]:
-            leaves = self._filled(own, trained)
+            leaves = _filled(self.leaves, own, trained)
             found = self._leave(leaves, self.stages.joined(learning, share), microbatch)
             return found[:count], found[count:]
 
@@ -194,12 +194,13 @@ class Worker:
         held = iter([held[place] for held in state["ring"]])
         taken = [one.blank() if one.kind == GIVEN else next(held) for one in self.stages.items]
         own = self._own(self.cut.layers.reads | self.cut.stacked.reads)
+        held_leaves = self._of_chunk(range(len(self.leaves)), self.leaves, unit.chunk)
 
         def layers(trained: Sequence[Array], learning: Stream) -> Stream:
-            leaves = self._filled(own, trained)
+            leaves = _filled(held_leaves, own, trained)
             return self.stages.learning(self._layers(leaves, self.stages.joined(learning, taken), unit)[0])
 
-        trained = self._of_chunk(own, [self.leaves[n] for n in own], unit.chunk)
+        trained = [held_leaves[n] for n in own]
         _, pull = jax.vjp(layers, trained, self.stages.learning(taken))
         if gradient is not None:
             leaving = (self._stage == self._last) & (unit.chunk == self._shape[1] - 1)
@@ -220,7 +221,7 @@ class Worker:
         share = self.stages.shares_of_gradient(state["left"], self._stage == 0)
 
         def embed(trained: Sequence[Array]) -> Stream:
-            found = self._embed(self._filled(own, trained), microbatch)
+            found = self._embed(_filled(self.leaves, own, trained), microbatch)
             return [one for one in found if jnp.issubdtype(one.dtype, jnp.inexact)]
 
         _, pull = jax.vjp(embed, [self.leaves[n] for n in own])
@@ -330,12 +331,6 @@ class Worker:
     def _own(self, reads: set[int]) -> list[int]:
         return [n for n in self.places if n in reads]
 
-    def _filled(self, places: Sequence[int], values: Sequence[Array]) -> list[Array]:
-        leaves = list(self.leaves)
-        for n, value in zip(places, values, strict=True):
-            leaves[n] = value
-        return leaves
-
     def _of_chunk(self, places: Sequence[int], values: Sequence[Array], chunk: Any) -> list[Array]:
         """Return the parameters at `places`, of those of layers a chunk's."""
         if self.slots.chunks == 1:
@@ -370,6 +365,14 @@ class Worker:
     def _pads(self) -> bool:
         """Whether groups of microbatches are filled up with some that are none."""
         return self.slots.chunks > 1 and self.microbatches % self.slots.stages > 0
+
+
+def _filled(leaves: Sequence[Array], places: Sequence[int], values: Sequence[Array]) -> list[Array]:
+    """Return the leaves with other values at some places."""
+    filled = list(leaves)
+    for n, value in zip(places, values, strict=True):
+        filled[n] = value
+    return filled
 
 
 def _wide_zeros(like: Array) -> Array:
