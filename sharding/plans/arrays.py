@@ -84,17 +84,23 @@ def axes_of_dims(plan: Decision, program: Program) -> dict[int, tuple[str, ...]]
     """Return the mesh axes of the dims of a traced `program`, by their numbers."""
     if not isinstance(program, Program):
         raise wrong("program", program, "is no program; give what meshwright.sharding.program.trace returns")
+    numbers = numbers_of_dims(plan, program)
+    return {numbers[name]: row.axes for name, row in plan.dims.items() if row.axes and name in numbers}
+
+
+def numbers_of_dims(plan: Decision, program: Program) -> dict[str, int]:
+    """Return the number in a traced `program` of each of the plan's dims, by its name there."""
     at = {(a.position, a.path): a.dims for a in program.arguments}
     parts: dict[tuple[int, str, int], int] = {}
     for row in plan.dims.values():
         place = (row.argument, row.path, row.dimension)
         parts[place] = max(parts.get(place, 0), row.part + 1)
     found = {}
-    for row in plan.dims.values():
+    for name, row in plan.dims.items():
         dims = at[row.argument, row.path][row.dimension]
         # Where a dimension is several in one, a part of the rows may have fewer of them: XLA is told nothing.
-        if row.axes and len(dims) >= parts[row.argument, row.path, row.dimension]:
-            found[dims[row.part]] = row.axes
+        if len(dims) >= parts[row.argument, row.path, row.dimension]:
+            found[name] = dims[row.part]
     return found
 
 

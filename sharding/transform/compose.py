@@ -87,10 +87,9 @@ def passes_of(
     if settings is not None or plan.context is not None:
         kernel = AttentionKernel(mesh, settings, platform, program, marks, capability, plan.context)
     of_state = [] if state is None else _flat(arrays.specs(plan, state, "state"))
-    axes = {
-        dim: tuple(axis for axis in axes if axis not in by_hand)
-        for dim, axes in arrays.axes_of_dims(plan, program).items()
-    }
+    planned = arrays.axes_of_dims(plan, program)
+    around = {dim: tuple(axis for axis in axes if axis in by_hand) for dim, axes in planned.items()}
+    axes = {dim: tuple(axis for axis in axes if axis not in by_hand) for dim, axes in planned.items()}
     stored, reduced = _flat(arrays.specs(plan, params)), _flat(arrays.specs_of_moments(plan, params))
     if lies is not None:
         stored, reduced = (
@@ -115,6 +114,7 @@ def passes_of(
             multiplier=Multiplier.of(plan.kernels.get("experts"), platform, marks),
             sums_wide="lookups" in arithmetic,
             on_cpu=platform == "cpu",
+            around=around,
         )
     )
     if learns and plan.remat != "none":

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..ops.arithmetic import is_short, looked_up, zeros_for
 from ..ops.experts import ExpertsCall, experts_call
-from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, spec_of, while_computing
+from ..plans.specs import axes_in, axes_of, by_dimension, cut_into, spec_of, while_computing, without
 from ..program.aside import aside
 from ..program.jaxpr import Body, Go, Pass, scan_parts
 from ..program.lookups import MANY_ROWS, looks_up_rows
@@ -25,7 +25,7 @@ from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope
 from ..program.stacks import is_stack
 from .attention import AttentionKernel
-from .experts import BY_TILES, Multiplier, on_mesh
+from .experts import BY_TILES, NOWHERE, Multiplier, on_mesh, own_experts
 from .gather import NOTHING, ByHand, Scattering, StoredParameter, elementwise, learning
 from .lookup import lookup_by_columns, lookup_summed_by_device
 from .meshes import by_device, constraint, is_manual
@@ -51,7 +51,7 @@ class Constrain(Pass):
     `reduces_cast` says whether a gradient's sum is reduced in the smaller type it is cast to
     (`xla.compiler.Compiler`), `sums_wide` whether those of a table's rows are summed in float32; `on_cpu`
     says that nothing shorter is scattered. The axes of `by_hand` are manual around the program; `mesh` and
-    `axes` are what is left to XLA.
+    `axes` are what is left to XLA, `around` has those by hand that dims lie over.
     """
 
     def __init__(
@@ -70,9 +70,10 @@ class Constrain(Pass):
         multiplier: Multiplier = BY_TILES,
         sums_wide: bool = False,
         on_cpu: bool = False,
+        around: Mapping[int, tuple[str, ...]] = NOWHERE,
     ) -> None:
         self._by_hand, self._multiplier, self._sums_wide = by_hand, multiplier, sums_wide
-        self._on_cpu = on_cpu
+        self._on_cpu, self._around = on_cpu, around
         self._storage = Storage(mesh, self._spec, scattering, by_hand, reduces_cast)
         self._used = self._storage.used
         self._program = program
@@ -191,10 +192,18 @@ class Constrain(Pass):
     def _experts(self, call: ExpertsCall, equation: Equation, inputs: list[Any]) -> Any:
         """Run a mixture's experts where they lie; of what they read, only gathered matrices are not kept."""
 
+        first = equation.ins[3][0]
+        # Over the axes around that cut experts tokens go to them.
+        axes = self._around.get(first[0], ()) if first else ()
+
         def use(inputs: list[Any]) -> Any:
-            rows = zip(inputs, equation.ins, strict=True)
+            values = [*inputs[:3], *(_stored_but(value, axes) for value in inputs[3:])]
+            rows = zip(values, equation.ins, strict=True)
             arrays = [self._gather(value, dims) for value, dims in rows]
-            return on_mesh(self._mesh, call, equation, self._spec, arrays, self._multiplier)
+            count: Any = equation.eqn.invars[3].aval
+            own = [own_experts(self._mesh, axes, one, count.shape[0]) for one in arrays[3:]]
+            how = self._multiplier, self._around
+            return on_mesh(self._mesh, call, equation, self._spec, [*arrays[:3], *own], *how)
 
         if any(isinstance(value, StoredParameter) for value in inputs):
             use = jax.checkpoint(use, policy=_unless_gathered, prevent_cse=not self._in_loop)
@@ -279,6 +288,13 @@ class Constrain(Pass):
         """Return the spec of an array while computing; an axis serves one dim, those of parameters first."""
         cut = while_computing(dims, shape, self._axes, self._mesh.shape, self._of_parameters)
         return PartitionSpec(*spec_of(cut))
+
+
+def _stored_but(value: Any, axes: tuple[str, ...]) -> Any:
+    """Return a stored parameter that is left cut over `axes` of its first dimension, if it is over all."""
+    if not (axes and isinstance(value, StoredParameter)) or axes_of((*value.spec, None)[0])[: len(axes)] != axes:
+        return value
+    return StoredParameter(value.value, without(value.spec, axes), without(value.reduced, axes))
 
 
 def _unless_gathered(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -8,7 +8,7 @@ sorted rows would be gathered.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,11 +22,17 @@ from ..ops.experts import ExpertsCall, KeptProducts, by_expert
 from ..ops.grouped import TILES
 from ..ops.products import product_facts, products_refusal
 from ..ops.rounds import PeerExchange, exchanged, slots_of
+from ..plans import arrays
+from ..plans.record import Decision
 from ..plans.specs import by_dimension, cut_into
 from ..program.layers import Marks
+from ..program.mixtures import experts_dims
 from ..program.primitives import Trait, primitives
-from ..program.program import Dims, Equation, Scope
+from ..program.program import Dims, Equation, Program, Scope
 from .meshes import by_device
+
+# The axis of stages, of which each runs other layers.
+_STAGE = "stage"
 
 _PRODUCTS = primitives(Trait.PRODUCT)
 
@@ -35,6 +41,9 @@ SpecOf = Callable[[Dims, tuple[int, ...]], PartitionSpec]
 
 # The mesh axes of one array dimension, the major one first.
 _Axes = tuple[str, ...]
+
+# Of no dims.
+NOWHERE: Mapping[int, _Axes] = MappingProxyType({})
 
 
 class _ExpertAxes(NamedTuple):
@@ -65,6 +74,10 @@ class _ExpertAxes(NamedTuple):
             hidden=hidden,
             scattered=dropped if sequence == left + dropped else (),
         )
+
+    def but(self, axes: Collection[str]) -> _ExpertAxes:
+        """Return those that are none of `axes`."""
+        return _ExpertAxes(*(tuple(axis for axis in one if axis not in axes) for one in self))
 
     @property
     def exchanges(self) -> bool:
@@ -110,6 +123,23 @@ class Multiplier(NamedTuple):
 BY_TILES = Multiplier()
 
 
+def names_of_experts(plan: Decision, program: Program) -> frozenset[str]:
+    """Return the plan's dims of experts whose tokens `on_mesh` exchanges, by their names there."""
+    found = set(experts_dims(program))
+    return frozenset(name for name, dim in arrays.numbers_of_dims(plan, program).items() if dim in found)
+
+
+def own_experts(mesh: Mesh | AbstractMesh, axes: _Axes, matrix: jax.Array, count: int) -> jax.Array:
+    """Return a device's own of a `matrix` for each of `count` experts, where it is not that already.
+
+    `axes` cut the experts and are manual around.
+    """
+    if not axes or matrix.shape[0] < count:
+        return matrix
+    own = count // cut_into(axes, mesh.shape)
+    return lax.dynamic_slice_in_dim(matrix, lax.axis_index(axes) * own, own)
+
+
 def _kept(equation: Equation, marks: Marks) -> KeptProducts:
     """Return the names that `marks` give the products of a call, as they stand in what it is priced by."""
     inner = equation.scopes[0]
@@ -139,17 +169,29 @@ def on_mesh(
     call: ExpertsCall,
     equation: Equation,
     spec_of: SpecOf,
-    arrays: Sequence[Any],
+    operands: Sequence[Any],
     multiplier: Multiplier,
+    around: Mapping[int, _Axes] = NOWHERE,
 ) -> Any:
-    """Return the result of `call` of `arrays`, which is `equation`, as a plan lays them on `mesh`."""
+    """Return the result of `call` of `operands`, which is `equation`, as a plan lays them on `mesh`.
+
+    `around` has the axes of dims that are manual already, of which operands are a device's part.
+    """
     dims = equation.ins
-    x, up = arrays[0], arrays[3]
-    layout = _ExpertAxes.of(
-        by_dimension(tuple(spec_of(dims[0], x.shape)), 3), by_dimension(tuple(spec_of(dims[3], up.shape)), 3)
-    )
-    parts = cut_into((*layout.batch, *layout.sequence), mesh.shape)
-    multiplier = multiplier.on(x, arrays[3:], cut_into(layout.hidden, mesh.shape))
+    x, up = operands[0], operands[3]
+
+    def lying(dims: Dims, shape: tuple[int, ...]) -> tuple[_Axes, ...]:
+        free = by_dimension(tuple(spec_of(dims, shape)), 3)
+        return tuple(_axes_around(around, one) + axes for one, axes in zip(dims, free, strict=True))
+
+    layout = _ExpertAxes.of(lying(dims[0], x.shape), lying(dims[3], up.shape))
+    # What is manual around cuts the rows.
+    mine = tuple(axis for axis in _axes_around(around, dims[3][0]) if axis not in layout.batch)
+    layout = layout._replace(batch=mine + layout.batch)
+    by_hand = {axis for axes in around.values() for axis in axes}
+    free = layout.but(by_hand)
+    parts = cut_into((*free.batch, *free.sequence), mesh.shape)
+    multiplier = multiplier.on(x, operands[3:], cut_into(layout.hidden, mesh.shape))
     how = {
         "kernel": multiplier.kernel,
         "interpret": multiplier.interpret,
@@ -159,16 +201,21 @@ def on_mesh(
     if layout.exchanges:
         peers = cut_into(layout.experts, mesh.shape)
         tokens = x.shape[0] * x.shape[1] // parts
-        slots = slots_of(tokens, arrays[2].shape[2], peers)
-        everywhere = tuple(mesh.axis_names)
+        slots = slots_of(tokens, operands[2].shape[2], peers)
+        # Stages run other layers, and exchange nothing of them.
+        everywhere = tuple(axis for axis in mesh.axis_names if axis != _STAGE)
         exchange = PeerExchange(axes=layout.experts, peers=peers, everywhere=everywhere, slots=slots, **how)
-    tokens = PartitionSpec(layout.batch or None, layout.sequence or None)
-    wide = PartitionSpec(layout.experts or None, None, layout.hidden or None)
-    narrow = PartitionSpec(layout.experts or None, layout.hidden or None)
-    out = PartitionSpec(layout.batch or None, (*layout.sequence, *_scattered(layout)) or None)
+    tokens = PartitionSpec(free.batch or None, free.sequence or None)
+    wide = PartitionSpec(free.experts or None, None, free.hidden or None)
+    narrow = PartitionSpec(free.experts or None, free.hidden or None)
+    out = PartitionSpec(free.batch or None, (*free.sequence, *_scattered(layout)) or None)
     local = functools.partial(_local, mesh, call, layout, exchange, how)
     in_specs = (tokens, tokens, tokens, wide, narrow, *(wide,) * call.gated)
-    return by_device(local, mesh, in_specs, out)(*arrays)
+    return by_device(local, mesh, in_specs, out)(*operands)
+
+
+def _axes_around(around: Mapping[int, _Axes], composition: Sequence[int]) -> _Axes:
+    return around.get(composition[0], ()) if composition else ()
 
 
 def _scattered(layout: _ExpertAxes) -> _Axes:

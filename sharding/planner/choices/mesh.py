@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from ...errors import UserError, nearest
 from ...hardware.axes import AXES, resolve_axes
 from ...hardware.topology import Topology
-from ...ops.experts import experts_call
 from ...plans.specs import cut_into
+from ...program.mixtures import experts_dims
 from ...program.program import Program
 from ..declared import keep
 from . import context
@@ -54,12 +54,6 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
             yield Refused(sizes=mesh, reason=bad)
             continue
         yield dataclasses.replace(draft, mesh=mesh, kept=kept, dims=fixed)
-
-
-def experts_dims(program: Program) -> tuple[int, ...]:
-    """Return the dims that the matrices of calls of `ops.experts` lead with."""
-    calls = (equation for equation in program.equations() if experts_call(equation.eqn) is not None)
-    return tuple(dict.fromkeys(equation.ins[3][0][0] for equation in calls if equation.ins[3][0]))
 
 
 def meshes(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from ...cost.pipeline import held_layers
 from ...errors import UserError, nearest
 from ...plans.vocabulary import SCHEDULES
+from ...program.mixtures import experts_dims
 from .draft import Draft, Given, Refused
 from .layers import why_no_stages
 from .microbatches import indivisible
@@ -69,8 +70,14 @@ def check_schedule(schedule: str | None, mesh_stages: int | None) -> None:
 
 
 def _mixed(given: Given, draft: Draft) -> str | None:
-    """Return why no pipeline of a draft runs: an axis that cuts rows cuts parameters' own dims too."""
+    """Return why no pipeline of a draft runs: an axis that cuts rows cuts parameters' own dims too.
+
+    Over those of experts tokens are exchanged.
+    """
+    experts = given.once(experts_dims, lambda: experts_dims(given.program))
     for dim, axes in draft.dims.items():
+        if dim in experts:
+            continue
         both = next((axis for axis in axes if axis in draft.batch and draft.mesh[axis] > 1), None)
         if both is not None and dim not in given.program.data_dims:
             name = given.program.dims[dim].name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -172,15 +172,18 @@ def specs_of_rows(plan: Decision, batch: Any, rows: int) -> list[Spec]:
     return [spec for spec, leaf in specs if leaf.shape[:1] == (rows,)]
 
 
-def axes_of_rows(plan: Decision, rows: Sequence[Spec]) -> tuple[str, ...]:
-    """Return the axes that cut the rows and nothing else that is computed with, or none."""
+def axes_of_rows(plan: Decision, rows: Sequence[Spec], spared: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the axes that cut the rows and nothing else that is computed with, or none.
+
+    They may cut the plan's dims that are `spared`.
+    """
     leads = {axes_of(spec[0]) if spec else () for spec in rows}
     if len(leads) != 1:
         return ()
     axes = tuple(axis for axis in leads.pop() if plan.mesh[axis] > 1)
     others = {axis for spec in rows for axis in axes_in(spec[1:])}
-    for row in plan.dims.values():
-        if row.argument != 1 or row.dimension or row.part:
+    for name, row in plan.dims.items():
+        if name not in spared and (row.argument != 1 or row.dimension or row.part):
             others.update(row.axes)
     return () if others.intersection(axes) else axes
 

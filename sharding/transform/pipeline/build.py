@@ -11,10 +11,12 @@ from ...errors import UserError, nearest_divisors
 from ...plans.record import Decision
 from ...plans.specs import axes_in, cut_into
 from ...program.jaxpr import Traced
+from ...program.program import Program
 from ...program.tracing import read
 from ..accumulation.proof import InParts, in_parts, refusal, rows_of
 from ..accumulation.region import RowRegion, axes_of_rows, flat_specs, mixes, specs_of_rows
 from ..accumulation.values import NotInParts
+from ..experts import names_of_experts
 from .layers import layers_of, stacked_parameters
 from .slots import STAGE, Slots
 from .staged import Passes, Staged
@@ -49,7 +51,8 @@ def pipelined(
     params, _, *state = traced.args
     stages = plan.mesh[STAGE]
     of_params, of_state = flat_specs(plan, params), flat_specs(plan, state[0], "state") if state else ()
-    axes = _axes(plan, traced)
+    program = read(traced, state=(2,) if state else ())
+    axes = _axes(plan, traced, program)
     manual = (*axes, STAGE)
     for spec in of_state:
         if mixes(spec, manual):
@@ -73,7 +76,6 @@ def pipelined(
         raise UserError(refusal(plan.microbatches, why, has_state=bool(state))) from None
     _check_passes(shares, stages)
     count = len(of_params)
-    program = read(traced, state=(2,) if state else ())
     layers = layers_of(program, count)
     slots = Slots(
         layers=layers.eqn.params["length"],
@@ -115,10 +117,10 @@ def _check_storage(slots: Slots) -> None:
         )
 
 
-def _axes(plan: Decision, traced: Traced) -> tuple[str, ...]:
-    """Return the axes that cut the rows. Raises UserError if they cut something else too."""
+def _axes(plan: Decision, traced: Traced, program: Program) -> tuple[str, ...]:
+    """Return the axes that cut the rows. Raises UserError if they cut something else too, but for experts."""
     rows = specs_of_rows(plan, traced.args[1], rows_of(traced))
-    axes = axes_of_rows(plan, rows)
+    axes = axes_of_rows(plan, rows, names_of_experts(plan, program))
     cut = {axis for spec in rows for axis in axes_in(spec[:1]) if plan.mesh[axis] > 1}
     if cut - set(axes):
         raise UserError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from ...program.tracing import read
 from ..accumulation.proof import rows_of
 from ..accumulation.region import axes_of_rows, specs_of_rows
 from ..accumulation.run import Run
+from ..experts import names_of_experts
 from .layers import alone, inlined, layers_of, stored_as
 from .slots import STAGE
 
@@ -133,6 +134,7 @@ def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced) -> Prepa
     params = by_path(traced.args[0])
     program = read(flat, state=(2,) if len(traced.args) > 2 else ())
     layers, own = layers_of(program, len(params)), alone(program, len(params))
+    experts = names_of_experts(plan, program)
     walked = layers.eqn.invars[-scan_parts(layers.eqn).num_xs :]
     made = [
         _Made.of(plan, program, atom, tuple(params))
@@ -140,7 +142,7 @@ def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced) -> Prepa
         if atom in own and stored_as(program, atom, len(params)) is None
     ]
     if not made:
-        return Prepared(plan=_unmixed(plan, traced), traced=flat, mesh=mesh)
+        return Prepared(plan=_unmixed(plan, traced, experts), traced=flat, mesh=mesh)
     jaxpr = flat.jaxpr.jaxpr
     names = _unique([one.path for one in made], tuple(params))
     atoms = dict(zip(names, (one.atom for one in made), strict=True))
@@ -173,7 +175,7 @@ def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced) -> Prepa
         flat, jaxpr=core.ClosedJaxpr(after, flat.jaxpr.consts), args=(shapes, *flat.args[1:])
     )
     return Prepared(
-        plan=_unmixed(_plan_of(plan, program, atoms, made, kept), ready),
+        plan=_unmixed(_plan_of(plan, program, atoms, made, kept), ready, experts),
         traced=ready,
         mesh=mesh,
         make=core.ClosedJaxpr(before, flat.jaxpr.consts),
@@ -255,14 +257,15 @@ def _plan_of(
     return dataclasses.replace(plan.decision(), params=rows, moments=moments, dims=dims, trainable=None)
 
 
-def _unmixed(plan: Decision, traced: Traced) -> Decision:
+def _unmixed(plan: Decision, traced: Traced, experts: Collection[str]) -> Decision:
     """Return the plan with parameters that enter the region of rows whole over what cuts them beside others.
 
     Where a dimension is stored over an axis that cuts rows, or over stages, and over another as well, it is
     gathered over the first once a step, ahead of the region; its gradient is stored as before. So is what a
     state stores over stages: each of them reads all of it.
     """
-    manual = (*axes_of_rows(plan, specs_of_rows(plan, traced.args[1], rows_of(traced))), STAGE)
+    rows = specs_of_rows(plan, traced.args[1], rows_of(traced))
+    manual = (*axes_of_rows(plan, rows, experts), STAGE)
     params, moments = dict(plan.params), dict(plan.moments)
     for path, row in plan.params.items():
         entries = [
