@@ -292,7 +292,10 @@ class Constrain(Pass):
 
 def _stored_but(value: Any, axes: tuple[str, ...]) -> Any:
     """Return a stored parameter that is left cut over `axes` of its first dimension, if it is over all."""
-    if not (axes and isinstance(value, StoredParameter)) or axes_of((*value.spec, None)[0])[: len(axes)] != axes:
+    if (
+        not (axes and isinstance(value, StoredParameter))
+        or axes_of((*value.spec, None)[0])[: len(axes)] != axes
+    ):
         return value
     return StoredParameter(value.value, without(value.spec, axes), without(value.reduced, axes))
 

@@ -123,5 +123,35 @@ def test_a_mixture_takes_stages_by_the_same_rule():
     assert found.mesh["stage"] == 8
     without = planned("8*v5e:2x2", *args, mesh={"stage": 1})
     assert found.estimate.step_seconds < 0.9 * without.estimate.step_seconds
-    with pytest.raises(UserError, match="expert=4 cuts the batch and d1_8, and stages take the batch apart"):
-        planned("8*v5e:2x2", *args, mesh={"stage": 8, "expert": 4})
+    # Tokens go to their experts and back forward, backward, and where a stage runs its layers again.
+    assert found.mesh["expert"] == 4
+    assert found.params["up"].spec[:2] == ("stage", "expert")
+    kept = planned("8*v5e:2x2", *args, mesh={"stage": 1, "expert": 4}, remat="none").estimate.time
+    assert found.estimate.time["all_to_all/expert"] == pytest.approx(
+        1.5 * kept["all_to_all/expert"], rel=0.01
+    )
+
+
+def test_a_dense_mixture_is_not_cut_by_what_cuts_the_rows_of_stages():
+    """Of experts in a product of all of them, none gets tokens by itself."""
+    _, params, batch = mixture_of()
+
+    def loss(params, batch):
+        def block(x, w):
+            shares = jax.nn.softmax(x @ w["router"].astype(x.dtype))
+            hidden = jnp.einsum("bte,xef->bxtf", x, w["up"].astype(x.dtype))
+            return x + jnp.einsum("btx,bxtf,xfe->bte", shares, hidden, w["down"].astype(x.dtype)), None
+
+        x, _ = jax.lax.scan(block, batch["x"], params)
+        return (x.astype(jnp.float32) ** 2).mean()
+
+    names = {
+        "router": (None, None, None),
+        "up": (None, "experts", None, None),
+        "down": (None, "experts", None, None),
+    }
+    declared = {"mesh": {"stage": 8, "expert": 4}, "rules": {"experts": "expert"}, "names": names}
+    with pytest.raises(
+        UserError, match="expert=4 cuts the batch and experts, and stages take the batch apart"
+    ):
+        planned("8*v5e:2x2", loss, params, batch, **declared)

@@ -91,6 +91,10 @@ def test_experts_keep_their_values_on_any_mesh(mesh: dict[str, int]) -> None:
     "changes",
     [
         {"microbatches": 2, "remat": "full"},
+        {"mesh": {"stage": 2, "expert": 4}, "microbatches": 2},
+        pytest.param(
+            {"mesh": {"stage": 2, "expert": 2, "fsdp": 2}, "microbatches": 2}, marks=pytest.mark.slow
+        ),
         pytest.param(
             {"rules": {"sequence": "context"}, "mesh": {"expert": 4, "context": 2}}, marks=pytest.mark.slow
         ),
