@@ -1,4 +1,4 @@
-"""The experts of a program's mixtures: the dims that calls of `ops.experts` work through by groups of rows."""
+"""The experts of a program's mixtures: dims that calls of `ops.experts` work through by groups of rows."""
 
 from __future__ import annotations
 

@@ -191,7 +191,6 @@ class Constrain(Pass):
 
     def _experts(self, call: ExpertsCall, equation: Equation, inputs: list[Any]) -> Any:
         """Run a mixture's experts where they lie; of what they read, only gathered matrices are not kept."""
-
         first = equation.ins[3][0]
         # Over the axes around that cut experts tokens go to them.
         axes = self._around.get(first[0], ()) if first else ()
