@@ -51,6 +51,15 @@ def is_layer_scan(equation: core.JaxprEqn) -> bool:
     return works(scan_parts(equation).body.jaxpr)
 
 
+def cuts_beside(layers: int, stages: int, chunks: int) -> bool:
+    """Whether stages of so many chunks cut a stack of layers that is not the one with most parameters.
+
+    Two of its layers are on each stage at least: fewer are worked through by rows, and so are those beside
+    several chunks.
+    """
+    return chunks == 1 and layers >= 2 * stages
+
+
 def is_checkpointed(layers: Equation) -> bool:
     """Whether the body of a layer scan is under `jax.checkpoint` already: all of its products are."""
     body = layers.scopes[0].equations

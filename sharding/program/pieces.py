@@ -31,10 +31,17 @@ class ProgramPiece:
         """The numbers of the program's arguments that are read."""
         return {n for n, var in enumerate(self.program.scope.jaxpr.invars) if var in self._needed[1]}
 
+    @property
+    def reads_known(self) -> set[Any]:
+        """Those of `known` that are read, or wanted as they are."""
+        read = {atom for one in self._needed[0] for atom in one.eqn.invars if not _is_number(atom)}
+        read.update(atom for atom in self.wanted if not _is_number(atom))
+        return read.intersection(self.known)
+
     @functools.cached_property
     def _needed(self) -> tuple[tuple[Equation, ...], set[Any]]:
         stop = set(self.known)
-        live = {atom for atom in self.wanted if not isinstance(atom, core.Literal)} - stop
+        live = {atom for atom in self.wanted if not _is_number(atom)} - stop
         found: list[Equation] = []
         for equation in reversed(self.program.scope.equations):
             if live.isdisjoint(equation.eqn.outvars):
@@ -43,7 +50,7 @@ class ProgramPiece:
             found.append(self.at if own and self.at is not None else equation)
             given = self.operands if own else ()
             atoms = [atom for n, atom in enumerate(equation.eqn.invars) if n not in given]
-            live.update({atom for atom in atoms if not isinstance(atom, core.Literal)} - stop)
+            live.update({atom for atom in atoms if not _is_number(atom)} - stop)
         return tuple(reversed(found)), live
 
     def run(
@@ -67,7 +74,7 @@ class ProgramPiece:
         own = dict(zip(self.operands, operands, strict=True))
 
         def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, core.Literal) else values[atom]
+            return atom.val if _is_number(atom) else values[atom]
 
         for equation in self._needed[0]:
             given = own if equation is self.at else {}
@@ -79,6 +86,10 @@ class ProgramPiece:
             for one in reversed(passes):
                 results = one.end(scope, results)
         return results
+
+
+def _is_number(atom: Any) -> bool:
+    return isinstance(atom, core.Literal)
 
 
 def of_length(equation: Equation, length: int) -> Equation:

@@ -45,6 +45,7 @@ from .gather import ByHand, Scattering
 from .meshes import automatic, explicit_axes, of_plan
 from .pipeline.build import pipelined
 from .pipeline.prepare import PreparedRun, prepared
+from .pipeline.slots import slots_of
 from .remat import Name, Remat
 from .said import lying_elsewhere, not_arrays, other_count, other_devices, positional, within_manual
 
@@ -249,7 +250,7 @@ class PlannedLoss:
         return self._runs[traced]
 
     def _through_stages(self, traced: Traced, *, watched: bool = False) -> PreparedRun:
-        ready = prepared(self._plan, self._mesh, traced)
+        ready = prepared(self._plan, self._mesh, traced, watched=watched)
         plan, traced = ready.plan, ready.traced
 
         def passes(program: Program, params: Any, *state: Any, learns: bool) -> list[Pass]:
@@ -261,7 +262,7 @@ class PlannedLoss:
                 *state,
                 learns=learns,
                 by_hand=found.region.manual,
-                lies=found.staged.slots.lies,
+                lies=lambda number, spec: slots_of(found.staged.stacks, number).lies(number, spec),
             )
 
         params = enumerate(jax.tree.leaves(traced.args[0]))

@@ -136,7 +136,7 @@ def first_not_finite(
 
 def _layers(plan: Decision, mesh: Mesh, traced: Traced) -> int:
     """Return how many layers a loss has."""
-    flat = prepared(plan, mesh, traced).traced
+    flat = prepared(plan, mesh, traced, watched=True).traced
     params, *others = flat.args
     program = read(flat, state=(2,) if len(others) > 1 else ())
     return layers_of(program, len(jax.tree.leaves(params))).eqn.params["length"]

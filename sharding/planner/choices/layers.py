@@ -10,6 +10,7 @@ from ...cost.candidate import Storage
 from ...cost.pipeline import is_moved
 from ...errors import UserError
 from ...plans.specs import cut_into
+from ...program.layers import cuts_beside, layer_scans
 from ...program.program import Argument, Program
 
 STAGE = "stage"
@@ -19,7 +20,7 @@ _AUTOMATIC = ("tensor", "context")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layers:
-    """The dimension of the layers that most parameters are stacked in; by the program if `written_out`.
+    """The dimension of layers that parameters are stacked in; by the program if `written_out`.
 
     `members` are the parameters that the program stacks, by argument index.
     """
@@ -33,6 +34,30 @@ class Layers:
 
 def layers_of(program: Program) -> Layers | None:
     """Return the layers that hold most parameters, None for a program without a scan over stacked ones."""
+    sizes = _sizes(program)
+    return _layers(program, max(sizes, key=lambda dim: (sizes[dim], -dim))) if sizes else None
+
+
+def stacks_over_stages(program: Program, stages: int, chunks: int) -> tuple[Layers, ...]:
+    """Return the layers that stages of so many chunks cut: `layers_of`, then those beside them."""
+    most = layers_of(program)
+    if most is None:
+        return ()
+    sizes = _sizes(program)
+    scans = [one.factors[0].dims[:1] for one in layer_scans(program.scope) if one.factors]
+    order = list(dict.fromkeys(dim for dims in scans for dim in dims if dim in sizes and dim != most.dim))
+    others = [_layers(program, dim) for dim in order if cuts_beside(program.dims[dim].size, stages, chunks)]
+    return (most, *(one for one in others if not _stacked(program, one) & _stacked(program, most)))
+
+
+def _stacked(program: Program, layers: Layers) -> frozenset[int]:
+    """Return the parameters that have a dimension of layers, or are stacked by it."""
+    have = (a.index for a in program.parameters if any(layers.dim in dims for dims in a.dims))
+    return layers.members.union(have)
+
+
+def _sizes(program: Program) -> dict[int, int]:
+    """Return the elements of the parameters of each dimension of layers that has any."""
     sizes = {dim.id: 0 for dim in program.dims if dim.stacked}
     for argument in program.parameters:
         for dim in {dim for composition in argument.dims for dim in composition}.intersection(sizes):
@@ -40,9 +65,11 @@ def layers_of(program: Program) -> Layers | None:
     for stack in program.stacks:
         if stack.dim in sizes:
             sizes[stack.dim] += sum(math.prod(program.arguments[index].shape) for index in stack.arguments)
-    if not any(sizes.values()):
-        return None
-    most = program.dims[max(sizes, key=lambda dim: (sizes[dim], -dim))]
+    return {dim: size for dim, size in sizes.items() if size}
+
+
+def _layers(program: Program, dim: int) -> Layers:
+    most = program.dims[dim]
     members = {index for stack in program.stacks if stack.dim == most.id for index in stack.arguments}
     return Layers(
         dim=most.id,
@@ -72,22 +99,21 @@ def check_chunks(chunks: int | None, mesh: Mapping[str, int]) -> None:
         raise UserError(f"interleave={chunks} are chunks of a pipeline stage and the mesh declares none")
 
 
-def moved_layers(program: Program, mesh: Mapping[str, int], chunks: int) -> Layers | None:
-    """Return the layers if stages store others than they run: then they are stored in another dimension."""
+def moved_layers(program: Program, mesh: Mapping[str, int], chunks: int) -> tuple[Layers, ...]:
+    """Return the layers of which stages store others than they run: they are stored in another dimension."""
     stages = mesh.get(STAGE, 1)
-    found = layers_of(program) if stages > 1 else None
-    if found is None or not (found.written_out or is_moved(found.count, stages, chunks)):
-        return None
-    return found
+    found = stacks_over_stages(program, stages, chunks) if stages > 1 else ()
+    return tuple(one for one in found if one.written_out or is_moved(one.count, stages, chunks))
 
 
 def over_stages(
-    argument: Argument, layers: Layers, storage: Sequence[tuple[str, ...]], mesh: Mapping[str, int]
+    argument: Argument, moved: Sequence[Layers], storage: Sequence[tuple[str, ...]], mesh: Mapping[str, int]
 ) -> list[tuple[str, ...]]:
-    """Return the storage of a parameter of moved layers, over stages too in another dimension than theirs."""
+    """Return the storage of a parameter, of moved layers over stages too in another dimension than theirs."""
     cut = list(storage)
-    stacked = bool(argument.dims) and argument.dims[0][:1] == (layers.dim,)
-    if not (stacked or argument.index in layers.members) or any(STAGE in axes for axes in cut):
+    stacked = bool(argument.dims) and argument.dims[0][:1] in [(one.dim,) for one in moved]
+    member = any(argument.index in one.members for one in moved)
+    if not (stacked or member) or any(STAGE in axes for axes in cut):
         return cut
     divided = [
         n
@@ -116,16 +142,13 @@ def laid_over_stages(
     found = layers_of(program)
     if reason := why_no_stages(found, mesh[STAGE]):
         raise UserError(reason)
-    assert found is not None
-    moved = moved_layers(program, mesh, chunks)
+    stacks, moved = stacks_over_stages(program, mesh[STAGE], chunks), moved_layers(program, mesh, chunks)
+    lie = {(one.dim,) for one in stacks if one not in moved}
     laid = dict(stored)
     for argument in program.parameters:
-        own = stored[argument.index]
-        places = [n for n, composition in enumerate(argument.dims) if composition[:1] == (found.dim,)]
-        if moved is not None:
-            laid[argument.index] = tuple(over_stages(argument, moved, own, mesh))
-        elif places:
-            laid[argument.index] = tuple(
-                (STAGE, *axes) if n == places[0] else axes for n, axes in enumerate(own)
-            )
-    return {**dims, found.dim: (STAGE,)}, laid
+        own = over_stages(argument, moved, stored[argument.index], mesh)
+        places = [n for n, composition in enumerate(argument.dims) if composition[:1] in lie]
+        laid[argument.index] = tuple(
+            (STAGE, *axes) if n in places[:1] else axes for n, axes in enumerate(own)
+        )
+    return {**dims, **{one.dim: (STAGE,) for one in stacks}}, laid

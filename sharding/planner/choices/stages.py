@@ -11,7 +11,7 @@ from ...errors import UserError, nearest
 from ...plans.vocabulary import SCHEDULES
 from ...program.mixtures import experts_dims
 from .draft import Draft, Given, Refused
-from .layers import why_no_stages
+from .layers import stacks_over_stages, why_no_stages
 from .microbatches import indivisible
 
 # Chunks a stage holds, where they are not declared: each divides the bubble and repeats every send.
@@ -54,9 +54,8 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
                 reason = f"interleave={chunks} x stage={stages} is more than {found.name}={found.count}"
                 yield Refused(sizes={"stage": stages}, reason=reason)
             continue
-        yield dataclasses.replace(
-            draft, dims={**draft.dims, found.dim: ("stage",)}, schedule=schedule, interleave=chunks
-        )
+        cut = {one.dim: ("stage",) for one in stacks_over_stages(given.program, stages, chunks)}
+        yield dataclasses.replace(draft, dims={**draft.dims, **cut}, schedule=schedule, interleave=chunks)
 
 
 def check_schedule(schedule: str | None, mesh_stages: int | None) -> None:

@@ -87,8 +87,8 @@ def store(
         known: what was found so far for this program, on meshes of any sizes.
     """
     moved = moved_layers(program, mesh, chunks)
-    if moved is not None:
-        dims = {dim: axes for dim, axes in dims.items() if dim != moved.dim}
+    if moved:
+        dims = {dim: axes for dim, axes in dims.items() if all(dim != one.dim for one in moved)}
     total = program.elements
     params, optimizer = {}, {}
     known = {} if known is None else known
@@ -110,7 +110,7 @@ def store(
         choices = _worth_cutting(argument, program, total, open_dimensions)
         for axis in over:
             storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
-        if moved is not None:
+        if moved:
             storage = over_stages(argument, moved, storage, mesh)
         params[argument.index] = tuple(storage)
         for axis in moments_over if argument.is_trained else ():

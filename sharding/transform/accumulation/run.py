@@ -258,7 +258,7 @@ class Run:
             )
             return list(map(region.total, combines, sums)), gradients, rows
 
-        combines += ["min"] if staged.slots.watched else []
+        combines += ["min"] if staged.watched else []
         others = [call.known[value] for value in totals], list(call.cotangents)
         state = leaves[2] if len(leaves) > 2 else ()
         return region.run(body, leaves[0], leaves[1], cut, state, others, places)

@@ -17,7 +17,7 @@ from ..accumulation.proof import InParts, in_parts, refusal, rows_of
 from ..accumulation.region import RowRegion, axes_of_rows, flat_specs, mixes, specs_of_rows
 from ..accumulation.values import NotInParts
 from ..experts import names_of_experts
-from .layers import layers_of, stacked_parameters
+from .layers import layers_of, stacked_parameters, stacks_of
 from .slots import STAGE, Slots
 from .staged import Passes, Staged
 
@@ -44,7 +44,7 @@ def pipelined(
 
     `passes` gives the plan's passes over a program inside of the region, `trained` are the numbers of the
     parameters that may be trained. Layers that are `watched` run one at a time, for where a value is first
-    not finite.
+    not finite; then stages cut one stack of them, that with most parameters.
 
     Raises UserError, one sentence, if it cannot.
     """
@@ -76,16 +76,20 @@ def pipelined(
         raise UserError(refusal(plan.microbatches, why, has_state=bool(state))) from None
     _check_passes(shares, stages)
     count = len(of_params)
-    layers = layers_of(program, count)
-    slots = Slots(
-        layers=layers.eqn.params["length"],
-        stages=stages,
-        chunks=plan.interleave,
-        stored={n: of_params[n] for n in stacked_parameters(program, layers, count)},
-        manual=manual,
-        watched=watched,
-    )
-    _check_storage(slots)
+    found = [layers_of(program, count)] if watched else stacks_of(program, count, stages, plan.interleave)
+    stacks = [
+        Slots(
+            layers=layers.eqn.params["length"],
+            stages=stages,
+            chunks=plan.interleave,
+            stored={n: of_params[n] for n in stacked_parameters(program, layers, count)},
+            manual=manual,
+            watched=watched,
+        )
+        for layers in found
+    ]
+    for slots in stacks:
+        _check_storage(slots)
     region = RowRegion(
         mesh=mesh,
         axes=axes,
@@ -98,7 +102,7 @@ def pipelined(
     staged = Staged(
         mesh=mesh,
         microbatches=plan.microbatches,
-        slots=slots,
+        stacks=stacks,
         passes=passes,
         params=params,
         state=tuple(state),

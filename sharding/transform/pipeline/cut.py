@@ -1,7 +1,8 @@
 """A part of a loss cut at its layers: what goes into them, the layers of a stage, and what comes after.
 
-Two programs are cut, which are one but for the number of rows: of a microbatch, for the layers, and of a
-stage's share of its rows, for what is before and behind them.
+Several stacks of layers are cut one behind another: what is behind one leads into the next. Two programs are
+cut, which are one but for the number of rows: of a microbatch, for the layers, and of a stage's share of its
+rows, for what is before and behind them.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from ...errors import UserError
 from ...program.jaxpr import scan_parts
 from ...program.pieces import ProgramPiece, of_length
 from ...program.program import Equation, Program
-from .layers import dependent, is_number, layers_of, stored_as
+from .layers import behind, dependent, is_number, stored_as, walking
 from .slots import Slots
-from .stream import CARRIED, CONSTANT, GIVEN, Travelling
+from .stream import CARRIED, CONSTANT, GIVEN, PASSED, Travelling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LayerCut:
-    """A part's program in pieces, for one stage of several.
+    """A part's program in pieces, for one stage of several: those of one stack of layers.
 
     enter: of a share of the rows, what travels into the layers.
     layers: of all rows of a microbatch, what a chunk's layers make of what is carried in, and give besides;
       one layer where they run one at a time.
-    leave: of a share, what the whole program gives.
+    leave: of a share, what enters the next stack of layers, behind the last what the whole program gives.
     stacked: what is scanned over beside parameters, for all layers, with its named dimensions (`beside`).
-    items: what travels: constants and what is carried, as layers take them; then what they give besides.
+    items: what travels: constants and what is carried, as layers take them; then what they give besides, and
+      what is passed by them.
     """
 
     enter: ProgramPiece
@@ -41,28 +43,129 @@ class LayerCut:
     items: tuple[Travelling, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Stack:
+    """One stack of layers in both programs.
+
+    `taken` are the numbers of its operands that travel, `beside` of those that are walked beside parameters,
+    `given` of its results that are read behind it, all that is carried first.
+    """
+
+    slots: Slots
+    ours: Equation
+    theirs: Equation
+    constants: tuple[int, ...]
+    carried: tuple[int, ...]
+    beside: tuple[int, ...]
+    given: tuple[int, ...]
+
+    @property
+    def taken(self) -> tuple[int, ...]:
+        return (*self.constants, *self.carried)
+
+    @property
+    def enters(self) -> tuple[Any, ...]:
+        """What it takes, in the program of a share."""
+        return tuple(self.theirs.eqn.invars[n] for n in self.taken)
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """What it gives, in the program of a share."""
+        return tuple(self.theirs.eqn.outvars[n] for n in self.given)
+
+
 def cut_at_layers(
-    share: Program, whole: Program, slots: Slots, params: int, trained: Sequence[int], data: Sequence[int]
-) -> LayerCut:
-    """Cut the programs of a share of a microbatch's rows, and of all of them.
+    share: Program,
+    whole: Program,
+    stacks: Sequence[Slots],
+    params: int,
+    trained: Sequence[int],
+    data: Sequence[int],
+) -> tuple[LayerCut, ...]:
+    """Cut the programs of a share of a microbatch's rows, and of all of them, at each of the `stacks`.
 
     Their first `params` arguments are parameters; `trained` are the numbers of those that are trained,
     `data` of the arguments that hold rows, and of the part's number.
 
     Raises UserError if a stage's layers cannot be had by themselves.
     """
-    ours, theirs = layers_of(whole, params), layers_of(share, params)
-    stages = slots.stages
-    parts = scan_parts(ours.eqn)
-    consts, first_xs = parts.num_consts, parts.num_consts + parts.num_carry
     by_params, by_data = dependent(whole, trained), dependent(whole, data)
-    atoms: list[Any] = list(ours.eqn.invars)
-    share_atoms: list[Any] = list(theirs.eqn.invars)
-    beside = [n for n in range(first_xs, len(atoms)) if stored_as(whole, atoms[n], params) is None]
-    used, their_outs = _used_outside(whole, ours), theirs.eqn.outvars
+    found: list[_Stack] = []
+    for slots in stacks:
+        ours, theirs = (walking(one, params, slots.stored.keys()) for one in (whole, share))
+        by_params |= behind(whole, [one.ours for one in found])
+        found.append(_stack(whole, slots, ours, theirs, params, by_params & by_data))
+    passed = _passed(share, found)
+    enter = ProgramPiece(program=share, wanted=found[0].enters)
+    cuts: list[LayerCut] = []
+    for n, one in enumerate(found):
+        last = n == len(found) - 1
+        wanted = share.scope.jaxpr.outvars if last else (*found[n + 1].enters, *passed[n + 1])
+        leave = ProgramPiece(program=share, wanted=tuple(wanted), known=(*one.ends, *passed[n]))
+        atoms = one.ours.eqn.invars
+        cut = LayerCut(
+            enter=enter,
+            layers=ProgramPiece(
+                program=whole,
+                wanted=tuple(one.ours.eqn.outvars[n] for n in one.given),
+                at=of_length(one.ours, 1 if one.slots.singly else one.slots.each),
+                operands=(*one.taken, *one.beside),
+            ),
+            stacked=ProgramPiece(program=whole, wanted=tuple(atoms[n] for n in one.beside)),
+            beside=tuple(one.ours.ins[n] for n in one.beside),
+            leave=leave,
+            items=_items(one, found[:n], passed[n], by_data),
+        )
+        cuts.append(cut)
+        enter = leave
+    _check_reads(found, cuts)
+    return tuple(cuts)
+
+
+def _stack(
+    whole: Program, slots: Slots, ours: Equation, theirs: Equation, params: int, learns: set[Any]
+) -> _Stack:
+    """Return a stack; of its constants those travel that are among what `learns`, others are made again."""
+    parts, atoms, outs = scan_parts(ours.eqn), ours.eqn.invars, ours.eqn.outvars
+    consts, first_xs = parts.num_consts, parts.num_consts + parts.num_carry
+    used = _used_outside(whole, ours)
+    constants = enumerate(atoms[:consts])
+    return _Stack(
+        slots=slots,
+        ours=ours,
+        theirs=theirs,
+        constants=tuple(n for n, atom in constants if not is_number(atom) and atom in learns),
+        carried=tuple(range(consts, first_xs)),
+        beside=tuple(n for n in range(first_xs, len(atoms)) if stored_as(whole, atoms[n], params) is None),
+        given=(
+            *range(parts.num_carry),
+            *(n for n in range(parts.num_carry, len(outs)) if outs[n] in used),
+        ),
+    )
+
+
+def _passed(share: Program, found: Sequence[_Stack]) -> list[tuple[Any, ...]]:
+    """Return of each stack what others before it give that is read behind it."""
+    passed: list[tuple[Any, ...]] = []
+    for n in range(len(found)):
+        before = [end for one in found[:n] for end in one.ends]
+        read: set[Any] = set()
+        for later in range(n, len(found)):
+            last = later == len(found) - 1
+            wanted = share.scope.jaxpr.outvars if last else found[later + 1].enters
+            known = [end for one in found[: later + 1] for end in one.ends]
+            read |= ProgramPiece(program=share, wanted=tuple(wanted), known=tuple(known)).reads_known
+        passed.append(tuple(end for end in before if end in read))
+    return passed
+
+
+def _items(
+    one: _Stack, earlier: Sequence[_Stack], passed: Sequence[Any], by_data: set[Any]
+) -> tuple[Travelling, ...]:
+    ours, theirs, where = one.ours.eqn, one.theirs.eqn, one.ours.where
 
     def travelling(kind: str, atom: Any, dims: Any, of_share: Any, out: Any) -> Travelling:
-        rows = _rows_of(atom.aval.shape, of_share.aval.shape, stages, ours.where)
+        rows = _rows_of(atom.aval.shape, of_share.aval.shape, one.slots.stages, where)
         return Travelling(
             shape=tuple(atom.aval.shape),
             dtype=atom.aval.dtype,
@@ -73,45 +176,35 @@ def cut_at_layers(
             summed=rows is None and out in by_data,
         )
 
-    constants = [
-        n
-        for n, atom in enumerate(atoms[:consts])
-        if not is_number(atom) and atom in by_params and atom in by_data
+    def operand(kind: str, n: int, out: Any) -> Travelling:
+        return travelling(kind, ours.invars[n], one.ours.ins[n], theirs.invars[n], out)
+
+    def result(kind: str, of: _Stack, n: int) -> Travelling:
+        out = of.ours.eqn.outvars[n]
+        return travelling(kind, out, of.ours.outs[n], of.theirs.eqn.outvars[n], out)
+
+    found = [operand(CONSTANT, n, ours.invars[n]) for n in one.constants]
+    found += [operand(CARRIED, n, out) for n, out in zip(one.carried, ours.outvars, strict=False)]
+    found += [result(GIVEN, one, n) for n in one.given[len(one.carried) :]]
+    found += [
+        result(PASSED, of, n)
+        for of in earlier
+        for n, end in zip(of.given, of.ends, strict=True)
+        if end in passed
     ]
-    outs = ours.eqn.outvars
-    given = [n for n in range(parts.num_carry, len(outs)) if outs[n] in used]
-    items = [travelling(CONSTANT, atoms[n], ours.ins[n], share_atoms[n], atoms[n]) for n in constants]
-    items += [
-        travelling(CARRIED, atoms[n], ours.ins[n], share_atoms[n], outs[n - consts])
-        for n in range(consts, first_xs)
-    ]
-    items += [travelling(GIVEN, outs[n], ours.outs[n], their_outs[n], outs[n]) for n in given]
-    travel = [*constants, *range(consts, first_xs)]
-    enter = ProgramPiece(program=share, wanted=tuple(share_atoms[n] for n in travel))
-    leave = ProgramPiece(
-        program=share,
-        wanted=tuple(share.scope.jaxpr.outvars),
-        known=tuple(their_outs[n] for n in (*range(parts.num_carry), *given)),
-    )
-    stacked = ProgramPiece(program=whole, wanted=tuple(atoms[n] for n in beside))
-    if not slots.stored.keys().isdisjoint(enter.reads | leave.reads | stacked.reads):
-        raise UserError(
-            f"stage={stages}: parameters of the layers are read before or behind them too, for rows of the "
-            f"batch, and no stage has those of all layers, at {ours.where}"
-        )
-    return LayerCut(
-        enter=enter,
-        layers=ProgramPiece(
-            program=whole,
-            wanted=tuple(outs[n] for n in (*range(parts.num_carry), *given)),
-            at=of_length(ours, 1 if slots.singly else slots.each),
-            operands=(*travel, *beside),
-        ),
-        stacked=stacked,
-        beside=tuple(ours.ins[n] for n in beside),
-        leave=leave,
-        items=tuple(items),
-    )
+    return tuple(found)
+
+
+def _check_reads(found: Sequence[_Stack], cuts: Sequence[LayerCut]) -> None:
+    """Raise UserError if parameters of layers are read by anything but those layers."""
+    for one, own in zip(found, cuts, strict=True):
+        pieces = [piece for cut in cuts for piece in (cut.enter, cut.leave, cut.stacked)]
+        pieces += [cut.layers for cut in cuts if cut is not own]
+        if any(not one.slots.stored.keys().isdisjoint(piece.reads) for piece in pieces):
+            raise UserError(
+                f"stage={one.slots.stages}: parameters of the layers are read before or behind them too, for "
+                f"rows of the batch, and no stage has those of all layers, at {one.ours.where}"
+            )
 
 
 def _used_outside(program: Program, layers: Equation) -> set[Any]:

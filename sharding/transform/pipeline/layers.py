@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.extend import core
 
 from ...errors import UserError
 from ...program.jaxpr import Traced, call_body, context_of, run, scan_parts
-from ...program.layers import is_layer_scan
+from ...program.layers import cuts_beside, is_layer_scan
 from ...program.primitives import Trait, primitives
 from ...program.program import Equation, Program
 
@@ -82,19 +82,85 @@ def layers_of(program: Program, params: int) -> Equation:
 
     Raises UserError for a program without one.
     """
+    found = _by_size(program, params)
+    if not found:
+        raise UserError("stages cut layers, in a scan or written out alike, and this loss has none")
+    return found[0]
+
+
+def stacks_of(program: Program, params: int, stages: int, chunks: int) -> list[Equation]:
+    """Return the scans that stages cut, as they run: `layers_of`, and those beside it that are long enough.
+
+    Of these each has parameters that nothing else reads together with the batch, and walks nothing that
+    others give. Raises UserError for a program without layers.
+    """
+    most, by_data = layers_of(program, params), dependent(program, range(params, len(program.arguments)))
+    found = [most]
+    for one in _by_size(program, params):
+        if one is most or not cuts_beside(one.eqn.params["length"], stages, chunks):
+            continue
+        if all(_is_apart(program, one, other, params) for other in found) and not _is_read_besides(
+            program, one, params, by_data
+        ):
+            found.append(one)
+    return sorted(found, key=program.scope.equations.index)
+
+
+def uncut_parameters(program: Program, stacks: Sequence[Equation], params: int) -> frozenset[int]:
+    """Return the numbers of the parameters that layers walk which are none of the `stacks`."""
+    others = [one for one in _by_size(program, params) if one not in stacks]
+    found = (stacked_parameters(program, one, params) for one in others)
+    return frozenset().union(*found) - frozenset().union(
+        *(stacked_parameters(program, one, params) for one in stacks)
+    )
+
+
+def walking(program: Program, params: int, numbers: Collection[int]) -> Equation:
+    """Return the scan over layers that walks parameters of these numbers alone: a part may read fewer."""
+    return next(
+        one
+        for one in _by_size(program, params)
+        if (found := stacked_parameters(program, one, params)) and found <= {*numbers}
+    )
+
+
+def _by_size(program: Program, params: int) -> list[Equation]:
+    """Return the scans that walk something made of parameters alone, those that walk most of it first."""
     own = alone(program, params)
 
     def size(one: Equation) -> int:
         if one.primitive != "scan" or not is_layer_scan(one.eqn):
             return 0
-        ins = one.eqn.invars
-        xs: list[Any] = [atom for atom in ins[len(ins) - scan_parts(one.eqn).num_xs :] if not is_number(atom)]
-        return sum(math.prod(atom.aval.shape) for atom in xs if atom in own)
+        return sum(math.prod(atom.aval.shape) for atom in _walked(one) if atom in own)
 
-    best = max(program.scope.equations, key=size, default=None)
-    if best is None or not size(best):
-        raise UserError("stages cut layers, in a scan or written out alike, and this loss has none")
-    return best
+    return sorted(filter(size, program.scope.equations), key=size, reverse=True)
+
+
+def _walked(layers: Equation) -> list[Any]:
+    ins = layers.eqn.invars
+    return [atom for atom in ins[len(ins) - scan_parts(layers.eqn).num_xs :] if not is_number(atom)]
+
+
+def _is_apart(program: Program, one: Equation, other: Equation, params: int) -> bool:
+    """Whether two scans share no parameter, and neither walks what the other gives."""
+    if stacked_parameters(program, one, params) & stacked_parameters(program, other, params):
+        return False
+    jaxpr = program.scope.jaxpr
+    return not any(
+        _reached(jaxpr, set(a.eqn.outvars)).intersection(_walked(b)) for a, b in ((one, other), (other, one))
+    )
+
+
+def _is_read_besides(program: Program, layers: Equation, params: int, by_data: set[Any]) -> bool:
+    """Whether parameters that a scan walks, more than one number of them, meet the batch elsewhere too."""
+    own = dependent(program, stacked_parameters(program, layers, params)) & alone(program, params)
+    for one in program.scope.equations:
+        atoms: list[Any] = [atom for atom in one.eqn.invars if not is_number(atom)]
+        if one is layers or not by_data.intersection(atoms):
+            continue
+        if any(atom in own and math.prod(atom.aval.shape) > 1 for atom in atoms):
+            return True
+    return False
 
 
 def alone(program: Program, params: int) -> set[Any]:
@@ -105,8 +171,7 @@ def alone(program: Program, params: int) -> set[Any]:
 
 def stacked_parameters(program: Program, layers: Equation, params: int) -> frozenset[int]:
     """Return the numbers of the `params` first arguments that layers walk."""
-    walked = layers.eqn.invars[-scan_parts(layers.eqn).num_xs :]
-    found = (stored_as(program, atom, params) for atom in walked)
+    found = (stored_as(program, atom, params) for atom in _walked(layers))
     return frozenset(number for number in found if number is not None)
 
 
@@ -133,6 +198,11 @@ def dependent(program: Program, arguments: Iterable[int]) -> set[Any]:
     """Return the values of a program's outermost scope that depend on some of its arguments."""
     jaxpr = program.scope.jaxpr
     return _reached(jaxpr, {jaxpr.invars[n] for n in arguments})
+
+
+def behind(program: Program, layers: Sequence[Equation]) -> set[Any]:
+    """Return the values of a program's outermost scope that depend on what scans over layers give."""
+    return _reached(program.scope.jaxpr, {var for one in layers for var in one.eqn.outvars})
 
 
 def _reached(jaxpr: core.Jaxpr, found: set[Any]) -> set[Any]:

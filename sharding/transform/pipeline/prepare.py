@@ -30,7 +30,7 @@ from ..accumulation.proof import rows_of
 from ..accumulation.region import axes_of_rows, specs_of_rows
 from ..accumulation.run import Run
 from ..experts import names_of_experts
-from .layers import alone, inlined, layers_of, stored_as
+from .layers import alone, inlined, layers_of, stacks_of, stored_as, uncut_parameters
 from .slots import STAGE
 
 Array = Any
@@ -125,24 +125,30 @@ def _gradient(found: Array | None, value: Array) -> Array:
     return jnp.zeros(value.shape, jax.dtypes.float0)
 
 
-def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced) -> Prepared:
+def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced, *, watched: bool = False) -> Prepared:
     """Return a traced loss whose layers' parameters are arguments, with jitted functions in their place.
+
+    Where layers are `watched`, those of one stack are, that with most parameters.
 
     Raises UserError for a loss without layers.
     """
     flat = inlined(traced, but=is_stack)
     params = by_path(traced.args[0])
     program = read(flat, state=(2,) if len(traced.args) > 2 else ())
-    layers, own = layers_of(program, len(params)), alone(program, len(params))
+    own, count = alone(program, len(params)), len(params)
+    one = [layers_of(program, count)] if watched else None
+    stacks = one or stacks_of(program, count, plan.mesh[STAGE], plan.interleave)
+    walked = [atom for one in stacks for atom in one.eqn.invars[-scan_parts(one.eqn).num_xs :]]
     experts = names_of_experts(plan, program)
-    walked = layers.eqn.invars[-scan_parts(layers.eqn).num_xs :]
     made = [
         _Made.of(plan, program, atom, tuple(params))
         for atom in dict.fromkeys(_variables(walked))
         if atom in own and stored_as(program, atom, len(params)) is None
     ]
+    paths = tuple(params)
+    whole = {paths[n] for n in uncut_parameters(program, stacks, count)}
     if not made:
-        return Prepared(plan=_unmixed(plan, traced, experts), traced=flat, mesh=mesh)
+        return Prepared(plan=_unmixed(plan, traced, whole, experts), traced=flat, mesh=mesh)
     jaxpr = flat.jaxpr.jaxpr
     names = _unique([one.path for one in made], tuple(params))
     atoms = dict(zip(names, (one.atom for one in made), strict=True))
@@ -175,7 +181,7 @@ def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced) -> Prepa
         flat, jaxpr=core.ClosedJaxpr(after, flat.jaxpr.consts), args=(shapes, *flat.args[1:])
     )
     return Prepared(
-        plan=_unmixed(_plan_of(plan, program, atoms, made, kept), ready, experts),
+        plan=_unmixed(_plan_of(plan, program, atoms, made, kept), ready, whole, experts),
         traced=ready,
         mesh=mesh,
         make=core.ClosedJaxpr(before, flat.jaxpr.consts),
@@ -257,12 +263,12 @@ def _plan_of(
     return dataclasses.replace(plan.decision(), params=rows, moments=moments, dims=dims, trainable=None)
 
 
-def _unmixed(plan: Decision, traced: Traced, experts: Collection[str]) -> Decision:
+def _unmixed(plan: Decision, traced: Traced, whole: Collection[str], experts: Collection[str]) -> Decision:
     """Return the plan with parameters that enter the region of rows whole over what cuts them beside others.
 
     Where a dimension is stored over an axis that cuts rows, or over stages, and over another as well, it is
-    gathered over the first once a step, ahead of the region; its gradient is stored as before. So is what a
-    state stores over stages: each of them reads all of it.
+    gathered over the first once a step, ahead of the region; its gradient is stored as before. So are over
+    stages the parameters at `whole`, of layers that each of them runs, and what a state stores.
     """
     rows = specs_of_rows(plan, traced.args[1], rows_of(traced))
     manual = (*axes_of_rows(plan, rows, experts), STAGE)
@@ -271,6 +277,8 @@ def _unmixed(plan: Decision, traced: Traced, experts: Collection[str]) -> Decisi
         entries = [
             tuple(axis for axis in axes if axis not in manual) or axes for axes in map(axes_of, row.spec)
         ]
+        if path in whole:
+            entries = [tuple(axis for axis in axes if axis != STAGE) for axes in entries]
         if spec_of(entries) != spec_of(map(axes_of, row.spec)):
             params[path] = dataclasses.replace(row, spec=spec_of(entries))
             moments.setdefault(path, row.spec)

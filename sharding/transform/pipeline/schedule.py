@@ -24,6 +24,7 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 EMBED, FORWARD, HEAD, BACKWARD, LEARN = "embed", "forward", "head", "backward", "learn"
@@ -67,6 +68,11 @@ def scope_of(work: str) -> str:
     'forward'
     """
     return f"{_SCOPE}{work}"
+
+
+def named(work: str) -> Any:
+    """Return the scope of some work, by which profiles tell it."""
+    return jax.named_scope(scope_of(work))
 
 
 def work_of(name: str) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -123,3 +123,8 @@ class Slots:
     def _by_device(self, number: int, function: Any, value: Array) -> Array:
         rest = PartitionSpec(*without(tuple(self.stored[number]), self.manual))
         return by_device(function, jax.sharding.get_abstract_mesh(), (rest,), rest)(value)
+
+
+def slots_of(stacks: Sequence[Slots], number: int) -> Slots:
+    """Return the stack of layers that parameter `number` is of; for others, which do not move, the first."""
+    return next((one for one in stacks if number in one.stored), stacks[0])

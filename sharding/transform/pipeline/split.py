@@ -51,7 +51,9 @@ class Halves:
     residuals: tuple[jax.ShapeDtypeStruct, ...]
 
 
-def split(function: Function, args: Sequence[Array], awaited: Sequence[bool], again: Sequence[bool]) -> Halves:
+def split(
+    function: Function, args: Sequence[Array], awaited: Sequence[bool], again: Sequence[bool]
+) -> Halves:
     """Return a function in two, traced on `args`.
 
     Outputs that are `awaited` are early, and so are others that take no product which these do not need. The

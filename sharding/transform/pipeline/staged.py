@@ -15,10 +15,12 @@ from ...program.jaxpr import Pass, Traces
 from ...program.program import Program
 from ...program.tracing import read
 from ..constrain import Constrain
+from .beside import waits
 from .cut import LayerCut, cut_at_layers
-from .slots import STAGE, Slots
+from .slots import STAGE, Slots, slots_of
 from .stream import Stages
 from .ticks import Array, Worker
+from .workers import Workers
 
 # Gives a list of arrays of (parameters, a part's rows, a state if there is one, (its number, sums)).
 Function = Callable[..., list[Array]]
@@ -31,14 +33,14 @@ Passes = Callable[..., list[Pass]]
 class Staged:
     """How parts go through stages: `microbatches` of them, in a region of `mesh`, with `passes`.
 
-    `slots` says which layers a stage has.
+    `stacks` says of each stack of layers which ones a stage has.
     `params` and `state` are the shapes of what is stored, a tree each, of whole arrays; `trained` are the
     numbers of the parameters' leaves that may be; `widens` is as of `gather.ByHand`.
     """
 
     mesh: Mesh | AbstractMesh
     microbatches: int
-    slots: Slots
+    stacks: Sequence[Slots]
     passes: Passes
     params: Any
     state: tuple[Any, ...]
@@ -49,6 +51,11 @@ class Staged:
     def stages(self) -> int:
         """How many stages there are."""
         return self.mesh.shape[STAGE]
+
+    @property
+    def watched(self) -> bool:
+        """Whether layers are watched for values that are not finite."""
+        return self.stacks[0].watched
 
     def run(
         self,
@@ -94,21 +101,27 @@ class Staged:
         data = [len(params) + n for n, one in enumerate(cut) if one]
         # The part's number stands behind the state: what is drawn for a part depends on it.
         data.append(len(params) + len(leaves) + len(state))
-        found = cut_at_layers(share, whole, self.slots, len(params), self.trained, data)
+        cuts = cut_at_layers(share, whole, self.stacks, len(params), self.trained, data)
         on_share, on_whole = (
             self.passes(one, self.params, *self.state, learns=learns) for one in (share, whole)
         )
-        worker = self._worker(found, on_share, on_whole)
-        sums, gradients, parts = dataclasses.replace(
-            worker,
-            leaves=[self.slots.brought(n, leaf) for n, leaf in enumerate(params)],
-            inputs=inputs,
-            places=places,
-            cotangents=cotangents,
-            add=add,
-        ).run(sums)
+        brought = [slots_of(self.stacks, n).brought(n, leaf) for n, leaf in enumerate(params)]
+        received: list[Array] = []
+        workers = [
+            dataclasses.replace(
+                self._worker(number, one, on_share, on_whole, received),
+                leaves=brought,
+                inputs=inputs,
+                places=places,
+                cotangents=cotangents,
+                add=add,
+            )
+            for number, one in enumerate(cuts)
+        ]
+        one = workers[0] if len(workers) == 1 else Workers(stacks=workers)
+        sums, gradients, parts = one.run(sums)
         pairs = zip(places, gradients, strict=False)
-        return sums, [self.slots.taken_back(n, one) for n, one in pairs], parts
+        return sums, [slots_of(self.stacks, n).taken_back(n, one) for n, one in pairs], parts
 
     def _program(
         self, function: Function, structure: Any, rows: Sequence[Array], number: Array, known: Any
@@ -116,7 +129,14 @@ class Staged:
         args = (self.params, jax.tree.unflatten(structure, rows), *self.state, (number, known))
         return read(Traces(function).on(*args), state=(2,) if self.state else ())
 
-    def _worker(self, cut: LayerCut, on_share: list[Pass], on_whole: list[Pass]) -> Worker:
+    def _worker(
+        self,
+        number: int,
+        cut: LayerCut,
+        on_share: list[Pass],
+        on_whole: list[Pass],
+        received: list[Array],
+    ) -> Worker:
         # What is of one dimension is so in the share's program too: they differ in their rows alone.
         lays = next(one for one in on_whole if isinstance(one, Constrain))
         stages = Stages(
@@ -125,10 +145,12 @@ class Staged:
             lies=[lays.lying(jax.ShapeDtypeStruct(one.shape, one.dtype), one.dims)[1] for one in cut.items],
             mesh=jax.sharding.get_abstract_mesh(),
             on_cpu=self.widens,
+            received=received,
         )
         return Worker(
             cut=cut,
-            slots=self.slots,
+            slots=self.stacks[number],
+            waits=waits(number, len(self.stacks), self.stages),
             microbatches=self.microbatches,
             on_share=on_share,
             on_whole=on_whole,

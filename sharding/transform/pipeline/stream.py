@@ -19,7 +19,7 @@ Array = Any
 # One array for each thing that travels, or the gradients of those that have one.
 Stream = list[Array]
 
-CONSTANT, CARRIED, GIVEN = "constant", "carried", "given"
+CONSTANT, CARRIED, GIVEN, PASSED = "constant", "carried", "given", "passed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +27,8 @@ class Travelling:
     """One thing that travels: its shape and type of a whole microbatch, and its named dimensions.
 
     kind: a CONSTANT of all layers, CARRIED from each to the next, or GIVEN by each for what is behind all:
-      then its first dimension are the layers, and each fills in its own place.
+      then its first dimension are the layers, and each fills in its own place. PASSED by all layers, as they
+      are behind an earlier stack of layers, for what is behind these.
     rows: the dimension that holds the microbatch's rows, or None.
     summed: without rows, whether a microbatch's is the sum of its shares' rather than the same in all.
     """
@@ -38,6 +39,11 @@ class Travelling:
     kind: str
     rows: int | None
     summed: bool
+
+    @property
+    def is_read(self) -> bool:
+        """Whether layers read it."""
+        return self.kind in (CONSTANT, CARRIED)
 
     @property
     def differs(self) -> bool:
@@ -69,7 +75,8 @@ class Stages:
     """`count` stages that hand on `items`, which lie over automatic axes of `mesh` as `lies` says.
 
     `on_cpu` sends nothing smaller than float32, and one array after another: there devices begin exchanges
-    that do not wait for one another in different orders, and then wait for each other for ever.
+    that do not wait for one another in different orders, and then wait for each other for ever. `received` is
+    what was received last in a tick; stages of several stacks of layers have it in common.
     """
 
     count: int
@@ -77,12 +84,11 @@ class Stages:
     lies: Sequence[PartitionSpec]
     mesh: Any
     on_cpu: bool
-    # What was received last in a tick.
-    _received: list[Array] = dataclasses.field(default_factory=list)
+    received: list[Array] = dataclasses.field(default_factory=list)
 
     def begin(self) -> None:
         """Begin a tick."""
-        self._received.clear()
+        self.received.clear()
 
     @property
     def index(self) -> Array:
@@ -190,9 +196,9 @@ class Stages:
         ]
         found = []
         for value, (one, spec) in zip(stream, pairs, strict=True):
-            sent = _after(value, self._received) if self.on_cpu else value
+            sent = _after(value, self.received) if self.on_cpu else value
             found.append(by_device(lambda v, one=one: function(v, one), self.mesh, (spec,), spec)(sent))
-            self._received[:] = found[-1:]
+            self.received[:] = found[-1:]
         return found
 
 

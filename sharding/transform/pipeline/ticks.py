@@ -25,14 +25,14 @@ from .schedule import (
     backward_at,
     forward_at,
     is_one,
+    named,
     nearest_one,
     ring,
     rounds,
-    scope_of,
     ticks_since,
 )
 from .slots import Slots
-from .stream import CARRIED, CONSTANT, GIVEN, Stages, Stream, Travelling
+from .stream import CARRIED, CONSTANT, GIVEN, PASSED, Stages, Stream, Travelling
 from .watch import NOWHERE, are_finite, first_layer, last_layer, number_of
 
 Array = Any
@@ -45,7 +45,8 @@ class Worker:
     `inputs(m, shares)` gives the arguments of microbatch m, of all its rows or of this stage's share of them,
     but for the stored ones, which are `leaves`; `add(sums, outputs)` gives what the outputs of one add up to,
     and its rows. `on_share` and `on_whole` are the passes over the cut's two programs; `lying` brings a value
-    to how it lies over automatic axes.
+    to how it lies over automatic axes. `waits` are ticks by which the way back is later than the schedule
+    says, for other stacks of layers behind these.
     """
 
     cut: LayerCut
@@ -60,6 +61,7 @@ class Worker:
     cotangents: Sequence[Array]
     lying: Callable[[Any, Any], Array]
     add: Callable[[Any, Sequence[Array]], tuple[Any, Any]]
+    waits: int = 0
 
     def run(self, sums: Any) -> tuple[Any, Any, Any]:
         """Return the sums, the gradients of `places`, and rows of all microbatches.
@@ -72,12 +74,7 @@ class Worker:
         if self.slots.watched:
             state["first"] = jnp.int32(NOWHERE)
         if learns:
-            held = ring(*self._shape)
-            state |= {
-                "left": self.stages.learning(blank),
-                "ring": [jnp.zeros((held, *one.shape), one.dtype) for one in self._inputs(blank)],
-                "gradients": [_wide_zeros(self.leaves[n]) for n in self.places],
-            }
+            state |= {**self.learning(), "gradients": self.no_gradients()}
         tick, rows = -1, []
         for one in rounds(self._shape[0], self.microbatches, self._shape[1], learns=learns):
             state, found = self._rounds(one, state, tick)
@@ -86,6 +83,18 @@ class Worker:
         parts = [jnp.concatenate(some)[: self.microbatches] for some in zip(*rows, strict=True)]
         first = [state["first"]] if self.slots.watched else []
         return [*state["sums"], *first], state.get("gradients", []), parts
+
+    def learning(self) -> dict[str, Any]:
+        """Return what of the state of a step is for the way back, but for gradients."""
+        blank = self.stages.blank()
+        return {
+            "left": self.stages.learning(blank),
+            "ring": [jnp.zeros((self._held, *one.shape), one.dtype) for one in self._inputs(blank)],
+        }
+
+    def no_gradients(self) -> list[Array]:
+        """Return zeros for the gradients of `places`."""
+        return [_wide_zeros(self.leaves[n]) for n in self.places]
 
     # One stretch
 
@@ -117,40 +126,45 @@ class Worker:
         # Sent while the layers go forward; what goes forward is sent while they go back.
         returned: Stream = []
         if BACKWARD in work:
-            with _named(SEND):
+            with named(SEND):
                 returned = self.stages.hand_on(state["left"], -1, learning=True)
         if FORWARD in work:
-            with _named(FORWARD):
-                state, given = self._forward(state, t)
+            with named(FORWARD):
+                state, given = self.forward(state, t)
         if EMBED in work:
             # After the forward work has taken what was embedded a tick ago.
-            entering = forward_at(t + 1, 0, *self._shape).microbatch
-            with _named(EMBED):
-                embedded = self._embed(self.leaves, self._micro(entering))
-                state = self._watched(state, t, EMBED, is_one(entering, self.microbatches), embedded)
-                state["next"] = self.stages.put_together(embedded)
+            with named(EMBED):
+                state = self.embed(state, t)
         if LEARN in work:
-            with _named(LEARN):
-                state = self._learn(state, t)
+            with named(LEARN):
+                state = self.learn(state, t)
         gradient = None
         if HEAD in work:
             assert given is not None
-            with _named(HEAD):
-                state, parts, gradient = self._head(state, t, given)
+            with named(HEAD):
+                state, parts, gradient = self.head(state, t, given)
         if BACKWARD in work:
-            with _named(BACKWARD):
-                state = self._backward(state, t, returned, gradient)
+            with named(BACKWARD):
+                state = self.backward(state, t, returned, gradient)
         if given is not None:
-            with _named(SEND):
+            with named(SEND):
                 state["sent"] = self.stages.hand_on(given, 1)
         return state, parts
 
-    def _forward(self, state: Any, t: Array) -> tuple[Any, Stream]:
+    def embed(self, state: Any, t: Array) -> Any:
+        """Make what enters the first stage in the next tick."""
+        entering = forward_at(t + 1, 0, *self._shape).microbatch
+        embedded = self._embed(self.leaves, self.micro(entering))
+        state = self._watched(state, t, EMBED, is_one(entering, self.microbatches), embedded)
+        return {**state, "next": self.stages.put_together(embedded)}
+
+    def forward(self, state: Any, t: Array) -> tuple[Any, Stream]:
+        """Run the layers of a chunk on what was embedded, or came from the stage before."""
         unit = forward_at(t, self._stage, *self._shape)
         enters = (self._stage == 0) & (unit.chunk == 0)
         taken = [jnp.where(enters, a, b) for a, b in zip(state["next"], state["sent"], strict=True)]
         if "ring" in state:
-            place = t % ring(*self._shape)
+            place = t % self._held
             pairs = zip(state["ring"], self._inputs(taken), strict=True)
             state["ring"] = [held.at[place].set(one) for held, one in pairs]
         leaves = self._of_chunk(range(len(self.leaves)), self.leaves, unit.chunk)
@@ -160,44 +174,44 @@ class Worker:
             state = self._watched(state, t, FORWARD, real & ~sound.all(), layer=first_layer(~sound))
         return state, given
 
-    def _head(self, state: Any, t: Array, given: Stream) -> tuple[Any, Any, Stream | None]:
+    def head(self, state: Any, t: Array, given: Stream) -> tuple[Any, Any, Stream | None]:
         """Take the last stage's rows to the loss, each stage its share, and their gradient back."""
         number = forward_at(t, self._last, *self._shape).microbatch
-        real, microbatch = is_one(number, self.microbatches), self._micro(number)
+        real, microbatch = is_one(number, self.microbatches), self.micro(number)
         owner = self._stage == self._last
         share = self.stages.shared_out(given, owner)
         if not self.places:
-            found = self._leave(self.leaves, share, microbatch)
+            found = self.leave(self.leaves, share, microbatch)
             sums, parts = self.add(state["sums"], found)
             return {**state, "sums": self._if(real, sums, state["sums"])}, parts, None
-        count, own = len(self.cotangents), self._own(self.cut.leave.reads)
+        count, own = len(self.cotangents), self.places_in(self.cut.leave.reads)
 
         def leave(trained: Sequence[Array], learning: Stream) -> tuple[list[Array], list[Array]]:
-            leaves = _filled(self.leaves, own, trained)
-            found = self._leave(leaves, self.stages.joined(learning, share), microbatch)
+            leaves = filled(self.leaves, own, trained)
+            found = self.leave(leaves, self.stages.joined(learning, share), microbatch)
             return found[:count], found[count:]
 
         trained = [self.leaves[n] for n in own]
         learnt, pull, found = jax.vjp(leave, trained, self.stages.learning(share), has_aux=True)
         grown, back = pull(list(self.cotangents))
-        state["gradients"] = self._grown(state["gradients"], own, grown, real if self._pads else True)
+        state["gradients"] = self.grown(state["gradients"], own, grown, real if self._pads else True)
         state = self._watched(state, t, HEAD, real, [*learnt, *grown, *back])
         sums, parts = self.add(state["sums"], found)
         state["sums"] = self._if(real, sums, state["sums"])
         return state, parts, self.stages.gradient_of_shares(back, owner)
 
-    def _backward(self, state: Any, t: Array, returned: Stream, gradient: Stream | None) -> Any:
+    def backward(self, state: Any, t: Array, returned: Stream, gradient: Stream | None) -> Any:
         """Run a chunk's layers again on what was their input, and back."""
         unit = backward_at(t, self._stage, *self._shape)
         real = is_one(unit.microbatch, self.microbatches)
-        place = (t - ticks_since(unit, self._stage, *self._shape)) % ring(*self._shape)
+        place = (t - ticks_since(unit, self._stage, *self._shape)) % self._held
         held = iter([held[place] for held in state["ring"]])
-        taken = [one.blank() if one.kind == GIVEN else next(held) for one in self.stages.items]
-        own = self._own(self.cut.layers.reads | self.cut.stacked.reads)
+        taken = [next(held) if one.is_read else one.blank() for one in self.stages.items]
+        own = self.places_in(self.cut.layers.reads | self.cut.stacked.reads)
         held_leaves = self._of_chunk(range(len(self.leaves)), self.leaves, unit.chunk)
 
         def layers(trained: Sequence[Array], learning: Stream) -> Stream:
-            leaves = _filled(held_leaves, own, trained)
+            leaves = filled(held_leaves, own, trained)
             return self.stages.learning(self._layers(leaves, self.stages.joined(learning, taken), unit)[0])
 
         trained = [held_leaves[n] for n in own]
@@ -210,30 +224,33 @@ class Worker:
             sound = are_finite([*grown, *state["left"]])
             stacked = [one for n, one in zip(own, grown, strict=True) if n in self.slots.stored]
             state = self._watched(state, t, BACKWARD, real & ~sound, layer=last_layer(stacked))
-        state["gradients"] = self._grown(state["gradients"], own, grown, real, unit.chunk)
+        state["gradients"] = self.grown(state["gradients"], own, grown, real, unit.chunk)
         return state
 
-    def _learn(self, state: Any, t: Array) -> Any:
+    def learn(self, state: Any, t: Array) -> Any:
         """Take the gradient of what left the first stage a tick ago to what embedded it."""
         number = backward_at(t - 1, 0, *self._shape).microbatch
-        real, microbatch = is_one(number, self.microbatches), self._micro(number)
-        own = self._own(self.cut.enter.reads)
+        real, microbatch = is_one(number, self.microbatches), self.micro(number)
+        own = self.places_in(self.cut.enter.reads)
         share = self.stages.shares_of_gradient(state["left"], self._stage == 0)
 
         def embed(trained: Sequence[Array]) -> Stream:
-            found = self._embed(_filled(self.leaves, own, trained), microbatch)
+            found = self._embed(filled(self.leaves, own, trained), microbatch)
             return [one for one in found if jnp.issubdtype(one.dtype, jnp.inexact)]
 
         _, pull = jax.vjp(embed, [self.leaves[n] for n in own])
         grown = pull(share)[0]
-        state["gradients"] = self._grown(state["gradients"], own, grown, real)
+        state["gradients"] = self.grown(state["gradients"], own, grown, real)
         return self._watched(state, t, LEARN, real, grown)
 
     # The pieces
 
     def _embed(self, leaves: Sequence[Array], microbatch: Array) -> Stream:
         inputs = [*leaves, *self.inputs(microbatch, True)]
-        found = self.cut.enter.run(self.on_share, inputs)
+        return self.entered(self.cut.enter.run(self.on_share, inputs))
+
+    def entered(self, found: Sequence[Array]) -> Stream:
+        """Return a share of what enters the layers as it is sent."""
         before = [one for one in self.stages.items if one.kind != GIVEN]
         rows = zip(found, before, strict=True)
         # What is a number in the program has a weak type.
@@ -244,7 +261,7 @@ class Worker:
 
         Where they are watched, say of each whether all that it gives is finite, bool ``[layers]``.
         """
-        inputs = [*leaves, *self.inputs(self._micro(unit.microbatch), False)]
+        inputs = [*leaves, *self.inputs(self.micro(unit.microbatch), False)]
         each = self.slots.each
         first = (unit.chunk * self.slots.stages + self._stage) * each
         walked = zip(self.cut.stacked.run(self.on_whole, inputs), self.cut.beside, strict=True)
@@ -270,18 +287,19 @@ class Worker:
         self, inputs: Sequence[Array], taken: Stream, beside: Sequence[Array], first: Array
     ) -> Stream:
         items = self.stages.items
-        operands = [one.dressed(value) for value, one in zip(taken, items, strict=True) if one.kind != GIVEN]
+        operands = [one.dressed(value) for value, one in zip(taken, items, strict=True) if one.is_read]
         found = iter(self.cut.layers.run(self.on_whole, inputs, operands=[*operands, *beside]))
 
         def after(old: Array, one: Travelling) -> Array:
-            if one.kind == CONSTANT:
+            if one.kind in (CONSTANT, PASSED):
                 return old
             new = one.bare(next(found))
             return new if one.kind == CARRIED else lax.dynamic_update_slice_in_dim(old, new, first, 0)
 
         return [after(old, one) for old, one in zip(taken, items, strict=True)]
 
-    def _leave(self, leaves: Sequence[Array], share: Stream, microbatch: Array) -> list[Array]:
+    def leave(self, leaves: Sequence[Array], share: Stream, microbatch: Array) -> list[Array]:
+        """Return what is behind the layers, of a share of the rows that they give."""
         rows = zip(share, self.stages.items, strict=True)
         known = [one.dressed(value) for value, one in rows if one.kind != CONSTANT]
         return self.cut.leave.run(self.on_share, [*leaves, *self.inputs(microbatch, True)], known=known)
@@ -289,7 +307,7 @@ class Worker:
     def _inputs(self, stream: Stream) -> Stream:
         """Return what of a stream the layers read."""
         rows = zip(stream, self.stages.items, strict=True)
-        return [value for value, one in rows if one.kind != GIVEN]
+        return [value for value, one in rows if one.is_read]
 
     # Small things
 
@@ -321,14 +339,21 @@ class Worker:
         return self.slots.stages - 1
 
     @property
+    def _held(self) -> int:
+        """Of how many chunks a stage holds the input."""
+        return ring(*self._shape) + self.waits
+
+    @property
     def _shape(self) -> tuple[int, int]:
         """Stages, and chunks of each."""
         return self.slots.stages, self.slots.chunks
 
-    def _micro(self, number: Array) -> Array:
+    def micro(self, number: Array) -> Array:
+        """Return a microbatch's number, or the first one's or the last's."""
         return nearest_one(number, self.microbatches)
 
-    def _own(self, reads: set[int]) -> list[int]:
+    def places_in(self, reads: set[int]) -> list[int]:
+        """Return those of `places` that are read."""
         return [n for n in self.places if n in reads]
 
     def _of_chunk(self, places: Sequence[int], values: Sequence[Array], chunk: Any) -> list[Array]:
@@ -341,9 +366,10 @@ class Worker:
             for n, value in zip(places, values, strict=True)
         ]
 
-    def _grown(
+    def grown(
         self, totals: list[Array], places: list[int], more: Sequence[Array], real: Any, chunk: Any = None
     ) -> list[Array]:
+        """Return the gradients of `places` with more added to some of them, where that is `real`."""
         grown = dict(zip(places, more, strict=True))
 
         def added(n: int, total: Array) -> Array:
@@ -367,19 +393,14 @@ class Worker:
         return self.slots.chunks > 1 and self.microbatches % self.slots.stages > 0
 
 
-def _filled(leaves: Sequence[Array], places: Sequence[int], values: Sequence[Array]) -> list[Array]:
+def filled(leaves: Sequence[Array], places: Sequence[int], values: Sequence[Array]) -> list[Array]:
     """Return the leaves with other values at some places."""
-    filled = list(leaves)
+    found = list(leaves)
     for n, value in zip(places, values, strict=True):
-        filled[n] = value
-    return filled
+        found[n] = value
+    return found
 
 
 def _wide_zeros(like: Array) -> Array:
     narrow = jnp.issubdtype(like.dtype, jnp.floating) and like.dtype.itemsize < 4
     return jnp.zeros(like.shape, jnp.float32 if narrow else like.dtype)
-
-
-def _named(work: str) -> Any:
-    """Return the scope of some work, by which profiles tell it."""
-    return jax.named_scope(scope_of(work))
