@@ -15,7 +15,7 @@ from meshwright.sharding import Plan
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PLANS = sorted((CONFIGS / "plans").glob("*.plan.json"))
 # A small and a large one for GPUs, a mixture whose first three layers are dense, one for TPUs, and stages
-# over slices, in so many layers: a slice of v6e takes minutes. benchmarks/ship_plans.py compiles them all, whole.
+# over slices, in so many layers: a slice of v6e takes minutes. benchmarks/ship_plans.py compiles them all.
 COMPILED = {
     "llama3-8b.h100-4x8": 2,
     "llama3-70b.h100-32x8": 2,

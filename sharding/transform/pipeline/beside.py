@@ -22,7 +22,7 @@ from typing import NamedTuple
 from .schedule import BACKWARD, EMBED, FORWARD, HEAD, LEARN
 
 
-class Work(NamedTuple):
+class StackWork(NamedTuple):
     """What is done in a tick, for one of the stacks."""
 
     what: str
@@ -30,10 +30,10 @@ class Work(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stretch:
+class StackStretch:
     """`ticks` in which all stages do `work`."""
 
-    work: frozenset[Work]
+    work: frozenset[StackWork]
     ticks: int
 
 
@@ -56,7 +56,7 @@ def waits(stack: int, stacks: int, stages: int) -> int:
     return backward_later(stack, stacks, stages) - forward_later(stack, stages)
 
 
-def stretches(stages: int, microbatches: int, stacks: int, *, learns: bool) -> list[Stretch]:
+def stretches(stages: int, microbatches: int, stacks: int, *, learns: bool) -> list[StackStretch]:
     """Return what is done from tick -1 on.
 
     Embedding and learning begin or end with a stack's layers, though some of their ticks are of no
@@ -68,7 +68,7 @@ def stretches(stages: int, microbatches: int, stacks: int, *, learns: bool) -> l
     spans = dict(_spans(stages, microbatches, stacks, learns))
     borders = sorted({tick for span in spans.values() for tick in span})
     return [
-        Stretch(
+        StackStretch(
             work=frozenset(work for work, (begins, ends) in spans.items() if begins <= first < ends),
             ticks=after - first,
         )
@@ -76,26 +76,28 @@ def stretches(stages: int, microbatches: int, stacks: int, *, learns: bool) -> l
     ]
 
 
-def _spans(stages: int, microbatches: int, stacks: int, learns: bool) -> list[tuple[Work, tuple[int, int]]]:
+def _spans(
+    stages: int, microbatches: int, stacks: int, learns: bool
+) -> list[tuple[StackWork, tuple[int, int]]]:
     """Return the first tick of each work, and the one after its last."""
-    found: list[tuple[Work, tuple[int, int]]] = []
+    found: list[tuple[StackWork, tuple[int, int]]] = []
     for stack in range(stacks):
         begins = forward_later(stack, stages)
         ends = begins + microbatches + stages - 1
-        found.append((Work(FORWARD, stack), (begins, ends)))
+        found.append((StackWork(FORWARD, stack), (begins, ends)))
         if stack == 0:
-            found.append((Work(EMBED, 0), (-1, ends)))
+            found.append((StackWork(EMBED, 0), (-1, ends)))
         if stack < stacks - 1:
-            found.append((Work(EMBED, stack + 1), (begins, ends)))
+            found.append((StackWork(EMBED, stack + 1), (begins, ends)))
         else:
-            found.append((Work(HEAD, stack), (ends - microbatches, ends)))
+            found.append((StackWork(HEAD, stack), (ends - microbatches, ends)))
         if not learns:
             continue
         begins = backward_later(stack, stacks, stages) + stages - 1
         ends = begins + microbatches + stages - 1
-        found.append((Work(BACKWARD, stack), (begins, ends)))
+        found.append((StackWork(BACKWARD, stack), (begins, ends)))
         if stack == 0:
-            found.append((Work(LEARN, 0), (begins, ends + 1)))
+            found.append((StackWork(LEARN, 0), (begins, ends + 1)))
         if stack < stacks - 1:
-            found.append((Work(LEARN, stack + 1), (begins, ends)))
+            found.append((StackWork(LEARN, stack + 1), (begins, ends)))
     return found

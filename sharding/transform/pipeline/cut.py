@@ -44,7 +44,7 @@ class LayerCut:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Stack:
+class _CutStack:
     """One stack of layers in both programs.
 
     `taken` are the numbers of its operands that travel, `beside` of those that are walked beside parameters,
@@ -90,7 +90,7 @@ def cut_at_layers(
     Raises UserError if a stage's layers cannot be had by themselves.
     """
     by_params, by_data = dependent(whole, trained), dependent(whole, data)
-    found: list[_Stack] = []
+    found: list[_CutStack] = []
     for slots in stacks:
         ours, theirs = (walking(one, params, slots.stored.keys()) for one in (whole, share))
         by_params |= behind(whole, [one.ours for one in found])
@@ -124,13 +124,13 @@ def cut_at_layers(
 
 def _stack(
     whole: Program, slots: Slots, ours: Equation, theirs: Equation, params: int, learns: set[Any]
-) -> _Stack:
+) -> _CutStack:
     """Return a stack; of its constants those travel that are among what `learns`, others are made again."""
     parts, atoms, outs = scan_parts(ours.eqn), ours.eqn.invars, ours.eqn.outvars
     consts, first_xs = parts.num_consts, parts.num_consts + parts.num_carry
     used = _used_outside(whole, ours)
     constants = enumerate(atoms[:consts])
-    return _Stack(
+    return _CutStack(
         slots=slots,
         ours=ours,
         theirs=theirs,
@@ -144,7 +144,7 @@ def _stack(
     )
 
 
-def _passed(share: Program, found: Sequence[_Stack]) -> list[tuple[Any, ...]]:
+def _passed(share: Program, found: Sequence[_CutStack]) -> list[tuple[Any, ...]]:
     """Return of each stack what others before it give that is read behind it."""
     passed: list[tuple[Any, ...]] = []
     for n in range(len(found)):
@@ -160,7 +160,7 @@ def _passed(share: Program, found: Sequence[_Stack]) -> list[tuple[Any, ...]]:
 
 
 def _items(
-    one: _Stack, earlier: Sequence[_Stack], passed: Sequence[Any], by_data: set[Any]
+    one: _CutStack, earlier: Sequence[_CutStack], passed: Sequence[Any], by_data: set[Any]
 ) -> tuple[Travelling, ...]:
     ours, theirs, where = one.ours.eqn, one.theirs.eqn, one.ours.where
 
@@ -179,7 +179,7 @@ def _items(
     def operand(kind: str, n: int, out: Any) -> Travelling:
         return travelling(kind, ours.invars[n], one.ours.ins[n], theirs.invars[n], out)
 
-    def result(kind: str, of: _Stack, n: int) -> Travelling:
+    def result(kind: str, of: _CutStack, n: int) -> Travelling:
         out = of.ours.eqn.outvars[n]
         return travelling(kind, out, of.ours.outs[n], of.theirs.eqn.outvars[n], out)
 
@@ -195,7 +195,7 @@ def _items(
     return tuple(found)
 
 
-def _check_reads(found: Sequence[_Stack], cuts: Sequence[LayerCut]) -> None:
+def _check_reads(found: Sequence[_CutStack], cuts: Sequence[LayerCut]) -> None:
     """Raise UserError if parameters of layers are read by anything but those layers."""
     for one, own in zip(found, cuts, strict=True):
         pieces = [piece for cut in cuts for piece in (cut.enter, cut.leave, cut.stacked)]

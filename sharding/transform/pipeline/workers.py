@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .beside import Stretch, Work, backward_later, forward_later, stretches, waits
+from .beside import StackStretch, StackWork, backward_later, forward_later, stretches, waits
 from .schedule import (
     BACKWARD,
     EMBED,
@@ -50,18 +50,18 @@ class Workers:
         tick, rows = -1, []
         for one in stretches(self._stages, first.microbatches, len(self.stacks), learns=learns):
             state, found = self._stretch(one, state, tick)
-            rows += [found] if Work(HEAD, len(self.stacks) - 1) in one.work else []
+            rows += [found] if StackWork(HEAD, len(self.stacks) - 1) in one.work else []
             tick += one.ticks
         parts = [jnp.concatenate(some) for some in zip(*rows, strict=True)]
         return state["sums"], state.get("gradients", []), parts
 
-    def _stretch(self, one: Stretch, state: Any, first: int) -> tuple[Any, Any]:
+    def _stretch(self, one: StackStretch, state: Any, first: int) -> tuple[Any, Any]:
         def tick(state: Any, t: Array) -> tuple[Any, Any]:
             return self._tick(one.work, state, t)
 
         return lax.scan(tick, state, first + jnp.arange(one.ticks))
 
-    def _tick(self, work: frozenset[Work], state: Any, t: Array) -> tuple[Any, Any]:
+    def _tick(self, work: frozenset[StackWork], state: Any, t: Array) -> tuple[Any, Any]:
         state = {**state, "stacks": [dict(one) for one in state["stacks"]], "shares": list(state["shares"])}
         own, last, parts = state["stacks"], len(self.stacks) - 1, ()
         self.stacks[0].stages.begin()
@@ -170,8 +170,8 @@ class Workers:
         """Return how many ticks lie between a microbatch's way into a stack and its gradient's out of it."""
         return waits(stack - 1, len(self.stacks), self._stages)
 
-    def _of(self, what: str, work: frozenset[Work]) -> list[tuple[int, Worker]]:
-        return [(k, one) for k, one in enumerate(self.stacks) if Work(what, k) in work]
+    def _of(self, what: str, work: frozenset[StackWork]) -> list[tuple[int, Worker]]:
+        return [(k, one) for k, one in enumerate(self.stacks) if StackWork(what, k) in work]
 
     def _all(self, state: Any, stack: int) -> dict[str, Any]:
         """Return what one stack's worker takes for its state."""
