@@ -21,6 +21,7 @@ from ..plans.record import ArrayPlan
 from ..plans.specs import axes_in, by_dimension, cut_into
 from ..plans.vocabulary import EXACT, SCHEDULES, check_accumulation
 from ..program.dims import batch_rows
+from ..program.mixtures import experts_dims
 from ..program.program import Dim, Program
 from ..rules.application import is_pattern, mentioned
 from ..rules.rules import Rules
@@ -35,7 +36,8 @@ from .choices.remat import read
 DATA_NAMES = ("batch", "sequence")
 
 # Axes that shard one thing only, so that giving one a size says what it is for.
-_PURPOSE = {"context": "sequence", "expert": "experts"}
+_EXPERT = "expert"
+_PURPOSE = {"context": "sequence", _EXPERT: "experts"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,12 +145,13 @@ def _kept_dims(
     """Return how ruled dims are computed with: an axis that shards the batch shards nothing else by then."""
     found: dict[int, tuple[str, ...]] = {}
     said: dict[int, str] = {}
+    experts = experts_dims(program)
     for argument in program.arguments:
         for name, composition in zip(argument.names, argument.dims, strict=True):
             if name is None or name not in by_label or name == "batch" or not composition:
                 continue
-            axes = tuple(axis for axis in _long(by_label[name], mesh) if axis not in of_batch)
             dim = composition[0]
+            axes = _but(of_batch, _long(by_label[name], mesh), dim in experts)
             if found.setdefault(dim, axes) != axes:
                 raise UserError(
                     f"rules {said[dim]} and {name} differ, but both are dimension "
@@ -200,7 +203,7 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
     the batch is taken whole. Raises UserError if a rule cannot hold or the batch does not divide.
     """
     sizes = resolve_axes(declared.mesh, topology.num_devices)
-    rules = Rules(declared.rules).with_defaults()
+    rules = _with_exchange(Rules(declared.rules).with_defaults(), program, sizes)
     count = 1 if declared.microbatches is None else declared.microbatches
     _check_batch(program, rules, sizes, count)
     # A rule for a dimension of the data holds for no parameter, and so would count as matching nothing.
@@ -243,19 +246,34 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
     return Ruled(candidate=candidate, batch=rows, notes=(*of_params.notes(params, sizes, names), *regrouped))
 
 
+def _with_exchange(rules: Rules, program: Program, sizes: Mapping[str, int]) -> Rules:
+    """Return default rules by which each device of an axis of experts brings tokens of its own.
+
+    Where that axis is for calls of `ops.experts`, as the search has it: its devices would repeat one
+    another's work on all else. Rules for the batch or for the experts stay as they are declared.
+    """
+    said = {"batch", _PURPOSE[_EXPERT]} & rules.declared.keys()
+    labels = {label for dim in experts_dims(program) for label in program.dims[dim].labels}
+    if sizes.get(_EXPERT, 1) == 1 or said or _PURPOSE[_EXPERT] not in labels:
+        return rules
+    batch = *rules.defaults["batch"], _EXPERT
+    return dataclasses.replace(rules, defaults={**rules.defaults, "batch": batch})
+
+
 def _ruled_dims(
     program: Program, rules: Rules, sizes: Mapping[str, int]
 ) -> tuple[dict[int, tuple[str, ...]], list[str]]:
     """Say how each dim is sharded while computing, and of which rows XLA decides it.
 
     An axis that shards the batch holds different rows on each of its devices, so that no other dimension
-    can be spread over it while computing: parameters that are stored over it are gathered first.
+    can be spread over it while computing: parameters that are stored over it are gathered first. Over
+    ``expert`` tokens go to the experts of `ops.experts`, and nothing is gathered.
     """
     of_batch = axes_in(rules.spec(("batch",), (cut_into(sizes, sizes),), sizes))
     regrouped = {
         dim for a in program.arguments if a.is_data and a.dims for dim in a.dims[0] if len(a.dims[0]) > 1
     }
-    planned, notes = {}, []
+    planned, notes, experts = {}, [], experts_dims(program)
     for dim in program.dims:
         label = _ruled_label(dim, rules)
         if not dim.places or label is None or dim.whole is not None:
@@ -274,10 +292,15 @@ def _ruled_dims(
                 continue
         axes = _long(axes_in(rules.spec((label,), (dim.size,), sizes)), sizes)
         if label != "batch":
-            axes = tuple(axis for axis in axes if axis not in of_batch)
+            axes = _but(of_batch, axes, dim.id in experts)
         if axes:
             planned[dim.id] = axes
     return planned, notes
+
+
+def _but(of_batch: Collection[str], axes: tuple[str, ...], of_experts: bool) -> tuple[str, ...]:
+    """Return the axes that a dim other than rows is computed over where those of the rows are `of_batch`."""
+    return tuple(axis for axis in axes if axis not in of_batch or (of_experts and axis == _EXPERT))
 
 
 def _ruled_label(dim: Dim, rules: Rules) -> str | None:

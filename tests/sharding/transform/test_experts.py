@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax.extend import core
-from meshwright.sharding import plan
+from meshwright.sharding import declare, plan
 from meshwright.sharding.ops.experts import experts
 
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
@@ -48,9 +48,9 @@ def problem() -> tuple[Any, Any, Any]:
     return params, batch, jax.jit(jax.value_and_grad(loss))(params, batch)
 
 
-def check(**declared: Any) -> Any:
+def check(how: Any = plan, **declared: Any) -> Any:
     params, batch, (value, gradients) = problem()
-    made = plan(
+    made = how(
         loss,
         params,
         batch,
@@ -91,7 +91,6 @@ def test_experts_keep_their_values_on_any_mesh(mesh: dict[str, int]) -> None:
     "changes",
     [
         {"microbatches": 2, "remat": "full"},
-        {"mesh": {"stage": 2, "expert": 4}, "microbatches": 2},
         pytest.param(
             {"mesh": {"stage": 2, "expert": 2, "fsdp": 2}, "microbatches": 2}, marks=pytest.mark.slow
         ),
@@ -106,6 +105,20 @@ def test_experts_keep_their_values_on_any_mesh(mesh: dict[str, int]) -> None:
 )
 def test_experts_keep_their_values_in_parts_and_under_rules(changes: dict[str, Any]) -> None:
     check(**{"mesh": {"data": 2, "expert": 4}, **changes})
+
+
+@pytest.mark.parametrize("rules", [{}, {"batch": ("data", "expert")}], ids=["default", "batch"])
+def test_a_declared_axis_of_experts_has_rows_and_experts(rules: dict[str, Any]) -> None:
+    """As the search lays them: nothing of the experts is gathered."""
+    if rules:
+        params, batch, _ = problem()
+        declared: Any = {"names": NAMES, "topology": "cpu:8", "mesh": {"data": 2, "expert": 4}}
+        made = declare(loss, params, batch, rules=rules, **declared)
+    else:
+        made = check(declare, mesh={"stage": 2, "expert": 4}, microbatches=1)
+    assert made.dims["experts"].axes == ("expert",)
+    assert "expert" in made.dims["batch"].axes
+    assert "expert" in made.batch["x"].spec[0]
 
 
 def products(jaxpr: Any) -> int:
