@@ -179,19 +179,39 @@ def no_gradients(q: Blocks, kv: Blocks) -> Sums:
     return next(none), next(none), next(none)
 
 
+def _of_now(rows: Blocks) -> Blocks:
+    """Return `rows`, their places and segments to be had no sooner than what is computed with them.
+
+    JAX takes out of a loop over layers what of its body no layer changes. Of these that would be which scores
+    count, for all pairs and heads at once: an array of the sequence squared.
+    """
+    _, at, segments = lax.optimization_barrier((rows.x.reshape(-1)[:1], rows.at, rows.segments))
+    return rows._replace(at=at, segments=segments)
+
+
+def _instead(rows: Blocks) -> tuple[jax.Array, jax.Array]:
+    """Return what is put for hidden scores and for their weights, no sooner than `rows` are to be had.
+
+    As constants they would be taken out of the loop too, and each read as an array of a pair's scores.
+    """
+    _, hidden, none = lax.optimization_barrier((rows.at[0, 0], np.float32(_HIDDEN), np.float32(0)))
+    return hidden, none
+
+
 def fold(asked: Asked, q: Blocks, kv: Blocks, pairs: Pairs, state: State) -> State:
     """Return `state` after the keys of `pairs`."""
+    q, kv = _of_now(q), _of_now(kv)
     values = kv.y
     assert values is not None
-    ends = _ends(pairs)
+    ends, (hidden, none) = _ends(pairs), _instead(q)
 
     def step(state: State, turn: jax.Array) -> tuple[State, None]:
         a, b, live = _pair(pairs, ends, turn)
         seen = _visible(asked, q, kv, a, b, live)
-        scores = jnp.where(seen, _scores(asked, q.x[a], kv.x[b])[0], _HIDDEN)
+        scores = jnp.where(seen, _scores(asked, q.x[a], kv.x[b])[0], hidden)
         top, total, out = (x[a] for x in state)
         new = jnp.maximum(top, scores.max(-1))
-        weights = jnp.where(seen, jnp.exp(scores - new[..., None]), 0)
+        weights = jnp.where(seen, jnp.exp(scores - new[..., None]), none)
         shrink = jnp.exp(top - new)
         more = _product(asked, "bkgqs,bksd->bkgqd", weights.astype(values.dtype), values[b])
         total, out = total * shrink + weights.sum(-1), out * shrink[..., None] + more
@@ -229,16 +249,17 @@ def unfold(
     result's gradient: with these a pair's weights and their gradient need no other pair (Dao et al. 2022,
     arXiv:2205.14135, appendix B).
     """
+    q, kv = _of_now(q), _of_now(kv)
     values, d_out = kv.y, q.y
     assert values is not None
     assert d_out is not None
-    ends, product = _ends(pairs), functools.partial(_product, asked)
+    ends, (_, none), product = _ends(pairs), _instead(q), functools.partial(_product, asked)
 
     def step(sums: Any, turn: jax.Array) -> tuple[Any, None]:
         a, b, live = _pair(pairs, ends, turn)
         seen = _visible(asked, q, kv, a, b, live)
         scores, slope = _scores(asked, q.x[a], kv.x[b])
-        weights = jnp.where(seen, jnp.exp(scores - lse[a][..., None]), 0)
+        weights = jnp.where(seen, jnp.exp(scores - lse[a][..., None]), none)
         d_scores = product("bkgqd,bksd->bkgqs", d_out[a], values[b]) - delta[a][..., None]
         d_scores = weights * d_scores * asked.call.scale
         d_scores = d_scores if slope is None else d_scores * slope

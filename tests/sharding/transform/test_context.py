@@ -105,6 +105,15 @@ def test_gathered_keys_lie_beside_other_axes() -> None:
     check({"context": 2, "fsdp": 2, "tensor": 2}, "gathered", {}, value_width=4)
 
 
+def test_no_mask_of_all_pairs_is_taken_out_of_a_loop_over_layers() -> None:
+    params, batch, _ = problem(64, ())
+    applied = made({"context": 8}, "ring", sequence=64).apply(loss_of(()))
+    said = str(jax.make_jaxpr(jax.grad(applied))(params, batch))
+    # Of six turns with pairs of blocks of four rows: which scores count is made where they are.
+    assert "bool[4,1,1,4,4]" in said
+    assert not re.findall(r"bool\[[^]]*,4,4,2,4,4\]", said)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["gathered", "heads", "ring"])
 @pytest.mark.parametrize(
