@@ -162,6 +162,12 @@ class Config(Section):
         description="Parts a step's batch is worked through in (gradient accumulation). Null leaves it to "
         "the plan; where that is `declared`, 1.",
     )
+    schedule: Literal["1f1b", "delayed"] | None = Field(
+        default=None,
+        description="The order in which declared pipeline stages work: `1f1b`, one forward and one backward, "
+        "or `delayed`, that with gradients of layers' weights put off, so that stages wait less and hold "
+        "more. Null leaves it to the plan; where that is `declared`, 1f1b.",
+    )
     interleave: Count | None = Field(
         default=None,
         description="Chunks of layers that a declared pipeline stage holds: with v of them it waits 1/v as "

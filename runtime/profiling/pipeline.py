@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ...sharding.cost.pipeline import Lockstep
+from ...sharding.cost.pipeline import lockstep
 from ...sharding.plans.record import Record
 from ...sharding.transform.pipeline.schedule import work_of
 from .profile import Operation, PipelineTime
@@ -20,7 +20,7 @@ def pipeline_time(operations: Iterable[Operation], plan: Record) -> PipelineTime
             seconds[work] += operation.seconds
     if stages == 1 or not seconds:
         return None
-    ticks = Lockstep(stages=stages, chunks=plan.interleave, microbatches=plan.microbatches)
+    ticks = lockstep(plan)
     used = ticks.microbatches * ticks.chunks / ticks.layer_ticks
     predicted = None if plan.estimate is None else plan.estimate.time.get("bubble")
     return PipelineTime(seconds=dict(seconds), waits=1.0 - used, predicted_seconds=predicted)

@@ -86,8 +86,8 @@ class PipelineTime:
     """What a device does for a pipeline in a step, mean over steps and devices.
 
     Attributes:
-        seconds: of ``forward``, ``backward``, ``embed``, ``head``, ``learn`` (the embedding's gradient) and
-            ``send``.
+        seconds: of ``forward``, ``backward``, ``embed``, ``head``, ``learn`` (the embedding's gradient),
+            ``send``, and where they are delayed ``weights`` (their gradients, for which no stage waits).
         waits: the share of ticks forward, and of those backward, in which a stage has no microbatch.
         predicted_seconds: the bubble of the plan's estimate, None where it has none.
     """

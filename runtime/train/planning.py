@@ -97,6 +97,7 @@ def _declared(config: Config, shapes: Shapes, topology: Topology, optimizer: Any
         optimizer=optimizer,
         remat=config.remat or "none",
         microbatches=config.microbatches or 1,
+        schedule=config.schedule,
         interleave=config.interleave or 1,
         accumulation=config.accumulation,
         max_passes=config.max_passes,
@@ -146,6 +147,7 @@ def search(
         rules=config.rules,
         remat=config.remat,
         microbatches=config.microbatches,
+        schedule=config.schedule,
         interleave=config.interleave,
         accumulation=config.accumulation,
         max_passes=config.max_passes,
@@ -260,6 +262,7 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
     for key, planned in (
         ("remat", found.saved or found.remat),
         ("microbatches", found.microbatches),
+        ("schedule", found.schedule),
         ("interleave", found.interleave),
         ("context", found.context),
     ):

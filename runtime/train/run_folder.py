@@ -23,6 +23,7 @@ _FREE = frozenset(
         "rules",
         "remat",
         "microbatches",
+        "schedule",
         "interleave",
         "compilation_cache",
         "checkpoint",

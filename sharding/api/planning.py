@@ -70,7 +70,8 @@ def plan(
         remat: ``none``, ``dots`` or ``full``, or the values of layers that are kept (see
             `meshwright.sharding.program.layers`) → ``device`` or ``host``.
         microbatches: parts of the batch that are computed one after another.
-        schedule: of declared pipeline stages: ``1f1b`` or ``gpipe``.
+        schedule: of declared pipeline stages: ``1f1b``, ``delayed`` (that, with gradients of layers' weights
+            put off: stages wait less, and hold more) or ``gpipe``.
         interleave: chunks of layers that a declared stage holds: with v of them it waits 1/v as long.
         attention: the implementation of `meshwright.sharding.ops.attention`: ``xla``, or a kernel,
             ``splash``, ``cudnn`` or ``cudnn_packed``; ``auto``, the default, is the chip's own where it
@@ -139,6 +140,7 @@ def declare(
     names: Any = None,
     remat: str | Mapping[str, str] = "none",
     microbatches: int = 1,
+    schedule: str | None = None,
     interleave: int = 1,
     attention: str | Sequence[str] | None = None,
     segments: int | None = None,
@@ -176,6 +178,7 @@ def declare(
         names: a tree like `params` of tuples of dimension names.
         remat: what layers keep for their backward pass: a policy of `transform.remat`, or names → places.
         microbatches: parts of the batch that are computed one after another.
+        schedule: of the mesh's stages, as in `plan`: ``1f1b`` if not given.
         interleave: chunks of layers that each stage of the mesh holds.
         attention: as in `plan`: ``auto`` if not given.
         segments: as in `plan`.
@@ -200,6 +203,7 @@ def declare(
         rules={} if rules is None else rules,
         remat=remat,
         microbatches=microbatches,
+        schedule=schedule,
         interleave=interleave,
         attention=attention,
         segments=segments,

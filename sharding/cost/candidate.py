@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from ..errors import UserError
 from ..ops.context.ways import check_way
-from ..plans.vocabulary import check_words
+from ..plans.vocabulary import ONE_BY_ONE, check_words
 
 # The mesh axes of each dimension of an array, major first.
 Storage = tuple[tuple[str, ...], ...]
@@ -32,7 +32,7 @@ class Candidate:
       remat: ``none``, ``dots``, ``full`` or ``names``, as in `meshwright.sharding.transform.remat`.
       saved: under ``names``, the values of layers that are kept → ``device`` or ``host``.
       microbatches: how many the batch is worked through in, one after another.
-      schedule: of pipeline stages: ``1f1b`` or ``gpipe`` (all forward, then all backward).
+      schedule: of pipeline stages, a word of `vocabulary.SCHEDULES`.
       interleave: model chunks that a stage holds.
       context: how attention goes over ``context``, a word of `ops.context.ways.WAYS`; None where XLA gathers.
 
@@ -48,7 +48,7 @@ class Candidate:
     remat: str = "none"
     saved: Mapping[str, str] = dataclasses.field(default_factory=dict)
     microbatches: int = 1
-    schedule: str = "1f1b"
+    schedule: str = ONE_BY_ONE
     interleave: int = 1
     context: str | None = None
 

@@ -3,6 +3,7 @@
 p stages of v chunks of layers work M microbatches through (`transform/pipeline/schedule.py`). All stages do
 the same in a tick, and a tick is as long as the fullest stage's chunk: v M + p - 1 ticks forward and as many
 backward, each of one chunk. Backward, a chunk is run again from its input, of which a stage keeps 2 p v - 1.
+Gradients of weights that are delayed take v M ticks, for what they are made of, which is kept of p chunks.
 What comes before the layers and behind them is shared over the stages by rows: 1/p of a microbatch's each, in
 M ticks (M + p before the layers), between a reduce-scatter and an all-gather over the stages. Chunks that a
 stage does not store one after another come from where they are stored, and their gradients go back, once a
@@ -18,6 +19,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..plans.record import Decision
+from ..plans.vocabulary import DELAYED
 from . import memory
 from .candidate import Candidate
 from .exchange import parts as lying_over
@@ -44,6 +47,8 @@ _AGAIN = 2
 class Lockstep:
     """How often a device of `stages` stages of `chunks` chunks does each part, for so many microbatches.
 
+    Gradients of layers' weights may be `delayed`.
+
     >>> even = Lockstep(stages=4, chunks=2, microbatches=16)
     >>> even.layer_ticks, even.head_ticks, even.embed_ticks, even.inputs
     (35, 16, 20, 15)
@@ -52,6 +57,7 @@ class Lockstep:
     stages: int
     chunks: int
     microbatches: int
+    delayed: bool = False
 
     @property
     def slots(self) -> int:
@@ -76,6 +82,21 @@ class Lockstep:
         return self.slots + self.stages
 
     @property
+    def learn_ticks(self) -> int:
+        """Ticks with the gradient of what comes before the layers."""
+        return self.slots if self.delayed else self.embed_ticks
+
+    @property
+    def weight_ticks(self) -> int:
+        """Ticks in which a chunk's weights have their gradients; in those of other work where not delayed."""
+        return self.slots * self.chunks if self.delayed else self.layer_ticks
+
+    @property
+    def kept(self) -> int:
+        """Chunks of which a stage keeps what the gradients of weights are made of."""
+        return self.stages if self.delayed else 0
+
+    @property
     def inputs(self) -> int:
         """Inputs of chunks that a stage keeps."""
         return 2 * self.stages * self.chunks - 1
@@ -91,12 +112,13 @@ class Lockstep:
         return 2 * (self.head_ticks + self.embed_ticks)
 
 
-def lockstep(candidate: Candidate) -> Lockstep:
-    """Return the ticks of a candidate."""
+def lockstep(of: Candidate | Decision) -> Lockstep:
+    """Return the ticks of a candidate, or of a plan."""
     return Lockstep(
-        stages=candidate.mesh.get("stage", 1),
-        chunks=candidate.interleave,
-        microbatches=candidate.microbatches,
+        stages=of.mesh.get("stage", 1),
+        chunks=of.interleave,
+        microbatches=of.microbatches,
+        delayed=of.schedule == DELAYED,
     )
 
 

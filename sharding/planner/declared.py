@@ -19,7 +19,7 @@ from ..ops.context.ways import check_way
 from ..paths import by_path, matches
 from ..plans.record import ArrayPlan
 from ..plans.specs import axes_in, by_dimension, cut_into
-from ..plans.vocabulary import EXACT, SCHEDULES, check_accumulation
+from ..plans.vocabulary import EXACT, ONE_BY_ONE, SCHEDULES, check_accumulation
 from ..program.dims import batch_rows
 from ..program.mixtures import experts_dims
 from ..program.program import Dim, Program
@@ -232,6 +232,7 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
         remat=policy.remat,
         saved=policy.saved,
         microbatches=count,
+        schedule=declared.schedule or ONE_BY_ONE,
         interleave=declared.interleave or 1,
     )
     rows = {

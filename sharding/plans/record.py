@@ -15,7 +15,7 @@ from .estimate import Estimate
 from .origin import Alternative, Origin
 from .proof import Proof
 from .specs import Spec, axes_of, cut_into
-from .vocabulary import EXACT, NAMES, PLACES, check_accumulation, check_words
+from .vocabulary import DELAYED, EXACT, NAMES, ONE_BY_ONE, PLACES, check_accumulation, check_words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class Decision:
         microbatches: parts that the batch is worked through in.
         accumulation: how the parts go together: ``exact``, to the whole batch's value and gradients, or ``by
             part``, to the mean of the parts'.
-        schedule: the order in which pipeline stages take microbatches, such as ``1f1b``; can be priced, not
-            yet run.
+        schedule: the order in which pipeline stages take microbatches, a word of `vocabulary.SCHEDULES`;
+            ``gpipe`` can be priced, not yet run.
         interleave: model chunks that a pipeline stage holds.
         kernels: ``attention`` → the kernel that carries it out and the sizes of its blocks, where that is not
             XLA's own; likewise ``experts``; ``arithmetic`` → what of products and look-ups is not as JAX does
@@ -144,10 +144,10 @@ def check_runs(plan: Decision) -> None:
     stages = plan.mesh.get("stage", 1)
     if stages == 1:
         return
-    if plan.schedule not in (None, "1f1b"):
+    if plan.schedule not in (None, ONE_BY_ONE, DELAYED):
         raise UserError(
-            f"stage={stages} runs in 1F1B with any number of chunks; schedule={plan.schedule!r} is priced by "
-            "the planner and cannot be run yet"
+            f"stage={stages} runs in 1F1B with any number of chunks, or with schedule={DELAYED!r}; "
+            f"schedule={plan.schedule!r} is priced by the planner and cannot be run yet"
         )
     if plan.accumulation != EXACT:
         raise UserError(f"stage={stages} sums microbatches exactly; plan without accumulation='by part'")

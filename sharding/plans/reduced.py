@@ -12,6 +12,7 @@ from ..ops.context.ways import NEIGHBOURS
 from . import arrays
 from .record import Decision
 from .specs import axes_of, cut_into
+from .vocabulary import DELAYED
 
 # Simulated devices that a mesh is brought down to; more only where so many axes have to have two each.
 DEVICES = 8
@@ -65,11 +66,13 @@ def reduction_of(plan: Decision, layers: int | None = None) -> Reduction:
     """Return how `plan` is brought down; `layers` are those that its stages share, if it has stages."""
     mesh = reduced_mesh(plan.mesh, least={"context": 4} if plan.context == NEIGHBOURS else {})
     stages, chunks = mesh.get("stage", 1), min(plan.interleave, 2)
-    microbatches = min(plan.microbatches, _MICROBATCHES)
-    if plan.microbatches > _MICROBATCHES:
+    # Gradients of weights that are delayed begin when as many microbatches as stages are back.
+    most = max(_MICROBATCHES, 2 * stages) if plan.schedule == DELAYED else _MICROBATCHES
+    microbatches = min(plan.microbatches, most)
+    if plan.microbatches > most:
         # As many as stages divide, or not, as it is in the plan.
         uneven = bool(plan.microbatches % plan.mesh.get("stage", 1))
-        microbatches = max(_MICROBATCHES, stages) + uneven
+        microbatches = max(most, stages) + uneven
     cut = math.lcm(*(cut_into(axes, mesh) for axes in _of_rows(plan)))
     whole = max((row.shape[0] for row in plan.batch.values() if row.shape), default=1)
     each = max(

@@ -17,8 +17,10 @@ PLACES = ("device", "host")
 EXACT, BY_PART = "exact", "by part"
 ACCUMULATIONS = (EXACT, BY_PART)
 
-# Orders in which pipeline stages work: one forward, one backward; or all forward, then all backward.
-SCHEDULES = ("1f1b", "gpipe")
+# Orders in which pipeline stages work: one forward, one backward; that with the gradients of layers' weights
+# later than those which stages wait for; or all forward, then all backward.
+ONE_BY_ONE, DELAYED = "1f1b", "delayed"
+SCHEDULES = (ONE_BY_ONE, DELAYED, "gpipe")
 
 
 def check_words(mesh: Iterable[str], remat: str, schedule: str | None) -> None:

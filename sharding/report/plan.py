@@ -12,7 +12,7 @@ from ..plans.origin import Alternative, distinct, is_bound
 from ..plans.record import ArrayPlan, Record
 from ..plans.specs import axes_in, by_dimension, cut_into
 from ..plans.trainable import is_trained
-from ..plans.vocabulary import EXACT
+from ..plans.vocabulary import DELAYED, EXACT
 from ..words import gib, layout_in_words, seconds
 from .costs import cost_figures, memory_chapter, time_chapter
 from .document import Chapter, Column, Cut, Document, Drawing, Entry, Figure, List, Table, Text
@@ -62,13 +62,16 @@ _ARITHMETIC = {
 }
 
 
+_SCHEDULES = {DELAYED: "1f1b with weights' gradients delayed"}
+
+
 def layout_of(plan: Record) -> str:
     """Write a plan's choices: topology, mesh, what layers keep, microbatches, pipeline, kernels."""
     words = f"{plan.topology}: {layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)}"
     if plan.microbatches > 1 and plan.accumulation != EXACT:
         words += f" {plan.accumulation}"
     if plan.schedule is not None:
-        words += f", {plan.schedule}"
+        words += f", {_SCHEDULES.get(plan.schedule, plan.schedule)}"
         words += f" of {plan.interleave} chunks a stage" if plan.interleave > 1 else ""
     for operation, kernel in plan.kernels.items():
         if "implementation" in kernel:

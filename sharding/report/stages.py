@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ..cost.pipeline import Lockstep, held_layers
+from ..cost.pipeline import Lockstep, held_layers, lockstep
 from ..plans.record import Record
 from ..transform.pipeline import schedule
 from ..words import gib, seconds
@@ -17,15 +17,16 @@ _CELL, _ROW, _NAME, _HEAD = 34, 18, 74, 18
 _WIDE = 78
 
 _Cell = tuple[str, str]
-_FORWARD, _BACKWARD, _WAITS = "before", "compute", "free"
+_WORKS: tuple[str, ...] = (schedule.FORWARD, schedule.BACKWARD, schedule.WEIGHTS)
+_KINDS: dict[str, str] = dict(zip(_WORKS, ("before", "compute", "other"), strict=True))
+_WAITS = "free"
 
 
 def stages_chapter(plan: Record) -> Chapter:
     """Return the picture of a plan's pipeline; nothing for a plan without stages."""
-    stages = plan.mesh.get("stage", 1)
-    if stages == 1:
+    ticks = lockstep(plan)
+    if ticks.stages == 1:
         return Chapter(title="", blocks=())
-    ticks = Lockstep(stages=stages, chunks=plan.interleave, microbatches=plan.microbatches)
     blocks = (Text(words=_summary(plan, ticks)), _drawing(ticks), Text(words=_held(plan, ticks)))
     return Chapter(title="pipeline", blocks=blocks)
 
@@ -37,6 +38,8 @@ def _summary(plan: Record, ticks: Lockstep) -> str:
         f"{ticks.stages} stages{chunks}, {ticks.microbatches} microbatches: {ticks.layer_ticks} ticks "
         f"forward and as many backward, in {waits} of which a stage waits ({waits / ticks.layer_ticks:.1%})"
     )
+    if ticks.delayed:
+        words += f"; gradients of weights take {ticks.weight_ticks} ticks, in which none waits"
     estimate = plan.estimate
     if estimate is None or "bubble" not in estimate.time:
         return f"{words}."
@@ -47,7 +50,10 @@ def _summary(plan: Record, ticks: Lockstep) -> str:
 def _held(plan: Record, ticks: Lockstep) -> str:
     """Say what each stage holds; all hold alike, since they do alike."""
     layers = next((dim.size for dim in plan.dims.values() if "stage" in dim.axes), None)
-    words = f"Each stage holds the inputs of {ticks.inputs} chunks, however many microbatches there are"
+    words = f"Each stage holds the inputs of {ticks.inputs} chunks"
+    if ticks.delayed:
+        words += f" and what the gradients of {ticks.kept} chunks' weights are made of"
+    words += ", however many microbatches there are"
     if layers is not None:
         mine = held_layers(layers, ticks.stages, ticks.chunks)
         spare = mine * ticks.stages - layers
@@ -66,8 +72,9 @@ def _drawing(ticks: Lockstep) -> Drawing:
     width = max(len(_cell(ticks.slots - 1, ticks.chunks - 1, ticks)) + 1, 3)
     label = len(f"stage {ticks.stages - 1} backward ")
     columns = _shown(list(range(_last(ticks) + 1)), min(_TICKS, (_WIDE - label) // width))
+    works = _WORKS if ticks.delayed else _WORKS[:2]
     table = {
-        stage: (_row(ticks, stage, columns, False), _row(ticks, stage, columns, True))
+        stage: tuple(_row(ticks, stage, columns, work) for work in works)
         for stage in rows
         if stage is not None
     }
@@ -77,21 +84,26 @@ def _drawing(ticks: Lockstep) -> Drawing:
         if stage is None:
             art.append("…")
             continue
-        forward, backward = table[stage]
-        art.append(f"{f'stage {stage} forward':<{label}}" + _joined(forward, width))
-        art.append(f"{'backward':>{label - 1}} " + _joined(backward, width))
+        for work, cells in zip(works, table[stage], strict=True):
+            name = f"stage {stage} {work}" if work == schedule.FORWARD else f"{work:>{label - 1}} "
+            art.append(f"{name:<{label}}" + _joined(cells, width))
     letters = ", a letter its chunk" if ticks.chunks > 1 else ""
     return Drawing(
         svg=_svg(table, columns),
         art=tuple(line.rstrip() for line in art),
         caption=f"A number is the microbatch of a tick{letters}; · waits.",
-        legend={_FORWARD: "forward", _BACKWARD: "backward, the chunk run again before it", _WAITS: "waits"},
+        legend={
+            _KINDS[schedule.FORWARD]: "forward",
+            _KINDS[schedule.BACKWARD]: "backward, the chunk run again before it",
+            **({_KINDS[schedule.WEIGHTS]: "gradients of weights"} if ticks.delayed else {}),
+            _WAITS: "waits",
+        },
     )
 
 
 def _last(ticks: Lockstep) -> int:
-    """Return the last tick with layers in it: the first stage's backward of the last unit."""
-    return ticks.layer_ticks - 1 + ticks.stages * ticks.chunks - 1
+    """Return the last tick with layers in it: the first stage's backward of the last unit, or its weights."""
+    return ticks.layer_ticks - 1 + ticks.stages * ticks.chunks - 1 + ticks.delayed
 
 
 def _shown(numbers: list[int], most: int) -> list[int | None]:
@@ -102,18 +114,16 @@ def _shown(numbers: list[int], most: int) -> list[int | None]:
     return [*numbers[: most - last - 1], None, *numbers[-last:]]
 
 
-def _row(ticks: Lockstep, stage: int, columns: Sequence[int | None], back: bool) -> list[_Cell]:
+def _row(ticks: Lockstep, stage: int, columns: Sequence[int | None], work: str) -> list[_Cell]:
     """Return the words and the kind of a stage's cells."""
-    unit_at = schedule.backward_at if back else schedule.forward_at
     found: list[_Cell] = []
     for tick in columns:
         if tick is None:
             found.append(("…", ""))
             continue
-        unit = unit_at(tick, stage, ticks.stages, ticks.chunks)
+        unit = schedule.unit_at(work, tick, stage, ticks.stages, ticks.chunks)
         works = bool(schedule.is_one(unit.microbatch, ticks.microbatches))
-        kind = _BACKWARD if back else _FORWARD
-        found.append((_cell(unit.microbatch, unit.chunk, ticks), kind) if works else ("·", _WAITS))
+        found.append((_cell(unit.microbatch, unit.chunk, ticks), _KINDS[work]) if works else ("·", _WAITS))
     return found
 
 
@@ -125,8 +135,8 @@ def _joined(cells: Sequence[_Cell], width: int) -> str:
     return "".join(f"{words:>{width}}" for words, _ in cells)
 
 
-def _svg(table: dict[int, tuple[list[_Cell], list[_Cell]]], columns: Sequence[int | None]) -> str:
-    """Return the same as a picture: a row of forward and one of backward for each stage."""
+def _svg(table: dict[int, tuple[list[_Cell], ...]], columns: Sequence[int | None]) -> str:
+    """Return the same as a picture: a row of each work for each stage."""
     parts = [_text(_NAME + (n + 0.5) * _CELL, 12, _number(tick)) for n, tick in enumerate(columns)]
     top = _HEAD
     for stage, rows in table.items():

@@ -24,7 +24,7 @@ from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .pipeline.layers import layers_of
 from .pipeline.prepare import prepared
-from .pipeline.schedule import BACKWARD, EMBED, FORWARD, HEAD, LEARN
+from .pipeline.schedule import BACKWARD, EMBED, FORWARD, HEAD, LEARN, WEIGHTS
 from .pipeline.slots import STAGE
 from .pipeline.watch import BEHIND_SUMS, Fault, are_finite, fault_of
 
@@ -33,6 +33,7 @@ _WORDS = {
     FORWARD: "the forward pass",
     HEAD: "what is behind the layers or its gradient",
     BACKWARD: "the backward pass",
+    WEIGHTS: "the gradient of the layers' weights",
     LEARN: "the gradient of what is before the layers",
 }
 # Paths that are named.

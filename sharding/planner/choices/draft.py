@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from ...cost.candidate import Storage
 from ...hardware.topology import Topology
+from ...plans.vocabulary import ONE_BY_ONE
 from ...program.dims import batch_rows
 from ...program.program import Program
 from ..declared import Declared, Kept
@@ -76,7 +77,7 @@ class Draft:
     group: tuple[int, ...] = ()
     stored: Mapping[int, Storage] = dataclasses.field(default_factory=dict)
     optimizer: Mapping[int, Storage] = dataclasses.field(default_factory=dict)
-    schedule: str = "1f1b"
+    schedule: str = ONE_BY_ONE
     interleave: int = 1
     context: str | None = None
 

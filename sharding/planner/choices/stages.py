@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ...cost.pipeline import held_layers
 from ...errors import UserError, nearest
-from ...plans.vocabulary import SCHEDULES
+from ...plans.vocabulary import ONE_BY_ONE, SCHEDULES
 from ...program.mixtures import experts_dims
 from .draft import Draft, Given, Refused
 from .layers import stacks_over_stages, why_no_stages
@@ -42,10 +42,10 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     if given.rows % (needed := math.prod(axes.values()) * count):
         yield Refused(sizes=axes, reason=indivisible(given.rows, axes, count, needed))
         return
-    schedule, declared = given.declared.schedule or "1f1b", given.declared.interleave
+    schedule, declared = given.declared.schedule or ONE_BY_ONE, given.declared.interleave
     least = held_layers(found.count, stages, 1)
     for chunks in CHUNKS if declared is None else (declared,):
-        if declared is None and (chunks > 1 and schedule != "1f1b"):
+        if declared is None and (chunks > 1 and schedule == "gpipe"):
             continue
         if declared is None and held_layers(found.count, stages, chunks) > least:
             continue

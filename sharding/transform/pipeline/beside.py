@@ -8,7 +8,8 @@ enters it; backward it is 2 (K - 1) - k times p ticks later. All stages still do
              microbatch that has left that one
     learn    the gradient of it, a tick after it has left the first stage's chunk of stack k
 
-Both are shared by rows, as the head is. Each stack takes M + p - 1 ticks forward and as many backward, and
+Both are shared by rows, as the head is. Gradients of weights that are delayed are taken in M ticks, as those
+of a stack alone. Each stack takes M + p - 1 ticks forward and as many backward, and
 ticks without it do not run it: stages wait no longer than with one stack. Stack k's inputs wait
 2 (K - 1 - k) p ticks longer for their way back, so that many more of them are held.
 """
@@ -17,9 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from .schedule import BACKWARD, EMBED, FORWARD, HEAD, LEARN
+from .schedule import BACKWARD, EMBED, FORWARD, HEAD, LEARN, WEIGHTS
 
 
 class StackWork(NamedTuple):
@@ -56,8 +58,10 @@ def waits(stack: int, stacks: int, stages: int) -> int:
     return backward_later(stack, stacks, stages) - forward_later(stack, stages)
 
 
-def stretches(stages: int, microbatches: int, stacks: int, *, learns: bool) -> list[StackStretch]:
-    """Return what is done from tick -1 on.
+def stretches(
+    stages: int, microbatches: int, stacks: int, *, learns: bool, delayed: Sequence[int] = ()
+) -> list[StackStretch]:
+    """Return what is done from tick -1 on; of some stacks the gradients of weights are `delayed`.
 
     Embedding and learning begin or end with a stack's layers, though some of their ticks are of no
     microbatch: each stretch is compiled.
@@ -65,7 +69,7 @@ def stretches(stages: int, microbatches: int, stacks: int, *, learns: bool) -> l
     >>> [one.ticks for one in stretches(2, 8, 2, learns=False)]
     [1, 2, 1, 6, 1, 1]
     """
-    spans = dict(_spans(stages, microbatches, stacks, learns))
+    spans = dict(_spans(stages, microbatches, stacks, learns, delayed))
     borders = sorted({tick for span in spans.values() for tick in span})
     return [
         StackStretch(
@@ -77,7 +81,7 @@ def stretches(stages: int, microbatches: int, stacks: int, *, learns: bool) -> l
 
 
 def _spans(
-    stages: int, microbatches: int, stacks: int, learns: bool
+    stages: int, microbatches: int, stacks: int, learns: bool, delayed: Sequence[int]
 ) -> list[tuple[StackWork, tuple[int, int]]]:
     """Return the first tick of each work, and the one after its last."""
     found: list[tuple[StackWork, tuple[int, int]]] = []
@@ -96,6 +100,8 @@ def _spans(
         begins = backward_later(stack, stacks, stages) + stages - 1
         ends = begins + microbatches + stages - 1
         found.append((StackWork(BACKWARD, stack), (begins, ends)))
+        if stack in delayed:
+            found.append((StackWork(WEIGHTS, stack), (begins + stages, ends + 1)))
         if stack == 0:
             found.append((StackWork(LEARN, 0), (begins, ends + 1)))
         if stack < stacks - 1:

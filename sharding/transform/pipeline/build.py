@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ...errors import UserError, nearest_divisors
 from ...plans.record import Decision
 from ...plans.specs import axes_in, cut_into
+from ...plans.vocabulary import DELAYED
 from ...program.jaxpr import Traced
 from ...program.program import Program
 from ...program.tracing import read
@@ -108,6 +109,7 @@ def pipelined(
         state=tuple(state),
         trained=trained,
         widens=widens,
+        delayed=plan.schedule == DELAYED,
     )
     return Pipelined(region, staged, whole)
 

@@ -16,6 +16,13 @@ backward: several chunks take the microbatches in groups of p.
 Embedding and head are shared by rows: each stage takes 1/p of a microbatch's. So they take M ticks, as if the
 layers' stages did not wait; forward and backward take v M + p - 1, of one chunk each. A stage holds 2 p v - 1
 inputs of chunks, however many microbatches there are.
+
+Where the gradients of layers' weights are delayed, the backward work gives what stages hand back alone, and
+
+    weights  all stages take the unit that the first took back a tick ago
+
+of what stage s has kept for s + 1 ticks: v M ticks, so that stages wait for one another in two of three parts
+of their work, and not in this. A stage holds p chunks' residuals besides.
 """
 
 from __future__ import annotations
@@ -28,6 +35,8 @@ import jax
 import jax.numpy as jnp
 
 EMBED, FORWARD, HEAD, BACKWARD, LEARN = "embed", "forward", "head", "backward", "learn"
+# Where it is delayed: the gradients of layers' weights.
+WEIGHTS = "weights"
 # What stages hand on between these, for profiles.
 SEND = "send"
 _SCOPE = "pipeline_"
@@ -81,24 +90,49 @@ def work_of(name: str) -> str | None:
     return found[-1] if found else None
 
 
-def rounds(stages: int, microbatches: int, chunks: int = 1, *, learns: bool) -> list[Rounds]:
-    """Return what is done from tick -1 on.
+def rounds(
+    stages: int, microbatches: int, chunks: int = 1, *, learns: bool, delayed: bool = False
+) -> list[Rounds]:
+    """Return what is done from tick -1 on; `delayed` are the gradients of weights.
 
     >>> [(one.times, one.ticks, sorted(one.stretches[0].work)) for one in rounds(2, 8, learns=False)]
     [(1, 1, ['embed']), (1, 1, ['embed', 'forward']), (1, 8, ['embed', 'forward', 'head'])]
     """
-    back = {BACKWARD, LEARN} if learns else set()
-    full, layers = {EMBED, FORWARD, HEAD, *back}, {FORWARD, *({BACKWARD} if learns else ())}
-    between = (chunks - 1) * stages
-    groups = -(-microbatches // stages)
+    full, layers = {EMBED, FORWARD, HEAD}, {FORWARD}
+    between, groups = (chunks - 1) * stages, -(-microbatches // stages)
     found = [_once({EMBED}, 1), _once({EMBED, FORWARD}, stages - 1), _once({FORWARD}, between)]
+    if not learns:
+        return _those(found + _in_groups(full, layers, microbatches, stages, chunks))
+    full, layers = full | {BACKWARD}, layers | {BACKWARD}
+    back, learn = {BACKWARD}, {LEARN}
+    if not delayed:
+        found += _in_groups(full | learn, layers, microbatches, stages, chunks)
+        found += [_once(back, between), _once(back | learn, stages - 1), _once(learn, 1)]
+        return _those(found)
+    # While the first microbatches are on their way back, no weights have a gradient yet.
+    first = min(stages, microbatches) if chunks == 1 else stages
+    late, found = {WEIGHTS}, [*found, _once(full, first)]
     if chunks == 1:
-        found.append(_once(full, microbatches))
-    else:
-        both = _once(full, stages).stretches + _once(layers, between).stretches
-        found += [Rounds(stretches=both, times=groups - 1), _once(full, stages)]
-    if learns:
-        found += [_once({BACKWARD}, between), _once({BACKWARD, LEARN}, stages - 1), _once({LEARN}, 1)]
+        found += [_once(full | learn | late, microbatches - first), _once(back, stages - first)]
+    elif groups > 1:
+        found.append(_once(layers | late, between))
+        rest = microbatches - stages
+        found += _in_groups(full | learn | late, layers | late, rest, stages, chunks)
+    found += [_once(back | late, between), _once(back | learn | late, first - 1), _once(learn | late, 1)]
+    return _those(found)
+
+
+def _in_groups(full: set[str], layers: set[str], microbatches: int, stages: int, chunks: int) -> list[Rounds]:
+    """Return ticks of all work; where several chunks go round, in groups, with those of layers between."""
+    if chunks == 1:
+        return [_once(full, microbatches)]
+    groups = -(-microbatches // stages)
+    both = _once(full, stages).stretches + _once(layers, (chunks - 1) * stages).stretches
+    return [Rounds(stretches=both, times=groups - 1), _once(full, stages)]
+
+
+def _those(found: list[Rounds]) -> list[Rounds]:
+    """Return those in which there is something to do."""
     return [one for one in found if one.ticks and one.times]
 
 
@@ -120,6 +154,23 @@ def backward_at(tick: Any, stage: Any, stages: int, chunks: int = 1) -> Unit:
     """Return what a stage takes backward."""
     found = _unit(tick - (stages * chunks - 1) - (stages - 1 - stage), stages, chunks)
     return Unit(found.microbatch, chunks - 1 - found.chunk)
+
+
+def weights_at(tick: Any, stages: int, chunks: int = 1) -> Unit:
+    """Return of what all stages take the gradients of weights, where these are delayed."""
+    return backward_at(tick - 1, 0, stages, chunks)
+
+
+def unit_at(work: str, tick: Any, stage: Any, stages: int, chunks: int = 1) -> Unit:
+    """Return what a stage takes in layers' `work`."""
+    if work == WEIGHTS:
+        return weights_at(tick, stages, chunks)
+    return (forward_at if work == FORWARD else backward_at)(tick, stage, stages, chunks)
+
+
+def weights_since(stage: Any) -> Any:
+    """Return how long ago a stage took back what it takes the gradients of weights of now."""
+    return stage + 1
 
 
 def ticks_since(unit: Unit, stage: Any, stages: int, chunks: int = 1) -> Any:

@@ -18,7 +18,7 @@ import jax
 from jax import lax
 from jax.extend import core
 
-from ...program.jaxpr import call_body, context_of, run, run_around, scan_parts
+from ...program.jaxpr import call_body, context_of, run, run_around, scan_parts, with_inputs
 from ...program.primitives import Trait, primitives
 
 Array = Any
@@ -28,6 +28,8 @@ Function = Callable[..., list[Array]]
 _CHECKPOINTS = primitives(Trait.CHECKPOINT)
 _CALLS = frozenset({"jit", "closed_call"}) | _CHECKPOINTS
 _PRODUCTS = primitives(Trait.PRODUCT)
+# Gives its operands on, all of them at once.
+_BARRIER = "optimization_barrier"
 # Kernels that are not looked into: nobody computes so what is not worth putting off.
 _KERNELS = frozenset({"pallas_call", "ffi_call", "custom_partitioning", "linear_call"})
 # What of the arguments that are there again is made once more rather than kept.
@@ -146,8 +148,9 @@ class _Scope:
         given: Sequence[bool],
         there: set[Any],
     ) -> None:
-        self.jaxpr = jaxpr
-        begun, light = _begun(jaxpr, awaited, given), _light(jaxpr, there)
+        begun = _begun(jaxpr, awaited, given)
+        self.jaxpr = jaxpr = _parted(jaxpr, begun)
+        light = _light(jaxpr, there)
         first = _needed(jaxpr, awaited)[0]
         self.is_late = [one and _is_in(atom, begun) for atom, one in zip(jaxpr.outvars, wanted, strict=True)]
         live = set(_variables(jaxpr.outvars, self.is_late))
@@ -344,10 +347,30 @@ def _begun(jaxpr: core.Jaxpr, awaited: Sequence[bool], given: Sequence[bool]) ->
         ins = [_is_in(atom, begun) for atom in eqn.invars]
         if eqn.primitive.name == "scan":
             outs = _begun_in_loop(eqn, first.get(n, [False] * len(eqn.outvars)), ins)
+        elif eqn.primitive.name == _BARRIER:
+            outs = ins
         else:
             outs = [n not in first and (any(ins) or _is_product(eqn))] * len(eqn.outvars)
         begun.update(_variables(eqn.outvars, outs))
     return begun
+
+
+def _parted(jaxpr: core.Jaxpr, begun: set[Any]) -> core.Jaxpr:
+    """Return a program in which what waits for one another is early or late, and waits for no other."""
+    eqns: list[core.JaxprEqn] = []
+    for eqn in jaxpr.eqns:
+        late = [_is_in(atom, begun) for atom in eqn.invars]
+        if eqn.primitive.name != _BARRIER or all(late) or not any(late):
+            eqns.append(eqn)
+            continue
+        for half in (False, True):
+            some = [n for n, one in enumerate(late) if one == half]
+            eqns.append(
+                eqn.replace(invars=[eqn.invars[n] for n in some], outvars=[eqn.outvars[n] for n in some])
+            )
+    return with_inputs(
+        jaxpr, constvars=jaxpr.constvars, invars=jaxpr.invars, eqns=eqns, outvars=jaxpr.outvars
+    )
 
 
 def _light(jaxpr: core.Jaxpr, there: set[Any]) -> set[Any]:
@@ -355,7 +378,9 @@ def _light(jaxpr: core.Jaxpr, there: set[Any]) -> set[Any]:
     found: set[Any] = set()
     for eqn in jaxpr.eqns:
         atoms = _variables(eqn.invars)
-        if eqn.primitive.name in _LIGHT and all(atom in there or atom in found for atom in atoms):
+        if eqn.primitive.name in _LIGHT - {_BARRIER} and all(
+            atom in there or atom in found for atom in atoms
+        ):
             found.update(eqn.outvars)
     return found
 
@@ -384,6 +409,8 @@ def _needed(jaxpr: core.Jaxpr, outs: Sequence[bool]) -> tuple[dict[int, list[boo
             continue
         if eqn.primitive.name == "scan":
             wanted, reads = _needed_in_loop(eqn, wanted)
+        elif eqn.primitive.name == _BARRIER:
+            reads = wanted
         found[n] = wanted
         live.update(_variables(eqn.invars, reads))
     return found, live

@@ -35,7 +35,8 @@ class Staged:
 
     `stacks` says of each stack of layers which ones a stage has.
     `params` and `state` are the shapes of what is stored, a tree each, of whole arrays; `trained` are the
-    numbers of the parameters' leaves that may be; `widens` is as of `gather.ByHand`.
+    numbers of the parameters' leaves that may be; `widens` is as of `gather.ByHand`;
+    gradients of layers' weights may be `delayed`.
     """
 
     mesh: Mesh | AbstractMesh
@@ -46,6 +47,7 @@ class Staged:
     state: tuple[Any, ...]
     trained: Sequence[int]
     widens: bool
+    delayed: bool
 
     @property
     def stages(self) -> int:
@@ -161,4 +163,5 @@ class Staged:
             cotangents=(),
             lying=lambda value, dims: lays.lying(value, dims)[0],
             add=lambda sums, found: (sums, ()),
+            delayed=self.delayed,
         )

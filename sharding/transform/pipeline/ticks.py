@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax import lax
 
 from ...program.jaxpr import Pass
 from .cut import LayerCut
+from .delayed import InTwo
 from .schedule import (
     BACKWARD,
     EMBED,
@@ -19,6 +21,7 @@ from .schedule import (
     HEAD,
     LEARN,
     SEND,
+    WEIGHTS,
     Rounds,
     Stretch,
     Unit,
@@ -30,6 +33,8 @@ from .schedule import (
     ring,
     rounds,
     ticks_since,
+    weights_at,
+    weights_since,
 )
 from .slots import Slots
 from .stream import CARRIED, CONSTANT, GIVEN, PASSED, Stages, Stream, Travelling
@@ -46,7 +51,7 @@ class Worker:
     but for the stored ones, which are `leaves`; `add(sums, outputs)` gives what the outputs of one add up to,
     and its rows. `on_share` and `on_whole` are the passes over the cut's two programs; `lying` brings a value
     to how it lies over automatic axes. `waits` are ticks by which the way back is later than the schedule
-    says, for other stacks of layers behind these.
+    says, for other stacks of layers behind these. Gradients of layers' weights may be `delayed`.
     """
 
     cut: LayerCut
@@ -62,6 +67,7 @@ class Worker:
     lying: Callable[[Any, Any], Array]
     add: Callable[[Any, Sequence[Array]], tuple[Any, Any]]
     waits: int = 0
+    delayed: bool = False
 
     def run(self, sums: Any) -> tuple[Any, Any, Any]:
         """Return the sums, the gradients of `places`, and rows of all microbatches.
@@ -76,7 +82,8 @@ class Worker:
         if learns:
             state |= {**self.learning(), "gradients": self.no_gradients()}
         tick, rows = -1, []
-        for one in rounds(self._shape[0], self.microbatches, self._shape[1], learns=learns):
+        delayed = "kept" in state
+        for one in rounds(self._shape[0], self.microbatches, self._shape[1], learns=learns, delayed=delayed):
             state, found = self._rounds(one, state, tick)
             rows += found
             tick += one.ticks * one.times
@@ -87,10 +94,13 @@ class Worker:
     def learning(self) -> dict[str, Any]:
         """Return what of the state of a step is for the way back, but for gradients."""
         blank = self.stages.blank()
-        return {
+        state = {
             "left": self.stages.learning(blank),
             "ring": [jnp.zeros((self._held, *one.shape), one.dtype) for one in self._inputs(blank)],
         }
+        if self.delayed and self._in_two.late_places:
+            state["kept"] = self._in_two.blank(self.slots.stages)
+        return state
 
     def no_gradients(self) -> list[Array]:
         """Return zeros for the gradients of `places`."""
@@ -138,6 +148,10 @@ class Worker:
         if LEARN in work:
             with named(LEARN):
                 state = self.learn(state, t)
+        if WEIGHTS in work:
+            # Before the backward work keeps what it gives in the same place.
+            with named(WEIGHTS):
+                state = self.weights(state, t)
         gradient = None
         if HEAD in work:
             assert given is not None
@@ -205,26 +219,42 @@ class Worker:
         unit = backward_at(t, self._stage, *self._shape)
         real = is_one(unit.microbatch, self.microbatches)
         place = (t - ticks_since(unit, self._stage, *self._shape)) % self._held
-        held = iter([held[place] for held in state["ring"]])
-        taken = [next(held) if one.is_read else one.blank() for one in self.stages.items]
-        own = self.places_in(self.cut.layers.reads | self.cut.stacked.reads)
-        held_leaves = self._of_chunk(range(len(self.leaves)), self.leaves, unit.chunk)
-
-        def layers(trained: Sequence[Array], learning: Stream) -> Stream:
-            leaves = filled(held_leaves, own, trained)
-            return self.stages.learning(self._layers(leaves, self.stages.joined(learning, taken), unit)[0])
-
-        trained = [held_leaves[n] for n in own]
-        _, pull = jax.vjp(layers, trained, self.stages.learning(taken))
+        taken = [held[place] for held in state["ring"]]
+        own = self._own_layers
+        trained = self._of_chunk(own, [self.leaves[n] for n in own], unit.chunk)
+        pull = None if "kept" in state else self._pull(trained, unit, taken)
         if gradient is not None:
             leaving = (self._stage == self._last) & (unit.chunk == self._shape[1] - 1)
             returned = [jnp.where(leaving, a, b) for a, b in zip(gradient, returned, strict=True)]
-        grown, state["left"] = pull(returned)
+        kept: list[Array] = []
+        if pull is not None:
+            grown, state["left"] = pull(returned)
+        else:
+            early, state["left"], kept = self._in_two.early(trained, unit, taken, returned)
+            own, grown = list(early), list(early.values())
+            pairs = zip(state["kept"], kept, strict=True)
+            state["kept"] = [held.at[t % self.slots.stages].set(one) for held, one in pairs]
         if self.slots.watched:
             sound = are_finite([*grown, *state["left"]])
             stacked = [one for n, one in zip(own, grown, strict=True) if n in self.slots.stored]
+            stacked += [one for one in kept if one.shape[:1] == (self.slots.each,)]
             state = self._watched(state, t, BACKWARD, real & ~sound, layer=last_layer(stacked))
         state["gradients"] = self.grown(state["gradients"], own, grown, real, unit.chunk)
+        return state
+
+    def weights(self, state: Any, t: Array) -> Any:
+        """Take the gradients of weights, of what the backward work of a tick before has kept."""
+        unit = weights_at(t, *self._shape)
+        real = is_one(unit.microbatch, self.microbatches)
+        place = (t - weights_since(self._stage)) % self.slots.stages
+        own, late = self._own_layers, self._in_two.late_places
+        trained = self._of_chunk(own, [self.leaves[n] for n in own], unit.chunk)
+        grown = self._in_two.late(trained, unit, [held[place] for held in state["kept"]])
+        if self.slots.watched:
+            stacked = [one for n, one in zip(late, grown, strict=True) if n in self.slots.stored]
+            fault = real & ~are_finite(grown)
+            state = self._watched(state, t, WEIGHTS, fault, layer=last_layer(stacked))
+        state["gradients"] = self.grown(state["gradients"], late, grown, real, unit.chunk)
         return state
 
     def learn(self, state: Any, t: Array) -> Any:
@@ -243,7 +273,37 @@ class Worker:
         state["gradients"] = self.grown(state["gradients"], own, grown, real)
         return self._watched(state, t, LEARN, real, grown)
 
+    @functools.cached_property
+    def _in_two(self) -> InTwo:
+        """A chunk's backward pass in two, traced once for all ticks, outside of their loops."""
+        blank, own = self.stages.blank(), self._own_layers
+        chunk = 0 if self.slots.chunks == 1 else jnp.int32(0)
+        return InTwo.of(
+            lambda trained, unit, taken, returned: self._pull(trained, unit, taken)(returned),
+            own,
+            self._of_chunk(own, [self.leaves[n] for n in own], chunk),
+            Unit(jnp.int32(0), chunk),
+            self._inputs(blank),
+            self.stages.learning(blank),
+        )
+
     # The pieces
+
+    def _pull(
+        self, trained: Sequence[Array], unit: Unit, inputs: Stream
+    ) -> Callable[[Stream], tuple[list[Array], Stream]]:
+        """Run a chunk's layers again on what was their input; return what takes gradients back."""
+        held, own = iter(inputs), self._own_layers
+        taken = [next(held) if one.is_read else one.blank() for one in self.stages.items]
+        rest = [n for n in range(len(self.leaves)) if n not in own]
+        others = self._of_chunk(rest, [self.leaves[n] for n in rest], unit.chunk)
+        leaves = filled(self.leaves, rest, others)
+
+        def layers(trained: Sequence[Array], learning: Stream) -> Stream:
+            all_ = filled(leaves, own, trained)
+            return self.stages.learning(self._layers(all_, self.stages.joined(learning, taken), unit)[0])
+
+        return jax.vjp(layers, list(trained), self.stages.learning(taken))[1]
 
     def _embed(self, leaves: Sequence[Array], microbatch: Array) -> Stream:
         inputs = [*leaves, *self.inputs(microbatch, True)]
@@ -351,6 +411,11 @@ class Worker:
     def micro(self, number: Array) -> Array:
         """Return a microbatch's number, or the first one's or the last's."""
         return nearest_one(number, self.microbatches)
+
+    @property
+    def _own_layers(self) -> list[int]:
+        """The numbers of the parameters that layers have gradients of."""
+        return self.places_in(self.cut.layers.reads | self.cut.stacked.reads)
 
     def places_in(self, reads: set[int]) -> list[int]:
         """Return those of `places` that are read."""

@@ -12,13 +12,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .schedule import BACKWARD, EMBED, FORWARD, HEAD, LEARN, backward_at, forward_at
+from .schedule import BACKWARD, EMBED, FORWARD, HEAD, LEARN, WEIGHTS, backward_at, forward_at, unit_at
 from .slots import Slots
 
 Array = Any
 
 # In the order in which they hand on within a tick.
-_WORK = (EMBED, FORWARD, LEARN, HEAD, BACKWARD)
+_WORK = (EMBED, FORWARD, LEARN, HEAD, BACKWARD, WEIGHTS)
 NOWHERE = 2**31 - 1
 # Of what is worked out of sums over the whole batch, before any gradient goes back.
 BEHIND_SUMS = -1
@@ -60,8 +60,8 @@ def fault_of(number: int, layers: int, stages: int, chunks: int = 1) -> Fault | 
     rest, stage = divmod(rest, stages)
     turn, work = divmod(rest, len(_WORK))
     tick, name = turn - 1, _WORK[work]
-    if name in (FORWARD, BACKWARD):
-        unit = (forward_at if name == FORWARD else backward_at)(tick, stage, stages, chunks)
+    if name in (FORWARD, BACKWARD, WEIGHTS):
+        unit = unit_at(name, tick, stage, stages, chunks)
         place = (unit.chunk * stages + stage) * slots.each + layer
         chunk = int(unit.chunk)
         return Fault(

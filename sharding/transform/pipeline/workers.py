@@ -18,6 +18,7 @@ from .schedule import (
     HEAD,
     LEARN,
     SEND,
+    WEIGHTS,
     backward_at,
     forward_at,
     is_one,
@@ -48,7 +49,9 @@ class Workers:
             state["gradients"] = first.no_gradients()
             state["shares"] = [self._room(stack) for stack in range(len(self.stacks) - 1)]
         tick, rows = -1, []
-        for one in stretches(self._stages, first.microbatches, len(self.stacks), learns=learns):
+        delayed = [k for k, own in enumerate(state["stacks"]) if "kept" in own]
+        count = len(self.stacks)
+        for one in stretches(self._stages, first.microbatches, count, learns=learns, delayed=delayed):
             state, found = self._stretch(one, state, tick)
             rows += [found] if StackWork(HEAD, len(self.stacks) - 1) in one.work else []
             tick += one.ticks
@@ -83,6 +86,9 @@ class Workers:
                     gradients[k - 1] = self._back_across(k, state, t)
                 else:
                     self._keep(state, k, one.learn(self._all(state, k), t - self._back(k)))
+        for k, one in self._of(WEIGHTS, work):
+            with named(WEIGHTS):
+                self._keep(state, k, one.weights(self._all(state, k), t - self._back(k)))
         for k, one in self._of(HEAD, work):
             with named(HEAD):
                 found = one.head(self._all(state, k), t - forward_later(k, self._stages), given[k])

@@ -53,6 +53,15 @@ def test_the_measured_bubble_is_what_layers_take_in_ticks_without_a_microbatch()
     assert "33.3% of the layers' ticks" in printed(found)
 
 
+def test_no_stage_waits_for_gradients_of_weights_that_are_delayed() -> None:
+    seconds = {"forward": 0.3, "backward": 0.6, "weights": 0.3}
+    operations = [operation(f"jit(step)/while/body/pipeline_{work}/dot", s) for work, s in seconds.items()]
+    found = pipeline_time(operations, planned(schedule="delayed"))
+    assert found is not None
+    assert found.seconds == pytest.approx(seconds)
+    assert found.bubble_seconds == pytest.approx((0.3 + 0.6) / 3)
+
+
 def printed(found: Any) -> str:
     from rich.console import Console
 

@@ -14,6 +14,7 @@ from meshwright.sharding.transform.pipeline.schedule import (
     FORWARD,
     HEAD,
     LEARN,
+    WEIGHTS,
     ring,
     rounds,
 )
@@ -56,18 +57,20 @@ def price():
     return price
 
 
+@pytest.mark.parametrize("delayed", [False, True])
 @pytest.mark.parametrize(
     ("stages", "microbatches", "chunks"), [(4, 8, 1), (2, 3, 1), (8, 8, 1), (4, 8, 2), (4, 6, 3), (2, 1, 2)]
 )
-def test_ticks_are_those_of_the_schedule(stages, microbatches, chunks):
-    ticks = Lockstep(stages=stages, chunks=chunks, microbatches=microbatches)
-    done = rounds(stages, microbatches, chunks, learns=True)
+def test_ticks_are_those_of_the_schedule(stages, microbatches, chunks, delayed):
+    ticks = Lockstep(stages=stages, chunks=chunks, microbatches=microbatches, delayed=delayed)
+    done = rounds(stages, microbatches, chunks, learns=True, delayed=delayed)
     for work, count in (
         (FORWARD, ticks.layer_ticks),
         (BACKWARD, ticks.layer_ticks),
         (HEAD, ticks.head_ticks),
         (EMBED, ticks.embed_ticks),
-        (LEARN, ticks.embed_ticks),
+        (LEARN, ticks.learn_ticks),
+        (WEIGHTS, ticks.weight_ticks if delayed else 0),
     ):
         found = sum(one.ticks * whole.times for whole in done for one in whole.stretches if work in one.work)
         assert found == count, work

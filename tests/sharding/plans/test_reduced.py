@@ -38,6 +38,11 @@ def stacked(layers: int, rows: int, **how: object) -> Plan:
     return declare(loss, params, x, topology="cpu:32", mesh=mesh, names={"w": ("layers", None, None)}, **how)
 
 
+def test_weights_that_are_delayed_have_ticks_with_all_work() -> None:
+    plan = stacked(32, 4 * 16 * 8, microbatches=16, schedule="delayed")
+    assert reduction_of(plan, 32).microbatches == 8
+
+
 @pytest.mark.parametrize(
     ("layers", "microbatches", "chunks", "expected"),
     [(32, 16, 2, (8, 4, 2)), (30, 16, 1, (7, 4, 1)), (32, 12, 1, (8, 5, 1)), (32, 2, 1, (8, 2, 1))],

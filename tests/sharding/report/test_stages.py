@@ -12,14 +12,14 @@ from meshwright.sharding.report.plan import plan_document
 from meshwright.sharding.report.terminal import plain_text
 
 
-def planned(layers: int, stages: int, microbatches: int, interleave: int = 1) -> Plan:
+def planned(layers: int, stages: int, microbatches: int, interleave: int = 1, **more: Any) -> Plan:
     def loss(params: Any, x: Any) -> Any:
         return (jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0] ** 2).mean()
 
     params = {"w": jax.ShapeDtypeStruct((layers, 64, 64), "float32")}
     x = jax.ShapeDtypeStruct((microbatches * stages, 64), "float32")
     how = {"topology": f"cpu:{stages}", "mesh": {"stage": stages}, "names": {"w": ("layers", None, None)}}
-    return declare(loss, params, x, microbatches=microbatches, interleave=interleave, **how)
+    return declare(loss, params, x, microbatches=microbatches, interleave=interleave, **how, **more)
 
 
 def picture(plan: Plan) -> list[str]:
@@ -54,6 +54,16 @@ def test_chunks_are_letters_and_of_many_ticks_and_stages_few_are_drawn() -> None
     whole = page(plan_document(plan))
     assert '<svg class="ticks"' in whole
     assert "backward, the chunk run again" in whole
+
+
+def test_gradients_of_weights_that_are_delayed_have_a_row_in_which_no_stage_waits() -> None:
+    lines = picture(planned(4, 2, 3, schedule="delayed"))
+    rows = [line.split() for line in lines]
+    assert ["backward", *"··012·"] in rows
+    assert rows.count(["weights", *"···012"]) == 2
+    words = " ".join(" ".join(lines).split())
+    assert "gradients of weights take 3 ticks, in which none waits" in words
+    assert "what the gradients of 2 chunks' weights are made of" in words
 
 
 def test_layers_that_stages_do_not_divide_are_said_with_their_copies() -> None:

@@ -72,9 +72,32 @@ def test_a_stage_is_named_with_its_chunk_layer_and_microbatch() -> None:
     assert "in the forward pass of layer 1 of 4 (from 0), microbatch 3 of 4, stage 1 of 2, chunk 0" in said
 
 
-def test_the_layer_of_a_gradient_is_the_last_one() -> None:
-    one = found(failing(2, backward=True), {"stage": 2}, batch(odd=5), microbatches=4)
+@pytest.mark.parametrize("schedule", ["1f1b", "delayed"])
+def test_the_layer_of_a_gradient_is_the_last_one(schedule: str) -> None:
+    one = found(failing(2, backward=True), {"stage": 2}, batch(odd=5), microbatches=4, schedule=schedule)
     assert (one.fault.work, one.fault.layer, one.fault.microbatch, one.fault.stage) == ("backward", 2, 1, 1)
+
+
+def test_what_only_a_weights_gradient_has_is_said_to_be_its() -> None:
+    # What a weight is read by is too large for its gradient, and for nothing else.
+    @jax.custom_vjp
+    def product(x: Any, weights: Any) -> Any:
+        return x @ weights
+
+    def back(kept: Any, g: Any) -> Any:
+        x, weights = kept
+        return g @ weights.T, jnp.einsum("btd,bte->de", jnp.where(jnp.abs(x) > 50, jnp.inf, x), g)
+
+    product.defvjp(lambda x, weights: (product(x, weights), (x, weights)), back)
+
+    def loss(params: Any, batch: Any) -> Any:
+        x = batch["x"] * (1 + 100 * batch["mark"][:, None, None])
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(product(x, w)), None), x, params["blocks"])
+        return jnp.square(x @ params["head"]).mean()
+
+    one = found(loss, {"stage": 2}, batch(odd=5), microbatches=4, schedule="delayed")
+    assert (one.fault.work, one.fault.layer, one.fault.microbatch, one.fault.stage) == ("weights", 0, 1, 0)
+    assert "in the gradient of the layers' weights of layer 0 of 4" in str(one)
 
 
 def test_a_plan_without_stages_tells_its_layer() -> None:

@@ -16,6 +16,7 @@ from meshwright.runtime.checkpoint import Checkpoints
 from meshwright.sharding import Plan, UserError, declare
 from meshwright.sharding.hlo.loops import loops, run_counts
 from meshwright.sharding.hlo.text import parse_hlo
+from meshwright.sharding.transform.pipeline.schedule import BACKWARD, FORWARD, WEIGHTS, work_of
 
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
 
@@ -176,6 +177,26 @@ def test_stages_give_the_plain_functions_gradients(mesh: dict[str, int], loss: A
         return
     # M + p - 1 ticks forward and as many backward, with two things that travel: the carry, and a constant.
     assert sends(program.as_text()) <= 2 * 3 * (4 + mesh["stage"] - 1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "mesh", "loss", "how"),
+    [
+        (4, {"stage": 2, "fsdp": 2, "tensor": 2}, tied, {"remat": "full"}),
+        pytest.param(4, {"stage": 4, "data": 2}, mixture, {"microbatches": 2}, marks=pytest.mark.slow),
+        # Three layers and a copy in four chunks, one at a time; a group of microbatches is not full.
+        pytest.param(3, {"stage": 2}, tied, {"interleave": 2, "microbatches": 1}, marks=pytest.mark.slow),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_delayed_gradients_of_weights_are_the_plain_functions(
+    layers: int, mesh: dict[str, int], loss: Any, how: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "LAYERS", layers)
+    plan = declared(loss, mesh, **how, schedule="delayed")
+    program, found, plain = gradients(plan, loss, init())
+    assert max(apart(found, plain(init(), batch()))) < 1e-6
+    assert {FORWARD, BACKWARD, WEIGHTS} <= set(map(work_of, program.as_text().splitlines()))
 
 
 def test_uneven_chunks_of_too_few_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,17 +6,23 @@ from meshwright.sharding.transform.pipeline.schedule import (
     FORWARD,
     HEAD,
     LEARN,
+    WEIGHTS,
     backward_at,
     forward_at,
     ring,
     rounds,
     ticks_since,
+    weights_at,
+    weights_since,
 )
 
 
-def done(stages: int, microbatches: int, chunks: int) -> dict[str, dict[tuple[int, int, int], int]]:
+def done(
+    stages: int, microbatches: int, chunks: int, delayed: bool = False
+) -> dict[str, dict[tuple[int, int, int], int]]:
     """Return work → (microbatch, chunk, stage) → the tick in which a stage does it."""
-    found: dict[str, dict[tuple[int, int, int], int]] = {FORWARD: {}, BACKWARD: {}, HEAD: {}, LEARN: {}}
+    works = (FORWARD, BACKWARD, HEAD, LEARN, WEIGHTS)
+    found: dict[str, dict[tuple[int, int, int], int]] = {work: {} for work in works}
 
     def put(work: str, tick: int, unit: tuple[int, int], stage: int) -> None:
         if 0 <= unit[0] < microbatches:
@@ -25,7 +31,7 @@ def done(stages: int, microbatches: int, chunks: int) -> dict[str, dict[tuple[in
             found[work][place] = tick
 
     tick = -1
-    for whole in rounds(stages, microbatches, chunks, learns=True):
+    for whole in rounds(stages, microbatches, chunks, learns=True, delayed=delayed):
         for one in whole.stretches * whole.times:
             for t in range(tick, tick + one.ticks):
                 for stage in range(stages):
@@ -33,6 +39,8 @@ def done(stages: int, microbatches: int, chunks: int) -> dict[str, dict[tuple[in
                         put(FORWARD, t, forward_at(t, stage, stages, chunks), stage)
                     if BACKWARD in one.work:
                         put(BACKWARD, t, backward_at(t, stage, stages, chunks), stage)
+                    if WEIGHTS in one.work:
+                        put(WEIGHTS, t, weights_at(t, stages, chunks), stage)
                 if HEAD in one.work:
                     put(HEAD, t, forward_at(t, stages - 1, stages, chunks), stages - 1)
                 if LEARN in one.work:
@@ -41,11 +49,13 @@ def done(stages: int, microbatches: int, chunks: int) -> dict[str, dict[tuple[in
     return found
 
 
-@pytest.mark.parametrize(
-    ("stages", "microbatches", "chunks"), [(2, 4, 1), (4, 3, 1), (2, 4, 2), (4, 8, 3), (4, 6, 2), (3, 2, 4)]
-)
-def test_every_chunk_runs_once_each_way_after_what_it_waits_for(stages, microbatches, chunks):
-    found = done(stages, microbatches, chunks)
+SHAPES = ((2, 4, 1), (4, 3, 1), (4, 1, 1), (4, 4, 1), (2, 4, 2), (4, 8, 3), (4, 6, 2), (3, 2, 4), (2, 8, 2))
+
+
+@pytest.mark.parametrize("delayed", [False, True])
+@pytest.mark.parametrize(("stages", "microbatches", "chunks"), SHAPES)
+def test_every_chunk_runs_once_each_way_after_what_it_waits_for(stages, microbatches, chunks, delayed):
+    found = done(stages, microbatches, chunks, delayed)
     forward, backward = found[FORWARD], found[BACKWARD]
     every = {(m, r, s) for m in range(microbatches) for r in range(chunks) for s in range(stages)}
     assert forward.keys() == backward.keys() == every
@@ -62,3 +72,21 @@ def test_every_chunk_runs_once_each_way_after_what_it_waits_for(stages, microbat
     for m in range(microbatches):
         assert found[HEAD][m, *last] == forward[m, *last] == backward[m, *last]
         assert found[LEARN][m, 0, 0] == backward[m, 0, 0] + 1
+
+
+@pytest.mark.parametrize(("stages", "microbatches", "chunks"), SHAPES)
+def test_weights_wait_until_the_first_stage_is_back_and_take_no_tick_more_than_microbatches_do(
+    stages, microbatches, chunks
+):
+    found = done(stages, microbatches, chunks, delayed=True)
+    assert found[WEIGHTS].keys() == found[BACKWARD].keys()
+    for (m, r, s), tick in found[WEIGHTS].items():
+        # Before its place among as many as there are stages is written again, which is after it in a tick.
+        assert tick - found[BACKWARD][m, r, s] == weights_since(s) <= stages
+    whole = rounds(stages, microbatches, chunks, learns=True, delayed=True)
+    stretches = [(one, whole.times) for whole in whole for one in whole.stretches]
+    groups = microbatches if chunks == 1 else -(-microbatches // stages) * stages
+    for work, ticks in ((WEIGHTS, 0), (BACKWARD, stages - 1), (FORWARD, stages - 1)):
+        done_in = sum(one.ticks * times for one, times in stretches if work in one.work)
+        assert done_in == groups * chunks + ticks
+    assert not done(stages, microbatches, chunks)[WEIGHTS]

@@ -142,6 +142,18 @@ def test_what_is_made_of_what_is_there_again_is_made_again():
     assert (together(made, list(args), 1)[1] == back(*args)[1]).all()
 
 
+def test_gradients_that_wait_for_one_another_wait_for_no_late_one() -> None:
+    def back(weight: Any, x: Any, dy: Any) -> list[Any]:
+        return lax.optimization_barrier([dy @ weight.T, dy.sum(axis=0), x.T @ dy, dy.T @ dy])
+
+    args = jnp.ones((4, 5)), jnp.ones((2, 4)), jnp.ones((2, 5))
+    made = split(back, args, awaited=(True, False, False, False), again=(True, False, False))
+    assert made.is_late == (False, False, True, True)
+    for half in (made.early, made.late):
+        assert [len(eqn.invars) for eqn in half.eqns if eqn.primitive.name == "optimization_barrier"] == [2]
+    assert (together(made, list(args), 1)[2] == back(*args)[2]).all()
+
+
 def test_products_that_both_need_are_made_early():
     def back(weight: Any, x: Any, dy: Any) -> list[Any]:
         square = dy.T @ dy

@@ -131,6 +131,7 @@ def worst(found: Any, wanted: Any) -> float:
 
 @pytest.mark.numerics
 @pytest.mark.devices(8)
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("delayed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "scanned", "mesh", "microbatches"),
     [
@@ -142,11 +143,12 @@ def worst(found: Any, wanted: Any) -> float:
     ids=str,
 )
 def test_both_stacks_keep_values_and_gradients(
-    name: str, scanned: bool, mesh: dict, microbatches: int
+    name: str, scanned: bool, mesh: dict, microbatches: int, schedule: str
 ) -> None:
     count = int(np.prod(list(mesh.values())))
     params, rows = init(scanned), batch(8 * microbatches)
-    made = declare(LOSSES[name], params, rows, topology=f"cpu:{count}", mesh=mesh, microbatches=microbatches)
+    how = {"mesh": mesh, "microbatches": microbatches, "schedule": schedule}
+    made = declare(LOSSES[name], params, rows, topology=f"cpu:{count}", **how)
     devices = made.make_mesh(devices=jax.devices()[:count])
     where = made.shardings(params, devices), made.shardings(rows, devices, "batch")
     found = jax.jit(jax.value_and_grad(made.apply(LOSSES[name], mesh=devices), has_aux=True))
