@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from ...cost.calibration import calibration_for
+from ...cost.pipeline import Lockstep
 from ...hlo.frames import nearest_line
 from ...hlo.loops import branches, callees
 from ...hlo.shapes import leaves, parse_shape
@@ -140,6 +141,16 @@ def foreign_in_ring(evidence: Evidence) -> list[Finding]:
     ]
 
 
+def _with_bubble(planned: Record) -> float:
+    """Return how often layers are run, those of a bubble too, over how often they are needed.
+
+    An Estimate has what they exchange there under ``bubble``.
+    """
+    stages, chunks, count = planned.mesh.get("stage", 1), planned.interleave, planned.microbatches
+    ticks = Lockstep(stages=stages, chunks=chunks, microbatches=count)
+    return ticks.layer_ticks / (chunks * count) if stages > 1 else 1.0
+
+
 def exchange_larger(evidence: Evidence) -> list[Finding]:
     """Return an exchange over ``expert`` that takes more seconds than its bytes by the formula."""
     planned = evidence.planned
@@ -148,6 +159,7 @@ def exchange_larger(evidence: Evidence) -> list[Finding]:
     hidden = calibration_for(planned.topology.chip.name).overlap_activations
     kinds = ("all_to_all", "ragged_all_to_all")
     priced = sum(planned.estimate.time.get(f"{kind}/expert", 0.0) for kind in kinds) / (1.0 - hidden)
+    priced *= _with_bubble(planned)
     chosen = [
         seen
         for seen in evidence.collectives

@@ -140,6 +140,13 @@ def test_an_exchange_larger_than_its_formula_is_found():
         kinds = found({"expert": 8}, exchange, seconds=priced)
         assert ("exchange_larger" in kinds) == is_told
     assert "2.00 times" in kinds["exchange_larger"].what
+    # Two microbatches in three ticks: of what is exchanged a third is in the bubble, and priced there.
+    exchange = f"%done = {LIKE} all-to-all(%g), replica_groups=[2,4]<=[8], dimensions={{0}}"
+    staged = {"mesh": {"stage": 2, "expert": 4}, "inside": exchange, "microbatches": 2}
+    taken = found(**staged, seconds={"all_to_all/expert": 1e-9})["exchange_larger"].seconds
+    for times, is_told in ((2 / 3, False), (1 / 2, True)):
+        priced = {"all_to_all/expert": times * taken * (1.0 - hidden)}
+        assert ("exchange_larger" in found(**staged, seconds=priced)) == is_told
 
 
 @pytest.mark.parametrize(
