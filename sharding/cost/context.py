@@ -168,11 +168,11 @@ def _laid(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attending:
-    """Seconds of attention's own work in a microbatch: forward, backward; `again` if it is run once more."""
+    """Seconds of attention's own work in a microbatch: forward, backward; `again`: forward how often more."""
 
     forward: float
     backward: float
-    again: bool
+    again: int
 
 
 def context_seconds(

@@ -20,7 +20,7 @@ from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables
 from .execution import Execution, execution_for
 from .kept import Residuals
 from .memory import Standing, Worked, worked
-from .pipeline import at_least
+from .pipeline import LayerTurns, at_least, layer_turns
 from .placement import Placement, place
 from .profile import ProgramTables, profile
 from .step import Offload, StepParts, microbatch, offload, stacking_seconds, step_seconds
@@ -274,8 +274,10 @@ class Pricer:
         )
         time = step_seconds(parts, execution.through_stages)
         if candidate.context is not None:
-            for name, waited in self._over_context(candidate, wires, calibration, once, kept).items():
-                time[name] = time.get(name, 0.0) + waited * candidate.microbatches
+            turns = layer_turns(candidate, table.layers)
+            for name, waited in self._over_context(candidate, wires, calibration, once, kept, turns).items():
+                time[name] = time.get(name, 0.0) + waited * turns.needed
+                time["bubble"] = time.get("bubble", 0.0) + waited * (turns.taken - turns.needed)
         if candidate.microbatches > 1 and self._more_passes:
             once = ("host", "bubble")
             time["passes"] = self._more_passes * sum(s for name, s in time.items() if name not in once)
@@ -298,8 +300,9 @@ class Pricer:
         calibration: Calibration,
         once: Passes,
         kept: Residuals,
+        turns: LayerTurns,
     ) -> dict[str, float]:
-        """Return what a microbatch waits for attention's sends over ``context``."""
+        """Return what a microbatch waits for attention's sends over ``context``, in all layers."""
         assert candidate.context is not None
         calls = laid_calls(self._calls, candidate)
         if not calls:
@@ -307,7 +310,7 @@ class Pricer:
         products = self.profile.products.equation
         again = bool(kept.again[products[self.profile.steps.core[products]]].any())
         forward, backward = (float(once.seconds[n, 1].sum()) for n in range(2))
-        work = Attending(forward=forward, backward=backward, again=again)
+        work = Attending(forward=forward, backward=backward, again=again + turns.again)
         return context_seconds(calls, candidate.context, wires["context"], calibration, work)
 
     def least_over_stages(self, candidate: Candidate) -> float:

@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -129,6 +130,30 @@ def held_layers(layers: int, stages: int, chunks: int) -> int:
     8
     """
     return chunks * math.ceil(layers / (stages * chunks))
+
+
+class LayerTurns(NamedTuple):
+    """How often in a step a device runs all layers, or as many: those needed, with a bubble's, and `again`.
+
+    again: how often they are run forward once more than without stages.
+    """
+
+    needed: float
+    taken: float
+    again: int
+
+
+def layer_turns(candidate: Candidate, layers: int) -> LayerTurns:
+    """Return how often a device of a candidate runs its share of so many layers.
+
+    >>> layer_turns(Candidate(mesh={"stage": 4}, dims={}, microbatches=8), 32)
+    LayerTurns(needed=2.0, taken=2.75, again=1)
+    """
+    ticks = lockstep(candidate)
+    if ticks.stages == 1:
+        return LayerTurns(ticks.microbatches, ticks.microbatches, 0)
+    share = held_layers(layers, ticks.stages, ticks.chunks) / layers
+    return LayerTurns(share * ticks.microbatches, share * ticks.layer_ticks / ticks.chunks, 1)
 
 
 def is_moved(layers: int, stages: int, chunks: int) -> bool:

@@ -201,6 +201,7 @@ def test_the_chips_kernel_works_a_ring_through() -> None:
         ({"context": 2, "data": 2, "tensor": 2}, "gathered", 512, {}),
         ({"context": 4, "tensor": 2}, "neighbours", 512, {"window": 60}),
         ({"context": 4, "tensor": 2}, "neighbours", 512, {"window": 200, "packed": False}),
+        ({"stage": 2, "context": 4}, "neighbours", 512, {"window": 60}),
     ],
 )
 def test_the_chips_kernel_keeps_values(
@@ -211,6 +212,27 @@ def test_the_chips_kernel_keeps_values(
     assert abs(found - value) <= 1e-6 * abs(value)
     for name, one in gradients.items():
         assert np.linalg.norm(np.asarray(learnt[name]) - one) <= 1e-5 * np.linalg.norm(one), name
+
+
+def test_a_stage_sends_for_its_layers_alone_and_for_those_it_runs_again() -> None:
+    """Half of the layers, forward twice, of twice the rows: half as much again."""
+    params, _, _ = problem(32, ())
+    params = {
+        name: jax.ShapeDtypeStruct((4, 512, *array.shape[2:3], 128), "bfloat16")
+        for name, array in params.items()
+    }
+    params["output"] = jax.ShapeDtypeStruct((4, HEADS, 128, 512), "bfloat16")
+    batch = {"x": jax.ShapeDtypeStruct((32, 8192, 512), "bfloat16")}
+    batch["segments"] = jax.ShapeDtypeStruct((32, 8192), "int32")
+    declared: Any = {"names": NAMES, "context": "heads", "microbatches": 4, "topology": "v5p:2x2x2"}
+    data, stages = (
+        declare(loss_of(()), params, batch, mesh={axis: 2, "context": 4}, **declared).estimate
+        for axis in ("data", "stage")
+    )
+    assert data is not None
+    assert stages is not None
+    sent = "all_to_all/context"
+    assert stages.time[sent] == pytest.approx(1.5 * data.time[sent], rel=0.01)
 
 
 @pytest.mark.parametrize(
