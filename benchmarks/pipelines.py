@@ -9,6 +9,7 @@ other people write them.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections import Counter
@@ -60,6 +61,7 @@ def loss(params: Any, batch: Any) -> Any:
     return (losses * batch["counted"]).sum() / batch["counted"].sum()
 
 
+SCHEDULES = ("1f1b", "delayed")
 # A mesh, chunks a stage, and layers.
 KINDS = (
     ({"stage": 2}, 1, 8),
@@ -81,11 +83,12 @@ def compiled(
     remat: str = "full",
     chunks: int = 1,
     layers: int = LAYERS,
+    schedule: str | None = None,
 ) -> Any:
     count = int(np.prod(list(mesh.values())))
     params, data = init(width, layers), batch(rows)
     how = {"topology": f"cpu:{count}", "mesh": mesh, "names": NAMES, "microbatches": microbatches}
-    how |= {"interleave": chunks}
+    how |= {"interleave": chunks, "schedule": schedule}
     made = declare(loss, params, data, remat=remat, **how)
     devices = made.make_mesh(devices=jax.devices()[:count])
     where = made.shardings(params, devices), made.shardings(data, devices, "batch")
@@ -107,28 +110,30 @@ def counted(program: Any) -> Iterator[str]:
 
 def errors() -> None:
     """Print the relative error of the loss and of the worst gradient leaf, and the collectives of a step."""
-    for mesh, chunks, layers in KINDS:
+    for (mesh, chunks, layers), schedule in itertools.product(KINDS, SCHEDULES):
         for microbatches in (2, 5, 8):
             rows = 8 * microbatches * mesh["stage"]
-            program, args = compiled(mesh, microbatches, rows, chunks=chunks, layers=layers)
+            how = {"chunks": chunks, "layers": layers, "schedule": schedule}
+            program, args = compiled(mesh, microbatches, rows, **how)
             value, slopes = jax.device_get(program(*args))
             wanted, plain = jax.value_and_grad(loss)(init(layers=layers), batch(rows))
             pairs = zip(jax.tree.leaves(slopes), jax.tree.leaves(plain), strict=True)
             worst = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
             apart = abs(float(value - wanted) / float(wanted))
-            kind = f"{mesh} interleave={chunks} layers={layers} microbatches={microbatches}"
+            kind = f"{mesh} {schedule} interleave={chunks} layers={layers} microbatches={microbatches}"
             print(f"{kind}: loss {apart:.1e}, gradient {worst:.1e};", *counted(program))
 
 
 def memory() -> None:
     """Print the compiled temporaries of 8 to 128 microbatches of the same rows each."""
-    for mesh, chunks in (({"stage": 4}, 1), ({"stage": 2, "data": 2}, 1), ({"stage": 4}, 2)):
-        held = [
-            compiled(mesh, count, count * 8, width=64, chunks=chunks)[0].memory_analysis().temp_size_in_bytes
-            for count in (8, 32, 128)
-        ]
+    meshes = (({"stage": 4}, 1), ({"stage": 2, "data": 2}, 1), ({"stage": 4}, 2))
+    for (mesh, chunks), schedule in itertools.product(meshes, SCHEDULES):
+        held = []
+        for count in (8, 32, 128):
+            program, _ = compiled(mesh, count, count * 8, width=64, chunks=chunks, schedule=schedule)
+            held.append(program.memory_analysis().temp_size_in_bytes)
         said = [f"{one / 2**20:.2f} MiB" for one in held]
-        print(f"{mesh} interleave={chunks}: temporaries of 8, 32 and 128 microbatches {said}")
+        print(f"{mesh} {schedule} interleave={chunks}: temporaries of 8, 32 and 128 microbatches {said}")
 
 
 def executed(program: Any) -> float:
@@ -142,10 +147,11 @@ def executed(program: Any) -> float:
 def work() -> None:
     """Print the work of layers executed over needed, by the formula 1 + (p - 1) / (v M).
 
-    Needed are two products of a layer forward, two made again by its stage and four of gradients; three of
-    the head. Layers that are rematerialised beside are made a third time. Of uneven counts, copies count too.
+    Of weights' gradients that are delayed none is made in vain, which is 3/4 of (p - 1) / (v M). Needed are
+    two products of a layer forward, two made again by its stage and four of gradients; three of the head.
+    Layers that are rematerialised beside are made a third time. Of uneven counts, copies count too.
     """
-    for stages, microbatches, chunks, layers in (
+    kinds = (
         (2, 8, 1, 8),
         (4, 8, 1, 8),
         (4, 16, 1, 8),
@@ -153,17 +159,19 @@ def work() -> None:
         (2, 8, 4, 16),
         (4, 8, 2, 16),
         (4, 8, 1, 7),
-    ):
-        how = {"remat": "none", "chunks": chunks, "layers": layers}
+    )
+    for (stages, microbatches, chunks, layers), schedule in itertools.product(kinds, SCHEDULES):
+        how = {"remat": "none", "chunks": chunks, "layers": layers, "schedule": schedule}
         program, _ = compiled({"stage": stages}, microbatches, microbatches * 8, **how)
         tokens = 8 * microbatches * TIME
         needed = 8 * (layers / stages) * 2 * tokens * WIDTH * 4 * WIDTH
         head = 3 * 2 * tokens * WIDTH * VOCAB / stages
         share = (executed(program) - head) / needed
-        ticks = Lockstep(stages=stages, chunks=chunks, microbatches=microbatches)
+        delayed = schedule == "delayed"
+        ticks = Lockstep(stages=stages, chunks=chunks, microbatches=microbatches, delayed=delayed)
         filled = held_layers(layers, stages, chunks) * stages / layers
-        formula = filled * ticks.layer_ticks / (chunks * microbatches)
-        kind = f"stage={stages} microbatches={microbatches} interleave={chunks} layers={layers}"
+        formula = filled * (0.75 * ticks.layer_ticks + 0.25 * ticks.weight_ticks) / (chunks * microbatches)
+        kind = f"{schedule} stage={stages} microbatches={microbatches} interleave={chunks} layers={layers}"
         print(f"{kind}: {share:.3f}, by the formula {formula:.3f}")
 
 

@@ -10,12 +10,14 @@ from typing import TypeVar
 
 from ..hardware.topology import Topology
 from ..plans.estimate import Estimate
+from ..plans.vocabulary import DELAYED
 from ..program.program import Program
 from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link, joint_link
 from .compute import Passes, passes, peak_flops
 from .context import Attending, SpreadCall, context_bytes, context_seconds, laid_calls
+from .delayed import kept_bytes, late_seconds
 from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables_read_there
 from .execution import Execution, execution_for
 from .kept import Residuals
@@ -272,6 +274,11 @@ class Pricer:
             gradient_bytes=self.gradient_bytes,
             product=math.inf if execution.product_bytes is None else execution.product_bytes,
         )
+        if candidate.schedule == DELAYED:
+            work = self.worked(placement, candidate.mesh)
+            parts = dataclasses.replace(
+                parts, late=late_seconds(table, once), late_bytes=kept_bytes(table, work)
+            )
         time = step_seconds(parts, execution.through_stages)
         if candidate.context is not None:
             turns = layer_turns(candidate, table.layers)

@@ -24,6 +24,7 @@ from ..plans.record import Decision
 from ..plans.vocabulary import DELAYED
 from . import memory
 from .candidate import Candidate
+from .delayed import kept_bytes
 from .exchange import parts as lying_over
 from .kept import Residuals
 from .memory import Standing, Worked, activations
@@ -40,6 +41,10 @@ _CUT_OUT = 2
 _SUMMED = 4.0
 # Sums of gradients are read and written, and what is added is read.
 _PASSES_OF_ADDING = 3.0
+# What is kept for gradients of weights that are delayed is read where it was made, and written.
+_PASSES_OF_KEEPING = 2.0
+# Chunks of it beside those that are kept: the one that is made in a tick.
+_KEPT_IN_HAND = 1
 # Phases of `Busy` in which layers run forward, and run again.
 _AGAIN = 2
 
@@ -189,6 +194,10 @@ def through_stages(parts: StepParts) -> dict[str, float]:
     taken = sum(time.values())
     with_bubble = sum(float(row.sum()) for row in microbatch(parts, all_).values())
     time["bubble"] = with_bubble - taken
+    if ticks.delayed:
+        # Of weights' gradients there are no ticks but those of microbatches.
+        time["bubble"] -= parts.late * share * (ticks.layer_ticks - ticks.weight_ticks) / ticks.chunks
+        time["kept"] += _keeping(parts, ticks, share / ticks.chunks)
     _over_stages(time, parts, ticks, share / ticks.chunks)
     time["host"] += parts.calibration.microbatch_seconds * (ticks.layer_ticks + ticks.stages)
     here = np.array([1.0, share, 1.0])
@@ -196,6 +205,12 @@ def through_stages(parts: StepParts) -> dict[str, float]:
     _reduce_shared(time, parts)
     _move_layers(time, parts, ticks)
     return time
+
+
+def _keeping(parts: StepParts, ticks: Lockstep, chunk: float) -> float:
+    """Return the seconds of putting what weights' gradients are made of where it is kept, in every tick."""
+    rate = (parts.chip.hbm_bytes_per_second or math.inf) * parts.calibration.memory_efficiency
+    return _PASSES_OF_KEEPING * parts.late_bytes * chunk * ticks.layer_ticks / rate
 
 
 def at_least(parts: StepParts) -> float:
@@ -206,7 +221,7 @@ def at_least(parts: StepParts) -> float:
     """
     ticks = lockstep(parts.candidate)
     share = held_layers(parts.table.layers, ticks.stages, ticks.chunks) / parts.table.layers
-    waited = ticks.layer_ticks / (ticks.chunks * ticks.microbatches)
+    waited = 1.0 if ticks.delayed else ticks.layer_ticks / (ticks.chunks * ticks.microbatches)
     here = np.array([1 / ticks.stages, share * waited, 1 / ticks.stages])
     return sum(float(row @ here) for row in microbatch(_forward_again(parts)).values())
 
@@ -327,6 +342,8 @@ def moments(
     scratch[LAYERS] = np.maximum(work.largest_of, work.least).max()
     part = np.array([1 / ticks.stages, chunk, 1 / ticks.stages])
     inputs = (ticks.inputs + _IN_HAND) * work.stream
+    if ticks.delayed:
+        inputs += (ticks.kept + _KEPT_IN_HAND) * chunk * kept_bytes(profile, work)
     items = {name: float(row @ here) for name, row in stored.items.items()}
     gradients = _summed(profile, stored.items["params"])
     moved = is_moved(profile.layers, ticks.stages, ticks.chunks)

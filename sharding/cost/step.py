@@ -39,6 +39,8 @@ class StepParts:
       stacking: seconds of stacking what layers keep; see `stacking_seconds`.
       gradient_bytes: of one accumulated gradient; as the parameter's if None.
       product: bytes of an element as products take it, at most.
+      late, late_bytes: seconds of the gradients of layers' weights in a microbatch, where these are delayed,
+        and the bytes that they are made of.
     """
 
     table: ProgramTables
@@ -55,6 +57,8 @@ class StepParts:
     stacking: float = 0.0
     gradient_bytes: float | None = None
     product: float = math.inf
+    late: float = 0.0
+    late_bytes: float = 0.0
 
 
 # Gives the seconds of a step that goes through stages.

@@ -138,3 +138,17 @@ def test_memory_of_a_chunk_s_turn_can_be_counted(price, chunks):
     assert found["saved_activations"] == pytest.approx(stream * (inputs + 5 + LAYERS / 4 / chunks), rel=0.02)
     # Of the layer what it begins with, its largest value, in whose place the gradient is made, what it adds.
     assert found["temporaries"] == pytest.approx(4 * BATCH / 8 * (HIDDEN + 2 * WIDTH))
+
+
+def test_delayed_gradients_of_weights_are_not_waited_for_and_are_kept(price):
+    plain, delayed = price(16), price(16, schedule="delayed")
+    # Of four products that a layer's weight has, one forward, one again and one back are waited for.
+    flops = 2 * BATCH * 2 * WIDTH * HIDDEN * LAYERS, 2 * BATCH * WIDTH * VOCAB
+    late = plain.time["compute/matmul"] * flops[0] / (4 * flops[0] + 5 * flops[1])
+    waited = plain.time["bubble"] - delayed.time["bubble"]
+    assert waited == pytest.approx(late * 3 / 16, rel=0.02)
+    assert delayed.time["compute/matmul"] == plain.time["compute/matmul"]
+    # Two operands and two results of each layer, of four chunks and of the one that is being made.
+    each = 4 * (BATCH // 16) * 2 * (WIDTH + HIDDEN) * (LAYERS // 4)
+    more = delayed.memory["saved_activations"] - plain.memory["saved_activations"]
+    assert more == 5 * each
