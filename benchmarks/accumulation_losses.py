@@ -162,6 +162,10 @@ def log_of_a_mean(p, b):
     return jnp.log(jnp.mean(row(p, b) ** 2))
 
 
+def length_of_a_complex_sum(p, b):
+    return jnp.abs(jnp.sum(jnp.exp(1j * row(p, b))))
+
+
 def exp_of_a_mean(p, b):
     return jnp.exp(row(p, b).mean())
 

@@ -154,6 +154,10 @@ def learns(value: Held) -> bool:
     return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
+def _is_complex(value: Held) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.complexfloating)
+
+
 def _level(op: Task) -> int:
     return op.outs[0].level
 
@@ -240,5 +244,7 @@ def _read_by_derivatives(
 
 def _is_one_number(learnt: set[Task], reads: set[Task], taken: set[Task]) -> bool:
     waits = any(op.outs[0].heavy for op in reads)
-    alone = len(learnt) == 1 and all(math.prod(op.outs[0].shape) == 1 for op in learnt)
+    # A complex number's gradient is two: what comes of its real part, and of its imaginary one.
+    one = [op for op in learnt if math.prod(op.outs[0].shape) == 1 and not _is_complex(op.outs[0])]
+    alone = len(learnt) == len(one) == 1
     return waits and alone and not any(op.outs[0].heavy for op in taken)

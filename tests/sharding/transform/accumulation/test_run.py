@@ -101,6 +101,11 @@ def a_median_beside_it(p, b):
     return each(p, b).mean(), {"median": jnp.median(each(p, b).sum(-1)), "each": each(p, b)}
 
 
+def length_of_a_complex_sum(p, b):
+    """One number whose gradient is two numbers: it is not added up first and multiplied at the end."""
+    return jnp.abs(jnp.exp(1j * each(p, b)).sum())
+
+
 def picked_by_row_and_place(p, b):
     return -jax.nn.log_softmax(logits(p, b))[jnp.arange(ROWS)[:, None], jnp.arange(TIME), b["y"]].mean()
 
@@ -140,6 +145,7 @@ ACCEPTED = (
     free_bits,
     balanced_layers,
     the_worst,
+    length_of_a_complex_sum,
     a_gradient_of_its_own,
     a_median_beside_it,
 )
