@@ -27,7 +27,8 @@ FORWARD = (
     "in a loop of your own with the loss itself"
 )
 
-# Python's own words for a call that lacks an argument.
+# Python's own words for a call with an argument too many, and for one that lacks an argument.
+_UNTAKEN = re.compile(r"got an unexpected keyword argument '(\w+)'")
 _MISSING = re.compile(r"missing \d+ required (?:keyword-only |positional )?arguments?: (.*)")
 
 # Words in the names of records and fields by which an optimizer's state shows what it does with NaN:
@@ -59,12 +60,17 @@ def change(
 ) -> tuple[Any, Any]:
     """Return what `optimizer` adds to `params`, and its next state.
 
-    `extra` is what `extra_of` gives. Raises UserError if an optimizer
-    within it needs another.
+    `extra` is what `extra_of` gives. A chain says that it takes all of it and hands all on: what one within
+    it, such as `optax.contrib.sam`, does not take is left out. Raises UserError if an optimizer within it
+    needs another.
     """
     try:
         return optimizer.update(gradients, state, params, **extra)
     except TypeError as error:
+        untaken = _UNTAKEN.search(str(error))
+        if untaken and untaken[1] in extra:
+            fewer = {name: one for name, one in extra.items() if name != untaken[1]}
+            return change(optimizer, gradients, state, params, fewer)
         found = _MISSING.search(str(error))
         names = re.findall(r"'(\w+)'", found[1]) if found else []
         unknown = next((name for name in names if name not in EXTRA), None)

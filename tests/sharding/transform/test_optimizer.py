@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from meshwright.sharding import UserError, declare, plan, train_step
-from meshwright.sharding.transform.optimizer import handles_nonfinite
+from meshwright.sharding.transform.optimizer import change, extra_of, handles_nonfinite
 from optax import contrib
 
 pytestmark = pytest.mark.numerics
@@ -120,6 +120,23 @@ def needs(**needed: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf * curvature, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+def test_an_optimizer_in_a_chain_is_not_given_what_it_does_not_take() -> None:
+    """A chain takes any words and hands all on: SAM, which has one for none of them, says TypeError."""
+    chained = optax.chain(optax.clip(1.0), contrib.sam(optax.sgd(0.1), optax.sgd(0.01), sync_period=2))
+    params = jax.jit(init)(jax.random.key(0))
+    batch = batches(1)[0]
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params, batch)
+    state = chained.init(params)
+    extra = extra_of(chained, lambda params: loss(params, batch), value, gradients)
+    assert extra
+    for got, wanted in zip(
+        jax.tree.leaves(change(chained, gradients, state, params, extra)),
+        jax.tree.leaves(chained.update(gradients, state, params)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.numerics(False)
