@@ -63,7 +63,9 @@ def with_names_of_rows(
 ) -> tuple[Argument, ...]:
     """Return `arguments`, the data that lead with the dims `batch` under `names`, as far as they have none.
 
-    Data that meet no other, such as the ids of rows, lead with the batch if they have as many rows.
+    Data that meet no other, such as the ids of rows, lead with the batch if they have as many rows. What
+    stands second in arrays of fewer dimensions may stand further on in others: a bias of attention for each
+    row has its heads before the sequence.
     """
     leading = {a.shape[0] for a in arguments if batch and a.is_data and a.dims[:1] == (batch,)}
     met = Counter(d for a in arguments for dims in {*a.dims} for d in dims)
@@ -75,9 +77,21 @@ def with_names_of_rows(
         alone = argument.shape[0] in leading and all(met[d] == 1 for d in lead)
         if (lead != batch and not alone) or not lead:
             return argument
-        return dataclasses.replace(argument, names=(*names, *argument.names)[: len(argument.shape)])
+        at = _second_place(argument, arguments, batch)
+        own = (*names[:1], *(None,) * (at - 1), *names[1:], *argument.names)
+        return dataclasses.replace(argument, names=own[: len(argument.shape)])
 
     return tuple(map(named, arguments)) if names else tuple(arguments)
+
+
+def _second_place(argument: Argument, others: Sequence[Argument], batch: tuple[int, ...]) -> int:
+    """Return which dimension of an array is the one that arrays of fewer dimensions have second, or 1."""
+    rank = len(argument.dims)
+    shorter = (a.dims for a in others if a.is_data and a.dims[:1] == (batch,) and 1 < len(a.dims) < rank)
+    second = {dims[1] for dims in shorter if dims[1]}
+    if rank < 3 or argument.dims[1] in second:
+        return 1
+    return next((n for n in range(2, rank) if argument.dims[n] in second), 1)
 
 
 def build(

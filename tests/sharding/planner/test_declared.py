@@ -261,3 +261,21 @@ def test_a_sequence_that_the_loss_takes_in_chunks_lies_over_context() -> None:
     plan = declare(chunked, params, batch, topology="cpu:8", mesh={"context": 8})
     assert plan.batch["x"].spec[:2] == (None, "context")
     assert [dim.axes for dim in plan.dims.values() if dim.size == 32] == [("context",)]
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_a_bias_for_each_row_has_its_sequence_behind_the_heads(heads: int) -> None:
+    """It stood for the heads, which an axis of the sequence did not divide, or cut."""
+    weight = jax.ShapeDtypeStruct((8, 4, 8), jnp.float32)
+    x = jax.ShapeDtypeStruct((8, 16, 8), jnp.float32)
+    bias = jax.ShapeDtypeStruct((8, heads, 16, 16), jnp.float32)
+
+    def loss(params: Any, batch: Any) -> Any:
+        query, key = (jnp.einsum("bse,ehd->bshd", batch["x"], params[name]) for name in ("query", "key"))
+        scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key) + batch["bias"])
+        return jnp.square(jnp.einsum("bhqk,bkhd->bqhd", scores, key)).mean()
+
+    params, mesh = {"query": weight, "key": weight}, {"data": 4, "context": 2}
+    plan = declare(loss, params, {"x": x, "bias": bias}, topology="cpu:8", mesh=mesh)
+    assert plan.batch["x"].spec == ("data", "context")
+    assert plan.batch["bias"].spec == ("data", None, "context")
