@@ -27,12 +27,14 @@ class FusedAttention:
               it computes the scores once more).
     masked:   of its work, how much is with segments that it reads as a mask of queries by keys.
     scratch:  bytes that its gradient works in, for each element of its result.
+    moved:    bytes that its forward pass moves for each flop; of a kernel nothing that counts.
     """
 
     share: float = 1.0
     gradient: float = 2.0
     masked: float = 0.0
     scratch: float = 0.0
+    moved: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -198,6 +200,8 @@ def product_seconds(
     roles = np.maximum(products.role_sizes[:, 2:], 1.0)
     reached = attention_share(roles.min(axis=1), roles.max(axis=1) * kernel.share, calibration)
     fused = flops * kernel.share / (peak_flops(chip, wide) * reached)
+    if kernel.moved:
+        fused = np.maximum(fused, flops * kernel.share * kernel.moved / rate)
     return np.where(core, fused, computed)
 
 

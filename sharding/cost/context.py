@@ -9,6 +9,7 @@ from typing import Any
 
 from ..ops.attention import AttentionCall, attention_call
 from ..ops.context.order import moved_share
+from ..ops.context.taken import CONTEXT, Site
 from ..ops.context.ways import (
     GATHERED,
     HEADS,
@@ -22,14 +23,12 @@ from ..ops.context.ways import (
     way_of,
     why_not,
 )
-from ..plans.specs import cut_into, while_computing
+from ..plans.specs import while_computing
 from ..program.program import Dims, Equation, Program
 from .calibration import Calibration
 from .candidate import Candidate
 from .collectives import Link
 from .step import exposed
-
-CONTEXT = "context"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,7 +114,7 @@ def laid_calls(calls: Sequence[SpreadCall], candidate: Candidate) -> tuple[LaidC
     """Return the calls whose queries lie over `context`, as a device has them in a microbatch."""
     if candidate.mesh.get(CONTEXT, 1) == 1:
         return ()
-    found = (_laid(one, candidate.dims, candidate.mesh, candidate.microbatches) for one in calls)
+    found = (_laid(one, candidate) for one in calls)
     return tuple(one for one in found if one is not None)
 
 
@@ -136,30 +135,35 @@ def _axes(
     ]
 
 
-def _laid(
-    one: SpreadCall, dims: Mapping[int, tuple[str, ...]], mesh: Mapping[str, int], microbatches: int
-) -> LaidCall | None:
-    query, key = _axes(one, dims, mesh)
-    if query[1] != (CONTEXT,) or key[1] not in ((), (CONTEXT,)):
-        return None
-    (batch, queries, heads, wide), (_, keys, kv_heads, _), (*_, value_wide) = one.shapes
-    rows = batch / cut_into(query[0], mesh) / microbatches
-    parts, of_heads = mesh[CONTEXT], cut_into(query[2], mesh)
-    sizes = CallSizes(
-        queries=queries,
-        keys=keys,
-        heads=heads // of_heads,
-        # Where its axes do not divide the kv heads, each head of queries has one of its own.
-        kv_heads=kv_heads // of_heads if kv_heads % of_heads == 0 else max(heads // of_heads, 1),
-        whole=not key[1],
+def site_of(one: SpreadCall, candidate: Candidate) -> Site:
+    """Return a call as it lies under a candidate."""
+    query, key = _axes(one, candidate.dims, candidate.mesh)
+    avals: list[Any] = [atom.aval for atom in one.equation.eqn.invars[:3]]
+    return Site(
+        call=one.call,
+        query=avals[0],
+        key=avals[1],
+        value=avals[2],
+        query_axes=tuple(query),
+        key_axes=tuple(key),
+        mesh=candidate.mesh,
     )
+
+
+def _laid(one: SpreadCall, candidate: Candidate) -> LaidCall | None:
+    site, mesh = site_of(one, candidate), candidate.mesh
+    if not site.over_context:
+        return None
+    (batch, queries, _, wide), (_, keys, _, _), (*_, value_wide) = one.shapes
+    rows = batch / site.parts(0) / candidate.microbatches
+    parts, sizes = mesh[CONTEXT], site.sizes
     each = rows * (wide + value_wide) * one.item
     return LaidCall(
         call=one.call,
         sizes=sizes,
         parts=parts,
         query=each * queries / parts * sizes.heads,
-        key=each * keys / (parts if key[1] else 1) * sizes.kv_heads,
+        key=each * keys / (1 if sizes.whole else parts) * sizes.kv_heads,
         item=one.item,
         runs=one.runs,
         index=one.equation.index,

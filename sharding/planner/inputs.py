@@ -12,7 +12,7 @@ from typing import Any
 from ..cost.calibration import Calibration, calibration_for
 from ..cost.candidate import Candidate
 from ..cost.compute import FusedAttention
-from ..cost.context import SpreadCall, calls_of, laid_calls
+from ..cost.context import SpreadCall, calls_of, site_of
 from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
 from ..cost.measured import Measurement
@@ -21,6 +21,7 @@ from ..cost.profile import ProgramTables, profile
 from ..errors import UserError, wrong
 from ..hardware.memory import usable_bytes
 from ..hardware.topology import Topology
+from ..ops.context.taken import BLOCKS
 from ..ops.grouped import TILES
 from ..paths import by_path
 from ..plans.arrays import check_new_state
@@ -38,7 +39,6 @@ from ..xla.compiler import compiler_of
 from . import build
 from .choices import arithmetic, experts
 from .choices import attention as kernels
-from .choices.context import by_kernel
 from .choices.microbatches import PartsProof
 from .choices.remat import check_names, ladders, read
 from .declared import DATA_NAMES, Declared
@@ -267,26 +267,29 @@ class Problem:
         @functools.cache
         def in_blocks() -> Pricer:
             every = kernels.in_blocks(self.program)
-            blocks = execution(FusedAttention(share=every.share, gradient=2.5))
+            blocks = execution(kernels.cost_of_blocks(self.program, every))
             # As many rows as the kernel's tables have, which suppositions are made for.
             table = self.table(kernel if kernel.calls else every)
             return priced_by(table, efficiencies(chip), blocks, None)
 
+        ways: dict[object, frozenset[str | None]] = {}
+
         def without(candidate: Candidate) -> Pricer | None:
-            if candidate.context is None:
-                return None if kernel.can(candidate.dims) else plain()
-            laid = laid_calls(self.attention, candidate)
-            return None if by_kernel(laid, candidate.context, kernel, candidate) else in_blocks()
+            axes = tuple((dim, cut) for dim, cut in candidate.dims.items() if cut)
+            key = (tuple(candidate.mesh.items()), axes, candidate.context)
+            if key not in ways:
+                sites = ((one.equation.index, site_of(one, candidate)) for one in self.attention)
+                found = {n: kernel.taken(site, candidate.context).by for n, site in sites}
+                blocks = {by for by in found.values() if by == BLOCKS}
+                ways[key] = frozenset(blocks or {found[n] for n in kernel.calls})
+            if BLOCKS in ways[key]:
+                return in_blocks()
+            return plain() if None in ways[key] else None
 
         if kernel.implementation is None:
             if not self.attention:
                 return plain()
-            return priced_by(
-                self.profile,
-                efficiencies(chip),
-                execution(),
-                lambda one: None if one.context is None else in_blocks(),
-            )
+            return priced_by(self.profile, efficiencies(chip), execution(), without)
         return priced_by(
             self.table(kernel),
             efficiencies(chip, kernels.priced_as(kernel)),

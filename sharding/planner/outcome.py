@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..cost.candidate import Candidate
+from ..cost.context import site_of
 from ..cost.estimate import Pricer
 from ..errors import UserError
 from ..hardware.topology import Topology
@@ -60,7 +61,11 @@ class Search:
         others = [one for one in found if one is not None and one is not chosen]
         kernel = self.problem.kernel(self.topology, self.declared)
         kernels, of_experts = _kernels(self.problem, self.topology, self.declared, kernel, layout)
-        notes = build.notes_of(program, self.topology, layout) + kernel.notes_on(layout.dims) + of_experts
+        notes = (
+            build.notes_of(program, self.topology, layout)
+            + _notes_on(self.problem, kernel, layout)
+            + of_experts
+        )
         notes += context.notes_on(self.problem.attention, layout, kernel)
         if answer.room < 1.0 and chosen.fits:
             notes += (_TIGHT,)
@@ -207,7 +212,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     words = context.words(problem.attention, candidate, declared.context, kernel)
     candidate, estimate = _over_context(words, candidate, pricer, capacity)
     kernels, of_experts = _kernels(problem, topology, declared, kernel, candidate)
-    notes = (*laid.notes, *kernel.notes_on(candidate.dims), *of_experts)
+    notes = (*laid.notes, *_notes_on(problem, kernel, candidate), *of_experts)
     notes += context.notes_on(problem.attention, candidate, kernel)
     # Rules say of theirs where they yield.
     said = " ".join(notes).replace(",", " ").replace(":", " ").split()
@@ -253,8 +258,15 @@ def _kernels(
     """Return the kernels of a plan, and notes on those of experts."""
     of_experts, notes = experts.choose(problem.program, topology, declared.experts)
     fast = arithmetic.choose(problem.program, topology, declared.arithmetic, candidate.dims)
-    of_attention = attention.kernels if attention.can(candidate.dims) else {}
+    ways = [attention.taken(site_of(one, candidate), candidate.context).by for one in problem.attention]
+    of_attention = attention.kernels if any(ways) else {}
     return {**of_attention, **of_experts, **({"arithmetic": fast} if fast else {})}, notes
+
+
+def _notes_on(problem: Problem, kernel: Chosen, layout: Candidate) -> tuple[str, ...]:
+    """Say why the chip's kernel does not carry attention out, or not all of it."""
+    sites = {one.equation.index: site_of(one, layout) for one in problem.attention}
+    return kernel.notes_on(sites, layout.context)
 
 
 def _over_context(

@@ -15,14 +15,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ..ops import cudnn
 from ..ops.attention import AttentionCall, attention_call
 from ..ops.context.order import into_balance, out_of_balance
-from ..ops.context.pieces import CUDNN, SPLASH, PieceKernel
-from ..ops.context.ways import GATHERED, is_balanced
-from ..ops.kernels import block_that_divides, by_cudnn, facts_on, refusal, splash, splash_kernel
-from ..plans.specs import axes_of, cut_into
+from ..ops.context.pieces import SPLASH
+from ..ops.context.taken import BLOCKS, CONTEXT, Site, Taken, piece_kernel, taken
+from ..ops.context.ways import GATHERED, RING, is_balanced
+from ..ops.kernels import block_that_divides, by_cudnn, facts_on, splash, splash_kernel
+from ..plans.specs import axes_of, by_dimension, cut_into
 from ..program.layers import Marks
 from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program
-from .context import CONTEXT, SpreadLayout, kernel_of, layout_of, over_context, spread_of
+from .context import kernel_of, layout_of, over_context, spread_of
 from .meshes import by_device, with_automatic_axes
 
 # What an array goes through and is still the same numbers.
@@ -112,73 +113,47 @@ class AttentionKernel:
         call = attention_call(eqn)
         if call is None:
             return None
-        kernel = self._settings.get("implementation")
         avals: list[Any] = [atom.aval for atom in eqn.invars[:3]]
-        refused = self._facts is None or refusal(self._facts, call, *avals) is not None
-        over = None
-        if self._context is not None:
-            over = layout_of(*(spec_of(equation.ins[n], avals[n].shape) for n in range(2)))
-        if refused and over is None:
+        queries, keys = (spec_of(equation.ins[n], avals[n].shape) for n in range(2))
+        site = Site(
+            call=call,
+            query=avals[0],
+            key=avals[1],
+            value=avals[2],
+            query_axes=by_dimension(tuple(queries), 4),
+            key_axes=by_dimension(tuple(keys), 4),
+            mesh=self._mesh.shape,
+        )
+        found = taken(site, self._settings or None, self._facts, self._context)
+        if found.by is None:
             return None
         inputs = [gather(value, dims) for value, dims in zip(inputs, equation.ins, strict=True)]
-        if over is not None and self._context is not None:
-            with jax.named_scope(call.name):
-                told = (call, self._context, eqn.outvars[0], inputs, over)
-                out = self._over_context(*told, kernel=not refused)
-            if out is not None:
-                return [out]
-        if refused:
-            return None
-        spec = spec_of(equation.ins[0], inputs[0].shape)
-        *first, head_dim = (*spec, *(None,) * (4 - len(spec)))
-        if head_dim is not None:
-            return None
-        layout = _Layout(*first)
         # What is compiled of it says what was asked for, to whoever reads it.
         with jax.named_scope(call.name):
-            if kernel == "splash":
-                out = self._splash(call, eqn.outvars[0], inputs, layout)
-            else:
-                out = self._cudnn(call, eqn.outvars[0], inputs, layout)
+            if found.way is not None:
+                return [self._over_context(site, found, eqn.outvars[0], inputs)]
+            layout = _Layout(*(*queries, *(None,) * (4 - len(queries)))[:3])
+            by = self._splash if found.by == SPLASH else self._cudnn
+            out = by(call, eqn.outvars[0], inputs, layout)
         return None if out is None else [out]
 
-    def _over_context(
-        self,
-        call: AttentionCall,
-        word: str,
-        result: Any,
-        inputs: Sequence[Any],
-        layout: SpreadLayout,
-        *,
-        kernel: bool,
-    ) -> Any:
-        """Return the result over `context`; None where keys are gathered for the kernel, or no way can."""
-        query, key, *_ = inputs
+    def _over_context(self, site: Site, found: Taken, result: Any, inputs: Sequence[Any]) -> Any:
+        """Return the result over `context`, by a kernel of the chip or in blocks."""
         name = self._names.get(result)
-        pieces = self._pieces() if kernel else None
-        spread = spread_of(self._mesh, call, word, layout, query, key, pieces, name)
-        if spread is None:
-            return None
+        pieces = None
+        if found.by != BLOCKS:
+            pieces = piece_kernel(self._settings, interpret=self._platform == "cpu")
+        assert found.way is not None
+        spread = spread_of(site, found.way, pieces, name)
         by_kernel = None
-        if pieces is not None:
-            if spread.way == GATHERED and pieces.name == SPLASH:
-                return None
-            segments = self._settings.get("segments")
-            by_kernel = kernel_of(spread, pieces, segments, query.shape[2] // self._parts(layout.heads))
+        if pieces is not None and found.way != RING:
+            by_kernel = kernel_of(spread, pieces, self._settings.get("segments"), site.sizes.heads)
         with self._described():
-            out = over_context(self._mesh, spread, layout, inputs, by_kernel)
+            out = over_context(self._mesh, spread, layout_of(site), inputs, by_kernel)
         # Only splash, and what is worked through here, keep what their gradients read under a name.
-        if name is not None and (by_kernel is None or (pieces is not None and pieces.name == SPLASH)):
+        if name is not None and (by_kernel is None or found.by == SPLASH):
             self._made.add(result)
         return out
-
-    def _pieces(self) -> PieceKernel:
-        """Return the plan's kernel as one for pieces of a sequence."""
-        name = self._settings["implementation"]
-        if name != SPLASH:
-            return PieceKernel(name=CUDNN, asked=bool(self._settings.get("pieces")))
-        blocks = {side: self._settings[side] for side in ("block_q", "block_kv")}
-        return PieceKernel(name=SPLASH, interpret=self._platform == "cpu", **blocks)
 
     def _described(self) -> contextlib.AbstractContextManager[None]:
         """Return what lets JAX trace cuDNN's calls for GPUs that are not here."""
@@ -189,8 +164,8 @@ class AttentionKernel:
         row_parts = self._parts(layout.rows)
         block_q = block_that_divides(query.shape[1] // row_parts, self._settings["block_q"])
         block_kv = block_that_divides(key.shape[1], self._settings["block_kv"])
-        if block_q is None or block_kv is None:
-            return None
+        assert block_q is not None
+        assert block_kv is not None
         balanced = self._context is not None and layout.rows == CONTEXT
         balanced = balanced and is_balanced(call, GATHERED, query.shape[1], row_parts)
         kernel = splash_kernel(
@@ -220,9 +195,6 @@ class AttentionKernel:
         return self._on_devices(local, (kernel,), (of_masks,), inputs, layout)
 
     def _cudnn(self, call: AttentionCall, result: Any, inputs: Sequence[Any], layout: _Layout) -> Any:
-        if self._parts(layout.rows) > 1:
-            return None
-
         def local(*arrays: Any) -> Any:
             return by_cudnn(call, self._settings.get("segments"), *arrays, name=name)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,16 +9,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from ..ops.attention import AttentionCall
-from ..ops.context.pieces import SPLASH, PieceKernel, takes_pieces
+from ..ops.context.pieces import SPLASH, PieceKernel
 from ..ops.context.spread import Others, Spread, attend_spread
-from ..ops.context.ways import HEADS, NEIGHBOURS, RING, CallSizes, reach_of, way_of
+from ..ops.context.taken import CONTEXT, Site
+from ..ops.context.ways import HEADS, NEIGHBOURS, RING, reach_of
 from ..ops.kernels import block_that_divides, by_cudnn, splash, splash_kernel
-from ..plans.specs import by_dimension, cut_into
+from ..plans.specs import cut_into
 from .meshes import by_device
-
-# The axis that a plan's way is for.
-CONTEXT = "context"
 
 
 class SpreadLayout(NamedTuple):
@@ -30,62 +26,28 @@ class SpreadLayout(NamedTuple):
     keys_cut: bool
 
 
-def layout_of(query: PartitionSpec, key: PartitionSpec) -> SpreadLayout | None:
-    """Return the layout of a call whose queries lie over `context` along the sequence, None for others."""
-    batch, rows, heads, wide = by_dimension(tuple(query), 4)
-    key_batch, key_rows, _, key_wide = by_dimension(tuple(key), 4)
-    if rows != (CONTEXT,) or key_rows not in ((), (CONTEXT,)) or wide or key_wide or batch != key_batch:
-        return None
-    return SpreadLayout(batch=batch, heads=heads, keys_cut=bool(key_rows))
+def layout_of(site: Site) -> SpreadLayout:
+    """Return the layout of a call whose queries lie over `context` along the sequence."""
+    return SpreadLayout(batch=site.query_axes[0], heads=site.query_axes[2], keys_cut=bool(site.key_axes[1]))
 
 
-def _kv_heads(heads: int, kv_heads: int, parts: int) -> int:
-    """Return a device's: where its axes do not divide them, each head of queries has a copy of its own."""
-    if kv_heads == 1 or kv_heads % parts == 0:
-        return max(kv_heads // parts, 1)
-    return heads // parts
+def spread_of(site: Site, way: str, kernel: PieceKernel | None, name: str | None) -> Spread:
+    """Return how a call goes over `context` by `way`.
 
-
-def spread_of(
-    mesh: Mesh | AbstractMesh,
-    call: AttentionCall,
-    word: str,
-    layout: SpreadLayout,
-    query: Any,
-    key: Any,
-    kernel: PieceKernel | None,
-    name: str | None,
-) -> Spread | None:
-    """Return how `call` goes over `context` where a plan's word is `word`, None where no way can.
-
-    `kernel` works through the pieces of a ring where it can; `name` is what the result is kept under by
+    `kernel` works through the pieces of a ring, None for blocks; `name` is what the result is kept under by
     rematerialisation.
     """
-    parts, of_heads = mesh.shape[CONTEXT], cut_into(layout.heads, mesh.shape)
-    sizes = CallSizes(
-        queries=query.shape[1],
-        keys=key.shape[1],
-        heads=query.shape[2] // of_heads,
-        kv_heads=_kv_heads(query.shape[2], key.shape[2], of_heads),
-        whole=not layout.keys_cut,
-    )
-    way = way_of(call, word, sizes, parts)
-    if way is None:
-        return None
-    spread = Spread(
-        call=call,
+    return Spread(
+        call=site.call,
         way=way,
         axis=CONTEXT,
-        parts=parts,
-        queries=sizes.queries,
-        keys=sizes.keys,
-        whole=sizes.whole,
+        parts=site.mesh[CONTEXT],
+        queries=site.query.shape[1],
+        keys=site.key.shape[1],
+        whole=not site.key_axes[1],
         name=name,
+        kernel=kernel if way == RING else None,
     )
-    rows = [size // parts // (1 + spread.balanced) for size in (sizes.queries, sizes.keys)]
-    if way == RING and kernel is not None and takes_pieces(kernel, call, *rows):
-        return dataclasses.replace(spread, kernel=kernel)
-    return spread
 
 
 def kernel_of(

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from .. import cudnn
 from ..attention import AttentionCall
-from ..kernels import LANES, block_that_divides, splash_kernel
-from .ways import HEADS, RING
+from ..kernels import block_that_divides, splash_kernel
 
 SPLASH, CUDNN = "splash", "cudnn"
 
@@ -53,17 +52,6 @@ def takes_pieces(kernel: PieceKernel, call: AttentionCall, rows: int, key_rows: 
         return None not in sizes
     # cuDNN would read segments as a mask of all queries and keys.
     return kernel.name == CUDNN and kernel.asked and not call.segments
-
-
-def takes_spread(kernel: str, way: str, rows: int) -> bool:
-    """Return whether a kernel that takes a call takes it over devices too, each of `rows` queries.
-
-    Splash works on whole lanes of queries; cuDNN on whole sequences, and on a ring's pieces only where a plan
-    asks for it.
-    """
-    if kernel == SPLASH:
-        return rows % (2 * LANES if way == RING else LANES) == 0
-    return way == HEADS
 
 
 def piece_forward(

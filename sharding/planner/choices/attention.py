@@ -12,6 +12,8 @@ from ...errors import UserError, nearest
 from ...hardware.chip import Chip
 from ...hardware.topology import Topology
 from ...ops.attention import AttentionCall, attention_call
+from ...ops.context.blocks import block_of
+from ...ops.context.taken import Site, Taken, taken
 from ...ops.kernels import (
     block_that_divides,
     facts_on,
@@ -38,7 +40,7 @@ class Chosen:
     implementation: its name, None for plain XLA.
     share:         of all scores, how many it computes: those that no mask known beforehand hides.
     masked:        of its work, how much is with segments that it reads as a mask of queries by keys.
-    whole:         dims that it needs whole; a layout that cuts one leaves attention to XLA.
+    facts:         what it can do on the chip, None without one.
     scratch:       bytes that its gradient works in, for each element of its result.
     """
 
@@ -48,19 +50,30 @@ class Chosen:
     calls: frozenset[int] = frozenset()
     share: float = 1.0
     masked: float = 0.0
-    whole: frozenset[int] = frozenset()
+    facts: Mapping[str, Any] | None = None
     scratch: float = 0.0
 
-    def can(self, dims: Mapping[int, tuple[str, ...]]) -> bool:
-        """Whether the kernel runs where a layout cuts `dims` over mesh axes."""
-        return self.implementation is not None and not any(dims.get(dim) for dim in self.whole)
+    def taken(self, site: Site, word: str | None) -> Taken:
+        """Return what carries a call out where it lies so, and a plan has this kernel and `word`."""
+        settings = self.kernels.get("attention")
+        return taken(site, settings, self.facts, word)
 
-    def notes_on(self, dims: Mapping[int, tuple[str, ...]]) -> tuple[str, ...]:
-        """Say why a layout that cuts `dims` has no kernel of the chip for its attention."""
-        if self.implementation is None or self.can(dims):
+    def notes_on(self, sites: Mapping[int, Site], word: str | None) -> tuple[str, ...]:
+        """Say why the chip's kernel does not carry attention out where calls lie as `sites`, by index."""
+        left = [
+            site
+            for index, site in sites.items()
+            if index in self.calls and self.implementation and self.taken(site, word).by is None
+        ]
+        if not left:
             return self.notes
-        axes = ", ".join(dict.fromkeys(axis for dim in self.whole for axis in dims.get(dim, ())))
-        return (f"attention by {self.implementation} needs heads whole, which {axes} cuts; XLA computes it",)
+        one = left[0]
+        what = "heads" if one.query_axes[3] else "sequences"
+        axes = ", ".join(one.query_axes[3] or one.query_axes[1])
+        return (
+            *self.notes,
+            f"attention by {self.implementation} needs {what} whole, which {axes} cuts; XLA computes it",
+        )
 
 
 def choose(
@@ -136,7 +149,7 @@ def _chosen(
         calls=frozenset(equation.index for equation, _ in taken),
         share=_share(taken),
         masked=_masked(taken) if facts.get("dense_segments") else 0.0,
-        whole=frozenset(dim for equation, _ in taken for dims in equation.ins[:3] for dim in dims[3]),
+        facts=facts,
         scratch=max((_scratch(facts, one, segments) for one, _ in taken), default=0.0),
     )
 
@@ -186,6 +199,32 @@ def cost(chosen: Chosen) -> FusedAttention:
     assert chosen.implementation is not None
     gradient = kernel_facts()[chosen.implementation]["gradient"]
     return FusedAttention(share=chosen.share, gradient=gradient, masked=chosen.masked, scratch=chosen.scratch)
+
+
+def cost_of_blocks(program: Program, chosen: Chosen) -> FusedAttention:
+    """Return what blocks in plain XLA compute, and what they move, see `ops.context.blocks`.
+
+    A pair of `r` queries and `c` keys, in numbers of `i` bytes, writes its scores in float32, reads them for
+    the largest and for weights, writes these and reads them: 12 + 2i bytes a score. Besides, each of the r
+    and c rows of a head's width is cut out, read for its products, and the result added to in float32: 9i +
+    28 bytes for a row of either. The gradient writes scores and their gradient, reads both once, writes both
+    as numbers of i bytes, which three products read, 16 + 5i; rows 15i + 48, two more sums being added to.
+    Counted in programs compiled for an H100, where a product of a pair takes less time than what it moves.
+    """
+    work = forward = backward = 0.0
+    for equation in program.equations():
+        call = attention_call(equation.eqn)
+        if call is None:
+            continue
+        query, key, value = _arrays(equation)
+        rows, columns, item = block_of(query.shape[1]), block_of(key.shape[1]), key.dtype.itemsize
+        width = (query.shape[3] + value.shape[3]) / 2
+        pairs, sides = rows * columns, (rows + columns) / 2 * width
+        times = _work(equation, call) / (4.0 * pairs * width)
+        work += times * 4.0 * pairs * width
+        forward += times * ((12 + 2 * item) * pairs + (9 * item + 28) * sides)
+        backward += times * ((16 + 5 * item) * pairs + (15 * item + 48) * sides)
+    return FusedAttention(share=chosen.share, gradient=backward / forward, moved=forward / work)
 
 
 def priced_as(chosen: Chosen) -> str | None:

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from ...cost.candidate import Candidate
-from ...cost.context import CONTEXT, LaidCall, SpreadCall, calls_of, laid_calls
+from ...cost.context import LaidCall, SpreadCall, calls_of, laid_calls, site_of
 from ...errors import UserError
-from ...ops.context.pieces import SPLASH, takes_spread
+from ...ops.context.pieces import SPLASH
+from ...ops.context.taken import CONTEXT
 from ...ops.context.ways import GATHERED, NEIGHBOURS, RING, WAYS, described
 from ...program.lines import line_of
 from . import attention as kernels
@@ -80,21 +81,20 @@ def words(
         ways = tuple(one.way(word) for one in laid)
         if word in ways:
             found.setdefault(ways, word)
-    kept = tuple(word for word in found.values() if by_kernel(laid, word, kernel, layout))
-    if not kept and kernel.implementation == SPLASH and kernel.can(layout.dims):
+    ways_of = {word: dataclasses.replace(layout, context=word) for word in found.values()}
+    kept = tuple(word for word, there in ways_of.items() if by_kernel(calls, kernel, there))
+    if not kept and kernel.implementation == SPLASH and by_kernel(calls, kernel, layout):
         # Splash reads gathered keys by itself.
         return (None,)
     return kept or tuple(found.values()) or (None,)
 
 
-def by_kernel(laid: Sequence[LaidCall], word: str, kernel: kernels.Chosen, layout: Candidate) -> bool:
-    """Return whether the chip's kernel carries out what it takes of the calls in a word's ways too."""
-    if not kernel.can(layout.dims):
-        return False
-    name = kernel.implementation or ""
-    ways = ((one, one.way(word)) for one in laid if one.index in kernel.calls)
-    return all(
-        way is not None and takes_spread(name, way, one.sizes.queries // one.parts) for one, way in ways
+def by_kernel(calls: Sequence[SpreadCall], kernel: kernels.Chosen, layout: Candidate) -> bool:
+    """Return whether the chip's kernel carries out all that it takes of the calls under a layout, too."""
+    return kernel.implementation is not None and all(
+        kernel.taken(site_of(one, layout), layout.context).by == kernel.implementation
+        for one in calls
+        if one.equation.index in kernel.calls
     )
 
 
@@ -124,13 +124,13 @@ def notes_on(calls: Sequence[SpreadCall], layout: Candidate, kernel: kernels.Cho
     laid = laid_calls(calls, layout)
     if not calls:
         return ("no attention is recognised in the loss: what is not cut alike over context is gathered",)
-    if layout.context is None and kernel.can(layout.dims):
+    if layout.context is None and by_kernel(calls, kernel, layout):
         return ()
     if layout.context is None or not laid:
         why = next((why for one in laid if (why := one.why_not(GATHERED))), "its queries lie otherwise")
         return (f"attention gathers keys over context and XLA computes it: {why}",)
     notes = []
-    if kernel.can(layout.dims) and not by_kernel(laid, layout.context, kernel, layout):
+    if kernel.implementation is not None and not by_kernel(calls, kernel, layout):
         notes.append(_in_blocks(kernel.implementation, any(one.way(layout.context) == RING for one in laid)))
     ways = [(one, one.way(layout.context)) for one in laid]
     for way in dict.fromkeys(way for _, way in ways):
