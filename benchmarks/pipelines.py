@@ -27,7 +27,8 @@ import numpy as np
 import optax
 from meshwright.sharding import declare, plan
 from meshwright.sharding.compiled.flops import flops
-from meshwright.sharding.cost.pipeline import Lockstep, held_layers
+from meshwright.sharding.cost.pipeline import Lockstep
+from meshwright.sharding.cost.stacks import held_layers
 from meshwright.sharding.hlo.loops import loops, run_counts
 from meshwright.sharding.hlo.text import parse_hlo
 from pipeline_models import MODELS, errors_of

@@ -201,7 +201,7 @@ class Worked:
     saved [V]: of one microbatch, in all runs; live, largest_of [stack]: what fused kernels keep of one layer,
     and its largest value; least [stack]: what is live less what elementwise work gives of it; largest
     [section]: likewise; batch: of the microbatch itself; stream: of what layers hand on; product: of an
-    element as products take it, at most.
+    element as products take it, at most. sent [V]: of each where nothing but layers hands it on.
     """
 
     saved: np.ndarray
@@ -210,6 +210,7 @@ class Worked:
     largest: np.ndarray
     largest_of: np.ndarray
     batch: float
+    sent: np.ndarray
     stream: float = 0.0
     product: float = math.inf
 
@@ -237,7 +238,7 @@ def worked(
     values = profile.values
     size = values.bytes * placement.value_fraction
     batch = float(size[list(profile.inputs)].sum())
-    stream = float(size[list(profile.carries)].sum()) if profile.carries else 0.0
+    sent, stream = size, float(size[list(profile.carries)].sum()) if profile.carries else 0.0
     if fused_attention:
         size = size * ~profile.saved.on_chip
     # What is passed on in parts is whole while it is worked with.
@@ -273,6 +274,7 @@ def worked(
         largest=largest,
         largest_of=largest_of[1:],
         batch=batch,
+        sent=sent,
         stream=stream,
         product=math.inf if product_bytes is None else product_bytes,
     )

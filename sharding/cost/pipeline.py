@@ -13,6 +13,7 @@ step.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,7 +31,16 @@ from .kept import Residuals
 from .memory import Standing, Worked, activations
 from .placement import BACKWARD, FORWARD
 from .profile import AFTER, BEFORE, LAYERS, ProgramTables
-from .step import StepParts, Turns, microbatch, reduce_once, stream_bytes
+from .stacks import (
+    cut_stacks,
+    held_layers,
+    held_share,
+    largest_share,
+    moved_parameters,
+    whole_parameters,
+    worked_share,
+)
+from .step import StepParts, Turns, microbatch, reduce_once
 
 # Of what stages hand on, held beside the inputs that are kept: what is embedded for the next tick, what was
 # sent on and what came, what is sent back and what came back, the head's share put together again.
@@ -128,15 +138,6 @@ def lockstep(of: Candidate | Decision) -> Lockstep:
     )
 
 
-def held_layers(layers: int, stages: int, chunks: int) -> int:
-    """Return for how many layers a stage has room: as many as every other, its chunks alike.
-
-    >>> held_layers(61, 8, 2)
-    8
-    """
-    return chunks * math.ceil(layers / (stages * chunks))
-
-
 class LayerTurns(NamedTuple):
     """How often in a step a device runs all layers, or as many: those needed, with a bubble's, and `again`.
 
@@ -161,15 +162,10 @@ def layer_turns(candidate: Candidate, layers: int) -> LayerTurns:
     return LayerTurns(share * ticks.microbatches, share * ticks.layer_ticks / ticks.chunks, 1)
 
 
-def is_moved(layers: int, stages: int, chunks: int) -> bool:
-    """Whether stages store other layers than they run."""
-    return stages > 1 and (chunks > 1 or layers % stages > 0)
-
-
 def through_stages(parts: StepParts) -> dict[str, float]:
     """Return the seconds of a step over stages, by item; ``bubble`` is what they wait for one another."""
     ticks = lockstep(parts.candidate)
-    share = held_layers(parts.table.layers, ticks.stages, ticks.chunks) / parts.table.layers
+    share = worked_share(parts.table, ticks.stages, ticks.chunks)
     parts = _forward_again(parts)
     gathers = np.array([2.0, 3.0, 2.0])
     busy, all_ = (
@@ -200,9 +196,9 @@ def through_stages(parts: StepParts) -> dict[str, float]:
         time["kept"] += _keeping(parts, ticks, share / ticks.chunks)
     _over_stages(time, parts, ticks, share / ticks.chunks)
     time["host"] += parts.calibration.microbatch_seconds * (ticks.layer_ticks + ticks.stages)
-    here = np.array([1.0, share, 1.0])
+    here = np.array([1.0, held_share(parts.table, ticks.stages, ticks.chunks), 1.0])
     reduce_once(time, parts, here)
-    _reduce_shared(time, parts)
+    _reduce_shared(time, parts, ticks)
     _move_layers(time, parts, ticks)
     return time
 
@@ -220,7 +216,7 @@ def at_least(parts: StepParts) -> float:
     most microbatches that `parts` has make stages wait.
     """
     ticks = lockstep(parts.candidate)
-    share = held_layers(parts.table.layers, ticks.stages, ticks.chunks) / parts.table.layers
+    share = worked_share(parts.table, ticks.stages, ticks.chunks)
     waited = 1.0 if ticks.delayed else ticks.layer_ticks / (ticks.chunks * ticks.microbatches)
     here = np.array([1 / ticks.stages, share * waited, 1 / ticks.stages])
     return sum(float(row @ here) for row in microbatch(_forward_again(parts)).values())
@@ -245,49 +241,61 @@ def _over_stages(time: dict[str, float], parts: StepParts, ticks: Lockstep, chun
     What is sent on goes beside the backward pass of a `chunk` of all layers; in ticks that only go forward
     nothing is beside it. What is sent back goes beside the next tick, but where its head waits for it: then
     beside adding up the chunk's gradients, of two halves, which libtpu schedules on either side of the send's
-    start, the latter.
+    start, the latter. Of several stacks of layers each hands on its own; what lies between two of them is
+    shared out as what is before the first and behind the last.
     """
-    link, size = parts.wires["stage"], stream_bytes(parts)
-    each = link.point_to_point(size)
+    link, sizes = parts.wires["stage"], _streams(parts.table, parts.placement.value_fraction, ticks)
+    each = link.point_to_point(sum(sizes))
     back = float(parts.work.seconds[[BACKWARD, _AGAIN], :, LAYERS].sum()) * chunk
     rate = (parts.chip.hbm_bytes_per_second or math.inf) * parts.calibration.memory_efficiency
     added = _PASSES_OF_ADDING * float(_gradients(parts)[LAYERS]) * chunk / rate
     behind_back, behind_sums = max(0.0, each - back), max(0.0, each - added / 2)
     time["send/stage"] += (ticks.stages - 1) * each + ticks.layer_ticks * behind_back
     time["send/stage"] += ticks.head_ticks * behind_sums
-    half = ticks.exchanges / 2
+    half = ticks.exchanges / 2 + 2 * (len(sizes) - 1) * ticks.layer_ticks
+    moved = ticks.embed_ticks * sizes[0] + ticks.head_ticks * sizes[-1]
+    moved += ticks.layer_ticks * sum(before + after for before, after in itertools.pairwise(sizes))
     for kind in ("reduce_scatter", "all_gather"):
-        time[f"{kind}/stage"] += link.collective(kind, size * half, half)
+        time[f"{kind}/stage"] += link.collective(kind, moved, half)
 
 
-def _reduce_shared(time: dict[str, float], parts: StepParts) -> None:
+def _streams(profile: ProgramTables, fraction: np.ndarray, ticks: Lockstep) -> list[float]:
+    """Return the bytes of a microbatch that travel through each stack of layers that stages cut."""
+    sizes = profile.values.bytes * fraction
+    cut = cut_stacks(profile, ticks.stages, ticks.chunks)
+    return [float(sizes[list(profile.through[n])].sum()) for n in cut]
+
+
+def _reduce_shared(time: dict[str, float], parts: StepParts, ticks: Lockstep) -> None:
     """Add the reduction over stages of gradients of what all of them have."""
-    time["all_reduce/stage"] += parts.wires["stage"].collective(
-        "all_reduce", float(_gradients(parts)[[BEFORE, AFTER]].sum())
-    )
+    whole = whole_parameters(parts.table, ticks.stages, ticks.chunks)
+    size = float(_gradients(parts)[[BEFORE, AFTER]].sum()) + float(_gradients(parts, whole).sum())
+    time["all_reduce/stage"] += parts.wires["stage"].collective("all_reduce", size)
 
 
 def _move_layers(time: dict[str, float], parts: StepParts, ticks: Lockstep) -> None:
     """Add bringing layers to their stages and their gradients back, where they are stored otherwise."""
-    if not is_moved(parts.table.layers, ticks.stages, ticks.chunks):
+    moved = moved_parameters(parts.table, ticks.stages, ticks.chunks)
+    if not moved.any():
         return
     table = parts.table.parameters
     # Cast to the type that they are used in first.
     each = np.minimum(np.minimum(table.used_bytes, parts.product), table.item_bytes)
     stored = table.elements * each / lying_over(parts.over.parameters, parts.candidate.mesh)
-    size = float(stored[table.section == LAYERS].sum()) + float(_gradients(parts)[LAYERS])
+    size = float(stored[moved].sum()) + float(_gradients(parts, moved).sum())
     time["all_to_all/stage"] += parts.wires["stage"].collective("all_to_all", size, 2.0)
 
 
-def _gradients(parts: StepParts) -> np.ndarray:
+def _gradients(parts: StepParts, of: np.ndarray | float = 1.0) -> np.ndarray:
     """Return the bytes of gradients by section as ticks add them up, were a device to hold all layers.
 
-    They lie as parameters do, in four bytes at least; where they are stored in more parts, they go there once
-    a step.
+    They are those `of` some parameters [P]. They lie as parameters do, in four bytes at least; where they are
+    stored in more parts, they go there once a step.
     """
     table = parts.table.parameters
     each = np.maximum(table.item_bytes, _SUMMED)
     sizes = table.elements * table.trained * each / lying_over(parts.over.parameters, parts.candidate.mesh)
+    sizes = sizes * of
     return np.bincount(table.section, weights=sizes, minlength=3)
 
 
@@ -335,18 +343,23 @@ def moments(
     if ticks.stages == 1:
         yield from memory.moments(profile, candidate, stored, work, kept, last_layer_apart)
         return
-    share = held_layers(profile.layers, ticks.stages, ticks.chunks) / profile.layers
-    chunk = share / ticks.chunks
-    here = np.array([1.0, share, 1.0])
+    # Stacks of layers go back one after another.
+    each = (ticks.stages, ticks.chunks)
+    worked = worked_share(profile, *each)
+    table, values = profile.parameters, profile.values
+    weights = table.elements * table.trained * (table.section == LAYERS)
+    chunk = largest_share(profile, table.stack, weights, *each) / ticks.chunks
+    kept_share = largest_share(profile, values.stack, values.bytes * values.runs, *each) / ticks.chunks
+    here = np.array([1.0, held_share(profile, ticks.stages, ticks.chunks), 1.0])
     saved, scratch = activations(profile, candidate, work, kept)
     scratch[LAYERS] = np.maximum(work.largest_of, work.least).max()
-    part = np.array([1 / ticks.stages, chunk, 1 / ticks.stages])
-    inputs = (ticks.inputs + _IN_HAND) * work.stream
+    part = np.array([1 / ticks.stages, kept_share, 1 / ticks.stages])
+    inputs = _inputs(profile, work, ticks)
     if ticks.delayed:
-        inputs += (ticks.kept + _KEPT_IN_HAND) * chunk * kept_bytes(profile, work)
+        inputs += (ticks.kept + _KEPT_IN_HAND) * worked / ticks.chunks * kept_bytes(profile, work)
     items = {name: float(row @ here) for name, row in stored.items.items()}
     gradients = _summed(profile, stored.items["params"])
-    moved = is_moved(profile.layers, ticks.stages, ticks.chunks)
+    moved = moved_parameters(profile, ticks.stages, ticks.chunks)
     used = _used(profile, stored.items["params"], work.product, moved)
     cut_out = _CUT_OUT * chunk * float(used[LAYERS]) if ticks.chunks > 1 else 0.0
     items["params"] += float(used @ here) + cut_out
@@ -369,11 +382,25 @@ def moments(
         }
 
 
-def _used(profile: ProgramTables, params: np.ndarray, product_bytes: float, moved: bool) -> np.ndarray:
+def _inputs(profile: ProgramTables, work: Worked, ticks: Lockstep) -> float:
+    """Return the bytes of inputs that a stage keeps, and has in hand: those of each stack of layers.
+
+    Each waits the longer the more stacks are behind it, as do the shares of what lies between two.
+    """
+    found, sizes = 0.0, [float(work.sent[list(values)].sum()) for values in profile.through]
+    cut = cut_stacks(profile, ticks.stages, ticks.chunks)
+    for behind, stack in enumerate(reversed(cut)):
+        waits = 2 * behind * ticks.stages
+        found += (ticks.inputs + waits + _IN_HAND) * sizes[stack]
+        found += (waits + 1) * sizes[stack] / ticks.stages if behind else 0.0
+    return found
+
+
+def _used(profile: ProgramTables, params: np.ndarray, product_bytes: float, moved: np.ndarray) -> np.ndarray:
     """Return the bytes by section of what is made of stored `params` before the loop, to be used in it."""
     table = profile.parameters
     used = np.minimum(table.used_bytes, product_bytes)
-    return _like(profile, params, used * ((used < table.item_bytes) | ((table.section == LAYERS) & moved)))
+    return _like(profile, params, used * ((used < table.item_bytes) | moved))
 
 
 def _like(profile: ProgramTables, params: np.ndarray, item_bytes: np.ndarray) -> np.ndarray:

@@ -138,8 +138,8 @@ class ProgramTables:
     """The tables of one program; sizes are unsharded.
 
     priority [D] orders dims that want the same mesh axis: those of parameters come first; attended are the
-    values that kernels of attention give. `along` holds what `placement` has found out of mesh axes by
-    themselves.
+    values that kernels of attention give. `main`, `counts` and `through` are as of `Flat`; `along` holds what
+    `placement` has found out of mesh axes by themselves.
     """
 
     dim_sizes: np.ndarray
@@ -161,6 +161,9 @@ class ProgramTables:
     captured_bytes: float
     layers: int
     stacks: int
+    main: int = 0
+    counts: tuple[int, ...] = (1,)
+    through: tuple[tuple[int, ...], ...] = ((),)
     along: dict[object, Any] = dataclasses.field(default_factory=dict, init=False)
 
 
@@ -195,6 +198,9 @@ def profile(program: Program, *, kernels: frozenset[int] = frozenset()) -> Progr
         captured_bytes=float(sum(one.bytes for one in program.captured if one.bytes >= _LEAST_CAPTURED)),
         layers=flat.layers,
         stacks=flat.stacks,
+        main=flat.main,
+        counts=flat.counts,
+        through=flat.through,
     )
 
 

@@ -186,14 +186,6 @@ def microbatch(parts: StepParts, turns: Turns = ONCE) -> dict[str, np.ndarray]:
     return items
 
 
-def stream_bytes(parts: StepParts) -> float:
-    """Return the bytes of a microbatch that layers hand on, on a device."""
-    carries = list(parts.table.carries)
-    if not carries:
-        return 0.0
-    return float((parts.table.values.bytes * parts.placement.value_fraction)[carries].sum())
-
-
 def reduce_once(time: dict[str, float], parts: StepParts, here: np.ndarray) -> None:
     """Add what is reduced once a step, of the share of each section that is `here`.
 

@@ -75,8 +75,9 @@ class Flat:
     """A program without scopes: `carries` are what the main scan over layers hands on, `inputs` the data.
 
     The main scan does most work: `layers` and `layer_dim` are its, `main` is its place among the `stacks`
-    scans over layers as they run; `streams` are what all of them hand on. `calls` are the values that each
-    kernel of attention reads, and those it writes for its gradient to read.
+    scans over layers as they run. `streams` are what all of them hand on, `counts` the layers of each and
+    `through` what travels through each: what it hands on, and what of its constants has a gradient. `calls`
+    are the values that each kernel of attention reads, and those it writes for its gradient to read.
     """
 
     values: list[Value]
@@ -88,6 +89,8 @@ class Flat:
     layer_dim: int
     main: int = 0
     stacks: int = 1
+    counts: tuple[int, ...] = (1,)
+    through: tuple[tuple[int, ...], ...] = ((),)
     calls: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
@@ -111,6 +114,8 @@ class _Flattener:
         self._main = _main_scan(program)
         self._stacks = _scans_over_layers(program, self._main)
         self.main = self._stacks.index(self._main)
+        self.counts = [1] * len(self._stacks)
+        self.through: list[tuple[int, ...]] = [()] * len(self._stacks)
         self._aside = aside(program).equations
         self._section, self._stack_of_layers = BEFORE, -1
 
@@ -253,6 +258,11 @@ class _Flattener:
                     self.carries.append(env[var])
                 if is_stack:
                     self.streams.append(env[var])
+        if is_stack:
+            constants = [i for i in ins[: scan.num_consts] if self._travels(i)]
+            carried = [env[var] for var in inner.jaxpr.invars[scan.num_consts : first_xs]]
+            self.counts[self._stack_of_layers] = length
+            self.through[self._stack_of_layers] = (*constants, *carried)
         outs = self.scope(inner, env, runs * length, rematted)
         if not is_main:
             # What others read of them is kept as what stands outside.
@@ -265,6 +275,11 @@ class _Flattener:
         if is_main:
             self._section, self._stack_of_layers = AFTER, outside[1]
         return results
+
+    def _travels(self, index: int) -> bool:
+        """Whether a constant of layers comes from the batch, and its gradient goes back."""
+        value = self.values[index]
+        return value.grad and value.parameter < 0 and not {*value.dims}.isdisjoint(self.program.data_dims)
 
     def _while(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:
         parts, body = while_parts(equation.eqn), equation.scopes[1]
@@ -386,5 +401,7 @@ def flatten(program: Program, *, kernels: frozenset[int] = frozenset()) -> Flat:
         layer_dim=reader.layer_dim,
         main=reader.main,
         stacks=reader.stacks,
+        counts=tuple(reader.counts),
+        through=tuple(reader.through),
         calls=tuple(reader.calls),
     )

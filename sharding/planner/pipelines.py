@@ -10,9 +10,10 @@ import jax
 
 from ..cost.candidate import Candidate
 from ..cost.estimate import Pricer
-from ..cost.pipeline import Lockstep, held_at_least, held_layers, lockstep
+from ..cost.pipeline import Lockstep, held_at_least, lockstep
 from ..cost.placement import FORWARD
-from ..cost.profile import LAYERS
+from ..cost.profile import LAYERS, ProgramTables
+from ..cost.stacks import worked_share
 from ..errors import UserError
 from ..hardware.topology import Topology
 from ..ops import cudnn
@@ -93,6 +94,7 @@ def _sizes(topology: Topology, declared: Declared, layers: Layers) -> Iterator[i
 class _Work:
     """Seconds of a step's products and work on memory, shared out evenly, with layers forward done twice."""
 
+    profile: ProgramTables
     layers: float
     others: float
     count: int
@@ -104,7 +106,9 @@ class _Work:
         each = once.seconds.sum(axis=(0, 1)) / pricer.topology.num_devices
         again = once.seconds[FORWARD, :, LAYERS].sum() / pricer.topology.num_devices
         others = float(each.sum() - each[LAYERS])
-        return cls(layers=float(each[LAYERS] + again), others=others, count=count, rows=rows)
+        return cls(
+            profile=pricer.profile, layers=float(each[LAYERS] + again), others=others, count=count, rows=rows
+        )
 
     def at_least(self, stages: int) -> float:
         """Return the seconds that any pipeline of so many stages takes at least."""
@@ -114,7 +118,7 @@ class _Work:
 
     def over(self, ticks: Lockstep) -> float:
         """Return the seconds that a pipeline of such ticks takes at least."""
-        share = held_layers(self.count, ticks.stages, ticks.chunks) * ticks.stages / self.count
+        share = worked_share(self.profile, ticks.stages, ticks.chunks) * ticks.stages
         return self.others + self.layers * share * ticks.layer_ticks / (ticks.chunks * ticks.microbatches)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ..cost.pipeline import Lockstep, held_layers, lockstep
+from ..cost.pipeline import Lockstep, lockstep
+from ..cost.stacks import held_layers
 from ..plans.record import Record
 from ..transform.pipeline import schedule
 from ..words import gib, seconds

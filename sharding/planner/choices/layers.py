@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ...cost.candidate import Storage
-from ...cost.pipeline import is_moved
+from ...cost.stacks import is_moved
 from ...errors import UserError
 from ...plans.specs import cut_into
 from ...program.layers import cuts_beside, layer_scans

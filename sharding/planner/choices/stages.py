@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from ...cost.pipeline import held_layers
+from ...cost.stacks import held_layers
 from ...errors import UserError, nearest
 from ...plans.vocabulary import ONE_BY_ONE, SCHEDULES
 from ...program.mixtures import experts_dims

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from meshwright.sharding import declare
+from meshwright.sharding import declare, plan
 from meshwright.sharding.transform.pipeline.beside import (
     backward_later,
     forward_later,
@@ -243,3 +243,15 @@ def test_a_schedule_of_stacks_takes_all_of_them_through_in_order(
         assert done[HEAD, stacks - 1, 0, m] == done[BACKWARD, stacks - 1, last, m]
     layers = {taken[what, k] for what in (FORWARD, BACKWARD) for k in range(stacks)}
     assert layers == {microbatches + stages - 1}
+
+
+@pytest.mark.parametrize(("first", "held"), [(8, 16 / 4), (6, 6 + 8 / 4)])
+def test_a_price_counts_what_a_stage_has_of_each_stack(first: int, held: float) -> None:
+    shapes = jax.eval_shape(lambda: init(width=64, first=first, second=8))
+    how = {"mesh": {"stage": 4}, "microbatches": 8, "interleave": 1, "remat": "full"}
+    made = plan(encoder_decoder, shapes, batch(32), optimizer=optax.adam(1e-3), topology="v5p:2x2x1", **how)
+    assert made.estimate is not None
+    layer = sum(leaf.size // leaf.shape[0] for leaf in shapes["second"].values())
+    rest = sum(shapes[name].size for name in ("table", "between", "gate"))
+    assert made.estimate.memory["optimizer"] == pytest.approx(8 * (held * layer + rest), rel=0.01)
+    assert made.estimate.time["send/stage"] > 0
