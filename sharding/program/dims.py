@@ -65,7 +65,7 @@ def with_names_of_rows(
 
     Data that meet no other, such as the ids of rows, lead with the batch if they have as many rows. What
     stands second in arrays of fewer dimensions may stand further on in others: a bias of attention for each
-    row has its heads before the sequence.
+    row has its heads before the sequence. A dimension of 1, there to be broadcast, is no sequence.
     """
     leading = {a.shape[0] for a in arguments if batch and a.is_data and a.dims[:1] == (batch,)}
     met = Counter(d for a in arguments for dims in {*a.dims} for d in dims)
@@ -79,7 +79,9 @@ def with_names_of_rows(
             return argument
         at = _second_place(argument, arguments, batch)
         own = (*names[:1], *(None,) * (at - 1), *names[1:], *argument.names)
-        return dataclasses.replace(argument, names=own[: len(argument.shape)])
+        held = zip(own, argument.shape, strict=False)
+        own = tuple(name if n == 0 or size > 1 else None for n, (name, size) in enumerate(held))
+        return dataclasses.replace(argument, names=own)
 
     return tuple(map(named, arguments)) if names else tuple(arguments)
 

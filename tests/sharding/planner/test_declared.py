@@ -249,6 +249,23 @@ def test_a_batch_of_no_rows_is_one_sentence() -> None:
         declare_mlp(batch=shapes(x=(0, 8), y=(0, 8)))
 
 
+def test_a_bias_of_rows_with_no_dimension_of_queries_lies_beside_a_sequence_over_context() -> None:
+    """The second dimension of ``[batch, 1, 1, keys]`` is no sequence, which would have to divide by 8."""
+
+    def biased(params: Any, batch: Any) -> Any:
+        x, w = batch["x"] @ params["w"], params["w"]
+        scores = jnp.einsum("bte,bse->bts", x, x @ w)[:, None] + batch["bias"]
+        return jnp.square(jax.nn.softmax(scores)[:, 0] @ x).mean()
+
+    params = {"w": jax.ShapeDtypeStruct((8, 8), "float32")}
+    batch = {
+        "x": jax.ShapeDtypeStruct((4, 32, 8), "float32"),
+        "bias": jax.ShapeDtypeStruct((4, 1, 1, 32), "float32"),
+    }
+    plan = declare(biased, params, batch, topology="cpu:8", mesh={"context": 8})
+    assert plan.batch["x"].spec[:2] == (None, "context")
+
+
 def test_a_sequence_that_the_loss_takes_in_chunks_lies_over_context() -> None:
     def chunked(params: Any, batch: Any) -> Any:
         x = batch["x"] @ params["w"]
