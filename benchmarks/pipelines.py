@@ -85,11 +85,12 @@ def compiled(
     chunks: int = 1,
     layers: int = LAYERS,
     schedule: str | None = None,
+    stage_remat: bool = True,
 ) -> Any:
     count = int(np.prod(list(mesh.values())))
     params, data = init(width, layers), batch(rows)
     how = {"topology": f"cpu:{count}", "mesh": mesh, "names": NAMES, "microbatches": microbatches}
-    how |= {"interleave": chunks, "schedule": schedule}
+    how |= {"interleave": chunks, "schedule": schedule, "stage_remat": stage_remat}
     made = declare(loss, params, data, remat=remat, **how)
     devices = made.make_mesh(devices=jax.devices()[:count])
     where = made.shardings(params, devices), made.shardings(data, devices, "batch")
@@ -148,9 +149,9 @@ def executed(program: Any) -> float:
 def work() -> None:
     """Print the work of layers executed over needed, by the formula 1 + (p - 1) / (v M).
 
-    Of weights' gradients that are delayed none is made in vain, which is 3/4 of (p - 1) / (v M). Needed are
-    two products of a layer forward, two made again by its stage and four of gradients; three of the head.
-    Layers that are rematerialised beside are made a third time. Of uneven counts, copies count too.
+    Of weights' gradients that are delayed none is made in vain: of (p - 1) / (v M) 3/4 are left, and 2/3
+    where nothing is made again. Needed are two products of a layer forward, two made again by its stage,
+    unless it keeps what `remat` keeps, and four of gradients; three of the head. Copies count too.
     """
     kinds = (
         (2, 8, 1, 8),
@@ -161,18 +162,24 @@ def work() -> None:
         (4, 8, 2, 16),
         (4, 8, 1, 7),
     )
-    for (stages, microbatches, chunks, layers), schedule in itertools.product(kinds, SCHEDULES):
-        how = {"remat": "none", "chunks": chunks, "layers": layers, "schedule": schedule}
+    ways = itertools.product(kinds, SCHEDULES, (True, False))
+    for (stages, microbatches, chunks, layers), schedule, again in ways:
+        how = {"chunks": chunks, "layers": layers, "schedule": schedule}
+        how |= {"remat": "none" if again else "dots", "stage_remat": again}
+        made = 8 if again else 6
         program, _ = compiled({"stage": stages}, microbatches, microbatches * 8, **how)
         tokens = 8 * microbatches * TIME
-        needed = 8 * (layers / stages) * 2 * tokens * WIDTH * 4 * WIDTH
+        needed = made * (layers / stages) * 2 * tokens * WIDTH * 4 * WIDTH
         head = 3 * 2 * tokens * WIDTH * VOCAB / stages
         share = (executed(program) - head) / needed
         delayed = schedule == "delayed"
         ticks = Lockstep(stages=stages, chunks=chunks, microbatches=microbatches, delayed=delayed)
         filled = held_layers(layers, stages, chunks) * stages / layers
-        formula = filled * (0.75 * ticks.layer_ticks + 0.25 * ticks.weight_ticks) / (chunks * microbatches)
-        kind = f"{schedule} stage={stages} microbatches={microbatches} interleave={chunks} layers={layers}"
+        late = 2 / made
+        taken = (1 - late) * ticks.layer_ticks + late * ticks.weight_ticks
+        formula = filled * taken / (chunks * microbatches)
+        kind = f"{schedule}{'' if again else ', kept over ticks'} stage={stages}"
+        kind += f" microbatches={microbatches} interleave={chunks} layers={layers}"
         print(f"{kind}: {share:.3f}, by the formula {formula:.3f}")
 
 

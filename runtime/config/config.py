@@ -173,6 +173,11 @@ class Config(Section):
         description="Chunks of layers that a declared pipeline stage holds: with v of them it waits 1/v as "
         "long. Null leaves it to the plan; where that is `declared`, 1.",
     )
+    stage_remat: bool | None = Field(
+        default=None,
+        description="Whether a declared pipeline stage keeps its chunks' inputs alone and runs them again on "
+        "the way back, or what `remat` keeps of their layers, in more memory. Null is true.",
+    )
     accumulation: Literal["exact", "by part"] = Field(
         default="exact",
         description="What microbatches give: `exact`, the whole batch's value and gradients, proved or "

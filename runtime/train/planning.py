@@ -99,6 +99,7 @@ def _declared(config: Config, shapes: Shapes, topology: Topology, optimizer: Any
         microbatches=config.microbatches or 1,
         schedule=config.schedule,
         interleave=config.interleave or 1,
+        stage_remat=config.stage_remat is not False,
         accumulation=config.accumulation,
         max_passes=config.max_passes,
         **packing.declared(config),
@@ -149,6 +150,7 @@ def search(
         microbatches=config.microbatches,
         schedule=config.schedule,
         interleave=config.interleave,
+        stage_remat=config.stage_remat,
         accumulation=config.accumulation,
         max_passes=config.max_passes,
         **packing.declared(config),
@@ -264,6 +266,7 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
         ("microbatches", found.microbatches),
         ("schedule", found.schedule),
         ("interleave", found.interleave),
+        ("stage_remat", found.stage_remat),
         ("context", found.context),
     ):
         declared = getattr(config, key)

@@ -25,6 +25,7 @@ _FREE = frozenset(
         "microbatches",
         "schedule",
         "interleave",
+        "stage_remat",
         "compilation_cache",
         "checkpoint",
         "profile",

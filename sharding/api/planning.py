@@ -32,6 +32,7 @@ def plan(
     microbatches: int | None = None,
     schedule: str | None = None,
     interleave: int | None = None,
+    stage_remat: bool | None = None,
     attention: str | Sequence[str] | None = None,
     segments: int | None = None,
     context: str | None = None,
@@ -73,6 +74,8 @@ def plan(
         schedule: of declared pipeline stages: ``1f1b``, ``delayed`` (that, with gradients of layers' weights
             put off: stages wait less, and hold more) or ``gpipe``.
         interleave: chunks of layers that a declared stage holds: with v of them it waits 1/v as long.
+        stage_remat: whether a declared stage keeps its chunks' inputs alone and runs them again on the way
+            back, or what `remat` keeps of their layers, in more memory; it runs them again if not given.
         attention: the implementation of `meshwright.sharding.ops.attention`: ``xla``, or a kernel,
             ``splash``, ``cudnn`` or ``cudnn_packed``; ``auto``, the default, is the chip's own where it
             supports what is asked; of several the first that can is taken.
@@ -114,6 +117,7 @@ def plan(
         microbatches=microbatches,
         schedule=schedule,
         interleave=interleave,
+        stage_remat=stage_remat,
         attention=attention,
         segments=segments,
         context=context,
@@ -142,6 +146,7 @@ def declare(
     microbatches: int = 1,
     schedule: str | None = None,
     interleave: int = 1,
+    stage_remat: bool = True,
     attention: str | Sequence[str] | None = None,
     segments: int | None = None,
     context: str | None = None,
@@ -180,6 +185,7 @@ def declare(
         microbatches: parts of the batch that are computed one after another.
         schedule: of the mesh's stages, as in `plan`: ``1f1b`` if not given.
         interleave: chunks of layers that each stage of the mesh holds.
+        stage_remat: whether stages run their chunks again on the way back, as in `plan`.
         attention: as in `plan`: ``auto`` if not given.
         segments: as in `plan`.
         context: as in `plan`.
@@ -205,6 +211,7 @@ def declare(
         microbatches=microbatches,
         schedule=schedule,
         interleave=interleave,
+        stage_remat=None if stage_remat is True else stage_remat,
         attention=attention,
         segments=segments,
         context=context,

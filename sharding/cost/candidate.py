@@ -34,6 +34,7 @@ class Candidate:
       microbatches: how many the batch is worked through in, one after another.
       schedule: of pipeline stages, a word of `vocabulary.SCHEDULES`.
       interleave: model chunks that a stage holds.
+      stage_remat: whether a stage runs its chunks again from their inputs, as in `plans.record.Decision`.
       context: how attention goes over ``context``, a word of `ops.context.ways.WAYS`; None where XLA gathers.
 
     Raises:
@@ -50,6 +51,7 @@ class Candidate:
     microbatches: int = 1
     schedule: str = ONE_BY_ONE
     interleave: int = 1
+    stage_remat: bool = True
     context: str | None = None
 
     def __post_init__(self) -> None:

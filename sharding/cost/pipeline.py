@@ -2,8 +2,9 @@
 
 p stages of v chunks of layers work M microbatches through (`transform/pipeline/schedule.py`). All stages do
 the same in a tick, and a tick is as long as the fullest stage's chunk: v M + p - 1 ticks forward and as many
-backward, each of one chunk. Backward, a chunk is run again from its input, of which a stage keeps 2 p v - 1.
-Gradients of weights that are delayed take v M ticks, for what they are made of, which is kept of p chunks.
+backward, each of one chunk. Backward, a chunk is run again from its input, of which a stage keeps 2 p v - 1,
+or from what `remat` keeps of its layers, of as many. Gradients of weights that are delayed take v M ticks,
+for what they are made of, which is kept of p chunks.
 What comes before the layers and behind them is shared over the stages by rows: 1/p of a microbatch's each, in
 M ticks (M + p before the layers), between a reduce-scatter and an all-gather over the stages. Chunks that a
 stage does not store one after another come from where they are stored, and their gradients go back, once a
@@ -159,7 +160,8 @@ def layer_turns(candidate: Candidate, layers: int) -> LayerTurns:
     if ticks.stages == 1:
         return LayerTurns(ticks.microbatches, ticks.microbatches, 0)
     share = held_layers(layers, ticks.stages, ticks.chunks) / layers
-    return LayerTurns(share * ticks.microbatches, share * ticks.layer_ticks / ticks.chunks, 1)
+    again = int(candidate.stage_remat)
+    return LayerTurns(share * ticks.microbatches, share * ticks.layer_ticks / ticks.chunks, again)
 
 
 def through_stages(parts: StepParts) -> dict[str, float]:
@@ -167,7 +169,7 @@ def through_stages(parts: StepParts) -> dict[str, float]:
     ticks = lockstep(parts.candidate)
     share = worked_share(parts.table, ticks.stages, ticks.chunks)
     parts = _forward_again(parts)
-    gathers = np.array([2.0, 3.0, 2.0])
+    gathers = np.array([2.0, 3.0 if parts.candidate.stage_remat else 2.0, 2.0])
     busy, all_ = (
         Turns(
             rows=np.array([embed / ticks.stages, layers * share, ticks.microbatches / ticks.stages]),
@@ -223,7 +225,9 @@ def at_least(parts: StepParts) -> float:
 
 
 def _forward_again(parts: StepParts) -> StepParts:
-    """Return the parts of a microbatch whose layers are run once more, from a stage's input."""
+    """Return the parts of a microbatch whose layers are run once more, from a stage's input, if they are."""
+    if not parts.candidate.stage_remat:
+        return parts
     seconds, kernels = parts.work.seconds.copy(), parts.work.kernels.copy()
     seconds[_AGAIN, :, LAYERS] += seconds[FORWARD, :, LAYERS]
     kernels[_AGAIN, LAYERS] += kernels[FORWARD, LAYERS]
@@ -333,10 +337,10 @@ def moments(
     - parameters and moments, and parameters once more in the type that they are used in where that is
       another, or where a stage runs other layers than it stores: XLA casts and moves them before the loop
     - gradients, in four bytes at least, and one chunk's beside their sum: they are added when all are there
-    - 2 p v - 1 inputs of chunks, and `_IN_HAND` as large as one of them
+    - 2 p v - 1 inputs of chunks, or what is kept of as many; and `_IN_HAND` as large as an input
 
-    and while a chunk goes back the inputs of its layers, what was read of one of them, which its gradient is
-    written in the place of, and the head's gradient, which waits to be added. By libtpu's figures for a
+    and while a chunk goes back what is kept of its layers, what was read of one of them, which its gradient
+    is written in the place of, and the head's gradient, which waits to be added. By libtpu's figures for a
     decoder's MLP with 1 and 2 chunks and 2 and 4 stages this is 2 to 5 % off.
     """
     ticks = lockstep(candidate)
@@ -355,6 +359,9 @@ def moments(
     scratch[LAYERS] = np.maximum(work.largest_of, work.least).max()
     part = np.array([1 / ticks.stages, kept_share, 1 / ticks.stages])
     inputs = _inputs(profile, work, ticks)
+    if not candidate.stage_remat:
+        # What layers keep goes over ticks in place of what is read.
+        inputs += _over_ticks(profile, work, ticks, float(saved[LAYERS]) * worked / ticks.chunks)
     if ticks.delayed:
         inputs += (ticks.kept + _KEPT_IN_HAND) * worked / ticks.chunks * kept_bytes(profile, work)
     items = {name: float(row @ here) for name, row in stored.items.items()}
@@ -394,6 +401,13 @@ def _inputs(profile: ProgramTables, work: Worked, ticks: Lockstep) -> float:
         found += (ticks.inputs + waits + _IN_HAND) * sizes[stack]
         found += (waits + 1) * sizes[stack] / ticks.stages if behind else 0.0
     return found
+
+
+def _over_ticks(profile: ProgramTables, work: Worked, ticks: Lockstep, kept: float) -> float:
+    """Return by how much more what is kept of chunks weighs than their inputs, held as the first stack's."""
+    cut = cut_stacks(profile, ticks.stages, ticks.chunks)
+    inputs = sum(float(work.sent[list(profile.through[stack])].sum()) for stack in cut)
+    return (ticks.inputs + 2 * (len(cut) - 1) * ticks.stages) * (kept - inputs)
 
 
 def _used(profile: ProgramTables, params: np.ndarray, product_bytes: float, moved: np.ndarray) -> np.ndarray:

@@ -49,6 +49,7 @@ def record_of(
         microbatches=candidate.microbatches,
         schedule=candidate.schedule if candidate.mesh.get("stage", 1) > 1 else None,
         interleave=candidate.interleave,
+        stage_remat=candidate.stage_remat,
         context=candidate.context,
         moments=moments_of(program, candidate),
         trainable=trainable_of(program),

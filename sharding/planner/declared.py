@@ -28,7 +28,7 @@ from ..rules.rules import Rules
 from ..transform.accumulation.proof import MAX_PASSES
 from .choices import arithmetic
 from .choices.experts import AUTO, WORDS
-from .choices.layers import check_chunks, laid_over_stages
+from .choices.layers import check_chunks, check_stage_remat, laid_over_stages
 from .choices.microbatches import indivisible
 from .choices.remat import read
 
@@ -50,6 +50,7 @@ class Declared:
     microbatches: int | None = None
     schedule: str | None = None
     interleave: int | None = None
+    stage_remat: bool | None = None
     attention: str | Sequence[str] | None = None
     segments: int | None = None
     context: str | None = None
@@ -67,6 +68,7 @@ class Declared:
         if isinstance(self.max_passes, bool) or not isinstance(self.max_passes, int) or self.max_passes < 1:
             raise UserError(f"max_passes={self.max_passes!r} must be a whole number of at least 1")
         check_chunks(self.interleave, self.mesh)
+        check_stage_remat(self.stage_remat, self.mesh)
         if self.segments is not None and (type(self.segments) is not int or self.segments < 1):
             raise UserError(f"segments={self.segments!r} must be a whole number of at least 1")
 
@@ -234,6 +236,7 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
         microbatches=count,
         schedule=declared.schedule or ONE_BY_ONE,
         interleave=declared.interleave or 1,
+        stage_remat=declared.stage_remat is not False,
     )
     rows = {
         argument.path: ArrayPlan(

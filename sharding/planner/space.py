@@ -87,6 +87,8 @@ def space(
         UserError: the declared parts contradict each other, the program or the topology.
     """
     offered = _offered(program, declared.remat, ladders)
+    if declared.stage_remat is False:
+        offered = stages.keeping(offered)
     if declared.microbatches is not None:
         microbatches.check_number(declared.microbatches)
         if proof is not None:
@@ -182,6 +184,7 @@ def _candidate(draft: Draft) -> Candidate:
         gradients=draft.optimizer,
         schedule=draft.schedule,
         interleave=draft.interleave,
+        stage_remat=draft.stage_remat,
         context=draft.context,
     )
 

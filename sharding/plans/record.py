@@ -68,6 +68,8 @@ class Decision:
         schedule: the order in which pipeline stages take microbatches, a word of `vocabulary.SCHEDULES`;
             ``gpipe`` can be priced, not yet run.
         interleave: model chunks that a pipeline stage holds.
+        stage_remat: whether a stage keeps its chunks' inputs alone and runs them again on the way back, or
+            what `remat` keeps of their layers.
         kernels: ``attention`` → the kernel that carries it out and the sizes of its blocks, where that is not
             XLA's own; likewise ``experts``; ``arithmetic`` → what of products and look-ups is not as JAX does
             it.
@@ -92,6 +94,7 @@ class Decision:
     accumulation: str = EXACT
     schedule: str | None = None
     interleave: int = 1
+    stage_remat: bool = True
     moments: Mapping[str, Spec] = dataclasses.field(default_factory=dict)
     trainable: tuple[str, ...] | None = None
     state: Mapping[str, ArrayPlan] | None = None
@@ -151,6 +154,16 @@ def check_runs(plan: Decision) -> None:
         )
     if plan.accumulation != EXACT:
         raise UserError(f"stage={stages} sums microbatches exactly; plan without accumulation='by part'")
+    check_stages_keep(plan.stage_remat, plan.remat)
+
+
+def check_stages_keep(stage_remat: bool, remat: str) -> None:
+    """Raise UserError if stages would keep all that gradients read, parameters as they are used included."""
+    if not stage_remat and remat == "none":
+        raise UserError(
+            "stage_remat=False keeps what remat keeps of layers until their stage goes back; remat='none' "
+            "would keep their parameters too, for each microbatch; nearest: remat='dots', 'full', or names"
+        )
 
 
 def _check(plan: Decision) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Both = tuple[Any, Any]
 
 # Choices that are one value each; those of pipeline stages count where there are stages.
-_VALUES = ("remat", "microbatches", "accumulation", "schedule", "interleave", "trainable")
+_VALUES = ("remat", "microbatches", "accumulation", "schedule", "interleave", "stage_remat", "trainable")
 _EXAMPLES = 3
 # As many rows of one table (parameters, dimensions, …) as say more than their number does.
 _CHOICES, _FINDINGS = 12, 8

@@ -73,6 +73,7 @@ def layout_of(plan: Record) -> str:
     if plan.schedule is not None:
         words += f", {_SCHEDULES.get(plan.schedule, plan.schedule)}"
         words += f" of {plan.interleave} chunks a stage" if plan.interleave > 1 else ""
+        words += "" if plan.stage_remat else ", kept over ticks"
     for operation, kernel in plan.kernels.items():
         if "implementation" in kernel:
             words += f", {operation} by {kernel['implementation']}"

@@ -79,6 +79,7 @@ class Draft:
     optimizer: Mapping[int, Storage] = dataclasses.field(default_factory=dict)
     schedule: str = ONE_BY_ONE
     interleave: int = 1
+    stage_remat: bool = True
     context: str | None = None
 
 

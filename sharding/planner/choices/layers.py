@@ -99,6 +99,16 @@ def check_chunks(chunks: int | None, mesh: Mapping[str, int]) -> None:
         raise UserError(f"interleave={chunks} are chunks of a pipeline stage and the mesh declares none")
 
 
+def check_stage_remat(given: object, mesh: Mapping[str, int]) -> None:
+    """Raise UserError for what is neither true nor false, or of stages that there are not."""
+    if given is None:
+        return
+    if not isinstance(given, bool):
+        raise UserError(f"stage_remat={given!r} must be true or false")
+    if mesh.get(STAGE, 1) == 1:
+        raise UserError(f"stage_remat={given} is of pipeline stages and the mesh declares none")
+
+
 def moved_layers(program: Program, mesh: Mapping[str, int], chunks: int) -> tuple[Layers, ...]:
     """Return the layers of which stages store others than they run: they are stored in another dimension."""
     stages = mesh.get(STAGE, 1)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ...cost.stacks import held_layers
 from ...errors import UserError, nearest
+from ...plans.record import check_stages_keep
 from ...plans.vocabulary import ONE_BY_ONE, SCHEDULES
 from ...program.mixtures import experts_dims
 from .draft import Draft, Given, Refused
 from .layers import stacks_over_stages, why_no_stages
 from .microbatches import indivisible
+from .remat import Policy
 
 # Chunks a stage holds, where they are not declared: each divides the bubble and repeats every send.
 CHUNKS = (1, 2, 4, 8)
@@ -55,7 +57,21 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
                 yield Refused(sizes={"stage": stages}, reason=reason)
             continue
         cut = {one.dim: ("stage",) for one in stacks_over_stages(given.program, stages, chunks)}
-        yield dataclasses.replace(draft, dims={**draft.dims, **cut}, schedule=schedule, interleave=chunks)
+        yield dataclasses.replace(
+            draft,
+            dims={**draft.dims, **cut},
+            schedule=schedule,
+            interleave=chunks,
+            stage_remat=given.declared.stage_remat is not False,
+        )
+
+
+def keeping(ladders: Sequence[Sequence[Policy]]) -> list[tuple[Policy, ...]]:
+    """Return what layers may keep where stages keep that over ticks. Raises UserError if that is nothing."""
+    found = [tuple(one for one in ladder if one.remat != "none") for ladder in ladders]
+    if not any(found):
+        check_stages_keep(False, "none")
+    return [one for one in found if one]
 
 
 def check_schedule(schedule: str | None, mesh_stages: int | None) -> None:

@@ -110,6 +110,7 @@ def pipelined(
         trained=trained,
         widens=widens,
         delayed=plan.schedule == DELAYED,
+        reruns=plan.stage_remat,
     )
     return Pipelined(region, staged, whole)
 

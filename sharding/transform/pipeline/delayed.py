@@ -16,8 +16,8 @@ from .stream import Stream
 
 Array = Any
 
-# Gives, of a chunk's parameters, its unit, its input and the gradients of what it gave, the gradients of the
-# parameters and of the input.
+# Gives, of a chunk's parameters, its unit, what is kept of it and the gradients of what it gave: those of the
+# parameters and of what travelled.
 Back = Callable[[Sequence[Array], Unit, Stream, Stream], tuple[Sequence[Array], Stream]]
 
 
@@ -39,13 +39,12 @@ class InTwo:
         returned: Stream,
     ) -> InTwo:
         """Trace `back` on arguments like these; parameters and the unit are there again later."""
-        several = _numbers(unit)
+        several = unit.numbers
         given = [*trained, *several, *taken, *returned]
         first, last = len(trained) + len(several), len(given) - len(returned)
 
         def function(*args: Array) -> list[Array]:
-            chunk = args[first - 1] if len(several) > 1 else unit.chunk
-            own = Unit(args[len(trained)], chunk)
+            own = unit.like(args[len(trained) : first])
             grown, left = back(args[: len(trained)], own, list(args[first:last]), list(args[last:]))
             return [*left, *grown]
 
@@ -67,7 +66,7 @@ class InTwo:
         self, trained: Sequence[Array], unit: Unit, taken: Stream, returned: Stream
     ) -> tuple[dict[int, Array], Stream, list[Array]]:
         """Return gradients of parameters by their numbers and of the input, and what is to be kept."""
-        found = core.jaxpr_as_fun(self.halves.early)(*trained, *_numbers(unit), *taken, *returned)
+        found = core.jaxpr_as_fun(self.halves.early)(*trained, *unit.numbers, *taken, *returned)
         places = self._places(late=False)
         count = len(self.halves.is_late) - len(self.own)
         grown = dict(zip(places, found[count:], strict=False))
@@ -75,13 +74,8 @@ class InTwo:
 
     def late(self, trained: Sequence[Array], unit: Unit, kept: Sequence[Array]) -> list[Array]:
         """Return the gradients of the `late_places`."""
-        return core.jaxpr_as_fun(self.halves.late)(*trained, *_numbers(unit), *kept)
+        return core.jaxpr_as_fun(self.halves.late)(*trained, *unit.numbers, *kept)
 
     def _places(self, *, late: bool) -> list[int]:
         flags = self.halves.is_late[len(self.halves.is_late) - len(self.own) :]
         return [n for n, one in zip(self.own, flags, strict=True) if one == late]
-
-
-def _numbers(unit: Unit) -> list[Array]:
-    """Return a unit's numbers that are not the same in all ticks."""
-    return [jnp.int32(unit.microbatch), *([] if isinstance(unit.chunk, int) else [jnp.int32(unit.chunk)])]

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +69,16 @@ class Unit(NamedTuple):
 
     microbatch: Any
     chunk: Any
+
+    @property
+    def numbers(self) -> list[Any]:
+        """Those that are not the same in all ticks."""
+        chunk = [] if isinstance(self.chunk, int) else [jnp.int32(self.chunk)]
+        return [jnp.int32(self.microbatch), *chunk]
+
+    def like(self, numbers: Sequence[Any]) -> Unit:
+        """Return a unit of such `numbers`."""
+        return Unit(numbers[0], numbers[1] if len(numbers) > 1 else self.chunk)
 
 
 def scope_of(work: str) -> str:

@@ -1,10 +1,12 @@
-"""A backward pass in two: what other work waits for first, and gradients of weights later.
+"""A function in two: what other work waits for first, and the rest later.
 
-Equations that only weights' gradients need are put off from their first product on; what such a product is of
-is a residual, which is kept until then, unless it is made of nothing else than what is there again. So every
-product is made once, in one of the two. A scan over layers is gone into: its first half keeps what its carry
-needs and gives residuals stacked, its second is a scan over these, whose turns wait for one another only
-where gradients of all turns are added up.
+Of a backward pass the rest are gradients of weights. Equations that only these need are put off from their
+first product on; what such a product is of is a residual, which is kept until then, unless it is made of
+nothing else than what is there again. So every product is made once, in one of the two. Of a forward and a
+backward pass together the rest is all that the forward one does not need.
+
+A scan over layers is gone into: its first half keeps what its carry needs and gives residuals stacked, its
+second is a scan over these, whose turns wait for one another only where gradients of all turns are added up.
 """
 
 from __future__ import annotations
@@ -54,12 +56,17 @@ class Halves:
 
 
 def split(
-    function: Function, args: Sequence[Array], awaited: Sequence[bool], again: Sequence[bool]
+    function: Function,
+    args: Sequence[Array],
+    awaited: Sequence[bool],
+    again: Sequence[bool],
+    new: Sequence[bool] | None = None,
 ) -> Halves:
     """Return a function in two, traced on `args`.
 
     Outputs that are `awaited` are early, and so are others that take no product which these do not need. The
-    arguments that are there `again` later, and what the function closes over, are no residuals.
+    arguments that are there `again` later, and what the function closes over, are no residuals. Where some
+    arguments are `new` later, nothing is early but what is awaited, and no equation but what that needs.
 
     >>> import jax.numpy as jnp
     >>> def back(w, x, dy):
@@ -73,7 +80,8 @@ def split(
     flat = jax.make_jaxpr(functools.partial(_flat, whole))(*args)
     jaxpr = flat.jaxpr
     there = {var for var, one in zip(jaxpr.invars, again, strict=True) if one} | {*jaxpr.constvars}
-    scope = _Scope(jaxpr, awaited, [True] * len(awaited), [False] * len(args), there)
+    wanted, given = [True] * len(awaited), new or [False] * len(args)
+    scope = _Scope(jaxpr, awaited, wanted, given, there, at_once=new is not None)
     kept = [key for key in scope.reads if key not in there]
     scope.settle([not one for one in scope.is_late], kept)
     outs = list(zip(jaxpr.outvars, scope.is_late, strict=True))
@@ -136,8 +144,9 @@ class _Values(dict[Any, Any]):
 class _Scope:
     """The equations of a program in two, of outputs that are `awaited`, `wanted` or neither.
 
-    `given` says which inputs are late, `there` are those that both can read. `is_late` are the wanted outputs
-    that are; `reads` is what the late equations read of the others, inputs included.
+    `given` says which inputs are late, `there` are those that both can read; `at_once` all is late that what
+    is awaited does not need, not from the first product on. `is_late` are the wanted outputs that are;
+    `reads` is what the late equations read of the others, inputs included.
     """
 
     def __init__(
@@ -147,12 +156,14 @@ class _Scope:
         wanted: Sequence[bool],
         given: Sequence[bool],
         there: set[Any],
+        at_once: bool,
     ) -> None:
-        begun = _begun(jaxpr, awaited, given)
+        begun = _begun(jaxpr, awaited, given, at_once)
         self.jaxpr = jaxpr = _parted(jaxpr, begun)
         light = _light(jaxpr, there)
         first = _needed(jaxpr, awaited)[0]
-        self.is_late = [one and _is_in(atom, begun) for atom, one in zip(jaxpr.outvars, wanted, strict=True)]
+        outs = zip(jaxpr.outvars, wanted, awaited, strict=True)
+        self.is_late = [one and (_is_in(var, begun) or (at_once and not early)) for var, one, early in outs]
         live = set(_variables(jaxpr.outvars, self.is_late))
         self._loops: dict[int, _Loop] = {}
         self._late: list[int] = []
@@ -167,7 +178,7 @@ class _Scope:
             if eqn.primitive.name == "scan":
                 ins, own = ([_is_in(atom, begun) for atom in atoms] for atoms in (eqn.invars, eqn.outvars))
                 loop = self._loops[n] = _Loop(
-                    eqn, first.get(n, [False] * len(outs)), outs, ins, own, there | light
+                    eqn, first.get(n, [False] * len(outs)), outs, ins, own, there | light, at_once
                 )
                 live.update(loop.reads)
             else:
@@ -237,6 +248,7 @@ class _Loop:
         given: Sequence[bool],
         late: Sequence[bool],
         there: set[Any],
+        at_once: bool,
     ) -> None:
         parts = scan_parts(eqn)
         self._eqn, self._body = eqn, parts.body
@@ -247,7 +259,7 @@ class _Loop:
         ins = [late[n - self._consts] if n in carries else one for n, one in enumerate(given)]
         same = {var for n, (var, atom) in pairs if n not in carries and _is_in(atom, there)}
         while True:
-            self._scope = _Scope(body, awaited, wanted, ins, same | {*body.constvars})
+            self._scope = _Scope(body, awaited, wanted, ins, same | {*body.constvars}, at_once)
             reads = set(self._scope.reads)
             # Sums over turns that others are made of.
             read = [ins[n] and body.invars[n] in reads for n in carries]
@@ -339,18 +351,18 @@ class _Stack:
     """Stands for what one variable of a scan's body is in all of its turns."""
 
 
-def _begun(jaxpr: core.Jaxpr, awaited: Sequence[bool], given: Sequence[bool]) -> set[Any]:
+def _begun(jaxpr: core.Jaxpr, awaited: Sequence[bool], given: Sequence[bool], at_once: bool) -> set[Any]:
     """Return the variables that are late: products that nothing awaited needs, and what is made of these."""
     first = _needed(jaxpr, awaited)[0]
     begun = {var for var, one in zip(jaxpr.invars, given, strict=True) if one}
     for n, eqn in enumerate(jaxpr.eqns):
         ins = [_is_in(atom, begun) for atom in eqn.invars]
         if eqn.primitive.name == "scan":
-            outs = _begun_in_loop(eqn, first.get(n, [False] * len(eqn.outvars)), ins)
+            outs = _begun_in_loop(eqn, first.get(n, [False] * len(eqn.outvars)), ins, at_once)
         elif eqn.primitive.name == _BARRIER:
-            outs = ins
+            outs = [one or (at_once and n not in first) for one in ins]
         else:
-            outs = [n not in first and (any(ins) or _is_product(eqn))] * len(eqn.outvars)
+            outs = [n not in first and (at_once or any(ins) or _is_product(eqn))] * len(eqn.outvars)
         begun.update(_variables(eqn.outvars, outs))
     return begun
 
@@ -385,10 +397,12 @@ def _light(jaxpr: core.Jaxpr, there: set[Any]) -> set[Any]:
     return found
 
 
-def _begun_in_loop(eqn: core.JaxprEqn, awaited: Sequence[bool], given: Sequence[bool]) -> list[bool]:
+def _begun_in_loop(
+    eqn: core.JaxprEqn, awaited: Sequence[bool], given: Sequence[bool], at_once: bool
+) -> list[bool]:
     parts, ins = scan_parts(eqn), list(given)
     while True:
-        begun = _begun(parts.body.jaxpr, awaited, ins)
+        begun = _begun(parts.body.jaxpr, awaited, ins, at_once)
         outs = [_is_in(atom, begun) for atom in parts.body.jaxpr.outvars]
         # What a turn begins with may be late in the first turn alone.
         outs = [one or (n < parts.num_carry and ins[parts.num_consts + n]) for n, one in enumerate(outs)]

@@ -48,6 +48,7 @@ class Staged:
     trained: Sequence[int]
     widens: bool
     delayed: bool
+    reruns: bool
 
     @property
     def stages(self) -> int:
@@ -153,6 +154,7 @@ class Staged:
             cut=cut,
             slots=self.stacks[number],
             waits=waits(number, len(self.stacks), self.stages),
+            reruns=self.reruns,
             microbatches=self.microbatches,
             on_share=on_share,
             on_whole=on_whole,

@@ -52,17 +52,11 @@ class Travelling:
 
     def bare(self, value: Array) -> Array:
         """Return it as it is sent: random keys as their numbers."""
-        return jax.random.key_data(value) if is_extended(self.dtype) else value
+        return bare(value)
 
     def dressed(self, value: Array) -> Array:
         """Return it as layers take it."""
-        if not is_extended(self.dtype):
-            return value
-        kinds: list[Any] = []
-        jax.eval_shape(
-            lambda key: kinds.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), self.dtype)
-        )
-        return jax.random.wrap_key_data(value, impl=kinds[0])
+        return dressed(value, self.dtype)
 
     def blank(self) -> Array:
         """Return zeros, as it is sent."""
@@ -200,6 +194,20 @@ class Stages:
             found.append(by_device(lambda v, one=one: function(v, one), self.mesh, (spec,), spec)(sent))
             self.received[:] = found[-1:]
         return found
+
+
+def bare(value: Array) -> Array:
+    """Return random keys as their numbers, and anything else as it is."""
+    return jax.random.key_data(value) if is_extended(value.dtype) else value
+
+
+def dressed(value: Array, dtype: Any) -> Array:
+    """Return what `bare` was given, of such a type."""
+    if not is_extended(dtype):
+        return value
+    kinds: list[Any] = []
+    jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), dtype))
+    return jax.random.wrap_key_data(value, impl=kinds[0])
 
 
 def _after(value: Array, received: Sequence[Array]) -> Array:

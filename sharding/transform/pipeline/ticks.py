@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,8 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...program.jaxpr import Pass
-from .cut import LayerCut
-from .delayed import InTwo
+from .chunk import ChunkWork, filled, if_real
 from .schedule import (
     BACKWARD,
     EMBED,
@@ -24,47 +22,33 @@ from .schedule import (
     WEIGHTS,
     Rounds,
     Stretch,
-    Unit,
     backward_at,
     forward_at,
     is_one,
     named,
-    nearest_one,
     ring,
     rounds,
     ticks_since,
     weights_at,
     weights_since,
 )
-from .slots import Slots
-from .stream import CARRIED, CONSTANT, GIVEN, PASSED, Stages, Stream, Travelling
+from .stream import CONSTANT, GIVEN, Stream
 from .watch import NOWHERE, are_finite, first_layer, last_layer, number_of
 
 Array = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Worker:
-    """Works the parts of one device through; `learnt` outputs have a gradient, of the arguments at `places`.
+class Worker(ChunkWork):
+    """Works the parts of one device through; outputs with `cotangents` have a gradient.
 
-    `inputs(m, shares)` gives the arguments of microbatch m, of all its rows or of this stage's share of them,
-    but for the stored ones, which are `leaves`; `add(sums, outputs)` gives what the outputs of one add up to,
-    and its rows. `on_share` and `on_whole` are the passes over the cut's two programs; `lying` brings a value
-    to how it lies over automatic axes. `waits` are ticks by which the way back is later than the schedule
-    says, for other stacks of layers behind these. Gradients of layers' weights may be `delayed`.
+    `add(sums, outputs)` gives what the outputs of one add up to, and its rows. `on_share` are the passes over
+    the cut's program of a share. `waits` are ticks by which the way back is later than the schedule says, for
+    other stacks of layers behind these. Gradients of layers' weights may be `delayed`.
     """
 
-    cut: LayerCut
-    slots: Slots
-    stages: Stages
-    microbatches: int
     on_share: Sequence[Pass]
-    on_whole: Sequence[Pass]
-    leaves: Sequence[Array]
-    inputs: Callable[[Array, bool], Sequence[Array]]
-    places: Sequence[int]
     cotangents: Sequence[Array]
-    lying: Callable[[Any, Any], Array]
     add: Callable[[Any, Sequence[Array]], tuple[Any, Any]]
     waits: int = 0
     delayed: bool = False
@@ -94,12 +78,9 @@ class Worker:
     def learning(self) -> dict[str, Any]:
         """Return what of the state of a step is for the way back, but for gradients."""
         blank = self.stages.blank()
-        state = {
-            "left": self.stages.learning(blank),
-            "ring": [jnp.zeros((self._held, *one.shape), one.dtype) for one in self._inputs(blank)],
-        }
-        if self.delayed and self._in_two.late_places:
-            state["kept"] = self._in_two.blank(self.slots.stages)
+        state = {"left": self.stages.learning(blank), "ring": self.room(self._held)}
+        if self.delayed and self.in_two.late_places:
+            state["kept"] = self.in_two.blank(self.slots.stages)
         return state
 
     def no_gradients(self) -> list[Array]:
@@ -177,12 +158,12 @@ class Worker:
         unit = forward_at(t, self._stage, *self._shape)
         enters = (self._stage == 0) & (unit.chunk == 0)
         taken = [jnp.where(enters, a, b) for a, b in zip(state["next"], state["sent"], strict=True)]
-        if "ring" in state:
-            place = t % self._held
-            pairs = zip(state["ring"], self._inputs(taken), strict=True)
-            state["ring"] = [held.at[place].set(one) for held, one in pairs]
-        leaves = self._of_chunk(range(len(self.leaves)), self.leaves, unit.chunk)
-        given, sound = self._layers(leaves, taken, unit)
+        if "ring" not in state:
+            given, sound = self.layers(self.leaves_of(unit), taken, unit)
+        else:
+            given, sound, kept = self.layers_and_kept(taken, unit)
+            pairs = zip(state["ring"], kept, strict=True)
+            state["ring"] = [held.at[t % self._held].set(one) for held, one in pairs]
         if sound is not None:
             real = is_one(unit.microbatch, self.microbatches)
             state = self._watched(state, t, FORWARD, real & ~sound.all(), layer=first_layer(~sound))
@@ -197,7 +178,7 @@ class Worker:
         if not self.places:
             found = self.leave(self.leaves, share, microbatch)
             sums, parts = self.add(state["sums"], found)
-            return {**state, "sums": self._if(real, sums, state["sums"])}, parts, None
+            return {**state, "sums": if_real(real, sums, state["sums"])}, parts, None
         count, own = len(self.cotangents), self.places_in(self.cut.leave.reads)
 
         def leave(trained: Sequence[Array], learning: Stream) -> tuple[list[Array], list[Array]]:
@@ -211,33 +192,30 @@ class Worker:
         state["gradients"] = self.grown(state["gradients"], own, grown, real if self._pads else True)
         state = self._watched(state, t, HEAD, real, [*learnt, *grown, *back])
         sums, parts = self.add(state["sums"], found)
-        state["sums"] = self._if(real, sums, state["sums"])
+        state["sums"] = if_real(real, sums, state["sums"])
         return state, parts, self.stages.gradient_of_shares(back, owner)
 
     def backward(self, state: Any, t: Array, returned: Stream, gradient: Stream | None) -> Any:
-        """Run a chunk's layers again on what was their input, and back."""
+        """Take gradients back through a chunk's layers."""
         unit = backward_at(t, self._stage, *self._shape)
         real = is_one(unit.microbatch, self.microbatches)
         place = (t - ticks_since(unit, self._stage, *self._shape)) % self._held
-        taken = [held[place] for held in state["ring"]]
-        own = self._own_layers
-        trained = self._of_chunk(own, [self.leaves[n] for n in own], unit.chunk)
-        pull = None if "kept" in state else self._pull(trained, unit, taken)
+        own, kept = self.of_layers, [held[place] for held in state["ring"]]
         if gradient is not None:
             leaving = (self._stage == self._last) & (unit.chunk == self._shape[1] - 1)
             returned = [jnp.where(leaving, a, b) for a, b in zip(gradient, returned, strict=True)]
-        kept: list[Array] = []
-        if pull is not None:
-            grown, state["left"] = pull(returned)
+        late: list[Array] = []
+        if "kept" not in state:
+            grown, state["left"] = self.back(self.trained_of(unit), unit, kept, returned)
         else:
-            early, state["left"], kept = self._in_two.early(trained, unit, taken, returned)
+            early, state["left"], late = self.in_two.early(self.trained_of(unit), unit, kept, returned)
             own, grown = list(early), list(early.values())
-            pairs = zip(state["kept"], kept, strict=True)
+            pairs = zip(state["kept"], late, strict=True)
             state["kept"] = [held.at[t % self.slots.stages].set(one) for held, one in pairs]
         if self.slots.watched:
             sound = are_finite([*grown, *state["left"]])
             stacked = [one for n, one in zip(own, grown, strict=True) if n in self.slots.stored]
-            stacked += [one for one in kept if one.shape[:1] == (self.slots.each,)]
+            stacked += [one for one in late if one.shape[:1] == (self.slots.each,)]
             state = self._watched(state, t, BACKWARD, real & ~sound, layer=last_layer(stacked))
         state["gradients"] = self.grown(state["gradients"], own, grown, real, unit.chunk)
         return state
@@ -247,9 +225,8 @@ class Worker:
         unit = weights_at(t, *self._shape)
         real = is_one(unit.microbatch, self.microbatches)
         place = (t - weights_since(self._stage)) % self.slots.stages
-        own, late = self._own_layers, self._in_two.late_places
-        trained = self._of_chunk(own, [self.leaves[n] for n in own], unit.chunk)
-        grown = self._in_two.late(trained, unit, [held[place] for held in state["kept"]])
+        late = self.in_two.late_places
+        grown = self.in_two.late(self.trained_of(unit), unit, [held[place] for held in state["kept"]])
         if self.slots.watched:
             stacked = [one for n, one in zip(late, grown, strict=True) if n in self.slots.stored]
             fault = real & ~are_finite(grown)
@@ -273,37 +250,7 @@ class Worker:
         state["gradients"] = self.grown(state["gradients"], own, grown, real)
         return self._watched(state, t, LEARN, real, grown)
 
-    @functools.cached_property
-    def _in_two(self) -> InTwo:
-        """A chunk's backward pass in two, traced once for all ticks, outside of their loops."""
-        blank, own = self.stages.blank(), self._own_layers
-        chunk = 0 if self.slots.chunks == 1 else jnp.int32(0)
-        return InTwo.of(
-            lambda trained, unit, taken, returned: self._pull(trained, unit, taken)(returned),
-            own,
-            self._of_chunk(own, [self.leaves[n] for n in own], chunk),
-            Unit(jnp.int32(0), chunk),
-            self._inputs(blank),
-            self.stages.learning(blank),
-        )
-
     # The pieces
-
-    def _pull(
-        self, trained: Sequence[Array], unit: Unit, inputs: Stream
-    ) -> Callable[[Stream], tuple[list[Array], Stream]]:
-        """Run a chunk's layers again on what was their input; return what takes gradients back."""
-        held, own = iter(inputs), self._own_layers
-        taken = [next(held) if one.is_read else one.blank() for one in self.stages.items]
-        rest = [n for n in range(len(self.leaves)) if n not in own]
-        others = self._of_chunk(rest, [self.leaves[n] for n in rest], unit.chunk)
-        leaves = filled(self.leaves, rest, others)
-
-        def layers(trained: Sequence[Array], learning: Stream) -> Stream:
-            all_ = filled(leaves, own, trained)
-            return self.stages.learning(self._layers(all_, self.stages.joined(learning, taken), unit)[0])
-
-        return jax.vjp(layers, list(trained), self.stages.learning(taken))[1]
 
     def _embed(self, leaves: Sequence[Array], microbatch: Array) -> Stream:
         inputs = [*leaves, *self.inputs(microbatch, True)]
@@ -316,58 +263,11 @@ class Worker:
         # What is a number in the program has a weak type.
         return [one.bare(self.lying(value, one.dims)).astype(one.blank().dtype) for value, one in rows]
 
-    def _layers(self, leaves: Sequence[Array], taken: Stream, unit: Unit) -> tuple[Stream, Array | None]:
-        """Run a chunk's layers, of which `leaves` has the parameters.
-
-        Where they are watched, say of each whether all that it gives is finite, bool ``[layers]``.
-        """
-        inputs = [*leaves, *self.inputs(self.micro(unit.microbatch), False)]
-        each = self.slots.each
-        first = (unit.chunk * self.slots.stages + self._stage) * each
-        walked = zip(self.cut.stacked.run(self.on_whole, inputs), self.cut.beside, strict=True)
-        beside = [jnp.asarray(self.lying(value, dims)) for value, dims in walked]
-        if not self.slots.singly:
-            beside = [lax.dynamic_slice_in_dim(one, first, each) for one in beside]
-            return self._run_layers(inputs, taken, beside, first), None
-        stacked = [n for n in self.slots.stored if leaves[n] is not None]
-
-        def one_layer(taken: Stream, number: Array) -> tuple[Stream, Array | None]:
-            own = list(inputs)
-            for n in stacked:
-                own[n] = lax.dynamic_slice_in_dim(leaves[n], number, 1)
-            place = jnp.minimum(first + number, self.slots.layers - 1)
-            flags = [lax.dynamic_slice_in_dim(one, place, 1) for one in beside]
-            found = self._run_layers(own, taken, flags, place)
-            found = self._if(first + number < self.slots.layers, found, taken)
-            return found, are_finite(found) if self.slots.watched else None
-
-        return lax.scan(one_layer, taken, jnp.arange(each))
-
-    def _run_layers(
-        self, inputs: Sequence[Array], taken: Stream, beside: Sequence[Array], first: Array
-    ) -> Stream:
-        items = self.stages.items
-        operands = [one.dressed(value) for value, one in zip(taken, items, strict=True) if one.is_read]
-        found = iter(self.cut.layers.run(self.on_whole, inputs, operands=[*operands, *beside]))
-
-        def after(old: Array, one: Travelling) -> Array:
-            if one.kind in (CONSTANT, PASSED):
-                return old
-            new = one.bare(next(found))
-            return new if one.kind == CARRIED else lax.dynamic_update_slice_in_dim(old, new, first, 0)
-
-        return [after(old, one) for old, one in zip(taken, items, strict=True)]
-
     def leave(self, leaves: Sequence[Array], share: Stream, microbatch: Array) -> list[Array]:
         """Return what is behind the layers, of a share of the rows that they give."""
         rows = zip(share, self.stages.items, strict=True)
         known = [one.dressed(value) for value, one in rows if one.kind != CONSTANT]
         return self.cut.leave.run(self.on_share, [*leaves, *self.inputs(microbatch, True)], known=known)
-
-    def _inputs(self, stream: Stream) -> Stream:
-        """Return what of a stream the layers read."""
-        rows = zip(stream, self.stages.items, strict=True)
-        return [value for value, one in rows if one.is_read]
 
     # Small things
 
@@ -408,29 +308,6 @@ class Worker:
         """Stages, and chunks of each."""
         return self.slots.stages, self.slots.chunks
 
-    def micro(self, number: Array) -> Array:
-        """Return a microbatch's number, or the first one's or the last's."""
-        return nearest_one(number, self.microbatches)
-
-    @property
-    def _own_layers(self) -> list[int]:
-        """The numbers of the parameters that layers have gradients of."""
-        return self.places_in(self.cut.layers.reads | self.cut.stacked.reads)
-
-    def places_in(self, reads: set[int]) -> list[int]:
-        """Return those of `places` that are read."""
-        return [n for n in self.places if n in reads]
-
-    def _of_chunk(self, places: Sequence[int], values: Sequence[Array], chunk: Any) -> list[Array]:
-        """Return the parameters at `places`, of those of layers a chunk's."""
-        if self.slots.chunks == 1:
-            return list(values)
-        each = self.slots.each
-        return [
-            lax.dynamic_slice_in_dim(value, chunk * each, each) if n in self.slots.stored else value
-            for n, value in zip(places, values, strict=True)
-        ]
-
     def grown(
         self, totals: list[Array], places: list[int], more: Sequence[Array], real: Any, chunk: Any = None
     ) -> list[Array]:
@@ -449,21 +326,10 @@ class Worker:
 
         return [added(n, total) for n, total in zip(self.places, totals, strict=True)]
 
-    def _if(self, real: Any, new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(real, a, b), new, old)
-
     @property
     def _pads(self) -> bool:
         """Whether groups of microbatches are filled up with some that are none."""
         return self.slots.chunks > 1 and self.microbatches % self.slots.stages > 0
-
-
-def filled(leaves: Sequence[Array], places: Sequence[int], values: Sequence[Array]) -> list[Array]:
-    """Return the leaves with other values at some places."""
-    found = list(leaves)
-    for n, value in zip(places, values, strict=True):
-        found[n] = value
-    return found
 
 
 def _wide_zeros(like: Array) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .beside import StackStretch, StackWork, backward_later, forward_later, stretches, waits
+from .chunk import filled
 from .schedule import (
     BACKWARD,
     EMBED,
@@ -25,7 +26,7 @@ from .schedule import (
     named,
 )
 from .stream import CONSTANT, Stream
-from .ticks import Worker, filled
+from .ticks import Worker
 
 Array = Any
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -199,6 +200,42 @@ def test_delayed_gradients_of_weights_are_the_plain_functions(
     assert {FORWARD, BACKWARD, WEIGHTS} <= set(map(work_of, program.as_text().splitlines()))
 
 
+def products(jaxpr: Any) -> int:
+    """Return how many products a device executes."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        found += eqn.primitive.name == "dot_general"
+        found += times * sum(map(products, jax.extend.core.jaxprs_in_params(eqn.params)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mesh", "loss", "how"),
+    [
+        ({"stage": 4, "data": 2}, drawn, {"schedule": "delayed"}),
+        pytest.param({"stage": 2, "fsdp": 2, "tensor": 2}, tied, {"interleave": 2}, marks=pytest.mark.slow),
+        pytest.param({"stage": 2}, mixture, {"remat": "full"}, marks=pytest.mark.slow),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_what_layers_keep_goes_over_ticks(mesh: dict[str, int], loss: Any, how: Any) -> None:
+    how = {"remat": "dots"} | how
+    kept, again = (declared(loss, mesh, **how, stage_remat=one) for one in (False, True))
+    _, found, plain = gradients(kept, loss, init())
+    assert max(apart(found, plain(init(), batch()))) < 1e-6
+    made = []
+    for plan in (kept, again):
+        whole = plan.make_mesh(devices=jax.devices()[: plan.topology.num_devices])
+        has_aux = isinstance(jax.eval_shape(loss, init(), batch()), tuple)
+        slope = jax.grad(plan.apply(loss, mesh=whole), has_aux=has_aux)
+        made.append(products(jax.make_jaxpr(slope)(init(), batch()).jaxpr))
+    # The products of each layer, in each tick that goes back: v M + p - 1.
+    stages, chunks, each = mesh["stage"], kept.interleave, 3 if loss is mixture else 2
+    ticks = chunks * kept.microbatches + stages - 1
+    assert made[1] - made[0] == each * ticks * LAYERS // (stages * chunks)
+
+
 def test_uneven_chunks_of_too_few_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
     # Three layers and a copy of the last one in four chunks; one of a group of two microbatches is none.
     monkeypatch.setattr(sys.modules[__name__], "LAYERS", 3)
@@ -299,6 +336,7 @@ def statistics(params: Any, batch: Any) -> Any:
         (statistics, {"max_passes": 9}, "passes over the batch"),
         (drawn, {"microbatches": 32}, "nearest: 64 rows, or microbatches=16"),
         (drawn, {"accumulation": "by part"}, "sums microbatches exactly"),
+        (drawn, {"stage_remat": False}, "nearest: remat='dots', 'full', or names"),
     ],
     ids=lambda one: getattr(one, "__name__", ""),
 )
