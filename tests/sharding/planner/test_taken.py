@@ -61,7 +61,9 @@ def sites() -> list[Any]:
 
 @pytest.mark.numerics(False)
 @pytest.mark.parametrize("topology", ["h100:1x8", "v5e:2x4"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "packed" else pytest.mark.slow) for kind in KINDS]
+)
 def test_what_is_priced_is_what_the_step_holds(topology: str, kind: str) -> None:
     shape = jax.ShapeDtypeStruct
     loss, params = loss_of(**KINDS[kind]), dict.fromkeys(NAMES, shape((64, 8, 64), "bfloat16"))
