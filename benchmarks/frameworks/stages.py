@@ -17,7 +17,7 @@ from meshwright.sharding.cost.candidate import Candidate
 from meshwright.sharding.cost.kept import Residuals
 from meshwright.sharding.cost.memory import Holding, Standing, Worked
 from meshwright.sharding.cost.profile import AFTER, BEFORE, LAYERS, ProgramTables
-from meshwright.sharding.cost.step import StepParts, exposed, microbatch, reduce_once, stream_bytes
+from meshwright.sharding.cost.step import StepParts, exposed, microbatch, reduce_once
 
 # How layers are dealt to so many stages.
 DealtBy = Callable[[ProgramTables, int], "Dealt"]
@@ -139,3 +139,11 @@ def moments(
             ),
         )
         yield from memory.moments_of(profile, candidate, stored, work, kept, held, last_layer_apart)
+
+
+def stream_bytes(parts: StepParts) -> float:
+    """Return the bytes of a microbatch that layers hand on, on a device."""
+    carries = list(parts.table.carries)
+    if not carries:
+        return 0.0
+    return float((parts.table.values.bytes * parts.placement.value_fraction)[carries].sum())

@@ -67,7 +67,7 @@ def stretches(
     microbatch: each stretch is compiled.
 
     >>> [one.ticks for one in stretches(2, 8, 2, learns=False)]
-    [1, 2, 1, 6, 1, 1]
+    [1, 2, 1, 6, 2]
     """
     spans = dict(_spans(stages, microbatches, stacks, learns, delayed))
     borders = sorted({tick for span in spans.values() for tick in span})
