@@ -17,7 +17,7 @@ from ..hardware.axes import resolve_axes
 from ..hardware.topology import Topology
 from ..ops.context.ways import check_way
 from ..paths import by_path, matches
-from ..plans.record import ArrayPlan
+from ..plans.record import ArrayPlan, check_stages_keep
 from ..plans.specs import axes_in, by_dimension, cut_into
 from ..plans.vocabulary import EXACT, ONE_BY_ONE, SCHEDULES, check_accumulation
 from ..program.dims import batch_rows
@@ -69,6 +69,8 @@ class Declared:
             raise UserError(f"max_passes={self.max_passes!r} must be a whole number of at least 1")
         check_chunks(self.interleave, self.mesh)
         check_stage_remat(self.stage_remat, self.mesh)
+        if isinstance(self.remat, str):
+            check_stages_keep(self.stage_remat is not False, self.remat)
         if self.segments is not None and (type(self.segments) is not int or self.segments < 1):
             raise UserError(f"segments={self.segments!r} must be a whole number of at least 1")
 

@@ -28,7 +28,11 @@ def stages_chapter(plan: Record) -> Chapter:
     ticks = lockstep(plan)
     if ticks.stages == 1:
         return Chapter(title="", blocks=())
-    blocks = (Text(words=_summary(plan, ticks)), _drawing(ticks), Text(words=_held(plan, ticks)))
+    blocks = (
+        Text(words=_summary(plan, ticks)),
+        _drawing(ticks, plan.stage_remat),
+        Text(words=_held(plan, ticks)),
+    )
     return Chapter(title="pipeline", blocks=blocks)
 
 
@@ -51,7 +55,8 @@ def _summary(plan: Record, ticks: Lockstep) -> str:
 def _held(plan: Record, ticks: Lockstep) -> str:
     """Say what each stage holds; all hold alike, since they do alike."""
     layers = next((dim.size for dim in plan.dims.values() if "stage" in dim.axes), None)
-    words = f"Each stage holds the inputs of {ticks.inputs} chunks"
+    what = "the inputs" if plan.stage_remat else "what layers keep"
+    words = f"Each stage holds {what} of {ticks.inputs} chunks"
     if ticks.delayed:
         words += f" and what the gradients of {ticks.kept} chunks' weights are made of"
     words += ", however many microbatches there are"
@@ -68,7 +73,7 @@ def _held(plan: Record, ticks: Lockstep) -> str:
     return f"{words}: {gib(estimate.peak_bytes)} of memory on a device of each stage{parts}."
 
 
-def _drawing(ticks: Lockstep) -> Drawing:
+def _drawing(ticks: Lockstep, reruns: bool) -> Drawing:
     rows = _shown(list(range(ticks.stages)), _STAGES)
     width = max(len(_cell(ticks.slots - 1, ticks.chunks - 1, ticks)) + 1, 3)
     label = len(f"stage {ticks.stages - 1} backward ")
@@ -95,7 +100,7 @@ def _drawing(ticks: Lockstep) -> Drawing:
         caption=f"A number is the microbatch of a tick{letters}; · waits.",
         legend={
             _KINDS[schedule.FORWARD]: "forward",
-            _KINDS[schedule.BACKWARD]: "backward, the chunk run again before it",
+            _KINDS[schedule.BACKWARD]: "backward, the chunk run again before it" if reruns else "backward",
             **({_KINDS[schedule.WEIGHTS]: "gradients of weights"} if ticks.delayed else {}),
             _WAITS: "waits",
         },

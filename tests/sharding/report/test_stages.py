@@ -66,6 +66,12 @@ def test_gradients_of_weights_that_are_delayed_have_a_row_in_which_no_stage_wait
     assert "what the gradients of 2 chunks' weights are made of" in words
 
 
+def test_it_says_what_is_held_where_chunks_are_not_run_again() -> None:
+    plan = planned(4, 2, 3, remat="full", stage_remat=False)
+    assert any("holds what layers keep of 3 chunks" in line for line in picture(plan))
+    assert "run again" not in page(plan_document(plan))
+
+
 def test_layers_that_stages_do_not_divide_are_said_with_their_copies() -> None:
     assert "2 of 7 layers, 1 of all stages' filled with copies" in " ".join(
         " ".join(picture(planned(7, 4, 4))).split()

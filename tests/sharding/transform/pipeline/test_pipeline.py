@@ -341,8 +341,10 @@ def statistics(params: Any, batch: Any) -> Any:
     ids=lambda one: getattr(one, "__name__", ""),
 )
 def test_what_stages_cannot_do_is_one_sentence(loss: Any, how: Any, says: str) -> None:
-    plan = declared(loss, {"stage": 2}, **how)
+    def run() -> None:
+        plan = declared(loss, {"stage": 2}, **how)
+        mesh = plan.make_mesh(devices=jax.devices()[:2])
+        jax.eval_shape(jax.grad(plan.apply(loss, mesh=mesh)), init(), batch())
+
     with pytest.raises(UserError, match=says):
-        jax.eval_shape(
-            jax.grad(plan.apply(loss, mesh=plan.make_mesh(devices=jax.devices()[:2]))), init(), batch()
-        )
+        run()
