@@ -19,7 +19,7 @@ from ..ops.context.ways import check_way
 from ..paths import by_path, matches
 from ..plans.record import ArrayPlan, check_stages_keep
 from ..plans.specs import axes_in, by_dimension, cut_into
-from ..plans.vocabulary import EXACT, ONE_BY_ONE, SCHEDULES, check_accumulation
+from ..plans.vocabulary import EXACT, ONE_BY_ONE, check_accumulation
 from ..program.dims import batch_rows
 from ..program.mixtures import experts_dims
 from ..program.program import Dim, Program
@@ -28,7 +28,7 @@ from ..rules.rules import Rules
 from ..transform.accumulation.proof import MAX_PASSES
 from .choices import arithmetic
 from .choices.experts import AUTO, WORDS
-from .choices.layers import check_chunks, check_stage_remat, laid_over_stages
+from .choices.layers import check_chunks, check_schedule, check_stage_remat, laid_over_stages
 from .choices.microbatches import indivisible
 from .choices.remat import read
 
@@ -67,6 +67,7 @@ class Declared:
         check_word("arithmetic", self.arithmetic, arithmetic.CHOICES)
         if isinstance(self.max_passes, bool) or not isinstance(self.max_passes, int) or self.max_passes < 1:
             raise UserError(f"max_passes={self.max_passes!r} must be a whole number of at least 1")
+        check_schedule(self.schedule, self.mesh)
         check_chunks(self.interleave, self.mesh)
         check_stage_remat(self.stage_remat, self.mesh)
         if isinstance(self.remat, str):
@@ -88,8 +89,6 @@ class Declared:
         named = isinstance(kernels, Sequence) and not isinstance(kernels, bytes) and len(kernels) > 0
         if kernels is not None and not named:
             raise wrong("attention", kernels, "must be the name of a kernel, or several, such as 'auto'")
-        if self.schedule is not None:
-            check_word("schedule", self.schedule, SCHEDULES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,6 @@ def space(
         microbatches.check_number(declared.microbatches)
         if proof is not None:
             proof.check(declared.microbatches)
-    stages.check_schedule(declared.schedule, declared.mesh.get("stage"))
     given = Given(
         program=program,
         topology=topology,

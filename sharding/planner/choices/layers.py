@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from ...cost.candidate import Storage
 from ...cost.stacks import is_moved
-from ...errors import UserError
+from ...errors import UserError, check_word
 from ...plans.specs import cut_into
+from ...plans.vocabulary import SCHEDULES
 from ...program.layers import cuts_beside, layer_scans
 from ...program.program import Argument, Program
 
@@ -97,6 +98,15 @@ def check_chunks(chunks: int | None, mesh: Mapping[str, int]) -> None:
         raise UserError(f"interleave={chunks!r} must be a whole number of at least 1")
     if chunks > 1 and mesh.get(STAGE, 1) == 1:
         raise UserError(f"interleave={chunks} are chunks of a pipeline stage and the mesh declares none")
+
+
+def check_schedule(schedule: str | None, mesh: Mapping[str, int]) -> None:
+    """Raise UserError for a schedule that is unknown or has no stages to order."""
+    if schedule is None:
+        return
+    check_word("schedule", schedule, SCHEDULES)
+    if mesh.get(STAGE, 1) == 1:
+        raise UserError(f"schedule={schedule!r} orders pipeline stages and the mesh declares none")
 
 
 def check_stage_remat(given: object, mesh: Mapping[str, int]) -> None:

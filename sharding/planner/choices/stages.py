@@ -7,9 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ...cost.stacks import held_layers
-from ...errors import UserError, nearest
 from ...plans.record import check_stages_keep
-from ...plans.vocabulary import ONE_BY_ONE, SCHEDULES
+from ...plans.vocabulary import ONE_BY_ONE
 from ...program.mixtures import experts_dims
 from .draft import Draft, Given, Refused
 from .layers import stacks_over_stages, why_no_stages
@@ -72,16 +71,6 @@ def keeping(ladders: Sequence[Sequence[Policy]]) -> list[tuple[Policy, ...]]:
     if not any(found):
         check_stages_keep(False, "none")
     return [one for one in found if one]
-
-
-def check_schedule(schedule: str | None, mesh_stages: int | None) -> None:
-    """Raise UserError for a schedule that is unknown or has no stages to order."""
-    if schedule is None:
-        return
-    if schedule not in SCHEDULES:
-        raise UserError(f"schedule={schedule!r} is unknown; {nearest(schedule, SCHEDULES)}")
-    if mesh_stages in (None, 1):
-        raise UserError(f"schedule={schedule!r} orders pipeline stages and the mesh declares none")
 
 
 def _mixed(given: Given, draft: Draft) -> str | None:

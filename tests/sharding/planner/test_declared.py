@@ -190,6 +190,8 @@ def test_defaults_that_yield_are_noted() -> None:
         ),
         ({"microbatches": 0}, "microbatches=0 .* at least 1"),
         ({"remat": "dot"}, "remat='dot' is not a policy; did you mean 'dots'"),
+        ({"schedule": "delayed"}, "schedule='delayed' orders pipeline stages and the mesh declares none"),
+        ({"stage_remat": False}, "stage_remat=False is of pipeline stages and the mesh declares none"),
         (
             {"mesh": {"data": 4, "expert": 2}},
             "mesh axis expert=2 shards nothing in this program; give it a rule",
