@@ -87,3 +87,34 @@ def test_a_plan_without_stages_has_no_picture(axis: str) -> None:
     x = jax.ShapeDtypeStruct((8, 64), "float32")
     plan = declare(loss, shapes, x, topology="cpu:2", mesh={axis: 2})
     assert "pipeline" not in plain_text(plan_document(plan))
+
+
+def test_every_stack_of_layers_has_its_rows() -> None:
+    def loss(params: Any, x: Any) -> Any:
+        for name in ("encoder", "decoder"):
+            x = jax.lax.scan(lambda x, w: (x @ w, None), x, params[name])[0]
+        return (x**2).mean()
+
+    params = {
+        name: jax.ShapeDtypeStruct((layers, 64, 64), "float32")
+        for name, layers in (("encoder", 5), ("decoder", 8))
+    }
+    x = jax.ShapeDtypeStruct((6, 64), "float32")
+    plan = declare(loss, params, x, topology="cpu:2", mesh={"stage": 2}, microbatches=3)
+    lines = picture(plan)
+    rows = [line.split() for line in lines]
+    assert ["stage", "0", "encoder", "forward", *"012······"] in rows
+    assert ["decoder", "forward", *"···012···"] in rows
+    assert [row for row in rows if row[:1] == ["backward"]] == [
+        ["backward", *"······012"],
+        ["backward", *"····012··"],
+        ["backward", *"·····012·"],
+        ["backward", *"···012···"],
+    ]
+    words = " ".join(" ".join(lines).split())
+    assert "2 stages, 2 stacks of layers, 3 microbatches: 4 ticks forward" in words
+    assert "the inputs of 7 chunks of encoder and 3 chunks of decoder" in words
+    assert "3 of 5 layers of encoder, 1 of all stages' filled" in words
+    whole = page(plan_document(plan))
+    assert whole.count(">decoder</text>") == 2
+    assert Plan.from_dict(plan.to_dict()).stacks == {"encoder": 5, "decoder": 8}
