@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,25 @@ def flatten(tree: Any) -> tuple[list[Leaf], Any]:
         )
         for path, (keys, leaf) in zip(unique_paths([keys for keys, _ in leaves]), leaves, strict=True)
     ], structure
+
+
+def folders_of(groups: Iterable[Sequence[str]]) -> list[str]:
+    """Return a name for each group of paths: the folder that they share, or the first one's path.
+
+    A folder ends where ``*`` stands for several.
+
+    >>> folders_of([["blocks/*/mlp/up", "blocks/*/mlp/down"], ["w"], ["blocks/1/up", "blocks/2/up"]])
+    ['blocks', 'w', 'blocks/1/up']
+    """
+    found: list[str] = []
+    for paths in groups:
+        shared = itertools.takewhile(
+            lambda words: len({*words}) == 1 and "*" not in words[0],
+            zip(*(path.split("/") for path in paths), strict=False),
+        )
+        name = "/".join(words[0] for words in shared)
+        found.append(name if name and name not in found else paths[0])
+    return found
 
 
 def by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:

@@ -99,6 +99,11 @@ class Lockstep:
         return self.slots + self.stages
 
     @property
+    def between_ticks(self) -> int:
+        """Ticks with what lies between two stacks of layers, and as many with its gradient."""
+        return self.layer_ticks if self.chunks == 1 else self.slots
+
+    @property
     def learn_ticks(self) -> int:
         """Ticks with the gradient of what comes before the layers."""
         return self.slots if self.delayed else self.embed_ticks
@@ -256,9 +261,9 @@ def _over_stages(time: dict[str, float], parts: StepParts, ticks: Lockstep, chun
     behind_back, behind_sums = max(0.0, each - back), max(0.0, each - added / 2)
     time["send/stage"] += (ticks.stages - 1) * each + ticks.layer_ticks * behind_back
     time["send/stage"] += ticks.head_ticks * behind_sums
-    half = ticks.exchanges / 2 + 2 * (len(sizes) - 1) * ticks.layer_ticks
+    half = ticks.exchanges / 2 + 2 * (len(sizes) - 1) * ticks.between_ticks
     moved = ticks.embed_ticks * sizes[0] + ticks.head_ticks * sizes[-1]
-    moved += ticks.layer_ticks * sum(before + after for before, after in itertools.pairwise(sizes))
+    moved += ticks.between_ticks * sum(before + after for before, after in itertools.pairwise(sizes))
     for kind in ("reduce_scatter", "all_gather"):
         time[f"{kind}/stage"] += link.collective(kind, moved, half)
 
@@ -398,7 +403,7 @@ def _inputs(profile: ProgramTables, work: Worked, ticks: Lockstep) -> float:
     cut = cut_stacks(profile, ticks.stages, ticks.chunks)
     for behind, stack in enumerate(reversed(cut)):
         waits = 2 * behind * ticks.stages
-        found += (ticks.inputs + waits + _IN_HAND) * sizes[stack]
+        found += (ticks.inputs + waits * ticks.chunks + _IN_HAND) * sizes[stack]
         found += (waits + 1) * sizes[stack] / ticks.stages if behind else 0.0
     return found
 
@@ -407,7 +412,7 @@ def _over_ticks(profile: ProgramTables, work: Worked, ticks: Lockstep, kept: flo
     """Return by how much more what is kept of chunks weighs than their inputs, held as the first stack's."""
     cut = cut_stacks(profile, ticks.stages, ticks.chunks)
     inputs = sum(float(work.sent[list(profile.through[stack])].sum()) for stack in cut)
-    return (ticks.inputs + 2 * (len(cut) - 1) * ticks.stages) * (kept - inputs)
+    return (ticks.inputs + 2 * (len(cut) - 1) * ticks.stages * ticks.chunks) * (kept - inputs)
 
 
 def _used(profile: ProgramTables, params: np.ndarray, product_bytes: float, moved: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from ..plans.specs import Spec, spec_of
 from ..plans.trainable import is_float
 from ..program.program import Argument, Program
 from ..words import gib, remat_in_words, seconds
+from .choices.layers import STAGE, names_of_stacks, stacked, stacks_beside_stages, stacks_over_stages
 from .choices.storage import computed
 from .search import Priced, StoredBytes
 
@@ -53,11 +54,20 @@ def record_of(
         context=candidate.context,
         moments=moments_of(program, candidate),
         trainable=trainable_of(program),
+        stacks=stacks_of(program, candidate),
         origin=Origin.of(program),
         notes=tuple(map(nearby_lines, notes)),
         refused={sizes: nearby_lines(reason) for sizes, reason in (refused or {}).items()},
         **remembered,
     )
+
+
+def stacks_of(program: Program, layout: Candidate) -> dict[str, int]:
+    """Return the layers of each stack that stages cut, as they run, where there are several."""
+    stages = layout.mesh.get(STAGE, 1)
+    found = stacks_over_stages(program, stages, layout.interleave) if stages > 1 else ()
+    names = names_of_stacks(program, found)
+    return dict(zip(names, (one.count for one in found), strict=True)) if len(found) > 1 else {}
 
 
 def dims_of(program: Program, layout: Candidate) -> dict[str, DimPlan]:
@@ -145,7 +155,10 @@ def alternatives_of(
 
 
 def notes_of(program: Program, topology: Topology, layout: Candidate) -> tuple[str, ...]:
-    """Say which parameters that matter lie whole on every device although others are stored in parts."""
+    """Say which parameters that matter lie whole on every device although others are stored in parts.
+
+    So do over stages those of a stack of few layers beside a longer one.
+    """
     cut = [argument for argument in program.stored if any(layout.stored[argument.index])]
     if not cut:
         return ()
@@ -157,10 +170,19 @@ def notes_of(program: Program, topology: Topology, layout: Candidate) -> tuple[s
         divided = any(size % parts == 0 for size in argument.shape for parts in axes.values())
         return "no rule cuts it" if divided else f"{over} divides no dimension of it"
 
-    return tuple(
+    stages = axes.get(STAGE, 1)
+    uncut = stacks_beside_stages(program, stages, layout.interleave) if stages > 1 else ()
+    by_rows = tuple(
+        f"{name}, {one.count} layers, lies whole on each of stage={stages}, which work it through by rows: "
+        f"they cut stacks of {2 * stages} layers or more"
+        for name, one in zip(names_of_stacks(program, uncut), uncut, strict=True)
+    )
+    known = frozenset().union(*(stacked(program, one) for one in uncut))
+    return by_rows + tuple(
         f"{argument.path} {argument.shape} lies whole on every device: {why(argument)}"
         for argument in program.stored
         if not any(layout.stored[argument.index])
+        and argument.index not in known
         and _bytes(argument) > min(_MATTERS * total, least_that_matters(topology, total))
     )
 

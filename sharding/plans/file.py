@@ -175,6 +175,7 @@ _READERS: Mapping[str, Any] = {
     "trainable": _optional(_texts),
     "state": _optional(_arrays),
     "notes": _texts,
+    "stacks": _mapping,
     "recognise": _texts,
     "origin": _optional(lambda row: Origin(**row)),
     "estimate": _optional(lambda row: Estimate(**row)),

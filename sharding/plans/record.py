@@ -121,6 +121,7 @@ class Record(Decision):
 
     Attributes:
         notes: sentences on what could not be had or should be known.
+        stacks: where stages cut several stacks of layers, a name of each, as they run → its layers.
         origin: the program that it is for.
         estimate: its predicted cost.
         alternatives: layouts that it was preferred to, each with the reason.
@@ -129,6 +130,7 @@ class Record(Decision):
     """
 
     notes: tuple[str, ...] = ()
+    stacks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     origin: Origin | None = None
     estimate: Estimate | None = None
     alternatives: tuple[Alternative, ...] = ()

@@ -54,10 +54,9 @@ def is_layer_scan(equation: core.JaxprEqn) -> bool:
 def cuts_beside(layers: int, stages: int, chunks: int) -> bool:
     """Whether stages of so many chunks cut a stack of layers that is not the one with most parameters.
 
-    Two of its layers are on each stage at least: fewer are worked through by rows, and so are those beside
-    several chunks.
+    Two of its layers are on each stage at least, and one in each chunk: fewer are worked through by rows.
     """
-    return chunks == 1 and layers >= 2 * stages
+    return layers >= max(2, chunks) * stages
 
 
 def is_checkpointed(layers: Equation) -> bool:

@@ -224,7 +224,7 @@ class PlannedLoss:
         )
 
     def first_not_finite(self, params: Any, batch: Any, *state: Any) -> Any:
-        """Return the number of where a value is first not finite, int32, see `pipeline.watch.fault_of`.
+        """Return the number of where a value is first not finite, int32, see `pipeline.watch.Numbering`.
 
         The plan has a ``stage`` axis, of one device at least. Raises UserError for a loss that does not go
         through stages.
@@ -250,7 +250,7 @@ class PlannedLoss:
         return self._runs[traced]
 
     def _through_stages(self, traced: Traced, *, watched: bool = False) -> PreparedRun:
-        ready = prepared(self._plan, self._mesh, traced, watched=watched)
+        ready = prepared(self._plan, self._mesh, traced)
         plan, traced = ready.plan, ready.traced
 
         def passes(program: Program, params: Any, *state: Any, learns: bool) -> list[Pass]:

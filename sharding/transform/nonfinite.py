@@ -15,18 +15,18 @@ from jax.sharding import Mesh
 
 from ..errors import UserError
 from ..hardware.axes import AXES
-from ..paths import by_path
+from ..paths import by_path, folders_of
 from ..plans import arrays
 from ..plans.record import Decision, Record
 from ..program.jaxpr import Traced
 from ..program.tracing import read
 from .compose import PlannedLoss
 from .meshes import automatic, of_plan
-from .pipeline.layers import layers_of
+from .pipeline.layers import stacked_parameters, stacks_of
 from .pipeline.prepare import prepared
 from .pipeline.schedule import BACKWARD, EMBED, FORWARD, HEAD, LEARN, WEIGHTS
 from .pipeline.slots import STAGE
-from .pipeline.watch import BEHIND_SUMS, Fault, are_finite, fault_of
+from .pipeline.watch import BEHIND_SUMS, Fault, Numbering, are_finite
 
 _WORDS = {
     EMBED: "what is before the layers",
@@ -49,14 +49,16 @@ class FirstNotFinite:
             to begin with; then nothing else is looked at.
         fault: the work of a microbatch, None where all of it is finite.
         behind: whether it is in what is worked out of sums over the whole batch, such as their quotient.
-        layers, microbatches, stages, chunks: how many there are.
+        stacks: of each stack of layers that was looked at, as they run, what its parameters' paths have in
+            common → its layers.
+        microbatches, stages, chunks: how many there are.
         refused: why no layer was looked at, None where they were.
     """
 
     arrays: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     fault: Fault | None = None
     behind: bool = False
-    layers: int = 0
+    stacks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     microbatches: int = 1
     stages: int = 1
     chunks: int = 1
@@ -78,10 +80,20 @@ class FirstNotFinite:
             return "every value and gradient is finite where one layer at a time is run"
         return f"the first value that is not finite is in {self._words(self.fault)}"
 
+    @property
+    def layers(self) -> int:
+        """How many layers were looked at."""
+        return sum(self.stacks.values())
+
     def _words(self, fault: Fault) -> str:
-        words = [_WORDS[fault.work]]
+        words, names = [_WORDS[fault.work]], tuple(self.stacks)
+        if fault.stack and fault.work in (EMBED, LEARN):
+            between = f"between {names[fault.stack - 1]} and {names[fault.stack]}"
+            words[0] = words[0].replace("before the layers", between)
         if fault.layer is not None:
-            words[0] += f" of layer {fault.layer} of {self.layers} (from 0)"
+            words[0] += f" of layer {fault.layer} of {self.stacks[names[fault.stack]]} (from 0)"
+            if len(names) > 1:
+                words[0] += f" in {names[fault.stack]}"
         if self.microbatches > 1:
             words.append(f"microbatch {fault.microbatch} of {self.microbatches}")
         if fault.stage is not None and self.stages > 1:
@@ -121,23 +133,28 @@ def first_not_finite(
         return FirstNotFinite(arrays=bad)
     try:
         number = int(jax.jit(first)(params, batch, *state))
-        layers = _layers(decision, mesh, traced)
+        stacks = _stacks(decision, mesh, traced)
     except UserError as why:
         return FirstNotFinite(refused=str(why))
     stages, chunks = decision.mesh[STAGE], decision.interleave
+    numbering = Numbering(layers=tuple(stacks.values()), stages=stages, chunks=chunks)
     return FirstNotFinite(
-        fault=fault_of(number, layers, stages, chunks),
+        fault=numbering.fault(number),
         behind=number == BEHIND_SUMS,
-        layers=layers,
+        stacks=stacks,
         microbatches=decision.microbatches,
         stages=stages,
         chunks=chunks,
     )
 
 
-def _layers(plan: Decision, mesh: Mesh, traced: Traced) -> int:
-    """Return how many layers a loss has."""
-    flat = prepared(plan, mesh, traced, watched=True).traced
+def _stacks(plan: Decision, mesh: Mesh, traced: Traced) -> dict[str, int]:
+    """Return the layers of each stack that stages cut, by what its parameters' paths have in common."""
+    flat = prepared(plan, mesh, traced).traced
     params, *others = flat.args
     program = read(flat, state=(2,) if len(others) > 1 else ())
-    return layers_of(program, len(jax.tree.leaves(params))).eqn.params["length"]
+    paths = tuple(by_path(params))
+    stacks = stacks_of(program, len(paths), plan.mesh[STAGE], plan.interleave)
+    walked = (sorted(stacked_parameters(program, one, len(paths))) for one in stacks)
+    names = folders_of([paths[n] for n in numbers] for numbers in walked)
+    return dict(zip(names, (one.eqn.params["length"] for one in stacks), strict=True))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from ...cost.candidate import Storage
 from ...cost.stacks import is_moved
 from ...errors import UserError, check_word
+from ...paths import folders_of
 from ...plans.specs import cut_into
 from ...plans.vocabulary import SCHEDULES
 from ...program.layers import cuts_beside, layer_scans
@@ -40,18 +41,48 @@ def layers_of(program: Program) -> Layers | None:
 
 
 def stacks_over_stages(program: Program, stages: int, chunks: int) -> tuple[Layers, ...]:
-    """Return the layers that stages of so many chunks cut: `layers_of`, then those beside them."""
+    """Return the layers that stages of so many chunks cut: `layers_of` and those beside them, as they run."""
     most = layers_of(program)
+    return tuple(one for one in _stacks(program) if one == most or cuts_beside(one.count, stages, chunks))
+
+
+def stacks_beside_stages(program: Program, stages: int, chunks: int) -> tuple[Layers, ...]:
+    """Return the layers with parameters that such stages do not cut, since they are too few."""
+    cut = stacks_over_stages(program, stages, chunks)
+    return tuple(one for one in _stacks(program) if one not in cut)
+
+
+def names_of_stacks(program: Program, stacks: Sequence[Layers]) -> list[str]:
+    """Return a name for each of some stacks of layers: the folder of their parameters."""
+    found = (sorted(stacked(program, one)) for one in stacks)
+    return folders_of([program.arguments[index].path for index in own] for own in found)
+
+
+def why_no_chunks(program: Program, stages: int, chunks: int) -> str | None:
+    """Return why stages do not hold so many chunks of each stack of layers that they cut; None if they do."""
+    cut = stacks_over_stages(program, stages, 1)
+    least = min(cut, key=lambda one: one.count, default=None)
+    if least is None or least.count >= stages * chunks:
+        return None
+    near, name = max(least.count // stages, 1), names_of_stacks(program, [least])[0]
+    return (
+        f"interleave={chunks} x stage={stages} = {stages * chunks} chunks are more than the {least.count} "
+        f"layers of {name}; nearest: interleave={near}"
+    )
+
+
+def _stacks(program: Program) -> tuple[Layers, ...]:
+    """Return the layers that have parameters of their own, as they run."""
+    most, sizes = layers_of(program), _sizes(program)
+    scans = [one.factors[0].dims[:1] for one in layer_scans(program.scope) if one.factors]
+    order = dict.fromkeys(dim for dims in scans for dim in dims if dim in sizes)
     if most is None:
         return ()
-    sizes = _sizes(program)
-    scans = [one.factors[0].dims[:1] for one in layer_scans(program.scope) if one.factors]
-    order = list(dict.fromkeys(dim for dims in scans for dim in dims if dim in sizes and dim != most.dim))
-    others = [_layers(program, dim) for dim in order if cuts_beside(program.dims[dim].size, stages, chunks)]
-    return (most, *(one for one in others if not _stacked(program, one) & _stacked(program, most)))
+    found = [_layers(program, dim) for dim in (order if most.dim in order else (most.dim, *order))]
+    return tuple(one for one in found if one == most or not stacked(program, one) & stacked(program, most))
 
 
-def _stacked(program: Program, layers: Layers) -> frozenset[int]:
+def stacked(program: Program, layers: Layers) -> frozenset[int]:
     """Return the parameters that have a dimension of layers, or are stacked by it."""
     have = (a.index for a in program.parameters if any(layers.dim in dims for dims in a.dims))
     return layers.members.union(have)
@@ -160,7 +191,7 @@ def laid_over_stages(
     Raises UserError if they cannot be.
     """
     found = layers_of(program)
-    if reason := why_no_stages(found, mesh[STAGE]):
+    if reason := why_no_stages(found, mesh[STAGE]) or why_no_chunks(program, mesh[STAGE], chunks):
         raise UserError(reason)
     stacks, moved = stacks_over_stages(program, mesh[STAGE], chunks), moved_layers(program, mesh, chunks)
     lie = {(one.dim,) for one in stacks if one not in moved}

@@ -11,7 +11,7 @@ from ...plans.record import check_stages_keep
 from ...plans.vocabulary import ONE_BY_ONE
 from ...program.mixtures import experts_dims
 from .draft import Draft, Given, Refused
-from .layers import stacks_over_stages, why_no_stages
+from .layers import stacks_over_stages, why_no_chunks, why_no_stages
 from .microbatches import indivisible
 from .remat import Policy
 
@@ -50,9 +50,8 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
             continue
         if declared is None and held_layers(found.count, stages, chunks) > least:
             continue
-        if stages * chunks > found.count:
+        if reason := why_no_chunks(given.program, stages, chunks):
             if declared is not None:
-                reason = f"interleave={chunks} x stage={stages} is more than {found.name}={found.count}"
                 yield Refused(sizes={"stage": stages}, reason=reason)
             continue
         cut = {one.dim: ("stage",) for one in stacks_over_stages(given.program, stages, chunks)}

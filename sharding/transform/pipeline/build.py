@@ -18,7 +18,7 @@ from ..accumulation.proof import InParts, in_parts, refusal, rows_of
 from ..accumulation.region import RowRegion, axes_of_rows, flat_specs, mixes, specs_of_rows
 from ..accumulation.values import NotInParts
 from ..experts import names_of_experts
-from .layers import layers_of, stacked_parameters, stacks_of
+from .layers import stacked_parameters, stacks_of
 from .slots import STAGE, Slots
 from .staged import Passes, Staged
 
@@ -45,7 +45,7 @@ def pipelined(
 
     `passes` gives the plan's passes over a program inside of the region, `trained` are the numbers of the
     parameters that may be trained. Layers that are `watched` run one at a time, for where a value is first
-    not finite; then stages cut one stack of them, that with most parameters.
+    not finite.
 
     Raises UserError, one sentence, if it cannot.
     """
@@ -77,7 +77,6 @@ def pipelined(
         raise UserError(refusal(plan.microbatches, why, has_state=bool(state))) from None
     _check_passes(shares, stages)
     count = len(of_params)
-    found = [layers_of(program, count)] if watched else stacks_of(program, count, stages, plan.interleave)
     stacks = [
         Slots(
             layers=layers.eqn.params["length"],
@@ -87,7 +86,7 @@ def pipelined(
             manual=manual,
             watched=watched,
         )
-        for layers in found
+        for layers in stacks_of(program, count, stages, plan.interleave)
     ]
     for slots in stacks:
         _check_storage(slots)

@@ -30,7 +30,7 @@ from ..accumulation.proof import rows_of
 from ..accumulation.region import axes_of_rows, specs_of_rows
 from ..accumulation.run import Run
 from ..experts import names_of_experts
-from .layers import alone, inlined, layers_of, stacks_of, stored_as, uncut_parameters
+from .layers import alone, inlined, stacks_of, stored_as, uncut_parameters
 from .slots import STAGE
 
 Array = Any
@@ -125,10 +125,8 @@ def _gradient(found: Array | None, value: Array) -> Array:
     return jnp.zeros(value.shape, jax.dtypes.float0)
 
 
-def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced, *, watched: bool = False) -> Prepared:
+def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced) -> Prepared:
     """Return a traced loss whose layers' parameters are arguments, with jitted functions in their place.
-
-    Where layers are `watched`, those of one stack are, that with most parameters.
 
     Raises UserError for a loss without layers.
     """
@@ -136,8 +134,7 @@ def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced, *, watch
     params = by_path(traced.args[0])
     program = read(flat, state=(2,) if len(traced.args) > 2 else ())
     own, count = alone(program, len(params)), len(params)
-    one = [layers_of(program, count)] if watched else None
-    stacks = one or stacks_of(program, count, plan.mesh[STAGE], plan.interleave)
+    stacks = stacks_of(program, count, plan.mesh[STAGE], plan.interleave)
     walked = [atom for one in stacks for atom in one.eqn.invars[-scan_parts(one.eqn).num_xs :]]
     experts = names_of_experts(plan, program)
     made = [

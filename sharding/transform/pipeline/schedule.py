@@ -45,9 +45,9 @@ _SCOPE = "pipeline_"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """`ticks` in which all stages do `work`."""
+    """`ticks` in which all stages do `work`: words, or with several stacks of layers `beside.StackWork`."""
 
-    work: frozenset[str]
+    work: frozenset[Any]
     ticks: int
 
 

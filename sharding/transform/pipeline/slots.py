@@ -28,6 +28,11 @@ STAGE = "stage"
 Array = Any
 
 
+def layers_of_chunk(layers: int, stages: int, chunks: int) -> int:
+    """Return how many of so many layers a chunk has room for."""
+    return math.ceil(layers / (stages * chunks))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Slots:
     """The slots of `layers` in `stages` stages of `chunks` chunks.
@@ -56,7 +61,7 @@ class Slots:
     @property
     def each(self) -> int:
         """Layers of a chunk."""
-        return math.ceil(self.layers / (self.stages * self.chunks))
+        return layers_of_chunk(self.layers, self.stages, self.chunks)
 
     @property
     def fills(self) -> bool:

@@ -20,6 +20,7 @@ from .cut import LayerCut, cut_at_layers
 from .slots import STAGE, Slots, slots_of
 from .stream import Stages
 from .ticks import Array, Worker
+from .watch import Numbering
 from .workers import Workers
 
 # Gives a list of arrays of (parameters, a part's rows, a state if there is one, (its number, sums)).
@@ -153,7 +154,9 @@ class Staged:
         return Worker(
             cut=cut,
             slots=self.stacks[number],
-            waits=waits(number, len(self.stacks), self.stages),
+            numbering=Numbering.of(self.stacks),
+            stack=number,
+            waits=waits(number, len(self.stacks), self.stages, self.stacks[number].chunks),
             reruns=self.reruns,
             microbatches=self.microbatches,
             on_share=on_share,

@@ -12,6 +12,7 @@ from jax import lax
 
 from ...program.jaxpr import Pass
 from .chunk import ChunkWork, filled, if_real
+from .loops import run_rounds
 from .schedule import (
     BACKWARD,
     EMBED,
@@ -20,8 +21,6 @@ from .schedule import (
     LEARN,
     SEND,
     WEIGHTS,
-    Rounds,
-    Stretch,
     backward_at,
     forward_at,
     is_one,
@@ -33,7 +32,7 @@ from .schedule import (
     weights_since,
 )
 from .stream import CONSTANT, GIVEN, Stream
-from .watch import NOWHERE, are_finite, first_layer, last_layer, number_of
+from .watch import NOWHERE, Numbering, are_finite, first_layer, last_layer
 
 Array = Any
 
@@ -44,12 +43,15 @@ class Worker(ChunkWork):
 
     `add(sums, outputs)` gives what the outputs of one add up to, and its rows. `on_share` are the passes over
     the cut's program of a share. `waits` are ticks by which the way back is later than the schedule says, for
-    other stacks of layers behind these. Gradients of layers' weights may be `delayed`.
+    other stacks of layers behind these. Gradients of layers' weights may be `delayed`. These layers are the
+    `stack`-th of those that `numbering` numbers faults of; ticks are those of a stack alone.
     """
 
     on_share: Sequence[Pass]
     cotangents: Sequence[Array]
     add: Callable[[Any, Sequence[Array]], tuple[Any, Any]]
+    numbering: Numbering
+    stack: int = 0
     waits: int = 0
     delayed: bool = False
 
@@ -65,13 +67,10 @@ class Worker(ChunkWork):
             state["first"] = jnp.int32(NOWHERE)
         if learns:
             state |= {**self.learning(), "gradients": self.no_gradients()}
-        tick, rows = -1, []
-        delayed = "kept" in state
-        for one in rounds(self._shape[0], self.microbatches, self._shape[1], learns=learns, delayed=delayed):
-            state, found = self._rounds(one, state, tick)
-            rows += found
-            tick += one.ticks * one.times
-        parts = [jnp.concatenate(some)[: self.microbatches] for some in zip(*rows, strict=True)]
+        stages, chunks = self._shape
+        found = rounds(stages, self.microbatches, chunks, learns=learns, delayed="kept" in state)
+        state, rows = run_rounds(found, HEAD, self._tick, state)
+        parts = [some[: self.microbatches] for some in rows]
         first = [state["first"]] if self.slots.watched else []
         return [*state["sums"], *first], state.get("gradients", []), parts
 
@@ -87,29 +86,7 @@ class Worker(ChunkWork):
         """Return zeros for the gradients of `places`."""
         return [_wide_zeros(self.leaves[n]) for n in self.places]
 
-    # One stretch
-
-    def _rounds(self, one: Rounds, state: Any, first: int) -> tuple[Any, list[Any]]:
-        """Run rounds from tick `first` on; return the state, and the rows of heads, a list or none."""
-        if one.times == 1:
-            return self._stretches(one, state, jnp.int32(first))
-        begins = first + one.ticks * jnp.arange(one.times)
-        state, found = lax.scan(lambda state, begin: self._stretches(one, state, begin), state, begins)
-        return state, jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), found)
-
-    def _stretches(self, whole: Rounds, state: Any, first: Array) -> tuple[Any, list[Any]]:
-        rows = []
-        for one in whole.stretches:
-            state, found = self._stretch(one, state, first)
-            rows += [found] if HEAD in one.work else []
-            first = first + one.ticks
-        return state, rows
-
-    def _stretch(self, one: Stretch, state: Any, first: Array) -> tuple[Any, Any]:
-        def tick(state: Any, t: Array) -> tuple[Any, Any]:
-            return self._tick(one.work, state, t)
-
-        return lax.scan(tick, state, first + jnp.arange(one.ticks))
+    # One tick
 
     def _tick(self, work: frozenset[str], state: Any, t: Array) -> tuple[Any, Any]:
         state, parts, given = dict(state), (), None
@@ -150,7 +127,7 @@ class Worker(ChunkWork):
         """Make what enters the first stage in the next tick."""
         entering = forward_at(t + 1, 0, *self._shape).microbatch
         embedded = self._embed(self.leaves, self.micro(entering))
-        state = self._watched(state, t, EMBED, is_one(entering, self.microbatches), embedded)
+        state = self.watched(state, t, EMBED, is_one(entering, self.microbatches), embedded)
         return {**state, "next": self.stages.put_together(embedded)}
 
     def forward(self, state: Any, t: Array) -> tuple[Any, Stream]:
@@ -166,7 +143,7 @@ class Worker(ChunkWork):
             state["ring"] = [held.at[t % self._held].set(one) for held, one in pairs]
         if sound is not None:
             real = is_one(unit.microbatch, self.microbatches)
-            state = self._watched(state, t, FORWARD, real & ~sound.all(), layer=first_layer(~sound))
+            state = self.watched(state, t, FORWARD, real & ~sound.all(), layer=first_layer(~sound))
         return state, given
 
     def head(self, state: Any, t: Array, given: Stream) -> tuple[Any, Any, Stream | None]:
@@ -190,7 +167,7 @@ class Worker(ChunkWork):
         learnt, pull, found = jax.vjp(leave, trained, self.stages.learning(share), has_aux=True)
         grown, back = pull(list(self.cotangents))
         state["gradients"] = self.grown(state["gradients"], own, grown, real if self._pads else True)
-        state = self._watched(state, t, HEAD, real, [*learnt, *grown, *back])
+        state = self.watched(state, t, HEAD, real, [*learnt, *grown, *back])
         sums, parts = self.add(state["sums"], found)
         state["sums"] = if_real(real, sums, state["sums"])
         return state, parts, self.stages.gradient_of_shares(back, owner)
@@ -216,7 +193,7 @@ class Worker(ChunkWork):
             sound = are_finite([*grown, *state["left"]])
             stacked = [one for n, one in zip(own, grown, strict=True) if n in self.slots.stored]
             stacked += [one for one in late if one.shape[:1] == (self.slots.each,)]
-            state = self._watched(state, t, BACKWARD, real & ~sound, layer=last_layer(stacked))
+            state = self.watched(state, t, BACKWARD, real & ~sound, layer=last_layer(stacked))
         state["gradients"] = self.grown(state["gradients"], own, grown, real, unit.chunk)
         return state
 
@@ -230,7 +207,7 @@ class Worker(ChunkWork):
         if self.slots.watched:
             stacked = [one for n, one in zip(late, grown, strict=True) if n in self.slots.stored]
             fault = real & ~are_finite(grown)
-            state = self._watched(state, t, WEIGHTS, fault, layer=last_layer(stacked))
+            state = self.watched(state, t, WEIGHTS, fault, layer=last_layer(stacked))
         state["gradients"] = self.grown(state["gradients"], late, grown, real, unit.chunk)
         return state
 
@@ -248,7 +225,7 @@ class Worker(ChunkWork):
         _, pull = jax.vjp(embed, [self.leaves[n] for n in own])
         grown = pull(share)[0]
         state["gradients"] = self.grown(state["gradients"], own, grown, real)
-        return self._watched(state, t, LEARN, real, grown)
+        return self.watched(state, t, LEARN, real, grown)
 
     # The pieces
 
@@ -271,7 +248,7 @@ class Worker(ChunkWork):
 
     # Small things
 
-    def _watched(
+    def watched(
         self,
         state: Any,
         t: Array,
@@ -287,7 +264,7 @@ class Worker(ChunkWork):
         if not self.slots.watched:
             return state
         fault = real if values is None else real & ~are_finite(values)
-        number = number_of(self.slots, t, work, self._stage, layer)
+        number = self.numbering.number(t, work, self._stage, layer, self.stack)
         return {**state, "first": jnp.minimum(state["first"], jnp.where(fault, number, NOWHERE))}
 
     @property

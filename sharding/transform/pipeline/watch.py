@@ -12,13 +12,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from .beside import backward_later, forward_later
 from .schedule import BACKWARD, EMBED, FORWARD, HEAD, LEARN, WEIGHTS, backward_at, forward_at, unit_at
-from .slots import Slots
+from .slots import Slots, layers_of_chunk
 
 Array = Any
 
-# In the order in which they hand on within a tick.
-_WORK = (EMBED, FORWARD, LEARN, HEAD, BACKWARD, WEIGHTS)
+# In the order in which they hand on within a tick, from one stack of layers to the next too.
+_WORK = (FORWARD, EMBED, LEARN, HEAD, BACKWARD, WEIGHTS)
+_OF_LAYERS = (FORWARD, BACKWARD, WEIGHTS)
 NOWHERE = 2**31 - 1
 # Of what is worked out of sums over the whole batch, before any gradient goes back.
 BEHIND_SUMS = -1
@@ -28,7 +30,8 @@ BEHIND_SUMS = -1
 class Fault:
     """A value that is not finite: the `work` of a microbatch, of layers' work in which layer.
 
-    `stage` and `chunk` have the layer; embedding and head are shared by all stages.
+    `stage` and `chunk` have the layer; embedding and head are shared by all stages. `stack` is the stack of
+    layers, as they run: of ``embed`` and ``learn`` the one that is entered, of ``head`` the last.
     """
 
     work: str
@@ -37,42 +40,79 @@ class Fault:
     layer: int | None = None
     stage: int | None = None
     chunk: int | None = None
+    stack: int = 0
 
 
-def number_of(slots: Slots, tick: Array, work: str, stage: Array, layer: Array) -> Array:
-    """Return the number of a fault: `layer` is counted from the first of the stage's chunk."""
-    # Ticks begin at -1.
-    turn = (tick + 1) * len(_WORK) + _WORK.index(work)
-    return ((turn * slots.stages + stage) * slots.each + layer).astype(jnp.int32)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numbering:
+    """Numbers of faults in stacks of so many `layers`, in `stages` stages of `chunks` chunks of each.
 
+    Ticks are those of a stack alone; numbers and faults have them as all stacks count them.
 
-def fault_of(number: int, layers: int, stages: int, chunks: int = 1) -> Fault | None:
-    """Return the fault that `number_of` numbered, None for none of a pipeline's.
-
-    >>> slots = Slots(layers=8, stages=2, chunks=2, stored={}, manual=())
-    >>> fault_of(int(number_of(slots, jnp.int32(5), FORWARD, jnp.int32(1), jnp.int32(1))), 8, 2, 2)
-    Fault(work='forward', microbatch=2, tick=5, layer=3, stage=1, chunk=0)
+    >>> stacks = Numbering(layers=(8, 4), stages=2, chunks=2)
+    >>> stacks.fault(int(stacks.number(jnp.int32(5), FORWARD, jnp.int32(1), jnp.int32(1))))
+    Fault(work='forward', microbatch=2, tick=5, layer=3, stage=1, chunk=0, stack=0)
+    >>> stacks.fault(int(stacks.number(jnp.int32(5), FORWARD, jnp.int32(1), jnp.int32(0), stack=1)))
+    Fault(work='forward', microbatch=2, tick=9, layer=1, stage=1, chunk=0, stack=1)
     """
-    if number in (NOWHERE, BEHIND_SUMS):
-        return None
-    slots = Slots(layers=layers, stages=stages, chunks=chunks, stored={}, manual=())
-    rest, layer = divmod(number, slots.each)
-    rest, stage = divmod(rest, stages)
-    turn, work = divmod(rest, len(_WORK))
-    tick, name = turn - 1, _WORK[work]
-    if name in (FORWARD, BACKWARD, WEIGHTS):
-        unit = unit_at(name, tick, stage, stages, chunks)
-        place = (unit.chunk * stages + stage) * slots.each + layer
-        chunk = int(unit.chunk)
-        return Fault(
-            work=name, microbatch=int(unit.microbatch), tick=tick, layer=place, stage=stage, chunk=chunk
-        )
-    units = {
-        EMBED: forward_at(tick + 1, 0, stages, chunks),
-        HEAD: forward_at(tick, stages - 1, stages, chunks),
-        LEARN: backward_at(tick - 1, 0, stages, chunks),
-    }
-    return Fault(work=name, microbatch=int(units[name].microbatch), tick=tick)
+
+    layers: tuple[int, ...]
+    stages: int
+    chunks: int = 1
+
+    @classmethod
+    def of(cls, stacks: Sequence[Slots]) -> Numbering:
+        """Return the numbering of faults in these stacks."""
+        layers = tuple(one.layers for one in stacks)
+        return cls(layers=layers, stages=stacks[0].stages, chunks=stacks[0].chunks)
+
+    def number(self, tick: Array, work: str, stage: Array, layer: Array, stack: int = 0) -> Array:
+        """Return the number of a fault: `layer` is counted from the first of the stage's chunk."""
+        # Ticks begin at -1.
+        turn = (tick + self._later(work, stack) + 1) * len(_WORK) + _WORK.index(work)
+        place = (turn * len(self.layers) + stack) * self.stages + stage
+        return (place * self._most + layer).astype(jnp.int32)
+
+    def fault(self, number: int) -> Fault | None:
+        """Return the fault of a `number`, None for none of a pipeline's."""
+        if number in (NOWHERE, BEHIND_SUMS):
+            return None
+        rest, layer = divmod(number, self._most)
+        rest, stage = divmod(rest, self.stages)
+        rest, stack = divmod(rest, len(self.layers))
+        turn, work = divmod(rest, len(_WORK))
+        tick, name, shape = turn - 1, _WORK[work], (self.stages, self.chunks)
+        alone = tick - self._later(name, stack)
+        if name in _OF_LAYERS:
+            unit = unit_at(name, alone, stage, *shape)
+            return Fault(
+                work=name,
+                microbatch=int(unit.microbatch),
+                tick=tick,
+                layer=(unit.chunk * self.stages + stage) * self._each(stack) + layer,
+                stage=stage,
+                chunk=int(unit.chunk),
+                stack=stack,
+            )
+        units = {
+            EMBED: forward_at(alone + 1, 0, *shape),
+            HEAD: forward_at(alone, self.stages - 1, *shape),
+            LEARN: backward_at(alone - 1, 0, *shape),
+        }
+        return Fault(work=name, microbatch=int(units[name].microbatch), tick=tick, stack=stack)
+
+    def _later(self, work: str, stack: int) -> int:
+        """Return how many ticks later than alone a stack does some work."""
+        if work in (FORWARD, EMBED, HEAD):
+            return forward_later(stack, self.stages, self.chunks)
+        return backward_later(stack, len(self.layers), self.stages, self.chunks)
+
+    def _each(self, stack: int) -> int:
+        return layers_of_chunk(self.layers[stack], self.stages, self.chunks)
+
+    @property
+    def _most(self) -> int:
+        return max(map(self._each, range(len(self.layers))))
 
 
 def are_finite(values: Sequence[Array]) -> Array:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .beside import StackStretch, StackWork, backward_later, forward_later, stretches, waits
+from .beside import StackWork, backward_later, forward_later, stack_rounds, waits
 from .chunk import filled
+from .loops import run_rounds
 from .schedule import (
     BACKWARD,
     EMBED,
@@ -27,6 +28,7 @@ from .schedule import (
 )
 from .stream import CONSTANT, Stream
 from .ticks import Worker
+from .watch import NOWHERE
 
 Array = Any
 
@@ -38,32 +40,29 @@ class Workers:
     stacks: Sequence[Worker]
 
     def run(self, sums: Any) -> tuple[Any, Any, Any]:
-        """Return the sums, the gradients of the first one's `places`, and rows of all microbatches."""
-        first = self.stacks[0]
-        learns = bool(first.places)
+        """Return the sums, the gradients of the first one's `places`, and rows of all microbatches.
+
+        Where layers are watched, the number of where a value was first not finite stands behind the sums.
+        """
+        first, count = self.stacks[0], len(self.stacks)
+        learns, watched = bool(first.places), first.slots.watched
         state: dict[str, Any] = {"sums": sums, "stacks": [], "shares": []}
         for one in self.stacks:
             blank = one.stages.blank()
             own: dict[str, Any] = {"next": blank, "sent": blank}
             state["stacks"].append(own | (one.learning() if learns else {}))
+        if watched:
+            state["first"] = jnp.int32(NOWHERE)
         if learns:
             state["gradients"] = first.no_gradients()
-            state["shares"] = [self._room(stack) for stack in range(len(self.stacks) - 1)]
-        tick, rows = -1, []
+            state["shares"] = [self._room(stack) for stack in range(count - 1)]
         delayed = [k for k, own in enumerate(state["stacks"]) if "kept" in own]
-        count = len(self.stacks)
-        for one in stretches(self._stages, first.microbatches, count, learns=learns, delayed=delayed):
-            state, found = self._stretch(one, state, tick)
-            rows += [found] if StackWork(HEAD, len(self.stacks) - 1) in one.work else []
-            tick += one.ticks
-        parts = [jnp.concatenate(some) for some in zip(*rows, strict=True)]
-        return state["sums"], state.get("gradients", []), parts
-
-    def _stretch(self, one: StackStretch, state: Any, first: int) -> tuple[Any, Any]:
-        def tick(state: Any, t: Array) -> tuple[Any, Any]:
-            return self._tick(one.work, state, t)
-
-        return lax.scan(tick, state, first + jnp.arange(one.ticks))
+        found = stack_rounds(
+            self._stages, first.microbatches, count, self._chunks, learns=learns, delayed=delayed
+        )
+        state, rows = run_rounds(found, StackWork(HEAD, count - 1), self._tick, state)
+        sums = [*state["sums"], *([state["first"]] if watched else [])]
+        return sums, state.get("gradients", []), [some[: first.microbatches] for some in rows]
 
     def _tick(self, work: frozenset[StackWork], state: Any, t: Array) -> tuple[Any, Any]:
         state = {**state, "stacks": [dict(one) for one in state["stacks"]], "shares": list(state["shares"])}
@@ -77,10 +76,14 @@ class Workers:
                 returned[k] = one.stages.hand_on(own[k]["left"], -1, learning=True)
         for k, one in self._of(FORWARD, work):
             with named(FORWARD):
-                own[k], given[k] = one.forward(own[k], t - forward_later(k, self._stages))
+                after, given[k] = one.forward(self._all(state, k), t - self._ahead(k))
+                self._keep(state, k, after)
         for k, one in self._of(EMBED, work):
             with named(EMBED):
-                own[k] = one.embed(own[k], t) if k == 0 else self._across(k, state, t, given[k - 1])
+                if k:
+                    self._across(k, state, t, given[k - 1])
+                else:
+                    self._keep(state, k, one.embed(self._all(state, k), t))
         for k, one in self._of(LEARN, work):
             with named(LEARN):
                 if k:
@@ -92,8 +95,7 @@ class Workers:
                 self._keep(state, k, one.weights(self._all(state, k), t - self._back(k)))
         for k, one in self._of(HEAD, work):
             with named(HEAD):
-                found = one.head(self._all(state, k), t - forward_later(k, self._stages), given[k])
-                after, parts, gradient = found
+                after, parts, gradient = one.head(self._all(state, k), t - self._ahead(k), given[k])
                 self._keep(state, k, after)
                 if gradient is not None:
                     gradients[last] = gradient
@@ -108,24 +110,26 @@ class Workers:
 
     # Between two stacks
 
-    def _across(self, k: int, state: Any, t: Array, given: Stream) -> Any:
+    def _across(self, k: int, state: Any, t: Array, given: Stream) -> None:
         """Take what has left the stack before into stack k, each stage its share of the rows."""
         before, after = self.stacks[k - 1], self.stacks[k]
-        left = forward_at(t - forward_later(k - 1, self._stages), self._stages - 1, self._stages)
+        number = forward_at(t + 1 - self._ahead(k), 0, self._stages, self._chunks).microbatch
         share = before.stages.shared_out(given, before.stages.index == self._stages - 1)
         if state["shares"]:
-            room = state["shares"][k - 1]
-            place, kept = t % (self._span(k) + 1), self._known(k - 1, share)
+            room, place = state["shares"][k - 1], number % self._held(k - 1)
+            kept = self._known(k - 1, share)
             state["shares"][k - 1] = [all_.at[place].set(one) for all_, one in zip(room, kept, strict=True)]
-        entered = after.entered(before.leave(before.leaves, share, before.micro(left.microbatch)))
-        return {**state["stacks"][k], "next": after.stages.put_together(entered)}
+        entered = after.entered(before.leave(before.leaves, share, before.micro(number)))
+        own, real = self._all(state, k), is_one(number, before.microbatches)
+        own = after.watched(own, t - self._ahead(k), EMBED, real, entered)
+        self._keep(state, k, {**own, "next": after.stages.put_together(entered)})
 
     def _back_across(self, k: int, state: Any, t: Array) -> Stream:
         """Take the gradient of what entered stack k to the last stage of the one before it."""
         before, after = self.stacks[k - 1], self.stacks[k]
-        number = backward_at(t - self._back(k) - 1, 0, self._stages).microbatch
+        number = backward_at(t - self._back(k) - 1, 0, self._stages, self._chunks).microbatch
         real, microbatch = is_one(number, before.microbatches), before.micro(number)
-        place = (t - self._span(k)) % (self._span(k) + 1)
+        place = number % self._held(k - 1)
         kept = iter([room[place] for room in state["shares"][k - 1]])
         items = before.stages.items
         share = [
@@ -143,11 +147,13 @@ class Workers:
         left = state["stacks"][k]["left"]
         grown, back = pull(after.stages.shares_of_gradient(left, after.stages.index == 0))
         state["gradients"] = before.grown(state["gradients"], places, grown, real)
+        own = after.watched(self._all(state, k), t - self._back(k), LEARN, real, [*grown, *back])
+        self._keep(state, k, own)
         return before.stages.gradient_of_shares(back, before.stages.index == self._stages - 1)
 
     def _room(self, stack: int) -> list[Array]:
         """Return room for the shares of what a stack has given, until their gradients come back."""
-        held = self._span(stack + 1) + 1
+        held = self._held(stack)
         return [jnp.zeros((held, *one.shape), one.dtype) for one in self._known(stack, self._shares(stack))]
 
     def _shares(self, stack: int) -> Stream:
@@ -170,24 +176,34 @@ class Workers:
     def _stages(self) -> int:
         return self.stacks[0].slots.stages
 
-    def _back(self, stack: int) -> int:
-        return backward_later(stack, len(self.stacks), self._stages)
+    @property
+    def _chunks(self) -> int:
+        return self.stacks[0].slots.chunks
 
-    def _span(self, stack: int) -> int:
-        """Return how many ticks lie between a microbatch's way into a stack and its gradient's out of it."""
-        return waits(stack - 1, len(self.stacks), self._stages)
+    def _ahead(self, stack: int) -> int:
+        return forward_later(stack, self._stages, self._chunks)
+
+    def _back(self, stack: int) -> int:
+        return backward_later(stack, len(self.stacks), self._stages, self._chunks)
+
+    def _held(self, stack: int) -> int:
+        """Return how many microbatches lie between their way out of a stack and their gradient's into it."""
+        return waits(stack, len(self.stacks), self._stages) + 1
 
     def _of(self, what: str, work: frozenset[StackWork]) -> list[tuple[int, Worker]]:
         return [(k, one) for k, one in enumerate(self.stacks) if StackWork(what, k) in work]
 
     def _all(self, state: Any, stack: int) -> dict[str, Any]:
         """Return what one stack's worker takes for its state."""
-        return {**state["stacks"][stack], "sums": state["sums"], "gradients": state.get("gradients", [])}
+        shared = {name: state[name] for name in ("sums", "first") if name in state}
+        return {**state["stacks"][stack], **shared, "gradients": state.get("gradients", [])}
 
     def _keep(self, state: Any, stack: int, found: dict[str, Any]) -> None:
         """Keep what one stack's worker made of it."""
-        for name in ("sums", "gradients"):
-            one = found.pop(name)
-            if name in state:
-                state[name] = one
-        state["stacks"][stack] = found
+        own = dict(found)
+        for name in ("sums", "gradients", "first"):
+            if name in own:
+                one = own.pop(name)
+                if name in state:
+                    state[name] = one
+        state["stacks"][stack] = own

@@ -100,6 +100,49 @@ def test_what_only_a_weights_gradient_has_is_said_to_be_its() -> None:
     assert "in the gradient of the layers' weights of layer 0 of 4" in str(one)
 
 
+def failing_in(stack: str, layer: int, backward: bool = False) -> Callable[..., Any]:
+    """A loss of two stacks of layers, as `failing`."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        x = batch["x"]
+        for name in ("encoder", "decoder"):
+
+            def block(carry: Any, weights: Any, own: bool = name == stack) -> Any:
+                x, number = carry
+                h = x + jnp.tanh(x @ weights)
+                here = (number == layer) & (batch["mark"][:, None, None] > 0) & own
+                return (odd_slope(h, here) if backward else jnp.where(here, jnp.inf, h), number + 1), None
+
+            x = 0.5 * jax.lax.scan(block, (x, 0), params[name])[0][0]
+        return jnp.square(x @ params["head"]).mean()
+
+    return loss
+
+
+def of_two(stack: str, layer: int, backward: bool = False, **how: Any) -> Any:
+    blocks = init()["blocks"]
+    params = {"encoder": jnp.concatenate([blocks, blocks[:2]]), "decoder": blocks, "head": init()["head"]}
+    loss = failing_in(stack, layer, backward)
+    return found(loss, {"stage": 2}, batch(odd=5), params, microbatches=4, **how)
+
+
+def test_the_second_of_two_stacks_is_named() -> None:
+    assert (
+        "in the forward pass of layer 2 of 4 (from 0) in decoder, microbatch 1 of 4, stage 1 of 2, tick 4"
+        in str(of_two("decoder", 2))
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interleave", [1, 2])
+@pytest.mark.parametrize(("stack", "layer"), [("encoder", 3), ("decoder", 1)])
+def test_a_gradient_of_two_stacks_has_its_stack_and_chunk(stack: str, layer: int, interleave: int) -> None:
+    one = of_two(stack, layer, True, interleave=interleave, schedule="delayed")
+    each = {1: {"encoder": 3, "decoder": 2}, 2: {"encoder": 2, "decoder": 1}}[interleave][stack]
+    assert (one.fault.work, one.fault.stack, one.fault.layer) == ("backward", int(stack == "decoder"), layer)
+    assert (one.fault.chunk * 2 + one.fault.stage, one.fault.microbatch) == (layer // each, 1)
+
+
 def test_a_plan_without_stages_tells_its_layer() -> None:
     said = str(found(failing(3), {"data": 2}, batch(odd=0)))
     assert said == "the first value that is not finite is in the forward pass of layer 3 of 4 (from 0)"

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from meshwright.sharding import declare, plan
+from meshwright.sharding import UserError, declare, plan
 from meshwright.sharding.transform.pipeline.beside import (
     backward_later,
     forward_later,
-    stretches,
+    stack_rounds,
     waits,
 )
 from meshwright.sharding.transform.pipeline.schedule import (
@@ -133,21 +133,22 @@ def worst(found: Any, wanted: Any) -> float:
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("delayed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("name", "scanned", "mesh", "microbatches"),
+    ("name", "scanned", "mesh", "microbatches", "interleave"),
     [
-        ("encoder_decoder", True, {"stage": 2, "fsdp": 2}, 3),
+        ("encoder_decoder", True, {"stage": 2, "fsdp": 2}, 3, 1),
         pytest.param(
-            *("dense_then_experts", False, {"stage": 2, "fsdp": 2, "tensor": 2}, 5), marks=pytest.mark.slow
+            *("dense_then_experts", False, {"stage": 2, "fsdp": 2, "tensor": 2}, 5, 1), marks=pytest.mark.slow
         ),
+        pytest.param(*("encoder_decoder", True, {"stage": 2, "fsdp": 2}, 3, 2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
 def test_both_stacks_keep_values_and_gradients(
-    name: str, scanned: bool, mesh: dict, microbatches: int, schedule: str
+    name: str, scanned: bool, mesh: dict, microbatches: int, interleave: int, schedule: str
 ) -> None:
     count = int(np.prod(list(mesh.values())))
     params, rows = init(scanned), batch(8 * microbatches)
-    how = {"mesh": mesh, "microbatches": microbatches, "schedule": schedule}
+    how = {"mesh": mesh, "microbatches": microbatches, "schedule": schedule, "interleave": interleave}
     made = declare(LOSSES[name], params, rows, topology=f"cpu:{count}", **how)
     devices = made.make_mesh(devices=jax.devices()[:count])
     where = made.shardings(params, devices), made.shardings(rows, devices, "batch")
@@ -160,7 +161,7 @@ def test_both_stacks_keep_values_and_gradients(
 
 @pytest.mark.parametrize(
     ("chunks", "counts", "cut"),
-    [(1, (4, 4), True), (1, (5, 8), True), (1, (3, 8), False), (2, (4, 8), False)],
+    [(1, (4, 4), True), (1, (5, 8), True), (1, (3, 8), False), (2, (4, 8), True), (2, (3, 8), False)],
     ids=str,
 )
 def test_stages_store_the_layers_of_every_long_stack(chunks: int, counts: tuple, cut: bool) -> None:
@@ -169,6 +170,23 @@ def test_stages_store_the_layers_of_every_long_stack(chunks: int, counts: tuple,
     made = declare(encoder_decoder, shapes, batch(8), topology="cpu:2", **how)
     assert all(("stage" in str(made.params[f"first/{name}"].spec)) == cut for name in ("q", "up", "down"))
     assert all("stage" in str(made.params[f"second/{name}"].spec) for name in ("q", "up", "down"))
+
+
+def test_chunks_that_one_of_the_stacks_has_no_layers_for_are_refused() -> None:
+    shapes = jax.eval_shape(lambda: init(first=5, second=8))
+    how = {"microbatches": 4, "interleave": 4}
+    said = "8 chunks are more than the 5 layers of first; nearest: interleave=2"
+    with pytest.raises(UserError, match=said):
+        declare(encoder_decoder, shapes, batch(8), topology="cpu:2", mesh={"stage": 2}, **how)
+    how |= {"topology": "v5p:2x2x1", "mesh": {"stage": 2, "data": 2}, "optimizer": optax.sgd(1.0)}
+    with pytest.raises(UserError, match=said):
+        plan(encoder_decoder, shapes, batch(16), **how)
+
+
+def test_a_stack_that_stages_do_not_cut_is_told() -> None:
+    shapes = jax.eval_shape(lambda: init(first=3, second=8))
+    made = declare(encoder_decoder, shapes, batch(8), topology="cpu:2", mesh={"stage": 2}, microbatches=4)
+    assert any(note.startswith("first, 3 layers, lies whole on each of stage=2") for note in made.notes)
 
 
 @pytest.mark.numerics(False)
@@ -202,47 +220,66 @@ def test_memory_is_that_of_a_stages_layers_however_many_microbatches_there_are()
 
 
 @pytest.mark.parametrize("stacks", [2, 3])
-@pytest.mark.parametrize(("stages", "microbatches"), [(2, 1), (2, 8), (4, 3), (4, 20)])
+@pytest.mark.parametrize(
+    ("stages", "microbatches", "chunks"),
+    [(2, 1, 1), (2, 8, 1), (4, 3, 1), (4, 20, 1), (2, 8, 2), (2, 3, 4), (4, 5, 2)],
+)
 def test_a_schedule_of_stacks_takes_all_of_them_through_in_order(
-    stages: int, microbatches: int, stacks: int
+    stages: int, microbatches: int, chunks: int, stacks: int
 ) -> None:
-    done: dict[tuple[str, int, int, int], int] = {}
+    done: dict[tuple[str, int, int, int, int], int] = {}
     taken: Counter[tuple[str, int]] = Counter()
-    tick = -1
-    for one in stretches(stages, microbatches, stacks, learns=True):
-        for t in range(tick, tick + one.ticks):
-            for what, stack in one.work:
-                taken[what, stack] += 1
-                ahead, back = forward_later(stack, stages), backward_later(stack, stacks, stages)
-                units = {
-                    FORWARD: [forward_at(t - ahead, s, stages) for s in range(stages)],
-                    BACKWARD: [backward_at(t - back, s, stages) for s in range(stages)],
-                    EMBED: [forward_at(t + 1 - ahead, 0, stages)],
-                    LEARN: [backward_at(t - 1 - back, 0, stages)],
-                    HEAD: [forward_at(t - ahead, stages - 1, stages)],
-                }
-                for s, unit in enumerate(units[what]):
-                    if 0 <= unit.microbatch < microbatches:
-                        assert (what, stack, s, unit.microbatch) not in done
-                        done[what, stack, s, unit.microbatch] = t
-        tick += one.ticks
-    last = stages - 1
+    found = stack_rounds(stages, microbatches, stacks, chunks, learns=True)
+    ticks = [
+        work
+        for one in found
+        for _ in range(one.times)
+        for each in one.stretches
+        for work in [each.work] * each.ticks
+    ]
+    shape = (stages, chunks)
+    for t, work in enumerate(ticks, start=-1):
+        for what, stack in work:
+            taken[what, stack] += 1
+            ahead = forward_later(stack, stages, chunks)
+            back = backward_later(stack, stacks, stages, chunks)
+            units = {
+                FORWARD: [forward_at(t - ahead, s, *shape) for s in range(stages)],
+                BACKWARD: [backward_at(t - back, s, *shape) for s in range(stages)],
+                EMBED: [forward_at(t + 1 - ahead, 0, *shape)],
+                LEARN: [backward_at(t - 1 - back, 0, *shape)],
+                HEAD: [forward_at(t - ahead, stages - 1, *shape)],
+            }
+            for s, unit in enumerate(units[what]):
+                wanted = {EMBED: 0, LEARN: 0, HEAD: chunks - 1}.get(what, unit.chunk)
+                if 0 <= unit.microbatch < microbatches:
+                    assert unit.chunk == wanted
+                    key = (what, stack, s, unit.microbatch, unit.chunk)
+                    assert key not in done
+                    done[key] = t
+    last, end = stages - 1, chunks - 1
     for m in range(microbatches):
         for k in range(stacks):
-            forward, backward = done[FORWARD, k, 0, m], done[BACKWARD, k, 0, m]
-            assert done[EMBED, k, 0, m] == forward - 1
-            assert done[LEARN, k, 0, m] == backward + 1
-            assert [done[FORWARD, k, s, m] - forward for s in range(stages)] == list(range(stages))
-            assert [backward - done[BACKWARD, k, s, m] for s in range(stages)] == list(range(stages))
+            entered, left = done[FORWARD, k, 0, m, 0], done[FORWARD, k, last, m, end]
+            began, ended = done[BACKWARD, k, last, m, end], done[BACKWARD, k, 0, m, 0]
+            assert done[EMBED, k, 0, m, 0] == entered - 1
+            assert done[LEARN, k, 0, m, 0] == ended + 1
+            for c in range(chunks):
+                forward, backward = done[FORWARD, k, 0, m, c], done[BACKWARD, k, 0, m, c]
+                assert [done[FORWARD, k, s, m, c] - forward for s in range(stages)] == list(range(stages))
+                assert [backward - done[BACKWARD, k, s, m, c] for s in range(stages)] == list(range(stages))
+                assert forward - entered == ended - backward == c * stages
             # What a stage holds of a microbatch's input until it is needed again.
-            assert backward - forward == 2 * last + waits(k, stacks, stages)
+            assert ended - entered == 2 * (stages * chunks - 1) + waits(k, stacks, *shape)
             if k:
-                assert done[EMBED, k, 0, m] == done[FORWARD, k - 1, last, m]
-                assert done[LEARN, k, 0, m] == done[BACKWARD, k - 1, last, m]
-        assert done[HEAD, stacks - 1, 0, m] == done[FORWARD, stacks - 1, last, m]
-        assert done[HEAD, stacks - 1, 0, m] == done[BACKWARD, stacks - 1, last, m]
+                assert done[EMBED, k, 0, m, 0] == done[FORWARD, k - 1, last, m, end]
+                assert done[LEARN, k, 0, m, 0] == done[BACKWARD, k - 1, last, m, end]
+        assert done[HEAD, stacks - 1, 0, m, end] == left == began
+    slots = microbatches if chunks == 1 else -(-microbatches // stages) * stages
     layers = {taken[what, k] for what in (FORWARD, BACKWARD) for k in range(stacks)}
-    assert layers == {microbatches + stages - 1}
+    assert layers == {slots * chunks + stages - 1}
+    if chunks > 1:
+        assert {taken[EMBED, k] for k in range(1, stacks)} == {taken[HEAD, stacks - 1]} == {slots}
 
 
 @pytest.mark.parametrize(("first", "held"), [(8, 16 / 4), (6, 6 + 8 / 4)])
