@@ -136,6 +136,15 @@ def path_of(keys: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def called(kind: str, path: str) -> str:
+    """Return what to call an array of a tree in a sentence; a tree that is one array has no path.
+
+    >>> called("parameter", "mlp/up"), called("parameter", "")
+    ("parameter 'mlp/up'", 'the parameter')
+    """
+    return f"{kind} {path!r}" if path else f"the {kind}"
+
+
 def by_suffix(path: str, found: Mapping[str, Any]) -> str | None:
     """Return the key of `found` that is `path` or, failing that, its longest ending at a `/`.
 

@@ -179,7 +179,7 @@ def notes_of(program: Program, topology: Topology, layout: Candidate) -> tuple[s
     )
     known = frozenset().union(*(stacked(program, one) for one in uncut))
     return by_rows + tuple(
-        f"{argument.path} {argument.shape} lies whole on every device: {why(argument)}"
+        f"{argument.path or 'the parameter'} {argument.shape} lies whole on every device: {why(argument)}"
         for argument in program.stored
         if not any(layout.stored[argument.index])
         and argument.index not in known

@@ -219,7 +219,7 @@ def _whole(case: Case) -> Iterator[Obstacle]:
     needed = case.estimate.needed_bytes
     yield Obstacle(
         what=f"{len(whole)} parameters lie whole on every device, with gradients and moments {gib(total)}, "
-        f"the largest {largest.path} {largest.shape}",
+        f"the largest {largest.path or 'of them'} {largest.shape}",
         remedy=f"cut over all devices {gib(needed - saved)} would be needed instead of {gib(needed)}",
         gain=needed / (needed - saved),
     )

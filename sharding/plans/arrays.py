@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ..errors import UserError, check_word, nearest, wrong
 from ..hardware.mesh import check_mesh, make_mesh
 from ..hardware.topology import Topology
-from ..paths import by_path, map_by_path
+from ..paths import by_path, called, map_by_path
 from ..program.jaxpr import Traces
 from ..program.loss import abstract, check_leaves, checked
 from ..program.program import Program, Result
@@ -198,7 +198,9 @@ def check_arrays(plan: Decision, kind: str, tree: Any) -> None:
     planned = _table(plan, kind)
     for path, (shape, dtype) in _same_paths(kind, planned, tree).items():
         if planned[path].shape != shape:
-            raise UserError(f"{kind} {path!r} has shape {shape}; the plan was made for {planned[path].shape}")
+            raise UserError(
+                f"{called(kind, path)} has shape {shape}; the plan was made for {planned[path].shape}"
+            )
         _check_type(kind, path, planned[path], dtype)
 
 
@@ -219,7 +221,9 @@ def check_rows(plan: Decision, batch: Any) -> None:
         _check_type("batch array", path, row, dtype)
         led = row.shape[:1] == (planned_rows,)
         if shape != row.shape and not (led and shape and shape[1:] == row.shape[1:]):
-            raise UserError(f"batch array {path!r} has shape {shape}; the plan was made for {row.shape}")
+            raise UserError(
+                f"{called('batch array', path)} has shape {shape}; the plan was made for {row.shape}"
+            )
         if not (led and row.spec and row.spec[0]):
             continue
         first = first or (path, shape[0])
@@ -235,7 +239,7 @@ def check_rows(plan: Decision, batch: Any) -> None:
 
 def _check_type(kind: str, path: str, row: ArrayPlan, dtype: str) -> None:
     if dtype != (wanted := _canonical(row.dtype)):
-        raise UserError(f"{kind} {path!r} is of type {dtype}; the plan was made for {wanted}")
+        raise UserError(f"{called(kind, path)} is of type {dtype}; the plan was made for {wanted}")
 
 
 def _canonical(dtype: str) -> str:
@@ -270,7 +274,7 @@ def _reshaped(plan: Decision, kind: str, tree: Any) -> dict[str, ArrayPlan]:
     have = _same_paths(kind, planned, tree)
     for path, row in planned.items():
         if len(have[path][0]) != len(row.shape):
-            raise UserError(f"{kind} {path!r} has shape {have[path][0]}, not one like {row.shape}")
+            raise UserError(f"{called(kind, path)} has shape {have[path][0]}, not one like {row.shape}")
     return {path: dataclasses.replace(row, shape=have[path][0]) for path, row in planned.items()}
 
 

@@ -25,6 +25,7 @@ from ..program.primitives import Trait, primitives
 from ..program.program import Dims, Equation, Program, Scope
 from ..program.stacks import is_stack
 from .attention import AttentionKernel
+from .convolution import convolved_in_groups
 from .experts import BY_TILES, NOWHERE, Multiplier, on_mesh, own_experts
 from .gather import NOTHING, ByHand, Scattering, StoredParameter, elementwise, learning
 from .lookup import lookup_by_columns, lookup_summed_by_device
@@ -219,6 +220,11 @@ class Constrain(Pass):
             # Where no axis cuts the ids, no device has but a share of the sums.
             if self._sums_wide and not axes_in(of_ids) and is_short(values[0].dtype):
                 return [looked_up(equation.eqn, *values)]
+        if equation.primitive == "conv_general_dilated":
+            of_ins = [self._spec(dims, v.shape) for dims, v in zip(equation.ins, values, strict=True)]
+            by_hand = convolved_in_groups(equation.eqn, self._mesh, of_ins, widens=self._on_cpu)
+            if by_hand is not None:
+                return [by_hand(*values)]
         return go(values)
 
     def _scan(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:

@@ -227,7 +227,8 @@ def _stores_nothing(given: Given, draft: Draft) -> str | None:
     if largest.index in draft.kept.arrays:
         # Rules keep it as it is asked to be.
         return None
-    why = f"{largest.path} {largest.shape} is too small to gather, scanned over, or cut by other axes"
+    name = largest.path or "the parameter"
+    why = f"{name} {largest.shape} is too small to gather, scanned over, or cut by other axes"
     return shards_no_parameter(given.program, _STORING, size, why)
 
 
@@ -235,8 +236,12 @@ def shards_no_parameter(program: Program, axis: str, size: int, why: str | None 
     """Say that a mesh axis shards no parameter: because it divides none, or `why`."""
     if why is None:
         largest = max(program.parameters, key=lambda a: (len(a.shape), *sorted(a.shape, reverse=True)))
-        near = nearest_divisors(max(largest.shape, default=1), size)
-        why = f"it divides none of their dimensions ({largest.path} is {largest.shape}; nearest: {near})"
+        name = largest.path or "the parameter"
+        if largest.shape:
+            near = nearest_divisors(max(largest.shape), size)
+            why = f"it divides none of their dimensions ({name} is {largest.shape}; nearest: {near})"
+        else:
+            why = f"{name} is a single number, which no axis cuts"
     return (
         f"mesh axis {axis}={size} shards no parameter, so that each device holds them whole: {why}; "
         f"for data parallelism alone write {axis}=1, data=-1"

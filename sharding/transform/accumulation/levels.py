@@ -91,7 +91,7 @@ def levels(
     outs = [loss, *others]
     stacks = tuple(dict.fromkeys(one for one in others if one.kind is Kind.EXAMPLES))
     wanted = _closure(totals_under(outs))
-    learnt = _learnt(loss)
+    learnt = _learnt(graph, params, loss)
     order = [op for op in graph.ops if op.is_total and op in wanted]
     reads = _read_by_derivatives(graph, params, shared, loss, learnt)
     taken = {under for op in learnt for under in totals_under(op.ins)}
@@ -189,21 +189,26 @@ def _with_stacks(
     return (*passes[:-1], Sweep(totals=(*final.totals, *rest), stacks=stacks))
 
 
-def _learnt(loss: Held) -> set[Task]:
-    """Return the totals, of what depends on parameters, that the gradient of `loss` goes through."""
+def _learnt(graph: PartGraph, params: Sequence[Held], loss: Held) -> set[Task]:
+    """Return the totals that the gradient of `loss` goes through, all the way to a parameter."""
+    moved = {value for value in params if learns(value)}
+    for op in graph.ops:
+        if not _stops(op) and any(value in moved for value in op.ins):
+            moved.update(out for out in op.outs if learns(out))
     found, seen, left = set[Task](), set[Held](), [loss]
     while left:
         value = left.pop()
-        if value in seen or not value.heavy or not learns(value) or value.op is None:
+        if value in seen or value not in moved or value.op is None:
             continue
         seen.add(value)
-        op = value.op
-        if op.stops or (op.eqn is not None and op.eqn.primitive.name == "stop_gradient"):
-            continue
-        if op.is_total:
-            found.add(op)
-        left += op.ins
+        if value.op.is_total:
+            found.add(value.op)
+        left += value.op.ins
     return found
+
+
+def _stops(op: Task) -> bool:
+    return op.stops or (op.eqn is not None and op.eqn.primitive.name == "stop_gradient")
 
 
 def _read_by_derivatives(

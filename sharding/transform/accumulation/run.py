@@ -415,7 +415,8 @@ def _wide(dtype: Any) -> Any:
 
 
 def _empty(like: Any) -> Array:
-    return jnp.zeros(like.shape, _wide(like.dtype))
+    # A parameter may be a number of Python's.
+    return jnp.zeros(jnp.shape(like), _wide(jnp.result_type(like)))
 
 
 def _grown(totals: Sequence[Array], more: Sequence[Array]) -> list[Array]:

@@ -96,7 +96,13 @@ def test_what_rules_say_is_kept() -> None:
             lambda: declare(
                 lambda w, x: (x @ w).mean(), shape(63, 65), shape(16, 63), topology="cpu:8", mesh={"fsdp": 8}
             ),
-            r"it divides none of their dimensions \(.*\(63, 65\); nearest: 5 or 13\)",
+            r"it divides none of their dimensions \(the parameter is \(63, 65\); nearest: 5 or 13\)",
+        ),
+        (
+            lambda: declare(
+                lambda t, x: (x * t).mean(), shape(), shape(16, 63), topology="cpu:8", mesh={"fsdp": 8}
+            ),
+            "fsdp=8 shards no parameter, .*: the parameter is a single number, which no axis cuts; ",
         ),
     ],
 )

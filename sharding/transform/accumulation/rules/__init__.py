@@ -94,7 +94,7 @@ def _rules() -> dict[str, Rule]:
         "stack": moves.stack,
         "unstack": moves.unstack,
         "tile": moves.tile,
-        "triangular_solve": moves.matrices,
+        "triangular_solve": moves.triangular_solve,
         "fft": moves.fft,
         "dot_general": sums.dot_general,
         "conv_general_dilated": sums.convolution,

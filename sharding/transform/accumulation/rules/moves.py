@@ -240,6 +240,15 @@ def matrices(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, [g.bring(one, form) for one in ins], [form] * len(eqn.outvars))
 
 
+def triangular_solve(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+    """Read a solve: the system of each example, or one system whose right-hand sides are examples'."""
+    matrix, right = ins
+    free = len(right.shape) - (1 if eqn.params["left_side"] else 2)
+    if matrix.kind is not Kind.EXAMPLES and right.form.axis == free:
+        return g.bind(eqn, [g.shared(matrix), right], [right.form])
+    return matrices(g, eqn, ins)
+
+
 def window(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a window that slides over other dimensions."""
     form, p = one_of(ins).form, eqn.params

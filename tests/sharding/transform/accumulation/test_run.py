@@ -133,7 +133,16 @@ def kept_in_a_reference(p, b):
     return total[...] + rows[...].mean(), {"each": rows[...]}
 
 
+def normalised_advantages(p, b):
+    """Advantages out of the value that is learnt, normalised over the batch, as in PPO."""
+    values = logits(p, b)[..., 0]
+    given = b["counts"] - jax.lax.stop_gradient(values)
+    given = (given - given.mean()) / (given.std() + 1e-8)
+    return jnp.square(values - 1).mean() - (given * jnp.exp(-each(p, b))).mean()
+
+
 ACCEPTED = (
+    pytest.param(normalised_advantages, marks=pytest.mark.slow),
     kept_in_a_reference,
     picked_by_row_and_place,
     two_views_and_halves,
@@ -286,6 +295,12 @@ def test_what_is_refused_is_taken_by_part_if_that_is_asked_and_the_plan_says_so(
         assert type(made).from_dict(made.to_dict()).accumulation == "by part"
 
 
+def test_sums_that_no_gradient_goes_through_take_a_pass_forward_each():
+    shapes = jax.eval_shape(params), jax.eval_shape(batch)
+    made = declare(normalised_advantages, *shapes, topology="cpu:8", mesh={"data": 8}, microbatches=2)
+    assert any("take 3 passes" in note for note in made.notes)
+
+
 def test_more_passes_may_be_allowed():
     def normalised(p, b):
         h = b["x"] @ p["inside"]
@@ -320,6 +335,16 @@ def test_narrow_gradients_are_added_up_in_float32(dtype):
 
     assert parts["inside"].dtype == dtype
     assert apart(parts) < 2 * apart(whole)
+
+
+def test_a_number_of_pythons_is_a_parameter_like_any():
+    def loss(p, b):
+        return (b["x"][:, 0] @ p["w"] * p["scale"]).mean()
+
+    p = {"w": jnp.arange(1.0, 1 + WIDTH), "scale": 1.5}
+    made = declare(loss, p, batch(), topology="cpu:8", mesh={"data": 8}, microbatches=2)
+    got, want = jax.grad(made.apply(loss))(p, batch()), jax.grad(loss)(p, batch())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
 def test_complex_parameters_have_their_gradients():
