@@ -176,7 +176,8 @@ class Config(Section):
     stage_remat: bool | None = Field(
         default=None,
         description="Whether a declared pipeline stage keeps its chunks' inputs alone and runs them again on "
-        "the way back, or what `remat` keeps of their layers, in more memory. Null is true.",
+        "the way back, or what `remat` keeps of their layers, in more memory. Null leaves it to the plan; "
+        "where that is `declared`, true.",
     )
     accumulation: Literal["exact", "by part"] = Field(
         default="exact",

@@ -272,9 +272,10 @@ class Plan(Record):
         """Return why the plan is as it is.
 
         Args:
-          subject: an axis (``tensor``), a size of one (``tensor=8``), a dimension or a parameter; all of the
-            plan if not given. A size of an axis that is searched for only where it is declared (``stage=8``)
-            is priced now, if the plan was just made.
+          subject: an axis (``tensor``), a size of one (``tensor=8``), how its stages work
+            (``schedule=delayed``, ``interleave=4``, ``stage_remat=false``), a dimension or a parameter; all
+            of the plan if not given. A size of an axis that is searched for only where it is declared
+            (``stage=8``), and how stages work, is priced now, if the plan was just made.
 
         Raises:
           UserError: `subject` is none of these.

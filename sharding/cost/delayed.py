@@ -20,11 +20,15 @@ def late_seconds(profile: ProgramTables, once: Passes) -> float:
 
 
 def kept_bytes(profile: ProgramTables, work: Worked) -> float:
-    """Return the bytes that they are made of, of one microbatch and all layers; what several read is one."""
+    """Return the bytes that they are made of, of one microbatch and all layers; what several read is one.
+
+    They are kept in the type that products take, which XLA casts them to where they are made.
+    """
     late, weights = _late(profile)
     values = profile.products.values[late]
     operands = np.unique(values[:, :2][~weights[late]])
-    return float(work.saved[operands].sum() + work.saved[np.unique(values[:, 2])].sum())
+    sizes = work.saved * np.minimum(work.product / np.maximum(profile.values.item_bytes, 1.0), 1.0)
+    return float(sizes[operands].sum() + sizes[np.unique(values[:, 2])].sum())
 
 
 def _late(profile: ProgramTables) -> tuple[np.ndarray, np.ndarray]:

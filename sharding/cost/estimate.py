@@ -21,10 +21,10 @@ from .delayed import kept_bytes, late_seconds
 from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables_read_there
 from .execution import Execution, execution_for
 from .kept import Residuals
-from .memory import Standing, Worked, worked
-from .pipeline import LayerTurns, at_least, layer_turns
+from .memory import Standing, Worked, activations, worked
+from .pipeline import LayerTurns, Least, layer_turns, least, lockstep
 from .placement import Placement, place
-from .profile import ProgramTables, profile
+from .profile import LAYERS, ProgramTables, profile
 from .step import Offload, StepParts, microbatch, offload, stacking_seconds, step_seconds
 
 _Key = TypeVar("_Key")
@@ -98,6 +98,7 @@ class Pricer:
         self._standing: dict[object, tuple[Standing, object]] = {}
         self._passes: dict[int, tuple[Passes, Placement]] = {}
         self._least: dict[object, tuple[float, Placement]] = {}
+        self._whole: dict[object, tuple[Least, Placement]] = {}
         self._worked: dict[object, tuple[Worked, object]] = {}
         products = self.profile.products
         runs = self.profile.steps.runs[products.equation]
@@ -223,6 +224,7 @@ class Pricer:
                 lanes=self.topology.chip.lanes,
                 loss_arrays=self.execution.loss_arrays,
                 product_bytes=self.execution.product_bytes,
+                takes_out=self.execution.takes_out,
                 wide_sums=self.execution.wide_sums,
             )
             known = _remembered(self._worked, id(placement), (made, placement))
@@ -274,11 +276,8 @@ class Pricer:
             gradient_bytes=self.gradient_bytes,
             product=math.inf if execution.product_bytes is None else execution.product_bytes,
         )
-        if candidate.schedule == DELAYED:
-            work = self.worked(placement, candidate.mesh)
-            parts = dataclasses.replace(
-                parts, late=late_seconds(table, once), late_bytes=kept_bytes(table, work)
-            )
+        if candidate.schedule == DELAYED or not candidate.stage_remat:
+            parts = self._with_kept(parts, once)
         time = step_seconds(parts, execution.through_stages)
         if candidate.context is not None:
             turns = layer_turns(candidate, table.layers)
@@ -320,20 +319,16 @@ class Pricer:
         work = Attending(forward=forward, backward=backward, again=again + turns.again)
         return context_seconds(calls, candidate.context, wires["context"], calibration, work)
 
-    def least_over_stages(self, candidate: Candidate) -> float:
-        """Return the seconds that `candidate` takes at least however it is stored, its parts the most."""
-        if (other := self.of(candidate)) is not self:
-            return other.least_over_stages(candidate)
-        placement = self.place(dataclasses.replace(candidate, microbatches=1))
-        return at_least(self._unstored(candidate, placement)) * _lateness(candidate, self.calibration)
-
     def least(self, candidate: Candidate) -> float:
-        """Return the seconds that `candidate`, without stages, takes at least however it is stored.
+        """Return the seconds that `candidate` takes at least however it is stored.
 
-        What is kept is not counted as `kept`.
+        Over stages they are also those in fewer microbatches. What is kept is not counted as `kept`.
         """
         if (other := self.of(candidate)) is not self:
             return other.least(candidate)
+        late = _lateness(candidate, self.calibration)
+        if candidate.mesh.get("stage", 1) > 1:
+            return self.whole(candidate).over(self.profile, lockstep(candidate)) * late
         placement = self.place(candidate)
         key = (id(placement), candidate.remat, *candidate.saved.items())
         known = self._least.get(key)
@@ -343,7 +338,29 @@ class Pricer:
                 float(row.sum()) for name, row in found.items() if name != "kept"
             )
             known = _remembered(self._least, key, (seconds, placement))
-        return known[0] * _lateness(candidate, self.calibration)
+        return known[0] * late
+
+    def whole(self, candidate: Candidate) -> Least:
+        """Return what of the whole batch at once a candidate over stages takes at least."""
+        placement = self.place(dataclasses.replace(candidate, microbatches=1))
+        key = (id(placement), candidate.stage_remat, candidate.remat, *candidate.saved.items())
+        known = self._whole.get(key)
+        if known is None:
+            once = self._once(placement, self.calibration, self.execution, known=True)
+            parts = self._with_kept(self._unstored(candidate, placement), once)
+            known = _remembered(self._whole, key, (least(parts), placement))
+        return known[0]
+
+    def _with_kept(self, parts: StepParts, once: Passes) -> StepParts:
+        """Return the parts of a step over stages with what goes over its ticks, and what is delayed."""
+        work = self.worked(parts.placement, parts.candidate.mesh)
+        saved, _ = activations(self.profile, parts.candidate, work, parts.kept)
+        return dataclasses.replace(
+            parts,
+            late=late_seconds(self.profile, once),
+            late_bytes=kept_bytes(self.profile, work),
+            over_ticks=0.0 if parts.candidate.stage_remat else float(saved[LAYERS]),
+        )
 
     def _unstored(self, candidate: Candidate, placement: Placement) -> StepParts:
         """Return what a step is made of but for what is stored, and travels for it."""

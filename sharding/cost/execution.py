@@ -52,6 +52,7 @@ class Execution:
       loss_arrays: arrays as large as the logits that lie in memory while the loss's gradient is taken.
       aligned_elements: of a product's role that matrix units read at once.
       product_bytes: of an element as products take it, None for its own.
+      takes_out: whether what a loop works with of an array that it carries is taken out of it.
       grouped: what multiplies rows by their experts: XLA's loop over tiles or a kernel (`ops.products`).
       wide_gradients: whether gradients of 16-bit products into float32 are products of float32.
       pads_products: whether matrices of odd widths are padded until matrix units read them whole.
@@ -71,6 +72,7 @@ class Execution:
     loss_arrays: int = 1
     aligned_elements: int = 1
     product_bytes: int | None = None
+    takes_out: bool = False
     grouped: str = TILES
     wide_gradients: bool = False
     short_sums: bool = False
@@ -102,5 +104,6 @@ def execution_for(
         loss_arrays=compiler.loss_arrays,
         aligned_elements=compiler.aligned_elements,
         product_bytes=compiler.product_bytes,
+        takes_out=compiler.takes_out,
         grouped=grouped,
     )

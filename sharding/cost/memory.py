@@ -201,7 +201,8 @@ class Worked:
     saved [V]: of one microbatch, in all runs; live, largest_of [stack]: what fused kernels keep of one layer,
     and its largest value; least [stack]: what is live less what elementwise work gives of it; largest
     [section]: likewise; batch: of the microbatch itself; stream: of what layers hand on; product: of an
-    element as products take it, at most. sent [V]: of each where nothing but layers hands it on.
+    element as products take it, at most. sent [V]: of each where nothing but layers hands it on. takes_out:
+    whether what a loop works with of an array that it carries is taken out of it.
     """
 
     saved: np.ndarray
@@ -213,6 +214,7 @@ class Worked:
     sent: np.ndarray
     stream: float = 0.0
     product: float = math.inf
+    takes_out: bool = False
 
 
 def worked(
@@ -226,6 +228,7 @@ def worked(
     loss_arrays: int = 1,
     product_bytes: int | None = None,
     wide_sums: bool = False,
+    takes_out: bool = False,
 ) -> Worked:
     """Return what `placement`'s values weigh, whatever is kept of them.
 
@@ -277,6 +280,7 @@ def worked(
         sent=sent,
         stream=stream,
         product=math.inf if product_bytes is None else product_bytes,
+        takes_out=takes_out,
     )
 
 

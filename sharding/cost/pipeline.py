@@ -52,9 +52,12 @@ _CUT_OUT = 2
 _SUMMED = 4.0
 # Sums of gradients are read and written, and what is added is read.
 _PASSES_OF_ADDING = 3.0
-# What is kept for gradients of weights that are delayed is read where it was made, and written.
-_PASSES_OF_KEEPING = 2.0
-# Chunks of it beside those that are kept: the one that is made in a tick.
+# What goes over ticks is read where it was made and written into its room, and read there and written to be
+# read: as libtpu and XLA for GPUs compile it. Loops over layers stack it before, and take it apart behind: of
+# what layers keep that is counted where it was measured.
+_PASSES_OF_KEEPING = 4.0
+_PASSES_OF_STACKING = 2.0
+# Chunks of it beside those that there is room for: the one that is made in a tick.
 _KEPT_IN_HAND = 1
 # Phases of `Busy` in which layers run forward, and run again.
 _AGAIN = 2
@@ -200,7 +203,7 @@ def through_stages(parts: StepParts) -> dict[str, float]:
     if ticks.delayed:
         # Of weights' gradients there are no ticks but those of microbatches.
         time["bubble"] -= parts.late * share * (ticks.layer_ticks - ticks.weight_ticks) / ticks.chunks
-        time["kept"] += _keeping(parts, ticks, share / ticks.chunks)
+    time["kept"] += _keeping(parts, ticks, share / ticks.chunks)
     _over_stages(time, parts, ticks, share / ticks.chunks)
     time["host"] += parts.calibration.microbatch_seconds * (ticks.layer_ticks + ticks.stages)
     here = np.array([1.0, held_share(parts.table, ticks.stages, ticks.chunks), 1.0])
@@ -211,22 +214,59 @@ def through_stages(parts: StepParts) -> dict[str, float]:
 
 
 def _keeping(parts: StepParts, ticks: Lockstep, chunk: float) -> float:
-    """Return the seconds of putting what weights' gradients are made of where it is kept, in every tick."""
-    rate = (parts.chip.hbm_bytes_per_second or math.inf) * parts.calibration.memory_efficiency
-    return _PASSES_OF_KEEPING * parts.late_bytes * chunk * ticks.layer_ticks / rate
+    """Return the seconds of what goes over ticks: into its room and out of it in each, all empty at first."""
+    waiting, late = chunk * parts.over_ticks, chunk * parts.late_bytes * ticks.delayed
+    passes, of_late = _passes(parts)
+    moved = waiting * (passes * ticks.layer_ticks + ticks.inputs)
+    moved += late * (of_late * ticks.layer_ticks + ticks.kept)
+    return moved / _memory_rate(parts)
 
 
-def at_least(parts: StepParts) -> float:
-    """Return the seconds of `through_stages` that no storage and no number of microbatches takes away.
+def _passes(parts: StepParts) -> tuple[float, float]:
+    """Return how often what layers keep, and what delayed gradients are made of, go through memory for it."""
+    counted = parts.calibration.kept_passes
+    stacking = counted or _PASSES_OF_STACKING
+    return _PASSES_OF_KEEPING + (0.0 if counted else stacking), _PASSES_OF_KEEPING + stacking
 
-    They are those of a whole batch at once, computed and exchanged where it is computed with, as often as the
-    most microbatches that `parts` has make stages wait.
+
+class Least(NamedTuple):
+    """What no storage and no number of microbatches takes away from a whole batch that goes through stages.
+
+    sections: seconds by section, computed and exchanged where it is computed with; late: of them those of
+    gradients of layers' weights; keeping: those of taking over ticks what layers keep, and made_of: what
+    weights' gradients are made of.
     """
-    ticks = lockstep(parts.candidate)
-    share = worked_share(parts.table, ticks.stages, ticks.chunks)
-    waited = 1.0 if ticks.delayed else ticks.layer_ticks / (ticks.chunks * ticks.microbatches)
-    here = np.array([1 / ticks.stages, share * waited, 1 / ticks.stages])
-    return sum(float(row @ here) for row in microbatch(_forward_again(parts)).values())
+
+    sections: tuple[float, ...]
+    late: float
+    keeping: float
+    made_of: float
+
+    def over(self, table: ProgramTables, ticks: Lockstep) -> float:
+        """Return the seconds that a step of such `ticks` takes at least, in so many microbatches or fewer."""
+        before, layers, after = self.sections
+        share = worked_share(table, ticks.stages, ticks.chunks)
+        waited = ticks.layer_ticks / (ticks.chunks * ticks.microbatches)
+        here = (layers + self.keeping) * waited
+        if ticks.delayed:
+            here += self.made_of * waited - self.late * (waited - 1.0)
+        return (before + after) / ticks.stages + here * share
+
+
+def least(parts: StepParts) -> Least:
+    """Return the least of `parts`, which are those of a whole batch, storage left out."""
+    rows = sum(microbatch(_forward_again(parts)).values(), np.zeros(3))
+    (passes, of_late), rate = _passes(parts), _memory_rate(parts)
+    return Least(
+        sections=tuple(rows.tolist()),
+        late=parts.late,
+        keeping=passes * parts.over_ticks / rate,
+        made_of=of_late * parts.late_bytes / rate,
+    )
+
+
+def _memory_rate(parts: StepParts) -> float:
+    return (parts.chip.hbm_bytes_per_second or math.inf) * parts.calibration.memory_efficiency
 
 
 def _forward_again(parts: StepParts) -> StepParts:
@@ -256,8 +296,7 @@ def _over_stages(time: dict[str, float], parts: StepParts, ticks: Lockstep, chun
     link, sizes = parts.wires["stage"], _streams(parts.table, parts.placement.value_fraction, ticks)
     each = link.point_to_point(sum(sizes))
     back = float(parts.work.seconds[[BACKWARD, _AGAIN], :, LAYERS].sum()) * chunk
-    rate = (parts.chip.hbm_bytes_per_second or math.inf) * parts.calibration.memory_efficiency
-    added = _PASSES_OF_ADDING * float(_gradients(parts)[LAYERS]) * chunk / rate
+    added = _PASSES_OF_ADDING * float(_gradients(parts)[LAYERS]) * chunk / _memory_rate(parts)
     behind_back, behind_sums = max(0.0, each - back), max(0.0, each - added / 2)
     time["send/stage"] += (ticks.stages - 1) * each + ticks.layer_ticks * behind_back
     time["send/stage"] += ticks.head_ticks * behind_sums
@@ -368,7 +407,8 @@ def moments(
         # What layers keep goes over ticks in place of what is read.
         inputs += _over_ticks(profile, work, ticks, float(saved[LAYERS]) * worked / ticks.chunks)
     if ticks.delayed:
-        inputs += (ticks.kept + _KEPT_IN_HAND) * worked / ticks.chunks * kept_bytes(profile, work)
+        held = ticks.kept + _KEPT_IN_HAND + work.takes_out
+        inputs += held * worked / ticks.chunks * kept_bytes(profile, work)
     items = {name: float(row @ here) for name, row in stored.items.items()}
     gradients = _summed(profile, stored.items["params"])
     moved = moved_parameters(profile, ticks.stages, ticks.chunks)
@@ -380,7 +420,7 @@ def moments(
         items["captured"] = profile.captured_bytes
     beside = {
         AFTER: gradients[AFTER],
-        LAYERS: gradients[AFTER] + gradients[LAYERS] * chunk,
+        LAYERS: gradients[AFTER] + gradients[LAYERS] * chunk * (1 + work.takes_out),
         BEFORE: gradients[BEFORE],
     }
     for phase in (AFTER, LAYERS, BEFORE):
@@ -412,7 +452,8 @@ def _over_ticks(profile: ProgramTables, work: Worked, ticks: Lockstep, kept: flo
     """Return by how much more what is kept of chunks weighs than their inputs, held as the first stack's."""
     cut = cut_stacks(profile, ticks.stages, ticks.chunks)
     inputs = sum(float(work.sent[list(profile.through[stack])].sum()) for stack in cut)
-    return (ticks.inputs + 2 * (len(cut) - 1) * ticks.stages * ticks.chunks) * (kept - inputs)
+    found = (ticks.inputs + 2 * (len(cut) - 1) * ticks.stages * ticks.chunks) * (kept - inputs)
+    return found + work.takes_out * kept
 
 
 def _used(profile: ProgramTables, params: np.ndarray, product_bytes: float, moved: np.ndarray) -> np.ndarray:

@@ -29,11 +29,12 @@ _DIVISIBLE = ("map", "contract", "reduce", "index", "group", "resize")
 class Values:
     """The arrays, V of them: bytes of one run, dims [V, D], whether gradients flow, parameter index or -1.
 
-    stack: the scan over layers that each is inside of, as they run, or -1; slots: whether its rows are those
-    of experts, as many as an even router gives each.
+    item_bytes: of an element; stack: the scan over layers that each is inside of, as they run, or -1; slots:
+    whether its rows are those of experts, as many as an even router gives each.
     """
 
     bytes: np.ndarray
+    item_bytes: np.ndarray
     dims: np.ndarray
     grad: np.ndarray
     parameter: np.ndarray
@@ -236,6 +237,7 @@ def _values(flat: Flat, count: int) -> Values:
     values = flat.values
     return Values(
         bytes=np.array([v.bytes for v in values]),
+        item_bytes=np.array([v.item_bytes for v in values], float),
         dims=_stack([_mask(v.dims, count) for v in values], count),
         grad=np.array([v.grad for v in values], bool),
         parameter=np.array([v.parameter for v in values], int),

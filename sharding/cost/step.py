@@ -41,6 +41,7 @@ class StepParts:
       product: bytes of an element as products take it, at most.
       late, late_bytes: seconds of the gradients of layers' weights in a microbatch, where these are delayed,
         and the bytes that they are made of.
+      over_ticks: bytes that layers keep of a microbatch, where stages keep them until they go back.
     """
 
     table: ProgramTables
@@ -59,6 +60,7 @@ class StepParts:
     product: float = math.inf
     late: float = 0.0
     late_bytes: float = 0.0
+    over_ticks: float = 0.0
 
 
 # Gives the seconds of a step that goes through stages.

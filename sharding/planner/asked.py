@@ -1,12 +1,13 @@
-"""A size of an axis that no search offers by itself, priced when it is asked for: ``stage=8``."""
+"""What no search has worked out, priced when it is asked for: ``stage=8``, ``schedule=delayed``."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
 from ..plans.record import Record
+from ..plans.vocabulary import OF_STAGES, of_stages
 from .build import alternatives_of
 from .choices.mesh import OFFERED
 from .inputs import ROOMS
@@ -21,20 +22,37 @@ ASKED = ("stage", "context")
 
 
 def with_asked(plan: _Plan, search: Search | None, subject: str | None) -> _Plan:
-    """Return `plan` with the best layout of the size that `subject` asks about among its alternatives.
+    """Return `plan` with the best layout of what `subject` asks about among its alternatives.
 
-    It is the plan itself where its search has an answer or is not known, or nothing is asked of a size.
+    That is a size of an axis, or how stages work. It is the plan itself where its search has an answer or is
+    not known, or nothing is asked of such.
     """
     if search is None or not isinstance(subject, str):
         return plan
     axis, _, size = subject.partition("=")
+    if axis in OF_STAGES:
+        return _with_way(plan, search, axis, size)
     if axis in OFFERED or axis not in ASKED or axis in plan.mesh or not size.isdigit() or int(size) < 1:
         return plan
     plan = dataclasses.replace(plan, mesh={**plan.mesh, axis: 1})
     if int(size) == 1:
         return plan
-    declared = dataclasses.replace(search.declared, mesh={**search.declared.mesh, axis: int(size)})
+    return _with_best(plan, search, subject, mesh={**search.declared.mesh, axis: int(size)})
+
+
+def _with_way(plan: _Plan, search: Search, name: str, written: str) -> _Plan:
+    """Return the plan with the best that its stages do where they work otherwise, among its alternatives."""
+    stages = plan.mesh.get("stage", 1)
+    if stages == 1 or not written or (value := of_stages(name, written)) == getattr(plan, name):
+        return plan
+    mesh = {**search.declared.mesh, "stage": stages}
+    return _with_best(plan, search, f"{name}={written}", mesh=mesh, **{name: value})
+
+
+def _with_best(plan: _Plan, search: Search, subject: str, **more: Any) -> _Plan:
+    """Return the plan with the best of what is declared too among its alternatives, or why there is none."""
     try:
+        declared = dataclasses.replace(search.declared, **more)
         answer = search.problem.solve(search.topology, declared, rooms=ROOMS)
     except UserError as error:
         return dataclasses.replace(plan, refused={**plan.refused, subject: str(error)})

@@ -143,6 +143,9 @@ def alternatives_of(
             microbatches=other.candidate.microbatches,
             estimate=other.estimate,
             fits=other.fits,
+            schedule=other.candidate.schedule if other.candidate.mesh.get("stage", 1) > 1 else None,
+            interleave=other.candidate.interleave,
+            stage_remat=other.candidate.stage_remat,
             lost=why_lost(
                 best,
                 other,

@@ -26,7 +26,7 @@ from .choices.storage import state_storage
 from .declared import Declared, ruled
 from .inputs import ROOMS, Answer, Problem, capacity_of
 from .obstacles import notes_on
-from .pipelines import why_not_run, with_stages
+from .pipelines import ways_in_words, why_not_run, with_stages
 from .search import Priced
 from .space import checked_remat, only
 from .supposing import Case, case_of
@@ -67,6 +67,7 @@ class Search:
             + of_experts
         )
         notes += context.notes_on(self.problem.attention, layout, kernel)
+        notes += ways_in_words(self.problem, self.topology, self.declared, answer, chosen)
         if answer.room < 1.0 and chosen.fits:
             notes += (_TIGHT,)
         return build.record_of(

@@ -10,20 +10,20 @@ import jax
 
 from ..cost.candidate import Candidate
 from ..cost.estimate import Pricer
-from ..cost.pipeline import Lockstep, held_at_least, lockstep
-from ..cost.placement import FORWARD
-from ..cost.profile import LAYERS, ProgramTables
-from ..cost.stacks import worked_share
+from ..cost.pipeline import Least, Lockstep, held_at_least
+from ..cost.profile import ProgramTables
 from ..errors import UserError
 from ..hardware.topology import Topology
 from ..ops import cudnn
 from ..plans.record import Record
+from ..plans.vocabulary import stages_in_words
 from ..program.dims import batch_rows
 from ..transform.compose import PlannedLoss
 from ..verify.export import abstract_mesh
+from ..words import seconds
 from .choices.layers import STAGE, Layers, layers_of, why_no_stages
 from .choices.microbatches import divisors
-from .choices.stages import CHUNKS
+from .choices.stages import CHUNKS, ways_of
 from .declared import Declared
 from .inputs import ROOMS, Answer, Problem
 from .search import Found, Priced, anything_fits, search
@@ -50,7 +50,8 @@ def with_stages(problem: Problem, topology: Topology, declared: Declared, answer
     pricer = problem.pricer(topology, declared, answer.room)
     best = answer.found.best
     below = math.inf if best is None else _WORTH * best.estimate.step_seconds
-    work = _Work.of(pricer, layers.count, batch_rows(problem.program))
+    keeps = any(policy.over_ticks for policy in answer.space.remats)
+    work = _Work.of(pricer, layers.count, batch_rows(problem.program), keeps=keeps)
     found = answer
     sizes = [one for one in _sizes(topology, declared, layers) if work.at_least(one) < below]
     if not sizes or problem.accumulation(declared).why_not(2) is not None:
@@ -76,6 +77,38 @@ def why_not_run(problem: Problem, plan: Record) -> str | None:
     return None
 
 
+def ways_in_words(
+    problem: Problem, topology: Topology, declared: Declared, answer: Answer, chosen: Priced
+) -> tuple[str, ...]:
+    """Say how a plan's stages work, and what each other way to work the same ones would take."""
+    own, space = chosen.candidate, answer.space
+    others = [
+        one
+        for one in space.layouts
+        if one.dims is own.dims and one.stored is own.stored and one.optimizer is own.optimizer
+    ]
+    others = [one for one in others if _way(one) != _way(own)]
+    if own.mesh.get(STAGE, 1) == 1 or not others:
+        return ()
+    pricer, told = problem.pricer(topology, declared, answer.room), []
+    for one in others:
+        alone = dataclasses.replace(space, layouts=(one,))
+        found = search(
+            alone, pricer.price, answer.capacity_bytes, size=pricer.needed_bytes, each_size=False
+        ).best
+        if found is None:
+            told.append(f"{_way(one)} does not fit")
+            continue
+        longer = found.estimate.step_seconds / chosen.estimate.step_seconds - 1
+        told.append(f"{_way(one)} would take {seconds(found.estimate.step_seconds)}, {longer:+.1%}")
+    return (f"stages work in {_way(own)}: {'; '.join(told)}",)
+
+
+def _way(layout: Candidate) -> str:
+    words = stages_in_words(layout.schedule, layout.interleave, layout.stage_remat)
+    return f"{words}, run again" if layout.stage_remat else words
+
+
 def _are_offered(problem: Problem, topology: Topology, declared: Declared, layers: Layers | None) -> bool:
     said = STAGE in declared.mesh or -1 in declared.mesh.values()
     said = said or declared.schedule is not None or declared.interleave is not None
@@ -92,34 +125,31 @@ def _sizes(topology: Topology, declared: Declared, layers: Layers) -> Iterator[i
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Work:
-    """Seconds of a step's products and work on memory, shared out evenly, with layers forward done twice."""
+    """Seconds of a step shared out evenly, nothing sent: of the layers' work and all else, on one device."""
 
     profile: ProgramTables
-    layers: float
-    others: float
+    alone: Least
+    devices: int
     count: int
     rows: int
 
     @classmethod
-    def of(cls, pricer: Pricer, count: int, rows: int) -> _Work:
-        once = pricer.passes(Candidate(mesh={}, dims={}))
-        each = once.seconds.sum(axis=(0, 1)) / pricer.topology.num_devices
-        again = once.seconds[FORWARD, :, LAYERS].sum() / pricer.topology.num_devices
-        others = float(each.sum() - each[LAYERS])
-        return cls(
-            profile=pricer.profile, layers=float(each[LAYERS] + again), others=others, count=count, rows=rows
-        )
+    def of(cls, pricer: Pricer, count: int, rows: int, *, keeps: bool) -> _Work:
+        alone = pricer.whole(Candidate(mesh={}, dims={}, stage_remat=not keeps))
+        devices = pricer.topology.num_devices
+        return cls(profile=pricer.profile, alone=alone, devices=devices, count=count, rows=rows)
 
     def at_least(self, stages: int) -> float:
         """Return the seconds that any pipeline of so many stages takes at least."""
         most = max(self.rows // stages, 1)
-        ways = [chunks for chunks in CHUNKS if stages * chunks <= self.count]
-        return min(self.over(Lockstep(stages=stages, chunks=one, microbatches=most)) for one in ways)
+        chunks = [chunks for chunks in CHUNKS if stages * chunks <= self.count]
+        return min(self.over(stages, one, most) for one in chunks)
 
-    def over(self, ticks: Lockstep) -> float:
-        """Return the seconds that a pipeline of such ticks takes at least."""
-        share = worked_share(self.profile, ticks.stages, ticks.chunks) * ticks.stages
-        return self.others + self.layers * share * ticks.layer_ticks / (ticks.chunks * ticks.microbatches)
+    def over(self, stages: int, chunks: int, microbatches: int) -> float:
+        """Return the seconds that a pipeline takes at least in so many microbatches or fewer."""
+        each = {"stages": stages, "chunks": chunks, "microbatches": microbatches}
+        ticks = [Lockstep(**each, delayed=delayed) for delayed in (False, True)]
+        return min(self.alone.over(self.profile, one) for one in ticks) * stages / self.devices
 
 
 def _solved(
@@ -134,12 +164,13 @@ def _solved(
     """Return what so many stages can do in fewer seconds than `below`, in the memory that was `known`."""
     declared = dataclasses.replace(declared, mesh={**declared.mesh, STAGE: stages})
     pricer, capacity = problem.pricer(topology, declared, known.room), known.capacity_bytes
-
+    keeps = any(policy.over_ticks for policy in known.space.remats)
+    ways = list(ways_of(declared, declared.mesh, keeps=keeps))
     least: dict[object, float] = {}
 
     def worth(layout: Candidate, microbatches: Sequence[int]) -> bool:
         most = dataclasses.replace(layout, microbatches=microbatches[-1])
-        if work.over(lockstep(most)) >= below:
+        if work.over(stages, most.interleave, most.microbatches) >= below:
             return False
         if held_at_least(pricer.profile, most, pricer.slot_bytes) > capacity:
             return False
@@ -148,7 +179,8 @@ def _solved(
         key = _as_one(most)
         if least.get(key, 0.0) >= _ALIKE * below:
             return False
-        found = pricer.least_over_stages(most)
+        each = (dataclasses.replace(most, schedule=one, stage_remat=again) for one, again in ways)
+        found = min(map(pricer.least, each))
         least.setdefault(key, found)
         return found < below
 
@@ -162,7 +194,13 @@ def _solved(
     for share in (one for one in ROOMS if one >= known.room):
         pricer = problem.pricer(topology, declared, share)
         found = search(
-            offered, pricer.price, capacity, size=pricer.needed_bytes, each_size=False, below=below
+            offered,
+            pricer.price,
+            capacity,
+            size=pricer.needed_bytes,
+            least=pricer.least,
+            each_size=False,
+            below=below,
         )
         answer = Answer(
             program=problem.program,

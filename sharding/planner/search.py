@@ -103,7 +103,7 @@ def search(
         runners_up: how many other layouts to return in order.
         each_size: also return the best for every size of every mesh axis, or a bound on it where that is far
             from the best of all.
-        below: only what may take fewer seconds than that.
+        below: only what takes fewer seconds than that.
     """
     sized = size or (lambda candidate: price(candidate).needed_bytes)
     searching = _Search(space, price, sized, capacity_bytes, stored or (lambda _: 0.0), least)
@@ -153,10 +153,9 @@ class _Search:
 
     def anything_fits(self) -> bool:
         """Whether any layout fits, all kept or as little as can be."""
-        ends = [*self._space.heads[1:], len(self._space.remats)]
         return any(
-            all(self._fits(layout, 0, part) for part in self._firsts(layout))
-            or self._can_fit(layout, [end - 1 for end in ends])
+            all(self._fits(*place) for place in self._firsts(layout))
+            or self._can_fit(layout, [ladder[-1] for ladder in self._ladders(layout)])
             for layout in range(len(self._space.layouts))
         )
 
@@ -166,7 +165,7 @@ class _Search:
         return tuple(self._at(*place) for place in nearest[:_MISFITS])
 
     def ranked(self, layouts: range | list[int], below: float = math.inf) -> Iterator[Priced]:
-        """Yield the best candidate of each layout that fits, best first, of those whose bound is `below`."""
+        """Yield the best candidate of each layout that fits and takes less than `below`, best first."""
         # Two heaps: layouts by their bounds, and the best candidates of the layouts already taken from there.
         bounds = [(self._stored[layout], self._rough(layout), layout, False) for layout in layouts]
         open_ = [one for one in bounds if one[1] < below]
@@ -182,7 +181,7 @@ class _Search:
                     heapq.heappush(open_, (self._stored[layout], bound, layout, True))
                 continue
             best = self._best(layout)
-            if best is not None:
+            if best is not None and best.estimate.step_seconds < below:
                 estimate = best.estimate
                 order = (self._stored[layout], estimate.step_seconds, estimate.peak_bytes)
                 heapq.heappush(fitting, (*order, layout, best))
@@ -212,8 +211,7 @@ class _Search:
         for rough, layout in sorted((self._rough(layout), layout) for layout in layouts):
             if rough > least and best is not None:
                 break
-            for part in self._firsts(layout):
-                one = self._at(layout, 0, part)
+            for one in (self._at(*place) for place in self._firsts(layout)):
                 seconds = _least_seconds(one.estimate)
                 if best is None or (seconds, layout) < (least, place):
                     best, least, place = one, seconds, layout
@@ -222,29 +220,32 @@ class _Search:
 
     def _rough(self, layout: int) -> float:
         """Return what is known without a price of the seconds that a layout takes at least."""
-        base = self._space.layouts[layout]
-        if self._least is None or _is_pipeline(base):
+        if self._least is None:
             return 0.0
-        return self._least(self._candidate(layout, 0, 0)) * (1 - _SLACK)
+        # Of a pipeline in the most microbatches.
+        return self._least(self._candidate(*list(self._firsts(layout))[-1])) * (1 - _SLACK)
 
     def _bound(self, layout: int) -> float:
         """Return a lower bound on the seconds of a layout."""
-        firsts = (_least_seconds(self._at(layout, 0, part).estimate) for part in self._firsts(layout))
+        firsts = (_least_seconds(self._at(*place).estimate) for place in self._firsts(layout))
         return min(firsts) * (1 - _SLACK)
 
-    def _firsts(self, layout: int) -> range:
-        """Return the places of the numbers of microbatches whose fastest bounds the layout's seconds.
+    def _firsts(self, layout: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the candidates that keep most, the fastest of which bounds the layout's seconds.
 
-        The first, for the whole batch, is enough but in a pipeline, whose bubble shrinks with more of them.
+        That for the whole batch is enough but in a pipeline, whose bubble shrinks with more microbatches.
         """
-        candidate = self._space.layouts[layout]
-        return range(len(self._space.parts(candidate)) if _is_pipeline(candidate) else 1)
+        candidate, first = self._space.layouts[layout], self._ladders(layout)[0][0]
+        count = len(self._space.parts(candidate)) if _is_pipeline(candidate) else 1
+        return ((layout, first, part) for part in range(count))
+
+    def _ladders(self, layout: int) -> list[range]:
+        return self._space.ladders(self._space.layouts[layout])
 
     def _best(self, layout: int) -> Priced | None:
         """Return the fastest candidate of a layout that fits, the smallest of equals, or None."""
-        ends = [*self._space.heads[1:], len(self._space.remats)]
-        ladders = [range(head, end) for head, end in zip(self._space.heads, ends, strict=True)]
-        if all(self._fits(layout, 0, part) for part in self._firsts(layout)):
+        ladders = self._ladders(layout)
+        if all(self._fits(*place) for place in self._firsts(layout)):
             # Ladders after the first keep values on the host: only where the device cannot hold them all.
             ladders = ladders[:1]
         elif not self._can_fit(layout, [ladder[-1] for ladder in ladders]):
@@ -267,8 +268,9 @@ class _Search:
         candidate = self._space.layouts[layout]
         count = len(self._space.parts(candidate))
         if _is_pipeline(candidate):
-            each = ((layout, remat, part) for remat in ladder for part in range(count))
-            yield from (self._at(*place) for place in each if self._fits(*place))
+            # Its seconds may fall and rise again with more microbatches.
+            for part in range(count):
+                yield from self._stairs(layout, ladder, range(part, part + 1))
             return
         # From one microbatch to two, memory may grow: a microbatch's gradients lie beside their sum. From two
         # on it falls with their number. So one and more than one are searched apart.

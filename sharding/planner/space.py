@@ -10,6 +10,7 @@ from typing import Any
 from ..cost.candidate import Candidate
 from ..errors import UserError
 from ..hardware.topology import Topology
+from ..plans.record import check_stages_keep
 from ..plans.specs import cut_into
 from ..program.layers import is_checkpointed, layer_scans
 from ..program.program import Program
@@ -30,6 +31,7 @@ LAYOUT: tuple[Choices, ...] = (
     context.choices,
     stages.choices,
     storage.choices,
+    stages.ways,
 )
 
 
@@ -52,12 +54,22 @@ class Space:
         """Return the numbers of microbatches that `layout` can be worked through in, smallest first."""
         return self.microbatches[_row_parts(layout)]
 
+    def ladders(self, layout: Candidate) -> list[range]:
+        """Return the places in `remats` of what `layout` may keep, by ladders."""
+        ends = [*self.heads[1:], len(self.remats)]
+        found = [range(*both) for both in zip(self.heads, ends, strict=True)]
+        if not layout.stage_remat:
+            # A ladder begins with all that gradients read, or is of values that go to the host.
+            found = [one[not self.remats[one[0]].over_ticks :] for one in found]
+            found = [one for one in found if one and self.remats[one[0]].over_ticks]
+        return found
+
     def candidates(self) -> Iterator[Candidate]:
         """Yield every candidate."""
         for layout in self.layouts:
-            for remat in self.remats:
+            for place in itertools.chain(*self.ladders(layout)):
                 for count in self.parts(layout):
-                    yield remat.on(layout, count)
+                    yield self.remats[place].on(layout, count)
 
 
 def space(
@@ -87,8 +99,9 @@ def space(
         UserError: the declared parts contradict each other, the program or the topology.
     """
     offered = _offered(program, declared.remat, ladders)
-    if declared.stage_remat is False:
-        offered = stages.keeping(offered)
+    keeps = any(policy.over_ticks for ladder in offered for policy in ladder)
+    if declared.stage_remat is False and not keeps:
+        check_stages_keep(False, "none")
     if declared.microbatches is not None:
         microbatches.check_number(declared.microbatches)
         if proof is not None:
@@ -100,6 +113,7 @@ def space(
         params=params,
         names=names,
         proof=proof,
+        keeps=keeps,
     )
     layouts, refused = _layouts(given, worth)
     return Space(

@@ -13,7 +13,7 @@ from ..errors import UserError, nearest, one_line, wrong
 from ..files import write_asked
 from .arrays import item_bytes
 from .estimate import Estimate
-from .origin import Origin, alternative_from
+from .origin import Alternative, Origin, alternative_from
 from .proof import Proof
 from .record import ArrayPlan, Decision, DimPlan, Record
 from .specs import Spec, axes_in
@@ -49,6 +49,8 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Alternative):
+        return value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, Mapping):

@@ -13,6 +13,7 @@ from ..program.identity import primitive_counts
 from ..program.jaxpr import Traced
 from ..program.program import Program
 from .estimate import Estimate
+from .vocabulary import OF_STAGES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class Alternative:
     """Another way of running the program, at its best or as a bound on it, and one sentence why it lost.
 
     `sharded` maps dimension → mesh axes while computing, `storage` says how parameters and moments are
-    stored (``replicated``, ``zero-1``, ``fsdp``, ``fsdp + zero-1``), `fits` whether memory holds it.
+    stored (``replicated``, ``zero-1``, ``fsdp``, ``fsdp + zero-1``), `fits` whether memory holds it. Over
+    stages `schedule`, `interleave` and `stage_remat` say how they work, as in a plan.
     """
 
     mesh: Mapping[str, int]
@@ -32,6 +34,19 @@ class Alternative:
     estimate: Estimate
     fits: bool
     lost: str
+    schedule: str | None = None
+    interleave: int = 1
+    stage_remat: bool = True
+
+    @property
+    def way(self) -> tuple[str, int, bool] | None:
+        """How its stages work, as a plan's; None without stages, and where that is not remembered."""
+        return None if self.schedule is None else (self.schedule, self.interleave, self.stage_remat)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values, without how stages work where there are none."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if self.way or name not in OF_STAGES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +89,7 @@ def distinct(alternatives: Iterable[Alternative]) -> tuple[Alternative, ...]:
     first: dict[tuple[Any, ...], Alternative] = {}
     for row in alternatives:
         others = tuple(item for item in row.mesh.items() if item[0] not in ("data", "fsdp"))
-        first.setdefault((others, row.storage, row.remat, row.fits), row)
+        first.setdefault((others, row.storage, row.remat, row.fits, row.way), row)
     return tuple(first.values())
 
 

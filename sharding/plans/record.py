@@ -110,6 +110,11 @@ class Decision:
             object.__setattr__(self, "topology", Topology.parse(self.topology))
         _check(self)
 
+    @property
+    def way(self) -> tuple[str, int, bool]:
+        """How stages work: schedule, chunks of each, and whether they run these again."""
+        return self.schedule or ONE_BY_ONE, self.interleave, self.stage_remat
+
     def decision(self) -> Decision:
         """Return what decides the program and nothing else; equal decisions give equal programs."""
         return Decision(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Decision)})

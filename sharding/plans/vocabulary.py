@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from ..errors import UserError, check_word, nearest
 from ..hardware.axes import AXES
@@ -21,6 +22,9 @@ ACCUMULATIONS = (EXACT, BY_PART)
 # later than those which stages wait for; or all forward, then all backward.
 ONE_BY_ONE, DELAYED = "1f1b", "delayed"
 SCHEDULES = (ONE_BY_ONE, DELAYED, "gpipe")
+# What is said of how stages work, by its name.
+OF_STAGES = ("schedule", "interleave", "stage_remat")
+_IN_WORDS = {DELAYED: "1f1b with weights' gradients delayed"}
 
 
 def check_words(mesh: Iterable[str], remat: str, schedule: str | None) -> None:
@@ -38,3 +42,32 @@ def check_accumulation(accumulation: str) -> str:
     """Return the word. Raises UserError, naming the nearest, if it is none."""
     check_word("accumulation", accumulation, ACCUMULATIONS)
     return accumulation
+
+
+def stages_in_words(schedule: str, chunks: int, again: bool) -> str:
+    """Write how stages work: their schedule, their chunks, and whether they run these `again`.
+
+    >>> stages_in_words("delayed", 4, False)
+    "1f1b with weights' gradients delayed of 4 chunks a stage, kept over ticks"
+    """
+    words = _IN_WORDS.get(schedule, schedule)
+    words += f" of {chunks} chunks a stage" if chunks > 1 else ""
+    return words if again else f"{words}, kept over ticks"
+
+
+def of_stages(name: str, written: str) -> Any:
+    """Return the value of what `name`, of `OF_STAGES`, is asked about. Raises UserError if it is none.
+
+    >>> of_stages("interleave", "4"), of_stages("stage_remat", "false")
+    (4, False)
+    """
+    if name == "schedule":
+        check_word(name, written, SCHEDULES)
+        return written
+    if name == "interleave":
+        if not written.isdigit() or int(written) < 1:
+            raise UserError(f"interleave={written} is no number of chunks; write for example interleave=2")
+        return int(written)
+    if written.lower() not in ("true", "false"):
+        raise UserError(f"stage_remat={written} must be true or false")
+    return written.lower() == "true"

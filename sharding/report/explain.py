@@ -11,6 +11,7 @@ from ..plans.origin import Alternative, distinct, is_bound
 from ..plans.proof import Proof
 from ..plans.record import ArrayPlan, Record
 from ..plans.trainable import is_trained
+from ..plans.vocabulary import OF_STAGES, of_stages, stages_in_words
 from ..words import gib, seconds
 from .document import spec_in_words, worth_a_line
 from .plan import alternative_in_words, bytes_of, cut_of, layout_of, usable_bytes
@@ -32,6 +33,8 @@ def explain(plan: Record, subject: str | None = None) -> str:
     name, _, size = subject.partition("=")
     if name in plan.mesh:
         return _axis(plan, name, size)
+    if name in OF_STAGES:
+        return _of_stages(plan, name, size)
     if subject in plan.dims:
         return _dimension(plan, subject)
     path = subject if subject in plan.params else _ending(subject, plan.params)
@@ -88,6 +91,26 @@ def _axis(plan: Record, axis: str, size: str) -> str:
     others = {row.mesh[axis] for row in plan.alternatives if axis in row.mesh} - {plan.mesh[axis]}
     lines = [_not_this_size(plan, axis, other) for other in sorted(others)] if not size else []
     return "\n".join([_work_of(plan, axis), *_compiled_over(plan, axis), *lines])
+
+
+def _of_stages(plan: Record, name: str, written: str) -> str:
+    """Say how stages work, or what another way that is asked about comes to."""
+    stages = plan.mesh.get("stage", 1)
+    if stages == 1 or plan.schedule is None:
+        raise UserError(f"{name} says how pipeline stages work, and the plan has none; ask about stage=2")
+    own = getattr(plan, name)
+    value = of_stages(name, written) if written else own
+    if value == own:
+        here = f"stages work in {stages_in_words(*plan.way)}"
+        return "\n".join([note for note in plan.notes if note.startswith(here)] or [here])
+    rows = [row for row in plan.alternatives if row.schedule is not None and getattr(row, name) == value]
+    found = [row for row in rows if row.mesh.get("stage", 1) == stages]
+    asked = f"{name}={written}"
+    if found:
+        return f"not {asked}: {_why_not(found, asked, usable_bytes(plan))}"
+    if asked in plan.refused:
+        return f"not {asked}: {plan.refused[asked]}"
+    return f"not {asked}: the plan does not remember what that would take; plan again with it declared"
 
 
 def _work_of(plan: Record, axis: str) -> str:

@@ -12,7 +12,7 @@ from ..plans.origin import Alternative, distinct, is_bound
 from ..plans.record import ArrayPlan, Record
 from ..plans.specs import axes_in, by_dimension, cut_into
 from ..plans.trainable import is_trained
-from ..plans.vocabulary import DELAYED, EXACT
+from ..plans.vocabulary import EXACT, stages_in_words
 from ..words import gib, layout_in_words, seconds
 from .costs import cost_figures, memory_chapter, time_chapter
 from .document import Chapter, Column, Cut, Document, Drawing, Entry, Figure, List, Table, Text
@@ -62,18 +62,13 @@ _ARITHMETIC = {
 }
 
 
-_SCHEDULES = {DELAYED: "1f1b with weights' gradients delayed"}
-
-
 def layout_of(plan: Record) -> str:
     """Write a plan's choices: topology, mesh, what layers keep, microbatches, pipeline, kernels."""
     words = f"{plan.topology}: {layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)}"
     if plan.microbatches > 1 and plan.accumulation != EXACT:
         words += f" {plan.accumulation}"
     if plan.schedule is not None:
-        words += f", {_SCHEDULES.get(plan.schedule, plan.schedule)}"
-        words += f" of {plan.interleave} chunks a stage" if plan.interleave > 1 else ""
-        words += "" if plan.stage_remat else ", kept over ticks"
+        words += f", {stages_in_words(*plan.way)}"
     for operation, kernel in plan.kernels.items():
         if "implementation" in kernel:
             words += f", {operation} by {kernel['implementation']}"
@@ -84,7 +79,10 @@ def layout_of(plan: Record) -> str:
 
 def alternative_in_words(row: Alternative) -> str:
     """Write the choices of a layout that lost."""
-    return f"{layout_in_words(row.mesh, row.remat, row.microbatches, row.saved)}, {row.storage}"
+    words = layout_in_words(row.mesh, row.remat, row.microbatches, row.saved)
+    if row.way is not None:
+        words += f", {stages_in_words(*row.way)}"
+    return f"{words}, {row.storage}"
 
 
 def usable_bytes(plan: Record) -> float | None:

@@ -40,6 +40,8 @@ class Compiler:
         contraction that is no multiple of them are slower.
       product_bytes: of an element as products take it where no precision is asked for, None for its own: what
         they take and a loop does not change is cast before the loop.
+      takes_out: what a loop works with of an array that it carries is taken out of it, and what is added to
+        it is a copy; others work with it where it lies.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Compiler:
     untuned_peak: bool = False
     aligned_elements: int = 1
     product_bytes: int | None = None
+    takes_out: bool = False
 
 
 @functools.cache

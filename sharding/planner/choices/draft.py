@@ -24,7 +24,8 @@ class Given:
     """What every choice is made for.
 
     `params` and `names` are the parameters' tree and the user's names of their dimensions, for rules.
-    `proof` says in how many parts the batch can be worked through.
+    `proof` says in how many parts the batch can be worked through, `keeps` whether stages may hold what
+    layers keep.
     """
 
     program: Program
@@ -33,6 +34,7 @@ class Given:
     params: Any = None
     names: Any = None
     proof: PartsProof | None = None
+    keeps: bool = False
     known: dict[object, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def once(self, key: object, make: Callable[[], _Found]) -> _Found:

@@ -24,6 +24,11 @@ class Policy:
     remat: str
     saved: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def over_ticks(self) -> bool:
+        """Whether stages may keep what layers keep: not all that gradients read, and on the device."""
+        return self.remat != "none" and "host" not in self.saved.values()
+
     def on(self, layout: Candidate, microbatches: int) -> Candidate:
         """Return `layout` worked through in so many microbatches under this policy."""
         return dataclasses.replace(layout, remat=self.remat, saved=self.saved, microbatches=microbatches)

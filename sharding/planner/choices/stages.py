@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 from ...cost.stacks import held_layers
-from ...plans.record import check_stages_keep
-from ...plans.vocabulary import ONE_BY_ONE
+from ...plans.vocabulary import DELAYED, ONE_BY_ONE
 from ...program.mixtures import experts_dims
+from ..declared import Declared
 from .draft import Draft, Given, Refused
 from .layers import stacks_over_stages, why_no_chunks, why_no_stages
 from .microbatches import indivisible
-from .remat import Policy
 
 # Chunks a stage holds, where they are not declared: each divides the bubble and repeats every send.
 CHUNKS = (1, 2, 4, 8)
+# Schedules, where none is declared.
+_SCHEDULES = (ONE_BY_ONE, DELAYED)
 
 
 def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     """Yield the layers cut over ``stage``, with numbers of chunks that a stage may hold.
 
-    Without a declared schedule it is 1F1B, which is what runs. Stages share the rows of a microbatch, which
-    have to divide. Chunks that would fill up more slots than one chunk does are left out where they are not
-    declared.
+    Stages share the rows of a microbatch, which have to divide. Chunks that would fill up more slots than one
+    chunk does are left out where they are not declared.
     """
     stages = draft.mesh.get("stage", 1)
     if stages == 1:
@@ -43,10 +44,10 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     if given.rows % (needed := math.prod(axes.values()) * count):
         yield Refused(sizes=axes, reason=indivisible(given.rows, axes, count, needed))
         return
-    schedule, declared = given.declared.schedule or ONE_BY_ONE, given.declared.interleave
+    declared = given.declared.interleave
     least = held_layers(found.count, stages, 1)
     for chunks in CHUNKS if declared is None else (declared,):
-        if declared is None and (chunks > 1 and schedule == "gpipe"):
+        if declared is None and (chunks > 1 and given.declared.schedule == "gpipe"):
             continue
         if declared is None and held_layers(found.count, stages, chunks) > least:
             continue
@@ -55,21 +56,26 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
                 yield Refused(sizes={"stage": stages}, reason=reason)
             continue
         cut = {one.dim: ("stage",) for one in stacks_over_stages(given.program, stages, chunks)}
-        yield dataclasses.replace(
-            draft,
-            dims={**draft.dims, **cut},
-            schedule=schedule,
-            interleave=chunks,
-            stage_remat=given.declared.stage_remat is not False,
-        )
+        yield dataclasses.replace(draft, dims={**draft.dims, **cut}, interleave=chunks)
 
 
-def keeping(ladders: Sequence[Sequence[Policy]]) -> list[tuple[Policy, ...]]:
-    """Return what layers may keep where stages keep that over ticks. Raises UserError if that is nothing."""
-    found = [tuple(one for one in ladder if one.remat != "none") for ladder in ladders]
-    if not any(found):
-        check_stages_keep(False, "none")
-    return [one for one in found if one]
+def ways(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
+    """Yield the ways to work stages through: schedules, and whether a stage runs its chunks again.
+
+    They change nothing of where anything lies.
+    """
+    for schedule, again in ways_of(given.declared, draft.mesh, keeps=given.keeps):
+        yield dataclasses.replace(draft, schedule=schedule, stage_remat=again)
+
+
+def ways_of(declared: Declared, mesh: Mapping[str, int], *, keeps: bool) -> Iterator[tuple[str, bool]]:
+    """Yield schedules, each with whether a stage runs its chunks again: it need not if it `keeps` theirs."""
+    if mesh.get("stage", 1) == 1:
+        yield ONE_BY_ONE, True
+        return
+    schedules = _SCHEDULES if declared.schedule is None else (declared.schedule,)
+    again = (True, False) if declared.stage_remat is None and keeps else (declared.stage_remat is not False,)
+    yield from itertools.product(schedules, again)
 
 
 def _mixed(given: Given, draft: Draft) -> str | None:

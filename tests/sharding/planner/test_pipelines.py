@@ -1,16 +1,19 @@
 """Stages in the search: taken where they are fastest by their own price, or fit at last, and run."""
 
 import dataclasses
+import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from meshwright.sharding import Topology, UserError, plan
+from meshwright.sharding import Plan, Topology, UserError, plan
 from meshwright.sharding.cost.pipeline import held_at_least
 from meshwright.sharding.ops.experts import experts
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.inputs import Problem
+from meshwright.sharding.planner.search import search
 
 WIDTH, TIME = 4096, 16
 # Slices of four devices: between them a gradient of all layers takes longer than what stages hand on.
@@ -79,17 +82,92 @@ def test_rows_that_stages_do_not_share_out_are_refused_while_planning():
         planned(SLOW, *problem_of(rows=24), mesh={"stage": 16})
 
 
-def test_no_layout_is_cheaper_than_its_bounds():
-    loss, params, batch = problem_of()
+def space_of(where, *args, **declared):
+    loss, params, batch = args
     problem = Problem(loss=loss, params=params, batch=batch, optimizer=optax.adamw(1e-3), names=None)
-    topology, declared = Topology.parse(SLOW), Declared(mesh={"stage": 4})
-    pricer, space = problem.pricer(topology, declared), problem.space(topology, declared)
+    topology, given = Topology.parse(where), Declared(mesh={"stage": 4}, **declared)
+    return problem.pricer(topology, given), problem.space(topology, given)
+
+
+def way_of(candidate):
+    return candidate.schedule, candidate.interleave, candidate.stage_remat
+
+
+@pytest.mark.parametrize(
+    ("where", "sizes"),
+    [
+        ("4*v5e:1x1", {"rows": 64, "layers": 8, "width": 1024, "time": 64}),
+        ("v5p:2x2x1", {"rows": 16, "layers": 8, "width": 16384, "time": 512}),
+    ],
+)
+def test_of_all_ways_to_work_stages_the_fastest_that_fits_is_found(where, sizes):
+    pricer, space = space_of(where, *problem_of(**sizes))
+    priced = [(pricer.price(one), one) for one in space.candidates()]
+    every = {(schedule, again) for schedule in ("1f1b", "delayed") for again in (True, False)}
+    assert {(one.schedule, one.stage_remat) for one in space.layouts} == every
+    # Neither all that gradients read goes over ticks, nor what goes to the host.
+    over_ticks = [one for _, one in priced if not one.stage_remat]
+    assert all(one.remat != "none" and "host" not in one.saved.values() for one in over_ticks)
+    needed, taken = sorted(estimate.needed_bytes for estimate, _ in priced), set()
+    for share in (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0):
+        capacity = needed[int(share * (len(needed) - 1))]
+        wanted = min(one.step_seconds for one, _ in priced if one.needed_bytes <= capacity)
+        how = {"size": pricer.needed_bytes, "least": pricer.least, "each_size": False}
+        found = search(space, pricer.price, capacity, **how).best
+        assert found.estimate.step_seconds == wanted
+        taken.add(way_of(found.candidate))
+    # More memory pays for what is kept, and then for what is delayed.
+    assert len(taken) > 1
+
+
+def test_ways_that_stages_may_work_are_those_that_are_declared():
+    args = problem_of(rows=16, layers=8, width=1024, time=64)
+    for schedule, again in itertools.product(("1f1b", "delayed"), (True, False)):
+        _, space = space_of("v5p:2x2x1", *args, schedule=schedule, stage_remat=again, interleave=2)
+        assert {way_of(one) for one in space.layouts} == {(schedule, 2, again)}
+    _, space = space_of("v5p:2x2x1", *args, remat="none")
+    assert all(one.stage_remat for one in space.layouts)
+
+
+def test_a_plan_says_how_its_stages_work_and_what_other_ways_would_take():
+    found = planned(SLOW, *problem_of())
+    (note,) = [note for note in found.notes if note.startswith("stages work in 1f1b, kept over ticks: ")]
+    again = planned(SLOW, *problem_of(), mesh={"stage": found.mesh["stage"]}, stage_remat=True)
+    assert again.schedule == "1f1b"
+    longer = again.estimate.step_seconds / found.estimate.step_seconds - 1
+    assert longer > 0.1
+    assert f"1f1b, run again would take {again.estimate.step_seconds * 1e3:.3g} ms, {longer:+.1%}" in note
+    (row, *_) = [row for row in found.alternatives if row.way == again.way]
+    assert row.estimate.step_seconds == again.estimate.step_seconds
+    for asked, words in (
+        ("stage_remat=true", "it is 27% slower: compute/elementwise takes"),
+        ("schedule=delayed", "1f1b with weights' gradients delayed, kept over ticks"),
+        ("interleave=2", "1f1b of 2 chunks a stage, kept over ticks"),
+        ("interleave=8", "interleave=8 x stage=4 is more than layers=16"),
+    ):
+        answer = found.explain(asked)
+        assert answer.startswith(f"not {asked}: ")
+        assert words in answer
+    assert found.explain("schedule=1f1b") == found.explain("stage_remat") == note
+    read = Plan.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert read.alternatives == found.alternatives
+    assert "27% slower" in read.explain("stage_remat=true")
+    assert "does not remember" in read.explain("interleave=8")
+    with pytest.raises(UserError, match="schedule='zigzag' is unknown"):
+        found.explain("schedule=zigzag")
+    with pytest.raises(UserError, match="the plan has none; ask about stage=2"):
+        planned("v5e:4x4", *problem_of()).explain("schedule=delayed")
+
+
+def test_no_layout_is_cheaper_than_its_bounds():
+    pricer, space = space_of(SLOW, *problem_of())
     assert len(space.layouts) > 10
     for layout in space.layouts:
         most = dataclasses.replace(layout, microbatches=space.parts(layout)[-1])
-        seconds = pricer.least_over_stages(most)
+        seconds = pricer.least(most)
         size = held_at_least(pricer.profile, most, pricer.slot_bytes)
-        for remat in (space.remats[0], space.remats[-1]):
+        ladder, *_ = space.ladders(layout)
+        for remat in (space.remats[ladder[0]], space.remats[ladder[-1]]):
             for count in space.parts(layout):
                 one = pricer.price(remat.on(layout, count))
                 assert one.step_seconds >= seconds * 0.995
@@ -127,9 +205,9 @@ def test_a_mixture_takes_stages_by_the_same_rule():
     assert found.mesh["expert"] == 4
     assert found.params["up"].spec[:2] == ("stage", "expert")
     kept = planned("8*v5e:2x2", *args, mesh={"stage": 1, "expert": 4}, remat="none").estimate.time
-    assert found.estimate.time["all_to_all/expert"] == pytest.approx(
-        1.5 * kept["all_to_all/expert"], rel=0.01
-    )
+    again = planned("8*v5e:2x2", *args, mesh={"stage": 8}, stage_remat=True).estimate
+    assert again.time["all_to_all/expert"] == pytest.approx(1.5 * kept["all_to_all/expert"], rel=0.01)
+    assert found.estimate.step_seconds <= again.step_seconds
 
 
 def test_a_dense_mixture_is_not_cut_by_what_cuts_the_rows_of_stages():

@@ -32,7 +32,8 @@ def problem(name: str, topology: str, **declared: Any) -> tuple[Space, Pricer]:
 
 
 def layout_of(candidate: Candidate) -> Any:
-    return (dict(candidate.mesh), dict(candidate.dims), dict(candidate.stored), dict(candidate.optimizer))
+    way = candidate.schedule, candidate.interleave, candidate.stage_remat
+    return dict(candidate.mesh), dict(candidate.dims), dict(candidate.stored), dict(candidate.optimizer), way
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,13 @@ def test_it_finds_what_brute_force_finds(name: str, topology: str, mesh: dict[st
             if estimate.needed_bytes <= capacity
         ]
         found = search(
-            offered, pricer.price, capacity, size=pricer.needed_bytes, runners_up=3, each_size=False
+            offered,
+            pricer.price,
+            capacity,
+            size=pricer.needed_bytes,
+            least=pricer.least,
+            runners_up=3,
+            each_size=False,
         )
         assert found.best is not None
         assert found.best.estimate.step_seconds == min(seconds for seconds, _ in fitting)
@@ -70,6 +77,9 @@ def test_it_finds_what_brute_force_finds(name: str, topology: str, mesh: dict[st
         assert [one.estimate.step_seconds for one in got] == [seconds for _, seconds in best_of[: len(got)]]
         assert len(got) == min(4, len(best_of))
         assert found.priced <= len(priced)
+        # What takes as long as that is not looked for.
+        best = found.best.estimate.step_seconds
+        assert search(offered, pricer.price, capacity, size=pricer.needed_bytes, below=best).best is None
 
 
 def test_it_says_what_does_not_fit_and_by_how_much() -> None:
