@@ -1,9 +1,10 @@
 """Pipelines: errors of loss and gradients, collectives in and outside of loops, peaks, executed work, prices.
 
-    python benchmarks/pipelines.py [errors] [memory] [work] [price] [models]
+    python benchmarks/pipelines.py [errors] [memory] [work] [price] [ways] [models]
 
 On simulated devices, with a loss of its own: a packed decoder without attention, whose table is tied. Prices
-are held to what the compiler for v5p makes of it. `models` are those of `pipeline_models.py`, written as
+are held to what the compiler for v5p makes of it, those of all ways to work stages through (`ways`) to that
+for H100 too. `models` are those of `pipeline_models.py`, written as
 other people write them.
 """
 
@@ -59,6 +60,22 @@ def loss(params: Any, batch: Any) -> Any:
 
     x, _ = jax.lax.scan(block, params["table"][batch["tokens"]], params["blocks"])
     losses = optax.softmax_cross_entropy_with_integer_labels(x @ params["table"].T, batch["targets"])
+    return (losses * batch["counted"]).sum() / batch["counted"].sum()
+
+
+def loss_in_halves(params: Any, batch: Any) -> Any:
+    """Return what `loss` does, worked out in bfloat16 as most models are."""
+    half = jnp.bfloat16
+
+    def block(x: Any, weights: Any) -> Any:
+        h = x.astype(jnp.float32)
+        h = (h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + 1e-6)).astype(half)
+        return x + jax.nn.silu(h @ weights["up"].astype(half)) @ weights["down"].astype(half), None
+
+    table = params["table"].astype(half)
+    x, _ = jax.lax.scan(block, table[batch["tokens"]], params["blocks"])
+    logits = (x @ table.T).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     return (losses * batch["counted"]).sum() / batch["counted"].sum()
 
 
@@ -220,6 +237,29 @@ def price() -> None:
             print(f"  {name}: {pair[0] * 1e3:.4f} ms, compiled {pair[1] * 1e3:.4f} ms")
 
 
+def ways() -> None:
+    """Print the memory and the step of each way to work 4 stages through, estimated and as compiled."""
+    for topology, schedule, again in itertools.product(("v5p:2x2x1", "h100:4"), SCHEDULES, (True, False)):
+        how = {"topology": topology, "mesh": {"stage": 4}, "names": NAMES, "microbatches": 8, "interleave": 1}
+        how |= {"schedule": schedule, "stage_remat": again, "remat": "full" if again else "dots"}
+        params = jax.eval_shape(lambda: init(4096, 8))
+        made = plan(loss_in_halves, params, batch(8 * 1024), optimizer=optax.adamw(1e-3), **how).verify()
+        estimate, proof = made.estimate, made.proof
+        assert estimate is not None
+        assert proof is not None
+        kind = f"{topology} {schedule}, {'run again' if again else 'kept over ticks'}"
+        memory, took = (
+            (estimate.peak_bytes, proof.peak_bytes),
+            (estimate.step_seconds, proof.step_seconds),
+        )
+        print(
+            f"{kind}: estimated {memory[0] / 2**20:.0f} MiB, compiled {memory[1] / 2**20:.0f} MiB, "
+            f"{memory[0] / memory[1] - 1:+.1%}; {took[0] * 1e3:.0f} ms, compiled {took[1] * 1e3:.0f} ms, "
+            f"{took[0] / took[1] - 1:+.1%}",
+            flush=True,
+        )
+
+
 # A mesh, and how its stages are worked through.
 WAYS = (
     ({"stage": 2, "data": 2}, {"microbatches": 4}),
@@ -239,6 +279,13 @@ def models() -> None:
 
 
 if __name__ == "__main__":
-    COMMANDS = {"errors": errors, "memory": memory, "work": work, "price": price, "models": models}
+    COMMANDS = {
+        "errors": errors,
+        "memory": memory,
+        "work": work,
+        "price": price,
+        "ways": ways,
+        "models": models,
+    }
     for name in sys.argv[1:] or ["errors", "memory", "work"]:
         COMMANDS[name]()

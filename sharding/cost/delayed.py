@@ -6,6 +6,8 @@ trained weight, of its other operand and the gradient of its result (`transform/
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from .compute import Passes
@@ -13,12 +15,14 @@ from .memory import Worked
 from .profile import LAYERS, ProgramTables
 
 
+@functools.lru_cache(maxsize=64)
 def late_seconds(profile: ProgramTables, once: Passes) -> float:
     """Return the seconds that they take of a microbatch, in all layers: half of those of both gradients."""
     late, _ = _late(profile)
     return float(once.products_back[late].sum()) / 2.0
 
 
+@functools.lru_cache(maxsize=64)
 def kept_bytes(profile: ProgramTables, work: Worked) -> float:
     """Return the bytes that they are made of, of one microbatch and all layers; what several read is one.
 
@@ -31,6 +35,7 @@ def kept_bytes(profile: ProgramTables, work: Worked) -> float:
     return float(sizes[operands].sum() + sizes[np.unique(values[:, 2])].sum())
 
 
+@functools.lru_cache(maxsize=16)
 def _late(profile: ProgramTables) -> tuple[np.ndarray, np.ndarray]:
     """Return which products [M] are of a layer's weight, and which of their operands [M, 2] are weights."""
     products, table = profile.products, profile.parameters

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 
 from ..program.layers import cuts_beside
 from .profile import LAYERS, ProgramTables
+
+# Programs, stages and chunks of which is remembered what stages have: a search asks for each many times.
+_KNOWN = 256
+_remembered = functools.lru_cache(maxsize=_KNOWN)
 
 
 def held_layers(layers: int, stages: int, chunks: int) -> int:
@@ -24,6 +29,7 @@ def is_moved(layers: int, stages: int, chunks: int) -> bool:
     return stages > 1 and (chunks > 1 or layers % stages > 0)
 
 
+@_remembered
 def cut_stacks(profile: ProgramTables, stages: int, chunks: int) -> tuple[int, ...]:
     """Return which of a program's scans over layers stages cut, as they run; others are shared by rows."""
     return tuple(
@@ -33,6 +39,7 @@ def cut_stacks(profile: ProgramTables, stages: int, chunks: int) -> tuple[int, .
     )
 
 
+@_remembered
 def worked_share(profile: ProgramTables, stages: int, chunks: int) -> float:
     """Return which part of the work of all layers a stage has; slots without a layer count too."""
     products, values = profile.products, profile.values
@@ -43,6 +50,7 @@ def worked_share(profile: ProgramTables, stages: int, chunks: int) -> float:
     return _mean(profile, weights, each, stages, chunks)
 
 
+@_remembered
 def held_share(profile: ProgramTables, stages: int, chunks: int) -> float:
     """Return which part of the parameters of all layers a stage has: of those shared by rows, all."""
     table = profile.parameters
@@ -67,6 +75,7 @@ def largest_share(
     return max(float(weights[n]) * _part(profile, n, stages, chunks) for n in cut) / total
 
 
+@_remembered
 def moved_parameters(profile: ProgramTables, stages: int, chunks: int) -> np.ndarray:
     """Return of which parameters [P] stages store others than they run."""
     moved = [n for n in cut_stacks(profile, stages, chunks) if is_moved(profile.counts[n], stages, chunks)]
@@ -74,6 +83,7 @@ def moved_parameters(profile: ProgramTables, stages: int, chunks: int) -> np.nda
     return (table.section == LAYERS) & np.isin(table.stack, moved)
 
 
+@_remembered
 def whole_parameters(profile: ProgramTables, stages: int, chunks: int) -> np.ndarray:
     """Return which parameters [P] of layers each stage has all of."""
     table = profile.parameters

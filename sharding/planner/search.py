@@ -220,15 +220,20 @@ class _Search:
 
     def _rough(self, layout: int) -> float:
         """Return what is known without a price of the seconds that a layout takes at least."""
-        if self._least is None:
-            return 0.0
         # Of a pipeline in the most microbatches.
-        return self._least(self._candidate(*list(self._firsts(layout))[-1])) * (1 - _SLACK)
+        return self._least_of(*list(self._firsts(layout))[-1]) * (1 - _SLACK)
+
+    def _least_of(self, layout: int, remat: int, part: int) -> float:
+        return 0.0 if self._least is None else self._least(self._candidate(layout, remat, part))
 
     def _bound(self, layout: int) -> float:
         """Return a lower bound on the seconds of a layout."""
-        firsts = (_least_seconds(self._at(*place).estimate) for place in self._firsts(layout))
-        return min(firsts) * (1 - _SLACK)
+        found, firsts = math.inf, [(self._least_of(*place), place) for place in self._firsts(layout)]
+        for least, place in sorted(firsts):
+            if least >= found:
+                break
+            found = min(found, _least_seconds(self._at(*place).estimate))
+        return found * (1 - _SLACK)
 
     def _firsts(self, layout: int) -> Iterator[tuple[int, int, int]]:
         """Yield the candidates that keep most, the fastest of which bounds the layout's seconds.

@@ -36,7 +36,7 @@ def test_a_pricer_runs_as_the_topologys_compiler_does(program):
     assert not execution_for(TOPOLOGY).reduces_whole
     kernel = FusedAttention(share=0.5, gradient=2.5)
     assert execution_for(Topology.parse("h100:8"), kernel) == Execution(
-        attention=kernel, reduces_whole=True, loss_arrays=2, aligned_elements=8
+        attention=kernel, reduces_whole=True, loss_arrays=2, aligned_elements=8, takes_out=True
     )
 
 

@@ -20,6 +20,7 @@ from meshwright.sharding.transform.pipeline.schedule import (
 )
 
 LAYERS, BATCH, WIDTH, HIDDEN, VOCAB = 8, 65536, 256, 1024, 512
+HBM = Topology.parse("v5p:2x2x1").chip.hbm_bytes_per_second
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +47,16 @@ def price():
         "head": ("embed", "vocab"),
     }
     program = trace(loss, params, shape((BATCH, VOCAB), jnp.float32), names=names)
-    pricer = Pricer(program, Topology.parse("v5p:2x2x1"), calibration=Calibration(), dtype="float32")
+    pricers = {
+        where: Pricer(program, Topology.parse(where), calibration=Calibration(), dtype="float32")
+        for where in ("v5p:2x2x1", "h100:4")
+    }
     layers = next(dim.id for dim in program.dims if dim.name == "layers")
 
-    def price(microbatches, stages=4, **more):
+    def price(microbatches, where="v5p:2x2x1", stages=4, **more):
         mesh = {"stage": stages} if stages > 1 else {}
         dims = {layers: ("stage",)} if stages > 1 else {}
-        return pricer.price(Candidate(mesh=mesh, dims=dims, microbatches=microbatches, **more))
+        return pricers[where].price(Candidate(mesh=mesh, dims=dims, microbatches=microbatches, **more))
 
     return price
 
@@ -108,7 +112,7 @@ def test_of_what_is_sent_on_only_the_first_ticks_show(price, microbatches):
     added = 3 * gradients / topology.chip.hbm_bytes_per_second
     assert each > added
     shows = (stages - 1) * each + microbatches * (each - added / 2)
-    assert price(microbatches, stages).time["send/stage"] == pytest.approx(shows)
+    assert price(microbatches).time["send/stage"] == pytest.approx(shows)
 
 
 def test_memory_of_more_microbatches_of_as_many_rows_is_that_of_few(price):
@@ -148,7 +152,38 @@ def test_delayed_gradients_of_weights_are_not_waited_for_and_are_kept(price):
     waited = plain.time["bubble"] - delayed.time["bubble"]
     assert waited == pytest.approx(late * 3 / 16, rel=0.02)
     assert delayed.time["compute/matmul"] == plain.time["compute/matmul"]
-    # Two operands and two results of each layer, of four chunks and of the one that is being made.
-    each = 4 * (BATCH // 16) * 2 * (WIDTH + HIDDEN) * (LAYERS // 4)
+    # Two operands and two results of each layer, in two bytes as products take them, of four chunks and the
+    # one that is being made: they are stacked, put into their room and taken out of it in each of 19 ticks.
+    each = 2 * (BATCH // 16) * 2 * (WIDTH + HIDDEN) * (LAYERS // 4)
     more = delayed.memory["saved_activations"] - plain.memory["saved_activations"]
     assert more == 5 * each
+    assert delayed.time["kept"] == pytest.approx((6 * 19 + 4) * each / HBM)
+
+
+def test_what_layers_keep_over_ticks_takes_room_and_time_and_spares_running_chunks_again(price):
+    again, kept = (price(16, remat="dots", stage_remat=one) for one in (True, False))
+    # A layer's input and the result of its first product, of as many chunks as inputs were held of.
+    stream = 4 * (BATCH // 16) * WIDTH
+    each = 4 * (BATCH // 16) * (HIDDEN + WIDTH) * (LAYERS // 4)
+    more = kept.memory["saved_activations"] - again.memory["saved_activations"]
+    assert more == pytest.approx(7 * (each - stream), rel=0.03)
+    assert kept.time["kept"] == pytest.approx((6 * 19 + 7) * each / HBM, rel=0.03)
+    assert "kept" not in again.time
+    flops = 2 * BATCH * 2 * WIDTH * HIDDEN * LAYERS, 2 * BATCH * WIDTH * VOCAB
+    spared = 1 - kept.time["compute/matmul"] / again.time["compute/matmul"]
+    assert spared == pytest.approx(flops[0] / (4 * flops[0] + 5 * flops[1]), rel=0.02)
+
+
+def test_where_a_compiler_takes_out_what_a_tick_works_with_that_lies_in_memory_too(price):
+    """XLA for GPUs: the chunk that goes back, what delayed gradients are made of, and sums of gradients."""
+    kept = 4 * (BATCH // 16) * (HIDDEN + WIDTH) * (LAYERS // 4)
+    late = 2 * (BATCH // 16) * 2 * (WIDTH + HIDDEN) * (LAYERS // 4)
+    for more, taken in (
+        ({}, 0),
+        ({"stage_remat": False}, kept),
+        # GPUs keep it as it is, in four bytes.
+        ({"schedule": "delayed"}, 6 * 2 * late - 5 * late),
+    ):
+        here, there = (price(16, one, remat="dots", **more).memory for one in ("v5p:2x2x1", "h100:4"))
+        assert there["saved_activations"] - here["saved_activations"] == pytest.approx(taken, rel=0.03)
+        assert there["gradients"] - here["gradients"] == 4 * 2 * WIDTH * HIDDEN * LAYERS // 4
