@@ -20,8 +20,8 @@ ACCUMULATIONS = (EXACT, BY_PART)
 
 # Orders in which pipeline stages work: one forward, one backward; that with the gradients of layers' weights
 # later than those which stages wait for; or all forward, then all backward.
-ONE_BY_ONE, DELAYED = "1f1b", "delayed"
-SCHEDULES = (ONE_BY_ONE, DELAYED, "gpipe")
+ONE_BY_ONE, DELAYED, GPIPE = "1f1b", "delayed", "gpipe"
+SCHEDULES = (ONE_BY_ONE, DELAYED, GPIPE)
 # What is said of how stages work, by its name.
 OF_STAGES = ("schedule", "interleave", "stage_remat")
 _IN_WORDS = {DELAYED: "1f1b with weights' gradients delayed"}

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from ...cost.stacks import held_layers
-from ...plans.vocabulary import DELAYED, ONE_BY_ONE
+from ...plans.vocabulary import DELAYED, GPIPE, ONE_BY_ONE
 from ...program.mixtures import experts_dims
 from ..declared import Declared
 from .draft import Draft, Given, Refused
@@ -47,7 +47,7 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     declared = given.declared.interleave
     least = held_layers(found.count, stages, 1)
     for chunks in CHUNKS if declared is None else (declared,):
-        if declared is None and (chunks > 1 and given.declared.schedule == "gpipe"):
+        if declared is None and (chunks > 1 and given.declared.schedule == GPIPE):
             continue
         if declared is None and held_layers(found.count, stages, chunks) > least:
             continue
@@ -74,7 +74,9 @@ def ways_of(declared: Declared, mesh: Mapping[str, int], *, keeps: bool) -> Iter
         yield ONE_BY_ONE, True
         return
     schedules = _SCHEDULES if declared.schedule is None else (declared.schedule,)
-    again = (True, False) if declared.stage_remat is None and keeps else (declared.stage_remat is not False,)
+    # What is kept goes over the ticks of schedules that run.
+    free = declared.stage_remat is None and keeps and declared.schedule != GPIPE
+    again = (True, False) if free else (declared.stage_remat is not False,)
     yield from itertools.product(schedules, again)
 
 

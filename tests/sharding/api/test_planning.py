@@ -231,7 +231,8 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
 
 def test_stages_are_priced_and_kept_and_gpipe_is_not_run(tmp_path: pathlib.Path) -> None:
     case = zoo.state_space()
-    made = plan(case.loss, *case.shapes(), topology="cpu:8", optimizer=ADAM, mesh={"stage": 2})
+    given = {"topology": "cpu:8", "optimizer": ADAM, "mesh": {"stage": 2}, "schedule": "1f1b"}
+    made = plan(case.loss, *case.shapes(), **given)
     assert (made.schedule, made.interleave) == ("1f1b", 1)
     assert made.estimate is not None
     assert made.estimate.time["bubble"] > 0
