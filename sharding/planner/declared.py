@@ -85,6 +85,9 @@ class Declared:
         parts = self.microbatches
         if parts is not None and (isinstance(parts, bool) or not isinstance(parts, int | np.integer)):
             raise UserError(f"microbatches={parts!r} must be a whole number of at least 1")
+        # Numbers of NumPy's are Python's from here on, as they are in a file.
+        object.__setattr__(self, "mesh", {axis: int(size) for axis, size in self.mesh.items()})
+        object.__setattr__(self, "microbatches", parts if parts is None else int(parts))
         kernels = self.attention
         named = isinstance(kernels, Sequence) and not isinstance(kernels, bytes) and len(kernels) > 0
         if kernels is not None and not named:
@@ -208,7 +211,7 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
     sizes = resolve_axes(declared.mesh, topology.num_devices)
     rules = _with_exchange(Rules(declared.rules).with_defaults(), program, sizes)
     count = 1 if declared.microbatches is None else declared.microbatches
-    _check_batch(program, rules, sizes, count)
+    repeated = _check_batch(program, rules, sizes, count)
     # A rule for a dimension of the data holds for no parameter, and so would count as matching nothing.
     of_params = Rules(
         {key: rule for key, rule in declared.rules.items() if key not in DATA_NAMES}, defaults=rules.defaults
@@ -248,7 +251,9 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
         for argument in program.arguments
         if argument.is_data
     }
-    return Ruled(candidate=candidate, batch=rows, notes=(*of_params.notes(params, sizes, names), *regrouped))
+    return Ruled(
+        candidate=candidate, batch=rows, notes=(*of_params.notes(params, sizes, names), *regrouped, *repeated)
+    )
 
 
 def _with_exchange(rules: Rules, program: Program, sizes: Mapping[str, int]) -> Rules:
@@ -313,24 +318,30 @@ def _ruled_label(dim: Dim, rules: Rules) -> str | None:
     return next((label for label in dim.labels if label in rules.declared or label in rules.defaults), None)
 
 
-def _check_batch(program: Program, rules: Rules, sizes: Mapping[str, int], microbatches: int) -> None:
+def _check_batch(
+    program: Program, rules: Rules, sizes: Mapping[str, int], microbatches: int
+) -> tuple[str, ...]:
+    """Return notes of what devices repeat. Raises UserError if the rows do not divide."""
     spread = rules.declared.get("batch", rules.defaults.get("batch", ()))
     parts = {axis: sizes[axis] for axis in spread if axis in sizes}
     devices = math.prod(parts.values())
     if microbatches < 1:
         raise UserError(f"microbatches={microbatches} must be a whole number of at least 1")
-    needed = devices * microbatches
+    needed, notes = devices * microbatches, ()
     led = [a.shape[0] for a in program.arguments if a.is_data and a.names[:1] == DATA_NAMES[:1]]
     if not led:
         # One row, or nothing that has any, lies whole on every device.
         led, needed = [batch_rows(program)], microbatches
+        written = " x ".join(f"{axis}={size}" for axis, size in parts.items() if size > 1)
         if led[0] > 1 and devices > 1:
-            written = " x ".join(f"{axis}={size}" for axis, size in parts.items())
             raise UserError(
                 f"no array of the batch leads with rows of its own, which {written} could share out; give "
                 'rules={"batch": None} to leave them whole'
             )
+        if devices > 1:
+            notes = (f"the batch has no rows to share out: every device along {written} does all its work",)
     for rows in led:
         if rows and rows % needed == 0:
             continue
         raise IndivisibleBatch(indivisible(rows, parts, microbatches, needed))
+    return notes

@@ -171,9 +171,10 @@ def check_new_state(old: Mapping[str, Any], results: Iterable[Result]) -> None:
     """Raise UserError if a loss with a state gives no new one, or one that is not like the `old` by path."""
     new = {row.path: row for row in results}
     if any(path != "0" and not path.startswith(("1/0", "1/1")) for path in new) or "0" not in new:
+        found = "a scalar alone" if list(new) == [""] else f"arrays at {', '.join(map(repr, list(new)[:4]))}"
         raise UserError(
             "a loss with a state returns (loss, (aux, state)), with {} for no aux; "
-            f"this one returns arrays at {', '.join(map(repr, list(new)[:4]))}"
+            f"this one returns {found}"
         )
     rows = {path.removeprefix("1/1").removeprefix("/"): row for path, row in new.items() if path[:3] == "1/1"}
     for path in old:
@@ -184,9 +185,10 @@ def check_new_state(old: Mapping[str, Any], results: Iterable[Result]) -> None:
             raise UserError(f"the new state has {path!r}, which the state lacks; {nearest(path, old)}")
         wanted = old[path]
         if (row.shape, row.dtype) != (tuple(wanted.shape), wanted.dtype):
+            has = f"has {path!r} as" if path else "is"
             raise UserError(
-                f"the new state has {path!r} as {row.dtype}{list(row.shape)}, the state as "
-                f"{wanted.dtype}{list(wanted.shape)}; return it as it came"
+                f"the new state {has} {row.dtype}{list(row.shape)}, the state "
+                f"{'as ' if path else ''}{wanted.dtype}{list(wanted.shape)}; return it as it came"
             )
 
 

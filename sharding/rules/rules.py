@@ -21,10 +21,10 @@ class Rules:
 
     A key of `declared` is a named dimension (``embed``), or a pattern over parameter paths if it holds ``/``
     or ``*`` (``embed/table``, ``*/bias``). A dimension's value is an axis, a list of axes (the major one
-    first), or None, which keeps it whole. A pattern's value is None or a list with such an entry for each
-    dimension; those that it leaves out stay whole. A pattern takes precedence over dimensions; of two
-    patterns, one without wildcards does, then the longer. A pattern matches a whole path or the end of one,
-    so that optimizer states follow their parameters.
+    first), or None, which keeps it whole. A pattern's value is None, or a list or PartitionSpec with such an
+    entry for each dimension; those that it leaves out stay whole. A pattern takes precedence over dimensions;
+    of two patterns, one without wildcards does, then the longer. A pattern matches a whole path or the end of
+    one, so that optimizer states follow their parameters.
 
     `defaults` are rules for dimensions that yield where they cannot hold: where the mesh has no such axis,
     where a size is not divisible, and where a declared rule uses the axis. `notes` says where they did.
@@ -118,7 +118,7 @@ def _checked(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
             checked[key] = _axes(key, value)
         elif value is None:
             checked[key] = ()
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple)) or _is_spec(value):
             checked[key] = tuple(_axes(key, entry) for entry in value)
         else:
             raise UserError(
@@ -130,6 +130,12 @@ def _checked(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
                 f"rule {key} uses {twice[0]} twice in one array; an axis shards one dimension at most"
             )
     return MappingProxyType(checked)
+
+
+def _is_spec(value: Any) -> bool:
+    from jax.sharding import PartitionSpec
+
+    return isinstance(value, PartitionSpec)
 
 
 def _axes(key: str, value: Any) -> Axes:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 from meshwright.models import DecoderConfig, decoder
 from meshwright.sharding import Plan, UserError, declare
 
@@ -123,6 +124,13 @@ def test_a_pattern_says_where_one_parameter_lies() -> None:
     plan = declare_mlp(rules={"*down": [["tensor", "fsdp"]]})
     assert plan.params["down"].spec == (("tensor", "fsdp"),)
     assert plan.params["up"].spec == ("fsdp", "tensor")
+    assert declare_mlp(rules={"*down": PartitionSpec(("tensor", "fsdp"))}).params == plan.params
+
+
+def test_numbers_of_numpys_are_python_s() -> None:
+    plan = declare_mlp(mesh={"data": np.int64(2), "fsdp": np.int32(4)}, microbatches=np.int64(2))
+    assert type(plan.mesh["data"]) is type(plan.microbatches) is int
+    assert plan == declare_mlp(mesh={"data": 2, "fsdp": 4}, microbatches=2)
 
 
 def test_without_names_only_the_batch_is_spread() -> None:
@@ -243,6 +251,8 @@ def test_one_row_and_a_batch_without_rows_lie_whole(mesh: dict[str, int], rows: 
     names = {"up": ("embed", "mlp"), "down": ("mlp", "embed")}
     one = declare(loss, params, batch, topology="cpu:8", mesh=mesh, names=names)
     assert one.bytes_per_device() == 8 * 32 * 2 * 4 // 8
+    repeated = "the batch has no rows to share out: every device along fsdp=8 does all its work"
+    assert (repeated in one.notes) == ("fsdp" in mesh)
     np.testing.assert_allclose(jax.jit(one.apply(loss))(params, batch), loss(params, batch), rtol=1e-6)
 
 
