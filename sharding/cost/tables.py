@@ -203,7 +203,8 @@ class _Flattener:
             ]
             return arms[0]
         inner = equation.scopes[0]
-        checkpointed = rematted or name in _CHECKPOINTS
+        # What plain attention runs again for its gradient, a kernel's gradient has in it.
+        checkpointed = rematted or (name in _CHECKPOINTS and self._call < 0)
         return self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, checkpointed)
 
     def _stack(self, equation: Equation, ins: list[int], runs: int) -> list[int]:
@@ -220,7 +221,6 @@ class _Flattener:
         """Read what one kernel does, of which nothing is in memory but what it reads and writes."""
         inner = equation.scopes[0]
         self._call = len(self.calls)
-        # What plain attention runs again for its gradient, a kernel's gradient has in it.
         (out,) = self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, False)
         self._call = -1
         self.values[out].call = -1

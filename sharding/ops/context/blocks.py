@@ -189,12 +189,14 @@ def _of_now(rows: Blocks) -> Blocks:
     return rows._replace(at=at, segments=segments)
 
 
-def _instead(rows: Blocks) -> tuple[jax.Array, jax.Array]:
-    """Return what is put for hidden scores and for their weights, no sooner than `rows` are to be had.
+def _instead(keys: Blocks, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return what is put for hidden scores and for their weights, of these keys and of this turn alone.
 
-    As constants they would be taken out of the loop too, and each read as an array of a pair's scores.
+    What is the same for all layers, chunks of a ring or turns, JAX takes out of that loop where layers are run
+    again, and each turn then reads it as an array of a pair's scores.
     """
-    _, hidden, none = lax.optimization_barrier((rows.at[0, 0], np.float32(_HIDDEN), np.float32(0)))
+    told = (keys.at[0, 0], turn, np.float32(_HIDDEN), np.float32(0))
+    _, _, hidden, none = lax.optimization_barrier(told)
     return hidden, none
 
 
@@ -203,11 +205,11 @@ def fold(asked: Asked, q: Blocks, kv: Blocks, pairs: Pairs, state: State) -> Sta
     q, kv = _of_now(q), _of_now(kv)
     values = kv.y
     assert values is not None
-    ends, (hidden, none) = _ends(pairs), _instead(q)
+    ends = _ends(pairs)
 
     def step(state: State, turn: jax.Array) -> tuple[State, None]:
         a, b, live = _pair(pairs, ends, turn)
-        seen = _visible(asked, q, kv, a, b, live)
+        seen, (hidden, none) = _visible(asked, q, kv, a, b, live), _instead(kv, turn)
         scores = jnp.where(seen, _scores(asked, q.x[a], kv.x[b])[0], hidden)
         top, total, out = (x[a] for x in state)
         new = jnp.maximum(top, scores.max(-1))
@@ -253,11 +255,11 @@ def unfold(
     values, d_out = kv.y, q.y
     assert values is not None
     assert d_out is not None
-    ends, (_, none), product = _ends(pairs), _instead(q), functools.partial(_product, asked)
+    ends, product = _ends(pairs), functools.partial(_product, asked)
 
     def step(sums: Any, turn: jax.Array) -> tuple[Any, None]:
         a, b, live = _pair(pairs, ends, turn)
-        seen = _visible(asked, q, kv, a, b, live)
+        seen, (_, none) = _visible(asked, q, kv, a, b, live), _instead(kv, turn)
         scores, slope = _scores(asked, q.x[a], kv.x[b])
         weights = jnp.where(seen, jnp.exp(scores - lse[a][..., None]), none)
         d_scores = product("bkgqd,bksd->bkgqs", d_out[a], values[b]) - delta[a][..., None]

@@ -83,6 +83,15 @@ def check(mesh: dict[str, int], way: str, changes: dict[str, Any], **asked: Any)
     return collections.Counter(re.findall(r" ([a-z-]+)(?:-start)?\(", compiled.as_text()))
 
 
+def equations_of(jaxpr: Any) -> Any:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations_of(inner)
+
+
 def test_a_ring_sends_keys_and_gathers_nothing() -> None:
     found = check({"context": 4, "data": 2}, "ring", {})
     assert found["collective-permute"] > 0
@@ -112,6 +121,22 @@ def test_no_mask_of_all_pairs_is_taken_out_of_a_loop_over_layers() -> None:
     # Of six turns with pairs of blocks of four rows: which scores count is made where they are.
     assert "bool[4,1,1,4,4]" in said
     assert not re.findall(r"bool\[[^]]*,4,4,2,4,4\]", said)
+
+
+def test_no_array_of_a_pair_s_scores_is_read_in_every_turn_where_layers_are_run_again() -> None:
+    params, batch, _ = problem(64, ())
+    asked = {"topology": "cpu:8", "mesh": {"context": 8}, "names": NAMES, "context": "ring", "remat": "full"}
+    applied = declare(loss_of(()), params, batch, **asked).apply(loss_of(()))
+    scans = [
+        eqn
+        for eqn in equations_of(jax.make_jaxpr(jax.grad(applied))(params, batch).jaxpr)
+        if eqn.primitive.name == "scan"
+    ]
+    # What is put for hidden scores is one number: an array of it is as many bytes as the scores.
+    pair = (ROWS, 4, 2, 4, 4)
+    shapes = [atom.aval.shape for eqn in scans for atom in eqn.invars]
+    assert any(shape[-3:] == (2, 4, WIDTH) for shape in shapes)
+    assert not [shape for shape in shapes if shape[-5:] == pair]
 
 
 @pytest.mark.slow
