@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from .calibration import Calibration
 from .grouped import GroupedWork, grouped_seconds
 from .kept import Residuals
 from .placement import Placement
-from .profile import ProgramTables
+from .profile import Products, ProgramTables
 
 # Kinds of work, the second axis of `Busy.seconds`; the first are passes: forward, backward, run again.
 KINDS = ("matmul", "attention", "elementwise")
@@ -27,14 +28,29 @@ class FusedAttention:
               it computes the scores once more).
     masked:   of its work, how much is with segments that it reads as a mask of queries by keys.
     scratch:  bytes that its gradient works in, for each element of its result.
-    moved:    bytes that its forward pass moves for each flop; of a kernel nothing that counts.
+    calls:    what is otherwise for single calls, by their index, where a program's differ.
     """
 
     share: float = 1.0
     gradient: float = 2.0
     masked: float = 0.0
     scratch: float = 0.0
-    moved: float = 0.0
+    calls: Mapping[int, FusedAttention] = dataclasses.field(default_factory=dict)
+
+    def of(self, name: str, calls: np.ndarray) -> np.ndarray:
+        """Return a field's value for each of the indices `calls` [M]."""
+        found = np.full(len(calls), getattr(self, name), float)
+        for index, own in self.calls.items():
+            found[calls == index] = getattr(own, name)
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttendedSeconds:
+    """Seconds of one run of a call of attention on a device, forward and backward."""
+
+    forward: float
+    backward: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,6 +102,7 @@ def passes(
     aligned_elements: int,
     grouped: str = TILES,
     *,
+    attended: Mapping[int, AttendedSeconds] | None = None,
     wide_gradients: bool = False,
     short_sums: bool = False,
 ) -> Passes:
@@ -100,6 +117,7 @@ def passes(
       kernel: what carries out attention; None where products and elementwise work do.
       aligned_elements: of a product's role that matrix units read at once.
       grouped: what multiplies rows by their experts, as in `ops.products`.
+      attended: seconds of calls of attention, by their index, which say more than `kernel` does.
       wide_gradients: whether gradients of 16-bit products into float32 are products of float32.
       short_sums: whether those of look-ups in 16-bit tables are summed in 16 bits.
     """
@@ -113,7 +131,7 @@ def passes(
         slower = peak_flops(chip, dtype) / (peak_flops(chip, "float32") * calibration.float32_efficiency)
         backward[profile.products.widens] *= slower
     products, products_back, launched = _products(
-        profile, once, backward, kernel, calibration, seconds, kernels
+        profile, once, backward, kernel, calibration, attended or {}, seconds, kernels
     )
     rate = chip.hbm_bytes_per_second * calibration.memory_efficiency
     groups, groups_back, group_runs = _kernels(profile, placement, rate, kernel, seconds, kernels)
@@ -198,10 +216,9 @@ def product_seconds(
     wide = "bfloat16" if dtype.startswith(("float8", "int8")) else dtype
     # Of scores and of their sum with values, columns and contraction are the keys and a head's width.
     roles = np.maximum(products.role_sizes[:, 2:], 1.0)
-    reached = attention_share(roles.min(axis=1), roles.max(axis=1) * kernel.share, calibration)
-    fused = flops * kernel.share / (peak_flops(chip, wide) * reached)
-    if kernel.moved:
-        fused = np.maximum(fused, flops * kernel.share * kernel.moved / rate)
+    share = kernel.of("share", products.call)
+    reached = attention_share(roles.min(axis=1), roles.max(axis=1) * share, calibration)
+    fused = flops * share / (peak_flops(chip, wide) * reached)
     return np.where(core, fused, computed)
 
 
@@ -258,6 +275,7 @@ def _products(
     backward: np.ndarray,
     kernel: FusedAttention | None,
     calibration: Calibration,
+    attended: Mapping[int, AttendedSeconds],
     seconds: np.ndarray,
     kernels: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -267,8 +285,10 @@ def _products(
     once = seconds_of_one * runs
     # One product of the forward pass is one for each operand's gradient, of as many flops.
     if kernel is not None:
-        backward[core] *= kernel.gradient / 2.0
-        once[core] *= 1.0 - kernel.masked + kernel.masked / calibration.masked_efficiency
+        masked = kernel.of("masked", products.call)[core]
+        backward[core] *= kernel.of("gradient", products.call)[core] / 2.0
+        once[core] *= 1.0 - masked + masked / calibration.masked_efficiency
+        _as_attended(products, attended, once, backward)
     for kind, chosen in ((0, ~core), (1, core)):
         for n, times in enumerate((1.0, backward)):
             seconds[n, kind] += _by_section(section, once * times * chosen)
@@ -277,6 +297,19 @@ def _products(
     for n, times in enumerate((1.0, products.gradients)):
         kernels[n] += _by_section(section, launched * times)
     return once, once * backward, launched
+
+
+def _as_attended(
+    products: Products,
+    attended: Mapping[int, AttendedSeconds],
+    once: np.ndarray,
+    backward: np.ndarray,
+) -> None:
+    """Put the seconds of `attended` calls in `once` [M], in `backward` [M] their gradients' over these."""
+    for index, own in attended.items():
+        mine = products.call == index
+        once[mine] = own.forward * products.call_runs[mine] / max(int(mine.sum()), 1)
+        backward[mine] = own.backward / own.forward * (products.gradients[mine] > 0)
 
 
 def _kernels(

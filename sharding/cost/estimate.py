@@ -15,7 +15,7 @@ from ..program.program import Program
 from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link, joint_link
-from .compute import Passes, passes, peak_flops
+from .compute import AttendedSeconds, Passes, passes, peak_flops
 from .context import Attending, SpreadCall, context_bytes, context_seconds, laid_calls
 from .delayed import kept_bytes, late_seconds
 from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables_read_there
@@ -51,6 +51,8 @@ class Pricer:
         `transform.accumulation.levels`.
       other: gives the Pricer for a candidate that this one is not for, None where this one is.
       calls: of attention, which candidates may lay over ``context``.
+      attended: gives the seconds of those calls, by index, of which a candidate's layout says more than the
+        kernel in `execution` does.
 
     >>> import jax
     >>> from meshwright.sharding import Topology
@@ -76,6 +78,7 @@ class Pricer:
         more_passes: float = 0.0,
         other: Callable[[Candidate], Pricer | None] | None = None,
         calls: Sequence[SpreadCall] = (),
+        attended: Callable[[Candidate], Mapping[int, AttendedSeconds]] | None = None,
     ) -> None:
         self.profile = program if isinstance(program, ProgramTables) else profile(program)
         self.topology = topology
@@ -90,6 +93,7 @@ class Pricer:
         self._more_passes = more_passes
         self._other = other
         self._calls = tuple(calls)
+        self._attended = attended
         self._placements: dict[object, Placement] = {}
         self._stored: dict[object, tuple[StoredOver, object]] = {}
         self._tables: dict[object, tuple[dict[int, tuple[str, ...]], object]] = {}
@@ -252,7 +256,7 @@ class Pricer:
         table, chip = self.profile, self.topology.chip
         wires = execution.links(candidate.mesh, self.topology, calibration)
         kept = execution.kept(table, candidate, execution.attention is not None)
-        once = self._once(placement, calibration, execution, known=own)
+        once = self._once(candidate, placement, calibration, execution, known=own)
         done = execution.busy(table, once, kept)
         joint = functools.partial(joint_link, candidate.mesh, self.topology, calibration)
         joint = joint if execution.reduces_whole else None
@@ -364,7 +368,7 @@ class Pricer:
 
     def _unstored(self, candidate: Candidate, placement: Placement) -> StepParts:
         """Return what a step is made of but for what is stored, and travels for it."""
-        once = self._once(placement, self.calibration, self.execution, known=True)
+        once = self._once(candidate, placement, self.calibration, self.execution, known=True)
         kept = self.kept(candidate)
         return StepParts(
             table=self.profile,
@@ -382,10 +386,20 @@ class Pricer:
 
     def passes(self, candidate: Candidate) -> Passes:
         """Return a candidate's forward and backward passes over one microbatch."""
-        return self._once(self.place(candidate), self.calibration, self.execution, known=True)
+        return self._once(candidate, self.place(candidate), self.calibration, self.execution, known=True)
+
+    def attended(self, candidate: Candidate) -> Mapping[int, AttendedSeconds]:
+        """Return the seconds of one run of calls of attention, by index, that its layout says more of."""
+        return {} if self._attended is None else self._attended(candidate)
 
     def _once(
-        self, placement: Placement, calibration: Calibration, execution: Execution, *, known: bool
+        self,
+        candidate: Candidate,
+        placement: Placement,
+        calibration: Calibration,
+        execution: Execution,
+        *,
+        known: bool,
     ) -> Passes:
         """Return the passes over a placement, which nothing that is kept changes."""
         if known and (found := self._passes.get(id(placement))) is not None:
@@ -399,6 +413,7 @@ class Pricer:
             execution.attention,
             1 if execution.pads_products else execution.aligned_elements,
             execution.grouped,
+            attended=self.attended(candidate),
             wide_gradients=execution.wide_gradients,
             short_sums=execution.short_sums,
         )

@@ -131,7 +131,7 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
             masks["dots"][list(op.outs)] = True
     for index in _read_by_kernels(flat):
         masks["none/fused"][index] = True
-    for ins, outs in flat.calls:
+    for ins, outs, *_ in flat.calls:
         # A kernel's gradient reads what the kernel read and wrote.
         for index in (*(i for i in ins if flat.values[i].grad), *outs):
             masks["none"][index] = masks["none/fused"][index] = True

@@ -72,7 +72,8 @@ class Products:
 
     role_sizes [M, 4] and role_dims [M, 4, D] are of batch, left, right and contracted; grouped [M] says that
     the batch are experts, to which left are the rows that an even router gives each, widens [M] that operands
-    are of bfloat16 and the result is not.
+    are of bfloat16 and the result is not; call [M] is the index of the fused call of attention, or -1, and
+    call_runs [M] how often that runs.
     """
 
     equation: np.ndarray
@@ -83,6 +84,8 @@ class Products:
     role_dims: np.ndarray
     grouped: np.ndarray
     widens: np.ndarray
+    call: np.ndarray
+    call_runs: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,8 +142,8 @@ class ProgramTables:
     """The tables of one program; sizes are unsharded.
 
     priority [D] orders dims that want the same mesh axis: those of parameters come first; attended are the
-    values that kernels of attention give. `main`, `counts` and `through` are as of `Flat`; `along` holds what
-    `placement` has found out of mesh axes by themselves.
+    values that kernels of attention give, `kernels` the calls that are fused. `main`, `counts` and `through`
+    are as of `Flat`; `along` holds what `placement` has found out of mesh axes by themselves.
     """
 
     dim_sizes: np.ndarray
@@ -153,6 +156,7 @@ class ProgramTables:
     products: Products
     short_sums: tuple[ShortSums, ...]
     attended: tuple[int, ...]
+    kernels: frozenset[int]
     groups: Groups
     parameters: Parameters
     parameter_dims: tuple[tuple[int, ...], ...]
@@ -185,7 +189,8 @@ def profile(program: Program, *, kernels: frozenset[int] = frozenset()) -> Progr
         writes=_uses(flat, owners, count, "outs"),
         products=_products(flat, owners, count),
         short_sums=tuple(_short_sums(flat)),
-        attended=tuple(written[0] for _, written in flat.calls),
+        attended=tuple(call.outs[0] for call in flat.calls),
+        kernels=kernels,
         groups=fuse(flat),
         parameters=_parameters(program, flat, count),
         parameter_dims=tuple(
@@ -279,7 +284,7 @@ def _uses(flat: Flat, owners: list[dict[int, int]], count: int, side: str) -> Us
 
 def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
     equation, flops, gradients, values = [], [], [], []
-    sizes, dims, grouped, wider = [], [], [], []
+    sizes, dims, grouped, wider, calls = [], [], [], [], []
     for number, op in enumerate(flat.ops):
         roles = matmul_roles(op.equation)
         if roles is None or not op.runs:
@@ -299,6 +304,7 @@ def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
         gradients.append(sum(flat.values[i].grad for i in op.ins[:2]))
         values.append([op.ins[0], op.ins[1], op.outs[0]])
         wider.append(op.call < 0 and widens(op.equation.eqn))
+        calls.append(flat.calls[op.call][2:] if op.call >= 0 else (-1, 0))
         sizes.append(row_sizes)
         grouped.append(of_groups)
         dims.append(row_dims)
@@ -311,6 +317,8 @@ def _products(flat: Flat, owners: list[dict[int, int]], count: int) -> Products:
         role_dims=np.array(dims, bool).reshape(-1, 4, count),
         grouped=np.array(grouped, bool),
         widens=np.array(wider, bool),
+        call=np.array([index for index, _ in calls], int),
+        call_runs=np.array([runs for _, runs in calls], float),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend import core
@@ -70,6 +70,15 @@ class FlatOp:
     grouped: bool = False
 
 
+class FusedCall(NamedTuple):
+    """A call of attention that is one kernel: the values that it reads, those it gives, its equation, runs."""
+
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    index: int
+    runs: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Flat:
     """A program without scopes: `carries` are what the main scan over layers hands on, `inputs` the data.
@@ -91,7 +100,7 @@ class Flat:
     stacks: int = 1
     counts: tuple[int, ...] = (1,)
     through: tuple[tuple[int, ...], ...] = ((),)
-    calls: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    calls: tuple[FusedCall, ...] = ()
 
 
 class _Flattener:
@@ -99,7 +108,7 @@ class _Flattener:
 
     def __init__(self, program: Program, kernels: frozenset[int]) -> None:
         self.program = program
-        self.calls: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self.calls: list[FusedCall] = []
         self._kernels = kernels
         self._call = -1
         # Experts and their rows, within a call of `ops.experts`.
@@ -224,7 +233,7 @@ class _Flattener:
         (out,) = self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, False)
         self._call = -1
         self.values[out].call = -1
-        self.calls.append((tuple(ins), (out,)))
+        self.calls.append(FusedCall(tuple(ins), (out,), equation.index, runs))
         return [out]
 
     def _scan(self, equation: Equation, ins: list[int], runs: int, rematted: bool) -> list[int]:

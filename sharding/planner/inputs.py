@@ -12,16 +12,16 @@ from typing import Any
 from ..cost.calibration import Calibration, calibration_for
 from ..cost.candidate import Candidate
 from ..cost.compute import FusedAttention
-from ..cost.context import SpreadCall, calls_of, site_of
+from ..cost.context import SpreadCall, calls_of
 from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
 from ..cost.measured import Measurement
 from ..cost.measured import load as load_measurement
+from ..cost.pieces import Machine
 from ..cost.profile import ProgramTables, profile
 from ..errors import UserError, wrong
 from ..hardware.memory import usable_bytes
 from ..hardware.topology import Topology
-from ..ops.context.taken import BLOCKS
 from ..ops.grouped import TILES
 from ..paths import by_path
 from ..plans.arrays import check_new_state
@@ -37,6 +37,7 @@ from ..program.untraceable import check_constants
 from ..transform.accumulation.proof import InParts
 from ..xla.compiler import compiler_of
 from . import build
+from .attending import Attending
 from .choices import arithmetic, experts
 from .choices import attention as kernels
 from .choices.microbatches import PartsProof
@@ -172,13 +173,13 @@ class Problem:
         """The program in tables, with calls of attention carried out by kernels, as asked for so far."""
         return {}
 
-    def table(self, kernel: kernels.Chosen) -> ProgramTables:
-        """Return the program in tables, with the calls of attention that `kernel` takes carried out by it."""
-        if not kernel.calls:
+    def table(self, fused: frozenset[int]) -> ProgramTables:
+        """Return the program in tables, with the calls of attention `fused` as one kernel each."""
+        if not fused:
             return self.profile
-        if kernel.calls not in self.kernel_profiles:
-            self.kernel_profiles[kernel.calls] = profile(self.program, kernels=kernel.calls)
-        return self.kernel_profiles[kernel.calls]
+        if fused not in self.kernel_profiles:
+            self.kernel_profiles[fused] = profile(self.program, kernels=fused)
+        return self.kernel_profiles[fused]
 
     def kernel(self, topology: Topology, declared: Declared) -> kernels.Chosen:
         """Return the kernel of the program's attention."""
@@ -186,7 +187,7 @@ class Problem:
 
     def space(self, topology: Topology, declared: Declared, worth: Worth | None = None) -> Space:
         """Return what is worth considering, of layouts only what is `worth` it where that is given."""
-        table = self.table(self.kernel(topology, declared))
+        table = self.table(self.kernel(topology, declared).calls)
         if declared.remat is not None:
             check_names(read(declared.remat), table)
         return space(
@@ -238,6 +239,7 @@ class Problem:
                 more_passes=self.accumulation(declared or Declared()).more_passes,
                 other=other,
                 calls=self.attention,
+                attended=attending.seconds,
             )
 
         asked = declared or Declared()
@@ -255,47 +257,35 @@ class Problem:
                 pads_products=on_gpu and "multiple" not in by_jax,
             )
 
-        chip = topology.chip.name
-        efficiencies = calibration_for if self.calibration is None else self.calibration.record
-
-        @functools.cache
-        def plain() -> Pricer:
-            return priced_by(self.profile, efficiencies(chip), execution(), None)
-
         kernel = self.kernel(topology, declared or Declared())
+        efficiencies = calibration_for if self.calibration is None else self.calibration.record
+        record = functools.partial(efficiencies, topology.chip.name)
+        attending = Attending(
+            calls=self.attention,
+            kernel=kernel,
+            machine=Machine(
+                chip=topology.chip, calibration=record(), of_kernel=record(kernels.priced_as(kernel))
+            ),
+        )
 
         @functools.cache
-        def in_blocks() -> Pricer:
-            every = kernels.in_blocks(self.program)
-            blocks = execution(kernels.cost_of_blocks(self.program, every))
-            # As many rows as the kernel's tables have, which suppositions are made for.
-            table = self.table(kernel if kernel.calls else every)
-            return priced_by(table, efficiencies(chip), blocks, None)
+        def pricer_of(fused: frozenset[int], by_kernel: frozenset[int]) -> Pricer:
+            attention = kernels.cost(kernel, self.program, by_kernel) if by_kernel else None
+            if fused and attention is None:
+                attention = FusedAttention()
+            return priced_by(
+                self.table(fused),
+                record(kernels.priced_as(kernel)) if by_kernel else record(),
+                execution(attention),
+                other,
+            )
 
-        ways: dict[object, frozenset[str | None]] = {}
+        def other(candidate: Candidate) -> Pricer | None:
+            kind = attending.kind(candidate)
+            return None if kind == usual else pricer_of(*kind)
 
-        def without(candidate: Candidate) -> Pricer | None:
-            axes = tuple((dim, cut) for dim, cut in candidate.dims.items() if cut)
-            key = (tuple(candidate.mesh.items()), axes, candidate.context)
-            if key not in ways:
-                sites = ((one.equation.index, site_of(one, candidate)) for one in self.attention)
-                found = {n: kernel.taken(site, candidate.context).by for n, site in sites}
-                blocks = {by for by in found.values() if by == BLOCKS}
-                ways[key] = frozenset(blocks or {found[n] for n in kernel.calls})
-            if BLOCKS in ways[key]:
-                return in_blocks()
-            return plain() if None in ways[key] else None
-
-        if kernel.implementation is None:
-            if not self.attention:
-                return plain()
-            return priced_by(self.profile, efficiencies(chip), execution(), without)
-        return priced_by(
-            self.table(kernel),
-            efficiencies(chip, kernels.priced_as(kernel)),
-            execution(kernels.cost(kernel)),
-            without,
-        )
+        usual = (kernel.calls, kernel.calls)
+        return pricer_of(*usual)
 
     def solve(
         self,

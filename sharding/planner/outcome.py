@@ -207,7 +207,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         candidate = _with_state(problem, topology, candidate)
     kernel = problem.kernel(topology, declared)
     if declared.remat is not None:
-        check_names(checked_remat(problem.program, declared.remat), problem.table(kernel))
+        check_names(checked_remat(problem.program, declared.remat), problem.table(kernel.calls))
     pricer = problem.pricer(topology, declared)
     capacity = capacity_of(topology, pricer)
     words = context.words(problem.attention, candidate, declared.context, kernel)

@@ -58,11 +58,7 @@ class Case:
     @functools.cached_property
     def flat(self) -> Flat:
         """The ops and values of the tables."""
-        kernel = self.problem.kernel(self.topology, self.declared)
-        program = self.problem.program
-        if self.pricer.execution.attention is None:
-            return flatten(program)
-        return flatten(program, kernels=kernel.calls)
+        return flatten(self.problem.program, kernels=self.pricer.profile.kernels)
 
     @functools.cached_property
     def parts(self) -> Breakdown:

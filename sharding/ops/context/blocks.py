@@ -192,8 +192,8 @@ def _of_now(rows: Blocks) -> Blocks:
 def _instead(keys: Blocks, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return what is put for hidden scores and for their weights, of these keys and of this turn alone.
 
-    What is the same for all layers, chunks of a ring or turns, JAX takes out of that loop where layers are run
-    again, and each turn then reads it as an array of a pair's scores.
+    What is the same for all layers, chunks of a ring or turns, JAX takes out of that loop where layers are
+    run again, and each turn then reads it as an array of a pair's scores.
     """
     told = (keys.at[0, 0], turn, np.float32(_HIDDEN), np.float32(0))
     _, _, hidden, none = lax.optimization_barrier(told)

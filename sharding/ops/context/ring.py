@@ -7,13 +7,11 @@ device does with a chunk, in blocks of plain XLA or by a kernel, is the caller's
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from .blocks import (
@@ -27,12 +25,12 @@ from .blocks import (
     fold,
     no_gradients,
     places,
-    seen_blocks,
     starts,
     unfold,
     unseen,
 )
 from .order import chunks_of
+from .turns import seen_at_home, seen_away
 
 
 class Ring(NamedTuple):
@@ -151,26 +149,14 @@ def _keys(ring: Ring, key: jax.Array, value: jax.Array, ids: jax.Array | None) -
 
 def _home(asked: Asked, queries: Blocks, keys: Blocks) -> Pairs:
     """Return the pairs of a device's own chunks: in order, whichever chunks these are."""
-    (blocks, rows), (key_blocks, key_rows) = queries.at.shape, keys.at.shape
-    # The order of what is hidden is that of a sequence of these chunks alone; a window hides further.
-    call = dataclasses.replace(asked.call, window=None)
-    told = seen_blocks(call, np.arange(blocks) * rows, rows, np.int64(0), key_rows, key_blocks)
+    told = seen_at_home(asked.call, *queries.at.shape, *keys.at.shape)
     return Pairs(*told, most=int(told[1].sum()))
 
 
 def _away(ring: Ring, queries: Blocks, keys: Blocks) -> tuple[Any, Any, int]:
-    """Return the pairs with chunks of a device after, and of one before; as many either way.
-
-    Balanced: of what comes from before, all queries see the low chunk; of what comes from after, the high
-    queries see both.
-    """
-    blocks, key_blocks = len(queries.at), len(keys.at)
-    first = np.zeros((2, blocks), np.int32)
-    count = np.full((2, blocks), key_blocks, np.int32)
-    if ring.balanced:
-        count[0, : blocks // 2] = 0
-        count[1] = key_blocks // 2
-    return jnp.asarray(first), jnp.asarray(count), int(count[0].sum())
+    """Return the pairs with chunks of a device after, and of one before; as many either way."""
+    count = seen_away(len(queries.at), len(keys.at), balanced=ring.balanced)
+    return jnp.zeros(count.shape, jnp.int32), jnp.asarray(count), int(count[0].sum())
 
 
 def _in_turn(away: tuple[Any, Any, int], before: jax.Array) -> Pairs:

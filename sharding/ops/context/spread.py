@@ -24,7 +24,6 @@ from .blocks import (
     Asked,
     Blocks,
     Pairs,
-    block_of,
     cut,
     cut_ids,
     finished,
@@ -32,15 +31,14 @@ from .blocks import (
     joined,
     no_gradients,
     places,
-    seen_blocks,
-    starts,
     unfold,
     unseen,
 )
-from .order import chunks_of, into_balance, out_of_balance
+from .order import into_balance, out_of_balance
 from .pieces import PieceKernel
 from .ring import Ring, ring_backward, ring_forward
 from .ring_kernel import RingWork, kernel_backward, kernel_forward
+from .turns import collected, query_starts
 from .ways import GATHERED, HEADS, NEIGHBOURS, RING, copies_of, is_balanced, reach_of
 
 
@@ -228,11 +226,7 @@ def _me(spread: Spread) -> Any:
 
 
 def _query_starts(spread: Spread) -> tuple[np.ndarray, int]:
-    """Return the first places of all devices' blocks of queries ``[parts, blocks]``, and a block's rows."""
-    chunks = chunks_of(spread.parts, balanced=spread.balanced)
-    chunk = spread.queries // chunks.size
-    rows = block_of(chunk)
-    return starts(chunks, chunk, rows), rows
+    return query_starts(spread.queries, spread.parts, balanced=spread.balanced)
 
 
 def _queries(
@@ -248,31 +242,23 @@ def _collected(
     spread: Spread, key: jax.Array, value: jax.Array, others: Others
 ) -> tuple[Blocks, Pairs, Callable[..., Any]]:
     """Return the keys that a device needs, which of them it sees, and the way back of their gradients."""
-    chunk, me, ids = spread.keys // spread.parts, _me(spread), others.key_ids
-    before = 0
+    me, ids = _me(spread), others.key_ids
+    sizes = {"queries": spread.queries, "keys": spread.keys, "parts": spread.parts, "whole": spread.whole}
+    there = collected(spread.call, spread.way, **sizes)
+    rows = there.rows
     if spread.way == NEIGHBOURS:
         reach = reach_of(spread.call, spread.keys, spread.parts)
-        before, rows = reach * chunk, block_of(chunk)
         move: Callable[..., jax.Array] = functools.partial(with_neighbours, spread, reach)
     elif spread.whole:
-        rows, move = block_of(spread.keys), lambda x: x
+        move = lambda x: x
     else:
-        rows = block_of(chunk)
         move = functools.partial(lax.all_gather, axis_name=spread.axis, axis=1, tiled=True)
     ids = None if ids is None else move(ids)
     (key, value), back = jax.vjp(lambda *both: tuple(move(x) for x in both), key, value)
     keys = cut(key, rows), cut(value, rows)
-    blocks = len(keys[0])
-    # Of neighbours, where a device's keys begin, which for the first devices is before the sequence does.
-    begins = [own * chunk - before if spread.way == NEIGHBOURS else 0 for own in range(spread.parts)]
-    first, query_rows = _query_starts(spread)
-    told = [
-        seen_blocks(spread.call, own, query_rows, begin, rows, blocks)
-        for own, begin in zip(first, begins, strict=True)
-    ]
-    firsts, counts = (np.stack(one).astype(np.int32) for one in zip(*told, strict=True))
-    pairs = Pairs(jnp.asarray(firsts)[me], jnp.asarray(counts)[me], int(counts.sum(-1).max()))
-    begin = jnp.asarray(np.array(begins, np.int32))[me] + np.arange(0, blocks * rows, rows)
+    counts = there.count
+    pairs = Pairs(jnp.asarray(there.first)[me], jnp.asarray(counts)[me], int(counts.sum(-1).max()))
+    begin = jnp.asarray(there.begins.astype(np.int32))[me] + np.arange(0, there.blocks * rows, rows)
     return Blocks(*keys, places(begin, rows), cut_ids(ids, rows)), pairs, back
 
 

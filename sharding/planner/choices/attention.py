@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from ...cost.compute import FusedAttention
@@ -12,7 +12,6 @@ from ...errors import UserError, nearest
 from ...hardware.chip import Chip
 from ...hardware.topology import Topology
 from ...ops.attention import AttentionCall, attention_call
-from ...ops.context.blocks import block_of
 from ...ops.context.taken import Site, Taken, taken
 from ...ops.kernels import (
     block_that_divides,
@@ -38,8 +37,6 @@ class Chosen:
     kernels:       as a Plan has them; empty for plain XLA.
     notes:         why the chip's kernel is not used, or not for all calls.
     implementation: its name, None for plain XLA.
-    share:         of all scores, how many it computes: those that no mask known beforehand hides.
-    masked:        of its work, how much is with segments that it reads as a mask of queries by keys.
     facts:         what it can do on the chip, None without one.
     scratch:       bytes that its gradient works in, for each element of its result.
     """
@@ -48,8 +45,6 @@ class Chosen:
     notes: tuple[str, ...] = ()
     implementation: str | None = None
     calls: frozenset[int] = frozenset()
-    share: float = 1.0
-    masked: float = 0.0
     facts: Mapping[str, Any] | None = None
     scratch: float = 0.0
 
@@ -147,20 +142,9 @@ def _chosen(
         notes=notes,
         implementation=wanted,
         calls=frozenset(equation.index for equation, _ in taken),
-        share=_share(taken),
-        masked=_masked(taken) if facts.get("dense_segments") else 0.0,
         facts=facts,
         scratch=max((_scratch(facts, one, segments) for one, _ in taken), default=0.0),
     )
-
-
-def in_blocks(program: Program) -> Chosen:
-    """Return what blocks in plain XLA, a pair of queries and keys at a time, are for the calls of a program.
-
-    They hold no scores beyond a pair's, skip what causality hides, and name what their gradient reads.
-    """
-    calls = [(equation, call) for equation in program.equations() if (call := attention_call(equation.eqn))]
-    return Chosen(calls=frozenset(equation.index for equation, _ in calls), share=_share(calls))
 
 
 def _why_unpacked(
@@ -194,37 +178,25 @@ def _notes(kernel: str, left: Sequence[tuple[Equation, str]], calls: int) -> tup
     return tuple(notes)
 
 
-def cost(chosen: Chosen) -> FusedAttention:
-    """Return what decides how much the kernel computes."""
+def cost(chosen: Chosen, program: Program, calls: Set[int] | None = None) -> FusedAttention:
+    """Return what decides how much the kernel computes of the calls that it takes, or of `calls` of these."""
     assert chosen.implementation is not None
-    gradient = kernel_facts()[chosen.implementation]["gradient"]
-    return FusedAttention(share=chosen.share, gradient=gradient, masked=chosen.masked, scratch=chosen.scratch)
+    assert chosen.facts is not None
+    facts, mine = chosen.facts, chosen.calls if calls is None else calls
+    taken = [
+        (equation, call)
+        for equation in program.equations()
+        if equation.index in mine and (call := attention_call(equation.eqn))
+    ]
+    told = {"gradient": kernel_facts()[chosen.implementation]["gradient"], "scratch": chosen.scratch}
 
+    def of(some: Sequence[tuple[Equation, AttentionCall]]) -> FusedAttention:
+        masked = _masked(some) if facts.get("dense_segments") else 0.0
+        return FusedAttention(share=_share(some), masked=masked, **told)
 
-def cost_of_blocks(program: Program, chosen: Chosen) -> FusedAttention:
-    """Return what blocks in plain XLA compute, and what they move, see `ops.context.blocks`.
-
-    A pair of `r` queries and `c` keys, in numbers of `i` bytes, writes its scores in float32, reads them for
-    the largest and for weights, writes these and reads them: 12 + 2i bytes a score. Besides, each of the r
-    and c rows of a head's width is cut out, read for its products, and the result added to in float32: 9i +
-    28 bytes for a row of either. The gradient writes scores and their gradient, reads both once, writes both
-    as numbers of i bytes, which three products read, 16 + 5i; rows 15i + 48, two more sums being added to.
-    Counted in programs compiled for an H100, where a product of a pair takes less time than what it moves.
-    """
-    work = forward = backward = 0.0
-    for equation in program.equations():
-        call = attention_call(equation.eqn)
-        if call is None:
-            continue
-        query, key, value = _arrays(equation)
-        rows, columns, item = block_of(query.shape[1]), block_of(key.shape[1]), key.dtype.itemsize
-        width = (query.shape[3] + value.shape[3]) / 2
-        pairs, sides = rows * columns, (rows + columns) / 2 * width
-        times = _work(equation, call) / (4.0 * pairs * width)
-        work += times * 4.0 * pairs * width
-        forward += times * ((12 + 2 * item) * pairs + (9 * item + 28) * sides)
-        backward += times * ((16 + 5 * item) * pairs + (15 * item + 48) * sides)
-    return FusedAttention(share=chosen.share, gradient=backward / forward, moved=forward / work)
+    whole, single = of(taken), {one[0].index: of([one]) for one in taken}
+    alike = len({(one.share, one.masked) for one in single.values()}) == 1
+    return whole if alike else dataclasses.replace(whole, calls=single)
 
 
 def priced_as(chosen: Chosen) -> str | None:

@@ -1,0 +1,219 @@
+"""Seconds of a device's part of attention over `context`: blocks in plain XLA, what a ring adds to kernels.
+
+Counted are the passes that compiled steps make over memory, in bytes: `i` of a number as arrays have it, 4 of
+one in float32.
+
+**Blocks** (`ops.context.blocks`), in each turn, with Q, O, K and V numbers of the pair's queries, results,
+keys and values, and P scores:
+
+- forward on GPUs: rows are cut out (2i each), the product of scores reads them and writes these (i(Q + K) +
+  4P), the largest are looked for (4P), weights and their sums made (4P + iP), weights multiplied with values
+  (iP + iV + 4O), and the result so far is scaled, added to and put back (24O): in all (12 + 2i)P + 3i(Q + K +
+  V) + 28O.
+- backward: rows are cut out, scores and their gradient are products (8P), both are read once and become
+  weights and gradients of scores (8P + 2iP), which three products read (3iP); each sum is read, added to and
+  put back (4 + 12): in all (16 + 5i)P + (4i + 16)(Q + K) + 4iO + (3i + 16)V.
+- on TPUs, whose scores lie in vector memory, what libtpu's cycles of a turn come to: ``turns.toml``.
+
+**A ring** adds for each chunk what comes and is sent (2i(K + V)), and backward the sum of what came and of
+what was found, made from zeros: 22(K + V).
+
+**Kernels of a ring's pieces** have arrays with heads first (2i for each that they read), float32 results (i +
+4), merged with what there is (12 of each); a causal ring cuts halves out (2i for each array that is read) and
+puts results together (8). A row's sums fill vector registers of 128 lanes, 4 bytes each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..hardware.chip import Chip
+from ..ops.context.pieces import SPLASH
+from ..ops.context.taken import BLOCKS, CONTEXT, Site, Taken
+from ..ops.context.turns import Turns, turns_of
+from ..ops.context.ways import HEADS, RING, copies_of, is_balanced
+from .calibration import Calibration, read_toml
+from .compute import AttendedSeconds, attention_share, peak_flops, product_share
+
+_TURNS = Path(__file__).with_name("turns.toml")
+# Whose cycles a TPU without a table has.
+_USUAL = "v5p"
+# Bytes of a row's sum in vector registers, of a float32 number.
+_LANES, _WIDE = 128, 4.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Numbers of queries, results, keys and values, of a device or of a turn; `item` bytes each."""
+
+    query: float
+    out: float
+    key: float
+    value: float
+    item: int
+
+    def times(self, share: float, key_share: float) -> _Rows:
+        """Return parts of queries and results, and of keys and values."""
+        return dataclasses.replace(
+            self,
+            query=self.query * share,
+            out=self.out * share,
+            key=self.key * key_share,
+            value=self.value * key_share,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What works a call through: the chip, its efficiencies, and those with the call's kernel."""
+
+    chip: Chip
+    calibration: Calibration
+    of_kernel: Calibration
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second of elementwise work, as a compiled step's is read."""
+        share = self.calibration.memory_efficiency
+        if self.chip.platform == "tpu":
+            share = self.calibration.fusion_efficiency
+        return (self.chip.hbm_bytes_per_second or math.inf) * share
+
+
+def attended_seconds(
+    site: Site, found: Taken, machine: Machine, *, microbatches: int, gradient: float
+) -> AttendedSeconds | None:
+    """Return the seconds of a call as it lies, None where its kernel's work alone says it.
+
+    Args:
+      site: the call on its mesh.
+      found: what carries it out.
+      machine: what it runs on.
+      microbatches: parts of the batch that come one after another.
+      gradient: the work of the kernel's backward pass over that of its forward pass.
+    """
+    if found.way is None or (found.by != BLOCKS and found.way != RING):
+        return None
+    batch, queries, _, wide = site.query.shape
+    keys, value_wide = site.key.shape[1], site.value.shape[3]
+    parts, sizes = site.mesh[CONTEXT], site.sizes
+    heads, kv_heads = sizes.heads, sizes.kv_heads
+    if found.way == HEADS:
+        heads, kv_heads = heads // parts, kv_heads * copies_of(kv_heads, parts) // parts
+    rows = batch / site.parts(0) / microbatches
+    turns = turns_of(site.call, found.way, queries=queries, keys=keys, parts=parts, whole=sizes.whole)
+    mine, there = (queries, keys) if found.way == HEADS else (queries // parts, keys // parts)
+    each = _Rows(
+        query=rows * heads * wide,
+        out=rows * heads * value_wide,
+        key=rows * kv_heads * wide,
+        value=rows * kv_heads * value_wide,
+        item=site.key.dtype.itemsize,
+    )
+    whole = each.times(mine, there)
+    if found.by == BLOCKS:
+        pair = each.times(turns.rows, turns.key_rows)
+        scores = rows * heads * turns.rows * turns.key_rows
+        turn = _turn(pair, scores, site, turns, machine)
+        return _with_ring(turn, whole, turns, machine)
+    scores = rows * heads * site.call.visible(queries, keys) / parts
+    return _by_kernel(scores, whole, site, found, turns, machine, gradient)
+
+
+def _turn(pair: _Rows, scores: float, site: Site, turns: Turns, machine: Machine) -> AttendedSeconds:
+    """Return the seconds of one turn of blocks."""
+    if machine.chip.platform == "tpu":
+        tables = _tables()
+        known = tables.get(machine.chip.name, tables[_USUAL])
+        numbers = (pair.query + pair.out + pair.key + pair.value) / 4.0
+        # Picoseconds are of numbers of two bytes.
+        seconds = [
+            known["turn"][n] + 1e-12 * (known["score"][n] * scores + known["row"][n] * numbers)
+            for n in range(2)
+        ]
+        return AttendedSeconds(forward=seconds[0], backward=seconds[1])
+    i, wide, value_wide = pair.item, site.query.shape[3], site.value.shape[3]
+    of_scores = wide, i * (pair.query + pair.key) + 4 * scores
+    of_weights = value_wide, i * (pair.out + pair.value) + 4 * scores
+    forward = (of_scores, (value_wide, i * scores + i * pair.value + 4 * pair.out))
+    backward = (
+        *(of_scores, of_weights),
+        (wide, i * scores + i * pair.key + 4 * pair.query),
+        (wide, i * scores + i * pair.query + 4 * pair.key),
+        (value_wide, i * scores + i * pair.out + 4 * pair.value),
+    )
+    cut = 2 * i * (pair.query + pair.key + pair.value)
+    other = cut + (8 + i) * scores + 24 * pair.out
+    back = cut + 2 * i * pair.out + (8 + 2 * i) * scores + 12 * (pair.query + pair.key + pair.value)
+    return AttendedSeconds(
+        forward=other / machine.rate + _products(forward, scores, turns, site, machine),
+        backward=back / machine.rate + _products(backward, scores, turns, site, machine),
+    )
+
+
+def _products(
+    products: Iterable[tuple[int, float]], scores: float, turns: Turns, site: Site, machine: Machine
+) -> float:
+    """Return the seconds of products of `scores` and rows so wide, which move so many bytes."""
+    dtype = str(site.query.dtype)
+    peak = peak_flops(machine.chip, dtype)
+    if dtype == "float32":
+        peak *= machine.calibration.float32_efficiency
+    seconds = 0.0
+    for wide, moved in products:
+        sizes = np.array([[turns.rows, turns.key_rows, wide]], float)
+        reached = float(product_share(sizes, machine.calibration)[0])
+        seconds += max(2.0 * scores * wide / (peak * reached), moved / machine.rate)
+    return seconds
+
+
+def _with_ring(turn: AttendedSeconds, whole: _Rows, turns: Turns, machine: Machine) -> AttendedSeconds:
+    """Return the seconds of all turns, with what a ring adds to those of each chunk."""
+    came = whole.key + whole.value
+    sent = 2 * whole.item * came / machine.rate
+    return AttendedSeconds(
+        forward=turns.pairs * turn.forward + turns.chunks * sent,
+        backward=turns.pairs * turn.backward + turns.chunks * (sent + 22 * came / machine.rate),
+    )
+
+
+def _by_kernel(
+    scores: float,
+    whole: _Rows,
+    site: Site,
+    found: Taken,
+    turns: Turns,
+    machine: Machine,
+    gradient: float,
+) -> AttendedSeconds:
+    """Return the seconds of a ring whose pieces are a kernel's."""
+    wide, value_wide = site.query.shape[3], site.value.shape[3]
+    parts = site.mesh[CONTEXT]
+    halves = is_balanced(site.call, RING, site.query.shape[1], parts)
+    keys = site.key.shape[1] / parts / (1 + halves)
+    reached = attention_share(np.array([float(wide)]), np.array([keys]), machine.of_kernel)[0]
+    computed = 2.0 * scores * (wide + value_wide) / (peak_flops(machine.chip, "bfloat16") * reached)
+    i, read = whole.item, whole.query + whole.key + whole.value
+    again = 2 * i * (2 if halves else 1)
+    sums = whole.query / wide * _LANES * _WIDE * (2 if halves else 1) if found.by == SPLASH else 0.0
+    sent = 2 * i * (whole.key + whole.value)
+    together = 8 * halves
+    moved = again * read + sent + (i + 4 + 12 + together) * whole.out + sums
+    back = again * (read + 2 * whole.out) + sent + 2 * i * whole.out
+    back += (i + 4 + 12 + together) * read
+    return AttendedSeconds(
+        forward=computed + turns.chunks * moved / machine.rate,
+        backward=gradient * computed + turns.chunks * back / machine.rate,
+    )
+
+
+@functools.cache
+def _tables() -> Mapping[str, Any]:
+    return read_toml(_TURNS)

@@ -1,0 +1,69 @@
+"""What carries each call of attention out as a candidate lays it, and the seconds that this takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from ..cost.candidate import Candidate
+from ..cost.compute import AttendedSeconds
+from ..cost.context import SpreadCall, site_of
+from ..cost.pieces import Machine, attended_seconds
+from ..ops.context.taken import BLOCKS, Site
+from ..ops.kernels import kernel_facts
+from .choices.attention import Chosen
+
+# The calls whose scores are never in memory, and those of them that the chip's kernel carries out.
+Kind = tuple[frozenset[int], frozenset[int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Attending:
+    """The calls of attention of a program, and the chip's kernel and efficiencies for them."""
+
+    calls: Sequence[SpreadCall]
+    kernel: Chosen
+    machine: Machine
+    known: dict[object, Kind] = dataclasses.field(default_factory=dict, repr=False)
+    priced: dict[object, Mapping[int, AttendedSeconds]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def kind(self, candidate: Candidate) -> Kind:
+        """Return which calls are fused under a candidate, and which of them by the chip's kernel."""
+        key = _layout(candidate)
+        if key not in self.known:
+            by = {n: self.kernel.taken(site, candidate.context).by for n, site in self._sites(candidate)}
+            fused = frozenset(n for n, one in by.items() if one is not None)
+            self.known[key] = fused, frozenset(n for n in fused if by[n] != BLOCKS)
+        return self.known[key]
+
+    def seconds(self, candidate: Candidate) -> Mapping[int, AttendedSeconds]:
+        """Return the seconds of the calls, by index, of which the layout says more than the kernel's work."""
+        if candidate.context is None:
+            return {}
+        key = (*_layout(candidate), candidate.microbatches)
+        if key not in self.priced:
+            self.priced[key] = self._seconds(candidate)
+        return self.priced[key]
+
+    def _seconds(self, candidate: Candidate) -> dict[int, AttendedSeconds]:
+        implementation, found = self.kernel.implementation, {}
+        gradient = 0.0 if implementation is None else float(kernel_facts()[implementation]["gradient"])
+        for index, site in self._sites(candidate):
+            own = attended_seconds(
+                site,
+                self.kernel.taken(site, candidate.context),
+                self.machine,
+                microbatches=candidate.microbatches,
+                gradient=gradient,
+            )
+            if own is not None:
+                found[index] = own
+        return found
+
+    def _sites(self, candidate: Candidate) -> list[tuple[int, Site]]:
+        return [(one.equation.index, site_of(one, candidate)) for one in self.calls]
+
+
+def _layout(candidate: Candidate) -> tuple[object, ...]:
+    axes = tuple((dim, cut) for dim, cut in candidate.dims.items() if cut)
+    return tuple(candidate.mesh.items()), axes, candidate.context
