@@ -42,6 +42,11 @@ class Link:
     exchange_bytes_per_second: float | None = None
     ways: Mapping[str, nccl.Ways] = dataclasses.field(default_factory=dict)
 
+    @property
+    def is_torus(self) -> bool:
+        """Whether it runs over links from device to device rather than through a switch."""
+        return self.exchange_bytes_per_second is not None
+
     def collective(self, kind: str, bytes_: float, count: float = 1.0) -> float:
         """Return the seconds of `count` collectives that move `bytes_` together.
 

@@ -50,8 +50,19 @@ class SpreadCall:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Balanced:
+    """Bytes that a device has moved into balanced order, and out of it."""
+
+    into: float
+    out: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LaidCall:
-    """A call on one device: sizes of whole sequences, bytes of its queries and result, of keys and values."""
+    """A call on one device: sizes of whole sequences, bytes of its queries and result, of keys and values.
+
+    `wide` and `value_wide` are the widths of heads of queries and of values.
+    """
 
     call: AttentionCall
     sizes: CallSizes
@@ -61,6 +72,8 @@ class LaidCall:
     item: int
     runs: int
     index: int
+    wide: int
+    value_wide: int
 
     def way(self, word: str) -> str | None:
         """Return the way that a plan's word gives it."""
@@ -81,11 +94,13 @@ class LaidCall:
         """Return the bytes beside its operands while its gradient is worked out."""
         return held(self.call, way, self.sizes, self.parts, **self._asked())
 
-    def balancing(self, way: str) -> float:
-        """Return the bytes that go into balanced order and back in a forward pass."""
+    def balanced(self, way: str) -> Balanced:
+        """Return the bytes that go into balanced order and out of it in a forward pass."""
         if not is_balanced(self.call, way, self.sizes.queries, self.parts):
-            return 0.0
-        return moved_share(self.parts) * (self.query + (self.key if way == RING else 0.0))
+            return Balanced(into=0.0, out=0.0)
+        each = moved_share(self.parts) * self.query / (self.wide + self.value_wide)
+        keys = moved_share(self.parts) * self.key if way == RING else 0.0
+        return Balanced(into=each * self.wide + keys, out=each * self.value_wide)
 
 
 def calls_of(program: Program) -> tuple[SpreadCall, ...]:
@@ -167,6 +182,8 @@ def _laid(one: SpreadCall, candidate: Candidate) -> LaidCall | None:
         item=one.item,
         runs=one.runs,
         index=one.equation.index,
+        wide=wide,
+        value_wide=value_wide,
     )
 
 
@@ -184,8 +201,9 @@ def context_seconds(
 ) -> dict[str, float]:
     """Return item → seconds that a microbatch waits for what attention sends over `context`.
 
-    What goes round in a ring, and the gradients behind it, travel beside the work on what is there; all else
-    is waited for, as what moves between products is.
+    What goes round in a ring, and the gradients behind it, travel beside the work on what is there, which
+    XLA lets a TPU do and not a GPU, whose loops wait for what they are given; all else is waited for, as what
+    moves between products is.
     """
     waited = 1.0 - calibration.overlap_activations
     items: dict[str, float] = defaultdict(float)
@@ -194,10 +212,15 @@ def context_seconds(
         way = one.way(word)
         if way is None:
             continue
-        moved, balancing = one.sent(way), one.balancing(way)
+        moved, there = one.sent(way), one.balanced(way)
         passes = [moved.forward * (1 + work.again), moved.backward]
-        balances = [balancing * (1 + work.again), balancing]
-        items["all_to_all/context"] += waited * one.runs * _exchanged(link, sum(balances))
+        balances = [(there.into + there.out) * (1 + work.again), there.into + there.out]
+        if there.into:
+            # Gradients go the other way.
+            ordered = (1 + work.again) * _ordered(link, there) + _ordered(
+                link, Balanced(into=there.out, out=there.into)
+            )
+            items["all_to_all/context"] += waited * one.runs * ordered
         for n in range(2):
             size = passes[n] - balances[n]
             if way == RING:
@@ -210,7 +233,7 @@ def context_seconds(
                 whole = size * one.parts / (one.parts - 1)
                 kind = "all_gather" if n == 0 else "reduce_scatter"
                 items[f"{kind}/context"] += waited * one.runs * link.collective(kind, whole, 2)
-    hidden = calibration.overlap_parameters
+    hidden = calibration.overlap_parameters if link.is_torus else 0.0
     items["send/context"] += exposed(rounds[0], work.forward * (1 + work.again), hidden)
     items["send/context"] += exposed(rounds[1], work.backward, hidden)
     return {name: seconds for name, seconds in items.items() if seconds}
@@ -219,6 +242,18 @@ def context_seconds(
 def _exchanged(link: Link, bytes_: float) -> float:
     """Return the seconds in which each device sends `bytes_`, shared out among the others."""
     return link.transfer("all_to_all", bytes_ * link.size**2 / max(link.size - 1, 1))
+
+
+def _ordered(link: Link, moved: Balanced) -> float:
+    """Return the seconds of permutes of halves into balanced order and out of it.
+
+    On a torus a permute takes one way, of few links, where an all-to-all takes all: no less than one send to
+    a neighbour after another, and into balance two share a link, as compiled programs are routed.
+    """
+    if not link.is_torus:
+        return _exchanged(link, moved.into + moved.out)
+    one_way = max(_exchanged(link, moved.into), 2.0 * link.point_to_point(moved.into, 2.0))
+    return one_way + max(_exchanged(link, moved.out), link.point_to_point(moved.out, 2.0))
 
 
 def context_bytes(calls: Sequence[LaidCall], word: str) -> float:

@@ -71,7 +71,7 @@ class FlatOp:
 
 
 class FusedCall(NamedTuple):
-    """A call of attention that is one kernel: the values that it reads, those it gives, its equation, runs."""
+    """A call of attention that is one kernel: the values that it reads and gives, its equation, its runs."""
 
     ins: tuple[int, ...]
     outs: tuple[int, ...]
