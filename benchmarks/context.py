@@ -8,6 +8,9 @@ not, packed, windows, a soft cap, grouped heads, narrower values, parts of the b
 (2 rows, 8 heads of 128, bfloat16, context=8): the bytes that a device sends beside the formula of
 `ops.context.ways`, and the temporaries, in MiB. No device is needed.
 
+``python benchmarks/context.py price [TOPOLOGY ...]`` has two layers of attention over eight devices compiled in
+shapes of `PRICED`, and prints their computing, estimated and compiled, and with what is sent the whole.
+
 ``python benchmarks/context.py long`` plans Llama 3 8B with 16 rows of 1,048,576 tokens on v5p:8x8x8 and has a
 few of its layers compiled (``--layers N``).
 """
@@ -51,6 +54,41 @@ CASES: tuple[tuple[dict[str, int], dict[str, Any], dict[str, Any]], ...] = (
     ({"context": 4, "tensor": 2}, {}, {"value_width": 4, "kv_heads": 8}),
     ({"context": 8}, {}, {"packed": True, "window": 6}),
     ({"context": 4, "data": 2}, {}, {"window": 20}),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Priced:
+    """Two layers of attention to price: rows of so many tokens, heads, their width, and what is asked for."""
+
+    way: str
+    length: int
+    heads: int = 8
+    kv_heads: int = 8
+    width: int = 128
+    rows: int = 2
+    asked: dict[str, Any] = dataclasses.field(default_factory=dict)
+    declared: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        told = {**self.asked, **self.declared}
+        heads = f"{self.heads}/{self.kv_heads} heads of {self.width}"
+        said = " ".join(f"{key}={value}" for key, value in told.items())
+        return f"{self.way} {self.rows} x {self.length}, {heads} {said}".strip()
+
+
+XLA, AGAIN = {"attention": "xla"}, {"remat": "full"}
+# Full, causal, in a window; grouped heads; 8k to 128k tokens. None of them told the price anything.
+PRICED = (
+    Priced(way="ring", length=8192, rows=4, heads=16, declared=XLA),
+    Priced(way="ring", length=32768, heads=16, kv_heads=4, asked={"causal": False}, declared=XLA | AGAIN),
+    Priced(way="gathered", length=16384, rows=4, heads=16, kv_heads=4, width=64, declared=XLA | AGAIN),
+    Priced(way="heads", length=8192, heads=32, kv_heads=8, declared=XLA),
+    Priced(way="neighbours", length=131072, kv_heads=2, asked={"window": 4096}, declared=XLA),
+    Priced(way="ring", length=16384, heads=16, kv_heads=4, declared=AGAIN),
+    Priced(way="ring", length=65536, kv_heads=2, asked={"causal": False}),
+    Priced(way="heads", length=32768, rows=4, heads=16, kv_heads=8),
+    Priced(way="neighbours", length=65536, kv_heads=4, asked={"window": 8192}),
 )
 
 
@@ -150,6 +188,36 @@ def compiled(topology: str, lengths: list[int]) -> None:
             )
 
 
+def price(topology: str) -> None:
+    """Print what the estimate and the compiler say of each shape of `PRICED`, in milliseconds."""
+    for one in PRICED:
+        shapes = shapes_of(2, 1024, one.heads, one.kv_heads, one.width, one.width)
+        params = {name: jax.ShapeDtypeStruct(shape, "bfloat16") for name, shape in shapes.items()}
+        batch = {"x": jax.ShapeDtypeStruct((one.rows, one.length, 1024), "bfloat16")}
+        told = {"topology": topology, "mesh": {"context": 8}, "names": NAMES, "context": one.way}
+        told |= {"remat": "none", **one.declared}
+        try:
+            made = declare(loss_of(one.asked), params, batch, optimizer=optax.sgd(1e-3), **told)
+            proof = made.verify().proof
+        except UserError as error:
+            print(f"{topology} {one}: not compiled: {str(error)[:200]}", flush=True)
+            continue
+        assert proof is not None
+        assert made.estimate is not None
+        here = ("compute/", "kept", "optimizer", "stacks")
+        computed = [
+            sum(size for item, size in made.estimate.time.items() if item.startswith(here)),
+            sum(proof.time.get(item, 0.0) for item in ("compute", "copies", "prefetch")),
+        ]
+        # A host's time for a step is of no compiled program.
+        step = made.estimate.step_seconds - made.estimate.time["host"], proof.step_seconds
+        told_of = ", ".join(
+            f"{name} {1e3 * own:.1f}, compiled {1e3 * other:.1f} ({own / other - 1:+.1%})"
+            for name, (own, other) in (("computing", computed), ("step", step))
+        )
+        print(f"{topology} {one}: {told_of}", flush=True)
+
+
 def _laid(loss: Any, params: Any, batch: Any, made: Plan) -> tuple[Any, Candidate]:
     """Return the calls of attention, and the dims of a plan as a candidate has them."""
     program = trace(loss, params, batch, names={0: NAMES}, rows=("batch", "sequence"))
@@ -186,8 +254,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("errors", "compiled", "long"))
-    parser.add_argument("topologies", nargs="*", default=["v5e:2x4", "h100:1x8"])
+    parser.add_argument("what", choices=("errors", "compiled", "price", "long"))
+    parser.add_argument("topologies", nargs="*", default=["v5e:2x4", "v5p:2x2x2", "h100:1x8"])
     parser.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
     parser.add_argument("--layers", type=int, default=2)
     args = parser.parse_args()
@@ -198,7 +266,7 @@ def main() -> None:
         long(args.layers)
     else:
         for topology in args.topologies:
-            compiled(topology, args.lengths)
+            price(topology) if args.what == "price" else compiled(topology, args.lengths)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from meshwright.sharding.cost.calibration import Calibration, calibration_for, checked, read_toml
 from meshwright.sharding.hardware.chip import chips
+from meshwright.sharding.ops.kernels import kernel_facts
 
 SHIPPED = Path(__file__).with_name("calibration.toml")
 _FACTS = Path(__file__).with_name("facts.toml")
@@ -106,7 +107,7 @@ def plain(chip: str) -> Framework:
         **dataclasses.asdict(calibration_for(chip, kernel)),
         fused_attention=True,
         attention_share=0.5,
-        attention_gradient=2.5,
+        attention_gradient=2.5 if kernel is None else float(kernel_facts()[kernel]["gradient"]),
         library_ways=True,
     )
 

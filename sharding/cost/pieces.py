@@ -12,7 +12,8 @@ keys and values, and P scores:
   V) + 28O.
 - backward: rows are cut out, scores and their gradient are products (8P), both are read once and become
   weights and gradients of scores (8P + 2iP), which three products read (3iP); each sum is read, added to and
-  put back (4 + 12): in all (16 + 5i)P + (4i + 16)(Q + K) + 4iO + (3i + 16)V.
+  put back (4 + 12; of keys that a group of heads shares 8 for each head's own): in all, without groups,
+  (16 + 5i)P + (4i + 16)(Q + K) + 4iO + (3i + 16)V.
 - on TPUs, whose scores lie in vector memory, what libtpu's cycles of a turn come to: ``turns.toml``.
 
 **A ring** adds for each chunk what comes and is sent (2i(K + V)), and backward the sum of what came and of
@@ -140,18 +141,21 @@ def _turn(pair: _Rows, scores: float, site: Site, turns: Turns, machine: Machine
         ]
         return AttendedSeconds(forward=seconds[0], backward=seconds[1])
     i, wide, value_wide = pair.item, site.query.shape[3], site.value.shape[3]
+    # Keys that a group of heads shares have a sum of each head's before the group's.
+    by_head = scores / turns.rows
     of_scores = wide, i * (pair.query + pair.key) + 4 * scores
     of_weights = value_wide, i * (pair.out + pair.value) + 4 * scores
     forward = (of_scores, (value_wide, i * scores + i * pair.value + 4 * pair.out))
     backward = (
         *(of_scores, of_weights),
         (wide, i * scores + i * pair.key + 4 * pair.query),
-        (wide, i * scores + i * pair.query + 4 * pair.key),
-        (value_wide, i * scores + i * pair.out + 4 * pair.value),
+        (wide, i * scores + i * pair.query + 4 * wide * by_head),
+        (value_wide, i * scores + i * pair.out + 4 * value_wide * by_head),
     )
     cut = 2 * i * (pair.query + pair.key + pair.value)
     other = cut + (8 + i) * scores + 24 * pair.out
-    back = cut + 2 * i * pair.out + (8 + 2 * i) * scores + 12 * (pair.query + pair.key + pair.value)
+    back = cut + 2 * i * pair.out + (8 + 2 * i) * scores + 12 * pair.query + 8 * (pair.key + pair.value)
+    back += 4 * (wide + value_wide) * by_head
     return AttendedSeconds(
         forward=other / machine.rate + _products(forward, scores, turns, site, machine),
         backward=back / machine.rate + _products(backward, scores, turns, site, machine),

@@ -1,0 +1,109 @@
+"""Each call of attention is priced by what carries it out, whatever other calls a program has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from meshwright.sharding import Plan, declare
+from meshwright.sharding.cost.calibration import calibration_for
+from meshwright.sharding.ops import attention
+
+NAMES = {name: ("embed", "heads", "head_dim") for name in ("query", "key", "value")}
+NAMES["output"] = ("heads", "head_dim", "embed")
+SHAPE = (2, 8192, 64)
+
+
+def loss_of(*calls: dict[str, Any]) -> Any:
+    """Return a loss with a layer for each call of attention."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        x = batch["x"]
+        for options in calls:
+            arrays = (jnp.einsum("bse,ehd->bshd", x, params[name]) for name in ("query", "key", "value"))
+            x = x + jnp.einsum("bshd,hde->bse", attention(*arrays, **options), params["output"])
+        return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+    return loss
+
+
+def planned(*calls: dict[str, Any], **asked: Any) -> Plan:
+    shape = jax.ShapeDtypeStruct
+    params = dict.fromkeys(("query", "key", "value"), shape((64, 8, 64), "bfloat16"))
+    params["output"] = shape((8, 64, 64), "bfloat16")
+    batch = {"x": shape(SHAPE, "bfloat16")}
+    return declare(loss_of(*calls), params, batch, names=NAMES, remat="none", **asked)
+
+
+def attending(*calls: dict[str, Any], **asked: Any) -> float:
+    estimate = planned(*calls, **asked).estimate
+    assert estimate is not None
+    return estimate.time["compute/attention"]
+
+
+LOCAL, GLOBAL, BOTH_WAYS, CAPPED = {"window": 512}, {}, {"causal": False}, {"cap": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "way"),
+    [
+        # Blocks of neighbours and of a ring, or cuDNN's kernel of heads; splash of neighbours and of a ring.
+        ("h100:1x8", {"context": 8}, "ring"),
+        ("h100:1x8", {"context": 8}, "heads"),
+        ("v5e:2x4", {"context": 8}, "ring"),
+        ("h100:1x1", {"data": 1}, None),
+        ("v5e:1x1", {"data": 1}, None),
+    ],
+)
+def test_calls_of_several_kinds_take_what_each_takes_alone(
+    topology: str, mesh: dict[str, int], way: str | None
+) -> None:
+    asked = {"topology": topology, "mesh": mesh, "context": way}
+    kinds = (LOCAL, GLOBAL, BOTH_WAYS)
+    # What a window reaches is fetched whatever the word, and no other word is taken for it alone.
+    words = ("neighbours" if way else None, way, way)
+    alone = [attending(kind, **asked | {"context": word}) for kind, word in zip(kinds, words, strict=True)]
+    assert len(set(alone)) == len(kinds)
+    assert attending(*kinds, **asked) == pytest.approx(sum(alone), rel=1e-9)
+
+
+def test_blocks_on_a_gpu_take_the_bytes_of_their_turns() -> None:
+    found = attending(
+        BOTH_WAYS, topology="h100:1x8", mesh={"context": 8}, context="gathered", attention="xla"
+    )
+    # A device's 1,024 queries in two blocks, against 8,192 keys in sixteen; two rows of eight heads of 64.
+    turns, scores, rows = 2 * 16, 2 * 8 * 512 * 512, 2 * 8 * 512 * 64
+    forward = (12 + 2 * 2) * scores + 3 * 2 * 3 * rows + 28 * rows
+    backward = (16 + 5 * 2) * scores + (4 * 2 + 16) * 2 * rows + 4 * 2 * rows + (3 * 2 + 16) * rows
+    rate = 3.35e12 * calibration_for("h100").memory_efficiency
+    assert found == pytest.approx(turns * (forward + backward) / rate, rel=1e-3)
+
+
+def test_a_ring_of_a_kernel_s_pieces_takes_what_merging_them_moves() -> None:
+    asked = {"topology": "v5e:2x4", "mesh": {"context": 8}}
+    ring, heads = (attending(BOTH_WAYS, context=way, **asked) for way in ("ring", "heads"))
+    # Seven chunks that come: arrays of two rows of 1,024 tokens, eight heads of 64, in two bytes.
+    array = 2 * 1024 * 8 * 64
+    forward = 3 * 4 + 2 * 4 + (2 + 4 + 12) + 4 * 128 / 64
+    backward = 5 * 4 + 2 * 4 + 4 + 3 * (2 + 4 + 12)
+    rate = 819e9 * calibration_for("v5e").fusion_efficiency
+    assert ring - heads == pytest.approx(7 * (forward + backward) * array / rate, rel=1e-3)
+
+
+def test_a_call_that_the_kernel_does_not_take_is_blocks_beside_one_that_it_takes() -> None:
+    asked = {"topology": "h100:1x8", "mesh": {"context": 8}, "context": "heads"}
+    alone = attending(GLOBAL, **asked), attending(CAPPED, **asked)
+    # cuDNN has no soft cap, and blocks move their scores.
+    assert alone[1] > 3 * alone[0]
+    assert attending(GLOBAL, CAPPED, **asked) == pytest.approx(sum(alone), rel=1e-9)
+
+
+def test_long_sequences_are_run_again_by_no_kernel() -> None:
+    # Plain attention goes over a long sequence in chunks, each run again for its gradient.
+    short, long = (
+        attending({"chunk": chunk, "causal": False}, topology="h100:1x1", mesh={"data": 1})
+        for chunk in (8192, 1024)
+    )
+    assert long == pytest.approx(short, rel=1e-9)
