@@ -8,8 +8,8 @@ not, packed, windows, a soft cap, grouped heads, narrower values, parts of the b
 (2 rows, 8 heads of 128, bfloat16, context=8): the bytes that a device sends beside the formula of
 `ops.context.ways`, and the temporaries, in MiB. No device is needed.
 
-``python benchmarks/context.py price [TOPOLOGY ...]`` has two layers of attention over eight devices compiled in
-shapes of `PRICED`, and prints their computing, estimated and compiled, and with what is sent the whole.
+``python benchmarks/context.py price [TOPOLOGY ...]`` has two layers of attention over eight devices compiled
+in the shapes of `PRICED`, and prints their computing, estimated and compiled, and the step with what is sent.
 
 ``python benchmarks/context.py long`` plans Llama 3 8B with 16 rows of 1,048,576 tokens on v5p:8x8x8 and has a
 few of its layers compiled (``--layers N``).

@@ -11,7 +11,7 @@ from meshwright.sharding import Plan, declare
 from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.ops import attention
 
-NAMES = {name: ("embed", "heads", "head_dim") for name in ("query", "key", "value")}
+NAMES = dict.fromkeys(("query", "key", "value"), ("embed", "heads", "head_dim"))
 NAMES["output"] = ("heads", "head_dim", "embed")
 SHAPE = (2, 8192, 64)
 
