@@ -210,7 +210,7 @@ def test_a_result_kept_by_name_spares_the_kernel(topology: str, packed: bool) ->
         for remat in ("none", {"output:in": "device"}, "full")
         if (made := plan(*program(packed=packed), topology=topology, microbatches=1, remat=remat)).estimate
     ]
-    # The forward work is done once more: cuDNN's gradient is two and a half times as much, splash's, whose two
-    # kernels each make the scores, three and a half.
+    # The forward work is done once more: cuDNN's gradient is two and a half times as much, splash's, whose
+    # two kernels each make the scores, three and a half.
     assert seconds[1] == pytest.approx(seconds[0])
     assert seconds[2] / seconds[0] == pytest.approx(1 + 1 / (1 + (2.5 if topology == "h100:1x8" else 3.5)))
