@@ -75,7 +75,7 @@ class FusedCall(NamedTuple):
 
     ins: tuple[int, ...]
     outs: tuple[int, ...]
-    index: int
+    equation: int
     runs: int
 
 

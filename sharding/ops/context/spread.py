@@ -256,7 +256,7 @@ def _collected(
     ids = None if ids is None else move(ids)
     (key, value), back = jax.vjp(lambda *both: tuple(move(x) for x in both), key, value)
     keys = cut(key, rows), cut(value, rows)
-    counts = there.count
+    counts = there.counts
     pairs = Pairs(jnp.asarray(there.first)[me], jnp.asarray(counts)[me], int(counts.sum(-1).max()))
     begin = jnp.asarray(there.begins.astype(np.int32))[me] + np.arange(0, there.blocks * rows, rows)
     return Blocks(*keys, places(begin, rows), cut_ids(ids, rows)), pairs, back

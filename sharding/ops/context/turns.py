@@ -34,7 +34,7 @@ class Turns(NamedTuple):
 class Collected(NamedTuple):
     """Blocks of keys that devices have collected, and which of them blocks of queries see, by device.
 
-    first, count: int32 ``[parts, blocks of queries]``; begins: where each device's keys begin, which for the
+    first, counts: int32 ``[parts, blocks of queries]``; begins: where each device's keys begin, which for the
     first ones is before the sequence does where `before` rows come from neighbours.
     """
 
@@ -43,7 +43,7 @@ class Collected(NamedTuple):
     before: int
     begins: np.ndarray
     first: np.ndarray
-    count: np.ndarray
+    counts: np.ndarray
 
 
 def query_starts(queries: int, parts: int, *, balanced: bool) -> tuple[np.ndarray, int]:
@@ -109,7 +109,7 @@ def turns_of(call: AttentionCall, way: str, *, queries: int, keys: int, parts: i
     if way != RING:
         found = collected(call, way, queries=queries, keys=keys, parts=parts, whole=whole)
         _, rows = query_starts(queries, parts, balanced=is_balanced(call, way, queries, parts))
-        return Turns(rows, found.rows, int(found.count.sum(-1).max()), 0, 0)
+        return Turns(rows, found.rows, int(found.counts.sum(-1).max()), 0, 0)
     balanced = is_balanced(call, way, queries, parts)
     first, rows = query_starts(queries, parts, balanced=balanced)
     blocks, key_rows = first.shape[1], block_of(keys // parts // (1 + balanced))
