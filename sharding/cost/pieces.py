@@ -38,7 +38,7 @@ import numpy as np
 from ..hardware.chip import Chip
 from ..ops.context.pieces import SPLASH
 from ..ops.context.taken import BLOCKS, CONTEXT, Site, Taken
-from ..ops.context.turns import Turns, turns_of
+from ..ops.context.turns import TurnCounts, turns_of
 from ..ops.context.ways import HEADS, RING, copies_of, is_balanced
 from .calibration import Calibration, read_toml
 from .compute import AttendedSeconds, attention_share, peak_flops, product_share
@@ -51,7 +51,7 @@ _LANES, _WIDE = 128, 4.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Rows:
+class _Numbers:
     """Numbers of queries, results, keys and values, of a device or of a turn; `item` bytes each."""
 
     query: float
@@ -60,7 +60,7 @@ class _Rows:
     value: float
     item: int
 
-    def times(self, share: float, key_share: float) -> _Rows:
+    def times(self, share: float, key_share: float) -> _Numbers:
         """Return parts of queries and results, and of keys and values."""
         return dataclasses.replace(
             self,
@@ -111,7 +111,7 @@ def attended_seconds(
     rows = batch / site.parts(0) / microbatches
     turns = turns_of(site.call, found.way, queries=queries, keys=keys, parts=parts, whole=sizes.whole)
     mine, there = (queries, keys) if found.way == HEADS else (queries // parts, keys // parts)
-    each = _Rows(
+    each = _Numbers(
         query=rows * heads * wide,
         out=rows * heads * value_wide,
         key=rows * kv_heads * wide,
@@ -128,7 +128,7 @@ def attended_seconds(
     return _by_kernel(scores, whole, site, found, turns, machine, gradient)
 
 
-def _turn(pair: _Rows, scores: float, site: Site, turns: Turns, machine: Machine) -> AttendedSeconds:
+def _turn(pair: _Numbers, scores: float, site: Site, turns: TurnCounts, machine: Machine) -> AttendedSeconds:
     """Return the seconds of one turn of blocks."""
     if machine.chip.platform == "tpu":
         tables = _tables()
@@ -163,7 +163,7 @@ def _turn(pair: _Rows, scores: float, site: Site, turns: Turns, machine: Machine
 
 
 def _products(
-    products: Iterable[tuple[int, float]], scores: float, turns: Turns, site: Site, machine: Machine
+    products: Iterable[tuple[int, float]], scores: float, turns: TurnCounts, site: Site, machine: Machine
 ) -> float:
     """Return the seconds of products of `scores` and rows so wide, which move so many bytes."""
     dtype = str(site.query.dtype)
@@ -178,7 +178,9 @@ def _products(
     return seconds
 
 
-def _with_ring(turn: AttendedSeconds, whole: _Rows, turns: Turns, machine: Machine) -> AttendedSeconds:
+def _with_ring(
+    turn: AttendedSeconds, whole: _Numbers, turns: TurnCounts, machine: Machine
+) -> AttendedSeconds:
     """Return the seconds of all turns, with what a ring adds to those of each chunk."""
     came = whole.key + whole.value
     sent = 2 * whole.item * came / machine.rate
@@ -190,10 +192,10 @@ def _with_ring(turn: AttendedSeconds, whole: _Rows, turns: Turns, machine: Machi
 
 def _by_kernel(
     scores: float,
-    whole: _Rows,
+    whole: _Numbers,
     site: Site,
     found: Taken,
-    turns: Turns,
+    turns: TurnCounts,
     machine: Machine,
     gradient: float,
 ) -> AttendedSeconds:

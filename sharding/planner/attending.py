@@ -18,7 +18,7 @@ Kind = tuple[frozenset[int], frozenset[int]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Attending:
+class AttentionPrices:
     """The calls of attention of a program, and the chip's kernel and efficiencies for them."""
 
     calls: Sequence[SpreadCall]

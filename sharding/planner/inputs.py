@@ -37,7 +37,7 @@ from ..program.untraceable import check_constants
 from ..transform.accumulation.proof import InParts
 from ..xla.compiler import compiler_of
 from . import build
-from .attending import Attending
+from .attending import AttentionPrices
 from .choices import arithmetic, experts
 from .choices import attention as kernels
 from .choices.microbatches import PartsProof
@@ -260,7 +260,7 @@ class Problem:
         kernel = self.kernel(topology, declared or Declared())
         efficiencies = calibration_for if self.calibration is None else self.calibration.record
         record = functools.partial(efficiencies, topology.chip.name)
-        attending = Attending(
+        attending = AttentionPrices(
             calls=self.attention,
             kernel=kernel,
             machine=Machine(

@@ -13,7 +13,7 @@ from .order import chunks_of
 from .ways import HEADS, NEIGHBOURS, RING, is_balanced, reach_of
 
 
-class Turns(NamedTuple):
+class TurnCounts(NamedTuple):
     """Rows of a block of queries and of keys, and pairs of them: of a device's own keys, and in each chunk.
 
     `chunks` is how many chunks come from other devices in a ring, 0 in other ways.
@@ -96,7 +96,9 @@ def seen_away(blocks: int, key_blocks: int, *, balanced: bool) -> np.ndarray:
     return count
 
 
-def turns_of(call: AttentionCall, way: str, *, queries: int, keys: int, parts: int, whole: bool) -> Turns:
+def turns_of(
+    call: AttentionCall, way: str, *, queries: int, keys: int, parts: int, whole: bool
+) -> TurnCounts:
     """Return in how many turns the device that has most works a call through, the arrays' sizes whole.
 
     >>> asked = {"window": None, "windowed": False, "cap": None, "scale": 1.0, "chunk": None, "segments": 0}
@@ -109,11 +111,11 @@ def turns_of(call: AttentionCall, way: str, *, queries: int, keys: int, parts: i
     if way != RING:
         found = collected(call, way, queries=queries, keys=keys, parts=parts, whole=whole)
         _, rows = query_starts(queries, parts, balanced=is_balanced(call, way, queries, parts))
-        return Turns(rows, found.rows, int(found.counts.sum(-1).max()), 0, 0)
+        return TurnCounts(rows, found.rows, int(found.counts.sum(-1).max()), 0, 0)
     balanced = is_balanced(call, way, queries, parts)
     first, rows = query_starts(queries, parts, balanced=balanced)
     blocks, key_rows = first.shape[1], block_of(keys // parts // (1 + balanced))
     key_blocks = keys // parts // key_rows
     home = int(seen_at_home(call, blocks, rows, key_blocks, key_rows)[1].sum())
     each = int(seen_away(blocks, key_blocks, balanced=balanced)[0].sum())
-    return Turns(rows, key_rows, home, each, parts - 1)
+    return TurnCounts(rows, key_rows, home, each, parts - 1)
