@@ -256,7 +256,7 @@ class Pricer:
         table, chip = self.profile, self.topology.chip
         wires = execution.links(candidate.mesh, self.topology, calibration)
         kept = execution.kept(table, candidate, execution.attention is not None)
-        once = self._once(candidate, placement, calibration, execution, known=own)
+        once = self._once(placement, calibration, execution, known=own)
         done = execution.busy(table, once, kept)
         joint = functools.partial(joint_link, candidate.mesh, self.topology, calibration)
         joint = joint if execution.reduces_whole else None
@@ -368,7 +368,7 @@ class Pricer:
 
     def _unstored(self, candidate: Candidate, placement: Placement) -> StepParts:
         """Return what a step is made of but for what is stored, and travels for it."""
-        once = self._once(candidate, placement, self.calibration, self.execution, known=True)
+        once = self._once(placement, self.calibration, self.execution, known=True)
         kept = self.kept(candidate)
         return StepParts(
             table=self.profile,
@@ -386,20 +386,14 @@ class Pricer:
 
     def passes(self, candidate: Candidate) -> Passes:
         """Return a candidate's forward and backward passes over one microbatch."""
-        return self._once(candidate, self.place(candidate), self.calibration, self.execution, known=True)
+        return self._once(self.place(candidate), self.calibration, self.execution, known=True)
 
     def attended(self, candidate: Candidate) -> Mapping[int, AttendedSeconds]:
         """Return the seconds of one run of calls of attention, by index, that its layout says more of."""
         return {} if self._attended is None else self._attended(candidate)
 
     def _once(
-        self,
-        candidate: Candidate,
-        placement: Placement,
-        calibration: Calibration,
-        execution: Execution,
-        *,
-        known: bool,
+        self, placement: Placement, calibration: Calibration, execution: Execution, *, known: bool
     ) -> Passes:
         """Return the passes over a placement, which nothing that is kept changes."""
         if known and (found := self._passes.get(id(placement))) is not None:
@@ -413,7 +407,7 @@ class Pricer:
             execution.attention,
             1 if execution.pads_products else execution.aligned_elements,
             execution.grouped,
-            attended=self.attended(candidate),
+            attended=self.attended(placement.candidate),
             wide_gradients=execution.wide_gradients,
             short_sums=execution.short_sums,
         )

@@ -80,6 +80,7 @@ class Placement:
     """What a device has of a program, and what moves, under a candidate.
 
     Attributes:
+        candidate: what was laid over the program.
         value_fraction: [V], the part of each array of `ProgramTables.values` on a device, in a microbatch.
         role_fraction: [M, 4], the part of each matrix product's batch, left, right and contracted sizes.
         parameter_fraction: [P], the part of each parameter that a device computes with, however it is stored.
@@ -87,6 +88,7 @@ class Placement:
         traffic: one entry for each axis, kind and pass.
     """
 
+    candidate: Candidate
     value_fraction: np.ndarray
     role_fraction: np.ndarray
     parameter_fraction: np.ndarray
@@ -132,6 +134,7 @@ def place(profile: ProgramTables, candidate: Candidate) -> Placement:
         exchanged = any(candidate.mesh.get(axis, 1) > 1 for axis in _EXCHANGING)
         value_fraction[values.slots] *= (1.0 + _TILE_NOT_FILLED) * (SLACK if exchanged else 1.0)
     return Placement(
+        candidate=candidate,
         value_fraction=value_fraction,
         role_fraction=role_fraction,
         parameter_fraction=np.exp(parameter_log),
