@@ -65,7 +65,8 @@ class PlanCheck:
             model=values["model"],
             types={
                 name: Deviation(
-                    **{key: one[key] for key in ("loss", "expected")},
+                    **{key: one[key] for key in ("loss", "expected", "own")},
+                    routed=None if one["routed"] is None else tuple(one["routed"]),
                     apart={_path(path): row[0] for path, row in one["apart"].items()},
                     allowed={_path(path): row[1] for path, row in one["apart"].items()},
                 )
@@ -76,7 +77,8 @@ class PlanCheck:
 
 def _plain(one: Deviation) -> dict[str, Any]:
     rows = {"loss" if path is None else path: [one.apart[path], one.allowed[path]] for path in one.worst}
-    return {"passes": one.passes, "loss": one.loss, "expected": one.expected, "apart": rows}
+    values = {name: getattr(one, name) for name in ("passes", "loss", "expected", "own", "routed")}
+    return {**values, "apart": rows}
 
 
 def _path(written: str) -> str | None:

@@ -24,6 +24,7 @@ from ...sharding.errors import UserError
 from ...sharding.plans import arrays, file
 from ...sharding.plans.record import Decision, Record
 from ...sharding.plans.reduced import Reduction, reduced, reduction_of
+from ...sharding.transform.choices import chosen_experts, other_choices
 from ...sharding.transform.deviation import Deviation, deviation
 from ..config import Config, parse
 from ..hosts.simulated import simulate
@@ -59,12 +60,16 @@ def checked(config: Config, plan: Record) -> PlanCheck:
     how = reduction_of(plan, _layers_in_stages(plan))
     sequence = how.size(config.data.sequence, _SEQUENCE)
     found: dict[str, Deviation] = {}
-    measure, sizes = None, {}
+    measure, sizes, wide = None, {}, None
     for kind, one in _subjects(config, plan, how, sequence).items():
         decision = _decision(plan, how, one.arguments)
         mesh = arrays.mesh_of(decision)
         found[kind] = deviation(decision, one.loss, *one.arguments, mesh=mesh, measure=measure)
+        if measure is not None and wide:
+            turned = other_choices(wide, chosen_experts(one.loss, *one.arguments))
+            found[kind] = dataclasses.replace(found[kind], routed=turned)
         measure, sizes = found[kind].plain if kind == _WIDE else None, one.sizes
+        wide = chosen_experts(one.loss, *one.arguments) if kind == _WIDE else None
     return PlanCheck(reduction=how, model=sizes, types=found)
 
 

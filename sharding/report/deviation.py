@@ -44,7 +44,15 @@ def _chapter(name: str, found: Deviation) -> Chapter:
         Column(name="rounding allows", figures=True),
         Column(name=""),
     )
-    words = f"loss {found.loss:.7g} as planned, {found.expected:.7g} by the plain function"
+    own = "" if found.own is None else f"{found.own:.7g} by the plain function in {name}, "
+    measure = "by the plain function" if found.own is None else "by it in wider types"
+    words = f"loss {found.loss:.7g} as planned, {own}{found.expected:.7g} {measure}"
+    if found.routed is not None:
+        turned, tokens = found.routed
+        words += (
+            f"; the plain function in {name} chooses other experts than in wider types for {turned:,} of "
+            f"{tokens:,} tokens of a layer, which is part of what rounding does"
+        )
     more = (Text(words=f"and {left} gradients nearer than these"),) if left > 0 else ()
     return Chapter(
         title=f"in {name}", blocks=(Text(words=words), Table(columns=columns, entries=tuple(entries)), *more)

@@ -50,6 +50,9 @@ class Deviation:
         expected: what the plain function gave, or the same in wider types where these are the measure.
         apart: relative difference of each trained parameter's gradient by its path, and of the loss at None.
         allowed: what rounding may make of each.
+        own: what the plain function gave in the types that were tried, where wider ones are the measure.
+        routed: where the plain function in those types chooses other experts than in the wide ones: for how
+            many tokens of a layer, and of how many; None without experts.
         plain: the plain function's result, by which that of narrower types can be measured.
     """
 
@@ -57,6 +60,8 @@ class Deviation:
     expected: float
     apart: Mapping[str | None, float]
     allowed: Mapping[str | None, float]
+    own: float | None = None
+    routed: tuple[int, int] | None = None
     plain: Result | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
@@ -118,6 +123,7 @@ def deviation(
         expected=float(expected[0]),
         apart=apart(expected, found),
         allowed=allowed,
+        own=None if measure is None else float(plain[0]),
         plain=plain,
     )
 

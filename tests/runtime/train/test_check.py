@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from meshwright.runtime.config import Config, load, parse
 from meshwright.runtime.train import plan_config
+from meshwright.runtime.train.check import PlanCheck
 from meshwright.runtime.train.check_worker import checked, example_batch
 from meshwright.sharding import UserError, processes
+from meshwright.sharding.plans.reduced import Reduction
 from meshwright.sharding.transform import deviation
 from meshwright.sharding.transform.compose import PlannedLoss
+from meshwright.sharding.transform.deviation import Deviation
 from training import command
 
 TESTS = pathlib.Path(__file__).parents[2]
@@ -87,6 +90,20 @@ def test_a_model_that_stays_too_large_says_what_to_set() -> None:
     assert checked(with_reduced(hidden=32, embed=16), plan).passes
     with pytest.raises(UserError, match=r"does not go over the small model: .* divide"):
         checked(with_reduced(hidden=33, embed=15), plan)
+
+
+def test_a_check_comes_back_from_its_process_as_it_was() -> None:
+    how = {
+        "mesh": {"expert": 2},
+        "microbatches": 1,
+        "interleave": 1,
+        "rows": 8,
+        "sequence_parts": 1,
+        "layers": 2,
+    }
+    one = Deviation(loss=1.0, expected=2.0, apart={None: 0.1}, allowed={None: 0.2}, own=1.5, routed=(3, 64))
+    check = PlanCheck(reduction=Reduction(**how), model={"experts": 8}, types={"bfloat16": one})
+    assert PlanCheck.from_dict(json.loads(json.dumps(check.to_dict()))) == check
 
 
 def test_rows_of_an_example_are_packed_as_those_of_a_run() -> None:
