@@ -7,7 +7,8 @@ layer in one round, forward and backward, to the experts and back:
 
     (4 · embed + 2) · itemsize · slots · (peers - 1),  slots = 1.25 · tokens · choices / peers
 
-Two are a row's weight, to its expert, and its gradient, back.
+Two are a row's weight, to its expert, and its gradient, back. Then the errors of layers of experts on meshes
+with stages, which exchange within a stage.
 
 `--compile TOPOLOGY …` (of eight devices) prints the products of a compiled step over those that rows need,
 by the chip's kernel and by a loop over tiles.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -30,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from meshwright.sharding import plan
+from meshwright.sharding import declare, plan
 from meshwright.sharding.cost.candidate import Candidate
 from meshwright.sharding.cost.placement import place
 from meshwright.sharding.cost.profile import profile
@@ -52,6 +54,15 @@ MESHES = (
     {"fsdp": 8},
     {"data": 2, "tensor": 4},
 )
+# Stages of layers, with no axis beside the experts' and with one of each kind, and the schedule.
+STAGED = (
+    ({"stage": 2, "expert": 2}, "1f1b"),
+    ({"stage": 2, "expert": 2}, "delayed"),
+    ({"stage": 2, "expert": 2, "fsdp": 2}, "1f1b"),
+    ({"stage": 2, "expert": 2, "data": 2}, "1f1b"),
+    ({"stage": 2, "expert": 2, "tensor": 2}, "1f1b"),
+)
+LAYERS, MICROBATCHES = 4, 4
 EXPERTS, EMBED, MLP = 16, 32, 48
 _ALL_TO_ALL = re.compile(r"= (.*?) all-to-all\(.*op_name=\"([^\"]*)\"")
 _ARRAY = re.compile(r"f32\[([\d,]*)\]")
@@ -92,21 +103,56 @@ def measured(mesh: dict[str, int], choices: int, skew: float, rows: int = 64, se
         (params, batch), (made.shardings(params, devices), made.shardings(batch, devices, "batch"))
     )
     step = jax.jit(jax.value_and_grad(made.apply(loss))).lower(*placed).compile()
-    (value, found), (wanted, gradients) = step(*placed), jax.jit(jax.value_and_grad(loss))(params, batch)
-    leaves = [
-        float(np.linalg.norm(np.asarray(found[name]) - one) / np.linalg.norm(one))
-        for name, one in gradients.items()
-    ]
+    plain = jax.jit(jax.value_and_grad(loss))(params, batch)
     peers = mesh.get("expert", 1)
     tokens = rows * sequence // math.prod(size for axis, size in mesh.items() if axis != "tensor")
     slots = slots_of(tokens, choices, peers)
     return {
-        "loss": abs(float(value - wanted) / float(wanted)),
-        "leaf": max(leaves),
+        **apart(step(*placed), plain),
         "compiled": sent(step.as_text(), peers),
         "formula": (4 * EMBED + 2) * 4 * slots * (peers - 1),
         "priced": priced(made, peers),
     }
+
+
+def apart(found: Any, plain: Any) -> dict[str, float]:
+    """Return the relative errors of the loss and of the worst leaf of its gradient."""
+    (value, slopes), (wanted, gradients) = found, plain
+    leaves = (
+        np.linalg.norm(np.asarray(slopes[n]) - one) / np.linalg.norm(one) for n, one in gradients.items()
+    )
+    return {"loss": abs(float(value - wanted) / float(wanted)), "leaf": max(map(float, leaves))}
+
+
+def staged(mesh: dict[str, int], choices: int, schedule: str) -> dict[str, float]:
+    """Return the errors of layers of experts that go through stages, and are routed by what layers give."""
+    one, batch = problem(8 * MICROBATCHES * math.prod(mesh.values()), 8, 0.0)
+    keys = jax.random.split(jax.random.key(1), LAYERS)
+    names = {name: ("layers", *dims) for name, dims in NAMES.items() if name != "enter"}
+    params = {
+        name: jax.vmap(lambda key, like=one[name]: jax.random.normal(key, like.shape) / 4)(keys)
+        for name in names
+    }
+
+    def loss(params: Any, batch: Any) -> Any:
+        def layer(x: Any, own: Any) -> tuple[Any, None]:
+            h = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+            weights, chosen = jax.lax.top_k(jax.nn.softmax(h @ own["router"]), choices)
+            return x + experts(
+                h, weights, chosen, **{name: own[name] for name in ("gate", "up", "down")}
+            ), None
+
+        x, _ = jax.lax.scan(layer, batch["x"], params)
+        return jnp.mean(jnp.square(x - batch["y"]))
+
+    count = math.prod(mesh.values())
+    how = {"topology": f"cpu:{count}", "names": names, "mesh": mesh, "microbatches": MICROBATCHES}
+    made = declare(loss, params, batch, schedule=schedule, remat="full", **how)
+    devices = made.make_mesh(devices=jax.devices()[:count])
+    where = made.shardings(params, devices), made.shardings(batch, devices, "batch")
+    step = jax.jit(jax.value_and_grad(made.apply(loss, mesh=devices)))
+    found = jax.device_get(step(*jax.device_put((params, batch), where)))
+    return apart(found, jax.jit(jax.value_and_grad(loss))(params, batch))
 
 
 def sent(text: str, peers: int) -> float:
@@ -166,10 +212,23 @@ def compiled(topology: str, mesh: dict[str, int]) -> None:
         )
 
 
+def of_stages() -> None:
+    """Print the errors of layers of experts on meshes with stages."""
+    print(f"{'mesh with stages':44} choices schedule {'loss':>8} {'leaf':>8}")
+    for (mesh, schedule), choices in itertools.product(STAGED, (1, 2)):
+        row = staged(mesh, choices, schedule)
+        print(f"{mesh!s:44} {choices:7} {schedule:8} {row['loss']:8.1e} {row['leaf']:8.1e}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Experts: errors, bytes, products.")
     parser.add_argument("--compile", nargs="+", metavar="TOPOLOGY", default=[])
-    for topology in (found := parser.parse_args().compile):
+    parser.add_argument("--stages", action="store_true", help="only the errors of meshes with stages")
+    args = parser.parse_args()
+    if args.stages:
+        of_stages()
+        return
+    for topology in (found := args.compile):
         for mesh in ({"expert": 8}, {"data": 2, "expert": 2, "tensor": 2}):
             compiled(topology, mesh)
     if found:
@@ -183,6 +242,7 @@ def main() -> None:
                 f"{row['compiled']:10.0f} {row['formula']:10.0f} {row['priced']:10.0f}",
                 flush=True,
             )
+    of_stages()
 
 
 if __name__ == "__main__":

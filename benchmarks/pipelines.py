@@ -1,15 +1,17 @@
 """Pipelines: errors of loss and gradients, collectives in and outside of loops, peaks, executed work, prices.
 
-    python benchmarks/pipelines.py [errors] [memory] [work] [price] [ways] [models]
+    python benchmarks/pipelines.py [errors] [memory] [work] [stacks] [price] [held] [ways] [models]
 
-On simulated devices, with a loss of its own: a packed decoder without attention, whose table is tied. Prices
-are held to what the compiler for v5p makes of it, those of all ways to work stages through (`ways`) to that
-for H100 too. `models` are those of `pipeline_models.py`, written as
-other people write them.
+On simulated devices, with a loss of its own: a packed decoder without attention, its table tied. `stacks`
+are of two stacks of layers, an encoder and a decoder. Prices are held to what the compiler for v5p makes of
+it, and in `held` the memory of each way through stages, of two stacks too; the time and memory of ways
+through them in bfloat16 (`ways`) to that for H100 too. `models` are those of `pipeline_models.py`, written
+as other people write them.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -79,6 +81,33 @@ def loss_in_halves(params: Any, batch: Any) -> Any:
     return (losses * batch["counted"]).sum() / batch["counted"].sum()
 
 
+OF_TWO = {"encoder": NAMES["blocks"], "decoder": NAMES["blocks"], "table": NAMES["table"]}
+
+
+def init_two(width: int = WIDTH, encoder: int = LAYERS, decoder: int = LAYERS) -> Any:
+    return {"encoder": init(width, encoder)["blocks"], "decoder": init(width, decoder)["blocks"]} | {
+        "table": init(width)["table"]
+    }
+
+
+def loss_of_two(params: Any, batch: Any) -> Any:
+    """Layers that read what all of the other stack's have given, and a table that both look up."""
+
+    def normed(x: Any) -> Any:
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+    def encode(x: Any, weights: Any) -> Any:
+        return x + jax.nn.silu(normed(x) @ weights["up"]) @ weights["down"], None
+
+    def decode(x: Any, weights: Any) -> Any:
+        return x + jax.nn.silu(normed(x + seen) @ weights["up"]) @ weights["down"], None
+
+    seen = normed(jax.lax.scan(encode, params["table"][batch["tokens"]], params["encoder"])[0])
+    x, _ = jax.lax.scan(decode, params["table"][batch["tokens"][:, ::-1]], params["decoder"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(x @ params["table"].T, batch["targets"])
+    return (losses * batch["counted"]).sum() / batch["counted"].sum()
+
+
 SCHEDULES = ("1f1b", "delayed")
 # A mesh, chunks a stage, and layers.
 KINDS = (
@@ -103,16 +132,19 @@ def compiled(
     layers: int = LAYERS,
     schedule: str | None = None,
     stage_remat: bool = True,
+    decoder: int = 0,
 ) -> Any:
+    """Return a compiled step and what it takes; with layers of a `decoder` they are a second stack's."""
     count = int(np.prod(list(mesh.values())))
-    params, data = init(width, layers), batch(rows)
-    how = {"topology": f"cpu:{count}", "mesh": mesh, "names": NAMES, "microbatches": microbatches}
+    params, data = init_two(width, layers, decoder) if decoder else init(width, layers), batch(rows)
+    how = {"topology": f"cpu:{count}", "mesh": mesh, "microbatches": microbatches}
     how |= {"interleave": chunks, "schedule": schedule, "stage_remat": stage_remat}
-    made = declare(loss, params, data, remat=remat, **how)
+    function, names = (loss_of_two, OF_TWO) if decoder else (loss, NAMES)
+    made = declare(function, params, data, remat=remat, names=names, **how)
     devices = made.make_mesh(devices=jax.devices()[:count])
     where = made.shardings(params, devices), made.shardings(data, devices, "batch")
     args = jax.device_put((params, data), where)
-    return jax.jit(jax.value_and_grad(made.apply(loss, mesh=devices))).lower(*args).compile(), args
+    return jax.jit(jax.value_and_grad(made.apply(function, mesh=devices))).lower(*args).compile(), args
 
 
 def counted(program: Any) -> Iterator[str]:
@@ -134,13 +166,18 @@ def errors() -> None:
             rows = 8 * microbatches * mesh["stage"]
             how = {"chunks": chunks, "layers": layers, "schedule": schedule}
             program, args = compiled(mesh, microbatches, rows, **how)
-            value, slopes = jax.device_get(program(*args))
-            wanted, plain = jax.value_and_grad(loss)(init(layers=layers), batch(rows))
-            pairs = zip(jax.tree.leaves(slopes), jax.tree.leaves(plain), strict=True)
-            worst = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
-            apart = abs(float(value - wanted) / float(wanted))
+            apart, worst = errors_beside(program(*args), loss, init(layers=layers), batch(rows))
             kind = f"{mesh} {schedule} interleave={chunks} layers={layers} microbatches={microbatches}"
             print(f"{kind}: loss {apart:.1e}, gradient {worst:.1e};", *counted(program))
+
+
+def errors_beside(found: Any, function: Any, params: Any, data: Any) -> tuple[float, float]:
+    """Return the relative error of the loss, and of the worst leaf of its gradient."""
+    value, slopes = jax.device_get(found)
+    wanted, plain = jax.jit(jax.value_and_grad(function))(params, data)
+    pairs = zip(jax.tree.leaves(slopes), jax.tree.leaves(plain), strict=True)
+    worst = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
+    return abs(float(value - wanted) / float(wanted)), worst
 
 
 def memory() -> None:
@@ -198,6 +235,42 @@ def work() -> None:
         kind = f"{schedule}{'' if again else ', kept over ticks'} stage={stages}"
         kind += f" microbatches={microbatches} interleave={chunks} layers={layers}"
         print(f"{kind}: {share:.3f}, by the formula {formula:.3f}")
+
+
+# Of two stacks: a mesh, microbatches, chunks a stage, layers of each.
+STACKS = (
+    ({"stage": 4}, 8, 1, 8, 8),
+    ({"stage": 4}, 32, 1, 8, 8),
+    ({"stage": 2}, 8, 2, 8, 8),
+    ({"stage": 2}, 32, 2, 8, 8),
+    ({"stage": 2, "data": 2, "fsdp": 2}, 5, 1, 7, 6),
+    ({"stage": 2, "fsdp": 2, "tensor": 2}, 5, 2, 8, 4),
+)
+
+
+def stacks() -> None:
+    """Print errors, temporaries and executed products of two stacks of layers, by the formula of `work`."""
+    for (mesh, microbatches, chunks, encoder, decoder), schedule in itertools.product(STACKS, SCHEDULES):
+        stages, rows = mesh["stage"], 8 * microbatches * mesh["stage"]
+        how = {"chunks": chunks, "layers": encoder, "decoder": decoder, "schedule": schedule}
+        program, args = compiled(mesh, microbatches, rows, remat="none", **how)
+        params = init_two(encoder=encoder, decoder=decoder)
+        apart, worst = errors_beside(program(*args), loss_of_two, params, batch(rows))
+        held = program.memory_analysis().temp_size_in_bytes / 2**20
+        kind = (
+            f"{mesh} {schedule} interleave={chunks} layers={encoder}, {decoder} microbatches={microbatches}"
+        )
+        said = f"{kind}: loss {apart:.1e}, gradient {worst:.1e}; temporaries {held:.2f} MiB"
+        if mesh == {"stage": stages}:
+            tokens = rows * TIME / stages
+            needed = 8 * (encoder + decoder) * 2 * tokens * WIDTH * 4 * WIDTH
+            share = (executed(program) - 3 * 2 * tokens * WIDTH * VOCAB) / needed
+            ticks = Lockstep(
+                stages=stages, chunks=chunks, microbatches=microbatches, delayed=schedule == "delayed"
+            )
+            formula = (3 * ticks.layer_ticks + ticks.weight_ticks) / (4 * chunks * microbatches)
+            said += f"; executed over needed {share:.3f}, by the formula {formula:.3f}"
+        print(said, flush=True)
 
 
 # A mesh, microbatches, chunks a stage, layers and rows of a microbatch that are priced. Sizes are those of a
@@ -260,6 +333,47 @@ def ways() -> None:
         )
 
 
+# How four stages may be worked through, each with two layers in a chunk.
+HELD: dict[str, dict[str, Any]] = {
+    "1f1b": {},
+    "interleaved": {"interleave": 2},
+    "kept over ticks": {"stage_remat": False},
+    "kept over ticks, of products": {"stage_remat": False, "remat": "dots"},
+    "delayed": {"schedule": "delayed"},
+    "delayed, kept over ticks": {"schedule": "delayed", "stage_remat": False},
+    "two stacks": {"decoder": 8},
+    "two stacks, interleaved": {"decoder": 16, "interleave": 2},
+    "two stacks, kept over ticks": {"decoder": 8, "stage_remat": False},
+    "two stacks, delayed": {"decoder": 8, "schedule": "delayed"},
+}
+
+
+def held() -> None:
+    """Print the estimate over what the compiler for v5p says: of temporaries alone, and of the peak."""
+    data = batch(8 * 512)
+    for name, how in HELD.items():
+        own = {"remat": "full", "interleave": 1, **how}
+        layers, decoder = 8 * own["interleave"], own.pop("decoder", 0)
+        build = functools.partial(init_two, decoder=decoder) if decoder else init
+        params = jax.eval_shape(functools.partial(build, 4096, layers))
+        function, names = (loss_of_two, OF_TWO) if decoder else (loss, NAMES)
+        where = {"topology": "v5p:2x2x1", "mesh": {"stage": 4}, "names": names, "microbatches": 8}
+        optimizer = optax.adamw(1e-3)
+        made = declare(function, params, data, optimizer=optimizer, **where, **own)
+        made = made.verify(function, params, data, optimizer)
+        estimate, proof = made.estimate, made.proof
+        assert estimate is not None
+        assert proof is not None
+        arguments = proof.memory["arguments"]
+        pair = estimate.peak_bytes - arguments, proof.peak_bytes - arguments
+        print(
+            f"{name}: temporaries estimated {pair[0] / 2**20:.0f} MiB, compiled "
+            f"{pair[1] / 2**20:.0f} MiB, {pair[0] / pair[1] - 1:+.1%}; peak "
+            f"{estimate.peak_bytes / proof.peak_bytes - 1:+.1%} of {proof.peak_bytes / 2**20:.0f} MiB",
+            flush=True,
+        )
+
+
 # A mesh, and how its stages are worked through.
 WAYS = (
     ({"stage": 2, "data": 2}, {"microbatches": 4}),
@@ -279,13 +393,7 @@ def models() -> None:
 
 
 if __name__ == "__main__":
-    COMMANDS = {
-        "errors": errors,
-        "memory": memory,
-        "work": work,
-        "price": price,
-        "ways": ways,
-        "models": models,
-    }
+    COMMANDS = {"errors": errors, "memory": memory, "work": work, "stacks": stacks}
+    COMMANDS |= {"price": price, "held": held, "ways": ways, "models": models}
     for name in sys.argv[1:] or ["errors", "memory", "work"]:
         COMMANDS[name]()
