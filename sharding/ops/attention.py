@@ -194,6 +194,7 @@ def _shape(atom: Any) -> tuple[int, ...]:
     return tuple(getattr(atom.aval, "shape", ()))
 
 
+@functools.lru_cache(maxsize=1024)
 def visible_pairs(
     queries: int, keys: int, *, causal: bool, window: int | None, ahead: int = 0, prefix: int = 0
 ) -> float:

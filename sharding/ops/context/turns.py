@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,6 +97,7 @@ def seen_away(blocks: int, key_blocks: int, *, balanced: bool) -> np.ndarray:
     return count
 
 
+@functools.lru_cache(maxsize=1024)
 def turns_of(
     call: AttentionCall, way: str, *, queries: int, keys: int, parts: int, whole: bool
 ) -> TurnCounts:
