@@ -129,17 +129,22 @@ def other_count(what: str, args: Sequence[Any], names: Sequence[str], least: int
     return f"{what} takes ({wanted}) and was given {len(args)} argument{'s' * (len(args) != 1)}"
 
 
-def positional(function: Callable[..., Any], args: Sequence[Any], named: Mapping[str, Any]) -> Sequence[Any]:
+def positional(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    named: Mapping[str, Any],
+    what: str = "the planned loss",
+) -> Sequence[Any]:
     """Return the arguments of a call of `function` by their positions.
 
-    Raises UserError if it has no such arguments.
+    Raises UserError if `what` it is called has no such arguments.
     """
     if not named:
         return args
     try:
         return inspect.signature(function).bind(*args, **named).args
     except (TypeError, ValueError) as error:
-        raise UserError(f"the planned loss cannot be called so: {error}") from None
+        raise UserError(f"{what} cannot be called so: {error}") from None
 
 
 def within_manual() -> str | None:

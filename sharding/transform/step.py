@@ -23,7 +23,7 @@ from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
 from .optimizer import FORWARD, change, check_state, extra_of, handles_nonfinite, own_state, wanted
-from .said import donated, is_key, lying_elsewhere, not_arrays, other_count, other_devices, takes
+from .said import donated, is_key, lying_elsewhere, not_arrays, other_count, other_devices, positional, takes
 
 if TYPE_CHECKING:
     import optax
@@ -400,18 +400,19 @@ class _Said:
         functools.update_wrapper(self, jitted, updated=())
         self._jitted, self._names, self._mesh = jitted, tuple(names), mesh
 
-    def __call__(self, *args: Any) -> Any:
-        if said := donated(args):
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        given = positional(self._jitted, args, named, "it")
+        if said := donated(given):
             raise UserError(said)
-        return self._told(self._jitted, args)
+        return self._told(self._jitted, given)
 
-    def trace(self, *args: Any) -> jax.stages.Traced:
+    def trace(self, *args: Any, **named: Any) -> jax.stages.Traced:
         """As of `jax.stages.Wrapped`."""
-        return self._told(self._jitted.trace, args)
+        return self._told(self._jitted.trace, positional(self._jitted, args, named, "it"))
 
-    def lower(self, *args: Any) -> jax.stages.Lowered:
+    def lower(self, *args: Any, **named: Any) -> jax.stages.Lowered:
         """As of `jax.stages.Wrapped`."""
-        return self._told(self._jitted.lower, args)
+        return self._told(self._jitted.lower, positional(self._jitted, args, named, "it"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jitted, name)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
-from ...program.jaxpr import call_body, context_of
+from ...program.jaxpr import call_body, context_of, is_extended
 from ...program.lines import is_ours, line_of
 from .derivatives import uneven_call
 from .values import (
@@ -151,6 +151,8 @@ class PartGraph:
             return value
         if value.kind is Kind.EXAMPLES:
             raise NotInParts("one example's value is used for all examples")
+        if value.inside and is_extended(value.dtype):
+            return self._key(value)
         if value.inside:
             value = self.sum(value)
         if self.cut:
@@ -162,6 +164,27 @@ class PartGraph:
         if value not in self.exports:
             self.exports[value] = Held(value.shape, value.dtype, LATE, heavy=value.heavy)
         return self.exports[value]
+
+    def _key(self, value: Held) -> Held:
+        """Return a random key, the same in all parts, complete: its numbers can be added up."""
+        impls: list[Any] = []
+
+        def numbers(key: Array) -> Array:
+            impls.append(jax.random.key_impl(key))
+            return jax.random.key_data(key)
+
+        aval = jax.eval_shape(numbers, jax.ShapeDtypeStruct(value.shape, value.dtype))
+
+        def make() -> Held:
+            own = Held(aval.shape, aval.dtype)
+            (data,) = self.emit(lambda _, key: [jax.random.key_data(key)], [value], [own])
+
+            def wrapped(_: Any, data: Array) -> list[Array]:
+                return [jax.random.wrap_key_data(data, impl=impls[0])]
+
+            return self.emit(wrapped, [self.complete(data)], [Held(value.shape, value.dtype)])[0]
+
+        return self._once(("key", value), make)
 
     def sum(self, value: Held) -> Held:
         """Return a value as a sum over parts: what all share counts in the first part only."""

@@ -212,9 +212,11 @@ def test_states_of_another_making_are_one_sentence() -> None:
     # Plain SGD would carry these along and leave them as they are.
     with pytest.raises(UserError, match=r"keeps ScaleByAdamState \(count, mu, nu\), where this one keeps no"):
         plan.train_step(loss, SGD)(state, batch())
-    step(state, batch())
+    with pytest.raises(UserError, match="it cannot be called so: missing a required argument: 'batch'"):
+        step(state, rows=batch())
+    step(batch=batch(), state=state)
     with pytest.raises(UserError, match="this state was given to an earlier step"):
-        step(state, batch())
+        step(state, batch=batch())
 
 
 def test_an_optimizer_that_fails_is_one_sentence() -> None:

@@ -373,6 +373,24 @@ def test_a_state_is_the_one_that_the_whole_batch_leaves():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
+def test_a_key_that_a_checkpoint_hands_on_is_kept():
+    def loss(p, b, key):
+        @jax.checkpoint
+        def layer(x, key):
+            key, now = jax.random.split(key)
+            return jnp.tanh(x @ p["inside"]) * jax.random.bernoulli(now, 0.9, x.shape), key
+
+        x, key = layer(b["x"], key)
+        return jnp.square(x).mean(), ({}, key)
+
+    key = jax.random.key(3)
+    given = {"topology": "cpu:8", "mesh": {"data": 8}, "microbatches": 2, "state": key}
+    made = declare(loss, params(), batch(), **given)
+    (got, (_, kept)), (want, (_, left)) = (f(params(), batch(), key) for f in (made.apply(loss), loss))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert kept == left
+
+
 def test_what_is_worked_through_by_hand_after_the_gradient_leaves_a_state_too():
     def loss(p, b, state):
         taught = jax.lax.stop_gradient(jnp.tanh(b["other"] @ p["inside"]) @ p["outside"])
