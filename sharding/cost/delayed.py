@@ -1,7 +1,8 @@
 """What delaying the gradients of layers' weights takes: their seconds, and the bytes that they are made of.
 
 They are the products of the backward pass that stages do not wait for, one for each product of a layer with a
-trained weight, of its other operand and the gradient of its result (`transform/pipeline/split.py`).
+trained weight, of its other operand and the gradient of its result (`transform/pipeline/split.py`). Those of
+experts are not among them: what carries a call of `ops.experts` out gives all of its gradients at once.
 """
 
 from __future__ import annotations
@@ -43,4 +44,5 @@ def _late(profile: ProgramTables) -> tuple[np.ndarray, np.ndarray]:
     weights = np.isin(profile.values.parameter[products.values[:, :2]], trained)
     in_layers = profile.steps.section[products.equation] == LAYERS
     # A product of a weight alone, or of two, has no gradient that stages wait for.
-    return in_layers & (products.gradients > 1) & (weights.sum(axis=1) == 1), weights
+    alone = (weights.sum(axis=1) == 1) & ~products.grouped
+    return in_layers & (products.gradients > 1) & alone, weights

@@ -15,6 +15,9 @@ from ..errors import UserError
 from ..hardware.topology import Topology
 from ..plans.estimate import Estimate
 from ..plans.record import Record
+from ..plans.vocabulary import DELAYED
+from ..program.mixtures import experts_dims
+from ..program.program import Program
 from ..words import gib, layout_in_words, seconds
 from ..xla.compiler import compiler_of
 from . import build
@@ -67,6 +70,7 @@ class Search:
             + of_experts
         )
         notes += context.notes_on(self.problem.attention, layout, kernel)
+        notes += _notes_on_experts(program, layout)
         notes += ways_in_words(self.problem, self.topology, self.declared, answer, chosen)
         if answer.room < 1.0 and chosen.fits:
             notes += (_TIGHT,)
@@ -215,6 +219,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     kernels, of_experts = _kernels(problem, topology, declared, kernel, candidate)
     notes = (*laid.notes, *_notes_on(problem, kernel, candidate), *of_experts)
     notes += context.notes_on(problem.attention, candidate, kernel)
+    notes += _notes_on_experts(problem.program, candidate)
     # Rules say of theirs where they yield.
     said = " ".join(notes).replace(",", " ").replace(":", " ").split()
     notes += tuple(
@@ -262,6 +267,16 @@ def _kernels(
     ways = [attention.taken(site_of(one, candidate), candidate.context).by for one in problem.attention]
     of_attention = attention.kernels if any(ways) else {}
     return {**of_attention, **of_experts, **({"arithmetic": fast} if fast else {})}, notes
+
+
+def _notes_on_experts(program: Program, layout: Candidate) -> tuple[str, ...]:
+    """Say that gradients of experts' weights are not among those that are delayed."""
+    if layout.schedule != DELAYED or layout.mesh.get("stage", 1) == 1 or not experts_dims(program):
+        return ()
+    return (
+        f"schedule={DELAYED!r} delays no gradients of experts' weights, which come with those of inputs: "
+        "stages wait for them as in 1f1b",
+    )
 
 
 def _notes_on(problem: Problem, kernel: Chosen, layout: Candidate) -> tuple[str, ...]:

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from meshwright.sharding import Topology
+from meshwright.sharding import Topology, declare
 from meshwright.sharding.cost import Calibration, Candidate, Pricer
 from meshwright.sharding.cost.collectives import links
 from meshwright.sharding.cost.pipeline import Lockstep
+from meshwright.sharding.ops.experts import experts
 from meshwright.sharding.program import trace
 from meshwright.sharding.transform.pipeline.schedule import (
     BACKWARD,
@@ -187,3 +188,21 @@ def test_where_a_compiler_takes_out_what_a_tick_works_with_that_lies_in_memory_t
         here, there = (price(16, one, remat="dots", **more).memory for one in ("v5p:2x2x1", "h100:4"))
         assert there["saved_activations"] - here["saved_activations"] == pytest.approx(taken, rel=0.03)
         assert there["gradients"] - here["gradients"] == 4 * 2 * WIDTH * HIDDEN * LAYERS // 4
+
+
+def test_gradients_of_experts_are_not_delayed_in_the_price_either():
+    def loss(params, x):
+        def layer(x, own):
+            weights, chosen = jax.lax.top_k(jax.nn.softmax(x @ own["router"]), 2)
+            return x + experts(x, weights, chosen, up=own["up"], down=own["down"]), None
+
+        return jnp.square(jax.lax.scan(layer, x, params)[0]).mean()
+
+    sizes = {"router": (4, 256, 8), "up": (4, 8, 256, 512), "down": (4, 8, 512, 256)}
+    params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in sizes.items()}
+    x = jax.ShapeDtypeStruct((64, 128, 256), "float32")
+    how = {"topology": "v5p:2x2x1", "mesh": {"stage": 4}, "microbatches": 8}
+    plain, delayed = (declare(loss, params, x, schedule=one, **how) for one in ("1f1b", "delayed"))
+    assert delayed.estimate.time["bubble"] == pytest.approx(plain.estimate.time["bubble"], rel=0.02)
+    assert any("delays no gradients of experts" in note for note in delayed.notes)
+    assert not any("delays no gradients of experts" in note for note in plain.notes)
