@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
 from ..plans.record import Record
-from ..plans.vocabulary import OF_STAGES, of_stages
+from ..plans.vocabulary import DELAYED, OF_STAGES, of_stages
 from .build import alternatives_of
 from .choices.mesh import OFFERED
+from .choices.stages import why_whole
 from .inputs import ROOMS
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def _with_way(plan: _Plan, search: Search, name: str, written: str) -> _Plan:
     stages = plan.mesh.get("stage", 1)
     if stages == 1 or not written or (value := of_stages(name, written)) == getattr(plan, name):
         return plan
+    in_two = value is False or value == DELAYED
+    if in_two and (reason := why_whole(plan.topology, plan.mesh)) is not None:
+        return dataclasses.replace(plan, refused={**plan.refused, f"{name}={written}": reason})
     mesh = {**search.declared.mesh, "stage": stages}
     return _with_best(plan, search, f"{name}={written}", mesh=mesh, **{name: value})
 

@@ -23,7 +23,7 @@ from ..verify.export import abstract_mesh
 from ..words import seconds
 from .choices.layers import STAGE, Layers, layers_of, why_no_stages
 from .choices.microbatches import divisors
-from .choices.stages import CHUNKS, ways_of
+from .choices.stages import CHUNKS, ways_of, why_whole
 from .declared import Declared
 from .inputs import ROOMS, Answer, Problem
 from .search import Found, Priced, anything_fits, search
@@ -82,6 +82,9 @@ def ways_in_words(
 ) -> tuple[str, ...]:
     """Say how a plan's stages work, and what each other way to work the same ones would take."""
     own, space = chosen.candidate, answer.space
+    whole = why_whole(topology, own.mesh) if own.mesh.get(STAGE, 1) > 1 else None
+    if whole is not None:
+        return (f"stages work in {_way(own)}: {whole}",)
     others = [
         one
         for one in space.layouts
@@ -165,7 +168,6 @@ def _solved(
     declared = dataclasses.replace(declared, mesh={**declared.mesh, STAGE: stages})
     pricer, capacity = problem.pricer(topology, declared, known.room), known.capacity_bytes
     keeps = any(policy.over_ticks for policy in known.space.remats)
-    ways = list(ways_of(declared, declared.mesh, keeps=keeps))
     least: dict[object, float] = {}
 
     def worth(layout: Candidate, microbatches: Sequence[int]) -> bool:
@@ -179,6 +181,7 @@ def _solved(
         key = _as_one(most)
         if least.get(key, 0.0) >= _ALIKE * below:
             return False
+        ways = ways_of(declared, topology, layout.mesh, keeps=keeps)
         each = (dataclasses.replace(most, schedule=one, stage_remat=again) for one, again in ways)
         found = min(map(pricer.least, each))
         least.setdefault(key, found)

@@ -42,6 +42,8 @@ class Compiler:
         they take and a loop does not change is cast before the loop.
       takes_out: what a loop works with of an array that it carries is taken out of it, and what is added to
         it is a copy; others work with it where it lies.
+      passes_whole: it ends itself on the passes of a pipeline's chunk where they are cut in two, beside an
+        axis that it works with by itself.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Compiler:
     aligned_elements: int = 1
     product_bytes: int | None = None
     takes_out: bool = False
+    passes_whole: bool = False
 
 
 @functools.cache

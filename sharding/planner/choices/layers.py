@@ -17,7 +17,7 @@ from ...program.program import Argument, Program
 
 STAGE = "stage"
 # Axes that XLA works with by itself, beside which no other cuts the same dimension.
-_AUTOMATIC = ("tensor", "context")
+AUTOMATIC = ("tensor", "context")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ def over_stages(
         for n, size in enumerate(argument.shape)
         if n >= stacked
         and size % (cut_into(cut[n], mesh) * mesh[STAGE]) == 0
-        and not set(cut[n]).intersection(_AUTOMATIC)
+        and not set(cut[n]).intersection(AUTOMATIC)
     ]
     if divided:
         best = max(divided, key=lambda n: (not cut[n], argument.shape[n], -n))

@@ -8,11 +8,13 @@ import math
 from collections.abc import Iterator, Mapping
 
 from ...cost.stacks import held_layers
+from ...hardware.topology import Topology
 from ...plans.vocabulary import DELAYED, GPIPE, ONE_BY_ONE
 from ...program.mixtures import experts_dims
+from ...xla.compiler import compiler_of
 from ..declared import Declared
 from .draft import Draft, Given, Refused
-from .layers import stacks_over_stages, why_no_chunks, why_no_stages
+from .layers import AUTOMATIC, stacks_over_stages, why_no_chunks, why_no_stages
 from .microbatches import indivisible
 
 # Chunks a stage holds, where they are not declared: each divides the bubble and repeats every send.
@@ -64,20 +66,35 @@ def ways(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
 
     They change nothing of where anything lies.
     """
-    for schedule, again in ways_of(given.declared, draft.mesh, keeps=given.keeps):
+    for schedule, again in ways_of(given.declared, given.topology, draft.mesh, keeps=given.keeps):
         yield dataclasses.replace(draft, schedule=schedule, stage_remat=again)
 
 
-def ways_of(declared: Declared, mesh: Mapping[str, int], *, keeps: bool) -> Iterator[tuple[str, bool]]:
+def ways_of(
+    declared: Declared, topology: Topology, mesh: Mapping[str, int], *, keeps: bool
+) -> Iterator[tuple[str, bool]]:
     """Yield schedules, each with whether a stage runs its chunks again: it need not if it `keeps` theirs."""
     if mesh.get("stage", 1) == 1:
         yield ONE_BY_ONE, True
         return
-    schedules = _SCHEDULES if declared.schedule is None else (declared.schedule,)
+    whole = why_whole(topology, mesh) is not None
+    offered = _SCHEDULES[:1] if whole else _SCHEDULES
+    schedules = offered if declared.schedule is None else (declared.schedule,)
     # What is kept goes over the ticks of schedules that run.
-    free = declared.stage_remat is None and keeps and declared.schedule != GPIPE
+    free = declared.stage_remat is None and keeps and declared.schedule != GPIPE and not whole
     again = (True, False) if free else (declared.stage_remat is not False,)
     yield from itertools.product(schedules, again)
+
+
+def why_whole(topology: Topology, mesh: Mapping[str, int]) -> str | None:
+    """Return why a chunk's passes are not to be cut in two on `mesh`, as other ways than 1F1B need."""
+    beside = next((axis for axis in AUTOMATIC if mesh.get(axis, 1) > 1), None)
+    if beside is None or not compiler_of(topology).passes_whole:
+        return None
+    return (
+        f"{compiler_of(topology).name} ends itself on what stages keep over ticks, and on delayed gradients, "
+        f"beside {beside}={mesh[beside]}"
+    )
 
 
 def _mixed(given: Given, draft: Draft) -> str | None:
