@@ -36,8 +36,8 @@ from .stacks import (
     cut_stacks,
     held_layers,
     held_share,
-    largest_share,
     moved_parameters,
+    shares,
     whole_parameters,
     worked_share,
 )
@@ -46,7 +46,8 @@ from .step import StepParts, Turns, microbatch, reduce_once
 # Of what stages hand on, held beside the inputs that are kept: what is embedded for the next tick, what was
 # sent on and what came, what is sent back and what came back, the head's share put together again.
 _IN_HAND = 5
-# The chunk that goes forward and the one that goes back, each cut out of what a stage holds of several.
+# The chunk that goes forward and the one that goes back, each cut out of what a stage holds: of every
+# stack of layers, of which stages run one each in a tick.
 _CUT_OUT = 2
 # Bytes of an element that gradients are added up in, at least.
 _SUMMED = 4.0
@@ -396,8 +397,9 @@ def moments(
     worked = worked_share(profile, *each)
     table, values = profile.parameters, profile.values
     weights = table.elements * table.trained * (table.section == LAYERS)
-    chunk = largest_share(profile, table.stack, weights, *each) / ticks.chunks
-    kept_share = largest_share(profile, values.stack, values.bytes * values.runs, *each) / ticks.chunks
+    own = shares(profile, table.stack, weights, *each)
+    chunk = max(own) / ticks.chunks
+    kept_share = max(shares(profile, values.stack, values.bytes * values.runs, *each)) / ticks.chunks
     here = np.array([1.0, held_share(profile, ticks.stages, ticks.chunks), 1.0])
     saved, scratch = activations(profile, candidate, work, kept)
     scratch[LAYERS] = np.maximum(work.largest_of, work.least).max()
@@ -413,7 +415,7 @@ def moments(
     gradients = _summed(profile, stored.items["params"])
     moved = moved_parameters(profile, ticks.stages, ticks.chunks)
     used = _used(profile, stored.items["params"], work.product, moved)
-    cut_out = _CUT_OUT * chunk * float(used[LAYERS]) if ticks.chunks > 1 else 0.0
+    cut_out = _CUT_OUT * sum(own) / ticks.chunks * float(used[LAYERS]) if ticks.chunks > 1 else 0.0
     items["params"] += float(used @ here) + cut_out
     items["batch"] = work.batch * candidate.microbatches
     if profile.captured_bytes:

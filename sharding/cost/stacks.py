@@ -60,19 +60,19 @@ def held_share(profile: ProgramTables, stages: int, chunks: int) -> float:
     return _mean(profile, _by_stack(profile, table.stack, sizes), each, stages, chunks)
 
 
-def largest_share(
+def shares(
     profile: ProgramTables, stack: np.ndarray, sizes: np.ndarray, stages: int, chunks: int
-) -> float:
-    """Return which part of all layers' bytes a stage has of the stack of which it has most.
+) -> list[float]:
+    """Return which part of all layers' bytes a stage has of each stack that stages cut.
 
     `sizes` are bytes of what belongs to a `stack` each, one that is no layers' to -1.
     """
     weights = _by_stack(profile, stack, sizes)
     total = float(weights.sum())
     if profile.stacks == 1 or not total:
-        return held_layers(profile.layers, stages, chunks) / profile.layers
+        return [held_layers(profile.layers, stages, chunks) / profile.layers]
     cut = cut_stacks(profile, stages, chunks)
-    return max(float(weights[n]) * _part(profile, n, stages, chunks) for n in cut) / total
+    return [float(weights[n]) * _part(profile, n, stages, chunks) / total for n in cut]
 
 
 @_remembered
