@@ -32,6 +32,8 @@ _ALONE = tuple(
     f"tests/runtime/{name}"
     for name in ("checkpoint/test_processes", "faults/", "hosts/", "launch/", "testing/", "train/test_resume")
 )
+# How many other tests a slow one takes as long as.
+_SLOW = 50
 _given: dict[str, tuple[object]] = {}
 _numbers = itertools.count()
 
@@ -43,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     _compile_fast()
     _fork_ranks(config)
     config.addinivalue_line("markers", "numerics: only values are looked at; see tests/conftest.py")
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # By number of tests, which leaves few long ones to the end.
     if _PROGRAMS not in os.environ:
         os.environ[_PROGRAMS] = folder = tempfile.mkdtemp(prefix="meshwright-test-programs-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -70,6 +74,22 @@ def _compile_fast() -> None:
         )
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files that take longest first, so that no process waits for another's last file."""
+    weights: dict[str, int] = {}
+    for item in items:
+        file = _scope(item.nodeid)
+        weights[file] = weights.get(file, 0) + (_SLOW if item.get_closest_marker("slow") else 1)
+    items.sort(key=lambda item: -weights[_scope(item.nodeid)])
+
+
+def _scope(nodeid: str) -> str:
+    """Return what one process runs: a file, or all of `_ALONE`."""
+    file = nodeid.partition("::")[0]
+    return "alone" if file.startswith(_ALONE) else file
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep each file in one worker: its tests share fixtures and compiled programs; so with `_ALONE`.
@@ -80,8 +100,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "alone" if file.startswith(_ALONE) else file
+            return _scope(nodeid)
 
     return ByFile(config, log)
 
