@@ -59,10 +59,13 @@ def names_of_stacks(program: Program, stacks: Sequence[Layers]) -> list[str]:
 
 
 def why_no_chunks(program: Program, stages: int, chunks: int) -> str | None:
-    """Return why stages do not hold so many chunks of each stack of layers that they cut; None if they do."""
+    """Return why stages do not hold so many chunks of each stack of layers that they cut; None if they do.
+
+    Of one stack alone the chunks that are too many are copies, which are passed by.
+    """
     cut = stacks_over_stages(program, stages, 1)
     least = min(cut, key=lambda one: one.count, default=None)
-    if least is None or least.count >= stages * chunks:
+    if least is None or len(cut) == 1 or least.count >= stages * chunks:
         return None
     near, name = max(least.count // stages, 1), names_of_stacks(program, [least])[0]
     return (
