@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import heapq
 import itertools
 import math
@@ -145,6 +146,10 @@ class _Search:
         self._seen: dict[tuple[int, int, int], Priced] = {}
         self._sizes: dict[tuple[int, int, int], float] = {}
         self._hopeless: dict[int, tuple[int, int, int]] = {}
+        # Of a layout alone, and asked for again with those that share the size of an axis.
+        self._rough = functools.cache(self._worked_out_roughly)
+        self._bound = functools.cache(self._bounded)
+        self._best = functools.cache(self._solved)
 
     @property
     def count(self) -> int:
@@ -218,7 +223,7 @@ class _Search:
         assert best is not None
         return best
 
-    def _rough(self, layout: int) -> float:
+    def _worked_out_roughly(self, layout: int) -> float:
         """Return what is known without a price of the seconds that a layout takes at least."""
         # Of a pipeline in the most microbatches.
         return self._least_of(*list(self._firsts(layout))[-1]) * (1 - _SLACK)
@@ -226,7 +231,7 @@ class _Search:
     def _least_of(self, layout: int, remat: int, part: int) -> float:
         return 0.0 if self._least is None else self._least(self._candidate(layout, remat, part))
 
-    def _bound(self, layout: int) -> float:
+    def _bounded(self, layout: int) -> float:
         """Return a lower bound on the seconds of a layout."""
         found, firsts = math.inf, [(self._least_of(*place), place) for place in self._firsts(layout)]
         for least, place in sorted(firsts):
@@ -247,7 +252,7 @@ class _Search:
     def _ladders(self, layout: int) -> list[range]:
         return self._space.ladders(self._space.layouts[layout])
 
-    def _best(self, layout: int) -> Priced | None:
+    def _solved(self, layout: int) -> Priced | None:
         """Return the fastest candidate of a layout that fits, the smallest of equals, or None."""
         ladders = self._ladders(layout)
         if all(self._fits(*place) for place in self._firsts(layout)):

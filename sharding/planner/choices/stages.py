@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -53,12 +54,17 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
             continue
         if declared is None and held_layers(found.count, stages, chunks) > least:
             continue
-        if reason := why_no_chunks(given.program, stages, chunks):
-            if declared is not None:
-                yield Refused(sizes={"stage": stages}, reason=reason)
-            continue
-        cut = {one.dim: ("stage",) for one in stacks_over_stages(given.program, stages, chunks)}
-        yield dataclasses.replace(draft, dims={**draft.dims, **cut}, interleave=chunks)
+        reason, cut = given.once((choices, stages, chunks), functools.partial(_cut, given, stages, chunks))
+        if reason is None:
+            yield dataclasses.replace(draft, dims={**draft.dims, **cut}, interleave=chunks)
+        elif declared is not None:
+            yield Refused(sizes={"stage": stages}, reason=reason)
+
+
+def _cut(given: Given, stages: int, chunks: int) -> tuple[str | None, dict[int, tuple[str, ...]]]:
+    """Return why stages do not hold so many chunks of the layers, or None, and what they cut."""
+    reason = why_no_chunks(given.program, stages, chunks)
+    return reason, {one.dim: ("stage",) for one in stacks_over_stages(given.program, stages, chunks)}
 
 
 def ways(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
