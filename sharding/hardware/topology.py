@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -136,7 +137,7 @@ class Topology:
         closed = multiple is not None and all(n % multiple == 0 for n in self.shape)
         return (closed,) * len(self.shape)
 
-    @property
+    @functools.cached_property
     def devices_per_domain(self) -> int:
         """JAX devices that reach each other over the fast fabric: a slice, an NVLink domain, or a host."""
         if self.is_torus:
