@@ -131,15 +131,18 @@ def worst(found: Any, wanted: Any) -> float:
 
 @pytest.mark.numerics
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("delayed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("name", "scanned", "mesh", "microbatches", "interleave"),
+    ("name", "scanned", "mesh", "microbatches", "interleave", "schedule"),
     [
-        ("encoder_decoder", True, {"stage": 2, "fsdp": 2}, 3, 1),
+        ("encoder_decoder", True, {"stage": 2}, 3, 1, "1f1b"),
         pytest.param(
-            *("dense_then_experts", False, {"stage": 2, "fsdp": 2, "tensor": 2}, 5, 1), marks=pytest.mark.slow
+            *("encoder_decoder", True, {"stage": 2, "fsdp": 2}, 3, 2, "delayed"), marks=pytest.mark.slow
         ),
-        pytest.param(*("encoder_decoder", True, {"stage": 2, "fsdp": 2}, 3, 2), marks=pytest.mark.slow),
+        pytest.param(*("dense_then_experts", False, {"stage": 2}, 5, 1, "delayed"), marks=pytest.mark.slow),
+        pytest.param(
+            *("dense_then_experts", False, {"stage": 2, "fsdp": 2, "tensor": 2}, 5, 1, "1f1b"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
