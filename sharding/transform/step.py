@@ -401,18 +401,21 @@ class _Said:
         self._jitted, self._names, self._mesh = jitted, tuple(names), mesh
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        given = positional(self._jitted, args, named, "it")
+        given = self._placed(args, named)
         if said := donated(given):
             raise UserError(said)
         return self._told(self._jitted, given)
 
     def trace(self, *args: Any, **named: Any) -> jax.stages.Traced:
         """As of `jax.stages.Wrapped`."""
-        return self._told(self._jitted.trace, positional(self._jitted, args, named, "it"))
+        return self._told(self._jitted.trace, self._placed(args, named))
 
     def lower(self, *args: Any, **named: Any) -> jax.stages.Lowered:
         """As of `jax.stages.Wrapped`."""
-        return self._told(self._jitted.lower, positional(self._jitted, args, named, "it"))
+        return self._told(self._jitted.lower, self._placed(args, named))
+
+    def _placed(self, args: tuple[Any, ...], named: dict[str, Any]) -> Sequence[Any]:
+        return positional(self._jitted, args, named, "it") if named else args
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jitted, name)
