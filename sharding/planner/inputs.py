@@ -109,7 +109,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         if self.optimizer is not None and not all(hasattr(self.optimizer, one) for one in ("init", "update")):
-            raise UserError(f"optimizer={self.optimizer!r} is none of optax's, such as optax.adamw(1e-3)")
+            raise wrong("optimizer", self.optimizer, "is none of optax's, such as optax.adamw(1e-3)")
         if self.params is None:
             raise wrong(
                 "params", None, "is no tree of arrays; give the model's, or jax.eval_shape(init, key)"

@@ -17,7 +17,8 @@ from ..hardware.mesh import check_mesh, make_mesh
 from ..hardware.topology import Topology
 from ..paths import by_path, called, map_by_path
 from ..program.jaxpr import Traces
-from ..program.loss import abstract, check_leaves, checked
+from ..program.leaves import check_leaves
+from ..program.loss import abstract, checked
 from ..program.program import Program, Result
 from ..program.recognise import recognised
 from .owners import ALL, Owners, spec_by_owner, spread
@@ -27,6 +28,8 @@ from .trainable import is_trained
 
 # Types of keys, of which NumPy knows nothing.
 _KEY_BYTES = {"key<fry>": 8, "key<rbg>": 16, "key<urbg>": 16}
+# What an array of each kind is one of.
+_CALLED = {"parameter": "parameters", "batch array": "batch", "state array": "loss's state"}
 # What of a plan is asked about.
 _KINDS = ("params", "batch", "state")
 # The share of a device's memory from which on an array matters.
@@ -43,9 +46,14 @@ def specs(plan: Decision, tree: Any, kind: str = "params") -> Any:
     check_word("kind", kind, _KINDS)
     check_leaves(tree, "array")
     if kind != "params":
+        one = {"batch": "batch array", "state": "state array"}[kind]
         rows = getattr(plan, kind) or {}
+        if not by_path(tree).keys() & rows.keys() and (said := _other_than(plan, one, tree)) is not None:
+            raise UserError(said)
         return map_by_path(lambda path, leaf: PartitionSpec(*_planned(rows, path, leaf)), tree)
     lying = lying_under(plan)
+    if (paths := by_path(tree).keys()) and paths == plan.batch.keys() and not paths & plan.params.keys():
+        raise UserError('these are the arrays of the batch: give specs or shardings the kind "batch" too')
     if _is_state(plan, tree):
         # A parameter may be named as a part of the state is, ``step`` say.
         kinds = {"params": "params"} if plan.state is None else {"params": "params", "state": "state"}
@@ -198,7 +206,7 @@ def check_arrays(plan: Decision, kind: str, tree: Any) -> None:
     A ``parameter``, a ``batch array`` or a ``state array``.
     """
     planned = _table(plan, kind)
-    for path, (shape, dtype) in _same_paths(kind, planned, tree).items():
+    for path, (shape, dtype) in _same_paths(plan, kind, tree).items():
         if planned[path].shape != shape:
             raise UserError(
                 f"{called(kind, path)} has shape {shape}; the plan was made for {planned[path].shape}"
@@ -211,7 +219,7 @@ def check_rows(plan: Decision, batch: Any) -> None:
 
     So does one whose rows do not divide by the axes that cut them.
     """
-    have = _same_paths("batch array", plan.batch, batch)
+    have = _same_paths(plan, "batch array", batch)
     cut = [row.shape[0] for row in plan.batch.values() if row.spec and row.spec[0]]
     leads = cut or [row.shape[0] for row in plan.batch.values() if row.shape]
     # Of as many arrays each, those of the most numbers: a key's own length is none of rows.
@@ -264,6 +272,8 @@ def resized(plan: Decision, params: Any, batch: Any, state: Any = None, **others
         table = ("params", "batch", "state")[dim.argument]
         whole = getattr(plan, table)[dim.path].shape[dim.dimension]
         size = rows[table][dim.path].shape[dim.dimension]
+        if not size:
+            raise UserError(f"{dim.path!r} has no {name}: its shape is {rows[table][dim.path].shape}")
         if whole * dim.size % size and size * dim.size % whole:
             raise UserError(f"{name}={dim.size} of {dim.path!r} does not keep its share of {whole} in {size}")
         # A part of a dimension that is several in one grows and shrinks with the whole.
@@ -273,7 +283,7 @@ def resized(plan: Decision, params: Any, batch: Any, state: Any = None, **others
 
 def _reshaped(plan: Decision, kind: str, tree: Any) -> dict[str, ArrayPlan]:
     planned = _table(plan, kind)
-    have = _same_paths(kind, planned, tree)
+    have = _same_paths(plan, kind, tree)
     for path, row in planned.items():
         if len(have[path][0]) != len(row.shape):
             raise UserError(f"{called(kind, path)} has shape {have[path][0]}, not one like {row.shape}")
@@ -286,14 +296,15 @@ def _table(plan: Decision, kind: str) -> Mapping[str, ArrayPlan]:
     return tables[kind]
 
 
-def _same_paths(
-    kind: str, planned: Mapping[str, ArrayPlan], tree: Any
-) -> dict[str, tuple[tuple[int, ...], str]]:
+def _same_paths(plan: Decision, kind: str, tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return path → shape and type of `tree`. Raises UserError if it has other paths than the plan."""
     check_leaves(tree, kind)
+    planned = _table(plan, kind)
     have = {
         path: (tuple(jnp.shape(leaf)), str(jnp.result_type(leaf))) for path, leaf in by_path(tree).items()
     }
+    if have.keys() != planned.keys() and (said := _other_than(plan, kind, tree)) is not None:
+        raise UserError(said)
     for path in planned:
         if path not in have:
             raise UserError(f"the plan has a {kind} {path!r} that the program lacks; {nearest(path, have)}")
@@ -305,9 +316,23 @@ def _same_paths(
     return have
 
 
+def _other_than(plan: Decision, kind: str, tree: Any) -> str | None:
+    """Say which other part of a step `tree` is, given where a `kind` is wanted; None if it is none."""
+    paths = by_path(tree).keys()
+    wanted = _CALLED[kind]
+    if kind == "parameter" and _is_state(plan, tree):
+        return 'what was given as the parameters is a training state: give its ["params"]'
+    if _is_state(plan, tree):
+        return f"what was given as the {wanted} is a training state; are two arguments swapped?"
+    for other in _CALLED:
+        if other != kind and paths and paths == _table(plan, other).keys():
+            return f"what was given as the {wanted} is the plan's {_CALLED[other]}: the two look swapped"
+    return None
+
+
 def _planned(rows: Mapping[str, ArrayPlan], path: str, leaf: Any) -> Spec:
     if path not in rows:
-        return ()
+        raise UserError(f"the plan has no {path!r}; {nearest(path, rows)}")
     if rows[path].shape != tuple(jnp.shape(leaf)):
         raise UserError(f"{path!r} has shape {jnp.shape(leaf)}; the plan was made for {rows[path].shape}")
     return rows[path].spec

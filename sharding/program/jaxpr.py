@@ -94,14 +94,14 @@ def _references(jaxpr: Any) -> bool:
 
 def asked(
     fn: Callable[..., Any],
-    within: Callable[[int], contextlib.AbstractContextManager[None]],
+    within: Callable[[Sequence[Any]], contextlib.AbstractContextManager[None]],
     check: Callable[[Any], None],
 ) -> Callable[..., Any]:
-    """Return `fn`, called in the context `within` gives for its number of arguments, its result `check`ed."""
+    """Return `fn`, called in the context that `within` gives for its arguments, its result `check`ed."""
 
     @functools.wraps(fn)
     def function(*args: Any) -> Any:
-        with within(len(args)):
+        with within(args):
             result = fn(*args)
         check(result)
         return result

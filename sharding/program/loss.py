@@ -5,19 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..errors import UserError, wrong
-from ..paths import by_path
 from .jaxpr import asked
+from .leaves import NUMBERS, check_leaves, in_words
 from .untraceable import told
-
-_NUMBERS = (bool, int, float, complex, np.generic)
 
 
 def abstract(tree: Any, what: str) -> Any:
@@ -52,28 +49,6 @@ def insisting(tree: Any, what: str) -> Any:
     return jax.tree.map(insist, tree)
 
 
-def check_leaves(tree: Any, what: str) -> None:
-    """Raise UserError, naming the first, if anything in `tree` is neither an array nor a number."""
-    for path, leaf in by_path(tree).items():
-        if isinstance(leaf, _NUMBERS):
-            continue
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and _counts(leaf.dtype):
-            continue
-        where = f" {path!r}" if path else ""
-        raise UserError(
-            f"{what}{where} is {_in_words(leaf)}, which is neither an array nor a number; keep it out of the "
-            "tree: in the loss itself, or in a static field"
-        )
-
-
-def _counts(dtype: Any) -> bool:
-    """Whether there are arrays of JAX's of a type: of numbers, bools or keys."""
-    if not isinstance(dtype, np.dtype):
-        return True
-    # NumPy has one letter for the narrow floats and for records of several fields.
-    return dtype.kind not in "OUSMmV" or (dtype.names is None and jnp.issubdtype(dtype, jnp.number))
-
-
 def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
     """Return `loss`; it raises UserError if it gives no scalar of floats and no ``(scalar, aux)``.
 
@@ -95,7 +70,23 @@ def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
         if wrong is not None:
             raise UserError(f"the loss ({name}) {wrong}")
 
-    return asked(loss, functools.partial(told, name), check)
+    return asked(loss, functools.partial(told, name, lambda *args: _takes(loss, args)), check)
+
+
+def _takes(loss: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether a loss gives what it has to, of these arguments."""
+    found: list[str | None] = []
+
+    def function(*args: Any) -> Any:
+        result = loss(*args)
+        found.append(_wrong(result))
+        return result
+
+    try:
+        jax.eval_shape(function, *args)
+    except Exception:  # The user's own function may raise anything.
+        return False
+    return found == [None]
 
 
 def _wrong(result: Any) -> str | None:
@@ -107,8 +98,8 @@ def _wrong(result: Any) -> str | None:
         if len(result) != 2:
             return f"gives a tuple of {len(result)}: return a scalar, or (scalar, aux) with all else in aux"
         value, aux = result
-    if not isinstance(value, _NUMBERS) and not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        return f"gives {_in_words(value)}: return a scalar, or (scalar, aux)"
+    if not isinstance(value, NUMBERS) and not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return f"gives {in_words(value)}: return a scalar, or (scalar, aux)"
     if jnp.shape(value) != ():
         return f"gives an array of shape {jnp.shape(value)}: return its mean or sum"
     dtype = jnp.result_type(value)
@@ -119,15 +110,6 @@ def _wrong(result: Any) -> str | None:
     except UserError as error:
         return f"gives an aux that cannot be had: {error}"
     return None
-
-
-def _in_words(leaf: Any) -> str:
-    if isinstance(leaf, str):
-        return f"the text {leaf!r}"
-    if callable(leaf):
-        return f"a function ({getattr(leaf, '__name__', type(leaf).__name__)})"
-    of = f" of {leaf.dtype}" if isinstance(leaf, np.ndarray) else ""
-    return f"an object of type {type(leaf).__name__}{of}"
 
 
 def _named(loss: Callable[..., Any]) -> str:

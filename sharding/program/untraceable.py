@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dis
+import itertools
 import pathlib
 import traceback
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend import core
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..hlo.frames import is_library
+from ..paths import by_path
+from ..words import first_of
 from .lines import line_of
 
 
@@ -73,28 +78,57 @@ _MISTAKES = (
 
 # Frames of an error that a call raised by itself: this context's, and the one that called.
 _OF_THE_CALL = 2
+_NAMES = ("params", "batch", "state")
+# How many of a tree's paths a sentence names.
+_MOST = 6
 
 
 @contextlib.contextmanager
-def told(name: str, arguments: int) -> Iterator[None]:
-    """Within it, the loss `name` is called with so many arguments.
+def told(name: str, takes: Callable[..., bool], args: Sequence[Any]) -> Iterator[None]:
+    """Within it, the loss `name` is called with `args`; `takes` says whether it would take others.
 
-    Raises UserError for a mistake that JAX would speak of in words of its own; what else it raises is the
-    loss's own to raise.
+    Raises UserError for a mistake that JAX would speak of in words of its own, for arguments in another order
+    than the loss takes them, and for a loss that reads what they have not; what else it raises is the loss's
+    own to raise.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        known = [kind.__name__ for kind in type(error).__mro__]
-        for mistake in _MISTAKES:
-            if mistake.type in known and mistake.words in str(error):
-                said = f"the loss ({name}) cannot be traced: {_where(error)}it {mistake.does}"
-                raise UserError(said) from error
-        if said := _of_call(name, arguments, error) or _of_jax(name, error):
-            raise UserError(said) from error
-        raise
+        said = (
+            _of_order(name, takes, args)
+            or _of_jax_s_own(name, error)
+            or _of_call(name, len(args), error)
+            or _of_jax(name, error)
+            or _of_lookup(name, args, error)
+        )
+        if said is None:
+            raise
+        raise UserError(said) from error
+
+
+def _of_order(name: str, takes: Callable[..., bool], args: Sequence[Any]) -> str | None:
+    """Say that two arguments were swapped, if the loss fails of them as they are and not the other way."""
+    for one, other in itertools.combinations(range(len(args)), 2):
+        swapped = [*args]
+        swapped[one], swapped[other] = args[other], args[one]
+        if takes(*swapped):
+            names = _NAMES[one], _NAMES[other]
+            return (
+                f"the {names[0]} and the {names[1]} look swapped: the loss ({name}) fails on what it got as "
+                f"loss({', '.join(_NAMES[: len(args)])}), and not the other way round"
+            )
+    return None
+
+
+def _of_jax_s_own(name: str, error: Exception) -> str | None:
+    """Say what a loss does that JAX has an error of its own for."""
+    known = [kind.__name__ for kind in type(error).__mro__]
+    for mistake in _MISTAKES:
+        if mistake.type in known and mistake.words in str(error):
+            return f"the loss ({name}) cannot be traced: {_where(error)}it {mistake.does}"
+    return None
 
 
 def _of_call(name: str, arguments: int, error: Exception) -> str | None:
@@ -104,8 +138,40 @@ def _of_call(name: str, arguments: int, error: Exception) -> str | None:
     """
     if not isinstance(error, TypeError) or len([*traceback.walk_tb(error.__traceback__)]) > _OF_THE_CALL:
         return None
-    asked = ", ".join(("params", "batch", "state")[:arguments])
+    asked = ", ".join(_NAMES[:arguments])
     return f"the loss ({name}) is called as loss({asked}), which it does not take: {error}"
+
+
+def _of_lookup(name: str, args: Sequence[Any], error: Exception) -> str | None:
+    """Say what a loss looks up or computes with that it was not given, unless it says so itself."""
+    if not isinstance(error, (LookupError, AttributeError, TypeError)) or _is_own(error):
+        return None
+    given = "; ".join(f"{one}: {_inside(tree)}" for one, tree in zip(_NAMES, args, strict=False))
+    hint = ""
+    if "'list'" in str(error) or "'tuple'" in str(error):
+        hint = "; a list of numbers is a tree of them, no array: give jnp.asarray of it"
+    return (
+        f"the loss ({name}) cannot be traced: {_where(error)}it fails with {type(error).__name__}: "
+        f"{one_line(error)}; it was given {given}{hint}"
+    )
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether an error was raised by a statement of the user's, rather than by an expression or a library."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or is_library(last.tb_frame.f_code.co_filename):
+        return False
+    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _inside(tree: Any) -> str:
+    """Return the paths of a tree, or what it is where it is no tree."""
+    rows = by_path(tree)
+    if [*rows] == [""]:
+        return f"an array {jnp.shape(rows[''])}"
+    return first_of([repr(path) for path in rows], _MOST) if rows else "nothing"
 
 
 def _of_jax(name: str, error: Exception) -> str | None:

@@ -26,6 +26,7 @@ from ..program.tracing import read
 from ..words import gib, seconds
 from .compose import PlannedLoss
 from .deviation import MOST_ROUNDING, apart, gradients, norms, tolerance
+from .said import OF_LOSS, check_given, lying_elsewhere
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,10 @@ def check_accumulation(
     begun = time.perf_counter()
     if plan.accumulation == BY_PART:
         return _skipped("by part it is the mean of what the parts give, not what the whole gives", begun)
+    check_given((params, batch, *state), OF_LOSS)
     arrays.check(plan, params, batch, state=state[0] if state else None)
+    if lying_elsewhere((batch,), ("batch",), mesh):
+        batch = jax.device_put(batch, arrays.shardings(plan, batch, mesh, "batch"))
     program = read(PlannedLoss(plan, loss, mesh).traces.on(params, batch, *state))
     params = jax.device_put(params, arrays.shardings(plan, params, mesh))
     state = tuple(jax.device_put(one, arrays.shardings(plan, one, mesh, "state")) for one in state)

@@ -47,10 +47,16 @@ from .pipeline.build import pipelined
 from .pipeline.prepare import PreparedRun, prepared
 from .pipeline.slots import slots_of
 from .remat import Name, Remat
-from .said import lying_elsewhere, not_arrays, other_count, other_devices, positional, within_manual
-
-# What a loss is called with, in words.
-_ARGUMENTS = ("parameters", "batch", "loss's state")
+from .said import (
+    OF_LOSS,
+    lying_elsewhere,
+    not_arrays,
+    not_there,
+    other_count,
+    other_devices,
+    positional,
+    within_manual,
+)
 
 
 def passes_of(
@@ -313,15 +319,18 @@ def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:
                 "plan.make_mesh() in its place, or jax.make_mesh(…, axis_types=(AxisType.Auto, …))"
             )
         args = (*positional(loss, args, named),)
-        names = _ARGUMENTS[:count]
+        names = OF_LOSS[:count]
         wrong = within_manual() or other_count("the planned loss", args, names, count)
-        if said := wrong or not_arrays(args, names):
+        if said := wrong or not_arrays(args, names) or not_there(args, names):
             raise UserError(said)
         try:
             with automatic(mesh):
                 return one(*args)
-        except UserError:
-            raise
+        except UserError as error:
+            # What the loss fails of may be arrays that it was not planned for.
+            said = None if error.__cause__ is None else _other_arrays(plan, args)
+            if said is None:
+                raise
         except Exception as error:
             said = _why(plan, mesh, args, error)
             if said is None:
@@ -338,8 +347,11 @@ def _why(plan: Decision, mesh: Any, args: Sequence[Any], error: Exception) -> st
             "what plan.apply gives is differentiated by reverse only (jax.grad, jax.vjp, and these of one "
             "another): take jax.jacrev for jax.jvp or jax.jacfwd, or differentiate the loss itself"
         )
-    if said := other_devices(mesh) or lying_elsewhere(args, _ARGUMENTS, mesh):
-        return said
+    return other_devices(mesh) or lying_elsewhere(args, OF_LOSS, mesh) or _other_arrays(plan, args)
+
+
+def _other_arrays(plan: Decision, args: Sequence[Any]) -> str | None:
+    """Return how the arguments of a planned loss differ from the plan's, None if they do not."""
     try:
         for kind, tree in zip(("parameter", "batch array", "state array"), args, strict=False):
             arrays.check_arrays(plan, kind, tree)

@@ -21,6 +21,7 @@ from ..program.program import Program
 from ..program.tracing import read
 from .compose import PlannedLoss, with_gradients
 from .metrics import norm
+from .said import OF_LOSS, check_given
 from .step import with_aux
 
 # A gradient is compared with its own norm, or with this share of the norm of all: what cancels in one of them
@@ -95,6 +96,7 @@ def deviation(
     twice as far from it as the plain one is. Else they may differ by the rounding of the loss's types, or by
     four times what the rows in another order change.
     """
+    check_given((params, batch, *state), OF_LOSS)
     first = mesh.devices.flat[0]
     arguments = jax.device_put((params, batch, *state), first)
     planned = PlannedLoss(plan, loss, mesh)

@@ -27,6 +27,7 @@ from .pipeline.prepare import prepared
 from .pipeline.schedule import BACKWARD, EMBED, FORWARD, HEAD, LEARN, WEIGHTS
 from .pipeline.slots import STAGE
 from .pipeline.watch import BEHIND_SUMS, Fault, Numbering, are_finite
+from .said import OF_LOSS, check_given
 
 _WORDS = {
     EMBED: "what is before the layers",
@@ -109,6 +110,7 @@ def first_not_finite(
     plan: Record, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh
 ) -> FirstNotFinite:
     """Return where the first value is that is not finite, see `Plan.first_not_finite`."""
+    check_given((params, batch, *state), OF_LOSS)
     arrays.check(plan, params, batch, state=state[0] if state else None)
     sizes = {axis: {STAGE: 1, **plan.mesh}[axis] for axis in AXES if axis == STAGE or axis in plan.mesh}
     decision = dataclasses.replace(plan.decision(), mesh=sizes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, wrong
 from ..paths import by_path
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def wanted(optimizer: optax.GradientTransformation) -> frozenset[str]:
     Raises UserError if it needs, by its own signature, what a step has not.
     """
     if not all(hasattr(optimizer, one) for one in ("init", "update")):
-        raise UserError(f"optimizer={optimizer!r} is none of optax's, such as optax.adamw(1e-3)")
+        raise wrong("optimizer", optimizer, "is none of optax's, such as optax.adamw(1e-3)")
     parameters = inspect.signature(optimizer.update).parameters.values()
     needed = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
     for name in needed:

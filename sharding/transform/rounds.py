@@ -14,12 +14,14 @@ from ..plans import arrays
 from ..plans.record import Record
 from .compose import PlannedLoss
 from .meshes import automatic, of_plan
+from .said import OF_LOSS, check_given
 
 
 def count_rounds(
     plan: Record, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh
 ) -> dict[int, int]:
     """Return rounds → exchanges that take so many, see `Plan.count_rounds`."""
+    check_given((params, batch, *state), OF_LOSS)
     arrays.check(plan, params, batch, state=state[0] if state else None)
     mesh = of_plan(plan, mesh)
     planned = PlannedLoss(plan, loss, mesh)

@@ -11,35 +11,47 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from ..errors import UserError
+from ..paths import by_path
 from ..program.jaxpr import is_array, is_extended
+from ..program.leaves import gone, not_an_array
+
+# What a loss is called with, in words.
+OF_LOSS = ("parameters", "batch", "loss's state")
 
 
 def not_arrays(args: Sequence[Any], names: Sequence[str]) -> str | None:
     """Say which leaf of arguments of these names is nothing to compute with, or None if there is none."""
     for name, tree in zip(names, args, strict=False):
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if _is_array(leaf):
-                continue
-            path = jax.tree_util.keystr(keys, simple=True, separator="/")
-            kind = "function" if callable(leaf) else type(leaf).__name__
+        for path, leaf in by_path(tree).items():
             where = f"{path!r} of the {name}" if path else f"the {name}"
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 return f"{where} is a ShapeDtypeStruct, which has no numbers: give arrays"
-            if isinstance(leaf, np.ma.MaskedArray):
-                return f"{where} is a masked array, which JAX has none of: give its filled() and its mask"
-            said = f"{where} is a {kind}, which is no array of numbers"
-            return f"{said}: leave it out, or close over it in the loss"
+            if hasattr(leaf, "__jax_array__"):
+                continue
+            if (said := not_an_array(leaf)) is not None:
+                return f"{where} is {said}"
     return None
 
 
-def _is_array(leaf: Any) -> bool:
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        return leaf.dtype.kind not in "OUSMm" and not isinstance(leaf, np.ma.MaskedArray)
-    return (
-        isinstance(leaf, (bool, int, float, complex))
-        or (hasattr(leaf, "dtype") and not isinstance(leaf, jax.ShapeDtypeStruct))
-        or hasattr(leaf, "__jax_array__")
-    )
+def check_given(args: Sequence[Any], names: Sequence[str]) -> None:
+    """Raise UserError if a leaf of arguments of these names is nothing to compute with, or was deleted."""
+    if said := not_arrays(args, names) or not_there(args, names):
+        raise UserError(said)
+
+
+def not_there(args: Sequence[Any], names: Sequence[str]) -> str | None:
+    """Say which array of arguments of these names was deleted, or None if all are there.
+
+    XLA of JAX 0.10 ends the process where several devices hold it.
+    """
+    for name, tree in zip(names, args, strict=False):
+        if (path := gone(tree)) is not None:
+            where = f"{path!r} of the {name}" if path else f"the {name}"
+            return (
+                f"{where} was deleted: a step that it was given to took its memory (donation); go on with "
+                "what that returned, or give a copy"
+            )
+    return None
 
 
 def other_devices(mesh: Any) -> str | None:
@@ -80,15 +92,28 @@ def lying_elsewhere(args: Sequence[Any], names: Sequence[str], mesh: Any) -> str
     own = set(mesh.devices.flat)
     for name, tree in zip(names, args, strict=False):
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if not is_array(leaf) or not leaf.committed or leaf.sharding.device_set == own:
+            if not is_array(leaf) or not leaf.committed:
                 continue
             path = jax.tree_util.keystr(keys, simple=True, separator="/")
             where, count = f"{path!r} of the {name}" if path else f"the {name}", len(leaf.sharding.device_set)
+            if leaf.sharding.device_set == own:
+                if not _in_other_order(leaf.sharding, mesh):
+                    continue
+                return (
+                    f"{where} was put on the plan's devices in another order, by a mesh of its own: put it "
+                    "where plan.shardings says, or leave it on the host"
+                )
             return (
                 f"{where} was put on other devices ({count}) than the plan's ({len(own)}): put it where "
                 "plan.shardings says, or leave it on the host"
             )
     return None
+
+
+def _in_other_order(sharding: Any, mesh: Mesh) -> bool:
+    """Whether a sharding is by a mesh of the same devices in another order, which JAX runs no program on."""
+    other = getattr(sharding, "mesh", None)
+    return isinstance(other, Mesh) and [*other.devices.flat] != [*mesh.devices.flat]
 
 
 def is_key(value: Any) -> bool:

@@ -23,7 +23,19 @@ from .compose import PlannedLoss
 from .meshes import automatic, of_plan
 from .metrics import named, norm, whole
 from .optimizer import FORWARD, change, check_state, extra_of, handles_nonfinite, own_state, wanted
-from .said import donated, is_key, lying_elsewhere, not_arrays, other_count, other_devices, positional, takes
+from .said import (
+    OF_LOSS,
+    check_given,
+    donated,
+    is_key,
+    lying_elsewhere,
+    not_arrays,
+    not_there,
+    other_count,
+    other_devices,
+    positional,
+    takes,
+)
 
 if TYPE_CHECKING:
     import optax
@@ -157,7 +169,11 @@ def jitted_update(
     def within(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         lacks = {"step", "params", "optimizer"} - set(state if isinstance(state, dict) else ())
         if lacks:
-            raise UserError(f"the first argument is no training state: it lacks {', '.join(sorted(lacks))}")
+            swapped = "; the second is one: they look swapped, the step takes (state, batch)"
+            raise UserError(
+                f"the first argument is no training state: it lacks {', '.join(sorted(lacks))}"
+                f"{swapped if _is_training(batch) else ''}"
+            )
         if others := [key for key in state if key not in _PARTS]:
             raise UserError(
                 f"the training state has {others[0]!r}; a state has {', '.join(_PARTS)} and no more"
@@ -213,7 +229,7 @@ def jitted_evaluate(plan: Decision, function: Callable[..., Any], *, mesh: Mesh)
             ),
         )
 
-    said = _Said(jax.jit(evaluate), ("parameters", "batch", "loss's state"), mesh)
+    said = _Said(jax.jit(evaluate), OF_LOSS, mesh)
     return cast("jax.stages.Wrapped", said)
 
 
@@ -231,9 +247,9 @@ def first_state(
     try:
         shapes = jax.eval_shape(first, key)
     except (TypeError, ValueError) as error:
-        if not is_key(key):
-            raise wrong("key", key, "is no key of JAX's, such as jax.random.key(0)") from error
-        raise
+        if isinstance(error, UserError) or is_key(key):
+            raise
+        raise _wrong_key(key) from error
     arrays.check_arrays(plan, "parameter", shapes["params"])
     if "state" in shapes:
         arrays.check_arrays(plan, "state array", shapes["state"])
@@ -253,6 +269,7 @@ def _first(
             if not isinstance(params, tuple) or len(params) != 2:
                 raise UserError("the plan has a state: init(key) has to return (params, state)")
             params, beside["state"] = params[0], insisting(params[1], "state array")
+        check_given((params,), ("parameters that init gives",))
         params = insisting(params, "parameter")
         kept = own_state(optimizer, split(params, plan.trainable).trained)
         return {
@@ -393,6 +410,17 @@ def with_aux(result: Any) -> tuple[Any, Any]:
     return result if isinstance(result, tuple) else (result, {})
 
 
+def _wrong_key(key: Any) -> UserError:
+    return wrong("key", key, "is no key of JAX's, such as jax.random.key(0)")
+
+
+def _no_key(args: Sequence[Any], names: Sequence[str]) -> str | None:
+    """Say that what takes a key got something else, or None."""
+    if names != ("key",) or is_key(args[0]):
+        return None
+    return str(_wrong_key(args[0]))
+
+
 class _Said:
     """A jitted function, as JAX gives it, of arguments called `names`, on `mesh`."""
 
@@ -402,7 +430,7 @@ class _Said:
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         given = self._placed(args, named)
-        if said := donated(given):
+        if said := donated(given) or not_there(given[1:], self._names[1:]):
             raise UserError(said)
         return self._told(self._jitted, given)
 
@@ -423,12 +451,14 @@ class _Said:
     def _told(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
         try:
             return function(*args)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             said = (
                 other_count("it", args, self._names, min(len(self._names), 2))
+                or _no_key(args, self._names)
                 or not_arrays(args, self._names)
                 or other_devices(self._mesh)
                 or lying_elsewhere(args, self._names, self._mesh)
+                or not_there(args, self._names)
             )
             if said is None and "forward-mode" in str(error) and not isinstance(error, UserError):
                 said = FORWARD

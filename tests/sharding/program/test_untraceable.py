@@ -89,3 +89,40 @@ def test_an_error_of_the_loss_s_own_is_its_own() -> None:
 
     with pytest.raises(KeyError, match="no such layer"):
         plan(loss, PARAMS, X, topology="cpu:8")
+
+
+@pytest.mark.parametrize("of_two", [lambda p, x: (x["x"] @ p["w"]).mean(), lambda p, x: (x @ p["w"]).mean()])
+def test_parameters_and_batch_swapped(of_two: Any) -> None:
+    batch = {"x": X} if "x" in of_two.__code__.co_consts else X
+    for door in (
+        lambda: plan(of_two, batch, PARAMS, topology="cpu:8", microbatches=2),
+        lambda: declare(of_two, batch, PARAMS, topology="cpu:8", mesh={"data": 8}),
+    ):
+        with pytest.raises(UserError, match="the params and the batch look swapped"):
+            door()
+
+
+def test_batch_and_state_swapped() -> None:
+    def loss(params: Any, batch: Any, state: Any) -> Any:
+        return (batch["x"] @ params["w"]).mean(), ({}, {"count": state["count"] + 1})
+
+    with pytest.raises(UserError, match="the batch and the state look swapped"):
+        plan(loss, PARAMS, {"count": jnp.zeros(())}, state={"x": X}, topology="cpu:8")
+
+
+@pytest.mark.parametrize(
+    ("params", "batch", "says"),
+    [
+        (
+            {},
+            {"x": X},
+            r"test_untraceable.py:\d+ \(<lambda>\) it fails with KeyError: 'w'; .* params: nothing",
+        ),
+        (PARAMS, None, "TypeError: 'NoneType' object is not subscriptable; .* batch: nothing"),
+        (PARAMS, {"y": X}, "KeyError: 'x'; it was given params: 'w'; batch: 'y'"),
+        (PARAMS, {"x": [[1.0] * 8] * 16}, "no array: give jnp.asarray of it"),
+    ],
+)
+def test_what_a_loss_looks_up_in_vain(params: Any, batch: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        plan(lambda p, b: (b["x"] @ p["w"]).mean(), params, batch, topology="cpu:8")

@@ -40,14 +40,71 @@ def test_what_is_no_array_is_named_at_every_door() -> None:
     plan = planned()
     step = train_step(plan, loss, init, batch(), SGD, mesh=plan.make_mesh())
     state = step.init(jax.random.key(0))
-    with pytest.raises(UserError, match="'f' of the batch is a function, which is no array of numbers"):
+    with pytest.raises(UserError, match=r"'f' of the batch is a function .*, which is neither an array"):
         step.update(state, {**batch(), "f": jnp.tanh})
-    with pytest.raises(UserError, match="'x' of the batch is a str, which is no array of numbers"):
+    with pytest.raises(UserError, match="'x' of the batch is the text 'text', which is neither an array"):
         step.update.lower(state, {"x": "text"})
-    with pytest.raises(UserError, match="'x' of the batch is a ndarray, which is no array of numbers"):
+    with pytest.raises(UserError, match="'x' of the batch is an object of type ndarray of <U1"):
         step.evaluate(state["params"], {"x": np.array(["a", "b"])})
     with pytest.raises(UserError, match="'w' of the parameters is a function"):
         plan.apply(loss)({"w": jnp.tanh}, batch())
+
+
+def test_arguments_in_another_order_are_one_sentence() -> None:
+    plan, params, key = planned(microbatches=2), init(jax.random.key(0)), jax.random.key(0)
+    step = train_step(plan, loss, init, batch(), SGD, mesh=plan.make_mesh())
+    state = step.init(key)
+    swapped, of_state = "look swapped", "is a training state"
+    doors: list[tuple[str, Any]] = [
+        (swapped, lambda: step.update(batch(), state)),
+        (swapped, lambda: step.evaluate(batch(), params)),
+        (of_state, lambda: step.evaluate(state, batch())),
+        (of_state, lambda: plan.apply(loss)(state, batch())),
+        (swapped, lambda: plan.apply(loss)(batch(), params)),
+        (swapped, lambda: plan.check(batch(), params)),
+        (swapped, lambda: plan.check_accumulation(loss, batch(), params)),
+        (swapped, lambda: plan.specs(params, "batch")),
+        ("these are the arrays of the batch", lambda: plan.specs(batch())),
+        ("the plan has no 'y'", lambda: plan.specs({**batch(), "y": 0}, "batch")),
+        ("is no key of JAX's", lambda: step.init(batch())),
+        ("is no key of JAX's", lambda: step.init(1.5)),
+    ]
+    for says, door in doors:
+        with pytest.raises(UserError, match=says):
+            door()
+
+
+def test_arrays_that_were_deleted_are_named_at_every_door() -> None:
+    plan, params = planned(microbatches=2), init(jax.random.key(0))
+    step = train_step(plan, loss, init, batch(), SGD, mesh=plan.make_mesh())
+    gone = jax.device_put(batch(), step.batch)
+    gone["x"].delete()
+    doors: list[Any] = [
+        lambda: step.update(step.init(jax.random.key(0)), gone),
+        lambda: step.evaluate(params, gone),
+        lambda: plan.apply(loss)(params, gone),
+        lambda: plan.check_accumulation(loss, params, gone),
+        lambda: plan.deviation(loss, params, gone),
+    ]
+    for door in doors:
+        with pytest.raises(UserError, match="'x' of the batch was deleted"):
+            door()
+    with pytest.raises(UserError, match="'w' of the parameters that init gives was deleted"):
+        plan.init(lambda _: {"w": gone["x"]}, jax.random.key(0), SGD)
+
+
+def test_a_batch_on_a_mesh_of_another_order_is_one_sentence() -> None:
+    plan, params = planned(microbatches=2), init(jax.random.key(0))
+    step = train_step(plan, loss, init, batch(), SGD, mesh=plan.make_mesh())
+    other = jax.sharding.Mesh(np.array(jax.devices()[::-1]), ("x",))
+    there = jax.device_put(batch(), NamedSharding(other, PartitionSpec("x")))
+    for door in (step.evaluate, plan.apply(loss)):
+        with pytest.raises(
+            UserError, match="'x' of the batch was put on the plan's devices in another order"
+        ):
+            door(params, there)
+    one = jax.device_put(batch(), jax.devices()[3])
+    assert plan.check_accumulation(loss, params, one).rows == 16
 
 
 def test_a_mesh_of_another_order_is_one_sentence() -> None:
