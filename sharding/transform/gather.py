@@ -115,15 +115,18 @@ def elementwise(
     stored = [value for value in inputs if isinstance(value, StoredParameter)]
     if not stored or any(jnp.ndim(value) for value in inputs if not isinstance(value, StoredParameter)):
         return None
-    like = stored[-1]
-    if any(only(one.spec, by_hand.axes) != only(like.spec, by_hand.axes) for one in stored):
+    # A number is one wherever it is stored.
+    arrays = [value for value in stored if jnp.ndim(value.value)]
+    like = (arrays or stored)[-1]
+    if any(only(one.spec, by_hand.axes) != only(like.spec, by_hand.axes) for one in arrays):
         return None
     sharding = NamedSharding(mesh, by_hand.rest(like.spec))
 
     def lying(value: Any) -> Any:
         if not isinstance(value, StoredParameter):
             return value
-        return value.value if value.spec == like.spec else _brought(value.value, [sharding])
+        lies = value.spec == like.spec or not jnp.ndim(value.value)
+        return value.value if lies else _brought(value.value, [sharding])
 
     (made,) = run(eqn, [lying(value) for value in inputs])
     return dataclasses.replace(like, value=made)

@@ -77,6 +77,21 @@ def mesh_of(**axes):
     return jax.sharding.Mesh(devices, tuple(axes))
 
 
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_number_that_is_stored_beside_arrays(mesh):
+    def averaged(params, batch, state):
+        decay = 1.0 - 1.0 / (10.0 + state["count"])
+        means = jax.tree.map(lambda old, new: state["count"] * (old * decay + new), state["means"], params)
+        return loss(params, batch), ({}, {"count": state["count"] + 1, "means": means})
+
+    params, batch = arrays()
+    state = {"count": jnp.float32(3), "means": params}
+    plan = declare(averaged, params, batch, state=state, topology="cpu:8", mesh=mesh, names=NAMES)
+    found = jax.jit(plan.apply(averaged))(params, batch, state)
+    for one, other in zip(*map(jax.tree.leaves, (found, averaged(params, batch, state))), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_a_step_leaves_each_device_what_its_next_step_divides():
     scattering = Scattering(mesh_of(fsdp=8), {"fsdp": (4, 2)})
     first, last = scattering.shardings(PartitionSpec(), PartitionSpec("fsdp"))
