@@ -49,6 +49,7 @@ from .pipeline.slots import slots_of
 from .remat import Name, Remat
 from .said import (
     OF_LOSS,
+    check_laid_by_loss,
     lying_elsewhere,
     not_arrays,
     not_there,
@@ -187,7 +188,11 @@ class PlannedLoss:
         self._microbatches, self._trainable = plan.microbatches, plan.trainable
         self._staged = plan.mesh.get("stage", 1) > 1
         self._runs: weakref.WeakKeyDictionary[Traced, Run | PreparedRun] = weakref.WeakKeyDictionary()
-        self.traces = Traces(checked(loss), functools.partial(recognised, which=plan.recognise))
+
+        def rewrite(traced: Traced) -> Traced:
+            return recognised(check_laid_by_loss(traced, mesh), plan.recognise)
+
+        self.traces = Traces(checked(loss), rewrite)
         self._part = composed(self.traces, functools.partial(_passes, plan, mesh))
 
     def value(self, params: Any, batch: Any, *state: Any) -> Any:

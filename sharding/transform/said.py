@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.extend import core
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from ..errors import UserError
 from ..paths import by_path
-from ..program.jaxpr import is_array, is_extended
+from ..program.jaxpr import Traced, is_array, is_extended
 from ..program.leaves import gone, not_an_array
+from ..program.lines import line_of
 
 # What a loss is called with, in words.
 OF_LOSS = ("parameters", "batch", "loss's state")
@@ -108,6 +110,46 @@ def lying_elsewhere(args: Sequence[Any], names: Sequence[str], mesh: Any) -> str
                 "plan.shardings says, or leave it on the host"
             )
     return None
+
+
+def check_laid_by_loss(traced: Traced, mesh: Any) -> Traced:
+    """Return `traced`, of a loss.
+
+    Raises UserError, with the line, if the loss itself lays arrays out (`jax.shard_map`, a constraint) over
+    other devices than those of `mesh`, or over these in another order: JAX runs no program on both.
+    """
+    if isinstance(mesh, Mesh):
+        own = [*mesh.devices.flat]
+        for eqn in _equations(traced.jaxpr.jaxpr):
+            for over in _devices_in(eqn.params):
+                if over == own:
+                    continue
+                which = f"{len(over)} device{'s' * (len(over) != 1)}, the plan's mesh has {len(own)}"
+                if len(over) == len(own):
+                    which = f"{len(own)} devices in another order than the plan's mesh, or over others"
+                raise UserError(
+                    f"the loss itself lays arrays over {which}, at {line_of(eqn)}: leave that to the plan, "
+                    "or make its mesh of plan.make_mesh().devices"
+                )
+    return traced
+
+
+def _equations(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from _equations(inner)
+
+
+def _devices_in(params: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """Yield the devices, in their order, of each mesh and sharding among an equation's parameters."""
+    for value in params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            mesh = one.mesh if isinstance(one, NamedSharding) else one
+            if isinstance(mesh, Mesh) and not mesh.empty:
+                yield [*mesh.devices.flat]
+            elif isinstance(one, jax.sharding.SingleDeviceSharding):
+                yield [*one.device_set]
 
 
 def _in_other_order(sharding: Any, mesh: Mesh) -> bool:

@@ -107,6 +107,49 @@ def test_a_batch_on_a_mesh_of_another_order_is_one_sentence() -> None:
     assert plan.check_accumulation(loss, params, one).rows == 16
 
 
+@pytest.mark.parametrize(
+    ("how", "devices"),
+    [
+        ("shard_map", slice(1)),
+        ("constraint", slice(None, None, -1)),
+        ("jit", slice(4)),
+        ("shard_map", slice(None)),
+    ],
+)
+def test_a_loss_that_lays_arrays_out_by_itself(how: str, devices: slice) -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices())[devices], ("x",))
+    rows, whole = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())
+
+    def product(x: Any, w: Any) -> Any:
+        if how == "shard_map":
+            return jax.shard_map(jnp.dot, mesh=mesh, in_specs=(rows.spec, whole.spec), out_specs=rows.spec)(
+                x, w
+            )
+        if how == "constraint":
+            return jax.lax.with_sharding_constraint(x @ w, rows)
+        return jax.jit(jnp.dot, in_shardings=(rows, whole), out_shardings=rows)(x, w)
+
+    def own(params: Any, batch: Any) -> Any:
+        return jnp.tanh(product(batch["x"], params["w"])).mean()
+
+    params = init(jax.random.key(0))
+    plan = declare(own, params, batch(), topology="cpu:8", mesh={"data": 8})
+    step = plan.train_step(own, SGD)
+    if devices == slice(None):
+        assert plan.apply(own)(params, batch()) == pytest.approx(float(loss_of(params)), rel=1e-6)
+        return
+    for door in (
+        lambda: plan.apply(own)(params, batch()),
+        lambda: step(plan.init(init, jax.random.key(0), SGD), batch()),
+    ):
+        with pytest.raises(UserError, match=r"the loss itself lays arrays over .* at .*test_said\.py"):
+            door()
+
+
+def loss_of(params: Any) -> Any:
+    return jnp.tanh(batch()["x"] @ params["w"]).mean()
+
+
 def test_a_mesh_of_another_order_is_one_sentence() -> None:
     plan = planned()
     step = train_step(plan, loss, init, batch(), SGD, mesh=plan.make_mesh())
