@@ -195,8 +195,8 @@ def product_seconds(
     or contraction it is a sum of products to compilers, and the vector units' where these are faster.
     """
     products = profile.products
-    sizes = np.maximum(products.role_sizes * placement.role_fraction, 1.0)
-    flops = products.flops * np.prod(placement.role_fraction, axis=1)
+    sizes = np.maximum(products.role_sizes * placement.fractions.roles, 1.0)
+    flops = products.flops * np.prod(placement.fractions.roles, axis=1)
     peak = peak_flops(chip, dtype) * product_share(sizes[:, 1:], calibration, aligned_elements)
     if dtype == "float32":
         peak *= calibration.float32_efficiency
@@ -257,7 +257,7 @@ def _by_group(
     chosen = np.flatnonzero(products.grouped)
     if not len(chosen):
         return
-    sizes = np.maximum(products.role_sizes[chosen] * placement.role_fraction[chosen], 1.0)
+    sizes = np.maximum(products.role_sizes[chosen] * placement.fractions.roles[chosen], 1.0)
     peak = peak_flops(chip, dtype) * product_share(sizes[:, 1:], calibration)
     item = 4 if dtype.startswith("float32") else 2
     for n, (groups, rows, columns, contraction), reached in zip(chosen, sizes, peak, strict=True):

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+import numpy as np
+
 from ..hardware.topology import Topology
 from ..plans.estimate import Estimate
 from ..plans.vocabulary import DELAYED
@@ -15,13 +17,13 @@ from ..program.program import Program
 from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link, joint_link
-from .compute import AttendedSeconds, Passes, passes, peak_flops
+from .compute import AttendedSeconds, Busy, Passes, passes, peak_flops
 from .context import Attending, SpreadCall, context_bytes, context_seconds, laid_calls
 from .delayed import kept_bytes, late_seconds
 from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables_read_there
 from .execution import Execution, execution_for
 from .kept import Residuals
-from .memory import Standing, Worked, activations, worked
+from .memory import GATHERED_OVER, Standing, Worked, activations, worked
 from .pipeline import LayerTurns, Least, layer_turns, least, lockstep
 from .placement import Placement, place
 from .profile import LAYERS, ProgramTables, profile
@@ -102,6 +104,7 @@ class Pricer:
         self._standing: dict[object, tuple[Standing, object]] = {}
         self._passes: dict[int, tuple[Passes, Placement]] = {}
         self._least: dict[object, tuple[float, Placement]] = {}
+        self._exchanged: dict[object, tuple[Least, Placement]] = {}
         self._whole: dict[object, tuple[Least, Placement]] = {}
         self._worked: dict[object, tuple[Worked, object]] = {}
         products = self.profile.products
@@ -217,7 +220,10 @@ class Pricer:
 
     def worked(self, placement: Placement, mesh: Mapping[str, int]) -> Worked:
         """Return what the values of a placed candidate weigh."""
-        known = self._worked.get(id(placement))
+        # Of the axes, it depends on those alone that gather what lies in parts between layers.
+        gathers = (id(one) for one in placement.traffic if one.axis in GATHERED_OVER)
+        key = (id(placement.fractions), *gathers)
+        known = self._worked.get(key)
         if known is None:
             made = worked(
                 self.profile,
@@ -231,7 +237,7 @@ class Pricer:
                 takes_out=self.execution.takes_out,
                 wide_sums=self.execution.wide_sums,
             )
-            known = _remembered(self._worked, id(placement), (made, placement))
+            known = _remembered(self._worked, key, (made, placement))
         return known[0]
 
     def kept(self, candidate: Candidate) -> Residuals:
@@ -344,6 +350,24 @@ class Pricer:
             known = _remembered(self._least, key, (seconds, placement))
         return known[0] * late
 
+    def exchanged(self, candidate: Candidate) -> float:
+        """Return the seconds that a candidate over stages exchanges values at least, found without its work.
+
+        Whatever is stored, kept or run again, values go to where they are computed with, and back. (What is
+        started then shows only beside less computing, and does not count.)
+        """
+        if (other := self.of(candidate)) is not self:
+            return other.exchanged(candidate)
+        placement = self.place(dataclasses.replace(candidate, microbatches=1))
+        known = self._exchanged.get(id(placement))
+        if known is None:
+            idle = Busy(seconds=np.zeros((3, 3, 3)), kernels=np.zeros((3, 3)), waiting=np.zeros(3))
+            items = microbatch(self._parts(candidate, placement, idle))
+            rows = sum((row for name, row in items.items() if name != "host"), np.zeros(3))
+            found = Least(sections=tuple(rows.tolist()), late=0.0, keeping=0.0, made_of=0.0)
+            known = _remembered(self._exchanged, id(placement), (found, placement))
+        return known[0].over(self.profile, lockstep(candidate)) * _lateness(candidate, self.calibration)
+
     def whole(self, candidate: Candidate) -> Least:
         """Return what of the whole batch at once a candidate over stages takes at least."""
         placement = self.place(dataclasses.replace(candidate, microbatches=1))
@@ -369,7 +393,10 @@ class Pricer:
     def _unstored(self, candidate: Candidate, placement: Placement) -> StepParts:
         """Return what a step is made of but for what is stored, and travels for it."""
         once = self._once(placement, self.calibration, self.execution, known=True)
-        kept = self.kept(candidate)
+        busy = self.execution.busy(self.profile, once, self.kept(candidate))
+        return self._parts(candidate, placement, busy)
+
+    def _parts(self, candidate: Candidate, placement: Placement, busy: Busy) -> StepParts:
         return StepParts(
             table=self.profile,
             placement=placement,
@@ -378,9 +405,9 @@ class Pricer:
             chip=self.topology.chip,
             calibration=self.calibration,
             wires=self.execution.links(candidate.mesh, self.topology, self.calibration),
-            work=self.execution.busy(self.profile, once, kept),
+            work=busy,
             moved=Exchange(gathers={}, scatters={}, step={}),
-            kept=kept,
+            kept=self.kept(candidate),
             host=Offload(),
         )
 
@@ -395,8 +422,13 @@ class Pricer:
     def _once(
         self, placement: Placement, calibration: Calibration, execution: Execution, *, known: bool
     ) -> Passes:
-        """Return the passes over a placement, which nothing that is kept changes."""
-        if known and (found := self._passes.get(id(placement))) is not None:
+        """Return the passes over a placement, which nothing that is kept changes.
+
+        They are those of all placements with its fractions, but for attention that goes over ``context``.
+        """
+        apart = placement.candidate.context is not None
+        key = id(placement if apart else placement.fractions)
+        if known and (found := self._passes.get(key)) is not None:
             return found[0]
         made = passes(
             self.profile,
@@ -412,7 +444,7 @@ class Pricer:
             short_sums=execution.short_sums,
         )
         if known:
-            _remembered(self._passes, id(placement), (made, placement))
+            _remembered(self._passes, key, (made, placement))
         return made
 
     def _exchange(

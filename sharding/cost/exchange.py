@@ -40,12 +40,12 @@ def stored_over(
     computed, parameters, gradients, optimizer = [], [], [], []
     mesh = candidate.mesh
     dims_of = candidate.dims
-    cut = {axis for axis, size in mesh.items() if size > 1 and axis != "stage"}
+    cut = frozenset(axis for axis, size in mesh.items() if size > 1 and axis != "stage")
 
     def axes(spec: Storage | None, default: frozenset[str]) -> frozenset[str]:
         if spec is None:
             return default
-        return _axes_of(spec) & cut
+        return _axes_of(spec, cut)
 
     # Many parameters are stored alike, by one tuple for all of them.
     alike: dict[object, tuple[frozenset[str], ...]] = {}
@@ -75,8 +75,8 @@ def stored_over(
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _axes_of(spec: Storage) -> frozenset[str]:
-    return frozenset(axis for entry in spec for axis in entry)
+def _axes_of(spec: Storage, among: frozenset[str]) -> frozenset[str]:
+    return among.intersection(axis for entry in spec for axis in entry)
 
 
 def tables_read_there(
@@ -198,7 +198,7 @@ def exchange(
     """
     found = Exchange(gathers=_table(), scatters=_table(), step=_table())
     table = profile.parameters
-    elements = (table.elements * placement.parameter_fraction).tolist()
+    elements = (table.elements * placement.fractions.parameters).tolist()
     item_bytes, used_bytes = table.item_bytes.tolist(), table.used_bytes.tolist()
     sections, runs, stacks = table.section.tolist(), table.runs.tolist(), table.stack.tolist()
     trained, read = table.trained.tolist(), table.read.tolist()

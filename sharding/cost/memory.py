@@ -16,7 +16,7 @@ from .placement import FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, ProgramTables
 
 # Axes that cut what is passed on between layers and gather it where it is worked with.
-_STREAM = ("tensor", "context")
+GATHERED_OVER = ("tensor", "context")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -247,7 +247,7 @@ def worked(
     # What is passed on in parts is whole while it is worked with.
     used = size.copy()
     for traffic in placement.traffic:
-        if traffic.kind == "all_gather" and traffic.phase == FORWARD and traffic.axis in _STREAM:
+        if traffic.kind == "all_gather" and traffic.phase == FORWARD and traffic.axis in GATHERED_OVER:
             used[traffic.values] *= mesh[traffic.axis]
     largest = np.zeros(3)
     np.maximum.at(largest, values.section, used)
@@ -313,7 +313,7 @@ def _gathered(
     # Of layers one at a time: a stacked parameter's elements are those of all turns of the scan. What stands
     # outside is whole, however often it is used.
     turns = np.where(table.section == LAYERS, table.runs, 1.0)
-    elements = table.elements * table.read * placement.parameter_fraction * extra / turns
+    elements = table.elements * table.read * placement.fractions.parameters * extra / turns
     # Its gradient is summed whole too, if it is the same in all turns.
     again = table.trained * ((table.section == LAYERS) & (table.runs == 1))
     each = elements * table.used_bytes * (1.0 + again)

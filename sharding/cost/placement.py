@@ -26,15 +26,18 @@ where they are stored and their gradients summed, is not here but in `exchange.p
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..ops.experts import SLACK
 from .candidate import Candidate
 from .profile import ProgramTables
+
+_Found = TypeVar("_Found")
 
 FORWARD, BACKWARD = 0, 1
 
@@ -44,6 +47,8 @@ _TILE_NOT_FILLED = 1 / 16
 # Axes over which an array may go from one cut dim to another by an all-to-all, rather than be gathered:
 # tokens are cut over `expert` by rows outside of a mixture and by experts inside.
 _EXCHANGING = ("expert",)
+# What is known of a program's axes and fractions at most.
+_MOST_KNOWN = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,7 +69,7 @@ class Traffic:
     runs: np.ndarray
     section: np.ndarray
 
-    @functools.cached_property
+    @cached_property
     def once(self) -> tuple[np.ndarray, np.ndarray]:
         """Bytes [3] and numbers of collectives [3] of a microbatch, by section."""
         return self.of(self.runs)
@@ -76,24 +81,45 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Fractions:
+    """The part of a program that a device has: one record wherever as many devices cut the same dims.
+
+    So rows over ``data=4, fsdp=2`` are as rows over ``data=8``, and what follows from fractions alone, such
+    as the seconds of computing, is found once for both.
+
+    Attributes:
+        values: [V], the part of each array of `ProgramTables.values` on a device, in a microbatch.
+        roles: [M, 4], the part of each matrix product's batch, left, right and contracted sizes.
+        parameters: [P], the part of each parameter that a device computes with, however it is stored.
+        traffic: what moves over an axis of some size that cuts some dims, as found so far.
+    """
+
+    values: np.ndarray
+    roles: np.ndarray
+    parameters: np.ndarray
+    traffic: dict[object, list[Traffic]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Placement:
     """What a device has of a program, and what moves, under a candidate.
 
     Attributes:
         candidate: what was laid over the program.
-        value_fraction: [V], the part of each array of `ProgramTables.values` on a device, in a microbatch.
-        role_fraction: [M, 4], the part of each matrix product's batch, left, right and contracted sizes.
-        parameter_fraction: [P], the part of each parameter that a device computes with, however it is stored.
+        fractions: the part that a device has of values, products and parameters.
         parameter_partial: axis → [P], whether a parameter's gradient is a partial sum over that axis.
         traffic: one entry for each axis, kind and pass.
     """
 
     candidate: Candidate
-    value_fraction: np.ndarray
-    role_fraction: np.ndarray
-    parameter_fraction: np.ndarray
+    fractions: Fractions
     parameter_partial: dict[str, np.ndarray]
     traffic: list[Traffic]
+
+    @property
+    def value_fraction(self) -> np.ndarray:
+        """[V], the part of each array on a device, in a microbatch."""
+        return self.fractions.values
 
 
 def place(profile: ProgramTables, candidate: Candidate) -> Placement:
@@ -104,79 +130,106 @@ def place(profile: ProgramTables, candidate: Candidate) -> Placement:
     that uses it are cut differently, the array moves.
     """
     claims = _claims(profile, candidate)
-    values, products = profile.values, profile.products
-    # A part is a product of 1 / size over the axes that cut, so in logarithms a sum, axis after axis.
-    padding = _padding(profile, candidate)
-    value_log = _padded(values.dims, padding)
-    role_log = np.zeros((len(products.flops), 4))
-    parameter_log = _padded(profile.parameters.dims, padding)
-    partial: dict[str, np.ndarray] = {}
-    moves: list[tuple[str, str, int, np.ndarray]] = []
+    fractions = _fractions(profile, candidate, claims)
+    sums: dict[str, np.ndarray] = {}
+    traffic: list[Traffic] = []
     for axis, dims in claims.items():
         size = candidate.mesh[axis]
         apart = candidate.context is not None and axis == "context"
         # Its size decides on nothing else than what is exchanged.
-        key = (axis, tuple(dims), size if axis in _EXCHANGING else 0, apart)
-        own = profile.along.get(key)
-        if own is None:
-            own = profile.along[key] = _along(profile, axis, size, dims, apart=apart)
-        value_log[own.values] -= np.log(size)
-        role_log[own.roles] -= np.log(size)
-        parameter_log[own.parameters] -= np.log(size)
-        partial[axis] = own.partial
-        moves += own.moves
-    value_fraction, role_fraction = np.exp(value_log), np.exp(role_log)
+        key = (axis, dims, size if axis in _EXCHANGING else 0, apart)
+        own = _known(profile.along, key, partial(_along, profile, axis, size, dims, apart=apart))
+        sums[axis] = own.partial
+        key = (axis, dims, size, apart)
+        if key not in fractions.traffic:
+            found = [_traffic(profile, fractions.values, axis, size, *move) for move in own.moves]
+            fractions.traffic[key] = found
+        traffic += fractions.traffic[key]
+    return Placement(candidate=candidate, fractions=fractions, parameter_partial=sums, traffic=traffic)
+
+
+def _fractions(
+    profile: ProgramTables, candidate: Candidate, claims: Mapping[str, tuple[int, ...]]
+) -> Fractions:
+    """Return the part that a device has, known from any candidate that cuts the same dims by as much."""
+    parts: dict[tuple[int, ...], int] = defaultdict(lambda: 1)
+    for axis, dims in claims.items():
+        parts[dims] *= candidate.mesh[axis]
+    exchanged = any(candidate.mesh.get(axis, 1) > 1 for axis in _EXCHANGING)
+    key = (tuple(sorted(parts.items())), candidate.microbatches, exchanged)
+    make = partial(_divided, profile, candidate, key[0], exchanged=exchanged)
+    return _known(profile.along, key, make)
+
+
+def _divided(
+    profile: ProgramTables,
+    candidate: Candidate,
+    parts: Sequence[tuple[tuple[int, ...], int]],
+    *,
+    exchanged: bool,
+) -> Fractions:
+    """Return what is left of everything once `parts`, dims and into how many they are cut, have cut it."""
+    values, products = profile.values, profile.products
+    padding = _padding(profile, candidate)
+    of_values = _padded(values.dims, padding)
+    of_roles = np.ones((len(products.flops), 4))
+    of_parameters = _padded(profile.parameters.dims, padding)
+    for dims, size in parts:
+        cut = _known(profile.along, dims, partial(_cut, profile, dims))
+        of_values[cut.values] /= size
+        of_roles[cut.roles] /= size
+        of_parameters[cut.parameters] /= size
     if profile.batch_dims and candidate.microbatches > 1:
-        columns, share = list(profile.batch_dims), 1.0 / candidate.microbatches
-        value_fraction[values.dims[:, columns].any(axis=1)] *= share
-        role_fraction[products.role_dims[:, :, columns].any(axis=2)] *= share
+        columns = list(profile.batch_dims)
+        of_values[values.dims[:, columns].any(axis=1)] /= candidate.microbatches
+        of_roles[products.role_dims[:, :, columns].any(axis=2)] /= candidate.microbatches
     if values.slots.any():
-        exchanged = any(candidate.mesh.get(axis, 1) > 1 for axis in _EXCHANGING)
-        value_fraction[values.slots] *= (1.0 + _TILE_NOT_FILLED) * (SLACK if exchanged else 1.0)
-    return Placement(
-        candidate=candidate,
-        value_fraction=value_fraction,
-        role_fraction=role_fraction,
-        parameter_fraction=np.exp(parameter_log),
-        parameter_partial=partial,
-        traffic=[_traffic(profile, value_fraction, candidate.mesh, *move) for move in moves],
-    )
+        of_values[values.slots] *= (1.0 + _TILE_NOT_FILLED) * (SLACK if exchanged else 1.0)
+    return Fractions(values=of_values, roles=of_roles, parameters=of_parameters)
 
 
-class _Along(NamedTuple):
-    """What one axis does by itself: masks of what it cuts and of gradients that are sums, and what moves."""
+class _Cut(NamedTuple):
+    """Masks of the values [V], roles of products [M, 4] and parameters [P] that an axis over dims cuts."""
 
     values: np.ndarray
     roles: np.ndarray
     parameters: np.ndarray
-    partial: np.ndarray
-    moves: list[tuple[str, str, int, np.ndarray]]
 
 
-def _along(profile: ProgramTables, axis: str, size: int, dims: list[int], *, apart: bool) -> _Along:
-    """Return what an axis of `size` does by itself that `dims` want, the last of them first."""
+def _cut(profile: ProgramTables, dims: Sequence[int]) -> _Cut:
+    """Return what an axis cuts that `dims` want, the last of them first."""
     products = profile.products
-    value_won = _winners(profile.values.dims, dims)
-    step_won = _winners(profile.steps.space, dims)
     # A product shrinks in the role (batch, left, right, contracted) that the dim plays in it.
-    won = step_won[products.equation]
-    partial = np.zeros(len(profile.parameters.dims), bool)
-    moves: list[tuple[str, str, int, np.ndarray]] = []
-    _moves(profile, axis, size, value_won, step_won, partial, moves, apart=apart)
-    return _Along(
-        values=value_won >= 0,
+    won = _winners(profile.steps.space, dims)[products.equation]
+    return _Cut(
+        values=_winners(profile.values.dims, dims) >= 0,
         roles=(won >= 0)[:, None] & products.role_dims[np.arange(len(won)), :, won],
         parameters=_winners(profile.parameters.dims, dims) >= 0,
-        partial=partial,
-        moves=moves,
     )
+
+
+class _Along(NamedTuple):
+    """What one axis does by itself: a mask of gradients that are partial sums, and what moves."""
+
+    partial: np.ndarray
+    moves: list[tuple[str, int, np.ndarray]]
+
+
+def _along(profile: ProgramTables, axis: str, size: int, dims: Sequence[int], *, apart: bool) -> _Along:
+    """Return what an axis of `size` does by itself that `dims` want, the last of them first."""
+    value_won = _winners(profile.values.dims, dims)
+    step_won = _winners(profile.steps.space, dims)
+    summed = np.zeros(len(profile.parameters.dims), bool)
+    moves: list[tuple[str, int, np.ndarray]] = []
+    _moves(profile, axis, size, value_won, step_won, summed, moves, apart=apart)
+    return _Along(partial=summed, moves=moves)
 
 
 def _traffic(
     profile: ProgramTables,
     fraction: np.ndarray,
-    mesh: Mapping[str, int],
     axis: str,
+    size: int,
     kind: str,
     phase: int,
     chosen: np.ndarray,
@@ -184,7 +237,7 @@ def _traffic(
     """Say how much moving the values `chosen` over `axis` is, counting what the group holds together."""
     table = profile.values
     # What is all-reduced is whole on every device; anything else lies in as many parts as the axis has.
-    times = 1 if kind == "all_reduce" else mesh[axis]
+    times = 1 if kind == "all_reduce" else size
     return Traffic(
         axis=axis,
         kind=kind,
@@ -196,18 +249,18 @@ def _traffic(
     )
 
 
-def _claims(profile: ProgramTables, candidate: Candidate) -> dict[str, list[int]]:
+def _claims(profile: ProgramTables, candidate: Candidate) -> dict[str, tuple[int, ...]]:
     """Return axis → the dims that want it, the one that goes first by `ProgramTables.priority` at the end."""
     claims: dict[str, list[int]] = {}
     for dim, axes in candidate.dims.items():
         for axis in axes:
             if axis != "stage" and candidate.mesh.get(axis, 1) > 1:
                 claims.setdefault(axis, []).append(dim)
-    return {axis: sorted(dims, key=lambda d: -profile.priority[d]) for axis, dims in claims.items()}
+    return {axis: tuple(sorted(dims, key=lambda d: -profile.priority[d])) for axis, dims in claims.items()}
 
 
 def _padding(profile: ProgramTables, candidate: Candidate) -> Mapping[int, float]:
-    """Return dim → log of how much larger it gets where its axes do not divide it.
+    """Return dim → how many times as large it gets where its axes do not divide it.
 
     XLA pads a dim of n over p devices to ceil(n / p) p, so that each has ceil(n / p).
     """
@@ -219,18 +272,18 @@ def _padding(profile: ProgramTables, candidate: Candidate) -> Mapping[int, float
                 parts *= candidate.mesh.get(axis, 1)
         size = profile.dim_sizes[dim]
         if parts > 1 and size % parts:
-            found[dim] = float(np.log(np.ceil(size / parts) * parts / size))
+            found[dim] = float(np.ceil(size / parts) * parts / size)
     return found
 
 
 def _padded(dims: np.ndarray, padding: Mapping[int, float]) -> np.ndarray:
-    log = np.zeros(len(dims))
-    for dim, extra in padding.items():
-        log[dims[:, dim]] += extra
-    return log
+    times = np.ones(len(dims))
+    for dim, more in padding.items():
+        times[dims[:, dim]] *= more
+    return times
 
 
-def _winners(table: np.ndarray, claimants: list[int]) -> np.ndarray:
+def _winners(table: np.ndarray, claimants: Sequence[int]) -> np.ndarray:
     """Return for each row of dims [N, D] the dim that gets the axis, the last claimant that it has, or -1."""
     won = np.full(len(table), -1)
     for dim in claimants:
@@ -257,12 +310,12 @@ def _moves(
     size: int,
     value_won: np.ndarray,
     step_won: np.ndarray,
-    partial: np.ndarray,
-    moves: list[tuple[str, str, int, np.ndarray]],
+    sums: np.ndarray,
+    moves: list[tuple[str, int, np.ndarray]],
     *,
     apart: bool = False,
 ) -> None:
-    """Append to `moves` what crosses `axis`; mark in `partial` the gradients that are partial sums over it.
+    """Append to `moves` what crosses `axis`; mark in `sums` the gradients that are partial sums over it.
 
     What attention moves is priced `apart`, see `context`.
 
@@ -286,7 +339,7 @@ def _moves(
     if is_weight.any():
         mine = summed & is_weight
         indices = np.searchsorted(profile.parameters.argument, parameter[mine])
-        partial[indices] = True
+        sums[indices] = True
     # An equation without weights may be divided as its operand is, and hand on what it gives instead: tokens
     # go to their experts and come back by all-to-alls (Lepikhin et al. 2020).
     handed = turned = np.zeros(len(step), bool)
@@ -298,7 +351,7 @@ def _moves(
 
     def move(kind: str, phase: int, chosen: np.ndarray) -> None:
         if len(chosen):
-            moves.append((axis, kind, phase, _distinct(chosen, len(values.bytes))))
+            moves.append((kind, phase, _distinct(chosen, len(values.bytes))))
 
     move("all_gather", FORWARD, reads.value[gathered])
     # The transpose of a gather is a scatter of sums. Where every device computed the same, each need only
@@ -329,3 +382,12 @@ def _among(places: np.ndarray, count: int) -> np.ndarray:
 def _distinct(places: np.ndarray, count: int) -> np.ndarray:
     """Return each of `places`, which are below `count`, once and in order."""
     return np.flatnonzero(_among(places, count))
+
+
+def _known(known: dict[object, Any], key: object, make: Callable[[], _Found]) -> _Found:
+    """Return what `make` gives, made once under `key`; `known` is emptied where it has become too long."""
+    if key not in known:
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[key] = make()
+    return known[key]

@@ -172,7 +172,8 @@ def _solved(
 
     def worth(layout: Candidate, microbatches: Sequence[int]) -> bool:
         most = dataclasses.replace(layout, microbatches=microbatches[-1])
-        if work.over(stages, most.interleave, most.microbatches) >= below:
+        shared = work.over(stages, most.interleave, most.microbatches)
+        if shared >= below:
             return False
         if held_at_least(pricer.profile, most, pricer.slot_bytes) > capacity:
             return False
@@ -181,9 +182,12 @@ def _solved(
         key = _as_one(most)
         if least.get(key, 0.0) >= _ALIKE * below:
             return False
-        ways = ways_of(declared, topology, layout.mesh, keeps=keeps)
-        each = (dataclasses.replace(most, schedule=one, stage_remat=again) for one, again in ways)
-        found = min(map(pricer.least, each))
+        # Computing never takes less than shared out evenly, and what is exchanged comes on top of it.
+        found = shared + pricer.exchanged(most)
+        if found < below:
+            ways = ways_of(declared, topology, layout.mesh, keeps=keeps)
+            each = (dataclasses.replace(most, schedule=one, stage_remat=again) for one, again in ways)
+            found = min(map(pricer.least, each))
         least.setdefault(key, found)
         return found < below
 

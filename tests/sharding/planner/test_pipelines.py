@@ -182,6 +182,8 @@ def test_no_layout_is_cheaper_than_its_bounds():
     for layout in space.layouts:
         most = dataclasses.replace(layout, microbatches=space.parts(layout)[-1])
         seconds = pricer.least(most)
+        # Computing comes on top of what is exchanged.
+        assert pricer.exchanged(most) < seconds
         size = held_at_least(pricer.profile, most, pricer.slot_bytes)
         ladder, *_ = space.ladders(layout)
         for remat in (space.remats[ladder[0]], space.remats[ladder[-1]]):
