@@ -37,7 +37,7 @@ from ..program.untraceable import check_constants
 from ..transform.accumulation.proof import InParts
 from ..xla.compiler import compiler_of
 from . import build
-from .attending import AttentionPrices
+from .attending import AttentionPrices, Kind
 from .choices import arithmetic, experts
 from .choices import attention as kernels
 from .choices.microbatches import PartsProof
@@ -268,8 +268,7 @@ class Problem:
             ),
         )
 
-        @functools.cache
-        def pricer_of(fused: frozenset[int], by_kernel: frozenset[int]) -> Pricer:
+        def pricer_of(fused: frozenset[int], by_kernel: frozenset[int], other: _Other | None) -> Pricer:
             attention = kernels.cost(kernel, self.program, by_kernel) if by_kernel else None
             if fused and attention is None:
                 attention = FusedAttention()
@@ -280,12 +279,18 @@ class Problem:
                 other,
             )
 
+        usual = (kernel.calls, kernel.calls)
+        others: dict[Kind, Pricer] = {}
+
         def other(candidate: Candidate) -> Pricer | None:
             kind = attending.kind(candidate)
-            return None if kind == usual else pricer_of(*kind)
+            if kind != usual and kind not in others:
+                # Of its own kind alone: what knew of the others would be known by them in a circle, and all
+                # that they have found left for the garbage collector.
+                others[kind] = pricer_of(*kind, None)
+            return others.get(kind)
 
-        usual = (kernel.calls, kernel.calls)
-        return pricer_of(*usual)
+        return pricer_of(*usual, other)
 
     def solve(
         self,

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import heapq
 import itertools
 import math
@@ -146,10 +145,11 @@ class _Search:
         self._seen: dict[tuple[int, int, int], Priced] = {}
         self._sizes: dict[tuple[int, int, int], float] = {}
         self._hopeless: dict[int, tuple[int, int, int]] = {}
-        # Of a layout alone, and asked for again with those that share the size of an axis.
-        self._rough = functools.cache(self._worked_out_roughly)
-        self._bound = functools.cache(self._bounded)
-        self._best = functools.cache(self._solved)
+        # Of a layout alone, and asked for again with those that share the size of an axis. (A cache on a
+        # method would be a circle, and all that was found garbage for the collector.)
+        self._roughs: dict[int, float] = {}
+        self._bounds: dict[int, float] = {}
+        self._bests: dict[int, Priced | None] = {}
 
     @property
     def count(self) -> int:
@@ -172,18 +172,19 @@ class _Search:
     def ranked(self, layouts: range | list[int], below: float = math.inf) -> Iterator[Priced]:
         """Yield the best candidate of each layout that fits and takes less than `below`, best first."""
         # Two heaps: layouts by their bounds, and the best candidates of the layouts already taken from there.
-        bounds = [(self._stored[layout], self._rough(layout), layout, False) for layout in layouts]
+        bounds = [(self._stored[layout], self._rough(layout), layout, 0) for layout in layouts]
         open_ = [one for one in bounds if one[1] < below]
+        closer = (self._bound, self._bound_in_memory)
         heapq.heapify(open_)
         fitting: list[tuple[float, float, float, int, Priced]] = []
         while open_ or fitting:
             if fitting and (not open_ or fitting[0][:2] <= open_[0][:2]):
                 yield heapq.heappop(fitting)[-1]
                 continue
-            *_, layout, exact = heapq.heappop(open_)
-            if not exact:
-                if (bound := self._bound(layout)) < below:
-                    heapq.heappush(open_, (self._stored[layout], bound, layout, True))
+            *_, layout, known = heapq.heappop(open_)
+            if known < len(closer):
+                if (bound := closer[known](layout)) < below:
+                    heapq.heappush(open_, (self._stored[layout], bound, layout, known + 1))
                 continue
             best = self._best(layout)
             if best is not None and best.estimate.step_seconds < below:
@@ -223,22 +224,57 @@ class _Search:
         assert best is not None
         return best
 
-    def _worked_out_roughly(self, layout: int) -> float:
+    def _rough(self, layout: int) -> float:
         """Return what is known without a price of the seconds that a layout takes at least."""
-        # Of a pipeline in the most microbatches.
-        return self._least_of(*list(self._firsts(layout))[-1]) * (1 - _SLACK)
+        if layout not in self._roughs:
+            # Of a pipeline in the most microbatches.
+            self._roughs[layout] = self._least_of(*list(self._firsts(layout))[-1]) * (1 - _SLACK)
+        return self._roughs[layout]
 
     def _least_of(self, layout: int, remat: int, part: int) -> float:
         return 0.0 if self._least is None else self._least(self._candidate(layout, remat, part))
 
-    def _bounded(self, layout: int) -> float:
+    def _bound(self, layout: int) -> float:
         """Return a lower bound on the seconds of a layout."""
+        if layout not in self._bounds:
+            self._bounds[layout] = self._bounded(layout)
+        return self._bounds[layout]
+
+    def _bounded(self, layout: int) -> float:
         found, firsts = math.inf, [(self._least_of(*place), place) for place in self._firsts(layout)]
         for least, place in sorted(firsts):
             if least >= found:
                 break
             found = min(found, _least_seconds(self._at(*place).estimate))
         return found * (1 - _SLACK)
+
+    def _bound_in_memory(self, layout: int) -> float:
+        """Return a lower bound on the seconds of a layout in the memory that there is, or infinity.
+
+        Where what keeps most does not fit, of each ladder the first rung that fits, whole or in the most
+        microbatches, bounds all that do: they keep no more, and take it in no fewer parts than the whole.
+        """
+        firsts = list(self._firsts(layout))
+        if all(self._fits(*place) for place in firsts):
+            return self._bound(layout)
+        if not self._can_fit(layout, [ladder[-1] for ladder in self._ladders(layout)]):
+            return math.inf
+        last, part = len(self._space.parts(self._space.layouts[layout])) - 1, firsts[-1][-1]
+        found = math.inf
+        for ladder in self._apart(layout):
+            rung = min(self._first_fitting(layout, ladder, parts) for parts in {0, last})
+            if rung < ladder.stop:
+                found = min(found, self._least_of(layout, rung, part) * (1 - _SLACK))
+        return max(found, self._bound(layout))
+
+    def _first_fitting(self, layout: int, rungs: range, part: int) -> int:
+        """Return the first of `rungs`, over which memory falls, that fits in so many parts, or their end."""
+        return rungs.start + bisect.bisect_left(rungs, True, key=lambda rung: self._fits(layout, rung, part))
+
+    def _apart(self, layout: int) -> list[range]:
+        """Return the ladders over which memory falls: what is kept by name may take more than all of it."""
+        first, *others = self._ladders(layout)
+        return [one for one in (first[:1], first[1:], *others) if one]
 
     def _firsts(self, layout: int) -> Iterator[tuple[int, int, int]]:
         """Yield the candidates that keep most, the fastest of which bounds the layout's seconds.
@@ -252,17 +288,20 @@ class _Search:
     def _ladders(self, layout: int) -> list[range]:
         return self._space.ladders(self._space.layouts[layout])
 
-    def _solved(self, layout: int) -> Priced | None:
+    def _best(self, layout: int) -> Priced | None:
         """Return the fastest candidate of a layout that fits, the smallest of equals, or None."""
-        ladders = self._ladders(layout)
+        if layout not in self._bests:
+            self._bests[layout] = self._solved(layout)
+        return self._bests[layout]
+
+    def _solved(self, layout: int) -> Priced | None:
+        ladders = self._apart(layout)
         if all(self._fits(*place) for place in self._firsts(layout)):
             # Ladders after the first keep values on the host: only where the device cannot hold them all.
-            ladders = ladders[:1]
-        elif not self._can_fit(layout, [ladder[-1] for ladder in ladders]):
+            first = self._ladders(layout)[0]
+            ladders = [ladder for ladder in ladders if ladder.start in first]
+        elif not self._can_fit(layout, [ladder[-1] for ladder in self._ladders(layout)]):
             return None
-        # Keeping everything is searched apart: what is kept by name may take more than what gradients read.
-        first, *others = ladders
-        ladders = [first[:1], first[1:], *others]
         fitting = [one for ladder in ladders for one in self._descend(layout, ladder)]
         return min(
             fitting, key=lambda one: (one.estimate.step_seconds, one.estimate.peak_bytes), default=None
@@ -294,8 +333,7 @@ class _Search:
         """
         rung, part = ladder.start, parts.stop
         while part > parts.start and rung < ladder.stop:
-            rungs = range(rung, ladder.stop)
-            rung += bisect.bisect_left(rungs, True, key=lambda r, p=part - 1: self._fits(layout, r, p))
+            rung = self._first_fitting(layout, range(rung, ladder.stop), part - 1)
             if rung == ladder.stop:
                 return
             fewer = range(parts.start, part - 1)
