@@ -27,7 +27,7 @@ from .memory import GATHERED_OVER, Standing, Worked, activations, worked
 from .pipeline import LayerTurns, Least, layer_turns, least, lockstep
 from .placement import Placement, place
 from .profile import LAYERS, ProgramTables, profile
-from .step import Offload, StepParts, microbatch, offload, stacking_seconds, step_seconds
+from .step import Offload, StepParts, microbatch, offload, optimizer_bytes, stacking_seconds, step_seconds
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -299,7 +299,7 @@ class Pricer:
             time["passes"] = self._more_passes * sum(s for name, s in time.items() if name not in once)
         rate = (chip.hbm_bytes_per_second or 1.0) * calibration.optimizer_efficiency
         slots = self._slot_bytes(candidate, over)
-        moved_bytes = _optimizer_bytes(memory, table, slots, self.gradient_bytes)
+        moved_bytes = optimizer_bytes(memory, table, slots, self.gradient_bytes)
         # What changes beside the parameters is read and written, and as much of them is read for it.
         time["optimizer"] = (moved_bytes + 3.0 * memory.get("state", 0.0)) / rate
         # A stack is made of the parameters, its gradient taken apart: each is read and written once.
@@ -489,21 +489,3 @@ def _remembered(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
         known.clear()
     known[key] = value
     return value
-
-
-def _optimizer_bytes(
-    memory: Mapping[str, float], table: ProgramTables, slot_bytes: float, gradient_bytes: float | None
-) -> float:
-    """Return the bytes that an optimizer's step moves: moments and parameters both ways, gradients one way.
-
-    Of the parameters that a device updates: as many as it has moments of, or all that it has without any.
-    """
-    trained = table.parameters.elements * table.parameters.trained
-    sizes = table.parameters.item_bytes * trained
-    item = float(sizes.sum()) / max(float(trained.sum()), 1.0)
-    gradient = item if gradient_bytes is None else gradient_bytes
-    if not slot_bytes:
-        kept = table.parameters.elements * (1.0 - table.parameters.state)
-        whole = float((table.parameters.item_bytes * kept).sum())
-        return 2.0 * memory["params"] * float(sizes.sum()) / max(whole, 1.0) + memory["gradients"]
-    return memory["optimizer"] / slot_bytes * (2.0 * slot_bytes + gradient + 2.0 * item)

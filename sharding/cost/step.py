@@ -215,3 +215,21 @@ def exposed(communication: float, work: float, share: float) -> float:
     microbatch after.
     """
     return max(0.0, communication - share * work)
+
+
+def optimizer_bytes(
+    memory: Mapping[str, float], table: ProgramTables, slot_bytes: float, gradient_bytes: float | None
+) -> float:
+    """Return the bytes that an optimizer's step moves: moments and parameters both ways, gradients one way.
+
+    Of the parameters that a device updates: as many as it has moments of, or all that it has without any.
+    """
+    trained = table.parameters.elements * table.parameters.trained
+    sizes = table.parameters.item_bytes * trained
+    item = float(sizes.sum()) / max(float(trained.sum()), 1.0)
+    gradient = item if gradient_bytes is None else gradient_bytes
+    if not slot_bytes:
+        kept = table.parameters.elements * (1.0 - table.parameters.state)
+        whole = float((table.parameters.item_bytes * kept).sum())
+        return 2.0 * memory["params"] * float(sizes.sum()) / max(whole, 1.0) + memory["gradients"]
+    return memory["optimizer"] / slot_bytes * (2.0 * slot_bytes + gradient + 2.0 * item)
