@@ -150,8 +150,7 @@ class AttentionKernel:
             by_kernel = kernel_of(spread, pieces, self._settings.get("segments"), site.sizes.heads)
         with self._described():
             out = over_context(self._mesh, spread, layout_of(site), inputs, by_kernel)
-        # Only splash, and what is worked through here, keep what their gradients read under a name.
-        if name is not None and (by_kernel is None or found.by == SPLASH):
+        if name is not None:
             self._made.add(result)
         return out
 

@@ -66,7 +66,7 @@ def kernel_of(
     else:
         return None
     if kernel.name != SPLASH:
-        return functools.partial(by_cudnn, call, segments) if spread.way == HEADS else None
+        return functools.partial(by_cudnn, call, segments, name=spread.name) if spread.way == HEADS else None
     blocks = block_that_divides(rows, kernel.block_q), block_that_divides(keys, kernel.block_kv)
     if blocks[0] is None or blocks[1] is None:
         return None

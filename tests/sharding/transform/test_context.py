@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshwright.sharding import Plan, UserError, declare, plan
-from meshwright.sharding.ops import attention
+from meshwright.sharding.ops import attention, cudnn
 
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
 
@@ -282,3 +282,23 @@ def test_a_search_cuts_long_sequences_of_few_rows(rows: int, sequence: int, cuts
         assert found.context is not None
         assert found.kernels["attention"]["implementation"] == "splash"
         assert " s" in found.explain("context=1") or "ms" in found.explain("context=1")
+
+
+def test_heads_by_cudnn_run_no_forward_pass_again_for_a_result_that_is_kept() -> None:
+    """The kernel's result and sums are kept as it gave them; only its trade for heads is made once more."""
+    heads = {"query": 8, "key": 4, "value": 4}
+    params = {name: jax.ShapeDtypeStruct((2, 128, count, 64), jnp.bfloat16) for name, count in heads.items()}
+    params["output"] = jax.ShapeDtypeStruct((2, 8, 64, 128), jnp.bfloat16)
+    batch = {"x": jax.ShapeDtypeStruct((4, 1024, 128), jnp.bfloat16)}
+    batch["segments"] = jax.ShapeDtypeStruct((4, 1024), jnp.int32)
+    loss, mesh = loss_of(()), {"context": 4, "data": 2}
+    asked: dict[str, Any] = {"topology": "h100:1x8", "mesh": mesh, "names": NAMES, "context": "heads"}
+    automatic = (jax.sharding.AxisType.Auto,) * 2
+    on = jax.make_mesh(tuple(mesh.values()), tuple(mesh), axis_types=automatic)
+    runs = {}
+    for remat in ("full", {"output:in": "device"}):
+        made = declare(loss, params, batch, attention="cudnn", remat=remat, **asked)
+        with cudnn.described():
+            text = str(jax.make_jaxpr(jax.grad(made.apply(loss, on)))(params, batch))
+        runs[str(remat)] = len(re.findall(r"dot_product_attention_fwd\w*\[", text))
+    assert runs["full"] == 2 * runs["{'output:in': 'device'}"] > 0
