@@ -327,8 +327,10 @@ def _moves(
     own = value_won[reads.value]
     divided = step >= 0
     inside = divided & reads.dims[np.arange(len(step)), step]
-    whole = (own >= 0) & ~inside & divided
-    needs_whole = (own >= 0) & ~divided
+    # What hides scores is made of places and ids by who reads it, within a kernel or in plain XLA.
+    lying = (own >= 0) & ~(profile.saved.core[reads.value] & ~values.grad[reads.value])
+    whole = lying & ~inside & divided
+    needs_whole = lying & ~divided
     if apart:
         outside = ~profile.steps.core[reads.equation]
         whole, needs_whole, divided = whole & outside, needs_whole & outside, divided & outside
