@@ -34,8 +34,10 @@ def execution_of(record: Framework, topology: Topology) -> Execution:
     kernel = FusedAttention(share=record.attention_share, gradient=record.attention_gradient)
     return dataclasses.replace(
         execution_for(topology, kernel if record.fused_attention else None),
-        # Frameworks scatter gradients as they store them; that XLA does not on GPUs is a fact of XLA.
+        # Frameworks scatter gradients as they store them, beside other work; XLA's ways on GPUs are its own.
         reduces_whole=False,
+        scatters_wait=0.0,
+        sums_wait=0.0,
         # What their losses hold besides is `loss_copies`.
         loss_arrays=1,
         kept=functools.partial(_kept, record),

@@ -265,7 +265,8 @@ class Pricer:
         once = self._once(placement, calibration, execution, known=own)
         done = execution.busy(table, once, kept)
         joint = functools.partial(joint_link, candidate.mesh, self.topology, calibration)
-        joint = joint if execution.reduces_whole else None
+        # Parts that follow one another scatter what they learn by hand, see `transform.accumulation.region`.
+        joint = joint if execution.reduces_whole and candidate.microbatches == 1 else None
         moved = self._exchange(candidate, placement, over, wires, joint, known=own)
         stacking = stacking_seconds(
             table, placement, kept, chip, calibration, fused_attention=execution.attention is not None
@@ -285,6 +286,8 @@ class Pricer:
             stacking=stacking,
             gradient_bytes=self.gradient_bytes,
             product=math.inf if execution.product_bytes is None else execution.product_bytes,
+            scatters_wait=execution.scatters_wait,
+            sums_wait=execution.sums_wait,
         )
         if candidate.schedule == DELAYED or not candidate.stage_remat:
             parts = self._with_kept(parts, once)
@@ -457,8 +460,8 @@ class Pricer:
         *,
         known: bool,
     ) -> Exchange:
-        """Return how parameters and gradients travel, which neither remat nor microbatches change."""
-        key = (tuple(candidate.mesh.items()), id(candidate.dims), id(over))
+        """Return how parameters and gradients travel, which remat does not change."""
+        key = (tuple(candidate.mesh.items()), id(candidate.dims), id(over), joint is None)
         if known and (found := self._exchanges.get(key)) is not None:
             return found[0]
         made = exchange(

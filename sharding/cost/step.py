@@ -39,6 +39,7 @@ class StepParts:
       stacking: seconds of stacking what layers keep; see `stacking_seconds`.
       gradient_bytes: of one accumulated gradient; as the parameter's if None.
       product: bytes of an element as products take it, at most.
+      scatters_wait, sums_wait: shares of reductions of gradients that nothing hides, see `Execution`.
       late, late_bytes: seconds of the gradients of layers' weights in a microbatch, where these are delayed,
         and the bytes that they are made of.
       over_ticks: bytes that layers keep of a microbatch, where stages keep them until they go back.
@@ -58,6 +59,8 @@ class StepParts:
     stacking: float = 0.0
     gradient_bytes: float | None = None
     product: float = math.inf
+    scatters_wait: float = 0.0
+    sums_wait: float = 0.0
     late: float = 0.0
     late_bytes: float = 0.0
     over_ticks: float = 0.0
@@ -170,7 +173,11 @@ def microbatch(parts: StepParts, turns: Turns = ONCE) -> dict[str, np.ndarray]:
         starting += link.starts(traffic.kind, 1.0) * count * turns.whole
     fetching = {key: np.array(row) * turns.gathers * turns.whole for key, row in moved.gathers.items()}
     for key, row in moved.scatters.items():
-        fetching[key] = fetching.get(key, 0.0) + np.array(row) * turns.whole
+        reducing = np.array(row) * turns.whole
+        waits = parts.scatters_wait if key[0] == "reduce_scatter" else parts.sums_wait
+        if waits:
+            items[f"{key[0]}/{key[1]}"] += waits * reducing
+        fetching[key] = fetching.get(key, 0.0) + (1.0 - waits) * reducing
     total = sum((row.sum() for row in fetching.values()), 0.0)
     if total:
         seen = exposed(total, float(computing.sum()), calibration.overlap_parameters) / total

@@ -23,6 +23,9 @@ class Compiler:
       name: ``libtpu``, ``xla:gpu`` or ``xla:cpu``.
       reduces_whole: a gradient that is a partial sum over several mesh axes is reduced over all of them in
         each microbatch, not scattered over those that it is stored over.
+      scatters_wait: share of the seconds in which a layer scatters its gradients that nothing is scheduled
+        beside: they go as one collective at its end.
+      sums_wait: the same of gradients that are reduced whole over several axes, each by itself.
       last_layer_apart: where values come back from the host, the last layer runs outside of the loop over
         layers, beside what follows it.
       host_is_device: what lies on the host counts as the device's own memory.
@@ -48,6 +51,8 @@ class Compiler:
 
     name: str
     reduces_whole: bool = False
+    scatters_wait: float = 0.0
+    sums_wait: float = 0.0
     last_layer_apart: bool = False
     host_is_device: bool = False
     scatters_planes: bool = False

@@ -111,8 +111,11 @@ def test_fsdp_gathers_twice_and_scatters_once_a_microbatch(program, pricer):
         assert found.memory[item] == pytest.approx(size * WEIGHTS / 8)
 
 
-def test_what_is_partial_over_two_axes_may_be_reduced_whole_each_microbatch(program):
-    """Over all axes, not scattered; new parameters are gathered over those that only moments lie over."""
+def test_what_is_partial_over_two_axes_may_be_reduced_whole(program):
+    """Over all axes, not scattered; new parameters are gathered over those that only moments lie over.
+
+    Several microbatches scatter what they learn by hand.
+    """
     both = dict.fromkeys(range(2), ((), ("fsdp", "data"), ()))
     candidate = Candidate(
         mesh={"data": 2, "fsdp": 4},
@@ -120,9 +123,8 @@ def test_what_is_partial_over_two_axes_may_be_reduced_whole_each_microbatch(prog
         stored=stored_over("fsdp"),
         gradients=both,
         optimizer=both,
-        microbatches=2,
     )
-    times = [
+    pricers = [
         Pricer(
             program,
             TOPOLOGY,
@@ -130,20 +132,36 @@ def test_what_is_partial_over_two_axes_may_be_reduced_whole_each_microbatch(prog
             calibration=PERFECT,
             execution=Execution(reduces_whole=whole),
         )
-        .price(candidate)
-        .time
         for whole in (False, True)
     ]
-    scattered, whole = times
+    scattered, whole = (pricer.price(candidate).time for pricer in pricers)
     once = 2 * WEIGHTS / 450e9
-    assert scattered["reduce_scatter/fsdp"] == pytest.approx(2 * 3 / 4 * once)
+    assert scattered["reduce_scatter/fsdp"] == pytest.approx(3 / 4 * once)
     assert not any(name.startswith("all_reduce") for name in scattered)
     # One collective of all eight devices, said of the first axis.
     eight = links({"fsdp": 8}, TOPOLOGY, PERFECT)["fsdp"]
-    assert whole["all_reduce/data"] == pytest.approx(2 * eight.collective("all_reduce", 2 * WEIGHTS))
+    assert whole["all_reduce/data"] == pytest.approx(eight.collective("all_reduce", 2 * WEIGHTS))
     assert "all_reduce/fsdp" not in whole
     assert not any(name.startswith("reduce_scatter") for name in whole)
     assert whole["all_gather/data"] == pytest.approx(1 / 2 * once / 4)
+    parts = dataclasses.replace(candidate, microbatches=2)
+    assert pricers[0].price(parts).time == pricers[1].price(parts).time
+
+
+def test_nothing_hides_what_a_compiler_scatters_at_a_layer_s_end(program):
+    candidate = Candidate(
+        mesh={"fsdp": 8},
+        dims=at(program, batch=("fsdp",)),
+        **dict.fromkeys(("stored", "gradients", "optimizer"), stored_over("fsdp")),
+    )
+    hiding = dataclasses.replace(PERFECT, overlap_parameters=1e6)
+    shown = [
+        Pricer(program, TOPOLOGY, calibration=hiding, execution=Execution(scatters_wait=share))
+        .price(candidate)
+        .time.get("reduce_scatter/fsdp", 0.0)
+        for share in (0.0, 0.4, 1.0)
+    ]
+    assert shown == pytest.approx([0.0, 0.4 * shown[2], 7 / 8 * 2 * WEIGHTS / 450e9])
 
 
 def test_zero_stages_share_out_one_item_after_the_other(program, pricer):

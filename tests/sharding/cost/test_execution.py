@@ -36,7 +36,13 @@ def test_a_pricer_runs_as_the_topologys_compiler_does(program):
     assert not execution_for(TOPOLOGY).reduces_whole
     kernel = FusedAttention(share=0.5, gradient=2.5)
     assert execution_for(Topology.parse("h100:8"), kernel) == Execution(
-        attention=kernel, reduces_whole=True, loss_arrays=2, aligned_elements=8, takes_out=True
+        attention=kernel,
+        reduces_whole=True,
+        scatters_wait=1.0,
+        sums_wait=0.4,
+        loss_arrays=2,
+        aligned_elements=8,
+        takes_out=True,
     )
 
 
