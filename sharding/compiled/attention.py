@@ -19,6 +19,8 @@ _SLIDING = re.compile(r"\bwindow=(\d+)")
 # Where all that is hidden is in an array, cuDNN computes every score.
 _ALL = re.compile(r'"mask_type": ?"NO_MASK"')
 _AHEAD = re.compile(r"\bahead=(\d+)")
+# Keys that stand before the first of a device's queries, where these are the last ones.
+_BEFORE = re.compile(r"\bbefore=(\d+)")
 
 # Lengths and offsets of packed rows' queries and keys.
 _OFFSETS = 4
@@ -66,27 +68,39 @@ def attention_kernel(module: HloModule, call: Instruction) -> AttentionWork | No
         query, key = ((*one[:-3], one[-2], one[-3], one[-1]) for one in (query, key))
     # A piece of a call has a scope of its own within the call's.
     asked = "" if _ALL.search(call.attributes) else (_CALL.findall(call.op_name) or [""])[-1]
-    window, ahead = (word.search(asked) for word in (_SLIDING, _AHEAD))
-    # A device may have only some of the queries. The average over all devices is that of the whole sequence.
-    keys = key[-2]
-    seen = visible_pairs(
-        keys,
-        keys,
-        causal="causal" in asked.split(","),
-        window=int(window[1]) if window else None,
-        ahead=int(ahead[1]) if ahead else 0,
-    )
+    seen = _seen(asked, key[-2])
     of_keys, of_values = _PRODUCTS[part]
-    each = 2.0 * math.prod(query[:-1]) * seen / keys
+    each = 2.0 * math.prod(query[:-1]) * seen
     packed = len(_operands(module, call, ("s32",))) >= _OFFSETS
     return AttentionWork(
         kernel="splash" if splash else "cudnn_packed" if packed else "cudnn",
         flops=each * (of_keys * query[-1] + of_values * value[-1]),
         width=float(query[-1]),
-        keys=max(seen / keys, 1.0),
+        keys=max(seen, 1.0),
         gradient=part != "fwd",
         masked="ScaleBias" in call.attributes,
     )
+
+
+def _seen(asked: str, keys: int) -> float:
+    """Return how many of `keys` a query sees on average by what a call has `asked` for.
+
+    A device may have only some of the queries. The average over all devices is that of the whole sequence,
+    unless they are said to be the last of these keys.
+    """
+    window, ahead, before = (word.search(asked) for word in (_SLIDING, _AHEAD, _BEFORE))
+    first = int(before[1]) if before else 0
+    pairs = [
+        visible_pairs(
+            count,
+            count,
+            causal="causal" in asked.split(","),
+            window=int(window[1]) if window else None,
+            ahead=int(ahead[1]) if ahead else 0,
+        )
+        for count in (keys, first)
+    ]
+    return (pairs[0] - pairs[1]) / (keys - first)
 
 
 def unstated_scratch(module: HloModule, call: Instruction) -> float:

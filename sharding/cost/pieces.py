@@ -14,7 +14,19 @@ keys and values, and P scores:
   weights and gradients of scores (8P + 2iP), which three products read (3iP); each sum is read, added to and
   put back (4 + 12; of keys that a group of heads shares 8 for each head's own): in all, without groups,
   (16 + 5i)P + (4i + 16)(Q + K) + 4iO + (3i + 16)V.
-- on TPUs, whose scores lie in vector memory, what libtpu's cycles of a turn come to: ``turns.toml``.
+- on TPUs, whose scores lie in vector memory, what libtpu's cycles of a turn come to: ``turns.toml``. Sums too
+  large for it are read and written in each turn besides: 8O; backward 8(Q + K + V).
+
+**Around blocks**, of all that a device has or has fetched:
+
+- forward: rows are put in blocks (2i(Q + K + V)), sums begin as zeros and end as a result (8O), which is put
+  back into rows (3iO).
+- backward: rows and the result's gradient are put in blocks (2i(Q + K + V + O)), that is multiplied with the
+  result (2iO); sums begin as zeros, become gradients and are put back into rows ((8 + 3i)(Q + K + V)).
+- what goes into balanced order and out of it, or is traded for heads, is taken apart and put together each
+  way: 4i for each number of it.
+
+A TPU takes as many cycles for copies of numbers of two bytes as of four: there i is no less than 4.
 
 **A ring** adds for each chunk what comes and is sent (2i(K + V)), and backward the sum of what came and of
 what was found, made from zeros: 22(K + V).
@@ -39,7 +51,7 @@ from ..hardware.chip import Chip
 from ..ops.context.pieces import SPLASH
 from ..ops.context.taken import BLOCKS, CONTEXT, Site, Taken
 from ..ops.context.turns import TurnCounts, turns_of
-from ..ops.context.ways import HEADS, RING, copies_of, is_balanced
+from ..ops.context.ways import HEADS, NEIGHBOURS, RING, copies_of, is_balanced, reach_of
 from .calibration import Calibration, read_toml
 from .compute import AttendedSeconds, attention_share, peak_flops, product_share
 
@@ -100,8 +112,10 @@ def attended_seconds(
       microbatches: parts of the batch that come one after another.
       gradient: the work of the kernel's backward pass over that of its forward pass.
     """
-    if found.way is None or (found.by != BLOCKS and found.way != RING):
+    if found.way is None or (found.by != BLOCKS and found.way not in (RING, NEIGHBOURS)):
         return None
+    if found.by != BLOCKS and found.way == NEIGHBOURS:
+        return _of_neighbours(site, machine, microbatches=microbatches, gradient=gradient)
     batch, queries, _, wide = site.query.shape
     keys, value_wide = site.key.shape[1], site.value.shape[3]
     parts, sizes = site.mesh[CONTEXT], site.sizes
@@ -122,14 +136,47 @@ def attended_seconds(
     if found.by == BLOCKS:
         pair = each.times(turns.rows, turns.key_rows)
         scores = rows * heads * turns.rows * turns.key_rows
-        turn = _turn(pair, scores, site, turns, machine)
-        return _with_ring(turn, whole, turns, machine)
+        turn = _turn(pair, whole, scores, site, turns, machine)
+        worked = _with_ring(turn, whole, turns, machine)
+        fetched = each.times(mine, _rows_of_keys(site, found.way))
+        around = _around(fetched, whole, site, found.way, machine)
+        return AttendedSeconds(
+            forward=worked.forward + around.forward, backward=worked.backward + around.backward
+        )
     scores = rows * heads * site.call.visible(queries, keys) / parts
     return _by_kernel(scores, whole, site, found, turns, machine, gradient)
 
 
-def _turn(pair: _Numbers, scores: float, site: Site, turns: TurnCounts, machine: Machine) -> AttendedSeconds:
-    """Return the seconds of one turn of blocks."""
+def _rows_of_keys(site: Site, way: str) -> int:
+    """Return how many rows of keys are there before the first turn: in a ring a device's own."""
+    keys, parts = site.key.shape[1], site.mesh[CONTEXT]
+    if way == NEIGHBOURS:
+        return (reach_of(site.call, keys, parts) + 1) * keys // parts
+    return keys // parts if way == RING else keys
+
+
+def _copied(item: int, machine: Machine) -> int:
+    """Return the bytes of a number of `item` bytes that copying one takes as long as."""
+    return max(item, 4) if machine.chip.platform == "tpu" else item
+
+
+def _around(fetched: _Numbers, own: _Numbers, site: Site, way: str, machine: Machine) -> AttendedSeconds:
+    """Return the seconds of what is done around all turns with what a device has `fetched`, or has itself."""
+    i, read = _copied(own.item, machine), fetched.query + fetched.key + fetched.value
+    moved = 0.0
+    if way == HEADS:
+        moved = 4 * i * (own.query + own.out + own.key + own.value)
+    elif is_balanced(site.call, way, site.query.shape[1], site.mesh[CONTEXT]):
+        moved = 4 * i * (own.query + own.out + (own.key + own.value if way == RING else 0.0))
+    forward = 2 * i * read + (8 + 3 * i) * own.out + moved
+    backward = (8 + 5 * i) * read + 4 * i * own.out + moved
+    return AttendedSeconds(forward=forward / machine.rate, backward=backward / machine.rate)
+
+
+def _turn(
+    pair: _Numbers, whole: _Numbers, scores: float, site: Site, turns: TurnCounts, machine: Machine
+) -> AttendedSeconds:
+    """Return the seconds of one turn of blocks, with a `pair` of a device's `whole` rows."""
     if machine.chip.platform == "tpu":
         tables = _tables()
         known = tables.get(machine.chip.name, tables[_USUAL])
@@ -139,7 +186,14 @@ def _turn(pair: _Numbers, scores: float, site: Site, turns: TurnCounts, machine:
             known["turn"][n] + 1e-12 * (known["score"][n] * scores + known["row"][n] * numbers)
             for n in range(2)
         ]
-        return AttendedSeconds(forward=seconds[0], backward=seconds[1])
+        holds = machine.chip.vmem_bytes or math.inf
+        sums = pair.out, pair.query + pair.key + pair.value
+        kept = whole.out, whole.query + whole.key + whole.value
+        forward, backward = (
+            one + (8 * rows / machine.rate if _WIDE * all_rows >= holds else 0.0)
+            for one, rows, all_rows in zip(seconds, sums, kept, strict=True)
+        )
+        return AttendedSeconds(forward=forward, backward=backward)
     i, wide, value_wide = pair.item, site.query.shape[3], site.value.shape[3]
     # Keys that a group of heads shares have a sum of each head's before the group's.
     by_head = scores / turns.rows
@@ -183,7 +237,7 @@ def _with_ring(
 ) -> AttendedSeconds:
     """Return the seconds of all turns, with what a ring adds to those of each chunk."""
     came = whole.key + whole.value
-    sent = 2 * whole.item * came / machine.rate
+    sent = 2 * _copied(whole.item, machine) * came / machine.rate
     return AttendedSeconds(
         forward=turns.pairs * turn.forward + turns.chunks * sent,
         backward=turns.pairs * turn.backward + turns.chunks * (sent + 22 * came / machine.rate),
@@ -218,6 +272,21 @@ def _by_kernel(
         forward=computed + turns.chunks * moved / machine.rate,
         backward=gradient * computed + turns.chunks * back / machine.rate,
     )
+
+
+def _of_neighbours(site: Site, machine: Machine, *, microbatches: int, gradient: float) -> AttendedSeconds:
+    """Return the seconds of a kernel's work on a device that has neighbours before it: all but the first."""
+    call, parts, sizes = site.call, site.mesh[CONTEXT], site.sizes
+    batch, queries, _, wide = site.query.shape
+    before = reach_of(call, sizes.keys, parts) * sizes.keys // parts
+    rows = queries // parts
+    seen = call.visible(before + rows, before + rows) - call.visible(before, before)
+    scores = batch / site.parts(0) / microbatches * sizes.heads * seen
+    keys = np.array([seen / rows])
+    reached = attention_share(np.array([float(wide)]), keys, machine.of_kernel)[0]
+    products = 2.0 * scores * (wide + site.value.shape[3])
+    forward = products / (peak_flops(machine.chip, "bfloat16") * reached)
+    return AttendedSeconds(forward=forward, backward=gradient * forward)
 
 
 @functools.cache

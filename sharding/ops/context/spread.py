@@ -153,7 +153,10 @@ def _beside_neighbours(
     there = with_neighbours(spread, reach, jnp.ones_like(own))
     key_ids = jnp.where(there == 1, with_neighbours(spread, reach, own), -1)
     key, value = (with_neighbours(spread, reach, x) for x in (key, value))
-    return whole(query, key, value, ids, key_ids)
+    # What is compiled says where the device's queries stand among these keys.
+    before = reach * spread.keys // spread.parts
+    with jax.named_scope(spread.call.name.replace("[", f"[before={before},", 1)):
+        return whole(query, key, value, ids, key_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

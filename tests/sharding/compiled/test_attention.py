@@ -87,6 +87,24 @@ def test_each_device_runs_the_kernel_on_its_rows_and_heads(topology: str, own_ca
     assert f"[{BATCH // 2},{HEADS // 2},{SEQUENCE},{HEAD_DIM}]" in forward[0].shape
 
 
+def test_queries_behind_their_neighbours_keys_see_whole_windows() -> None:
+    """A device that has fetched as many keys as its own: no query stands at the beginning."""
+    text = """HloModule step
+
+ENTRY %main (q: bf16[2,8,512,128], k: bf16[2,4,1024,128], v: bf16[2,4,1024,128]) -> f32[2,8,512,128] {
+  %q = bf16[2,8,512,128]{3,2,1,0} parameter(0)
+  %k = bf16[2,4,1024,128]{3,2,1,0} parameter(1)
+  %v = bf16[2,4,1024,128]{3,2,1,0} parameter(2)
+  ROOT %call = f32[2,8,512,128]{3,2,1,0} custom-call(%q, %k, %v), custom_call_target="tpu_custom_call", """
+    scope = "meshwright_attention[causal,window=512]/"
+    told = 'metadata={{op_name="jit(step)/{}splash_mha_fwd_no_residuals/splash_mha_fwd"}}\n}}\n'
+    behind = told.format(scope + "meshwright_attention[before=512,causal,window=512]/")
+    module, inside = parse_hlo(text + told.format(scope)), parse_hlo(text + behind)
+    each = 2 * 8 * 512 * 2 * (128 + 128)
+    assert flops(module, module.instructions["call"]) == each * (512 * 1024 - 512 * 511 / 2) / 1024
+    assert flops(inside, inside.instructions["call"]) == each * 512
+
+
 @pytest.mark.slow
 def test_pieces_of_a_ring_compute_what_the_whole_call_does(own_cache: pathlib.Path) -> None:
     """Two chunks of a causal sequence: a piece sees what is before it, or all there is."""

@@ -77,8 +77,28 @@ def test_blocks_on_a_gpu_take_the_bytes_of_their_turns() -> None:
     turns, scores, rows = 2 * 16, 2 * 8 * 512 * 512, 2 * 8 * 512 * 64
     forward = (12 + 2 * 2) * scores + 3 * 2 * 3 * rows + 28 * rows
     backward = (16 + 5 * 2) * scores + (4 * 2 + 16) * 2 * rows + 4 * 2 * rows + (3 * 2 + 16) * rows
+    # Around them all queries and results, and eight times as many keys and values.
+    around = 1024 * 2 * 8 * 64 * ((2 * 2 * 17 + 8 + 3 * 2) + ((8 + 5 * 2) * 17 + 4 * 2))
     rate = 3.35e12 * calibration_for("h100").memory_efficiency
-    assert found == pytest.approx(turns * (forward + backward) / rate, rel=1e-3)
+    assert found == pytest.approx((turns * (forward + backward) + around) / rate, rel=1e-3)
+
+
+def test_blocks_on_a_tpu_copy_two_bytes_as_slowly_as_four() -> None:
+    """A ring has as many turns as gathered keys: what differs are copies of keys and their gradients."""
+    asked: dict[str, Any] = {"topology": "v5e:2x4", "mesh": {"context": 8}, "attention": "xla"}
+    ring, gathered = (attending(BOTH_WAYS, context=way, **asked) for way in ("ring", "gathered"))
+    # Keys and values of a device are put in blocks as they come, rather than all of them at first.
+    array, rate = 2 * 1024 * 8 * 64, 819e9 * calibration_for("v5e").fusion_efficiency
+    chunks = 7 * 2 * array * (2 * 4 + 2 * 4 + 22)
+    around = 7 * 2 * array * (2 * 4 + 8 + 5 * 4)
+    assert ring - gathered == pytest.approx((chunks - around) / rate, rel=1e-3)
+
+
+def test_a_kernel_s_window_is_that_of_a_device_with_neighbours() -> None:
+    found = attending(LOCAL, topology="v5e:2x4", mesh={"context": 8}, context="neighbours")
+    products = 2 * 8 * 1024 * 512 * 2 * (64 + 64)
+    rate = 197e12 * calibration_for("v5e", "splash").attention_efficiency
+    assert found == pytest.approx((1 + 3.5) * products / rate, rel=1e-3)
 
 
 def test_a_ring_of_a_kernel_s_pieces_takes_what_merging_them_moves() -> None:
