@@ -52,6 +52,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Collect garbage once: pytest looks through all that lives ten times more, and Python at its end again."""
+    gc.collect()
+    gc.freeze()
+
+
 def _fork_ranks(config: pytest.Config) -> None:
     """Let ``@pytest.mark.processes`` start its processes as forks, but where that marker itself is tested."""
     patch = pytest.MonkeyPatch()
