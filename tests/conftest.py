@@ -34,6 +34,11 @@ _ALONE = tuple(
 )
 # How many other tests a slow one takes as long as.
 _SLOW = 50
+# How XLA is told to write fused loops for CPUs by its older emitters, by the generation of jaxlib.
+_OLDER_EMITTERS = {
+    "0.10": ("--xla_cpu_use_fusion_emitters=false",),
+    "0.11": ("--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",),
+}
 _given: dict[str, tuple[object]] = {}
 _numbers = itertools.count()
 
@@ -54,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish() -> None:
-    """Collect garbage once: pytest looks through all that lives ten times more, and Python at its end again."""
+    """Collect garbage once: pytest would look through all that lives ten times more, and Python again."""
     gc.collect()
     gc.freeze()
 
@@ -69,16 +74,15 @@ def _fork_ranks(config: pytest.Config) -> None:
 def _compile_fast() -> None:
     """Compile for CPUs in less time, and look for cyclic garbage less often.
 
-    Two processes keep two cores busy, so that LLVM need not divide a program among threads. XLA's older
-    emitters, where this JAX has them, write fused loops in a third of the time; fusions are chosen alike:
-    temporaries of the tests' models differ by less than one part in a hundred.
+    The suite's processes keep all cores busy, so that LLVM need not divide a program among threads. XLA's
+    older emitters, which JAX 0.12 has no more, write fused loops in a third of the time; fusions are chosen
+    alike: temporaries of the tests' models differ by less than one part in a hundred.
     """
     gc.set_threshold(100_000, 20, 100)
     if "XLA_FLAGS" not in os.environ:
-        older = importlib.metadata.version("jaxlib").startswith("0.10.")
-        os.environ["XLA_FLAGS"] = "--xla_cpu_parallel_codegen_split_count=1" + (
-            " --xla_cpu_use_fusion_emitters=false" if older else ""
-        )
+        generation = importlib.metadata.version("jaxlib").rpartition(".")[0]
+        flags = ["--xla_cpu_parallel_codegen_split_count=1", *_OLDER_EMITTERS.get(generation, ())]
+        os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 @pytest.hookimpl(trylast=True)
