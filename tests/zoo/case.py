@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 
@@ -46,7 +47,7 @@ class Keys:
             fan_in = 1
             for size in shape[:-1]:
                 fan_in *= size
-        return jax.random.normal(key, shape) / jnp.sqrt(fan_in)
+        return draws.normal(key, shape) / jnp.sqrt(fan_in)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import draws
 import jax
 import jax.numpy as jnp
 
@@ -30,10 +31,10 @@ def graph_net(scale: int = 1) -> Case:
     def data(key: jax.Array) -> dict:
         a, b, c, d = jax.random.split(key, 4)
         return {
-            "nodes": jax.random.normal(a, (nodes, features)),
+            "nodes": draws.normal(a, (nodes, features)),
             "senders": jax.random.randint(b, (edges,), 0, nodes),
             "receivers": jax.random.randint(c, (edges,), 0, nodes),
-            "targets": jax.random.normal(d, (nodes, 8)),
+            "targets": draws.normal(d, (nodes, 8)),
         }
 
     def loss(params: dict, data: dict) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import draws
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +26,7 @@ def mlp(scale: int = 1) -> Case:
 
     def data(key: jax.Array) -> dict:
         a, b = jax.random.split(key)
-        return {"x": jax.random.normal(a, (16, sizes[0])), "y": jax.random.normal(b, (16, sizes[-1]))}
+        return {"x": draws.normal(a, (16, sizes[0])), "y": draws.normal(b, (16, sizes[-1]))}
 
     def apply(params: dict, x: jax.Array) -> jax.Array:
         *hidden, last = (layer["linear"] for layer in params["layers"])
@@ -51,8 +52,8 @@ def contrastive(scale: int = 1) -> Case:
     def data(key: jax.Array) -> dict:
         a, b = jax.random.split(key)
         return {
-            "image": jax.random.normal(a, (batch, features)),
-            "text": jax.random.normal(b, (batch, features)),
+            "image": draws.normal(a, (batch, features)),
+            "text": draws.normal(b, (batch, features)),
         }
 
     def loss(params: dict, data: dict) -> jax.Array:

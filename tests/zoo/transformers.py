@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import draws
 import jax
 import jax.numpy as jnp
 
@@ -176,7 +177,7 @@ def vision_transformer(scale: int = 1) -> Case:
     def data(key: jax.Array) -> dict:
         a, b = jax.random.split(key)
         return {
-            "image": jax.random.normal(a, (batch, image, image, channels)),
+            "image": draws.normal(a, (batch, image, image, channels)),
             "label": jax.random.randint(b, (batch,), 0, classes),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import draws
 import jax
 import jax.numpy as jnp
 
@@ -61,7 +62,7 @@ def resnet(scale: int = 1, *, batch_norm: bool = True) -> Case:
     def data(key: jax.Array) -> dict:
         a, b = jax.random.split(key)
         return {
-            "image": jax.random.normal(a, (batch, image, image, 3)),
+            "image": draws.normal(a, (batch, image, image, 3)),
             "label": jax.random.randint(b, (batch,), 0, classes),
         }
 
@@ -127,8 +128,8 @@ def unet(scale: int = 1) -> Case:
     def data(key: jax.Array) -> dict:
         a, b, c = jax.random.split(key, 3)
         return {
-            "image": jax.random.normal(a, (batch, image, image, 4)),
-            "noise": jax.random.normal(b, (batch, image, image, 4)),
+            "image": draws.normal(a, (batch, image, image, 4)),
+            "noise": draws.normal(b, (batch, image, image, 4)),
             "time": jax.random.uniform(c, (batch,)),
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +52,7 @@ def made(config: DecoderConfig) -> Experts:
 def test_every_token_gets_what_its_experts_give(router: str, shared: int | None) -> None:
     config = small(router=router, shared_experts=shared, router_scale=1.5)
     module = made(config)
-    x = jax.random.normal(jax.random.key(1), (2, 16, config.embed))
+    x = draws.normal(jax.random.key(1), (2, 16, config.embed))
     got, found = module(x)
     assert found is None
     for row in range(2):
@@ -73,8 +74,8 @@ def test_every_token_gets_what_its_experts_give(router: str, shared: int | None)
 def test_choices_come_from_the_best_groups_by_the_bias_and_weigh_by_scores() -> None:
     """Against one token at a time: two of four groups of two experts, judged by both their experts."""
     config = small(router="sigmoid", router_groups=4, router_groups_per_token=2, router_bias_rate=0.1)
-    scores = jax.nn.sigmoid(jax.random.normal(jax.random.key(0), (2, 5, 8)))
-    bias = jax.random.normal(jax.random.key(1), (8,)) / 2
+    scores = jax.nn.sigmoid(draws.normal(jax.random.key(0), (2, 5, 8)))
+    bias = draws.normal(jax.random.key(1), (8,)) / 2
     weights, chosen = choose(config, scores, bias)
     for row, token in np.ndindex(2, 5):
         ranked = np.asarray(scores[row, token] + bias).reshape(4, 2)
@@ -87,7 +88,7 @@ def test_choices_come_from_the_best_groups_by_the_bias_and_weigh_by_scores() -> 
 
 
 def test_a_rows_balance_loss_is_of_its_counted_tokens() -> None:
-    scores = jax.nn.softmax(jax.random.normal(jax.random.key(0), (3, 6, 8)))
+    scores = jax.nn.softmax(draws.normal(jax.random.key(0), (3, 6, 8)))
     chosen = jax.lax.top_k(scores, 2)[1]
     counted = jnp.array([[True] * 6, [True] * 4 + [False] * 2, [False] * 6])
     dropped = jnp.zeros(chosen.shape, bool).at[:, 0, 0].set(True)

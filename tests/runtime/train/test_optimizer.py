@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,9 +28,7 @@ def settings(**words: Any) -> OptimizerConfig:
 def params() -> dict[str, jax.Array]:
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = {"table": (6, 8), "up": (2, 8, 4), "bias": (2, 4)}
-    return {
-        name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    return {name: draws.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
 
 
 def build(**words: Any) -> optax.GradientTransformation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +44,7 @@ def arrays(count: int, *, cross: bool) -> list[Any]:
         if not cross:
             del shapes["cross"]
         return {
-            name: 0.1 * jax.random.normal(key, shape)
+            name: 0.1 * draws.normal(key, shape)
             for key, (name, shape) in zip(keys, shapes.items(), strict=False)
         }
 
@@ -57,7 +58,7 @@ def made_params() -> Any:
 def made_batch() -> Any:
     keys = jax.random.split(jax.random.key(7))
     names = ("source", "target")
-    return {name: jax.random.normal(key, (ROWS, WIDTH)) for name, key in zip(names, keys, strict=True)}
+    return {name: draws.normal(key, (ROWS, WIDTH)) for name, key in zip(names, keys, strict=True)}
 
 
 def planned(loss: Any, params: Any, batch: Any, remat: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +20,12 @@ pytestmark = pytest.mark.numerics
 
 def arrays(experts: int = 8, choices: int = 2, rows: int = 8) -> tuple[Any, ...]:
     keys = iter(jax.random.split(jax.random.key(0), 8))
-    x = jax.random.normal(next(keys), (rows, 8, 16))
+    x = draws.normal(next(keys), (rows, 8, 16))
     # Most tokens like the first experts best.
-    scores = jax.random.normal(next(keys), (rows, 8, experts)) - 1.5 * jnp.arange(experts)
+    scores = draws.normal(next(keys), (rows, 8, experts)) - 1.5 * jnp.arange(experts)
     weights, chosen = jax.lax.top_k(jax.nn.softmax(scores), choices)
     shapes = ((experts, 16, 24), (experts, 24, 16), (experts, 16, 24))
-    return (x, weights, chosen, *(jax.random.normal(next(keys), shape) / 4 for shape in shapes))
+    return (x, weights, chosen, *(draws.normal(next(keys), shape) / 4 for shape in shapes))
 
 
 def by_token(x: Any, weights: Any, chosen: Any, up: Any, down: Any, gate: Any = None) -> Any:
@@ -64,12 +65,12 @@ def test_each_token_gets_what_its_experts_give_and_so_do_gradients(gated: bool) 
 def test_megablox_multiplies_as_the_loop_over_tiles_does() -> None:
     """Its kernels, interpreted: rows behind the last group, which they leave as they were, are never read."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
-    x = jax.random.normal(next(keys), (96, 128))
-    scores = jax.random.normal(next(keys), (96, 4)) - jnp.arange(4.0)
+    x = draws.normal(next(keys), (96, 128))
+    scores = draws.normal(next(keys), (96, 4)) - jnp.arange(4.0)
     weights, chosen = jax.lax.top_k(jax.nn.softmax(scores), 2)
     # The third expert gets nothing, and some choices are another device's.
     chosen = jnp.where(chosen == 2, 4, chosen)
-    own = (x, weights, *(jax.random.normal(next(keys), (4, 128, 128)) / 8 for _ in range(3)))
+    own = (x, weights, *(draws.normal(next(keys), (4, 128, 128)) / 8 for _ in range(3)))
     call = ExpertsCall(activation="silu", gated=True)
 
     def squares(kernel: str, x: Any, weights: Any, *matrices: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,8 +228,8 @@ def test_a_loss_may_take_its_rows_in_fewer_groups_than_devices(mesh: dict[str, i
         return jnp.mean(jax.vmap(lambda rows: jnp.std(jnp.tanh(rows @ params), axis=0).mean())(groups))
 
     params, batch = (
-        jax.random.normal(jax.random.key(0), (16, 16)),
-        jax.random.normal(jax.random.key(1), (32, 16)),
+        draws.normal(jax.random.key(0), (16, 16)),
+        draws.normal(jax.random.key(1), (32, 16)),
     )
     made = declare(loss, params, batch, topology="cpu:8", mesh=mesh, names=("embed", "mlp"))
     assert any("takes its rows in 4 groups" in note for note in made.notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,8 +125,7 @@ def weights(key: Array) -> Weights:
     }
     keys = jax.random.split(key, len(shapes))
     return {
-        name: jax.random.normal(one, shape) / 4
-        for one, (name, shape) in zip(keys, shapes.items(), strict=True)
+        name: draws.normal(one, shape) / 4 for one, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
 
 
@@ -145,7 +145,7 @@ def holds(names: list[str], pick: int) -> None:
     with jax.enable_x64(True):
         loss = program(names)
         params = weights(jax.random.key(0))
-        batch = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, WIDTH))
+        batch = draws.normal(jax.random.key(1), (ROWS, LENGTH, WIDTH))
         where = Topology.parse("cpu:8")
         problem = Problem(loss=loss, params=params, batch=batch, optimizer=optax.sgd(0.1), names=None)
         candidates = list(problem.space(where, Declared()).candidates())

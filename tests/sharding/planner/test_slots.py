@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,8 +17,8 @@ pytestmark = pytest.mark.numerics
 
 def init(key: jax.Array) -> dict[str, Any]:
     return {
-        "up": jax.random.normal(key, (48, 128)),
-        "down": jax.random.normal(key, (128, 48)),
+        "up": draws.normal(key, (48, 128)),
+        "down": draws.normal(key, (128, 48)),
         "bias": jnp.zeros(48),
     }
 

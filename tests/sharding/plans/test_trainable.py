@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,11 +45,11 @@ MESHES: dict[str, dict[str, Any]] = {
 def init(key: Any) -> dict[str, Any]:
     one, two, three = jax.random.split(key, 3)
     return {
-        "base": jax.random.normal(one, (WIDTH, WIDTH)) / 6,
+        "base": draws.normal(one, (WIDTH, WIDTH)) / 6,
         "quantised": jax.random.randint(two, (WIDTH, WIDTH), -40, 40, "int8"),
         "noise": jax.random.key(5),
         "turns": jnp.uint32(2),
-        "lora": {"a": jax.random.normal(three, (WIDTH, RANK)) / 6, "b": jnp.zeros((RANK, WIDTH))},
+        "lora": {"a": draws.normal(three, (WIDTH, RANK)) / 6, "b": jnp.zeros((RANK, WIDTH))},
     }
 
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,9 +39,9 @@ ADAM = OPTIMIZERS["adamw"]
 def init(key: Any) -> tuple[Any, Any]:
     one, two = jax.random.split(key)
     params = {
-        "up": jax.random.normal(one, (WIDTH, HIDDEN)) / 6,
+        "up": draws.normal(one, (WIDTH, HIDDEN)) / 6,
         "scale": jnp.ones(HIDDEN),
-        "down": jax.random.normal(two, (HIDDEN, WIDTH)) / 8,
+        "down": draws.normal(two, (HIDDEN, WIDTH)) / 8,
     }
     state = {
         "statistics": {"mean": jnp.zeros(HIDDEN), "variance": jnp.ones(HIDDEN)},

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +23,8 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 def init(key: Any) -> dict[str, Any]:
     one, two = jax.random.split(key)
     return {
-        "table": jax.random.normal(one, (WIDTH, WIDTH)) / 4,
-        "head": jax.random.normal(two, (WIDTH, CLASSES)) / 4,
+        "table": draws.normal(one, (WIDTH, WIDTH)) / 4,
+        "head": draws.normal(two, (WIDTH, CLASSES)) / 4,
         "gain": jnp.full((WIDTH,), 0.1),
         "heat": 1.0,
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +68,7 @@ def test_blocks_of_equinox_become_one_scan_with_one_attention() -> None:
 
     model = [block(key) for key in jax.random.split(jax.random.key(0), 4)]
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    batch = jax.random.normal(jax.random.key(1), (3, length, width))
+    batch = draws.normal(jax.random.key(1), (3, length, width))
 
     def run(model, x):
         seen = jnp.tril(jnp.ones((length, length), bool))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import meshwright.sharding as ms
@@ -249,7 +250,7 @@ VOCABULARY, ROWS, LENGTH = 64, 16, 8
 
 
 def init(key: jax.Array) -> Any:
-    table = jax.random.normal(key, (VOCABULARY, WIDTH))
+    table = draws.normal(key, (VOCABULARY, WIDTH))
     blocks = [{**block, "norm": jnp.ones(WIDTH)} for block in weights()]
     return {"embed": table, "blocks": blocks}
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +38,8 @@ def loss_in(dtype):
 def arrays(vocab=VOCAB):
     keys = jax.random.split(jax.random.key(0), 4)
     params = {
-        "table": jax.random.normal(keys[0], (vocab, EMBED)) * 0.3,
-        "w": jax.random.normal(keys[1], (4, EMBED, EMBED)) * 0.1,
+        "table": draws.normal(keys[0], (vocab, EMBED)) * 0.3,
+        "w": draws.normal(keys[1], (4, EMBED, EMBED)) * 0.1,
     }
     batch = {
         "x": jax.random.randint(keys[2], (ROWS, SEQUENCE), 0, OFTEN),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,7 @@ def weights(kv_heads: int) -> dict[str, Any]:
     }
     keys = jax.random.split(jax.random.key(0), len(shapes))
     pairs = zip(shapes.items(), keys, strict=True)
-    return {name: 0.2 * jax.random.normal(key, (LAYERS, *shape)) for (name, shape), key in pairs}
+    return {name: 0.2 * draws.normal(key, (LAYERS, *shape)) for (name, shape), key in pairs}
 
 
 NAMES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +22,8 @@ ROWS, WIDTH = 64, 16
 def init(key: Any, dtype: str = "float32") -> Any:
     first, second = jax.random.split(key)
     return {
-        "into": (jax.random.normal(first, (WIDTH, 32)) / 4).astype(dtype),
-        "out": (jax.random.normal(second, (32, WIDTH)) / 6).astype(dtype),
+        "into": (draws.normal(first, (WIDTH, 32)) / 4).astype(dtype),
+        "out": (draws.normal(second, (32, WIDTH)) / 6).astype(dtype),
         # No gradient but that of rounding: the mean over the columns takes it away.
         "shift": jnp.zeros((WIDTH,), dtype),
     }
@@ -37,7 +38,7 @@ def loss(params: Any, batch: Any) -> Any:
 
 
 def batch() -> Any:
-    x, y = jax.random.normal(jax.random.key(1), (2, ROWS, WIDTH))
+    x, y = draws.normal(jax.random.key(1), (2, ROWS, WIDTH))
     return {"x": np.asarray(x), "y": np.asarray(y)}
 
 

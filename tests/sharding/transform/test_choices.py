@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,10 +32,10 @@ def loss_in(dtype: Any) -> Any:
 def test_every_layers_choices_are_told_and_counted_where_they_turn() -> None:
     keys = iter(jax.random.split(jax.random.key(0), 3))
     params = {
-        "router": jax.random.normal(next(keys), (LAYERS, EMBED, EXPERTS)),
-        "up": 0.1 * jax.random.normal(next(keys), (LAYERS, EXPERTS, EMBED, 8)),
+        "router": draws.normal(next(keys), (LAYERS, EMBED, EXPERTS)),
+        "up": 0.1 * draws.normal(next(keys), (LAYERS, EXPERTS, EMBED, 8)),
     }
-    batch = jax.random.normal(next(keys), (16, 64, EMBED))
+    batch = draws.normal(next(keys), (16, 64, EMBED))
     wide, narrow = (chosen_experts(loss_in(kind), params, batch) for kind in (jnp.float32, jnp.bfloat16))
     assert (np.stack(wide) == jax.jit(loss_in(jnp.float32))(params, batch)[1]).all()
     turned, tokens = other_choices(wide, narrow)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +35,8 @@ def plain(params: Any, batch: Any) -> Any:
 def init(key: Any) -> Any:
     up, down = jax.random.split(key)
     return {
-        "up": jax.random.normal(up, (LAYERS, WIDTH, 2 * WIDTH)) / 4,
-        "down": jax.random.normal(down, (LAYERS, 2 * WIDTH, WIDTH)) / 4,
+        "up": draws.normal(up, (LAYERS, WIDTH, 2 * WIDTH)) / 4,
+        "down": draws.normal(down, (LAYERS, 2 * WIDTH, WIDTH)) / 4,
     }
 
 
@@ -222,9 +223,9 @@ def attending(params: Any, batch: Any) -> Any:
 def test_what_a_plan_adds_is_not_held_to_the_users_settings(microbatches: int) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
-        "query": jax.random.normal(keys[0], (4,)),
-        "key": jax.random.normal(keys[1], (4,)),
-        "out": jax.random.normal(keys[2], (WIDTH, 12)),
+        "query": draws.normal(keys[0], (4,)),
+        "key": draws.normal(keys[1], (4,)),
+        "out": draws.normal(keys[2], (WIDTH, 12)),
     }
     data = {**batch(), "y": jnp.arange(ROWS) % 12, "counts": (jnp.arange(ROWS) % 3).astype(jnp.float32)}
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):

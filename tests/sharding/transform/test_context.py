@@ -8,6 +8,7 @@ import functools
 import re
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,8 +51,7 @@ def problem(sequence: int, asked: tuple[tuple[str, Any], ...]) -> tuple[Any, Any
     shapes["output"] = (2, HEADS, value_width, EMBED)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     params = {
-        name: 0.1 * jax.random.normal(key, shape)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        name: 0.1 * draws.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
     rng = np.random.default_rng(0)
     batch = {

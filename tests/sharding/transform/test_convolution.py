@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,11 +56,11 @@ LOSSES = {
 def test_gradients_of_filters_are_those_of_all_rows(loss):
     keys = jax.random.split(jax.random.key(0), 4)
     p = {
-        "each": jax.random.normal(keys[0], (3, 3, 1, CHANNELS)),
-        "groups": jax.random.normal(keys[1], (3, 3, 2, CHANNELS)),
-        "all": jax.random.normal(keys[2], (1, 1, CHANNELS, 16)),
+        "each": draws.normal(keys[0], (3, 3, 1, CHANNELS)),
+        "groups": draws.normal(keys[1], (3, 3, 2, CHANNELS)),
+        "all": draws.normal(keys[2], (1, 1, CHANNELS, 16)),
     }
-    b = {"x": jax.random.normal(keys[3], (ROWS, SIZE, SIZE, CHANNELS))}
+    b = {"x": draws.normal(keys[3], (ROWS, SIZE, SIZE, CHANNELS))}
     names = {"each": (None,) * 4, "groups": (None,) * 4, "all": (None, None, None, "mlp")}
     made = declare(loss, p, b, topology="cpu:8", mesh={"data": 4, "tensor": 2}, names=names)
     want, got = (jax.jit(jax.value_and_grad(one))(p, b) for one in (loss, made.apply(loss)))

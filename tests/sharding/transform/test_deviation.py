@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ NAMES = {"into": ("embed", "mlp"), "out": ("mlp", "embed"), "fixed": ("embed",)}
 
 def init() -> Any:
     first, second = jax.random.split(jax.random.key(0))
-    into, out = jax.random.normal(first, (16, 32)) / 4, jax.random.normal(second, (32, 16)) / 6
+    into, out = draws.normal(first, (16, 32)) / 4, draws.normal(second, (32, 16)) / 6
     return {"into": into, "out": out, "fixed": jnp.ones((16,))}
 
 
@@ -34,7 +35,7 @@ def narrow(params: Any, batch: Any) -> Any:
 
 
 def batch() -> Any:
-    x, y = jax.random.normal(jax.random.key(1), (2, 16, 16))
+    x, y = draws.normal(jax.random.key(1), (2, 16, 16))
     return {"x": np.asarray(x), "y": np.asarray(y)}
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,10 +42,9 @@ def problem() -> tuple[Any, Any, Any]:
     keys = iter(jax.random.split(jax.random.key(1), 8))
     sizes = {"layers": LAYERS, "experts": EXPERTS, "embed": EMBED, "mlp": MLP, "scores": EXPERTS}
     params = {
-        name: jax.random.normal(next(keys), tuple(sizes[dim] for dim in dims)) / 3
-        for name, dims in NAMES.items()
+        name: draws.normal(next(keys), tuple(sizes[dim] for dim in dims)) / 3 for name, dims in NAMES.items()
     }
-    batch = {name: jax.random.normal(next(keys), (ROWS, SEQUENCE, EMBED)) for name in ("x", "y")}
+    batch = {name: draws.normal(next(keys), (ROWS, SEQUENCE, EMBED)) for name in ("x", "y")}
     return params, batch, jax.jit(jax.value_and_grad(loss))(params, batch)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ NAMES = {"table": ("vocab", "embed"), "out": ("embed", None)}
 
 def init(key: Any, entries: int = ENTRIES) -> dict[str, Any]:
     one, other = jax.random.split(key)
-    return {"table": jax.random.normal(one, (entries, WIDTH)), "out": jax.random.normal(other, (WIDTH, 4))}
+    return {"table": draws.normal(one, (entries, WIDTH)), "out": draws.normal(other, (WIDTH, 4))}
 
 
 def batch() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ X = np.linspace(-1, 1, 16 * 8, dtype=np.float32).reshape(16, 8)
 
 def init(key: Any) -> dict[str, Any]:
     one, two = jax.random.split(key)
-    return {"up": jax.random.normal(one, (8, 16)), "down": jax.random.normal(two, (16, 8))}
+    return {"up": draws.normal(one, (8, 16)), "down": draws.normal(two, (16, 8))}
 
 
 def loss(params: Any, x: Any) -> Any:

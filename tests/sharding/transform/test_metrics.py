@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,11 +25,11 @@ class Counts(NamedTuple):
 
 
 def init(key: Any) -> Any:
-    return {"w": jax.random.normal(key, (WIDTH, WIDTH)) / 3}
+    return {"w": draws.normal(key, (WIDTH, WIDTH)) / 3}
 
 
 def batch() -> Any:
-    return {"x": jax.random.normal(jax.random.key(1), (ROWS, WIDTH))}
+    return {"x": draws.normal(jax.random.key(1), (ROWS, WIDTH))}
 
 
 def one_step(loss: Any, init: Any = init, optimizer: Any = None, **how: Any) -> tuple[Any, Any, Any]:
@@ -126,7 +127,7 @@ def test_two_parts_give_the_metrics_of_the_whole() -> None:
 )
 def test_parameters_of_any_float_type_are_trained_as_in_plain_jax(dtype: str, made: Any) -> None:
     def init(key: Any) -> Any:
-        w, v, turn = jax.random.normal(key, (3, WIDTH, WIDTH)) / 3
+        w, v, turn = draws.normal(key, (3, WIDTH, WIDTH)) / 3
         w = w + 1j * turn if dtype == "complex64" else w
         return {"w": w.astype(dtype), "v": v}
 

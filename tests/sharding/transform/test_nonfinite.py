@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ LAYERS, WIDTH, ROWS = 4, 8, 16
 
 
 def init() -> Any:
-    weights = jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH)) * 0.2
+    weights = draws.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH)) * 0.2
     return {"blocks": weights, "head": jnp.ones((WIDTH, 4))}
 
 

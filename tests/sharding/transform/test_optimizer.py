@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +24,8 @@ ROWS, WIDTH = 16, 16
 def init(key: Any) -> Any:
     first, second = jax.random.split(key)
     return {
-        "into": jax.random.normal(first, (WIDTH, 32)) / 4,
-        "out": jax.random.normal(second, (32, WIDTH)) / 6,
+        "into": draws.normal(first, (WIDTH, 32)) / 4,
+        "out": draws.normal(second, (32, WIDTH)) / 6,
     }
 
 
@@ -34,9 +35,7 @@ def loss(params: Any, batch: Any) -> Any:
 
 def batches(count: int) -> list[Any]:
     keys = jax.random.split(jax.random.key(1), 2 * count).reshape(count, 2)
-    return [
-        {"x": jax.random.normal(x, (ROWS, WIDTH)), "y": jax.random.normal(y, (ROWS, WIDTH))} for x, y in keys
-    ]
+    return [{"x": draws.normal(x, (ROWS, WIDTH)), "y": draws.normal(y, (ROWS, WIDTH))} for x, y in keys]
 
 
 def alone(name: str, count: int) -> tuple[Any, Any]:

@@ -1,3 +1,4 @@
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,7 @@ def loss(params, x):
 @pytest.fixture
 def arrays():
     keys = jax.random.split(jax.random.key(0))
-    return 0.1 * jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH)), jax.random.normal(keys[1], (256, WIDTH))
+    return 0.1 * draws.normal(keys[0], (LAYERS, WIDTH, WIDTH)), draws.normal(keys[1], (256, WIDTH))
 
 
 @pytest.mark.numerics
@@ -125,9 +126,9 @@ def wide(params, batch):
 @pytest.fixture
 def wide_arrays():
     keys = jax.random.split(jax.random.key(1), 3)
-    up = 0.1 * jax.random.normal(keys[0], (LAYERS, WIDTH, 4 * WIDTH))
-    down = 0.1 * jax.random.normal(keys[1], (LAYERS, 4 * WIDTH, WIDTH))
-    return {"layers": {"up": up, "down": down}}, jax.random.normal(keys[2], (ROWS, WIDTH))
+    up = 0.1 * draws.normal(keys[0], (LAYERS, WIDTH, 4 * WIDTH))
+    down = 0.1 * draws.normal(keys[1], (LAYERS, 4 * WIDTH, WIDTH))
+    return {"layers": {"up": up, "down": down}}, draws.normal(keys[2], (ROWS, WIDTH))
 
 
 def stacked(function, arrays):

@@ -6,6 +6,7 @@ import functools
 import pathlib
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ SGD = optax.sgd(1e-1)
 
 
 def init(key: Any) -> Any:
-    return {"w": jax.random.normal(key, (8, 8))}
+    return {"w": draws.normal(key, (8, 8))}
 
 
 def batch() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,11 +198,11 @@ def fragile(params: Any, batch: Any) -> Any:
 
 
 def fragile_init(key: Any) -> Any:
-    return {"w": jax.random.normal(key, (8, 8))}
+    return {"w": draws.normal(key, (8, 8))}
 
 
 def fragile_batch(scale: float = 1.0, edge: float = 1.0) -> Any:
-    x = jax.random.normal(jax.random.key(1), (16, 8))
+    x = draws.normal(jax.random.key(1), (16, 8))
     return {"x": x, "scale": jnp.full((16,), scale, "float32"), "edge": jnp.full((16,), edge, "float32")}
 
 
@@ -267,7 +268,7 @@ def test_the_guard_can_be_taken_away_and_a_state_without_the_flag_is_sound() -> 
 @pytest.mark.parametrize("name", ["step", "params", "optimizer", "stopped"])
 def test_a_parameter_may_be_named_as_a_part_of_the_state(name: str) -> None:
     def init(key: Any) -> Any:
-        return {name: jax.random.normal(key, (8, 16)), "out": jax.random.normal(key, (16, 8))}
+        return {name: draws.normal(key, (8, 16)), "out": draws.normal(key, (16, 8))}
 
     def loss(params: Any, batch: Any) -> Any:
         return jnp.mean((batch["x"] @ params[name] @ params["out"]) ** 2)

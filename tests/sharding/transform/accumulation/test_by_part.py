@@ -1,3 +1,4 @@
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,15 +43,15 @@ def accumulate(loss, microbatches):
 
 @pytest.fixture
 def params():
-    return {"w": jax.random.normal(jax.random.key(0), (4, 3))}
+    return {"w": draws.normal(jax.random.key(0), (4, 3))}
 
 
 @pytest.fixture
 def batch():
     keys = jax.random.split(jax.random.key(1))
     return {
-        "x": jax.random.normal(keys[0], (ROWS, 4)),
-        "y": jax.random.normal(keys[1], (ROWS, 3)),
+        "x": draws.normal(keys[0], (ROWS, 4)),
+        "y": draws.normal(keys[1], (ROWS, 3)),
         "mask": jnp.array([1.0, 0, 1, 1, 1, 0, 0, 0]),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,8 @@ from meshwright.sharding import UserError, declare
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
 
 ROWS, TIME, WIDTH = 16, 4, 8
-PARAMS = {"w": jax.random.normal(jax.random.key(0), (WIDTH, WIDTH)) / 2, "at": jnp.array(1.0)}
-BATCH = {"x": jax.random.normal(jax.random.key(1), (ROWS, TIME, WIDTH))}
+PARAMS = {"w": draws.normal(jax.random.key(0), (WIDTH, WIDTH)) / 2, "at": jnp.array(1.0)}
+BATCH = {"x": draws.normal(jax.random.key(1), (ROWS, TIME, WIDTH))}
 
 
 def hidden(p, b):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ def init(dtype: Any = jnp.float32) -> Any:
     keys = jax.random.split(jax.random.key(0), 4)
 
     def normal(key: Any, *shape: int) -> Any:
-        return (jax.random.normal(key, shape) * 0.2).astype(dtype)
+        return (draws.normal(key, shape) * 0.2).astype(dtype)
 
     return {
         "table": normal(keys[0], VOCAB, WIDTH),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +20,9 @@ ROWS, TIME, WIDTH, CLASSES = 16, 4, 16, 4
 def params():
     keys = jax.random.split(jax.random.key(0), 3)
     return {
-        "inside": jax.random.normal(keys[0], (WIDTH, WIDTH)) / 4,
-        "layers": jax.random.normal(keys[1], (3, WIDTH, WIDTH)) / 4,
-        "outside": jax.random.normal(keys[2], (WIDTH, CLASSES)) / 4,
+        "inside": draws.normal(keys[0], (WIDTH, WIDTH)) / 4,
+        "layers": draws.normal(keys[1], (3, WIDTH, WIDTH)) / 4,
+        "outside": draws.normal(keys[2], (WIDTH, CLASSES)) / 4,
     }
 
 
@@ -29,7 +30,7 @@ def batch():
     keys = jax.random.split(jax.random.key(1), 2)
     lengths = jnp.arange(ROWS) * 7 % (TIME + 1)
     return {
-        "x": jax.random.normal(keys[0], (ROWS, TIME, WIDTH)),
+        "x": draws.normal(keys[0], (ROWS, TIME, WIDTH)),
         "y": jax.random.randint(keys[1], (ROWS, TIME), 0, CLASSES),
         "counts": (jnp.arange(TIME) < lengths[:, None]) * 1.0,
     }
@@ -274,7 +275,7 @@ def test_rows_are_told_from_keys_and_tables_by_what_the_loss_does_of_them():
         return (each * by).sum() / by.sum()
 
     # Tables of as many classes as rows, more of them than examples, and a key before all.
-    p = {**params(), "outside": jax.random.normal(jax.random.key(5), (WIDTH, ROWS)) / 4}
+    p = {**params(), "outside": draws.normal(jax.random.key(5), (WIDTH, ROWS)) / 4}
     table = jnp.arange(1.0, 1 + ROWS)
     b = {**batch(), "weights": table, "bias": table[::-1] ** 2, "a key": jax.random.PRNGKey(4)}
     b = {name: b[name] for name in ("x", "y", "weights", "bias", "a key")}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import draws
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def init(dtype: Any = jnp.float32) -> Any:
     keys = jax.random.split(jax.random.key(0), 4)
 
     def normal(key: Any, *shape: int) -> Any:
-        return (jax.random.normal(key, shape) * 0.2).astype(dtype)
+        return (draws.normal(key, shape) * 0.2).astype(dtype)
 
     return {
         "blocks": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import pytest
@@ -27,8 +28,7 @@ def arguments() -> dict[str, Any]:
         "x": (ROWS, WIDTH),
     }
     made = {
-        name: jax.random.normal(key, shape) * 0.3
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        name: draws.normal(key, shape) * 0.3 for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
     return {"scale": jnp.ones((LAYERS, WIDTH)), **made}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ def init(scanned: bool = True, width: int = WIDTH, first: int = FIRST, second: i
     keys = iter(jax.random.split(jax.random.key(0), 100))
 
     def normal(*shape: int, by: float = 1.0) -> Any:
-        return jax.random.normal(next(keys), shape) * by / shape[0] ** 0.5
+        return draws.normal(next(keys), shape) * by / shape[0] ** 0.5
 
     def layer() -> dict[str, Any]:
         return {
