@@ -13,13 +13,15 @@ import numpy as np
 
 # Elements of the shortest row that is drawn; longer ones have eight times as many, and so on.
 _SHORTEST = 4096
+# XLA's optimisations take a second and more over the program that draws an array of several dimensions.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def normal(key: Any, shape: Sequence[int] = (), dtype: Any = None) -> Any:
-    """Return what `jax.random.normal` does, bit for bit.
+    """Return what `jax.random.normal` does without XLA's optimisations, which change last bits.
 
-    JAX draws each element of its own number in the array, so that a row has what a shorter one of one key
-    has. Within a function that is being traced it is `jax.random.normal` itself.
+    JAX draws each element by its place in the array, so that a row begins with what a shorter one of its key
+    has. In a function that is being traced this is `jax.random.normal` itself.
     """
     plain = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == () and dtype is None
     if isinstance(key, jax.core.Tracer) or not plain:
@@ -30,6 +32,6 @@ def normal(key: Any, shape: Sequence[int] = (), dtype: Any = None) -> Any:
     return jnp.asarray(np.asarray(_row(key, size))[:count].reshape(shape))
 
 
-@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1, compiler_options=_QUICK)
 def _row(key: Any, size: int) -> Any:
     return jax.random.normal(key, (size,))

@@ -12,8 +12,11 @@ from meshwright.sharding import UserError, declare
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
 
 ROWS, TIME, WIDTH = 16, 4, 8
-PARAMS = {"w": draws.normal(jax.random.key(0), (WIDTH, WIDTH)) / 2, "at": jnp.array(1.0)}
-BATCH = {"x": draws.normal(jax.random.key(1), (ROWS, TIME, WIDTH))}
+
+
+def arguments():
+    params = {"w": draws.normal(jax.random.key(0), (WIDTH, WIDTH)) / 2, "at": jnp.array(1.0)}
+    return params, {"x": draws.normal(jax.random.key(1), (ROWS, TIME, WIDTH))}
 
 
 def hidden(p, b):
@@ -84,10 +87,10 @@ def test_moves_of_other_dimensions_keep_values():
         means = {name: jnp.mean(move(p, hidden(p, b))) for name, move in MOVES.items()}
         return sum(means.values()), means
 
-    (value, aux), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(PARAMS, BATCH)
-    layout = declare(loss, PARAMS, BATCH, topology="cpu:8", mesh={"data": 8}, microbatches=2)
+    (value, aux), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(*arguments())
+    layout = declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2)
     apply = layout.apply(loss)
-    (got, got_aux), got_gradient = jax.jit(jax.value_and_grad(apply, has_aux=True))(PARAMS, BATCH)
+    (got, got_aux), got_gradient = jax.jit(jax.value_and_grad(apply, has_aux=True))(*arguments())
     np.testing.assert_allclose(got, value, rtol=2e-6)
     for name in MOVES:
         np.testing.assert_allclose(got_aux[name], aux[name], rtol=5e-6, atol=1e-6, err_msg=name)
@@ -102,5 +105,5 @@ def test_moves_of_the_examples_are_refused(name):
         return jnp.mean(move(p, hidden(p, b)))
 
     with pytest.raises(UserError, match=words) as caught:
-        declare(loss, PARAMS, BATCH, topology="cpu:8", mesh={"data": 8}, microbatches=2)
+        declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2)
     assert "test_moves.py:" in str(caught.value)
