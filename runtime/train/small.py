@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ...sharding.plans.record import Decision
 from ...sharding.plans.reduced import Reduction
@@ -80,16 +81,20 @@ def drawn(tree: Any, seed: int) -> Any:
     Matrices of the size of products' rounding, vectors about one, as scales and variances are.
     """
     leaves, structure = jax.tree.flatten(tree)
+    # By NumPy: JAX compiles for a second and more to draw an array, for each shape that a model has.
+    random = np.random.default_rng(seed)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(structure, [_drawn(leaf, key) for leaf, key in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(
+        structure, [_drawn(leaf, random, key) for leaf, key in zip(leaves, keys, strict=True)]
+    )
 
 
-def _drawn(leaf: Any, key: Any) -> Any:
+def _drawn(leaf: Any, random: np.random.Generator, key: Any) -> Any:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.split(key, leaf.shape) if leaf.shape else key
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return jnp.zeros(leaf.shape, leaf.dtype)
-    noise = jax.random.normal(key, leaf.shape)
+        return jnp.asarray(np.zeros(leaf.shape, leaf.dtype))
+    noise = random.standard_normal(leaf.shape, np.float32)
     if len(leaf.shape) < 2:
-        return (1 + noise / 8).astype(leaf.dtype)
-    return (noise / max(leaf.shape[-2:]) ** 0.5).astype(leaf.dtype)
+        return jnp.asarray(1 + noise / 8, leaf.dtype)
+    return jnp.asarray(noise / max(leaf.shape[-2:]) ** 0.5, leaf.dtype)

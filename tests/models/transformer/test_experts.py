@@ -134,7 +134,7 @@ def batch_of(config: DecoderConfig, rows: int = 8) -> dict[str, jax.Array]:
 
 def test_a_mixture_with_dense_layers_learns() -> None:
     model = decoder(small(dense_layers=1, shared_experts=1, **LATENT))
-    params, batch = model.init(jax.random.key(0)), batch_of(model.config)
+    params, batch = jax.jit(model.init)(jax.random.key(0)), batch_of(model.config)
     optimizer = optax.adam(1e-2)
     state = optimizer.init(params)
 
@@ -155,7 +155,7 @@ def test_a_mixture_with_dense_layers_learns() -> None:
 @pytest.mark.parametrize("changes", [{}, {"dense_layers": 1, **LATENT}])
 def test_it_decodes_what_it_scores(changes: dict[str, Any]) -> None:
     model = decoder(small(**changes))
-    params, tokens = model.init(jax.random.key(0)), batch_of(model.config, 2)["tokens"]
+    params, tokens = jax.jit(model.init)(jax.random.key(0)), batch_of(model.config, 2)["tokens"]
     whole = model.logits(params, tokens)
     assert model.empty_cache is not None
     assert model.decode is not None
@@ -190,7 +190,7 @@ def reduced(name: str, **changes: Any) -> DecoderConfig:
 def test_a_published_mixture_reduced_trains_as_on_one_device(name: str, mesh: dict[str, int]) -> None:
     """Loss, metrics and all that changes by a step in two parts, against the plain function on one device."""
     model = decoder(reduced(name, balance_loss=0.1))
-    first, batch, optimizer = model.init(jax.random.key(0)), batch_of(model.config), optax.sgd(0.1)
+    first, batch, optimizer = jax.jit(model.init)(jax.random.key(0)), batch_of(model.config), optax.sgd(0.1)
     params, *state = first if model.has_state else (first,)
     beside: dict[str, Any] = {"state": state[0]} if state else {}
     declared: Any = {"names": model.names, "mesh": mesh, "microbatches": 2, "remat": "none"}

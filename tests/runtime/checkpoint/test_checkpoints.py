@@ -14,6 +14,7 @@ import textwrap
 import time
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +38,8 @@ def make_state(mesh: Mesh, seed: int = 0) -> Any:
     """A training state with every kind of leaf: sharded, replicated, scalar, narrow, keys, empty states."""
     w, table, key = jax.random.split(jax.random.key(seed), 3)
     params = {
-        "w": jax.random.normal(w, (64, 32)),
-        "embed": {"table": jax.random.normal(table, (48, 8), jnp.bfloat16)},
+        "w": draws.normal(w, (64, 32)),
+        "embed": {"table": draws.normal(table, (48, 8)).astype(jnp.bfloat16)},
     }
     state = {
         "step": jnp.int32(seed),
