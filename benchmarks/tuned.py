@@ -54,7 +54,7 @@ def compare(row: Tuned) -> dict[str, Any]:
     pricer = Pricer(
         problem.profile,
         row.topology,
-        optimizer_slots=slot_bytes(_OPTIMIZER, params),
+        optimizer_slots=slot_bytes(jax.eval_shape(_OPTIMIZER.init, params), params),
         calibration=record,
         execution=execution_of(record, row.topology),
     )

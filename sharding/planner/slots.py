@@ -27,13 +27,12 @@ class OptimizerArrays:
     """The arrays of an optimizer of `program`'s parameters, of which `params` are those that are trained."""
 
     def __init__(self, program: Program, optimizer: optax.GradientTransformation, params: Any) -> None:
-        self.slot_bytes = slot_bytes(optimizer, params)
+        state = jax.eval_shape(functools.partial(own_state, optimizer), params)
+        self.slot_bytes = slot_bytes(state, params)
         self._trained = {one.path: one for one in program.parameters if one.is_trained}
         self._parameter_bytes = sum(_size(one) * one.dtype.itemsize for one in program.parameters)
         self._owners = Owners({path: one.shape for path, one in self._trained.items()})
-        self._arrays: Mapping[str, Any] = by_path(
-            jax.eval_shape(functools.partial(own_state, optimizer), params)
-        )
+        self._arrays: Mapping[str, Any] = by_path(state)
 
     @functools.cached_property
     def like_parameters(self) -> bool:
@@ -95,9 +94,8 @@ class OptimizerArrays:
         )
 
 
-def slot_bytes(optimizer: optax.GradientTransformation, params: Any) -> float:
-    """Return the bytes of an optimizer's arrays for each element of the parameters."""
-    state = jax.eval_shape(functools.partial(own_state, optimizer), params)
+def slot_bytes(state: Any, params: Any) -> float:
+    """Return the bytes of an optimizer's arrays, its `state`, for each element of the parameters."""
     total = sum(_bytes(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim)
     return total / max(sum(_size(leaf) for leaf in jax.tree.leaves(params)), 1)
 

@@ -83,7 +83,8 @@ def _check_kernel(declared: str, own: str, chip: Chip, called: bool) -> None:
 def _dense(program: Program, chip: Chip) -> tuple[str, ...]:
     """Say which `lax.ragged_dot` multiplies every row by every group's matrix, and what does not."""
     found: dict[str, int] = {}
-    if chip.nominal:
+    # Saying where every equation stands takes longer than looking whether it is asked of any.
+    if chip.nominal or all(one.primitive != _RAGGED for one in program.equations()):
         return ()
     for one, where in program.located():
         shape = getattr(one.eqn.invars[1].aval, "shape", ()) if one.primitive == _RAGGED else ()
