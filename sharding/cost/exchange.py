@@ -7,6 +7,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -136,8 +137,7 @@ def parts(axes: list[frozenset[str]], mesh: Mapping[str, int]) -> np.ndarray:
     return np.array([known[one] for one in axes], float)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Alike:
+class _Alike(NamedTuple):
     """Mesh axes that parameters which travel alike have in common.
 
     gather: over which they are gathered when used; reduce: over which their gradients are partial sums;
