@@ -1,9 +1,14 @@
-"""Plan, prove and write configs/plans: `benchmarks/ship_plans.py [--only WORD] [--top N] [--with SET]`.
+"""Plan, prove and write configs/plans, or check them: `benchmarks/ship_plans.py [--check] [--only WORD] …`.
 
 Each config is planned for each of its slices, compiled whole by the real compiler and saved with its proof,
 as CONFIG.TOPOLOGY.plan.json; with --top N it is the fastest of so many by the compiler's word, as that of
 `meshwright plan --verify --top N`. --with compiles with one set of its chip's options (options.toml), where
 trying them all takes too long. A config is trained by one with `plan=configs/plans/…`.
+
+With --check nothing is written: each saved plan is compiled again as it stands, and its peak and seconds are
+held against those of its proof. What differs by more than 1 %, does not fit or is gone is said and counted in
+the exit status. Where a search takes another layout now, a line says which, and that is no failure: estimates
+are near each other, and a saved plan was compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from meshwright.runtime.config import load
 from meshwright.runtime.train import plan_config
-from meshwright.sharding import Topology, UserError
+from meshwright.runtime.train.planning import Planned
+from meshwright.sharding import Plan, Topology, UserError
 from meshwright.sharding.words import gib, layout_in_words, seconds
 from meshwright.sharding.xla.options import Options, trials_for
 
@@ -30,10 +36,12 @@ SHIPPED = {
     "llama3-70b-128k": ("h100:32x8",),
     "llama3-405b": ("v5p:8x8x16", "2*v6e:16x16", "8*v5p:4x4x8"),
     "mixtral-8x7b": ("v5p:4x4x8",),
-    "deepseek-v3": ("h100:256x8",),
+    "deepseek-v3": ("h100:256x8", "v5p:8x8x16"),
 }
 # What is declared of plans that no search would take.
 DECLARED = {("llama3-405b", "8*v5p:4x4x8"): ("mesh={stage: 8}",)}
+# Of a proof's figures: by so much another run of the same compiler may differ.
+_ALIKE = 0.01
 
 
 def path_of(config: str, topology: str) -> Path:
@@ -48,40 +56,83 @@ def _options(name: str, topology: str) -> Options:
     return sets[name]
 
 
+def _planned(config: str, topology: str, *more: str) -> Planned:
+    words = (f"topology={topology}", *DECLARED.get((config, topology), ()), *more)
+    return plan_config(load(_CONFIGS / f"{config}.yaml", words))
+
+
+def _write(config: str, topology: str, top: int, options: str) -> str:
+    planned = _planned(config, topology)
+    if options:
+        chosen = dataclasses.replace(planned.plan, compiler_options=_options(options, topology))
+        planned = dataclasses.replace(planned, plan=chosen)
+    made = planned.verified(top).plan
+    made.save(path_of(config, topology))
+    return f"{_layout(made)}; {_compiled(made)}"
+
+
+def _check(config: str, topology: str) -> str:
+    """Return what a saved plan compiles to; raise UserError where that is not what its proof says."""
+    path = path_of(config, topology)
+    if not path.exists():
+        raise UserError(f"there is no {path.name}; write it with --only {path.name}")
+    saved = plan_config(load(_CONFIGS / f"{config}.yaml", [f"plan={path}", f"topology={topology}"]))
+    again = saved.verified().plan
+    if saved.plan.proof is None:
+        raise UserError("it was saved without a proof")
+    for what, old, new in _figures(saved.plan, again):
+        if abs(new - old) > _ALIKE * old:
+            raise UserError(f"its proof says {what} {old:.4g}, and it compiles to {new:.4g} now")
+    found = _planned(config, topology).plan
+    same = found.mesh == again.mesh and _layout(found) == _layout(again)
+    said = "" if same else f"; a search takes {_layout(found)} now"
+    return f"{_compiled(again)}, as its proof says{said}"
+
+
+def _figures(saved: Plan, again: Plan) -> list[tuple[str, float, float]]:
+    assert saved.proof is not None
+    assert again.proof is not None
+    return [
+        ("seconds a step", saved.proof.step_seconds, again.proof.step_seconds),
+        ("bytes at most", saved.proof.peak_bytes, again.proof.peak_bytes),
+    ]
+
+
+def _layout(plan: Plan) -> str:
+    return layout_in_words(plan.mesh, plan.remat, plan.microbatches, plan.saved)
+
+
+def _compiled(plan: Plan) -> str:
+    assert plan.proof is not None
+    return f"{seconds(plan.proof.step_seconds)}, {gib(plan.proof.peak_bytes)} compiled"
+
+
 def main() -> int:
-    """Write each plan and say what it is."""
+    """Write or check each plan, and say what it is."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compile the saved plans again and write nothing"
     )
     parser.add_argument("--only", default="", help="plans whose file's name contains this")
     parser.add_argument("--top", type=int, default=1, help="plans to compile and choose from")
     parser.add_argument("--with", dest="options", default="", help="a set of options to compile with")
     given = parser.parse_args()
-    only, failed = given.only, 0
-    for config, topologies in SHIPPED.items():
-        for topology in topologies:
-            path = path_of(config, topology)
-            if only not in path.name:
-                continue
-            try:
-                words = [f"topology={topology}", *DECLARED.get((config, topology), ())]
-                planned = plan_config(load(_CONFIGS / f"{config}.yaml", words))
-                if given.options:
-                    options = _options(given.options, topology)
-                    chosen = dataclasses.replace(planned.plan, compiler_options=options)
-                    planned = dataclasses.replace(planned, plan=chosen)
-                made = planned.verified(given.top).plan
-            except UserError as error:
-                failed += 1
-                print(f"{path.name}: {error}", flush=True)
-                continue
-            made.save(path)
-            assert made.proof is not None
-            print(
-                f"{path.name}: {layout_in_words(made.mesh, made.remat, made.microbatches, made.saved)}; "
-                f"{seconds(made.proof.step_seconds)}, {gib(made.proof.peak_bytes)} compiled",
-                flush=True,
-            )
+    if given.check and (given.top != 1 or given.options):
+        parser.error("--check compiles the saved plans as they stand; leave out --top and --with")
+    all_of_them = [(config, topology) for config, topologies in SHIPPED.items() for topology in topologies]
+    chosen = [one for one in all_of_them if given.only in path_of(*one).name]
+    if not chosen:
+        names = ", ".join(path_of(*one).name for one in all_of_them)
+        parser.error(f"--only {given.only!r} is in no file's name; there are {names}")
+    failed = 0
+    for one in chosen:
+        try:
+            said = _check(*one) if given.check else _write(*one, given.top, given.options)
+        except UserError as error:
+            failed, said = failed + 1, str(error)
+        print(f"{path_of(*one).name}: {said}", flush=True)
     return failed
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+import sys
 
 import pytest
 from meshwright.runtime.config import load
@@ -12,10 +13,14 @@ from meshwright.runtime.train import build_model, optimizer
 from meshwright.runtime.train.planning import Shapes, plan_config
 from meshwright.sharding import Plan
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+
+import ship_plans
+
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PLANS = sorted((CONFIGS / "plans").glob("*.plan.json"))
 # A small and a large one for GPUs, a mixture whose first three layers are dense, one for TPUs, and stages
-# over slices, in so many layers: a slice of v6e takes minutes. benchmarks/ship_plans.py compiles them all.
+# over slices, in so many layers: a slice of v6e takes minutes. `ship_plans.py --check` compiles them all.
 COMPILED = {
     "llama3-8b.h100-4x8": 2,
     "llama3-70b.h100-32x8": 2,
@@ -25,8 +30,9 @@ COMPILED = {
 }
 
 
-def test_there_are_plans() -> None:
-    assert PLANS
+def test_each_is_one_that_the_benchmark_writes_and_checks() -> None:
+    written = [ship_plans.path_of(name, at) for name, slices in ship_plans.SHIPPED.items() for at in slices]
+    assert sorted(written) == PLANS
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)

@@ -28,6 +28,7 @@ from ..transform.deviation import Deviation, deviation
 from ..transform.nonfinite import FirstNotFinite, first_not_finite
 from ..transform.rounds import count_rounds
 from ..verify.process import Limits
+from ..words import gib, layout_in_words, seconds
 
 if TYPE_CHECKING:
     import optax
@@ -293,6 +294,16 @@ class Plan(Record):
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         """Return itself, of which nothing changes."""
         return self
+
+    def __repr__(self) -> str:
+        """Say in a line what the plan is: all of its fields are tens of thousands of characters."""
+        layout = layout_in_words(self.mesh, self.remat, self.microbatches, self.saved)
+        said = [f"<Plan for {self.topology}: {layout}"]
+        if self.estimate is not None and not self.topology.chip.nominal:
+            said.append(f"{seconds(self.estimate.step_seconds)}, {gib(self.estimate.peak_bytes)} estimated")
+        if self.proof is not None:
+            said.append(f"{seconds(self.proof.step_seconds)}, {gib(self.proof.peak_bytes)} compiled")
+        return "; ".join([*said, "explain() says why>"])
 
     def _repr_html_(self) -> str:
         """Show the plan in a notebook: mesh, time, memory, parameters, what else there was."""

@@ -79,6 +79,10 @@ class Topology:
             return usual
         return replace(usual, hosts_per_slice=max(1, seen.num_hosts // seen.num_slices))
 
+    def __repr__(self) -> str:
+        hosts = "" if self.hosts_per_slice is None else f" of {self.hosts_per_slice} hosts a slice"
+        return f"<Topology {self}{hosts}>"
+
     def __str__(self) -> str:
         shape = self.shape[1:] if not self.is_torus and self.shape[0] == 1 else self.shape
         slices = f"{self.num_slices}*" if self.num_slices > 1 else ""

@@ -54,6 +54,13 @@ def by_path(tree: Any) -> dict[str, Any]:
     }
 
 
+def test_a_plan_is_printed_as_a_line_and_its_topology_by_its_name(plan: Plan) -> None:
+    assert str(plan.topology) in repr(plan)
+    assert "microbatches=" in repr(plan)
+    assert len(repr(plan)) < 300
+    assert repr(plan.topology) == f"<Topology {plan.topology}>"
+
+
 def test_saved_and_loaded_it_is_the_same_plan(plan: Plan, tmp_path: pathlib.Path) -> None:
     noted = dataclasses.replace(plan, notes=("embed stays whole in a: 9 does not divide",))
     for number, saved in enumerate((plan, noted)):
