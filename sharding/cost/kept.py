@@ -6,7 +6,6 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 
 from ..program.flops import matmul_roles
@@ -18,8 +17,6 @@ from .tables import LAYERS, Flat, FlatOp
 
 _BY_RESULT = primitives(Trait.BY_RESULT)
 _BY_FACTOR = primitives(Trait.BY_FACTOR)
-# Of tanh JAX 0.10 keeps f(x) and 1 - f(x); from 0.11 on 1 - f(x)^2, and f(x) where something else reads it.
-_TANH_KEEPS_BOTH = jax.__version_info__ < (0, 11)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,15 +161,9 @@ def _given(flat: Flat, fused: np.ndarray) -> np.ndarray:
 
 def _factors(flat: Flat) -> np.ndarray:
     found = np.zeros(len(flat.values), bool)
-    inside = [op for op in flat.ops if op.section == LAYERS and not op.rematted]
-    for op in inside:
-        if op.equation.primitive in _BY_FACTOR:
+    for op in flat.ops:
+        if op.equation.primitive in _BY_FACTOR and op.section == LAYERS and not op.rematted:
             found[list(op.outs)] = True
-    tanhs = {op.outs[0] for op in inside if op.equation.primitive == "tanh"}
-    if tanhs and not _TANH_KEEPS_BOTH:
-        others = (op for op in inside if op.equation.primitive != "tanh")
-        tanhs &= {index for op in others for index in _residuals_of(flat, op)}
-    found[list(tanhs)] = True
     return found
 
 

@@ -115,7 +115,7 @@ _TABLE: tuple[tuple[Trait, str], ...] = (
     (Trait.ELEMENTWISE | Trait.BY_RESULT, "max"),
     (Trait.ELEMENTWISE | Trait.BY_RESULT, "exp exp2 rsqrt sqrt"),
     (Trait.ELEMENTWISE | Trait.BY_RESULT | Trait.BY_FACTOR, "logistic"),
-    # A factor may be kept beside it, which depends on the version of JAX: see `cost.kept`.
+    # As since JAX 0.11; before, a factor was computed along with it, too.
     (Trait.ELEMENTWISE | Trait.BY_RESULT, "tanh"),
     (
         Trait.ELEMENTWISE,
