@@ -94,14 +94,17 @@ def _references(jaxpr: Any) -> bool:
 
 def asked(
     fn: Callable[..., Any],
-    within: Callable[[Sequence[Any]], contextlib.AbstractContextManager[None]],
+    within: Callable[[Callable[[], Sequence[Any]]], contextlib.AbstractContextManager[None]],
     check: Callable[[Any], None],
 ) -> Callable[..., Any]:
-    """Return `fn`, called in the context that `within` gives for its arguments, its result `check`ed."""
+    """Return `fn`, called in the context that `within` gives, its result `check`ed.
+
+    `within` may ask for the arguments, if something fails.
+    """
 
     @functools.wraps(fn)
     def function(*args: Any) -> Any:
-        with within(args):
+        with within(lambda: args):
             result = fn(*args)
         check(result)
         return result

@@ -84,8 +84,8 @@ _MOST = 6
 
 
 @contextlib.contextmanager
-def told(name: str, takes: Callable[..., bool], args: Sequence[Any]) -> Iterator[None]:
-    """Within it, the loss `name` is called with `args`; `takes` says whether it would take others.
+def told(name: str, takes: Callable[..., bool], given: Callable[[], Sequence[Any]]) -> Iterator[None]:
+    """Within it, the loss `name` is called with what is `given`; `takes` says whether it would take others.
 
     Raises UserError for a mistake that JAX would speak of in words of its own, for arguments in another order
     than the loss takes them, and for a loss that reads what they have not; what else it raises is the loss's
@@ -96,6 +96,7 @@ def told(name: str, takes: Callable[..., bool], args: Sequence[Any]) -> Iterator
     except UserError:
         raise
     except Exception as error:
+        args = given()
         said = (
             _of_order(name, takes, args)
             or _of_jax_s_own(name, error)

@@ -464,4 +464,9 @@ class _Said:
                 said = FORWARD
             if said is None or isinstance(error, UserError):
                 raise
+        except (AttributeError, LookupError) as error:
+            # Of a user's own init, say, which looks for something of a key's.
+            if (said := _no_key(args, self._names)) is None:
+                raise
+            raise UserError(said) from error
         raise UserError(said)
