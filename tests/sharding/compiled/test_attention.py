@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -165,6 +166,20 @@ def test_cudnn_takes_packed_rows_as_they_are(own_cache: pathlib.Path) -> None:
     queries = BATCH // 2 * SEQUENCE * HEADS // 2 * HEAD_DIM
     assert 0 < verdict.proof.memory["scratch"] <= 8 * queries * 4 * 2
     assert max(row.bytes for row in verdict.proof.buffers) == 8 * queries * 4 * 2
+
+
+@pytest.mark.slow
+def test_one_chunk_s_mask_is_held_at_a_time(own_cache: pathlib.Path) -> None:
+    """Those of all chunks of a device's two rows would be more than half of the sequence squared."""
+    sequence = 8192
+    made = planned("h100:1x4", sequence, remat="none")
+    made = dataclasses.replace(made, kernels={"attention": {"implementation": "cudnn"}})
+    verdict, _ = compiled(made, own_cache, sequence)
+    assert verdict.proof is not None
+    shapes = [one.shape for one in verdict.proof.buffers]
+    assert (
+        len([one for one in shapes if re.fullmatch(rf"bf16\[{BATCH // 2},{sequence // 8},\d+\]", one)]) == 1
+    )
 
 
 @pytest.mark.parametrize("asks", [False, pytest.param(True, marks=pytest.mark.slow)])
