@@ -13,7 +13,7 @@ from meshwright.sharding.cost.candidate import Candidate
 from meshwright.sharding.cost.context import calls_of, site_of
 from meshwright.sharding.ops import attention
 from meshwright.sharding.ops.context.taken import BLOCKS
-from meshwright.sharding.ops.context.ways import RING
+from meshwright.sharding.ops.context.ways import NEIGHBOURS, RING
 from meshwright.sharding.planner.declared import Declared
 from meshwright.sharding.planner.inputs import Problem
 from meshwright.sharding.verify.export import abstract_mesh
@@ -94,8 +94,9 @@ def test_what_is_priced_is_what_the_step_holds(topology: str, kind: str) -> None
         # What is priced runs by a kernel where scores are never in memory.
         pricer = problem.pricer(made.topology, declared).of(layout)
         assert (pricer.execution.attention is not None) == (by is not None)
-        # Blocks, and a ring's pieces by a kernel, have seconds of their own.
-        spread = by == BLOCKS or (by is not None and way == RING and site_of(one, layout).over_context)
+        # Blocks, and of kernels a ring's pieces and windows with neighbours, have seconds of their own.
+        apart = made.context in (RING, NEIGHBOURS) and site_of(one, layout).over_context
+        spread = by == BLOCKS or (by is not None and apart)
         assert set(pricer.attended(layout)) == ({one.equation.index} if spread else set())
         seen.add(by)
     assert None not in refused
