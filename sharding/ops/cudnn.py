@@ -162,40 +162,40 @@ def _kept(values: Any, call: _Asked) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _masked(query: Any, key: Any, value: Any, query_ids: Any, key_ids: Any, call: _Asked) -> jax.Array:
-    outs = [query]
+    outs, done = [], query
     for rows, keys in _chunks(query.shape[1], key.shape[1], call):
-        bias = _bias(outs[-1], query_ids, key_ids, rows, keys, call)
-        arrays = query[:, rows], key[:, keys], value[:, keys]
-        outs.append(_forward(arrays, call, bias=bias, training=False)[0])
-    return jnp.concatenate(outs[1:], axis=1)
+        bias = _bias(done, query_ids, key_ids, rows, keys, call)
+        done = _forward((query[:, rows], key[:, keys], value[:, keys]), call, bias=bias, training=False)[0]
+        outs.append(done)
+    return jnp.concatenate(outs, axis=1)
 
 
 def _masked_forward(
     query: Any, key: Any, value: Any, query_ids: Any, key_ids: Any, call: _Asked
 ) -> tuple[jax.Array, Any]:
-    outs, sums = [query], []
+    outs, sums, done = [], [], query
     for rows, keys in _chunks(query.shape[1], key.shape[1], call):
-        bias = _bias(outs[-1], query_ids, key_ids, rows, keys, call)
-        out, total = _forward((query[:, rows], key[:, keys], value[:, keys]), call, bias=bias, training=True)
-        outs.append(out)
+        bias = _bias(done, query_ids, key_ids, rows, keys, call)
+        done, total = _forward((query[:, rows], key[:, keys], value[:, keys]), call, bias=bias, training=True)
+        outs.append(done)
         sums.append(total)
-    out, sums = _kept((jnp.concatenate(outs[1:], axis=1), sums), call)
+    out, sums = _kept((jnp.concatenate(outs, axis=1), sums), call)
     return out, (query, key, value, query_ids, key_ids, out, sums)
 
 
 def _masked_backward(call: _Asked, kept: Any, d: jax.Array) -> tuple[Any, ...]:
     query, key, value, query_ids, key_ids, out, sums = kept
-    of_queries = [d]
+    of_queries, done = [], d
     # Chunks add to the gradients of keys and values; in float32, so that each is rounded once.
     of_key, of_value = (jnp.zeros(array.shape, jnp.float32) for array in (key, value))
     for (rows, keys), total in zip(_chunks(query.shape[1], key.shape[1], call), sums, strict=True):
-        bias = _bias(of_queries[-1], query_ids, key_ids, rows, keys, call)
+        bias = _bias(done, query_ids, key_ids, rows, keys, call)
         arrays = query[:, rows], key[:, keys], value[:, keys]
-        dq, dk, dv = _backward(arrays, call, total, out[:, rows], d[:, rows], bias=bias)
-        of_queries.append(dq)
+        done, dk, dv = _backward(arrays, call, total, out[:, rows], d[:, rows], bias=bias)
+        of_queries.append(done)
         of_key, of_value = (_added(total, keys, part) for total, part in ((of_key, dk), (of_value, dv)))
     gradients = of_key.astype(key.dtype), of_value.astype(value.dtype)
-    return jnp.concatenate(of_queries[1:], axis=1), *gradients, None, None
+    return jnp.concatenate(of_queries, axis=1), *gradients, None, None
 
 
 _masked.defvjp(_masked_forward, _masked_backward)
@@ -248,13 +248,13 @@ def _bias(
     """Return zero where a query of the chunk sees a key, a large negative number elsewhere; type of `done`.
 
     The masks of all chunks together are of the sequence squared. By itself XLA makes them before the first
-    kernel, those of a forward pass before the first layer, and holds them until the last; so too what is put
-    for keys that are not seen. Therefore each is made of a number of what is `done` before.
+    kernel, those of a forward pass before the first layer, and holds them until the last; so too the zeros
+    and large numbers that masks are chosen from. Therefore a mask reads a number of what is `done` before it.
     """
     hidden = fused_attention_stablehlo.get_large_negative_number(done.dtype)
     none, zero = jnp.zeros((), done.dtype), jnp.zeros((), query_ids.dtype)
     last, none, hidden, zero = jax.lax.optimization_barrier((done.reshape(-1)[0], none, hidden, zero))
-    # Zero whatever was done, which only who executes it knows.
+    # Zero whatever that number is, as XLA cannot know before it has passed the barrier.
     last = (last > 0).astype(zero.dtype) & zero
     query_ids, key_ids = query_ids[:, rows] + last, key_ids[:, keys]
     seen = query_ids[:, :, None] == key_ids[:, None]
