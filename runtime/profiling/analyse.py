@@ -85,12 +85,12 @@ def analyse(traces: Mapping[int, Trace], program: SavedProgram | None, files: Se
                 )
                 ledgers.append(ledger)
                 times.append(_step_time(window, name, ledger))
-        notes += [*trace.notes, *_missing(trace), *steps[process].notes]
     if not times:
         raise UserError(
             "the trace holds transfers alone, and no operation of any program: no step ran on a device while "
             "it was captured"
         )
+    notes += _said(traces, steps)
     times.sort(key=lambda time: (time.step, _device_order(time.device)))
     return Profile(
         platform=events[0].device.partition(":")[0],
@@ -156,6 +156,26 @@ def _programs(traces: Mapping[int, Trace]) -> tuple[ProgramTime, ...]:
         for module, each in found.items()
     ]
     return tuple(sorted(programs, key=lambda program: -program.busy_seconds))
+
+
+def _said(traces: Mapping[int, Trace], steps: Mapping[int, FoundSteps]) -> Iterator[str]:
+    """Yield what is to be said of each process's trace, with its processes where it holds for some alone."""
+    processes: dict[str, list[int]] = defaultdict(list)
+    for process, trace in traces.items():
+        # Of a process whose devices ran nothing there are no steps to speak of.
+        for note in (*trace.notes, *_missing(trace), *(steps[process].notes if trace.events else ())):
+            processes[note].append(process)
+    for note, those in processes.items():
+        several = f"process{'es' * (len(those) > 1)} {', '.join(map(str, those))}"
+        yield note if len(those) == len(traces) else f"{several}: {note}"
+    counts = {
+        process: max(map(len, found.windows.values()), default=0)
+        for process, found in steps.items()
+        if traces[process].events
+    }
+    most = max(counts.values(), default=0)
+    if fewer := [f"process {process} {count}" for process, count in counts.items() if count < most]:
+        yield f"not every process has all {most} steps: {', '.join(fewer)}"
 
 
 def _missing(trace: Trace) -> Iterator[str]:

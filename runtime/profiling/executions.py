@@ -41,7 +41,8 @@ def find_steps(trace: Trace, module: str, *, sure: bool = False) -> FoundSteps:
     if trace.steps:
         found = {device: _numbered(events, module, trace) for device, events in own.items()}
         if any(found.values()):
-            return FoundSteps(windows=found, notes=uneven(found))
+            kept = {device: _uncut(own[device], module, each) for device, each in found.items()}
+            return FoundSteps(windows=kept, notes=(*_cut_steps(found, kept), *uneven(found)))
     if any(trace.device_steps.values()):
         windows = {device: _of_device(trace.device_steps.get(device, ())) for device in own}
         return FoundSteps(windows=windows, notes=("the steps are those of the trace's own lines of steps",))
@@ -78,13 +79,18 @@ def step_windows(events: Sequence[OpEvent], module: str, steps: Sequence[HostSpa
         steps: The host's numbered steps in order.
 
     Raises:
-        ValueError: The executions found cannot be shared out among `steps`.
+        ValueError: The executions found cannot be shared out among `steps`, or are of steps before these: a
+            device that lags behind the host runs them first.
     """
     told = numbered(events, len(steps))
     spans = [(e.start_ns, e.end_ns) for e in executions_of(told) if e.module == module]
     each, left = divmod(len(spans), len(steps))
     if left or not each:
         raise ValueError(f"{len(spans)} executions of {module!r} do not divide among {len(steps)} steps")
+    for span, (start, end) in zip(steps, spans[::each], strict=True):
+        # Clocks of host and device may differ by a little.
+        if start < span.start_ns - (end - start) / 2.0:
+            raise ValueError(f"an execution of {module!r} began before the host began its step")
     ends = [spans[last][1] for last in range(each - 1, len(spans), each)]
     return _adjoining(dict(enumerate(ends)), steps, spans[0][0], _before(events, spans[0][0]))
 
@@ -112,6 +118,23 @@ def _numbered(events: Sequence[OpEvent], module: str, trace: Trace) -> tuple[Ste
         return ()
     first_ns = min(e.start_ns for e in launched if (e.module, e.run) in own)
     return _adjoining(ends, trace.steps, first_ns, _before(events, first_ns))
+
+
+def _uncut(events: Sequence[OpEvent], module: str, windows: tuple[StepWindow, ...]) -> tuple[StepWindow, ...]:
+    """Return numbered steps without a last one whose execution the trace cuts."""
+    executions = [e for e in executions_of(events) if e.module == module]
+    if len(windows) < 2 or not executions or _whole(executions)[-1] is executions[-1]:
+        return windows
+    return windows[:-1] if executions[-1].end_ns > windows[-2].end_ns else windows
+
+
+def _cut_steps(
+    found: Mapping[str, Sequence[StepWindow]], kept: Mapping[str, Sequence[StepWindow]]
+) -> tuple[str, ...]:
+    said = ", ".join(
+        f"{device} {each[-1].step}" for device, each in found.items() if len(kept[device]) < len(each)
+    )
+    return (f"steps that the trace cuts are left out: {said}",) if said else ()
 
 
 def _before(events: Sequence[OpEvent], first_ns: float) -> float:
@@ -166,7 +189,10 @@ def _cannot_number(
         return ()
     counts = sorted({sum(e.module == module for e in own) for own in executions.values()})
     found = " or ".join(map(str, counts)) or "0"
-    return (f"the host numbered {len(trace.steps)} steps, which {found} executions of {module} are not",)
+    return (
+        f"the host numbered {len(trace.steps)} steps, and which of them {found} executions of {module} are "
+        "of is not known",
+    )
 
 
 def _is_alone(events: Sequence[OpEvent], module: str) -> bool:

@@ -17,13 +17,15 @@ from .profile import Operation
 _CONTAINERS = ("while", "conditional", "call", "async-start")
 # The mesh axes of a collective that no saved program tells of.
 _UNKNOWN = "unknown"
-# A collective's kernel by NCCL's and RCCL's names, where nothing else says what it is for.
-_NCCL = re.compile(r"nccl(?:Dev)?Kernel_?([A-Za-z]+)")
+# A collective's kernel where nothing else says what it is for: by NCCL's and RCCL's names
+# (`ncclDevKernel_AllReduce_Sum_…`, `ncclSymkDevKernel_AllGather_…` by symmetric memory), and by XLA's own.
+_NCCL = re.compile(r"nccl(?:Sym[a-z]*)?(?:Dev)?Kernel_?([A-Za-z]+)|\b(AllReduce|RaggedAllToAll)Kernel")
 _NCCL_KINDS = {
     "AllReduce": "all_reduce",
     "AllGather": "all_gather",
     "ReduceScatter": "reduce_scatter",
     "AllToAll": "all_to_all",
+    "RaggedAllToAll": "ragged_all_to_all",
     "SendRecv": "send_recv",
     "Broadcast": "collective_broadcast",
     "Reduce": "reduce",
@@ -32,6 +34,13 @@ _NCCL_KINDS = {
 _MOVED = re.compile(
     r"^(?:copy|slice|dynamic-slice|dynamic-update-slice|send|recv)-(?:start|done)[.\d]*$|^async-done[.\d]*$"
 )
+# TPUs' names of fusions that are collectives and do not begin with their opcodes: the start of one that runs
+# beside other fusions, the wait for it, and a reduction of which each device keeps its part.
+_FUSED = {
+    "async-collective-start": "collective",
+    "async-collective-done": "collective",
+    "all-reduce-scatter": "reduce_scatter",
+}
 _NO_SYMBOL = re.compile(r"\W")
 
 
@@ -145,6 +154,8 @@ def _group_label(collective: Collective) -> str:
 
 
 def _key_by_name(event: OpEvent, axes: str = _UNKNOWN) -> CollectiveKey | None:
+    if (fused := _FUSED.get(event.op.rstrip(".0123456789"))) is not None:
+        return fused, axes
     # XLA's own names begin with the opcode; the longest one first, for `all-to-all` ends another.
     kinds = sorted(COLLECTIVES, key=len, reverse=True)
     kind = next((COLLECTIVES[opcode] for opcode in kinds if event.op.startswith(opcode)), None)
@@ -155,7 +166,8 @@ def _key_by_kernel(event: OpEvent, axes: str) -> CollectiveKey | None:
     match = _NCCL.search(event.kernel)
     if match is None:
         return None
-    named = (kind for name, kind in _NCCL_KINDS.items() if match[1].startswith(name))
+    called = match[1] or match[2]
+    named = (kind for name, kind in _NCCL_KINDS.items() if called.startswith(name))
     return next(named, "collective"), axes
 
 

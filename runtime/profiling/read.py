@@ -27,12 +27,16 @@ PLAN = "plan.json"
 # Files of other profilers, and of JAX's for other viewers, by how their names end.
 _OTHERS = {
     ".trace.json.gz": "a trace for Perfetto or Chrome, as PyTorch's profiler writes too",
+    "_trace.json.gz": "a trace for Perfetto, as JAX writes beside its own",
     ".trace.json": "a trace for Perfetto or Chrome, as PyTorch's profiler writes too",
     ".perfetto-trace": "a trace for Perfetto",
     ".nsys-rep": "a report of Nsight Systems",
     ".qdrep": "a report of Nsight Systems",
     ".ncu-rep": "a report of Nsight Compute",
     ".rpd": "a database of ROCm's profiler",
+    ".zip": "packed: unpack it first",
+    ".tar.gz": "packed: unpack it first",
+    ".tgz": "packed: unpack it first",
 }
 
 _HOW = "train with profile.start_step=10 profile.num_steps=3 to capture one"

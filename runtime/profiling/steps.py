@@ -14,7 +14,8 @@ class StepWindow:
     """One step on one device.
 
     A numbered step goes from the end of the step before to the end of its own last operation. One that nobody
-    numbered goes from its own first to its own last operation, and `gap_ns` is what passed before it.
+    numbered goes from its own first to its own last operation, and `gap_ns` is what passed before it; where
+    the step before has not ended by then, it begins with that one's end, so that no time is counted twice.
     """
 
     step: int
@@ -33,7 +34,10 @@ class FoundSteps:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceExecution:
-    """One execution of a program on one device: from its first to its last operation."""
+    """One execution of a program on one device: from its first to its last operation.
+
+    `operations` are those that have a line of their own: what others still run elsewhere varies by chance.
+    """
 
     module: str
     run: int
@@ -56,7 +60,7 @@ def executions_of(events: Sequence[OpEvent]) -> list[DeviceExecution]:
             start_ns=min(e.start_ns for e in own),
             end_ns=max(e.end_ns for e in own),
             busy_ns=busy_ns(own),
-            operations=len(own),
+            operations=sum(event.role == "run" for event in own),
         )
         for (module, run), own in runs.items()
     ]
@@ -78,9 +82,10 @@ def with_gaps(spans: Sequence[tuple[float, float, int]]) -> tuple[StepWindow, ..
     windows = []
     before = None
     for start, end, number in spans:
-        gap = max(start - before, 0.0) if before is not None else 0.0
-        windows.append(StepWindow(step=number, start_ns=start, end_ns=end, gap_ns=gap))
-        before = end
+        begin = start if before is None else min(max(start, before), end)
+        gap = 0.0 if before is None else max(start - before, 0.0)
+        windows.append(StepWindow(step=number, start_ns=begin, end_ns=end, gap_ns=gap))
+        before = end if before is None else max(before, end)
     return tuple(windows)
 
 

@@ -84,7 +84,40 @@ def test_executions_that_the_hosts_steps_do_not_fit_are_steps_of_their_own_and_t
     assert [(step.step, step.wall_seconds) for step in profile.steps] == [
         (k, pytest.approx(90e-9)) for k in range(3)
     ]
-    assert any("numbered 2 steps, which 3 executions of jit_step are not" in n for n in profile.notes)
+    said = "numbered 2 steps, and which of them 3 executions of jit_step are of is not known"
+    assert any(said in note for note in profile.notes)
+
+
+def test_executions_that_began_before_the_hosts_steps_do_not_bear_their_numbers():
+    trace = gpu_trace(1, 2, 3)
+    later = tuple(HostSpan(step=k, start_ns=250 + 20 * k, end_ns=260 + 20 * k) for k in range(3))
+    profile = analyse({0: Trace(events=trace.events, steps=later, waits=())}, SAVED)
+    assert [step.gap_seconds for step in profile.steps] == pytest.approx([0, 10e-9, 10e-9])
+    assert any("nobody numbered the steps" in note for note in profile.notes)
+
+
+def test_a_tpus_fused_collectives_are_told_without_a_program():
+    events = []
+    for n, (op, start, end) in enumerate(
+        [("fusion.1", 0, 40), ("async-collective-done.3", 40, 70), ("all-reduce-scatter.4", 70, 90)] * 2
+    ):
+        at = 100 * (n // 3)
+        events.append(
+            OpEvent(
+                device="tpu:0",
+                line="XLA Ops",
+                op=op,
+                module="f",
+                run=at,
+                start_ns=at + start,
+                end_ns=at + end,
+            )
+        )
+    first = analyse({0: Trace(events=tuple(events), steps=(), waits=())}, None).steps[0]
+    assert {c.kind: c.exposed_seconds for c in first.collectives} == pytest.approx(
+        {"collective": 30e-9, "reduce_scatter": 20e-9}
+    )
+    assert first.compute_seconds == pytest.approx(40e-9)
 
 
 def test_a_program_that_ran_once_without_a_number_is_no_step():

@@ -350,3 +350,58 @@ def test_steps_are_the_numbered_spans_in_which_the_program_was_launched(around):
     found = profile(gpu)
     assert [step.step for step in found.steps] == [10, 11, 12, 13]
     assert any("numbered as train_step" in note for note in found.notes)
+
+
+def test_time_in_which_two_executions_ran_is_of_one_step_alone():
+    gpu = Gpu()
+    for k in range(4):
+        at = 100 * k
+        gpu.execution(10 * k, [("Stream #1", "dot", at, at + 80), ("Stream #2", "tail", at + 80, at + 130)])
+    found = profile(gpu)
+    assert walls(found) == [(0, 130, 0), (1, 100, 0), (2, 100, 0), (3, 100, 0)]
+    assert {o.name: o.count for o in found.operations} == {"dot": 1, "tail": 1}
+
+
+def test_a_numbered_step_that_the_trace_cuts_is_left_out():
+    gpu = Gpu()
+    for k in range(4):
+        gpu.execution(100 * k, moved(STEP[: 3 if k < 3 else 1], 1000 + 100 * k))
+        gpu.step(k, 100 * k - 1, 100 * k + 50)
+    found = profile(gpu)
+    assert [step.step for step in found.steps] == [0, 1, 2]
+    assert "steps that the trace cuts are left out: gpu:0 3" in found.notes
+
+
+def test_what_holds_for_some_processes_alone_is_said_of_them():
+    def traced(steps, ran=True):
+        gpu = Gpu()
+        for k in range(steps):
+            gpu.step(k, 10 * k - 1, 10 * k + 9)
+            if ran:
+                gpu.execution(10 * k, moved(STEP, 200 * k))
+        return trace_of_planes(gpu.planes())
+
+    notes = analyse({0: traced(3), 1: traced(2), 2: traced(3, ran=False)}, None).notes
+    assert "not every process has all 3 steps: process 1 2" in notes
+    assert "process 2: no operations on gpu:0" in notes
+    assert not any("no steps" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "reduce_scatter"),
+        ("ncclSymkDevKernel_AllReduce_AGxLL_R_bf16", "all_reduce"),
+        ("ncclSymDevKernel_AllGather_LL", "all_gather"),
+        ("ncclDevKernel_Generic_4(ncclDevKernelArgsStorage<4096ul>)", "collective"),
+        ("void stream_executor::gpu::AllReduceKernelImpl<float>", "all_reduce"),
+    ],
+)
+def test_collectives_in_command_buffers_are_told_by_their_kernels(kernel, kind):
+    gpu = Gpu()
+    for k in range(2):
+        (graph,) = gpu.execution(10 * k, [("Stream #1", "command_buffer", 100 * k, 100 * k + 20)])
+        named = {"kernel": kernel, "correlation": graph, "module": "jit_step"}
+        gpu.kernel(0, "Stream #1", "command_buffer", 100 * k + 20, 100 * k + 50, **named)
+    (collective,) = profile(gpu).steps[0].collectives
+    assert (collective.kind, round(collective.exposed_seconds * 1e9)) == (kind, 30)

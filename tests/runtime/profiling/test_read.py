@@ -230,6 +230,8 @@ def test_a_missing_run_and_a_run_without_a_profile_say_so(tmp_path):
     ("name", "words"),
     [
         ("host.pt.trace.json.gz", "holds no profile of JAX's: host.pt.trace.json.gz is a trace for Perfetto"),
+        ("perfetto_trace.json.gz", "perfetto_trace.json.gz is a trace for Perfetto, as JAX writes"),
+        ("session.zip", "session.zip is packed: unpack it first"),
         ("report.nsys-rep", "report.nsys-rep is a report of Nsight Systems"),
         ("notes.txt", "has captured no profile"),
     ],
