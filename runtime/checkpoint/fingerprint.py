@@ -98,10 +98,12 @@ def _common_mesh(leaves: Sequence[Any]) -> Any:
 
 @functools.cache
 def _program(mesh: Mesh | None) -> Any:
-    return jax.jit(_words, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(
+        fingerprint_of, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    )
 
 
-def _words(leaves: tuple[jax.Array, ...]) -> jax.Array:
+def fingerprint_of(leaves: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.stack([_sums(leaf) for leaf in leaves])
 
 

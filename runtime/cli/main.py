@@ -95,8 +95,12 @@ def plan(
 
     with _without_collector():
         settings = load(config, overrides or [])
-        from ..train.planning import facts, plan_config, write_files
+        from ..hosts.simulated import leave_devices
+        from ..train.planning import facts, needs_devices, plan_config, write_files
 
+        if not needs_devices(settings, topology):
+            # What a model of the user's works out for real while it is built, even a key, starts JAX.
+            leave_devices()
         planned = plan_config(settings, topology)
         found = planned.verified(top).plan if verify else planned.plan
     answer = None if why is None else found.explain(why)
@@ -195,7 +199,9 @@ def checkpoint(
         raise UserError(f"there is no run folder at {run}")
     if verify:
         from ..checkpoint import list_checkpoints
+        from ..hosts.simulated import leave_devices
 
+        leave_devices()
         records = list_checkpoints(run, verify=True)
     else:
         records = [described(path) for path in committed(run)]

@@ -191,7 +191,8 @@ def _build(
         raise UserError(f"data.source={config.source!r} holds no {held} in {files}{left_out}")
     seconds = time.monotonic() - began
     report(
-        f"tokenised {config.source}: {writer.documents:,} documents, {writer.tokens:,} tokens "
+        f"tokenised {config.source}: {writer.documents:,} document{'s'[: writer.documents != 1]}, "
+        f"{writer.tokens:,} tokens "
         f"in {seconds:.1f} s{left_out}"
     )
     cache.seal(folder, {**writer.summary(), "skipped": dict(skipped), "source": config.source})

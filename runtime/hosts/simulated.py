@@ -40,6 +40,17 @@ def simulate(num_devices: int) -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
+def leave_devices() -> None:
+    """Have JAX start on this process's CPU alone; call before it starts, where no device is asked for.
+
+    Accelerators, which another process may hold, stay as they are; their plugins are not loaded.
+    """
+    import jax
+
+    quiet_absent()
+    jax.config.update("jax_platforms", "cpu")
+
+
 def enough_threads(num_devices: int) -> None:
     """Give XLA enough threads for `num_devices` simulated devices of this process; call before JAX starts.
 

@@ -71,7 +71,7 @@ def build_job(config: Config) -> Job:
     check_same_plan(plan)
     mesh = plan.make_mesh()
     corpus = open_corpus(config.data, report) if corpus is None else corpus
-    corpus.check_vocab(_vocab(model))
+    corpus.check_vocab(_vocab(model, shapes))
     _check_same_text(corpus.fingerprint)
     data = checked_segments(open_data(config.data, config.seed, rows, corpus=corpus), config, plan)
     held_out = None
@@ -179,8 +179,18 @@ def _differing_process(text: str) -> int | None:
     return next((index for index, other in enumerate(found) if other != found[0]), None)
 
 
-def _vocab(model: Model) -> int:
-    return getattr(model.config, "vocab", None) or 2**31
+def _vocab(model: Model, shapes: Shapes) -> int:
+    """Return how many token ids a model knows, by its config or its logits; any number if neither says.
+
+    JAX reads an id beyond a table as not a number, or as the last one: nothing else would say so.
+    """
+    import jax
+
+    if (known := getattr(model.config, "vocab", None)) is not None:
+        return known
+    first = (shapes.params, shapes.state) if model.has_state else shapes.params
+    found = jax.eval_shape(model.logits, first, shapes.batch["tokens"])
+    return found.shape[-1] if len(getattr(found, "shape", ())) == 3 else 2**31
 
 
 def _peak_flops(topology: Topology) -> float | None:

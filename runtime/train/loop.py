@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -98,14 +99,22 @@ class TrainingLoop:
         done_at = self.window.on_step_end(step, metrics, quiet)
         train = self.config.train
         evaluate = train.evaluate_every and (self._due(step, train.evaluate_every) or step == train.steps)
+        # To come: the first evaluation is compiled, which is none of the step's time.
+        evaluation = concurrent.futures.Future() if evaluate else None
         self.collector.submit(
             step,
             metrics,
             asked_at=asked_at,
             done_at=done_at,
             data_wait_seconds=batches.wait_seconds,
-            evaluation=self._evaluate(state) if evaluate else (),
+            evaluation=evaluation,
         )
+        if evaluation is not None:
+            try:
+                evaluation.set_result(self._evaluate(state))
+            except BaseException as error:
+                evaluation.set_exception(error)
+                raise
         return state
 
     def _say_where(self, step: int) -> None:

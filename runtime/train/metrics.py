@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import importlib.util
 import json
@@ -58,7 +59,7 @@ class NotFinite(RunError):
 class _Pending:
     step: int
     values: Mapping[str, Any]
-    evaluation: Sequence[tuple[Any, Any]]
+    evaluation: concurrent.futures.Future[Sequence[tuple[Any, Any]]] | None
     asked_at: float
     done_at: float | None
     data_wait_seconds: float
@@ -112,13 +113,13 @@ class Collector:
         asked_at: float,
         data_wait_seconds: float,
         done_at: float | None = None,
-        evaluation: Sequence[tuple[Any, Any]] = (),
+        evaluation: concurrent.futures.Future[Sequence[tuple[Any, Any]]] | None = None,
     ) -> None:
         """Hand over a step's metrics as they come from the devices, unread.
 
         `asked_at` is the `time.perf_counter` at which the loop asked for the step's data, `done_at` that at
-        which its results were there, where the loop has waited for them; `evaluation` holds (mean, weight)
-        pairs of held-out batches.
+        which its results were there, where the loop has waited for them; `evaluation` will hold
+        (mean, weight) pairs of held-out batches where one follows.
         """
         self._queue.put(
             _Pending(
@@ -181,8 +182,8 @@ class Collector:
                 f"{values['grad_norm']}; {NOT_KEPT}",
                 pending.step,
             )
-        if pending.evaluation:
-            record["eval_loss"] = _weighted_mean(jax.device_get(list(pending.evaluation)))
+        if pending.evaluation is not None:
+            record["eval_loss"] = _weighted_mean(jax.device_get(list(pending.evaluation.result())))
             self._last_done = time.perf_counter()
         self.last = record
         for sink in self._sinks:

@@ -52,7 +52,10 @@ def _users_model(where: str, arguments: dict[str, Any]) -> Model:
             f"model.build={where!r} returned {type(model).__name__}, not a meshwright.models.Model"
         )
     return dataclasses.replace(
-        model, init=_telling(model.init, "the model's init"), loss=_telling(model.loss, "the loss")
+        model,
+        init=_telling(model.init, "the model's init"),
+        loss=_telling(model.loss, "the loss"),
+        logits=_telling(model.logits, "the model's logits"),
     )
 
 
@@ -63,6 +66,13 @@ def _module(where: str, name: str) -> Any:
         raise UserError(f"model.build={where!r}: {name!r} is no name of a module; {instead}")
     try:
         return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            raise UserError(f"model.build={where!r}: {error}{_places(error)}") from error
+        raise UserError(
+            f"model.build={where!r}: there is no module {error.name} in {os.getcwd()}, where this runs, "
+            "nor among what is installed"
+        ) from error
     except ImportError as error:
         raise UserError(f"model.build={where!r}: {error}{_places(error)}") from error
     except (Exception, SystemExit) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -163,6 +164,16 @@ def search(
         trainable=shapes.trainable,
         names=shapes.names,
     )
+
+
+def needs_devices(config: Config, topology: str | None = None) -> bool:
+    """Return whether `plan_config` looks at attached devices.
+
+    It does for their topology where none is described, and for what `doctor --kernels` found on them.
+    """
+    if topology is None and described_topology(config) is None:
+        return True
+    return bool(Packing.here(config).compared)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -332,4 +343,4 @@ def _counted(trained: tuple[str, ...] | None) -> str:
 
 
 def _again(config: Config) -> str:
-    return f"plan again: meshwright plan CONFIG plan=auto --save {config.plan}"
+    return f"plan again: meshwright plan CONFIG plan=auto --save {shlex.quote(config.plan)}"

@@ -158,6 +158,11 @@ def _window(config: Config, folder: RunFolder, hosts: Hosts) -> ProfileWindow:
     start = profile.start_step
     died = None
     if start is not None:
+        if start > config.train.steps:
+            _say(
+                hosts,
+                f"no profile: profile.start_step={start} is past train.steps={config.train.steps}",
+            )
         died = died_in(folder.profile, (start, profile.num_steps))
         # The first process's word is for all: they open and close the window at the same steps.
         if not from_first(int(died is None)):

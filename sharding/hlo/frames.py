@@ -9,8 +9,8 @@ from .text import HloModule, Instruction, SourceLine
 
 # Installed packages, the standard library and frozen modules.
 _LIBRARY = re.compile(r"(^|[/\\])(site-packages|dist-packages|lib[/\\]python3[^/\\]*)[/\\]|^<frozen ")
-# This package's transforms and runtime, wherever they are installed.
-_OWN = re.compile(r"(^|[/\\])meshwright[/\\](sharding|runtime)[/\\]")
+# This package's transforms, runtime and command, wherever they are installed.
+_OWN = re.compile(r"(^|[/\\])(meshwright[/\\](sharding|runtime)[/\\]|(bin|Scripts)[/\\]meshwright[^/\\]*$)")
 _HERE = Path(__file__).resolve().parents[1]
 _FOLDERS = (f"{_HERE}/", f"{_HERE.with_name('runtime')}/")
 # Code of the process that compiles: it is in the frames of every instruction and asks for none of them.

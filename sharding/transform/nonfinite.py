@@ -30,12 +30,12 @@ from .pipeline.watch import BEHIND_SUMS, Fault, Numbering, are_finite
 from .said import OF_LOSS, check_given
 
 _WORDS = {
-    EMBED: "what is before the layers",
+    EMBED: "what comes before the layers",
     FORWARD: "the forward pass",
-    HEAD: "what is behind the layers or its gradient",
+    HEAD: "what comes after the layers (head and loss), or its gradient",
     BACKWARD: "the backward pass",
     WEIGHTS: "the gradient of the layers' weights",
-    LEARN: "the gradient of what is before the layers",
+    LEARN: "the gradient of what comes before the layers",
 }
 # Paths that are named.
 _NAMED = 3

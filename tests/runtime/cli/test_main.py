@@ -64,6 +64,9 @@ MISTAKES = {
     "heads that do not group": override("model.overrides={heads: 6, kv_heads: 4}", says=("heads", "6", "4")),
     "no such module": override("model={build: nowhere_at_all:make}", says="nowhere_at_all"),
     "no such function": override("model={build: json:dumpz}", says=("dumpz", "did you mean")),
+    "fewer ids than the text": override(
+        "model={build: own_model:narrow}", "mesh={data: -1}", says=("up to 2", "vocab is 99", "fits is 259")
+    ),
     "not a model": override("model={build: json:loads, arguments: {s: '1'}}", says=("int", "Model")),
     "wrong arguments": override("model={build: json:loads, arguments: {words: 1}}", says="json:loads"),
     "preset and build": override("model={preset: tiny, build: json:loads}", says="not both"),
@@ -148,6 +151,16 @@ MISTAKES = {
     "config of no file": typed("config", "{home}/confg.yaml", says="'config.yaml'"),
 }
 
+OWN_MODEL = """
+import dataclasses
+from meshwright.models import mlp
+from meshwright.models.perceptron import MlpConfig
+
+
+def narrow():
+    return dataclasses.replace(mlp(MlpConfig(vocab=99)), config=None)
+"""
+
 # All mistakes are made in one process, since a process for each would spend its time importing JAX.
 CHILD = """
 import contextlib, io, json, sys, traceback
@@ -189,6 +202,7 @@ def home(small_config: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -
     (home / "empty").mkdir()
     (home / "hidden").mkdir()
     (home / "hidden/.hidden.yaml").write_text("")
+    (home / "own_model.py").write_text(OWN_MODEL)
     return home
 
 

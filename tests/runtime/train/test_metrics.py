@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import pathlib
 import threading
@@ -93,10 +94,14 @@ def test_evaluations_are_weighted_means() -> None:
     sink = Kept()
     collector = Collector([sink], tokens_per_step=1)
     pairs = [(jnp.float32(1.0), jnp.float32(30)), (jnp.float32(4.0), jnp.float32(10))]
-    submit(collector, 1, evaluation=pairs)
+    coming: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    submit(collector, 1, evaluation=coming)
+    time.sleep(0.2)
+    coming.set_result(pairs)
     submit(collector, 2)
     collector.close()
     assert sink.records[0]["eval_loss"] == pytest.approx(1.75)
+    assert sink.records[0]["step_seconds"] < 0.2, "waiting for the evaluation is no part of the step"
     assert "eval_loss" not in sink.records[1]
     assert collector.last == sink.records[1]
 

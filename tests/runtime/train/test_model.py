@@ -6,8 +6,10 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
+import jax
 import pytest
 from meshwright.models import Model
+from meshwright.runtime.cli.main import plan
 from meshwright.runtime.config import parse
 from meshwright.runtime.train import build_model
 from meshwright.runtime.train.planning import plan_config
@@ -52,9 +54,9 @@ def test_a_function_in_the_working_directory_is_found() -> None:
     assert build("builds_well:perceptron", embed=8).num_parameters > 0
 
 
-def test_a_module_that_is_not_there_is_named() -> None:
+def test_a_module_that_is_not_there_is_named_with_where_it_was_looked_for(home: pathlib.Path) -> None:
     said = refusal("nowhere_at_all:build")
-    assert said == "model.build='nowhere_at_all:build': No module named 'nowhere_at_all'"
+    assert f"there is no module nowhere_at_all in {home}" in said
 
 
 def test_an_import_that_fails_names_its_line(home: pathlib.Path) -> None:
@@ -120,3 +122,15 @@ def test_an_error_of_a_models_own_functions_names_their_line(home: pathlib.Path)
     words = {"model": {"preset": None, "build": "fails_late:build"}, "topology": "cpu:8"}
     with pytest.raises(UserError, match=r"the loss fails: KeyError: 'none' \(.*fails_late.py:4\)"):
         plan_config(parse({**words, "train": {"global_batch": 8}, "data": {"sequence": 8}}))
+
+
+def test_planning_for_described_devices_starts_none_of_this_machine(home: pathlib.Path) -> None:
+    (home / "tells.py").write_text("import jax\ndef build():\n    raise OSError(jax.config.jax_platforms)\n")
+    (home / "own.yaml").write_text("model: {build: tells:build}\n")
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "tpu,cpu")
+    try:
+        with pytest.raises(UserError, match="OSError: cpu "):
+            plan(home / "own.yaml", topology="v5e:2x4")
+    finally:
+        jax.config.update("jax_platforms", before)

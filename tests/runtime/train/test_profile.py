@@ -52,10 +52,10 @@ def test_two_windows_and_three_saves_change_no_loss(
     small_config: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     plain, run = tmp_path / "plain", tmp_path / "run"
-    assert (
-        meshwright("train", small_config, "train.steps=60", "checkpoint.every=0", f"run={plain}").returncode
-        == 0
-    )
+    late = ("train.steps=60", "profile.start_step=61")
+    result = meshwright("train", small_config, *late, "checkpoint.every=0", f"run={plain}")
+    assert result.returncode == 0, result.stderr
+    assert "no profile: profile.start_step=61 is past train.steps=60" in result.stderr
     for steps, first in ((30, 10), (60, 40)):
         window = (f"train.steps={steps}", f"profile.start_step={first}", "profile.num_steps=3")
         result = meshwright("train", small_config, *window, "checkpoint.every=20", f"run={run}")

@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+from meshwright.sharding.hlo.frames import is_library
 from meshwright.sharding.hlo.replica_groups import axes_of_groups, axes_of_pairs
 from meshwright.sharding.hlo.text import collective_kind, parse_hlo
 
@@ -167,3 +168,9 @@ def test_shapes_operands_literals_and_computations_are_kept():
     inside = program.inside(fusion)
     assert inside is not None
     assert inside.root == "n"
+
+
+@pytest.mark.parametrize("file", ["/home/me/.venv/bin/meshwright", r"C:\me\Scripts\meshwright.exe"])
+def test_the_command_is_no_line_of_the_users(file):
+    assert is_library(file)
+    assert not is_library("/home/me/bin/meshwright/train.py")
