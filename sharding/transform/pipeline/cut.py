@@ -17,7 +17,7 @@ from ...errors import UserError
 from ...program.jaxpr import scan_parts
 from ...program.pieces import ProgramPiece, of_length
 from ...program.program import Equation, Program
-from .layers import behind, dependent, is_number, stored_as, walking
+from .layers import behind, dependent, is_number, stacked_parameters, stored_as, walking
 from .slots import Slots
 from .stream import CARRIED, CONSTANT, GIVEN, PASSED, Travelling
 
@@ -118,7 +118,7 @@ def cut_at_layers(
         )
         cuts.append(cut)
         enter = leave
-    _check_reads(found, cuts)
+    _check_reads(found, cuts, whole, params)
     return tuple(cuts)
 
 
@@ -195,16 +195,30 @@ def _items(
     return tuple(found)
 
 
-def _check_reads(found: Sequence[_CutStack], cuts: Sequence[LayerCut]) -> None:
+def _check_reads(found: Sequence[_CutStack], cuts: Sequence[LayerCut], program: Program, params: int) -> None:
     """Raise UserError if parameters of layers are read by anything but those layers."""
     for one, own in zip(found, cuts, strict=True):
         pieces = [piece for cut in cuts for piece in (cut.enter, cut.leave, cut.stacked)]
         pieces += [cut.layers for cut in cuts if cut is not own]
         if any(not one.slots.stored.keys().isdisjoint(piece.reads) for piece in pieces):
+            nearest = _nearest(one, program, params)
             raise UserError(
                 f"stage={one.slots.stages}: parameters of the layers are read before or behind them too, for "
-                f"rows of the batch, and no stage has those of all layers, at {one.ours.where}"
+                f"rows of the batch, and no stage has those of all layers, at {one.ours.where}{nearest}"
             )
+
+
+def _nearest(one: _CutStack, program: Program, params: int) -> str:
+    """Return what to write in place of layers that run several times, or nothing."""
+    scans = [other for other in program.scope.equations if other.primitive == "scan"]
+    own = one.slots.stored.keys()
+    runs = sum(not own.isdisjoint(stacked_parameters(program, other, params)) for other in scans)
+    if runs < 2:
+        return ""
+    return (
+        f"; they run {runs} times: nearest is once, on what all runs take, put together along the batch "
+        "(jnp.concatenate) and split behind them"
+    )
 
 
 def _used_outside(program: Program, layers: Equation) -> set[Any]:

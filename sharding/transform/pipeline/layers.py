@@ -106,13 +106,27 @@ def stacks_of(program: Program, params: int, stages: int, chunks: int) -> list[E
     return sorted(found, key=program.scope.equations.index)
 
 
-def uncut_parameters(program: Program, stacks: Sequence[Equation], params: int) -> frozenset[int]:
-    """Return the numbers of the parameters that layers walk which are none of the `stacks`."""
+def whole_parameters(program: Program, stacks: Sequence[Equation], params: int) -> frozenset[int]:
+    """Return the numbers of the parameters that each stage has all of, whatever of the `stacks` it runs.
+
+    They are those of other layers, and what layers read of other parameters: stages run their chunks of other
+    microbatches in one tick, and some a chunk that counts for nothing, so that what they give a parameter
+    that all have can be summed over them after the last tick alone.
+    """
+    own = alone(program, params)
     others = [one for one in _by_size(program, params) if one not in stacks]
-    found = (stacked_parameters(program, one, params) for one in others)
-    return frozenset().union(*found) - frozenset().union(
-        *(stacked_parameters(program, one, params) for one in stacks)
-    )
+    atoms = [atom for one in others for atom in _walked(one) if atom in own]
+    for one in stacks:
+        constants = one.eqn.invars[: scan_parts(one.eqn).num_consts]
+        atoms += [atom for atom in constants if not is_number(atom) and atom in own]
+        # What is made of parameters alone is made ahead of the stages.
+        atoms += [atom for atom in _walked(one) if atom not in own]
+    jaxpr, live = program.scope.jaxpr, set(atoms)
+    for eqn in reversed(jaxpr.eqns):
+        if not live.isdisjoint(eqn.outvars):
+            live.update(atom for atom in eqn.invars if not is_number(atom))
+    found = {number for number, var in enumerate(jaxpr.invars[:params]) if var in live}
+    return frozenset(found).difference(*(stacked_parameters(program, one, params) for one in stacks))
 
 
 def walking(program: Program, params: int, numbers: Collection[int]) -> Equation:

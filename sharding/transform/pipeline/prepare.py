@@ -30,7 +30,7 @@ from ..accumulation.proof import rows_of
 from ..accumulation.region import axes_of_rows, specs_of_rows
 from ..accumulation.run import Run
 from ..experts import names_of_experts
-from .layers import alone, inlined, stacks_of, stored_as, uncut_parameters
+from .layers import alone, inlined, stacks_of, stored_as, whole_parameters
 from .slots import STAGE
 
 Array = Any
@@ -143,7 +143,7 @@ def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced) -> Prepa
         if atom in own and stored_as(program, atom, len(params)) is None
     ]
     paths = tuple(params)
-    whole = {paths[n] for n in uncut_parameters(program, stacks, count)}
+    whole = {paths[n] for n in whole_parameters(program, stacks, count)}
     if not made:
         return Prepared(plan=_unmixed(plan, traced, whole, experts), traced=flat, mesh=mesh)
     jaxpr = flat.jaxpr.jaxpr
@@ -265,7 +265,7 @@ def _unmixed(plan: Decision, traced: Traced, whole: Collection[str], experts: Co
 
     Where a dimension is stored over an axis that cuts rows, or over stages, and over another as well, it is
     gathered over the first once a step, ahead of the region; its gradient is stored as before. So are over
-    stages the parameters at `whole`, of layers that each of them runs, and what a state stores.
+    stages the parameters at `whole`, which each of them runs its layers with, and what a state stores.
     """
     rows = specs_of_rows(plan, traced.args[1], rows_of(traced))
     manual = (*axes_of_rows(plan, rows, experts), STAGE)

@@ -263,6 +263,37 @@ def test_layers_in_a_python_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(apart(found, plain(params, batch()))) < 1e-6
 
 
+def skips(params: Any, batch: Any) -> Any:
+    """Layers in a Python loop, each of which reads what one of the layers before it has given."""
+    x, given = params["table"][batch["tokens"]], []
+    for layer in params["down"]:
+        x = x + jnp.tanh(x @ layer)
+        given.append(x)
+    for layer in params["up"]:
+        x = x + jnp.tanh(jnp.concatenate([x, given.pop()], -1) @ layer)
+    return optax.softmax_cross_entropy_with_integer_labels(x @ params["table"].T, batch["targets"]).mean()
+
+
+def apart_by_skips(params: Any) -> Any:
+    up, down = params["blocks"]["up"], params["blocks"]["down"]
+    return {"table": params["table"], "up": [*down], "down": [*up[:, :, :WIDTH]]}
+
+
+@pytest.mark.parametrize(
+    ("loss", "params", "how"),
+    [
+        (drawn, init, {"rules": {"*gate": ["stage"]}}),
+        pytest.param(skips, lambda: apart_by_skips(init()), {}, marks=pytest.mark.slow),
+    ],
+    ids=["by a rule", "of other layers"],
+)
+def test_what_layers_read_besides_may_be_stored_over_stages(loss: Any, params: Any, how: Any) -> None:
+    plan = declare(loss, params(), batch(), topology="cpu:2", mesh={"stage": 2}, microbatches=2, **how)
+    assert sum("stage" in one.spec and len(one.shape) < 3 for one in plan.params.values())
+    _, found, plain = gradients(plan, loss, params())
+    assert max(apart(found, plain(params(), batch()))) < 1e-6
+
+
 def test_half_precision_is_as_near_as_the_plain_function() -> None:
     half = init(jnp.bfloat16)
     plan = declared(drawn, {"stage": 2, "data": 2, "tensor": 2}, dtype=jnp.bfloat16)
@@ -331,9 +362,15 @@ def statistics(params: Any, batch: Any) -> Any:
     return jnp.square((x - x.mean()) / jnp.sqrt(x.var() + 1e-3)).mean() + jnp.tanh(x).sum()
 
 
+def twice(params: Any, batch: Any) -> Any:
+    first, second = (blocks(params, params["table"][batch[name]]) for name in ("tokens", "targets"))
+    return jax.nn.sigmoid(first - second).mean()
+
+
 @pytest.mark.parametrize(
     ("loss", "how", "says"),
     [
+        (twice, {}, "they run 2 times: nearest is once, on what all runs take, put together along the batch"),
         (statistics, {"max_passes": 9}, "passes over the batch"),
         (drawn, {"microbatches": 32}, "nearest: 64 rows, or microbatches=16"),
         (drawn, {"accumulation": "by part"}, "sums microbatches exactly"),
