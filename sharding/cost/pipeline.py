@@ -94,23 +94,18 @@ class Lockstep:
 
     @property
     def head_ticks(self) -> int:
-        """Ticks with what comes behind the layers, forward and backward."""
+        """Ticks with what comes after the layers, forward and backward."""
         return self.slots
 
     @property
     def embed_ticks(self) -> int:
-        """Ticks with what comes before the layers, and as many with its gradient."""
+        """Ticks with what comes before the layers, and as many with its gradient unless `delayed`."""
         return self.slots + self.stages
 
     @property
     def between_ticks(self) -> int:
         """Ticks with what lies between two stacks of layers, and as many with its gradient."""
         return self.layer_ticks if self.chunks == 1 else self.slots
-
-    @property
-    def learn_ticks(self) -> int:
-        """Ticks with the gradient of what comes before the layers."""
-        return self.slots if self.delayed else self.embed_ticks
 
     @property
     def weight_ticks(self) -> int:

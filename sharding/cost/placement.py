@@ -40,6 +40,8 @@ from .profile import ProgramTables
 _Found = TypeVar("_Found")
 
 FORWARD, BACKWARD = 0, 1
+# The kind of a collective, its pass, and the rows of `ProgramTables.values` that move by it.
+_Move = tuple[str, int, np.ndarray]
 
 # Experts have room for more rows than an even router gives them: a tile that is not filled for each, of 16 or
 # more (`ops.grouped.tile_of`), and of tokens that come from other devices more than the even share.
@@ -209,20 +211,26 @@ def _cut(profile: ProgramTables, dims: Sequence[int]) -> _Cut:
 
 
 class _Along(NamedTuple):
-    """What one axis does by itself: a mask of gradients that are partial sums, and what moves."""
+    """What one axis does by itself: a mask of gradients [P] that are partial sums, and what moves."""
 
     partial: np.ndarray
-    moves: list[tuple[str, int, np.ndarray]]
+    moves: list[_Move]
 
 
 def _along(profile: ProgramTables, axis: str, size: int, dims: Sequence[int], *, apart: bool) -> _Along:
-    """Return what an axis of `size` does by itself that `dims` want, the last of them first."""
+    """Return what an axis of `size` does by itself that `dims` want, the last of them first.
+
+    The cases are those of the table at the top of the module; what attention moves is priced `apart`, see
+    `context`. An array that several equations need moved in the same way moves once.
+    """
     value_won = _winners(profile.values.dims, dims)
     step_won = _winners(profile.steps.space, dims)
-    summed = np.zeros(len(profile.parameters.dims), bool)
-    moves: list[tuple[str, int, np.ndarray]] = []
-    _moves(profile, axis, size, value_won, step_won, summed, moves, apart=apart)
-    return _Along(partial=summed, moves=moves)
+    exchanged_over = size if axis in _EXCHANGING else None
+    summed, handing, moves = _for_operands(profile, value_won, step_won, exchanged_over, apart=apart)
+    moves += _for_results(profile, value_won, step_won, handing)
+    count = len(profile.values.bytes)
+    distinct = [(kind, phase, _distinct(chosen, count)) for kind, phase, chosen in moves if len(chosen)]
+    return _Along(partial=summed, moves=distinct)
 
 
 def _traffic(
@@ -304,25 +312,20 @@ def _smaller_results(profile: ProgramTables, is_weight: np.ndarray, size: int) -
     return ~weighted & (given < read * size)
 
 
-def _moves(
+def _for_operands(
     profile: ProgramTables,
-    axis: str,
-    size: int,
     value_won: np.ndarray,
     step_won: np.ndarray,
-    sums: np.ndarray,
-    moves: list[tuple[str, int, np.ndarray]],
+    exchanged_over: int | None,
     *,
-    apart: bool = False,
-) -> None:
-    """Append to `moves` what crosses `axis`; mark in `sums` the gradients that are partial sums over it.
+    apart: bool,
+) -> tuple[np.ndarray, np.ndarray, list[_Move]]:
+    """Return which parameters' gradients [P] are partial sums, and what moves for equations' operands.
 
-    What attention moves is priced `apart`, see `context`.
-
-    The cases are those of the table at the top of the module. An array that several equations need moved in
-    the same way moves once.
+    Between the two stand the equations [E] that rather hand on what they give, over an axis of
+    `exchanged_over` devices that values may be exchanged over.
     """
-    values, reads, writes = profile.values, profile.reads, profile.writes
+    values, reads = profile.values, profile.reads
     step = step_won[reads.equation]
     own = value_won[reads.value]
     divided = step >= 0
@@ -338,40 +341,48 @@ def _moves(
     is_weight = parameter >= 0
     # d(operand) sums over all of the iteration space that the operand lacks: in parts where that is cut.
     summed = divided & ~inside & values.grad[reads.value]
-    if is_weight.any():
-        mine = summed & is_weight
-        indices = np.searchsorted(profile.parameters.argument, parameter[mine])
-        sums[indices] = True
+    arguments = profile.parameters.argument
+    partial = _among(np.searchsorted(arguments, parameter[summed & is_weight]), len(arguments))
     # An equation without weights may be divided as its operand is, and hand on what it gives instead: tokens
     # go to their experts and come back by all-to-alls (Lepikhin et al. 2020).
     handed = turned = np.zeros(len(step), bool)
-    if axis in _EXCHANGING:
-        handed = whole & _smaller_results(profile, is_weight, size)[reads.equation]
+    if exchanged_over is not None:
+        handed = whole & _smaller_results(profile, is_weight, exchanged_over)[reads.equation]
         # An operand that has the dim, but lies by another one, changes hands itself.
         turned = inside & (own >= 0) & (own != step) & ~is_weight
     gathered = ((whole & ~handed) | needs_whole) & ~is_weight
+    moves = [
+        ("all_gather", FORWARD, reads.value[gathered]),
+        # The transpose of a gather is a scatter of sums. Where every device computed the same, each need only
+        # keep its part of the gradient: that is counted as if it were sent, too.
+        ("reduce_scatter", BACKWARD, reads.value[gathered & values.grad[reads.value]]),
+        ("all_reduce", BACKWARD, reads.value[summed & ~is_weight & (own < 0)]),
+        *_exchanged(profile, reads.value[turned]),
+    ]
+    return partial, _among(reads.equation[handed], len(step_won)), moves
 
-    def move(kind: str, phase: int, chosen: np.ndarray) -> None:
-        if len(chosen):
-            moves.append((kind, phase, _distinct(chosen, len(values.bytes))))
 
-    move("all_gather", FORWARD, reads.value[gathered])
-    # The transpose of a gather is a scatter of sums. Where every device computed the same, each need only
-    # keep its part of the gradient: that is counted as if it were sent, too.
-    move("reduce_scatter", BACKWARD, reads.value[gathered & values.grad[reads.value]])
-    move("all_reduce", BACKWARD, reads.value[summed & ~is_weight & (own < 0)])
-    handing = _among(reads.equation[handed], len(step_won))[writes.equation]
-    swapped = [reads.value[turned], writes.value[handing]]
-    for chosen in swapped:
-        move("all_to_all", FORWARD, chosen)
-        move("all_to_all", BACKWARD, chosen[values.grad[chosen]])
+def _for_results(
+    profile: ProgramTables, value_won: np.ndarray, step_won: np.ndarray, handing: np.ndarray
+) -> list[_Move]:
+    """Return what moves for equations' results, those of the equations `handing` [E] by exchange."""
+    values, writes = profile.values, profile.writes
     step = step_won[writes.equation]
     own = value_won[writes.value]
-    sums = (step >= 0) & ~writes.dims[np.arange(len(step)), step] & ~handing
-    move("all_reduce", FORWARD, writes.value[sums & (own < 0)])
-    scattered = writes.value[sums & (own >= 0)]
-    move("reduce_scatter", FORWARD, scattered)
-    move("all_gather", BACKWARD, scattered[values.grad[scattered]])
+    handed = handing[writes.equation]
+    summed = (step >= 0) & ~writes.dims[np.arange(len(step)), step] & ~handed
+    scattered = writes.value[summed & (own >= 0)]
+    return [
+        *_exchanged(profile, writes.value[handed]),
+        ("all_reduce", FORWARD, writes.value[summed & (own < 0)]),
+        ("reduce_scatter", FORWARD, scattered),
+        ("all_gather", BACKWARD, scattered[values.grad[scattered]]),
+    ]
+
+
+def _exchanged(profile: ProgramTables, chosen: np.ndarray) -> list[_Move]:
+    there = ("all_to_all", FORWARD, chosen)
+    return [there, ("all_to_all", BACKWARD, chosen[profile.values.grad[chosen]])]
 
 
 def _among(places: np.ndarray, count: int) -> np.ndarray:

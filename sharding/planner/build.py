@@ -239,7 +239,10 @@ def why_lost(best: Priced, other: Priced, capacity_bytes: float, stored: tuple[f
     ours, theirs = best.estimate, other.estimate
     slower = theirs.step_seconds / ours.step_seconds - 1
     if slower < 1e-4:
-        return f"takes as long, and {gib(theirs.peak_bytes)} instead of {gib(ours.peak_bytes)}"
+        more, least = gib(theirs.peak_bytes), gib(ours.peak_bytes)
+        if more == least:
+            return f"takes as long, and as much memory, {least}"
+        return f"takes as long, and {more} instead of {least}"
     item, more = _largest_gain(ours.time, theirs.time)
     share = f"{slower:.1%}" if slower < 0.1 else f"{slower:.0%}" if slower < 2 else f"{1 + slower:.1f} times"
     least = "at least " if other.bound else ""

@@ -37,8 +37,9 @@ class Attempt:
         if not self.verdict.fits:
             return self.verdict.message
         mine, best = _seconds(self), _seconds(chosen)
-        longer = f"{mine / best - 1:.1%} longer, in {gib(self.verdict.peak_bytes)}"
-        return f"compiled, it takes {seconds(mine)}, {longer}"
+        share = mine / best - 1
+        longer = f"{share:.1%} longer" if share >= 5e-4 else "as long"
+        return f"compiled, it takes {seconds(mine)}, {longer}, in {gib(self.verdict.peak_bytes)}"
 
 
 def prove(

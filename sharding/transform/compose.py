@@ -94,16 +94,10 @@ def passes_of(
     kernel = None
     if settings is not None or plan.context is not None:
         kernel = AttentionKernel(mesh, settings, platform, program, marks, capability, plan.context)
-    of_state = [] if state is None else _flat(arrays.specs(plan, state, "state"))
     planned = arrays.axes_of_dims(plan, program)
     around = {dim: tuple(axis for axis in axes if axis in by_hand) for dim, axes in planned.items()}
     axes = {dim: tuple(axis for axis in axes if axis not in by_hand) for dim, axes in planned.items()}
-    stored, reduced = _flat(arrays.specs(plan, params)), _flat(arrays.specs_of_moments(plan, params))
-    if lies is not None:
-        stored, reduced = (
-            [PartitionSpec(*lies(n, tuple(spec))) for n, spec in enumerate(some)]
-            for some in (stored, reduced)
-        )
+    stored, reduced = _lying(plan, params, state, lies)
     passes: list[Pass] = []
     if saved:
         passes.append(Name(marks, inputs=INPUT in saved, kernel=kernel))
@@ -112,8 +106,8 @@ def passes_of(
             program,
             mesh,
             axes,
-            stored=stored + of_state,
-            reduced=reduced + of_state,
+            stored=stored,
+            reduced=reduced,
             scattering=Scattering(mesh, steps),
             kernel=kernel,
             unsaid=arrays.unsaid_dims(plan, program, axes),
@@ -130,6 +124,17 @@ def passes_of(
     if learns and arithmetic:
         passes.append(Arithmetic(arithmetic, math.prod(plan.mesh.values())))
     return passes
+
+
+def _lying(
+    plan: Decision, params: Any, state: Any, lies: Callable[[int, Spec], Spec] | None
+) -> tuple[list[Any], list[Any]]:
+    """Return how parameters and state are stored, and how their gradients are; `lies` as in `passes_of`."""
+    both = _flat(arrays.specs(plan, params)), _flat(arrays.specs_of_moments(plan, params))
+    if lies is not None:
+        both = tuple([PartitionSpec(*lies(n, tuple(spec))) for n, spec in enumerate(one)] for one in both)
+    of_state = [] if state is None else _flat(arrays.specs(plan, state, "state"))
+    return both[0] + of_state, both[1] + of_state
 
 
 def composed(

@@ -12,12 +12,13 @@ from jax.extend import core
 
 from ..jaxpr import Traced, call_body, context_of, is_extended, run, run_around, scan_parts
 from ..primitives import Trait, primitives
-from .find import Finder, order
+from .find import Finder
 from .flat import FlatEquation, flatten
 from .graph import Graph
 from .inside import cast_within, run_given
 from .keys import Keys, Written
 from .notes import notes_of
+from .order import order
 from .rows import Evaluation
 from .wiring import Place, Repeat, Source
 

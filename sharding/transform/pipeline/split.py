@@ -212,22 +212,18 @@ class _Scope:
 
     def run_early(self, known: _Values) -> None:
         """Add to what is known what the early equations give."""
-        for n in self._early:
-            eqn, loop = self.jaxpr.eqns[n], self._loops.get(n)
-            with context_of(eqn):
-                if loop is not None:
-                    loop.run_early(known)
-                else:
-                    outs = run(eqn, [known.of(atom) for atom in eqn.invars])
-                    known.update(zip(eqn.outvars, outs, strict=True))
+        self._run(self._early, known, _Loop.run_early)
 
     def run_late(self, known: _Values) -> None:
         """Add to what is known what the late equations give."""
-        for n in self._late:
+        self._run(self._late, known, _Loop.run_late)
+
+    def _run(self, some: Sequence[int], known: _Values, run_loop: Callable[[_Loop, _Values], None]) -> None:
+        for n in some:
             eqn, loop = self.jaxpr.eqns[n], self._loops.get(n)
             with context_of(eqn):
                 if loop is not None:
-                    loop.run_late(known)
+                    run_loop(loop, known)
                 else:
                     outs = run(eqn, [known.of(atom) for atom in eqn.invars])
                     known.update(zip(eqn.outvars, outs, strict=True))

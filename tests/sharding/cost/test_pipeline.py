@@ -74,7 +74,7 @@ def test_ticks_are_those_of_the_schedule(stages, microbatches, chunks, delayed):
         (BACKWARD, ticks.layer_ticks),
         (HEAD, ticks.head_ticks),
         (EMBED, ticks.embed_ticks),
-        (LEARN, ticks.learn_ticks),
+        (LEARN, ticks.slots if delayed else ticks.embed_ticks),
         (WEIGHTS, ticks.weight_ticks if delayed else 0),
     ):
         found = sum(one.ticks * whole.times for whole in done for one in whole.stretches if work in one.work)
