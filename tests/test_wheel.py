@@ -147,6 +147,7 @@ def test_installed_it_gives_the_command(installed: pathlib.Path) -> None:
     assert "train.steps=" in run(installed, "meshwright", "config")
 
 
+@pytest.mark.slow
 def test_installed_it_trains(installed: pathlib.Path, tmp_path: pathlib.Path) -> None:
     text = tmp_path / "text"
     text.mkdir()

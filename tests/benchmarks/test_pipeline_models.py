@@ -20,7 +20,7 @@ MANY = {"mesh": {"stage": 2, "fsdp": 2, "tensor": 2}, "microbatches": 4, "interl
 @pytest.mark.parametrize(
     ("name", "scanned", "how"),
     [
-        ("mixture", False, FEW),
+        pytest.param("mixture", False, FEW, marks=pytest.mark.slow),
         # Scanned and in a loop by turns.
         *(
             pytest.param(name, number % 2 == 1, MANY, marks=pytest.mark.slow)

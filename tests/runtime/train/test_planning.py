@@ -173,6 +173,7 @@ def test_a_plan_of_something_else_is_refused(small_config: pathlib.Path, tmp_pat
             plan_config(prepared(small_config, named, *words))
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 def test_a_run_goes_on_by_another_plan(small_config: pathlib.Path, tmp_path: pathlib.Path) -> None:
     words = ("model={build: small_models:perceptron}", "checkpoint.every=2", "mesh=null")

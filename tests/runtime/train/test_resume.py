@@ -161,6 +161,7 @@ def test_other_devices_and_another_mesh_go_on_with_the_same_losses(
     assert_same_course(run, reference, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_request_to_stop_a_launch_saves_at_one_step(
     small_config: pathlib.Path, reference: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -56,13 +56,13 @@ def agrees(loss: Any, planned: Plan, params: Any, batch: Any) -> None:
         assert gradient.sharding.is_equivalent_to(wanted, gradient.ndim)
 
 
-# Without XLA's optimisations convolutions add one product after another, which is 1e-6 off on some
-# processors. With them this one compiles for long.
-AS_COMPILED = {"unet": (pytest.mark.numerics(False), pytest.mark.slow)}
+# Without XLA's optimisations a U-Net's convolutions add one product after another, which is 1e-6 off on some
+# processors. With them it compiles for long.
+MARKS = {"unet": (pytest.mark.numerics(False), pytest.mark.slow), "encoder_decoder": pytest.mark.slow}
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("name", [pytest.param(one, marks=AS_COMPILED.get(one, ())) for one in zoo.MODELS])
+@pytest.mark.parametrize("name", [pytest.param(one, marks=MARKS.get(one, ())) for one in zoo.MODELS])
 def test_models_that_nobody_annotated_run_planned_as_unsharded(name: str) -> None:
     case = case_of(name)
     params, batch = case.arrays()

@@ -138,6 +138,7 @@ def test_what_is_kept_by_name_is_not_computed_again(own_cache: pathlib.Path) -> 
     assert list(forwards.values()) == [2, 1]
 
 
+@pytest.mark.slow
 def test_cudnn_is_compiled_in_for_a_gpu_that_is_not_here(own_cache: pathlib.Path) -> None:
     made = planned("h100:1x4", remat="none")
     assert made.kernels == {"attention": {"implementation": "cudnn"}}
@@ -182,7 +183,8 @@ def test_one_chunk_s_mask_is_held_at_a_time(own_cache: pathlib.Path) -> None:
     )
 
 
-@pytest.mark.parametrize("asks", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("asks", [False, True])
 def test_cudnn_works_a_ring_through_where_a_plan_asks(asks: bool, own_cache: pathlib.Path) -> None:
     names = dict.fromkeys("qkv", ("embed", "heads", "head_dim"))
 

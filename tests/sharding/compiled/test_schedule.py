@@ -77,6 +77,7 @@ def test_products_with_the_windows_of_a_plans_options_take_what_was_estimated():
     assert wide == _seconds(found, {}, product_cycles=1.0) > plain
 
 
+@pytest.mark.slow
 def test_both_cores_of_a_megacore_share_the_windows():
     found = _compiled("v5p:2x2x1")
     program = parse_hlo(found.text)

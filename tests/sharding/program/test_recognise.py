@@ -57,6 +57,7 @@ def attention_calls(jaxpr) -> int:
     return own + sum(map(attention_calls, inner))
 
 
+@pytest.mark.slow
 def test_blocks_of_equinox_become_one_scan_with_one_attention() -> None:
     eqx = pytest.importorskip("equinox")
     width, length = 8, 6

@@ -294,6 +294,7 @@ def test_what_layers_read_besides_may_be_stored_over_stages(loss: Any, params: A
     assert max(apart(found, plain(params(), batch()))) < 1e-6
 
 
+@pytest.mark.slow
 def test_half_precision_is_as_near_as_the_plain_function() -> None:
     half = init(jnp.bfloat16)
     plan = declared(drawn, {"stage": 2, "data": 2, "tensor": 2}, dtype=jnp.bfloat16)
