@@ -7,12 +7,14 @@ import gc
 import json
 import pathlib
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
 from ...sharding.errors import UserError
+from ...sharding.words import first_of
 from ..errors import EXIT_INTERRUPTED, RunError, exit_code
 
 app = typer.Typer(
@@ -31,6 +33,9 @@ Overrides = Annotated[
     typer.Argument(metavar="[section.key=value]...", help="Settings that take the place of the file's."),
 ]
 RunFolderPath = Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+# Seconds after which a command that is still silent says what it does.
+_SILENCE = 10.0
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -101,8 +106,10 @@ def plan(
         if not needs_devices(settings, topology):
             # What a model of the user's works out for real while it is built, even a key, starts JAX.
             leave_devices()
-        planned = plan_config(settings, topology)
-        found = planned.verified(top).plan if verify else planned.plan
+        with _said_if_long("still planning: tracing the model and searching its layouts"):
+            planned = plan_config(settings, topology)
+        with _said_if_long(f"compiling for {planned.plan.topology}; a large step takes minutes, 15 at most"):
+            found = planned.verified(top).plan if verify else planned.plan
     answer = None if why is None else found.explain(why)
     write_files(found, plan_file=save, page=html)
     if check:
@@ -123,7 +130,8 @@ def _check(settings: Any, found: Any, facts: dict[str, Any] | None) -> None:
     from ...sharding.report.terminal import Printed
     from ..train.check import check_document, check_plan
 
-    checked = check_plan(settings, found)
+    with _said_if_long("running the model in small, as planned and plainly"):
+        checked = check_plan(settings, found)
     if facts is None:
         _show(Printed(check_document(found, checked)))
     else:
@@ -208,7 +216,8 @@ def checkpoint(
     if as_json:
         print(json.dumps([plain(record) for record in records]))
     elif not records:
-        print(f"{run} has no checkpoint")
+        below = sorted(path.parent for path in run.glob("*/checkpoints"))
+        print(f"{run} has no checkpoint" + (f"; there are runs in it: {first_of(below)}" if below else ""))
     else:
         _show(table(records, verified=verify))
     raise typer.Exit(int(any(record.fault for record in records)))
@@ -285,6 +294,18 @@ def doctor(
     else:
         _show(render(findings))
     raise typer.Exit(int(any(finding.status == "bad" for finding in findings)))
+
+
+@contextlib.contextmanager
+def _said_if_long(words: str) -> Iterator[None]:
+    """Say `words` on stderr where the block takes long."""
+    timer = threading.Timer(_SILENCE, lambda: print(words, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

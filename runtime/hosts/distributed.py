@@ -16,7 +16,7 @@ import pathlib
 import socket
 import warnings
 
-from ...sharding.errors import UserError, one_line
+from ...sharding.errors import UserError, nearest_divisors, one_line
 from ..config.hosts import HostsConfig
 from . import clusters
 from .address import is_loopback, split_address
@@ -113,7 +113,8 @@ def _simulate_share(config: HostsConfig, simulated_devices: int | None, num_proc
             below = simulated_devices // num_processes * num_processes
             raise UserError(
                 f"{simulated_devices} simulated devices do not divide among {num_processes} processes; "
-                f"nearest: {f'{below} or ' if below else ''}{below + num_processes}"
+                f"nearest: {nearest_divisors(simulated_devices, num_processes)} processes, or "
+                f"{f'{below} or ' if below else ''}{below + num_processes} devices"
             )
         share = simulated_devices // num_processes
         if each is not None and each != share:

@@ -12,7 +12,8 @@ from ...sharding.files import FolderInUse, FolderLock, write_whole
 from ..config import Config, dump
 
 # Settings that do not change what a step computes, so that a run may go on with others: sections and keys.
-# The layout is among them, since a checkpoint restores onto any mesh.
+# The layout is among them, since a checkpoint restores onto any mesh, and so are kernels, since that mesh may
+# be of another chip.
 _FREE = frozenset(
     {
         "name",
@@ -26,6 +27,11 @@ _FREE = frozenset(
         "schedule",
         "interleave",
         "stage_remat",
+        "attention",
+        "context",
+        "experts",
+        "calibration",
+        "model.reduced",
         "compilation_cache",
         "checkpoint",
         "profile",
@@ -34,6 +40,7 @@ _FREE = frozenset(
         "data.prefetch",
         "data.read_threads",
         "data.cache",
+        "data.segments",
         "train.steps",
         "train.evaluate_every",
         "train.evaluate_batches",
@@ -77,7 +84,8 @@ class RunFolder:
                 f"{self.config} holds no settings, so whose run this is cannot be told; put the run's config "
                 "back, or give this run a folder of its own with run=FOLDER"
             )
-        differing = differing_settings(before, config.model_dump(mode="json"))
+        now, defaults = (one.model_dump(mode="json") for one in (config, Config()))
+        differing = differing_settings(before, now, defaults)
         if differing:
             listed = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items())
             raise UserError(
@@ -114,16 +122,21 @@ class RunFolder:
         return written or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
 
-def differing_settings(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return dotted key → (before, now) for the settings that must not change within a run and did."""
+def differing_settings(
+    before: Any, now: Any, defaults: Any = None, prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Return dotted key → (before, now) for the settings that must not change within a run and did.
+
+    A setting that `before` lacks, since the run was begun before there was one, has its value of `defaults`.
+    """
     differing: dict[str, tuple[Any, Any]] = {}
     for key in dict.fromkeys([*(before or {}), *now]):
-        dotted = f"{prefix}{key}"
-        old, new = (before or {}).get(key), now.get(key)
+        dotted, default = f"{prefix}{key}", (defaults or {}).get(key)
+        old, new = (before or {}).get(key, default), now.get(key)
         if dotted in _FREE or old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            differing |= differing_settings(old, new, f"{dotted}.")
+            differing |= differing_settings(old, new, default, f"{dotted}.")
         else:
             differing[dotted] = (old, new)
     return differing

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 from meshwright.models import Model
+from meshwright.runtime.cli import main
 from meshwright.runtime.cli.main import plan
 from meshwright.runtime.config import parse
 from meshwright.runtime.train import build_model
@@ -134,3 +135,14 @@ def test_planning_for_described_devices_starts_none_of_this_machine(home: pathli
             plan(home / "own.yaml", topology="v5e:2x4")
     finally:
         jax.config.update("jax_platforms", before)
+
+
+def test_a_plan_that_takes_long_says_what_it_does(
+    home: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "waits.py").write_text("import time\ndef build():\n    time.sleep(0.3)\n    raise OSError\n")
+    (home / "own.yaml").write_text("model: {build: waits:build}\n")
+    monkeypatch.setattr(main, "_SILENCE", 0.1)
+    with pytest.raises(UserError, match="OSError"):
+        plan(home / "own.yaml", topology="v5e:2x2")
+    assert capsys.readouterr().err == "still planning: tracing the model and searching its layouts\n"

@@ -73,6 +73,12 @@ def test_a_folder_without_a_step_belongs_to_nobody(tmp_path: pathlib.Path) -> No
         "topology=cpu:2",
         "microbatches=2",
         "remat=full",
+        "context=ring",
+        "attention=xla",
+        "experts=xla",
+        "calibration=here.json",
+        "model.reduced.layers=1",
+        "data.segments=8",
         "rules.embed=fsdp",
         "data.prefetch=4",
         "data.read_threads=2",
@@ -107,6 +113,19 @@ def test_a_run_may_not_go_on_with_settings_that_do(word: str) -> None:
     found = differing_settings(Config().model_dump(mode="json"), parse({}, [word]).model_dump(mode="json"))
     assert list(found) == [key]
     assert found[key][1] == yaml.safe_load(value)
+
+
+def test_a_run_that_was_begun_before_there_was_a_setting_goes_on_with_its_default(
+    tmp_path: pathlib.Path,
+) -> None:
+    folder = opened(tmp_path, Config(), steps=3)
+    folder.close()
+    before = yaml.safe_load(folder.config.read_text())
+    del before["max_passes"], before["optimizer"]["beta2"]
+    folder.config.write_text(yaml.safe_dump(before))
+    folder.check(Config())
+    with pytest.raises(UserError, match=r"\(max_passes: 3 there, 4 now\)"):
+        folder.check(parse({}, ["max_passes=4"]))
 
 
 def test_settings_that_one_side_lacks_differ() -> None:
