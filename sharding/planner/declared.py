@@ -263,7 +263,7 @@ def _with_exchange(rules: Rules, program: Program, sizes: Mapping[str, int]) -> 
     another's work on all else. Rules for the batch or for the experts stay as they are declared.
     """
     said = {"batch", _PURPOSE[_EXPERT]} & rules.declared.keys()
-    labels = {label for dim in experts_dims(program) for label in program.dims[dim].labels}
+    labels = {_label_of_experts(program.dims[dim], rules) for dim in experts_dims(program)}
     if sizes.get(_EXPERT, 1) == 1 or said or _PURPOSE[_EXPERT] not in labels:
         return rules
     batch = *rules.defaults["batch"], _EXPERT
@@ -285,7 +285,7 @@ def _ruled_dims(
     }
     planned, notes, experts = {}, [], experts_dims(program)
     for dim in program.dims:
-        label = _ruled_label(dim, rules)
+        label = _label_of_experts(dim, rules) if dim.id in experts else _ruled_label(dim, rules)
         if not dim.places or label is None or dim.whole is not None:
             continue
         if dim.id in regrouped and label == "batch" and dim.size % cut_into(of_batch, sizes):
@@ -316,6 +316,12 @@ def _but(of_batch: Collection[str], axes: tuple[str, ...], of_experts: bool) -> 
 def _ruled_label(dim: Dim, rules: Rules) -> str | None:
     """Return the first of the dim's labels that some rule speaks of."""
     return next((label for label in dim.labels if label in rules.declared or label in rules.defaults), None)
+
+
+def _label_of_experts(dim: Dim, rules: Rules) -> str | None:
+    """Return the label of a dim of experts, which needs no name unless rules of paths say where it lies."""
+    said = any(_EXPERT in mentioned(rule) for key, rule in rules.declared.items() if is_pattern(key))
+    return _ruled_label(dim, rules) or (None if said else _PURPOSE[_EXPERT])
 
 
 def _check_batch(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from ..cost.candidate import Candidate
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, nearest_divisors
 from ..hardware.topology import Topology
 from ..paths import matches
 from ..plans.specs import axes_in
+from ..program.mixtures import experts_dims
 from ..program.program import Argument, Program
 from ..rules.application import is_pattern, mentioned
 from ..rules.rules import Rules
@@ -20,6 +22,12 @@ from .declared import DATA_NAMES, Declared, Ruled
 
 # The axis that stores parameters which it does not compute with.
 _STORING = "fsdp"
+# The axis that needs experts: calls of `ops.experts`, or a dimension of that name.
+_OF_EXPERTS = "expert"
+_NO_EXPERTS = (
+    "; it has no call of meshwright.sharding.ops.experts: of experts written otherwise name the dimension, "
+    "e.g. names={'up': ('experts', None, None)}"
+)
 
 
 def with_unnamed(program: Program, topology: Topology, declared: Declared, laid: Ruled) -> Ruled:
@@ -103,13 +111,24 @@ def _check_axes(program: Program, layout: Candidate, laid: Ruled, rules: Rules) 
     for axis, size in layout.mesh.items():
         if size == 1 or axis in of_parameters:
             continue
+        if axis == _OF_EXPERTS:
+            _check_divides(program, size)
         if axis not in working:
             raise UserError(
                 f"mesh axis {axis}={size} shards nothing in this program; give it a rule, "
                 f"or its devices to another axis, e.g. {axis}=1, data=-1"
+                + (_NO_EXPERTS if axis == _OF_EXPERTS and not experts_dims(program) else "")
             )
         if axis in meant and program.parameters:
             raise UserError(_shards_no_parameter(program, axis, size, meant[axis], _known(rules)))
+
+
+def _check_divides(program: Program, size: int) -> None:
+    """Raise UserError if an axis of experts divides none of those that calls of `ops.experts` have."""
+    counts = sorted({program.dims[dim].size for dim in experts_dims(program)})
+    if counts and all(count % size for count in counts):
+        written, near = " and ".join(map(str, counts)), nearest_divisors(math.gcd(*counts), size)
+        raise UserError(f"mesh axis expert={size} does not divide {written} experts; nearest: {near}")
 
 
 def _shards_no_parameter(program: Program, axis: str, size: int, rule: str, known: set[str]) -> str:

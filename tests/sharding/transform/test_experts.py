@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax.extend import core
-from meshwright.sharding import declare, plan
+from meshwright.sharding import UserError, declare, plan
 from meshwright.sharding.ops.experts import experts
 
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
@@ -119,6 +119,15 @@ def test_a_declared_axis_of_experts_has_rows_and_experts(rules: dict[str, Any]) 
     assert made.dims["experts"].axes == ("expert",)
     assert "expert" in made.dims["batch"].axes
     assert "expert" in made.batch["x"].spec[0]
+
+
+def test_an_axis_of_experts_needs_no_names() -> None:
+    params, batch, _ = problem()
+    made = declare(loss, params, batch, topology="cpu:8", mesh={"data": 2, "expert": 4})
+    assert [axes for axes in made.params["up"].spec if axes] == ["expert"]
+    assert made.batch["x"].spec[0] == ("data", "expert")
+    with pytest.raises(UserError, match=f"expert=3 does not divide {EXPERTS} experts; nearest: 2 or 4"):
+        declare(loss, params, {n: x[:6] for n, x in batch.items()}, topology="cpu:3", mesh={"expert": 3})
 
 
 def products(jaxpr: Any) -> int:
