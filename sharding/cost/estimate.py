@@ -286,6 +286,7 @@ class Pricer:
             stacking=stacking,
             gradient_bytes=self.gradient_bytes,
             product=math.inf if execution.product_bytes is None else execution.product_bytes,
+            gathers_wait=execution.gathers_wait,
             scatters_wait=execution.scatters_wait,
             sums_wait=execution.sums_wait,
         )
@@ -472,6 +473,7 @@ class Pricer:
             wires,
             self.gradient_bytes,
             joint=joint,
+            renews_alone=self.execution.gathers_wait > 0.0,
         )
         if known:
             _remembered(self._exchanges, key, (made, (candidate.dims, over)))

@@ -176,6 +176,7 @@ def exchange(
     gradient_bytes: float | None,
     *,
     joint: Callable[[Sequence[str]], Link] | None = None,
+    renews_alone: bool = False,
 ) -> Exchange:
     """Return how long parameters and gradients travel.
 
@@ -195,6 +196,7 @@ def exchange(
       gradient_bytes: of one element as it travels; as the parameter's in use if None.
       joint: axes → what a group over all of them runs on, for gradients that are reduced whole, see
         `Execution.reduces_whole`.
+      renews_alone: whether new parameters are gathered by themselves where gradients are stored in parts too.
     """
     found = Exchange(gathers=_table(), scatters=_table(), step=_table())
     table = profile.parameters
@@ -217,7 +219,9 @@ def exchange(
         key = (sections[n], stacks[n], read[n], trained[n], summed, *map(id, lying))
         row = known.get(key)
         if row is None:
-            alike = _alike(sections[n], stacks[n], read[n], trained[n], summed, lying, joint is not None)
+            alike = _alike(
+                sections[n], stacks[n], read[n], trained[n], summed, lying, joint is not None or renews_alone
+            )
             row = known[key] = plans[alike]
         row[0] += count * item_bytes[n]
         row[1] += count * (used_bytes[n] if gradient_bytes is None else gradient_bytes)
@@ -254,14 +258,14 @@ def _alike(
     trained: bool,
     reduce: tuple[str, ...],
     lying: tuple[frozenset[str], frozenset[str], frozenset[str], frozenset[str]],
-    reduces_whole: bool,
+    renews_alone: bool,
 ) -> _Alike:
     """Return how a parameter travels that lies so: itself, where it is computed with, moments, gradients."""
     parameter, computed, moments, gradients = lying
     moved = parameter - computed if read else frozenset()
     # Where gradients are stored in parts too (ZeRO-2), new parameters are gathered beside the next forward
-    # pass, which hides it; reduced whole, gradients are not, and the gather shows.
-    renewed = moments - parameter - (frozenset() if reduces_whole else gradients)
+    # pass, which hides it; reduced whole, gradients are not, and the gather shows, as where all wait for one.
+    renewed = moments - parameter - (frozenset() if renews_alone else gradients)
     gather = tuple(sorted(moved, key=AXES_BY_WEIGHT.index))
     renewed = renewed if trained else frozenset()
     return _Alike(section, stack, gather, reduce, gradients, moments, renewed)

@@ -48,8 +48,8 @@ class Execution:
       attention: the kernel that carries out attention; None where products and elementwise work do.
       reduces_whole: whether a gradient that is a partial sum over several mesh axes is reduced over all of
         them each microbatch, rather than scattered over one each microbatch and over others once a step.
-      scatters_wait, sums_wait: shares of the seconds in which a layer's gradients are scattered, or reduced
-        whole over several axes, that nothing is scheduled beside.
+      gathers_wait, scatters_wait, sums_wait: shares of the seconds in which parameters are gathered, a
+        layer's gradients scattered or reduced whole, that nothing is scheduled beside.
       last_layer_apart: whether the last layer whose values come back from the host runs outside of the loop.
       loss_arrays: arrays as large as the logits that lie in memory while the loss's gradient is taken.
       aligned_elements: of a product's role that matrix units read at once.
@@ -70,6 +70,7 @@ class Execution:
 
     attention: FusedAttention | None = None
     reduces_whole: bool = False
+    gathers_wait: float = 0.0
     scatters_wait: float = 0.0
     sums_wait: float = 0.0
     last_layer_apart: bool = False

@@ -39,7 +39,8 @@ class StepParts:
       stacking: seconds of stacking what layers keep; see `stacking_seconds`.
       gradient_bytes: of one accumulated gradient; as the parameter's if None.
       product: bytes of an element as products take it, at most.
-      scatters_wait, sums_wait: shares of reductions of gradients that nothing hides, see `Execution`.
+      gathers_wait, scatters_wait, sums_wait: shares of gathers of parameters and of reductions of gradients
+        that nothing hides, see `Execution`.
       late, late_bytes: seconds of the gradients of layers' weights in a microbatch, where these are delayed,
         and the bytes that they are made of.
       over_ticks: bytes that layers keep of a microbatch, where stages keep them until they go back.
@@ -59,6 +60,7 @@ class StepParts:
     stacking: float = 0.0
     gradient_bytes: float | None = None
     product: float = math.inf
+    gathers_wait: float = 0.0
     scatters_wait: float = 0.0
     sums_wait: float = 0.0
     late: float = 0.0
@@ -171,13 +173,13 @@ def microbatch(parts: StepParts, turns: Turns = ONCE) -> dict[str, np.ndarray]:
         items[f"{traffic.kind}/{traffic.axis}"] += row
         talking += row
         starting += link.starts(traffic.kind, 1.0) * count * turns.whole
-    fetching = {key: np.array(row) * turns.gathers * turns.whole for key, row in moved.gathers.items()}
-    for key, row in moved.scatters.items():
-        reducing = np.array(row) * turns.whole
-        waits = parts.scatters_wait if key[0] == "reduce_scatter" else parts.sums_wait
+    fetching: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(3))
+    for (kind, axis), row in (*moved.gathers.items(), *moved.scatters.items()):
+        spent = np.array(row) * turns.whole * (turns.gathers if kind == "all_gather" else 1.0)
+        waits = _waits(parts, kind, axis)
         if waits:
-            items[f"{key[0]}/{key[1]}"] += waits * reducing
-        fetching[key] = fetching.get(key, 0.0) + (1.0 - waits) * reducing
+            items[f"{kind}/{axis}"] += waits * spent
+        fetching[kind, axis] += (1.0 - waits) * spent
     total = sum((row.sum() for row in fetching.values()), 0.0)
     if total:
         seen = exposed(total, float(computing.sum()), calibration.overlap_parameters) / total
@@ -195,13 +197,27 @@ def microbatch(parts: StepParts, turns: Turns = ONCE) -> dict[str, np.ndarray]:
     return items
 
 
+def _waits(parts: StepParts, kind: str, axis: str) -> float:
+    """Return the share of a collective's seconds that nothing is scheduled beside."""
+    if parts.chip.torus_dims and not parts.wires[axis].is_torus:
+        return 0.0  # Between slices of TPUs all goes beside other work.
+    return {"all_gather": parts.gathers_wait, "reduce_scatter": parts.scatters_wait}.get(
+        kind, parts.sums_wait
+    )
+
+
 def reduce_once(time: dict[str, float], parts: StepParts, here: np.ndarray) -> None:
     """Add what is reduced once a step, of the share of each section that is `here`.
 
-    It runs beside the last microbatch's backward pass.
+    It runs beside the last microbatch's backward pass, unless a TPU's compiler runs it by itself.
     """
     calibration = parts.calibration
     rows = {key: float(np.array(row) @ here) for key, row in parts.moved.step.items()}
+    if parts.chip.torus_dims:
+        for (kind, axis), seconds in rows.items():
+            waited = _waits(parts, kind, axis) * seconds
+            time[f"{kind}/{axis}"] += waited
+            rows[kind, axis] = seconds - waited
     window = float(parts.work.seconds[BACKWARD:].sum(axis=(0, 1)) @ here)
     whole = {key for key in rows if key[0] == "all_reduce"}
     for keys, share in (

@@ -20,7 +20,7 @@ from ..program.mixtures import experts_dims
 from ..program.program import Program
 from ..words import gib, layout_in_words, seconds
 from ..xla.compiler import compiler_of
-from . import build
+from . import build, waits
 from .advice import nothing_fits
 from .choices import arithmetic, context, experts
 from .choices.attention import Chosen
@@ -74,6 +74,7 @@ class Search:
         notes += ways_in_words(self.problem, self.topology, self.declared, answer, chosen)
         if answer.room < 1.0 and chosen.fits:
             notes += (_TIGHT,)
+        case = self._case(chosen)
         return build.record_of(
             program,
             self.topology,
@@ -81,7 +82,8 @@ class Search:
             notes=notes
             + self.problem.notes(self.topology, layout)
             + self.problem.accumulation(self.declared).notes(layout.microbatches)
-            + notes_on(self._case(chosen)),
+            + notes_on(case)
+            + waits.notes_on(case),
             estimate=chosen.estimate,
             alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
             refused=answer.space.refused,
@@ -248,7 +250,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         topology,
         candidate,
         batch=laid.batch,
-        notes=(*notes, *notes_on(case)),
+        notes=(*notes, *notes_on(case), *waits.notes_on(case)),
         estimate=estimate,
         recognise=problem.recognise,
         calibration=digest_of(problem),

@@ -26,6 +26,8 @@ class Compiler:
       scatters_wait: share of the seconds in which a layer scatters its gradients that nothing is scheduled
         beside: they go as one collective at its end.
       sums_wait: the same of gradients that are reduced whole over several axes, each by itself.
+      collectives_wait: nothing is scheduled beside a gather of parameters or a reduction of gradients, unless
+        options say so.
       last_layer_apart: where values come back from the host, the last layer runs outside of the loop over
         layers, beside what follows it.
       host_is_device: what lies on the host counts as the device's own memory.
@@ -53,6 +55,7 @@ class Compiler:
     reduces_whole: bool = False
     scatters_wait: float = 0.0
     sums_wait: float = 0.0
+    collectives_wait: bool = False
     last_layer_apart: bool = False
     host_is_device: bool = False
     scatters_planes: bool = False
