@@ -251,6 +251,27 @@ def _batch(case: Case) -> Iterator[Obstacle]:
         )
 
 
+def _repeated(case: Case) -> Iterator[Obstacle]:
+    """Products that several devices work out alike, since their number divides too little of them."""
+    if not case.fits:
+        return
+    candidate, products = case.candidate, case.table.products
+    own = case.pricer.place(candidate).fractions.roles.prod(axis=1) * candidate.microbatches
+    times = np.maximum(own * candidate.num_devices, 1.0)
+    spent = float((case.parts.products[products.equation] * (1 - 1 / times)).sum())
+    step, rows = case.estimate.step_seconds, batch_rows(case.problem.program)
+    more = rows % candidate.num_devices
+    if spent < _TOLD * step or not more:
+        return
+    near = " or ".join(f"{n:,}" for n in (rows - more, rows - more + candidate.num_devices) if n)
+    yield Obstacle(
+        what=f"{seconds(spent)} go into products that several devices repeat, whose number "
+        f"{candidate.num_devices} does not divide {rows:,} rows",
+        remedy=f"without that {seconds(step - spent)} a step; nearest: {near} rows",
+        gain=step / (step - spent),
+    )
+
+
 def _some(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
@@ -377,6 +398,7 @@ _FINDERS: tuple[_Finder, ...] = (
     _whole,
     _wide,
     _batch,
+    _repeated,
     _sums,
     _traffic,
     _talking,

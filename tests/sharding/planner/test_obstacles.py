@@ -209,3 +209,26 @@ def test_a_program_of_little_work_is_told_to_be_that() -> None:
     told = " ".join(plan(loss, params, jnp.ones((32, 8)), topology="v5e:2x4").notes)
     assert "go into starting a step and its kernels, which have little to do" in told
     assert "turns" not in told
+
+
+def test_rows_that_the_devices_do_not_divide_are_named_with_the_nearest_that_they_do() -> None:
+    def loss(params: Any, x: Any) -> Any:
+        def layer(x: Any, w: Any) -> Any:
+            x = x + jax.nn.gelu(x @ w["in"]) @ w["out"]
+            return x + jax.nn.gelu(x @ w["up"]) @ w["down"], None
+
+        return jnp.mean(jax.lax.scan(layer, x, params)[0].astype(WIDE))
+
+    # Seven devices divide the hidden size of one pair of products, and nothing of the other.
+    sizes = {"in": (4096, 16384), "out": (16384, 4096), "up": (4096, 7168), "down": (7168, 4096)}
+    params = {name: shape(8, *size) for name, size in sizes.items()}
+    said = told(plan(loss, params, shape(36, 2048, 4096), topology="h100:7"), "several devices repeat")
+    found = re.search(
+        r"number 7 does not divide 36 rows; without that (\d+) ms a step; nearest: 35 or 42 rows", said
+    )
+    assert found, said
+    for rows in (35, 42):
+        mended = plan(loss, params, shape(rows, 2048, 4096), topology="h100:7")
+        assert mended.estimate is not None
+        assert mended.estimate.step_seconds <= float(found[1]) / 1e3
+        assert not any("several devices repeat" in note for note in mended.notes)
