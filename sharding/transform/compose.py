@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..errors import UserError
 from ..plans import arrays
@@ -34,9 +34,10 @@ from ..xla.gpu_targets import compute_capability
 from ..xla.reduction import reduction_steps
 from .accumulation.by_part import mean_of_parts
 from .accumulation.differentiable import Loss, differentiable
-from .accumulation.proof import proved
+from .accumulation.proof import InParts, proved
 from .accumulation.region import region_of
 from .accumulation.run import Planned, Run
+from .accumulation.values import Kind
 from .arithmetic import Arithmetic
 from .attention import AttentionKernel
 from .constrain import Constrain
@@ -258,12 +259,23 @@ class PlannedLoss:
             read = proved(traced, self._microbatches)
             region = region_of(self._plan, self._mesh, traced, read)
             if region is None:
-                run = Run(read, self._planned(self._plan), self._part)
+                laid = self._laid(args[1], read) if read.moves_rows or read.prepared else None
+                run = Run(read, self._planned(self._plan), self._part, laid=laid)
             else:
                 planned = self._planned(self._plan, region.axes, _stored(traced))
                 run = Run(region.read, planned, self._part, region)
             self._runs[traced] = run
         return self._runs[traced]
+
+    def _laid(self, batch: Any, read: InParts) -> list[NamedSharding]:
+        """Return how ``[parts, rows, ...]`` of each array of a batch lie, and of what is prepared of it.
+
+        Each device has rows of all parts.
+        """
+        specs = [tuple(spec) for spec in _flat(arrays.specs(self._plan, batch, "batch"))]
+        leads = [spec[:1] for spec, one in zip(specs, read.batch, strict=True) if one.kind is Kind.EXAMPLES]
+        specs += [leads[0] if leads else ()] * len(read.prepared)
+        return [NamedSharding(self._mesh, PartitionSpec(None, *spec)) for spec in specs]
 
     def _through_stages(self, traced: Traced, *, watched: bool = False) -> PreparedRun:
         ready = prepared(self._plan, self._mesh, traced)

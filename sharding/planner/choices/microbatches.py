@@ -12,7 +12,7 @@ import jax
 from ...errors import UserError, nearest_divisors
 from ...program.jaxpr import Traced
 from ...program.program import Program
-from ...transform.accumulation.proof import MAX_PASSES, InParts, apart_in_words, proved
+from ...transform.accumulation.proof import MAX_PASSES, InParts, apart_in_words, prepared_in_words, proved
 
 # Of a forward and a backward pass, the forward one: one product where the backward one has two.
 _FORWARD = 1 / 3
@@ -88,8 +88,11 @@ class PartsProof:
             f"microbatches={parts} take {passes} passes over the batch, since sums over the examples wait "
             "for one another"
         )
-        return ((several,) if passes > 1 else ()) + apart_in_words(
-            found, [r.path for r in self.program.results]
+        paths = [r.path for r in self.program.results]
+        return (
+            *((several,) if passes > 1 else ()),
+            *prepared_in_words(found),
+            *apart_in_words(found, paths),
         )
 
     def _proved(self, parts: int) -> InParts | UserError:

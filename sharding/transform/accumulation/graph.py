@@ -20,6 +20,7 @@ from jax.extend import core
 from ...program.jaxpr import call_body, context_of, is_extended
 from ...program.lines import is_ours, line_of
 from .derivatives import uneven_call
+from .prepared import OfData
 from .values import (
     LATE,
     MIXED,
@@ -49,6 +50,7 @@ class PartGraph:
     """What is done with each of `parts` parts. `cut` says that sums may be completed here, between passes.
 
     `reading` says how equations are read; `ties` are those whose maximum over the examples is learnt from.
+    `of_data` has what is made of the data alone before the parts.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class PartGraph:
         *,
         cut: bool,
         ties: frozenset[int] = frozenset(),
+        of_data: OfData | None = None,
     ) -> None:
         self.parts = parts
+        self.of_data = of_data
         self.reading = reading
         self.cut = cut
         self.ties = ties
@@ -259,12 +263,18 @@ class PartGraph:
                 assert value.why is not None
                 return self.mixed(eqn, value.why)
         self._at = eqn
+        light = self.of_data is not None and not any(value.heavy for value in ins)
         try:
-            if all(value.kind is Kind.SHARED for value in ins):
-                return self.whole(eqn, ins)
-            return rule(self, eqn, ins)
+            whole = all(value.kind is Kind.SHARED for value in ins)
+            outs = self.whole(eqn, ins) if whole else rule(self, eqn, ins)
         except NotInParts as refused:
-            return self.mixed(eqn, refused if refused.where else NotInParts(refused.reason, self.where(eqn)))
+            why = refused if refused.where else NotInParts(refused.reason, self.where(eqn))
+            outs = [value_of(var) for var in eqn.outvars]
+            if not light or self.of_data is None or not self.of_data.prepared(outs, why):
+                return self.mixed(eqn, why)
+        if light and self.of_data is not None:
+            self.of_data.add(eqn, ins, outs)
+        return outs
 
     def whole(self, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         """Add `eqn` as it stands, on shared values."""

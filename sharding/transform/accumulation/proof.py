@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +18,10 @@ from ...program.program import Program
 from ...program.tracing import read
 from .graph import PartGraph, Reading
 from .levels import Levels, levels
+from .prepared import OfData
 from .rules import rule_of
 from .shared import sliced
-from .values import Held, Kind, NotInParts, examples
+from .values import Array, Held, Kind, NotInParts, examples, needed
 
 # Passes over the parts that a plan may take unless it is told otherwise.
 MAX_PASSES = 3
@@ -28,7 +31,9 @@ MAX_PASSES = 3
 class InParts:
     """A traced loss as what each of `parts` parts does of it; `params`, `batch`, `state` are its arguments.
 
-    `apart` are places of results that only the whole batch gives, with the reason.
+    The rows go to the parts as ``pre * parts * post``: `pre` blocks, of which each part has `post` rows.
+    `apart` are places of results that only the whole batch gives, with the reason. `prepared` is made of the
+    data alone before the parts, `of_data` makes it.
     """
 
     graph: PartGraph
@@ -42,6 +47,21 @@ class InParts:
     outs: tuple[Held, ...]
     apart: Mapping[int, NotInParts]
     levels: Levels
+    prepared: tuple[Held, ...] = ()
+    of_data: OfData | None = None
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether rows that follow one another stay together, so that parts are not cut where devices are."""
+        return self.pre * self.parts < self.rows
+
+    def made(self, args: Sequence[Any]) -> list[Array]:
+        """Return the arrays of `prepared`, over the whole batch, for the arguments of the loss."""
+        if self.of_data is None:
+            return []
+        return self.of_data.make(
+            self.prepared, dict(zip(self.arguments, jax.tree.leaves(tuple(args)), strict=True))
+        )
 
     @property
     def arguments(self) -> tuple[Held, ...]:
@@ -82,26 +102,67 @@ def check_rows(rows: int, parts: int) -> None:
 def in_parts(traced: Traced, parts: int, *, by_block: bool = False) -> InParts:
     """Read a traced ``loss(params, batch)``, or with a state, as work done in `parts` parts.
 
-    Rows go to parts by stride, which keeps a sharded batch where it is, or by block.
+    Rows go to parts by stride, which keeps a sharded batch where it is, or by block. Where rows meet in
+    groups that follow one another (answers of one question, pairs), as few stay together as make a group.
+    Where rows of the data alone meet otherwise (shuffled, sorted, mixed), that is made before the parts.
 
     Raises NotInParts, with the user's line, if its value or gradients cannot be had so; UserError if the rows
     do not divide.
     """
     rows = rows_of(traced)
     check_rows(rows, parts)
+    if by_block:
+        return _placed(traced, parts, rows, 1)
+    apart = rows // parts
+    try:
+        found = _placed(traced, parts, rows, apart)
+    except NotInParts as why:
+        try:
+            found = _placed(traced, parts, rows, 1)
+        except NotInParts:
+            try:
+                return _placed(traced, parts, rows, apart, prepares=True)
+            except NotInParts:
+                raise why from None
+    else:
+        if found.levels.passes == 1 and not found.apart:
+            return found
+        try:
+            block = _placed(traced, parts, rows, 1)
+        except NotInParts:
+            return found
+        if _effort(block) >= _effort(found):
+            return found
+        found = block
+    # The fewer rows stay together, the fewer move between devices.
+    for together in range(2, apart):
+        if apart % together == 0:
+            with contextlib.suppress(NotInParts):
+                grouped = _placed(traced, parts, rows, apart // together)
+                if _effort(grouped) <= _effort(found):
+                    return grouped
+    return found
+
+
+def _effort(read: InParts) -> tuple[int, int]:
+    """Return the passes of a program in parts, and how many results only the whole batch gives."""
+    return read.levels.passes, len(read.apart)
+
+
+def _placed(traced: Traced, parts: int, rows: int, pre: int, *, prepares: bool = False) -> InParts:
+    """Read a traced loss whose rows go to the parts as ``pre * parts * post``."""
     as_long = frozenset(
         n for n, leaf in enumerate(jax.tree.leaves(traced.args[1])) if jnp.shape(leaf)[:1] == (rows,)
     )
-    pre = 1 if by_block else rows // parts
     try:
-        return _read(traced, parts, rows, pre, as_long)
+        return _read(traced, parts, rows, pre, as_long, prepares)
     except NotInParts as why:
         # A table may be as long as the batch: what meets no other array along its rows is one, perhaps.
         told = _led(traced) & as_long
         if not told or told == as_long:
             raise
         try:
-            return _read(traced, parts, rows, pre, told)
+            return _read(traced, parts, rows, pre, told, prepares)
         except NotInParts:
             raise why from None
 
@@ -117,12 +178,14 @@ def _program(traced: Traced) -> Program:
     return read(traced, state=tuple(range(2, len(traced.args))))
 
 
-def _read(traced: Traced, parts: int, rows: int, pre: int, led: Collection[int]) -> InParts:
+def _read(traced: Traced, parts: int, rows: int, pre: int, led: Collection[int], prepares: bool) -> InParts:
     """Read a traced loss in parts, of whose batch the arrays numbered `led` are examples."""
     params, batch, *_ = traced.args
     ties: frozenset[int] = frozenset()
     while True:
-        graph = PartGraph(parts, Reading(rule=rule_of, slice=sliced), cut=True, ties=ties)
+        elements = sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(batch))
+        of_data = OfData(rows=rows, pre=pre, elements=elements) if prepares else None
+        graph = PartGraph(parts, Reading(rule=rule_of, slice=sliced), cut=True, ties=ties, of_data=of_data)
         jaxpr = traced.jaxpr.jaxpr
         count, beyond = len(jax.tree.leaves(params)), len(jax.tree.leaves((params, batch)))
         ins = [Held(tuple(v.aval.shape), v.aval.dtype, heavy=n < count) for n, v in enumerate(jaxpr.invars)]
@@ -130,7 +193,8 @@ def _read(traced: Traced, parts: int, rows: int, pre: int, led: Collection[int])
             ins[count + number].form = examples(0, pre)
         found = graph.read(traced.jaxpr, ins)
         outs, apart = _completed(graph, found)
-        shared = [value for value in ins[count:] if value.kind is Kind.SHARED]
+        prepared = _used(graph, outs, of_data)
+        shared = [value for value in (*ins[count:], *prepared) if value.kind is Kind.SHARED]
         plan = levels(
             graph, ins[:count], shared, outs[0], [one for n, one in enumerate(outs) if n and n not in apart]
         )
@@ -152,7 +216,21 @@ def _read(traced: Traced, parts: int, rows: int, pre: int, led: Collection[int])
         outs=tuple(outs),
         apart=apart,
         levels=plan,
+        prepared=tuple(prepared),
+        of_data=of_data,
     )
+
+
+def _used(graph: PartGraph, outs: Sequence[Held], of_data: OfData | None) -> list[Held]:
+    """Return what is made ahead, as far as `outs` and the sums that they need take it."""
+    if of_data is None:
+        return []
+    leaves, left = set[Held](), list(outs)
+    while left:
+        _, found = needed(left)
+        left = [value.op.ins[0] for value in found - leaves if value.op is not None]
+        leaves |= found
+    return [value for value in of_data.lines if value in leaves]
 
 
 def proved(traced: Traced, parts: int, max_passes: int | None = None) -> InParts:
@@ -191,6 +269,16 @@ def _completed(graph: PartGraph, found: Sequence[Held]) -> tuple[list[Held], dic
             apart[number] = value.why
         outs.append(value if value.kind in (Kind.EXAMPLES, Kind.MIXED) else graph.complete(value))
     return outs, apart
+
+
+def prepared_in_words(read: InParts) -> tuple[str, ...]:
+    """Say what is made of the whole batch's data before the parts, and why."""
+    if read.of_data is None or not read.prepared:
+        return ()
+    reasons = "; ".join(dict.fromkeys(str(read.of_data.lines[value]) for value in read.prepared))
+    count = len(read.prepared)
+    made = "an array is" if count == 1 else f"{count} arrays are"
+    return (f"{made} made of the whole batch's data before its {read.parts} parts, since {reasons}",)
 
 
 def apart_in_words(read: InParts, paths: Sequence[str]) -> tuple[str, ...]:

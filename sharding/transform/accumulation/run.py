@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from ..pipeline.staged import Staged
 from ..pipeline.watch import BEHIND_SUMS, NOWHERE, are_finite
@@ -28,18 +29,23 @@ _Part = Callable[[Any, Any, Array, "_Call"], tuple[Any, Any, Sequence[Array]]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Call:
-    """One call of a loss: its arguments, and the arrays that are known of its program so far."""
+    """One call of a loss: its arguments, the arrays that are known of its program so far, and those made
+    of the data ahead.
+    """
 
     args: tuple[Any, ...]
     known: dict[Held, Array]
+    made: Sequence[Array] = ()
     cotangents: Sequence[Array] = ()
 
 
 class Run:
     """Runs what `in_parts` read, each function of a part `planned`; `whole` is the loss of all rows.
 
-    With a `region` its devices work their own parts through, which follow one another. With stages (`staged`)
-    a part is a stage's share of a microbatch, and `of_whole` is what was read of whole microbatches.
+    `laid` says how the rows of parts lie, ``[parts, rows, ...]`` for each array of the batch and each that is
+    prepared, where they move to their parts. With a `region` its devices work their own parts through, which
+    follow one another. With stages (`staged`) a part is a stage's share of a microbatch, and `of_whole` is
+    what was read of whole microbatches.
     """
 
     def __init__(
@@ -50,7 +56,9 @@ class Run:
         region: RowRegion | None = None,
         staged: Staged | None = None,
         of_whole: InParts | None = None,
+        laid: Sequence[NamedSharding] | None = None,
     ) -> None:
+        self._laid = laid
         self._region = region
         self._staged, self._of_whole = staged, of_whole
         self._read = read
@@ -97,8 +105,11 @@ class Run:
     # What is known
 
     def _begin(self, args: tuple[Any, ...]) -> _Call:
-        leaves = zip(self._read.arguments, jax.tree.leaves(args), strict=True)
-        return _Call(args=args, known={value: leaf for value, leaf in leaves if value.kind is Kind.SHARED})
+        read, made = self._read, self._read.made(args)
+        values = (*read.arguments, *read.prepared)
+        leaves = zip(values, [*jax.tree.leaves(args), *made], strict=True)
+        known = {value: leaf for value, leaf in leaves if value.kind is Kind.SHARED}
+        return _Call(args=args, known=known, made=made)
 
     def _result(self, call: _Call) -> Any:
         read = self._read
@@ -130,15 +141,17 @@ class Run:
         totals = [op.outs[0] for op in read.graph.ops if op.is_total]
 
         def function(*args: Any) -> list[Array]:
-            *own, (index, arrays) = args
-            known = dict(zip(read.arguments, jax.tree.leaves(own), strict=True))
+            *own, (index, arrays, made) = args
+            values = (*read.arguments, *read.prepared)
+            known = dict(zip(values, [*jax.tree.leaves(own), *made], strict=True))
             known |= {value: array for value, array in zip(totals, arrays, strict=True) if array is not None}
             return evaluate(read.graph.ops, targets, known, index)
 
         return function
 
-    def _more(self, index: Array, known: Mapping[Held, Array]) -> tuple[Array, list[Array | None]]:
-        return index, [known.get(op.outs[0]) for op in self._read.graph.ops if op.is_total]
+    def _more(self, index: Array, at: _Call) -> tuple[Array, list[Array | None], list[Array]]:
+        totals = [at.known.get(op.outs[0]) for op in self._read.graph.ops if op.is_total]
+        return index, totals, list(at.made)
 
     def _over_parts(
         self,
@@ -192,8 +205,15 @@ class Run:
         read = self._read
         params, batch, *state = call.args
         leaves, structure = jax.tree.flatten(batch)
-        cut = [n for n, value in enumerate(read.batch) if value.kind is Kind.EXAMPLES]
+        count = len(leaves)
+        leaves += call.made
+        cut = [n for n, value in enumerate((*read.batch, *read.prepared)) if value.kind is Kind.EXAMPLES]
         rows = [_split(leaves[n], read.pre, parts) for n in cut]
+        if self._laid is not None:
+            # Left to XLA they lie by part, and each turn moves those of all parts.
+            rows = [
+                lax.with_sharding_constraint(one, self._laid[n]) for n, one in zip(cut, rows, strict=True)
+            ]
         if self._region is not None and self._region.turns > 1:
             rows = [self._own_turns(leaves[n], parts) for n in cut]
 
@@ -202,9 +222,10 @@ class Run:
             part = list(leaves)
             for n, leaf in zip(cut, own, strict=True):
                 part[n] = leaf
-            args = (params, jax.tree.unflatten(structure, part), *state)
+            args = (params, jax.tree.unflatten(structure, part[:count]), *state)
+            at = dataclasses.replace(call, args=args, made=part[count:])
             sums, gradients = carry
-            sums, gradients, found = one_part(sums, gradients, index, dataclasses.replace(call, args=args))
+            sums, gradients, found = one_part(sums, gradients, index, at)
             return (sums, gradients), found
 
         trained = jax.tree.leaves(params)
@@ -241,7 +262,8 @@ class Run:
 
         def body(params: Any, batch: Any, state: Any, others: Any) -> Any:
             arrays, cotangents = others
-            known = self._more(jnp.int32(0), dict(zip(totals, arrays, strict=True)))[1]
+            at = _Call(args=(), known=dict(zip(totals, arrays, strict=True)))
+            known = self._more(jnp.int32(0), at)[1]
             sums, gradients, rows = staged.run(
                 self._function(targets(read.levels)),
                 self._function(targets(of_whole.levels), of_whole),
@@ -281,7 +303,7 @@ class Run:
         function = self._forward[one]
 
         def part(sums: Any, none: Any, index: Array, at: _Call) -> tuple[Any, Any, Sequence[Array]]:
-            found = function(*at.args, self._more(index, at.known))
+            found = function(*at.args, self._more(index, at))
             return _added(one.totals, sums, found), none, found[len(one.totals) :]
 
         sums, _, rows = self._over_parts(part, _zeros(one.totals), call)
@@ -311,7 +333,7 @@ class Run:
                 filled = list(leaves)
                 for place, leaf in zip(places, floats, strict=True):
                     filled[place] = leaf
-                found = function(structure.unflatten(filled), *at.args[1:], self._more(index, at.known))
+                found = function(structure.unflatten(filled), *at.args[1:], self._more(index, at))
                 return found[:count], found[count:]
 
             _, pull, found = jax.vjp(learnt, [leaves[n] for n in places], has_aux=True)
@@ -370,7 +392,7 @@ class Run:
         def part(totals: Any, none: Any, index: Array, inside: _Call) -> tuple[Any, Any, Sequence[Array]]:
             def sums(arrays: list[Array]) -> list[Array]:
                 moved = inside.known | {op.outs[0]: array for op, array in zip(at, arrays, strict=True)}
-                return function(*inside.args, self._more(index, moved))
+                return function(*inside.args, self._more(index, dataclasses.replace(inside, known=moved)))
 
             _, pull = jax.vjp(sums, [inside.known[op.outs[0]] for op in at])
             (grown,) = pull(list(inside.cotangents))

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshwright.sharding import UserError, declare
+from meshwright.sharding.program.jaxpr import Traces
+from meshwright.sharding.transform.accumulation.proof import in_parts
 
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
 
@@ -107,3 +109,57 @@ def test_moves_of_the_examples_are_refused(name):
     with pytest.raises(UserError, match=words) as caught:
         declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2)
     assert "test_moves.py:" in str(caught.value)
+
+
+# What rows that follow one another do in groups of four.
+IN_GROUPS = {
+    "best of four": lambda z: jnp.sort(z, 1)[:, 2:].mean(),
+    "sums so far": lambda z: jnp.mean(jnp.cumsum(z, 1) ** 2),
+    "the first against the others": lambda z: jnp.mean((z[:, :1] - z[:, 1:]) ** 2),
+    "a softmax over the group": lambda z: jnp.mean(jax.nn.log_softmax(z)[:, 0]),
+    "pairs": lambda z: jnp.mean(jax.nn.softplus(z[:, :, None] - z[:, None])),
+}
+
+
+def in_groups(p, b):
+    scores = jnp.tanh(hidden(p, b)).sum((1, 2)).reshape(-1, 4)
+    values = {name: said(scores) for name, said in IN_GROUPS.items()}
+    return sum(values.values()), values
+
+
+def test_rows_that_meet_in_groups_stay_together():
+    """By stride they would be sent to parts of their own: refused, or several passes for a softmax."""
+    layout = declare(in_groups, *arguments(), topology="cpu:8", mesh={"fsdp": 8}, microbatches=2)
+    assert not [note for note in layout.notes if "passes" in note or "whole batch" in note]
+    (value, aux), gradient = jax.jit(jax.value_and_grad(in_groups, has_aux=True))(*arguments())
+    apply = layout.apply(in_groups)
+    (got, got_aux), got_gradient = jax.jit(jax.value_and_grad(apply, has_aux=True))(*arguments())
+    np.testing.assert_allclose(got, value, rtol=2e-6)
+    for name in IN_GROUPS:
+        np.testing.assert_allclose(got_aux[name], aux[name], rtol=5e-6, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(got_gradient["w"], gradient["w"], rtol=1e-5, atol=1e-5)
+
+
+def test_as_few_rows_stay_together_as_meet():
+    """Then the fewest rows leave the devices that they lie on."""
+    read = in_parts(Traces(in_groups).on(*arguments()), 2)
+    assert (read.pre, read.parts, read.rows) == (2, 2, ROWS)
+    alone = in_parts(Traces(lambda p, b: jnp.mean(hidden(p, b))).on(*arguments()), 2)
+    assert (alone.pre, alone.moves_rows) == (ROWS // 2, False)
+
+
+def test_groups_that_parts_would_cut_are_refused():
+    with pytest.raises(UserError, match=r"microbatches=8 would change the result: .* at .*test_moves.py:"):
+        declare(in_groups, *arguments(), topology="cpu:1", mesh={"data": 1}, microbatches=8)
+
+
+@pytest.mark.slow
+@pytest.mark.numerics(False)
+def test_rows_of_a_group_move_once_before_the_parts():
+    layout = declare(in_groups, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2)
+    params, batch = arguments()
+    batch = jax.device_put(batch, layout.shardings(batch, layout.make_mesh(), "batch"))
+    text = jax.jit(jax.grad(lambda p, b: layout.apply(in_groups)(p, b)[0])).lower(params, batch).compile()
+    moved = [line for line in text.as_text().splitlines() if " all-to-all(" in line]
+    assert moved
+    assert not [line for line in moved if "while/body" in line]
