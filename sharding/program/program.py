@@ -273,11 +273,6 @@ class Program:
         return tuple(dict.fromkeys(d for composition in leading for d in composition if d not in taken))
 
     @functools.cached_property
-    def by_name(self) -> dict[str, Dim]:
-        """The dims by name."""
-        return {dim.name: dim for dim in self.dims}
-
-    @functools.cached_property
     def alike(self) -> Mapping[int, int]:
         """The index of each parameter → that of the first that nothing tells from it but its numbers.
 

@@ -51,13 +51,13 @@ class Finder:
         for p in range(1, min(len(self._keys) // 2, _LONGEST_PERIOD) + 1):
             same = self._keys[:-p] == self._keys[p:]
             if np.count_nonzero(same) >= p:
-                for a, b in _runs(same):
+                for a, b in runs(same):
                     self._push(a, b + p, p)
         while self._heap:
             # A candidate promises its length at first; once wired, what it holds, and waits for its turn.
             _, p, a, b, wired = heapq.heappop(self._heap)
             if self._taken[a:b].any():
-                for x, y in _runs(~self._taken[a:b]):
+                for x, y in runs(~self._taken[a:b]):
                     self._push(a + x, a + y, p)
             elif wired is None:
                 wired = self._stretch(a, b, p)
@@ -241,7 +241,7 @@ def _is_pointwise(eqn: core.JaxprEqn) -> bool:
     return eqn.primitive.name in _POINTWISE if body is None else all(map(_is_pointwise, body.jaxpr.eqns))
 
 
-def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
+def runs(mask: np.ndarray) -> list[tuple[int, int]]:
     """Return the stretches of True: where each begins and ends."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]

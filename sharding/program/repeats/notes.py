@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..lines import line_of
+from .find import runs
 from .flat import FlatEquation
 from .graph import Graph
 from .keys import described
@@ -43,11 +44,9 @@ def _nearly(graph: Graph) -> list[str]:
         same = coarse[:-p] == coarse[p:]
         if np.count_nonzero(same) < p:
             continue
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], same, [False]]).astype(np.int8)))
-        lengths = edges[1::2] - edges[::2]
-        longest = int(np.argmax(lengths))
-        if lengths[longest] >= p and lengths[longest] + p > best[0]:
-            best = (int(lengths[longest]) + p, int(edges[2 * longest]), p)
+        a, b = max(runs(same), key=lambda run: run[1] - run[0])
+        if b - a >= p and b - a + p > best[0]:
+            best = (b - a + p, a, p)
     length, first, p = best
     stretch = [graph.eqns[n] for n in left[first : first + length]]
     if not length or sum(one.works for one in stretch) < _LEAST_WORK:

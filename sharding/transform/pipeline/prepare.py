@@ -30,7 +30,7 @@ from ..accumulation.proof import rows_of
 from ..accumulation.region import axes_of_rows, specs_of_rows
 from ..accumulation.run import Run
 from ..experts import names_of_experts
-from .layers import alone, inlined, stacks_of, stored_as, whole_parameters
+from .layers import alone, inlined, is_number, stacks_of, stored_as, whole_parameters
 from .slots import STAGE
 
 Array = Any
@@ -150,7 +150,7 @@ def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced) -> Prepa
     names = _unique([one.path for one in made], tuple(params))
     atoms = dict(zip(names, (one.atom for one in made), strict=True))
     given = {atom: core.Var(atom.aval) for atom in atoms.values()}
-    outs = [given.get(atom, atom) if _is_var(atom) else atom for atom in jaxpr.outvars]
+    outs = [atom if is_number(atom) else given.get(atom, atom) for atom in jaxpr.outvars]
     rest = _needed(jaxpr, outs, given)
     reads = set(_variables([*(atom for eqn in rest for atom in eqn.invars), *outs]))
     gone = {n for one in made for n in one.sources if jaxpr.invars[n] not in reads}
@@ -291,18 +291,14 @@ def _needed(jaxpr: core.Jaxpr, outs: Sequence[Any], given: Mapping[Any, Any]) ->
     for eqn in reversed(jaxpr.eqns):
         if live.isdisjoint(eqn.outvars):
             continue
-        ins = [given.get(atom, atom) if _is_var(atom) else atom for atom in eqn.invars]
+        ins = [atom if is_number(atom) else given.get(atom, atom) for atom in eqn.invars]
         live.update(_variables(ins))
         found.append(eqn.replace(invars=ins))
     return found[::-1]
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
-    return [atom for atom in atoms if _is_var(atom)]
-
-
-def _is_var(atom: Any) -> bool:
-    return not isinstance(atom, core.Literal)
+    return [atom for atom in atoms if not is_number(atom)]
 
 
 def _unique(names: Sequence[str], taken: Sequence[str]) -> list[str]:

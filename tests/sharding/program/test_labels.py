@@ -27,6 +27,10 @@ def decoder(names):
     return trace(case.loss, *case.shapes(), names=names)
 
 
+def by_name(program):
+    return {dim.name: dim for dim in program.dims}
+
+
 def test_labels_name_dims_wherever_they_stand():
     program = decoder(NAMES)
     down = next(a for a in program.arguments if a.path == "layers/down")
@@ -35,13 +39,13 @@ def test_labels_name_dims_wherever_they_stand():
 
 def test_one_label_on_two_dims_keeps_both():
     program = decoder(NAMES)
-    assert {"vocab", "vocab.1"} <= set(program.by_name)
-    assert program.labelled("vocab") == ((program.by_name["vocab"].id,), (program.by_name["vocab.1"].id,))
+    assert {"vocab", "vocab.1"} <= set(by_name(program))
+    assert program.labelled("vocab") == ((by_name(program)["vocab"].id,), (by_name(program)["vocab.1"].id,))
 
 
 def test_heads_are_kv_heads_and_their_queries():
     program = decoder(NAMES)
-    kv, rest = program.by_name["kv_heads"], program.by_name["heads"]
+    kv, rest = by_name(program)["kv_heads"], by_name(program)["heads"]
     assert (kv.size, rest.size) == (8, 2)
     assert program.labelled("heads") == ((kv.id, rest.id),)
     assert program.labelled("kv_heads") == ((kv.id,),)
@@ -56,7 +60,7 @@ def test_names_of_the_data_go_by_position():
     case = zoo.decoder()
     names = {0: NAMES, 1: {"tokens": ("batch", "sequence")}}
     program = trace(case.loss, *case.shapes(), names=names)
-    assert program.by_name["sequence"].size == 24
+    assert by_name(program)["sequence"].size == 24
 
 
 def test_flax_metadata_is_read():
