@@ -168,7 +168,8 @@ def sent(text: str, peers: int) -> float:
 def priced(made: Any, peers: int) -> float:
     """Return the bytes that a device sends by all-to-alls as a plan is priced."""
     program = made.problem.program
-    dims = {program.by_name[name].id: one.axes for name, one in made.dims.items() if one.axes}
+    by_name = {dim.name: dim.id for dim in program.dims}
+    dims = {by_name[name]: one.axes for name, one in made.dims.items() if one.axes}
     placement = place(profile(program), Candidate(mesh=dict(made.mesh), dims=dims))
     # With a little for the integers that say where rows go.
     held = sum(float(one.bytes.sum()) for one in placement.traffic if one.kind == "all_to_all")
