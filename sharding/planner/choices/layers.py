@@ -118,7 +118,10 @@ def _layers(program: Program, dim: int) -> Layers:
 def why_no_stages(found: Layers | None, stages: int) -> str | None:
     """Return why a program cannot be cut into so many stages; None if it can."""
     if found is None:
-        return f"stage={stages} cuts layers, in a scan or written out alike, and this program has none"
+        return (
+            f"stage={stages} cuts layers, in a scan or written out alike, and this program has none; "
+            "nearest: jax.lax.scan over stacked parameters, where jax.lax.fori_loop takes each by number"
+        )
     if found.count < stages:
         return f"stage={stages} is more than {found.name}={found.count}; nearest: {found.count}"
     return None
