@@ -130,7 +130,8 @@ class Staged:
     def _program(
         self, function: Function, structure: Any, rows: Sequence[Array], number: Array, known: Any
     ) -> Program:
-        args = (self.params, jax.tree.unflatten(structure, rows), *self.state, (number, known))
+        # Of rows by block nothing is made ahead.
+        args = (self.params, jax.tree.unflatten(structure, rows), *self.state, (number, known, []))
         return read(Traces(function).on(*args), state=(2,) if self.state else ())
 
     def _worker(
