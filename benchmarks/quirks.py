@@ -86,6 +86,20 @@ def reduces_cast(topology: Topology) -> bool:
     return "f32[" not in shapes
 
 
+def gathers_copy(topology: Topology) -> bool:
+    """Return whether an array that is given up is copied first where what is gathered takes its place."""
+    whole = _array({"data": topology.num_devices}, topology, P())
+    cut = whole.update(sharding=NamedSharding(whole.sharding.mesh, P("data")))
+
+    def add(x: jax.Array, y: jax.Array) -> jax.Array:
+        part = jax.lax.with_sharding_constraint(x, cut.sharding) + y
+        return jax.lax.with_sharding_constraint(part, whole.sharding)
+
+    text = jax.jit(add, donate_argnums=0).lower(whole, cut).compile().as_text() or ""
+    copies = (one for one in parse_hlo(text).instructions.values() if one.opcode == "copy")
+    return any(f"[{_WIDTH},{_WIDTH}]" in one.shape for one in copies)
+
+
 def host_is_device(topology: Topology) -> bool:
     """Return whether the compiler's figures count an argument on the host among those on the device."""
     here = _array({"fsdp": topology.num_devices}, topology, P())
@@ -96,7 +110,10 @@ def host_is_device(topology: Topology) -> bool:
     return sizes is not None and sizes.host_argument_size_in_bytes == 0
 
 
-PROBES = {probe.__name__: probe for probe in (tile_rows, scatters_planes, reduces_cast, host_is_device)}
+PROBES = {
+    probe.__name__: probe
+    for probe in (tile_rows, scatters_planes, reduces_cast, gathers_copy, host_is_device)
+}
 
 
 def seen(topology: Topology) -> dict[str, bool | int | str]:

@@ -218,6 +218,23 @@ class PlannedLoss:
         """Return `params` taken apart into those that are trained and the others."""
         return split(params, self._trainable)
 
+    def as_stored(self, changes: Any) -> Any:
+        """Return what is added to parameters laid as those are, where moments lie over more devices.
+
+        XLA adds first and gathers the sums, for which a compiler with `gathers_copy` holds the parameters
+        once more.
+        """
+        plan = self._plan
+        if not plan.moments or not compiler_of(plan.topology).gathers_copy:
+            return changes
+
+        def lay(change: Any, spec: PartitionSpec, of_moments: PartitionSpec) -> Any:
+            if spec == of_moments:
+                return change
+            return jax.lax.with_sharding_constraint(change, NamedSharding(self._mesh, spec))
+
+        return jax.tree.map(lay, changes, arrays.specs(plan, changes), arrays.specs_of_moments(plan, changes))
+
     def value_and_grad(
         self, params: Any, batch: Any, *state: Any, of_floats: bool = False
     ) -> tuple[Any, Any]:

@@ -359,6 +359,7 @@ def updated(
 
     extra = extra_of(optimizer, scalar, value, gradients)
     changes, moments = change(optimizer, gradients, state["optimizer"], parts.trained, extra)
+    changes = planned.as_stored(changes)
     trained = jax.tree.map(lambda old, change: (old + change).astype(old.dtype), parts.trained, changes)
     after = {"step": state["step"] + 1, "params": parts.joined(trained), "optimizer": moments, **changed}
     after["optimizer"] = insisting(after["optimizer"], "optimizer array")

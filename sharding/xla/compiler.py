@@ -28,6 +28,8 @@ class Compiler:
       sums_wait: the same of gradients that are reduced whole over several axes, each by itself.
       collectives_wait: nothing is scheduled beside a gather of parameters or a reduction of gradients, unless
         options say so.
+      gathers_copy: what is gathered is not written into an array that the step gives up, but copied there,
+        and the array itself is copied before it is read.
       last_layer_apart: where values come back from the host, the last layer runs outside of the loop over
         layers, beside what follows it.
       host_is_device: what lies on the host counts as the device's own memory.
@@ -56,6 +58,7 @@ class Compiler:
     scatters_wait: float = 0.0
     sums_wait: float = 0.0
     collectives_wait: bool = False
+    gathers_copy: bool = False
     last_layer_apart: bool = False
     host_is_device: bool = False
     scatters_planes: bool = False
