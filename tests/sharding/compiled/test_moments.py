@@ -1,4 +1,4 @@
-"""Parameters that lie whole beside moments in parts, through the real compilers."""
+"""Parameters that lie whole beside moments in parts: their values, and what the real compilers hold."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import gzip
 import pathlib
 from typing import Any
 
+import draws
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
-from meshwright.sharding import declare
+from meshwright.sharding import Plan, declare
 from meshwright.sharding.hlo.text import parse_hlo
+from meshwright.sharding.transform import compose
 from meshwright.sharding.verify.verify import verify
 
 LAYERS, WIDTH, ROWS = 4, 512, 64
@@ -21,6 +24,30 @@ LAYERS, WIDTH, ROWS = 4, 512, 64
 def loss(params: Any, batch: Any) -> Any:
     x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), batch, params["w"])
     return jnp.mean(jnp.square(x))
+
+
+def in_parts(topology: str, params: Any, batch: Any, optimizer: Any, devices: int) -> Plan:
+    made = declare(loss, params, batch, topology=topology, mesh={"data": devices}, optimizer=optimizer)
+    return dataclasses.replace(made, moments={"w": (None, "data")})
+
+
+@pytest.mark.numerics
+@pytest.mark.devices(8)
+def test_gathered_changes_train_as_plain_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = compose.compiler_of
+    monkeypatch.setattr(compose, "compiler_of", lambda on: dataclasses.replace(of(on), gathers_copy=True))
+    params = {"w": draws.normal(jax.random.key(0), (LAYERS, 16, 16))}
+    batch, optimizer = draws.normal(jax.random.key(1), (16, 16)), optax.adam(1e-2)
+    made = in_parts("cpu:8", params, batch, optimizer, 8)
+    state = made.init(lambda key: params, jax.random.key(0), optimizer)
+    step, plain, moments = made.train_step(loss, optimizer), params, optimizer.init(params)
+    for _ in range(3):
+        state, _ = step(state, batch)
+        changes, moments = optimizer.update(jax.grad(loss)(plain, batch), moments, plain)
+        plain = optax.apply_updates(plain, changes)
+    assert state["params"]["w"].sharding.is_fully_replicated
+    assert not state["optimizer"][0].mu["w"].sharding.is_fully_replicated
+    np.testing.assert_allclose(state["params"]["w"], plain["w"], atol=2e-5)
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
@@ -32,8 +59,7 @@ def test_a_step_copies_no_parameters(
     params = {"w": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)}
     batch = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
     optimizer = optax.adam(1e-3)
-    made = declare(loss, params, batch, topology=topology, mesh={"data": 4}, optimizer=optimizer)
-    made = dataclasses.replace(made, moments={"w": (None, "data")})
+    made = in_parts(topology, params, batch, optimizer, 4)
     assert verify(made, loss, params, batch, optimizer).fits
     (text,) = tmp_path.rglob("program.hlo.gz")
     found = parse_hlo(gzip.decompress(text.read_bytes()).decode()).instructions.values()

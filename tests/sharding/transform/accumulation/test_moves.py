@@ -84,19 +84,23 @@ MEETINGS = {
 }
 
 
+def assert_kept(loss, layout):
+    """Hold the value, each number beside it and the gradient under `layout` to those of `loss` itself."""
+    (value, aux), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(*arguments())
+    apply = layout.apply(loss)
+    (got, got_aux), got_gradient = jax.jit(jax.value_and_grad(apply, has_aux=True))(*arguments())
+    np.testing.assert_allclose(got, value, rtol=2e-6)
+    for name in aux:
+        np.testing.assert_allclose(got_aux[name], aux[name], rtol=5e-6, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(got_gradient["w"], gradient["w"], rtol=1e-5, atol=1e-5)
+
+
 def test_moves_of_other_dimensions_keep_values():
     def loss(p, b):
         means = {name: jnp.mean(move(p, hidden(p, b))) for name, move in MOVES.items()}
         return sum(means.values()), means
 
-    (value, aux), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(*arguments())
-    layout = declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2)
-    apply = layout.apply(loss)
-    (got, got_aux), got_gradient = jax.jit(jax.value_and_grad(apply, has_aux=True))(*arguments())
-    np.testing.assert_allclose(got, value, rtol=2e-6)
-    for name in MOVES:
-        np.testing.assert_allclose(got_aux[name], aux[name], rtol=5e-6, atol=1e-6, err_msg=name)
-    np.testing.assert_allclose(got_gradient["w"], gradient["w"], rtol=1e-5, atol=1e-5)
+    assert_kept(loss, declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2))
 
 
 @pytest.mark.parametrize("name", MEETINGS)
@@ -131,13 +135,7 @@ def test_rows_that_meet_in_groups_stay_together():
     """By stride they would be sent to parts of their own: refused, or several passes for a softmax."""
     layout = declare(in_groups, *arguments(), topology="cpu:8", mesh={"fsdp": 8}, microbatches=2)
     assert not [note for note in layout.notes if "passes" in note or "whole batch" in note]
-    (value, aux), gradient = jax.jit(jax.value_and_grad(in_groups, has_aux=True))(*arguments())
-    apply = layout.apply(in_groups)
-    (got, got_aux), got_gradient = jax.jit(jax.value_and_grad(apply, has_aux=True))(*arguments())
-    np.testing.assert_allclose(got, value, rtol=2e-6)
-    for name in IN_GROUPS:
-        np.testing.assert_allclose(got_aux[name], aux[name], rtol=5e-6, atol=1e-6, err_msg=name)
-    np.testing.assert_allclose(got_gradient["w"], gradient["w"], rtol=1e-5, atol=1e-5)
+    assert_kept(in_groups, layout)
 
 
 def test_as_few_rows_stay_together_as_meet():
