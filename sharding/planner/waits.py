@@ -18,7 +18,8 @@ def notes_on(case: Case) -> tuple[str, ...]:
 
     Nothing where the compiler hides them, or where they are short.
     """
-    if not compiler_of(case.topology).collectives_wait:
+    compiler = compiler_of(case.topology)
+    if not compiler.collectives_wait:
         return ()
     supposing = Supposing(
         execution=lambda own: dataclasses.replace(own, gathers_wait=1.0, scatters_wait=1.0, sums_wait=1.0)
@@ -29,6 +30,6 @@ def notes_on(case: Case) -> tuple[str, ...]:
         return ()
     return (
         "the estimate has gathers of parameters and reductions of gradients beside other work, as options of "
-        "the compiler put them (--top tries such); without any, libtpu for "
+        f"the compiler put them (--top tries such); without any, {compiler.name} for "
         f"{case.topology.chip.name} waits for each: {seconds(waited)} a step, not {seconds(hidden)}",
     )
