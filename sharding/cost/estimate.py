@@ -23,7 +23,7 @@ from .delayed import kept_bytes, late_seconds
 from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables_read_there
 from .execution import Execution, execution_for
 from .kept import Residuals
-from .memory import GATHERED_OVER, Standing, Worked, activations, worked
+from .memory import GATHERED_OVER, Ahead, Standing, Worked, activations, worked
 from .pipeline import LayerTurns, Least, layer_turns, least, lockstep
 from .placement import Placement, place
 from .profile import LAYERS, ProgramTables, profile
@@ -51,6 +51,7 @@ class Pricer:
       dtype: of matrix products, for their peak; ``bfloat16`` if not given.
       more_passes: of microbatches over the batch, in parts of one forward and backward; see
         `transform.accumulation.levels`.
+      ahead: what microbatches want made of the data first.
       other: gives the Pricer for a candidate that this one is not for, None where this one is.
       calls: of attention, which candidates may lay over ``context``.
       attended: gives the seconds of those calls, by index, of which a candidate's layout says more than the
@@ -78,6 +79,7 @@ class Pricer:
         gradient_bytes: float | None = None,
         dtype: str = "bfloat16",
         more_passes: float = 0.0,
+        ahead: Ahead | None = None,
         other: Callable[[Candidate], Pricer | None] | None = None,
         calls: Sequence[SpreadCall] = (),
         attended: Callable[[Candidate], Mapping[int, AttendedSeconds]] | None = None,
@@ -92,7 +94,7 @@ class Pricer:
         self.execution = execution_for(topology) if execution is None else execution
         self.gradient_bytes = gradient_bytes
         self.dtype = dtype
-        self._more_passes = more_passes
+        self._more_passes, self._ahead = more_passes, ahead
         self._other = other
         self._calls = tuple(calls)
         self._attended = attended
@@ -204,6 +206,8 @@ class Pricer:
         items = max(found, key=lambda items: sum(items.values()))
         if candidate.context is not None:
             items["communication"] += context_bytes(laid_calls(self._calls, candidate), candidate.context)
+        if self._ahead is not None and candidate.microbatches > 1:
+            items["prepared"] = self._ahead.of_device(candidate)
         return {name: float(size) for name, size in items.items()}
 
     def _slot_bytes(self, candidate: Candidate, over: StoredOver) -> float:

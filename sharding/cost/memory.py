@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from ..plans.specs import cut_into
 from ..program.lookups import MANY_ROWS
 from .candidate import Candidate
 from .exchange import StoredOver, parts
@@ -44,6 +45,22 @@ class Standing:
     def gathered(self, phase: int) -> float:
         """Return the bytes of whole parameters and gradients in the backward pass of a section."""
         return self.sent + {BEFORE: self.before, LAYERS: float(self.layer.max()), AFTER: self.after}[phase]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """Bytes of what is made of the whole batch's data before its parts: `rows`, which lie over the axes of
+    the `dims` that the batch leads with, and what is `whole` on every device.
+    """
+
+    rows: float
+    whole: float
+    dims: tuple[int, ...]
+
+    def of_device(self, candidate: Candidate) -> float:
+        """Return what a device holds of it, all through a step."""
+        axes = [axis for dim in self.dims for axis in candidate.dims.get(dim, ())]
+        return self.rows / cut_into(axes, candidate.mesh) + self.whole
 
 
 def standing(

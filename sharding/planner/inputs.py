@@ -220,7 +220,7 @@ class Problem:
         `room` is the share to count of what an allocator leaves free.
         """
         arrays = self.optimizer_arrays
-        supposed = supposing or Supposing()
+        supposed, in_parts = supposing or Supposing(), self.accumulation(declared or Declared())
         if supposed.attention is not None:
             declared = dataclasses.replace(declared or Declared(), attention=supposed.attention)
         dtype = supposed.dtype or _product_dtype(self.program)
@@ -236,7 +236,8 @@ class Problem:
                 dtype=dtype,
                 calibration=dataclasses.replace(record, fragmentation=room * record.fragmentation),
                 execution=supposed.execution(execution),
-                more_passes=self.accumulation(declared or Declared()).more_passes,
+                more_passes=in_parts.more_passes,
+                ahead=in_parts.ahead,
                 other=other,
                 calls=self.attention,
                 attended=attending.seconds,

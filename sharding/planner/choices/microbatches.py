@@ -9,10 +9,18 @@ from typing import Any
 
 import jax
 
+from ...cost.memory import Ahead
 from ...errors import UserError, nearest_divisors
 from ...program.jaxpr import Traced
 from ...program.program import Program
-from ...transform.accumulation.proof import MAX_PASSES, InParts, apart_in_words, prepared_in_words, proved
+from ...transform.accumulation.proof import (
+    MAX_PASSES,
+    InParts,
+    apart_in_words,
+    prepared_bytes,
+    prepared_in_words,
+    proved,
+)
 
 # Of a forward and a backward pass, the forward one: one product where the backward one has two.
 _FORWARD = 1 / 3
@@ -71,6 +79,15 @@ class PartsProof:
         levels = found[0]
         ahead = levels.forward - (levels.last is None)
         return max(ahead, 0) * _FORWARD + len(levels.backward)
+
+    @property
+    def ahead(self) -> Ahead | None:
+        """What is made of the data before the parts, None where nothing is; of what was proved."""
+        found = [one for one in self.known.values() if isinstance(one, InParts) and one.prepared]
+        if self.by_part or not found:
+            return None
+        rows, whole = prepared_bytes(found[0])
+        return Ahead(rows=rows, whole=whole, dims=tuple(self.program.batch_dims))
 
     def notes(self, parts: int) -> tuple[str, ...]:
         """Say what a plan of `parts` parts should tell: its passes, and what is not computed in parts."""

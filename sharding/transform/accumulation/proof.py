@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -99,36 +100,46 @@ def check_rows(rows: int, parts: int) -> None:
         raise UserError(f"microbatches={parts} does not divide the batch of {rows} rows; nearest: {near}")
 
 
-def in_parts(traced: Traced, parts: int, *, by_block: bool = False) -> InParts:
+def in_parts(traced: Traced, parts: int, *, by_block: bool = False, prepares: bool = True) -> InParts:
     """Read a traced ``loss(params, batch)``, or with a state, as work done in `parts` parts.
 
     Rows go to parts by stride, which keeps a sharded batch where it is, or by block. Where rows meet in
     groups that follow one another (answers of one question, pairs), as few stay together as make a group.
-    Where rows of the data alone meet otherwise (shuffled, sorted, mixed), that is made before the parts.
+    Where rows of the data alone meet otherwise (shuffled, sorted, mixed), that is made before the parts, if
+    it `prepares`.
 
     Raises NotInParts, with the user's line, if its value or gradients cannot be had so; UserError if the rows
     do not divide.
     """
     rows = rows_of(traced)
     check_rows(rows, parts)
-    if by_block:
-        return _placed(traced, parts, rows, 1)
+    read = functools.partial(_placed, pre=1) if by_block else _near_each_other
+    try:
+        return read(traced, parts, rows, prepares=False)
+    except NotInParts as why:
+        if not prepares:
+            raise
+        try:
+            return read(traced, parts, rows, prepares=True)
+        except NotInParts:
+            raise why from None
+
+
+def _near_each_other(traced: Traced, parts: int, rows: int, *, prepares: bool) -> InParts:
+    """Read a traced loss in parts with as few rows together as it takes, by stride if it is as good."""
     apart = rows // parts
     try:
-        found = _placed(traced, parts, rows, apart)
+        found = _placed(traced, parts, rows, apart, prepares=prepares)
     except NotInParts as why:
         try:
-            found = _placed(traced, parts, rows, 1)
+            found = _placed(traced, parts, rows, 1, prepares=prepares)
         except NotInParts:
-            try:
-                return _placed(traced, parts, rows, apart, prepares=True)
-            except NotInParts:
-                raise why from None
+            raise why from None
     else:
         if found.levels.passes == 1 and not found.apart:
             return found
         try:
-            block = _placed(traced, parts, rows, 1)
+            block = _placed(traced, parts, rows, 1, prepares=prepares)
         except NotInParts:
             return found
         if _effort(block) >= _effort(found):
@@ -138,7 +149,7 @@ def in_parts(traced: Traced, parts: int, *, by_block: bool = False) -> InParts:
     for together in range(2, apart):
         if apart % together == 0:
             with contextlib.suppress(NotInParts):
-                grouped = _placed(traced, parts, rows, apart // together)
+                grouped = _placed(traced, parts, rows, apart // together, prepares=prepares)
                 if _effort(grouped) <= _effort(found):
                     return grouped
     return found
@@ -149,7 +160,7 @@ def _effort(read: InParts) -> tuple[int, int]:
     return read.levels.passes, len(read.apart)
 
 
-def _placed(traced: Traced, parts: int, rows: int, pre: int, *, prepares: bool = False) -> InParts:
+def _placed(traced: Traced, parts: int, rows: int, pre: int, *, prepares: bool) -> InParts:
     """Read a traced loss whose rows go to the parts as ``pre * parts * post``."""
     as_long = frozenset(
         n for n, leaf in enumerate(jax.tree.leaves(traced.args[1])) if jnp.shape(leaf)[:1] == (rows,)
@@ -269,6 +280,14 @@ def _completed(graph: PartGraph, found: Sequence[Held]) -> tuple[list[Held], dic
             apart[number] = value.why
         outs.append(value if value.kind in (Kind.EXAMPLES, Kind.MIXED) else graph.complete(value))
     return outs, apart
+
+
+def prepared_bytes(read: InParts) -> tuple[float, float]:
+    """Return the bytes of what is made of the data ahead: in rows of the batch, and of what parts share."""
+    sizes = [0.0, 0.0]
+    for value in read.prepared:
+        sizes[value.kind is not Kind.EXAMPLES] += math.prod(value.shape) * value.dtype.itemsize
+    return sizes[0], sizes[1]
 
 
 def prepared_in_words(read: InParts) -> tuple[str, ...]:

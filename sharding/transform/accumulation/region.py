@@ -157,7 +157,7 @@ def region_of(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced, read: I
     if read.rows % (read.parts * devices):
         return None
     try:
-        parts = in_parts(traced, read.parts * devices, by_block=True)
+        parts = in_parts(traced, read.parts * devices, by_block=True, prepares=bool(read.prepared))
     except NotInParts:
         return None
     if parts.levels.passes > read.levels.passes or parts.apart.keys() != read.apart.keys():

@@ -173,11 +173,13 @@ class Run:
         structures = [jax.tree.structure(one) for one in call.args]
         totals = [op.outs[0] for op in read.graph.ops if op.is_total and op.outs[0] in call.known]
         own = read.parts // region.devices // region.turns
+        count = len(leaves[1])
 
         def body(params: Any, batch: Any, state: Any, others: Any) -> Any:
             arrays, cotangents = others
-            args = tuple(map(jax.tree.unflatten, structures, (params, batch, state)))
-            local = _Call(args=args, known=dict(zip(totals, arrays, strict=True)), cotangents=cotangents)
+            args = tuple(map(jax.tree.unflatten, structures, (params, batch[:count], state)))
+            known = dict(zip(totals, arrays, strict=True))
+            local = _Call(args=args, known=known, made=batch[count:], cotangents=cotangents)
             numbers = (region.number() * own + jnp.arange(own)) * region.turns + region.turn()
             sums, gradients, rows = self._loop(one_part, zeros, local, places, own, numbers)
             return list(map(region.total, combines, sums)), gradients, rows
@@ -185,8 +187,8 @@ class Run:
         return region.run(
             body,
             leaves[0],
-            leaves[1],
-            [value.kind is Kind.EXAMPLES for value in read.batch],
+            [*leaves[1], *call.made],
+            [value.kind is Kind.EXAMPLES for value in (*read.batch, *read.prepared)],
             leaves[2] if len(leaves) > 2 else (),
             ([call.known[value] for value in totals], list(call.cotangents)),
             places,

@@ -71,8 +71,8 @@ def pipelined(
             f"{max(rows // needed, 1) * needed} rows, or microbatches={near}"
         )
     try:
-        whole = in_parts(traced, plan.microbatches * devices, by_block=True)
-        shares = in_parts(traced, needed, by_block=True)
+        whole = in_parts(traced, plan.microbatches * devices, by_block=True, prepares=False)
+        shares = in_parts(traced, needed, by_block=True, prepares=False)
     except NotInParts as why:
         raise UserError(refusal(plan.microbatches, why, has_state=bool(state))) from None
     _check_passes(shares, stages)

@@ -79,6 +79,41 @@ def test_what_depends_on_no_parameter_is_made_before_the_parts():
     np.testing.assert_allclose(got_gradient["w"], gradient["w"], rtol=1e-5, atol=1e-5)
 
 
+def pairs(p, b):
+    """Ranks over the batch weigh differences within pairs of rows that follow one another."""
+    rank = jnp.argsort(jnp.argsort(b["reward"])) / (ROWS - 1.0)
+    better, worse = scores(p, b["x"], b["class"]).reshape(-1, 2).T
+    return (jax.nn.softplus(better - worse) * jnp.abs(rank.reshape(-1, 2) @ jnp.array([1.0, -1]))).mean()
+
+
+def check_same(loss, layout):
+    params, batch = arguments()
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params, batch)
+    got, got_gradient = jax.jit(jax.value_and_grad(layout.apply(loss)))(params, batch)
+    np.testing.assert_allclose(got, value, rtol=2e-6)
+    np.testing.assert_allclose(got_gradient["w"], gradient["w"], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_may_be_in_groups_besides():
+    check_same(pairs, declare(pairs, *arguments(), topology="cpu:2", mesh={"data": 2}, microbatches=2))
+
+
+def test_devices_work_their_own_rows_through_and_the_estimate_has_what_is_made():
+    def loss(p, b):
+        order = jnp.argsort(b["reward"])
+        return scores(p, b["x"][order], b["class"][order]).mean() * jnp.sort(b["reward"])[:3].mean()
+
+    how = {"topology": "cpu:4", "mesh": {"data": 4}}
+    layout = declare(loss, *arguments(), **how, microbatches=2)
+    # Of 16 rows four lie on a device: 8 floats and a number each; and the sorted rewards are whole or so too.
+    rows = (ROWS // 4) * (WIDTH + 1) * 4
+    assert rows <= layout.estimate.memory["prepared"] <= rows + ROWS * 8
+    assert "prepared" not in declare(loss, *arguments(), **how).estimate.memory
+    check_same(loss, layout)
+    gradients = jax.make_jaxpr(jax.grad(layout.apply(loss)))(*arguments())
+    assert "shard_map" in str(gradients)
+
+
 def test_the_new_state_may_be_made_so_too():
     def loss(p, b, state):
         key, drawn = jax.random.split(state["key"])
