@@ -182,6 +182,26 @@ def _is_kept(flat: Flat, index: int) -> bool:
     return value.parameter < 0 and value.elements > 1
 
 
+def made_of_parameters(flat: Flat) -> dict[int, float]:
+    """Return parameter → bytes, for all layers, of what they make of it and their gradients read.
+
+    JAX reads a layer's parameter itself where it lies, but keeps its cast, and so for every layer. What is
+    larger than the parameter is a broadcast of it, which is part of what reads it.
+    """
+    found: dict[int, float] = defaultdict(float)
+    elements = {
+        value.parameter: value.elements
+        for value in flat.values
+        if value.section == LAYERS and value.producer < 0
+    }
+    residuals_of = (_residuals_of(flat, op) for op in flat.ops if op.section == LAYERS and not op.rematted)
+    for index in {index for each in residuals_of for index in each}:
+        value = flat.values[index]
+        if value.producer >= 0 and 1 < value.elements <= elements.get(value.parameter, 0):
+            found[value.parameter] += value.bytes * value.trips
+    return found
+
+
 def _entering(flat: Flat, op: FlatOp) -> list[int]:
     """Return what a checkpointed equation reads from outside of what is run again with it."""
 

@@ -28,7 +28,8 @@ class Standing:
       items: name → bytes [section]; of `framework`, what holds more than the program asks for.
       beside: [section] of a microbatch's gradients, which lie beside their sum.
       layer: of one layer's parameters, gathered at use, for each scan over layers [stack].
-      after: of those that the loss uses, gathered, and of their gradient before it is reduced.
+      casts: of what all layers make of parameters that lie whole, kept where everything is [stack].
+      after: of those that the loss uses, gathered or cast, and of their gradient before it is reduced.
       before: of the gradient of those used before the layers (a table of embeddings), and of its copy.
       sent: of what goes to other slices.
       again_after: of the gradients of parameters that the loss uses and something before it does, too.
@@ -37,6 +38,7 @@ class Standing:
     items: Mapping[str, np.ndarray]
     beside: np.ndarray
     layer: np.ndarray
+    casts: np.ndarray
     after: float
     before: float
     sent: float
@@ -73,7 +75,8 @@ def standing(
     slices: int,
 ) -> Standing:
     """Return what `candidate` stores all through a step on so many `slices`."""
-    layer, after, before = _gathered(profile, placement, over)
+    # Ticks make what they use of whole parameters before them, and sum gradients as parameters lie.
+    layer, after, before = _gathered(profile, placement, over, candidate.mesh.get("stage", 1) == 1)
     items = _state(profile, candidate, over, slot_bytes, gradient_bytes)
     # What a slice sends to the others lies in buffers that nothing else uses: its part of each gradient.
     sent = float(items["gradients"].sum()) / slices if slices > 1 else 0.0
@@ -81,6 +84,7 @@ def standing(
         items=items,
         beside=items["gradients"],
         layer=layer,
+        casts=_casts(profile, placement, over),
         after=after,
         before=before,
         sent=sent,
@@ -146,12 +150,14 @@ def moments_of(
     # All of it, whatever is worked through at a time.
     batch = work.batch * candidate.microbatches
     here = held.here
+    casts = stored.casts * (candidate.remat == "none") * here[LAYERS]
     holding = saved * here * np.array([1.0, held.microbatches, 1.0])
     for phase in [AFTER] * bool(here[AFTER]) + [LAYERS] + [BEFORE] * bool(here[BEFORE]):
         items = {name: float(row @ here) for name, row in stored.items.items()}
-        if phase == AFTER and candidate.microbatches == 1:
-            # Those of the layers are still to come.
-            items["gradients"] = float(stored.items["gradients"][AFTER] + stored.again_after)
+        if phase != BEFORE and candidate.microbatches == 1:
+            # Those of what comes before are still to come, but for a part that the loss gives.
+            made = here * (np.arange(3) >= phase)
+            items["gradients"] = float(stored.items["gradients"] @ made + stored.again_after * here[AFTER])
         elif phase != AFTER and candidate.microbatches > 1:
             items["gradients"] += float(stored.beside @ here)
         # A layer that runs outside of the loop does so beside what follows, and in a loop over
@@ -164,6 +170,8 @@ def moments_of(
         items["batch"] = batch
         if profile.captured_bytes:
             items["captured"] = profile.captured_bytes
+        if phase != BEFORE and casts.any():
+            items["casts"] = float(casts.sum())
         if phase != LAYERS:
             yield items
             continue
@@ -172,6 +180,8 @@ def moments_of(
         alone = work.largest_of + work.live * (candidate.remat != "none")
         for stack in reversed(range(profile.stacks)):
             left = float(parts[: stack + 1].sum() * here[LAYERS] * held.microbatches)
+            if casts.any():
+                items["casts"] = float(casts[: stack + 1].sum())
             yield {
                 **items,
                 "saved_activations": float(holding[BEFORE]) + left,
@@ -321,23 +331,47 @@ def _by_stack(profile: ProgramTables, weights: np.ndarray) -> np.ndarray:
     return np.bincount(profile.values.stack + 1, weights=weights, minlength=1 + profile.stacks)[1:]
 
 
-def _gathered(
-    profile: ProgramTables, placement: Placement, over: StoredOver
-) -> tuple[np.ndarray, float, float]:
-    """Return the bytes of `Standing`'s layer, after and before."""
+def _casts(profile: ProgramTables, placement: Placement, over: StoredOver) -> np.ndarray:
+    """Return the bytes of what layers make of parameters that lie whole for their gradients to read [stack].
+
+    What is gathered is made again; of what the program stacks the stack is one. JAX gives a loop's backward
+    pass a cast of every layer's parameters, which XLA keeps, though it could make it again.
+    """
     table = profile.parameters
-    extra = np.array([bool(s - c) for s, c in zip(over.parameters, over.computed, strict=True)], float)
+    weights = table.elements * table.made_bytes * placement.fractions.parameters
+    weights *= (table.stacked_bytes == 0) & ~_further(over.parameters, over.computed)
+    return np.bincount(table.stack + 1, weights=weights, minlength=1 + profile.stacks)[1:]
+
+
+def _further(axes: list[frozenset[str]], than: list[frozenset[str]]) -> np.ndarray:
+    """Return which parameters [P] lie over axes that they do not in another way of storing them."""
+    return np.array([bool(one - other) for one, other in zip(axes, than, strict=True)], bool)
+
+
+def _gathered(
+    profile: ProgramTables, placement: Placement, over: StoredOver, counts_whole: bool
+) -> tuple[np.ndarray, float, float]:
+    """Return the bytes of `Standing`'s layer, after and before; of whole parameters where these count."""
+    table = profile.parameters
+    gathered = _further(over.parameters, over.computed)
+    # Of parameters that lie whole gradients may not: these are whole before they are reduced.
+    whole = ~gathered & counts_whole
+    summed = whole & _further(over.gradients, over.computed)
     # Of layers one at a time: a stacked parameter's elements are those of all turns of the scan. What stands
     # outside is whole, however often it is used.
     turns = np.where(table.section == LAYERS, table.runs, 1.0)
-    elements = table.elements * table.read * placement.fractions.parameters * extra / turns
+    elements = table.elements * table.read * placement.fractions.parameters / turns
     # Its gradient is summed whole too, if it is the same in all turns.
     again = table.trained * ((table.section == LAYERS) & (table.runs == 1))
-    each = elements * table.used_bytes * (1.0 + again)
+    each = elements * gathered * table.used_bytes * (1.0 + again)
     layer = np.bincount(table.stack + 1, weights=each, minlength=1 + profile.stacks)[1:]
-    # The loss's parameter in the type that it is used in, and its gradient in its own.
-    own = table.item_bytes * table.trained
-    after = float(elements @ ((table.used_bytes + own) * (table.after_bytes > 0)))
-    # A table of embeddings: the gradient that rows are added into, and what it is reduced from.
-    before = float(elements @ (2.0 * table.used_bytes * table.trained * (table.section == BEFORE)))
+    # The loss's parameter in the type that it is used in, a copy of a whole one that is of another, and its
+    # gradient in its own.
+    cast = table.used_bytes * gathered + table.after_bytes * (whole & (table.after_bytes != table.item_bytes))
+    own = table.item_bytes * table.trained * (gathered | summed)
+    after = float(elements @ ((cast + own) * (table.after_bytes > 0)))
+    # A table of embeddings: the gradient that rows are added into, and what it is reduced from, which is the
+    # same array where it is reduced whole and then cut.
+    sums = table.used_bytes * table.trained * (2.0 * gathered + summed)
+    before = float(elements @ (sums * (table.section == BEFORE)))
     return layer, after, before

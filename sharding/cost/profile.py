@@ -16,7 +16,7 @@ from ..program.layers import saved_values
 from ..program.lookups import looks_up_rows
 from ..program.program import Program
 from .fusion import Groups, fuse
-from .kept import Saved, residuals
+from .kept import Saved, made_of_parameters, residuals
 from .tables import AFTER, BEFORE, LAYERS, Flat, FlatOp, flatten
 
 # Captured arrays of fewer bytes, such as a table of angles, are counted with nothing.
@@ -108,7 +108,8 @@ class Parameters:
     0 where it is not used there: a table of embeddings may be, too. trained: 1 where it has a gradient and
     moments, else 0; state: 1 of what changes beside the parameters; read: 1 where the loss reads it.
     lookups: of tables that are read by rows alone, row → the look-ups. Parameters that the program stacks are
-    one; stacked_bytes are of one element of the stack, 0 of others.
+    one; stacked_bytes are of one element of the stack, 0 of others. made_bytes: of its cast, where layers
+    make one that their gradients read: JAX keeps it where it keeps everything; 0 where they read it itself.
     """
 
     argument: np.ndarray
@@ -116,6 +117,7 @@ class Parameters:
     state: np.ndarray
     read: np.ndarray
     stacked_bytes: np.ndarray
+    made_bytes: np.ndarray
     elements: np.ndarray
     item_bytes: np.ndarray
     used_bytes: np.ndarray
@@ -359,6 +361,8 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
             runs = 1
         rows.append((argument, _mask(dims, count), size, section, runs, inside))
     shares = [sum(a.is_trained for a in members) / len(members) for members in program.weights]
+    sizes = [sum(math.prod(a.shape) for a in members) for members in program.weights]
+    made = made_of_parameters(flat)
     stacks = [program.stack_of.get(members[0].index) for members in program.weights]
     return Parameters(
         argument=np.array([a.index for a, *_ in rows], int),
@@ -366,7 +370,10 @@ def _parameters(program: Program, flat: Flat, count: int) -> Parameters:
         state=np.array([a.is_state for a, *_ in rows], float),
         read=np.array([not (a.is_state and unread[a.index]) for a, *_ in rows], float),
         stacked_bytes=np.array([0 if stack is None else stack.item_bytes for stack in stacks], float),
-        elements=np.array([sum(math.prod(a.shape) for a in members) for members in program.weights], float),
+        made_bytes=np.array(
+            [made.get(a.index, 0.0) / max(size, 1) for (a, *_), size in zip(rows, sizes, strict=True)], float
+        ),
+        elements=np.array(sizes, float),
         item_bytes=np.array([a.dtype.itemsize for a, *_ in rows], float),
         used_bytes=np.array([size for _, _, size, *_ in rows], float),
         after_bytes=np.array([after.get(a.index, 0) for a, *_ in rows], float),

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from meshwright.sharding import plan
+from meshwright.sharding import Topology, plan
+from meshwright.sharding.cost import Calibration, Candidate, Pricer, memory
+from meshwright.sharding.program import trace
 
 WIDTH, HIDDEN, ROWS, ENCODER, DECODER = 32, 256, 1024, 4, 7
 STREAM = ROWS // 8 * WIDTH * 4
@@ -93,3 +95,97 @@ def test_both_stacks_run_under_remat_on_eight_devices() -> None:
         expected = jax.jit(jax.value_and_grad(loss))(params, batch)
     assert text.count("remat2[") + text.count("checkpoint[") >= 2
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected)
+
+
+DEPTH, EMBED, INNER, IDS = 4, 64, 256, 4096
+MATRICES = DEPTH * 2 * EMBED * INNER
+
+
+def read(params: Any, ids: Any, targets: Any, kind: str) -> Any:
+    """Return the loss of a table, layers that cast their matrices to `kind`, and a wide product."""
+
+    def body(x: Any, p: Any) -> tuple[Any, None]:
+        return x + jnp.tanh(x @ p["up"].astype(kind)) @ p["down"].astype(kind), None
+
+    x = jax.lax.scan(body, params["table"].astype(kind)[ids], params["layers"])[0]
+    logits = (x @ params["head"].astype(kind)).astype("float32")
+    picked = jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
+    return jnp.mean(jax.nn.logsumexp(logits, -1) - picked)
+
+
+def moments_of(kind: str, remat: str, cut: tuple[str, ...] = ()) -> list[dict[str, float]]:
+    """Return moments of data parallelism over eight devices, from the loss back, with what is `cut`."""
+    shape = jax.ShapeDtypeStruct
+    params = {
+        "head": shape((EMBED, IDS), "float32"),
+        "layers": {
+            "down": shape((DEPTH, INNER, EMBED), "float32"),
+            "up": shape((DEPTH, EMBED, INNER), "float32"),
+        },
+        "table": shape((IDS, EMBED), "float32"),
+    }
+    batch = {name: shape((64,), "int32") for name in ("ids", "targets")}
+    program = trace(lambda p, b: read(p, b["ids"], b["targets"], kind), params, batch)
+    pricer = Pricer(program, Topology.parse("v5p:2x2x2"), optimizer_slots=8.0, calibration=Calibration())
+    in_parts = {0: ((), ("data",)), 1: ((), (), ("data",)), 2: ((), (), ("data",)), 3: ((), ("data",))}
+    candidate = Candidate(
+        mesh={"data": 8},
+        dims={program.batch_dims[0]: ("data",)},
+        remat=remat,
+        **dict.fromkeys(cut, in_parts),
+    )
+    placement = pricer.place(candidate)
+    over = pricer.stored_over(candidate, placement)
+    standing = memory.standing(pricer.profile, placement, candidate, over, 8.0, None, 1)
+    work, kept = pricer.worked(placement, candidate.mesh), pricer.kept(candidate)
+    return list(memory.moments(pricer.profile, candidate, standing, work, kept, False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "remat", "cut", "size"),
+    [
+        ("bfloat16", "none", (), 2),
+        ("bfloat16", "none", ("optimizer", "gradients"), 2),
+        # JAX reads a parameter of its own type where it lies; gathered and run again, casts are made again.
+        ("float32", "none", (), 0),
+        ("bfloat16", "full", (), 0),
+        ("bfloat16", "none", ("stored", "optimizer", "gradients"), 0),
+    ],
+)
+def test_casts_of_layers_parameters_that_lie_whole_are_kept_where_everything_is(kind, remat, cut, size):
+    loss, layers, table = moments_of(kind, remat, cut=cut)
+    assert loss.get("casts", 0.0) == layers.get("casts", 0.0) == size * MATRICES
+    assert "casts" not in table
+
+
+def test_a_gradient_that_is_reduced_to_parts_is_whole_before():
+    head = EMBED * IDS
+    whole = moments_of("bfloat16", "full")
+    parts = moments_of("bfloat16", "full", cut=("optimizer", "gradients"))
+    gathered = moments_of("bfloat16", "full", cut=("stored", "optimizer", "gradients"))
+    # The cast of the loss's parameter, and its gradient where what lies there for gradients is a part.
+    assert [one[0]["communication"] for one in (whole, parts, gathered)] == [2 * head, 6 * head, 6 * head]
+    # The table's, which a step reads where it lies if it lies in parts itself.
+    assert [one[2]["communication"] for one in (whole, parts, gathered)] == [0, 2 * head, 0]
+
+
+def test_a_tables_gradient_is_not_there_while_layers_go_back():
+    loss, layers, table = (one["gradients"] for one in moments_of("bfloat16", "full"))
+    assert (loss, layers - loss, table - layers) == (4 * EMBED * IDS, 4 * MATRICES, 4 * EMBED * IDS)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+def test_jax_gives_a_loops_backward_pass_the_casts_of_all_layers(kind):
+    shape = jax.ShapeDtypeStruct
+    layers = {"down": shape((DEPTH, INNER, EMBED), "float32"), "up": shape((DEPTH, EMBED, INNER), "float32")}
+    params = {
+        "head": shape((EMBED, IDS), "float32"),
+        "table": shape((IDS, EMBED), "float32"),
+        "layers": layers,
+    }
+    ids = shape((64,), "int32")
+    text = str(jax.make_jaxpr(jax.grad(lambda p, i: read(p, i, i, kind)))(params, ids))
+    stacks = [
+        f"bf16[{DEPTH},{one}]" in text.split("scan[")[0] for one in (f"{EMBED},{INNER}", f"{INNER},{EMBED}")
+    ]
+    assert stacks == [kind == "bfloat16"] * 2
