@@ -7,7 +7,7 @@ import json
 import pathlib
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...models import Model
@@ -16,12 +16,14 @@ from ...sharding.cost.measured import load as load_measurement
 from ...sharding.errors import IndivisibleBatch, UserError, nearest
 from ...sharding.files import write_asked
 from ...sharding.hardware.axes import resolve_axes
+from ...sharding.hardware.memory import FRACTIONS, usable_bytes
 from ...sharding.planner.outcome import searched_instead
 from ...sharding.plans.trainable import trained_paths
 from ...sharding.program.recognise import FORMS, checked_forms
 from ...sharding.report.compare import compare
 from ...sharding.report.html import page as page_of
 from ...sharding.report.plan import plan_document
+from ...sharding.words import gib
 from ..config import Config
 from ..data.batches import keys_of
 from . import optimizer
@@ -328,10 +330,25 @@ def _from_file(config: Config, shapes: Shapes, topology: Topology) -> Plan:
         found.check(shapes.params, shapes.batch, shapes.loss, shapes.state)
     except UserError as error:
         raise UserError(f"{config.plan}: {error}; {_again(config)}") from None
-    if found.recognise == forms:
+    said = list(_too_large(found, topology))
+    if found.recognise != forms:
+        listed = _listed(found.recognise)
+        said.append(f"recognise={listed} is {config.plan}'s; {_again(config)} to recognise all")
+    if not said:
         return found
-    said = f"recognise={_listed(found.recognise)} is {config.plan}'s; {_again(config)} to recognise all"
-    return dataclasses.replace(found, notes=(*(note for note in found.notes if note != said), said))
+    return dataclasses.replace(found, notes=(*(note for note in found.notes if note not in said), *said))
+
+
+def _too_large(found: Plan, topology: Topology) -> Iterator[str]:
+    """Say of a saved plan that it counts on more memory than a program may have here."""
+    chip = topology.chip
+    if chip.nominal or found.estimate is None:
+        return
+    needed = found.estimate.needed_bytes if found.proof is None else found.proof.peak_bytes
+    usable = usable_bytes(chip)
+    if needed > usable:
+        more = f"; a larger {FRACTIONS[0]} gives more of it" if chip.platform == "gpu" else ""
+        yield f"this plan needs {gib(needed)} of a device, of which a program may have {gib(usable)} here{more}"
 
 
 def _listed(forms: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ _DOTS = {
 def plan_document(plan: Record) -> Document:
     """Return all that `plan` shows in a terminal, in a notebook and as a page."""
     capacity = usable_bytes(plan)
-    notes = (*plan.notes, *memory.not_counted(plan.topology.chip))
+    notes = (*plan.notes, *memory.notes_on(plan.topology.chip))
     devices = Figure(name="devices", value=f"{plan.topology.num_devices:,}")
     chapters = [
         _mesh(plan),

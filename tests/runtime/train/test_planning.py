@@ -173,6 +173,19 @@ def test_a_plan_of_something_else_is_refused(small_config: pathlib.Path, tmp_pat
             plan_config(prepared(small_config, named, *words))
 
 
+def test_a_saved_plan_says_that_it_needs_more_memory_than_there_is(
+    small_config: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("topology=h100:8", "data.sequence=64", "train.global_batch=16", "mesh=null", "plan=auto")
+    plan_config(load(small_config, words)).plan.save(saved := tmp_path / "x.plan.json")
+    again = load(small_config, (*words[:-1], f"plan={saved}"))
+    assert not any("may have" in note for note in plan_config(again).plan.notes)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "1e-6")
+    (said,) = [note for note in plan_config(again).plan.notes if "may have" in note]
+    assert said.startswith("this plan needs ")
+    assert said.endswith("may have 83.5 KiB here; a larger XLA_CLIENT_MEM_FRACTION gives more of it")
+
+
 @pytest.mark.slow
 @pytest.mark.devices(8)
 def test_a_run_goes_on_by_another_plan(small_config: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -1,14 +1,15 @@
-"""Memory that a program may have: JAX's share by default, the environment's for GPUs that are attached."""
+"""Memory that a program may have: JAX's share by default, the environment's where that says another."""
 
 from __future__ import annotations
 
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 from meshwright.sharding import Topology, UserError, plan
 from meshwright.sharding.hardware import attached
-from meshwright.sharding.hardware.memory import ALLOCATOR, FRACTIONS, PREALLOCATE, not_counted, usable_bytes
+from meshwright.sharding.hardware.memory import ALLOCATOR, FRACTIONS, PREALLOCATE, notes_on, usable_bytes
 
 NEW, OLD = FRACTIONS
 
@@ -59,20 +60,34 @@ def test_attached_gpus_have_what_the_environment_says(
     assert share("v5p:2x2x1") == 1.0
 
 
-def test_without_a_gpu_the_environment_says_nothing(
+def test_without_a_gpu_the_environment_is_of_those_that_are_described(
     machine: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chip = Topology.parse("h200:8").chip
-    assert not_counted(chip) == ()
+    assert notes_on(chip) == ()
     monkeypatch.setenv(OLD, "0.5")
-    assert share("h200:8") == pytest.approx(0.75)
-    (said,) = not_counted(chip)
-    assert said.startswith(f"{OLD}=0.5 is of this process, whose machine has no h200")
+    assert share("h200:8") == pytest.approx(0.5)
+    assert share("v5p:2x2x1") == 1.0
+    assert notes_on(Topology.parse("v5p:2x2x1").chip) == ()
+    (said,) = notes_on(chip)
+    assert said.startswith(
+        f"the plan counts on 70.2 GiB of each h200's 140.4 GiB, by {OLD}=0.5 of this process"
+    )
     (machine / "dev").mkdir()
     (machine / "dev/nvidia0").touch()
-    assert not_counted(chip) == ()
+    assert notes_on(chip) == ()
     # A container may show a GPU and not its kind.
     assert share("h200:8") == pytest.approx(0.5)
+
+
+def test_beside_gpus_of_another_kind_it_is_theirs(
+    machine: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_gpu(machine, "NVIDIA H100 80GB HBM3")
+    monkeypatch.setenv(OLD, "0.5")
+    assert share("h200:8") == pytest.approx(0.75)
+    (said,) = notes_on(Topology.parse("h200:8").chip)
+    assert said.startswith(f"{OLD}=0.5 is of this process, whose machine has no h200")
 
 
 @pytest.mark.parametrize(
@@ -108,3 +123,33 @@ def test_a_plan_fits_into_what_is_left_of_the_device(
     monkeypatch.setenv(OLD, "0.2")
     with pytest.raises(UserError, match="fit"):
         plan(*words, topology="h100:1")
+
+
+def test_a_plan_says_what_the_rest_of_the_memory_would_win(
+    machine: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(params: jax.Array, batch: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, None]:
+            return jnp.tanh(x @ weights), None
+
+        return (jax.lax.scan(layer, batch, params)[0] ** 2).mean()
+
+    shape = jax.ShapeDtypeStruct
+
+    def told(tokens: int) -> tuple[float, list[str]]:
+        words = (shape((16, 8192, 8192), "bfloat16"), shape((1, tokens, 8192), "bfloat16"))
+        made = plan(loss, *words, topology="h100:1")
+        assert made.estimate is not None
+        return made.estimate.step_seconds, [note for note in made.notes if NEW in note]
+
+    assert not told(65536)[1]
+    # One row of so many tokens has to be run again within three quarters of the memory.
+    with_default, (said,) = told(80000)
+    assert said.startswith(
+        f"JAX reserves 59.7 GiB of a GPU's 79.6 GiB; with {NEW}=0.9 719 ms a step instead of"
+    )
+    monkeypatch.setenv(NEW, "0.9")
+    with_more, notes = told(80000)
+    assert not notes
+    assert with_more == pytest.approx(0.719, abs=1e-3)
+    assert with_default > 1.2 * with_more
