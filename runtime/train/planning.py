@@ -348,7 +348,7 @@ def _too_large(found: Plan, topology: Topology) -> Iterator[str]:
     usable = usable_bytes(chip)
     if needed > usable:
         more = f"; a larger {FRACTIONS[0]} gives more of it" if chip.platform == "gpu" else ""
-        yield f"this plan needs {gib(needed)} of a device, of which a program may have {gib(usable)} here{more}"
+        yield f"this plan needs {gib(needed)} of a device; a program may have {gib(usable)} here{more}"
 
 
 def _listed(forms: Sequence[str]) -> str:

@@ -88,6 +88,7 @@ class Search:
             estimate=chosen.estimate,
             alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
             refused=answer.space.refused,
+            compiler_options=reserve.options_of(self.topology, chosen.estimate),
             kernels=kernels,
             recognise=self.problem.recognise,
             calibration=digest_of(self.problem),
@@ -256,6 +257,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         recognise=problem.recognise,
         calibration=digest_of(problem),
         accumulation=declared.accumulation,
+        compiler_options=reserve.options_of(topology, estimate),
         kernels=kernels,
         state=None if problem.state is None else build.state_of(problem.program, candidate),
     )

@@ -15,6 +15,7 @@ from ..verify.verify import Verdict
 from ..words import gib, layout_in_words, seconds
 from ..xla import options
 from .outcome import Search
+from .reserve import declared_options
 
 # Outcomes that another plan may not share.
 _OF_THE_PLAN = ("out_of_memory", "vmem_overflow", "failed")
@@ -85,7 +86,7 @@ def prove(
     if fitting:
         best = min(fitting, key=_seconds)
         chosen = _chosen(best, attempts)
-        if top > 1 and not plan.compiler_options:
+        if top > 1 and not declared_options(plan.topology, plan.estimate, plan.compiler_options):
             chosen = _with_options(chosen, judge)
         return chosen, best.search
     told = "; ".join(f"{_name(attempt.plan)}: {attempt.verdict.message}" for attempt in attempts)
@@ -113,14 +114,18 @@ def _candidates(
         ranked = [
             one for one in (found.best, *found.others) if one is not None and one.fits and not one.bound
         ]
-        offered_plans = (
-            dataclasses.replace(search.plan(one), compiler_options=plan.compiler_options) for one in ranked
-        )
+        offered_plans = (_with_declared(search.plan(one), plan) for one in ranked)
         following = next((one for one in offered_plans if one.decision() not in tried), None)
         if following is None:
             return
         tried.append(following.decision())
         yield following, search
+
+
+def _with_declared(found: Record, plan: Record) -> Record:
+    """Return `found` with the options that are declared of `plan`."""
+    declared = declared_options(plan.topology, plan.estimate, plan.compiler_options)
+    return dataclasses.replace(found, compiler_options={**found.compiler_options, **declared})
 
 
 def _chosen(chosen: Attempt, attempts: Sequence[Attempt]) -> Record:

@@ -33,6 +33,8 @@ class Compiler:
       last_layer_apart: where values come back from the host, the last layer runs outside of the loop over
         layers, beside what follows it.
       host_is_device: what lies on the host counts as the device's own memory.
+      schedules_within: share of a device's memory, without what a step is given, that its scheduler works
+        within, whatever JAX reserves: beyond it what could be kept is run again.
       scatters_planes: a reduce-scatter over two torus axes of equal size is one, over three it is an
         all-reduce and a slice.
       tile_rows: rows of a tile of two-byte elements; gathers and scatters move arrays that are cut into
@@ -61,6 +63,7 @@ class Compiler:
     gathers_copy: bool = False
     last_layer_apart: bool = False
     host_is_device: bool = False
+    schedules_within: float = 1.0
     scatters_planes: bool = False
     tile_rows: int = 1
     reduces_cast: bool = False
