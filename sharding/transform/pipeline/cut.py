@@ -209,16 +209,13 @@ def _check_reads(found: Sequence[_CutStack], cuts: Sequence[LayerCut], program: 
 
 
 def _nearest(one: _CutStack, program: Program, params: int) -> str:
-    """Return what to write in place of layers that run several times, or nothing."""
+    """Return what is nearest of layers that run several times, which wait for one another, or nothing."""
     scans = [other for other in program.scope.equations if other.primitive == "scan"]
     own = one.slots.stored.keys()
     runs = sum(not own.isdisjoint(stacked_parameters(program, other, params)) for other in scans)
     if runs < 2:
         return ""
-    return (
-        f"; they run {runs} times: nearest is once, on what all runs take, put together along the batch "
-        "(jnp.concatenate) and split behind them"
-    )
+    return f"; they run {runs} times, each on what the run before gives: nearest is no stage"
 
 
 def _used_outside(program: Program, layers: Equation) -> set[Any]:

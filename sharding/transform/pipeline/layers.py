@@ -161,7 +161,7 @@ def _is_apart(program: Program, one: Equation, other: Equation, params: int) -> 
         return False
     jaxpr = program.scope.jaxpr
     return not any(
-        _reached(jaxpr, set(a.eqn.outvars)).intersection(_walked(b)) for a, b in ((one, other), (other, one))
+        reached(jaxpr, set(a.eqn.outvars)).intersection(_walked(b)) for a, b in ((one, other), (other, one))
     )
 
 
@@ -211,15 +211,15 @@ def is_number(atom: Any) -> bool:
 def dependent(program: Program, arguments: Iterable[int]) -> set[Any]:
     """Return the values of a program's outermost scope that depend on some of its arguments."""
     jaxpr = program.scope.jaxpr
-    return _reached(jaxpr, {jaxpr.invars[n] for n in arguments})
+    return reached(jaxpr, {jaxpr.invars[n] for n in arguments})
 
 
 def behind(program: Program, layers: Sequence[Equation]) -> set[Any]:
     """Return the values of a program's outermost scope that depend on what scans over layers give."""
-    return _reached(program.scope.jaxpr, {var for one in layers for var in one.eqn.outvars})
+    return reached(program.scope.jaxpr, {var for one in layers for var in one.eqn.outvars})
 
 
-def _reached(jaxpr: core.Jaxpr, found: set[Any]) -> set[Any]:
+def reached(jaxpr: core.Jaxpr, found: set[Any]) -> set[Any]:
     """Return the values of a program that depend on some of its values, through what loops and calls do."""
     for eqn in jaxpr.eqns:
         given = [not is_number(atom) and atom in found for atom in eqn.invars]
@@ -240,7 +240,7 @@ def _results(eqn: core.JaxprEqn, given: list[bool]) -> list[bool]:
         carry = range(parts.num_consts, parts.num_consts + parts.num_carry)
     while True:
         pairs = zip(body.jaxpr.invars, given, strict=True)
-        found = _reached(body.jaxpr, {var for var, one in pairs if one})
+        found = reached(body.jaxpr, {var for var, one in pairs if one})
         outs = [not is_number(atom) and atom in found for atom in body.jaxpr.outvars]
         grown = [one or (n in carry and outs[n - carry.start]) for n, one in enumerate(given)]
         if grown == given:

@@ -32,6 +32,7 @@ from ..accumulation.run import Run
 from ..experts import names_of_experts
 from .layers import alone, inlined, is_number, stacks_of, stored_as, whole_parameters
 from .slots import STAGE
+from .together import together
 
 Array = Any
 
@@ -130,7 +131,7 @@ def prepared(plan: Decision, mesh: Mesh | AbstractMesh, traced: Traced) -> Prepa
 
     Raises UserError for a loss without layers.
     """
-    flat = inlined(traced, but=is_stack)
+    flat = together(inlined(traced, but=is_stack))
     params = by_path(traced.args[0])
     program = read(flat, state=(2,) if len(traced.args) > 2 else ())
     own, count = alone(program, len(params)), len(params)
