@@ -17,6 +17,7 @@ import jax
 from ..errors import UserError, nearest
 from .forms.rewriting import with_attention, with_losses
 from .jaxpr import Traced
+from .repeats.numbered import walked
 from .repeats.roll import rolled
 
 # In the order in which they are looked for: what a layer computes is one thing before layers are compared.
@@ -29,7 +30,7 @@ Recogniser = Callable[[Traced], Traced]
 _RECOGNISERS: Mapping[str, Recogniser] = {
     "attention": with_attention,
     "losses": with_losses,
-    "layers": rolled,
+    "layers": lambda traced: rolled(walked(traced)),
 }
 
 

@@ -120,7 +120,7 @@ def why_no_stages(found: Layers | None, stages: int) -> str | None:
     if found is None:
         return (
             f"stage={stages} cuts layers, in a scan or written out alike, and this program has none; "
-            "nearest: jax.lax.scan over stacked parameters, where jax.lax.fori_loop takes each by number"
+            "nearest: jax.lax.scan over stacked parameters"
         )
     if found.count < stages:
         return f"stage={stages} is more than {found.name}={found.count}; nearest: {found.count}"

@@ -34,13 +34,13 @@ def together(traced: Traced) -> Traced:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Loop:
+class _SharedLoop:
     """A scan over layers, and what it walks: each parameter as `_Origins` has it, other values themselves."""
 
     eqn: core.JaxprEqn
     walked: tuple[Hashable, ...]
 
-    def shares(self, other: _Loop) -> bool:
+    def shares(self, other: _SharedLoop) -> bool:
         """Whether both walk one of the parameters, equally long."""
         own = [one for one in self.walked if isinstance(one, int | tuple)]
         return self.eqn.params["length"] == other.eqn.params["length"] and bool({*own} & {*other.walked})
@@ -53,7 +53,8 @@ class _Origins:
         self._known: dict[Any, Hashable] = {var: n for n, var in enumerate(jaxpr.invars[:count])}
         for eqn in jaxpr.eqns:
             if (eqn.primitive.name in _SAME or is_stack(eqn)) and all(map(self._has, eqn.invars)):
-                aval, order = eqn.outvars[0].aval, eqn.params.get("permutation")
+                aval: Any = eqn.outvars[0].aval
+                order = eqn.params.get("permutation")
                 made = (eqn.primitive.name, tuple(aval.shape), str(aval.dtype), order and tuple(order))
                 self._known[eqn.outvars[0]] = (*made, *(self._known[atom] for atom in eqn.invars))
 
@@ -65,13 +66,13 @@ class _Origins:
         return self._known[atom] if self._has(atom) else atom
 
 
-def _loops(jaxpr: core.Jaxpr, origins: _Origins) -> list[_Loop]:
+def _loops(jaxpr: core.Jaxpr, origins: _Origins) -> list[_SharedLoop]:
     found = []
     for eqn in jaxpr.eqns:
         if is_layer_scan(eqn) and not eqn.params["reverse"] and not eqn.effects:
             parts = scan_parts(eqn)
             atoms = eqn.invars[parts.num_consts + parts.num_carry :]
-            found.append(_Loop(eqn=eqn, walked=tuple(origins.of(atom) for atom in atoms)))
+            found.append(_SharedLoop(eqn=eqn, walked=tuple(origins.of(atom) for atom in atoms)))
     return found
 
 

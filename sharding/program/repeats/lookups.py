@@ -1,0 +1,94 @@
+"""Lookups of layers by number: whole numbers that values are in each turn of a loop, and what they pick."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+# What a value of one element is in each turn of a loop, int64 [turns].
+Turns = np.ndarray
+
+_EVALUATES: Mapping[str, Callable[..., Turns]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "select_n": lambda which, *cases: np.choose(which, cases, mode="clip"),
+    "clamp": lambda low, value, high: np.clip(value, low, high),
+    **dict.fromkeys(
+        ("convert_element_type", "broadcast_in_dim", "squeeze", "reshape", "copy"), lambda value: value
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class TakenLayers:
+    """Which layers the turns of a loop take: so many, from the `first` on, `stride` apart."""
+
+    first: int
+    stride: int
+    count: int
+
+    def of(self, stack: Any) -> Any:
+        """Return those layers of a stack, itself where they are all of it."""
+        end = self.first + self.stride * (self.count - 1) + 1
+        if (self.first, self.stride, end) == (0, 1, stack.shape[0]):
+            return stack
+        return lax.slice_in_dim(stack, self.first, end, self.stride, axis=0)
+
+
+def evaluated(eqn: core.JaxprEqn, ins: Sequence[Turns | None]) -> Turns | None:
+    """Return what the one result of an equation is in each turn, of operands that are so known."""
+    evaluate = _EVALUATES.get(eqn.primitive.name)
+    if evaluate is None or not ins or any(one is None for one in ins):
+        return None
+    out: Any = eqn.outvars[0].aval
+    if out.size != 1 or out.dtype.kind not in "ib":
+        return None
+    found = np.asarray(evaluate(*ins)).astype(np.int64)
+    if out.dtype.kind == "b":
+        return (found != 0).astype(np.int64)
+    return found if fit(found, out.dtype) else None
+
+
+def fit(turns: Turns, dtype: Any) -> bool:
+    """Whether whole numbers are the same in a type: what would not fit is another number in the program."""
+    limits = np.iinfo(dtype)
+    return bool(limits.min <= turns.min() and turns.max() <= limits.max)
+
+
+def steps_of(eqn: core.JaxprEqn, ins: Sequence[Turns | None]) -> TakenLayers | None:
+    """Return which layers an equation takes of its first operand in each turn, whole and one a turn.
+
+    It is a slice at a number, or a row looked up by one; None if it is anything else.
+    """
+    if eqn.primitive.name not in ("dynamic_slice", "gather") or ins[1] is None:
+        return None
+    stack: Any = eqn.invars[0].aval
+    at: Any = eqn.invars[1].aval
+    shape, sizes = tuple(stack.shape), tuple(eqn.params["slice_sizes"])
+    if sizes != (1, *shape[1:]):
+        return None
+    if eqn.primitive.name == "gather":
+        numbers, own = eqn.params["dimension_numbers"], tuple(range(len(shape) - 1))
+        picks = (numbers.offset_dims, numbers.collapsed_slice_dims, numbers.start_index_map)
+        beside = (*numbers.operand_batching_dims, *numbers.start_indices_batching_dims)
+        if picks != (own, (0,), (0,)) or beside or at.shape != (1,):
+            return None
+    turns = ins[1]
+    strides = {*np.diff(turns).tolist()}
+    if len(strides) != 1 or min(strides) < 1 or turns[0] < 0 or turns[-1] >= shape[0]:
+        return None
+    return TakenLayers(first=int(turns[0]), stride=strides.pop(), count=len(turns))
