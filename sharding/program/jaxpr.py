@@ -389,7 +389,7 @@ def _region_again(equation: core.JaxprEqn, inputs: list[Any], body: Body) -> Seq
         mesh=params["mesh"],
         in_specs=tuple(params["in_specs"]),
         out_specs=tuple(params["out_specs"]),
-        axis_names=set(params["manual_axes"]),
+        axis_names=set(params["newly_manual_axes"]),
         check_vma=params["check_vma"],
     )
     return region(*inputs)

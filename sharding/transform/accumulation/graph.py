@@ -398,6 +398,25 @@ def _bound(eqn: core.JaxprEqn, changed: Mapping[str, Any]) -> Callable[..., Sequ
     return run
 
 
+# What depends on the device, or is known within a manual region only.
+_ON_DEVICES = frozenset(
+    [
+        "axis_index",
+        "pvary",
+        "psum",
+        "psum_invariant",
+        "pmax",
+        "pmin",
+        "ppermute",
+        "all_gather",
+        "all_gather_invariant",
+        "reduce_scatter",
+        "all_to_all",
+        "shard_map",
+    ]
+)
+
+
 def known_now(value: Held, most: int = 1 << 20) -> np.ndarray | None:
     """Return a shared array that depends on nothing given, or None; `most` are its elements."""
     found = _known_now(value, most)
@@ -407,6 +426,8 @@ def known_now(value: Held, most: int = 1 << 20) -> np.ndarray | None:
 def _known_now(value: Held, most: int) -> Any:
     op = value.op
     if op is None or op.run is None or value.kind is not Kind.SHARED or np.prod(value.shape) > most:
+        return None
+    if op.eqn is not None and op.eqn.primitive.name in _ON_DEVICES:
         return None
     ins = [_known_now(one, most) for one in op.ins]
     if any(one is None for one in ins):

@@ -113,6 +113,8 @@ def in_parts(traced: Traced, parts: int, *, by_block: bool = False, prepares: bo
     """
     rows = rows_of(traced)
     check_rows(rows, parts)
+    if by_block and any(eqn.primitive.name == "shard_map" for eqn in traced.jaxpr.eqns):
+        raise NotInParts("the loss has a manual region of its own (jax.shard_map), which lies in no other")
     read = functools.partial(_placed, pre=1) if by_block else _near_each_other
     try:
         return read(traced, parts, rows, prepares=False)

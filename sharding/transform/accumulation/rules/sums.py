@@ -20,11 +20,8 @@ _BILINEAR = primitives(Trait.BILINEAR)
 # How results of parts go together; None where they do not.
 REDUCTIONS = {
     "reduce_sum": "sum",
-    "psum": "sum",
     "reduce_max": "max",
     "reduce_min": "min",
-    "pmax": "max",
-    "pmin": "min",
     "reduce_or": "or",
     "reduce_and": "and",
     "reduce_prod": None,

@@ -1,0 +1,113 @@
+"""Losses with a manual region of their own (`jax.shard_map`), worked through in parts."""
+
+from __future__ import annotations
+
+import draws
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from meshwright.sharding import UserError, declare
+
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
+
+ROWS, WIDTH = 32, 8
+DATA = P("data")
+
+
+def arguments():
+    keys = jax.random.split(jax.random.key(0), 7)
+    params = {"w": draws.normal(keys[0], (WIDTH, WIDTH)), "v": draws.normal(keys[1], (WIDTH, WIDTH))}
+    params["layers"] = [draws.normal(key, (WIDTH, WIDTH)) for key in keys[2:4]]
+    batch = {"x": draws.normal(keys[4], (ROWS, WIDTH)), "y": draws.normal(keys[5], (ROWS, WIDTH))}
+    return params, {**batch, "mask": (draws.normal(keys[6], (ROWS,)) > 0) * 1.0}
+
+
+def over(function, ins, outs, **how):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, **how)
+
+
+def masked(p, b):
+    def own(w, x, y, mask):
+        losses = jnp.square(jnp.tanh(x @ w) - y).mean(-1)
+        total = jax.lax.psum((losses * mask).sum(), "data") / jax.lax.psum(mask.sum(), "data")
+        return total, jax.lax.pmean(losses.mean(), "data")
+
+    found = over(own, (P(), DATA, DATA, DATA), (P(), P()))(p["w"], b["x"], b["y"], b["mask"])
+    return found[0] + 0.5 * found[1]
+
+
+def over_tensor(p, b):
+    def own(w, v, x):
+        return jax.lax.psum(jnp.tanh(x @ w) @ v, "tensor")
+
+    specs = (P(None, "tensor"), P("tensor", None), DATA)
+    return jnp.square(over(own, specs, DATA)(p["w"], p["v"], b["x"]) - b["y"]).mean()
+
+
+def exchanged(p, b):
+    def own(w, x, y):
+        w = jax.lax.all_gather(w, "data", tiled=True)
+        h = jax.lax.all_to_all(jnp.tanh(x @ w), "data", 1, 0, tiled=True)
+        h = jax.lax.all_to_all(h * (1 + jax.lax.axis_index("data")), "data", 0, 1, tiled=True)
+        h = h + 0.5 * jax.lax.ppermute(h, "data", [(n, (n + 1) % 4) for n in range(4)])
+        place = jnp.arange(x.shape[0]) + x.shape[0] * jax.lax.axis_index("data")
+        every = jax.lax.all_gather(y, "data", tiled=True)
+        return h * (1 + place[:, None]) / 8, jax.nn.logsumexp(h @ every.T, -1)
+
+    found = over(own, (DATA, DATA, DATA), (DATA, DATA), check_vma=False)(p["w"], b["x"], b["y"])
+    return jnp.square(found[0] - b["y"]).mean() + found[1].mean()
+
+
+def layers(p, b):
+    def own(weights, x):
+        for w in weights:
+            x = x + jnp.tanh(x @ w)
+        return x
+
+    return jnp.square(over(own, (P(), DATA), DATA)(p["layers"], b["x"]) - b["y"]).mean()
+
+
+def along_tensor_alone(p, b):
+    def own(w, v, x):
+        return jax.lax.psum(jnp.tanh(x @ w) @ v, "tensor")
+
+    region = over(own, (P(None, "tensor"), P("tensor", None), P()), P(), axis_names={"tensor"})
+    return jnp.square(region(p["w"], p["v"], b["x"]) - b["y"]).mean()
+
+
+LOSSES = [masked, over_tensor, exchanged, layers, along_tensor_alone]
+
+
+def together(p, b):
+    found = {loss.__name__: loss(p, b) for loss in LOSSES}
+    return sum(found.values()), found
+
+
+@pytest.mark.parametrize("parts", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_parts_give_what_the_whole_batch_does(parts):
+    rows = arguments()
+    layout = declare(together, *rows, topology="cpu:8", mesh={"data": 8}, microbatches=parts)
+    assert not any("passes" in note for note in layout.notes)
+    (value, aux), gradient = jax.jit(jax.value_and_grad(together, has_aux=True))(*rows)
+    (got, got_aux), found = jax.jit(jax.value_and_grad(layout.apply(together), has_aux=True))(*rows)
+    np.testing.assert_allclose(got, value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), got_aux, aux)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, gradient)
+
+
+def test_a_sum_that_comes_back_to_the_rows_inside_is_refused():
+    def loss(p, b):
+        def own(w, x):
+            h = x @ w
+            return jnp.tanh(h - jax.lax.pmean(h.mean(0), "data"))
+
+        return over(own, (P(), DATA), DATA)(p["w"], b["x"]).mean()
+
+    with pytest.raises(
+        UserError, match=r"comes back to them inside of a loop or call, at .*test_regions.py:"
+    ):
+        declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2)
