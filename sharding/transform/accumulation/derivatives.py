@@ -41,16 +41,25 @@ class Gradient(NamedTuple):
     learns: tuple[bool, ...]
 
 
-def written_gradient(eqn: core.JaxprEqn) -> Gradient:
-    """Trace the rule that a user wrote for the gradient of `eqn`."""
+def written_gradient(eqn: core.JaxprEqn, moved: Sequence[bool] | None = None) -> Gradient:
+    """Trace the rule that a user wrote for the gradient of `eqn`, for its operands that are `moved` or all.
+
+    What a function closed over before `jax.vmap` is among its operands, and JAX takes no gradient of it.
+    """
+    ins, outs = [_shape(var) for var in eqn.invars], [_shape(var) for var in eqn.outvars]
+    moved = moved or [True] * len(ins)
 
     def forward(*arrays: Any) -> Any:
-        return jax.vjp(lambda *own: list(run(eqn, own)), *arrays)
+        def function(*own: Any) -> list[Any]:
+            given = iter(own)
+            return list(run(eqn, [next(given) if one else a for one, a in zip(moved, arrays, strict=True)]))
 
-    ins, outs = [_shape(var) for var in eqn.invars], [_shape(var) for var in eqn.outvars]
+        return jax.vjp(function, *(a for one, a in zip(moved, arrays, strict=True) if one))
+
     ahead, (_, pull) = jax.make_jaxpr(forward, return_shape=True)(*ins)
     kept, structure = jax.tree.flatten(pull)
-    floats, learns = (tuple([jnp.issubdtype(one.dtype, jnp.inexact) for one in some]) for some in (ins, outs))
+    floats, learns = ([jnp.issubdtype(one.dtype, jnp.inexact) for one in some] for some in (ins, outs))
+    floats = [one and other for one, other in zip(floats, moved, strict=True)]
 
     def backward(kept: Any, cotangents: Any) -> Any:
         given = iter(cotangents)
@@ -58,11 +67,12 @@ def written_gradient(eqn: core.JaxprEqn) -> Gradient:
             next(given) if one else np.zeros(out.shape, jax.dtypes.float0)
             for one, out in zip(learns, outs, strict=True)
         ]
-        gradients = jax.tree.unflatten(structure, kept)(filled)
-        return [gradient for gradient, one in zip(gradients, floats, strict=True) if one]
+        gradients = iter(jax.tree.unflatten(structure, kept)(filled))
+        found = [next(gradients) if one else None for one in moved]
+        return [gradient for gradient, one in zip(found, floats, strict=True) if one]
 
     back = jax.make_jaxpr(backward)(kept, [out for out, one in zip(outs, learns, strict=True) if one])
-    return Gradient(ahead=ahead, back=back, kept=len(kept), floats=floats, learns=learns)
+    return Gradient(ahead=ahead, back=back, kept=len(kept), floats=tuple(floats), learns=tuple(learns))
 
 
 def uneven_call(eqn: core.JaxprEqn) -> core.JaxprEqn | None:

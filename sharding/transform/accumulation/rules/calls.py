@@ -114,7 +114,7 @@ def custom_vjp(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     plain = call_body(eqn)
     assert plain is not None
     primal = g.body(plain, ins)
-    written = written_gradient(eqn)
+    written = written_gradient(eqn, [one.heavy for one in ins])
     floats, learns = written.floats, written.learns
     there = g.body(written.ahead, ins, reading=_as_they_are(g))
     forms = [join_results(a.form, b.form) for a, b in zip(primal.outs, there.outs, strict=False)]

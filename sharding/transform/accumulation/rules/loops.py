@@ -230,7 +230,7 @@ def _check_sums(jaxpr: core.Jaxpr, held: Sequence[Any], grown: set[Any]) -> None
 
 
 def while_loop(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
-    """Read a while loop, which runs as often for every part."""
+    """Read a while loop, which runs as often for every part, or by `jax.vmap` for each row as it needs."""
     parts = while_parts(eqn)
     tests, bodies = parts.num_cond_consts, parts.num_cond_consts + parts.num_body_consts
     ins = [g.shared(one) if one.kind is Kind.SUM and n < bodies else one for n, one in enumerate(ins)]
@@ -248,19 +248,31 @@ def while_loop(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     body.bring(carry)
     shaped = [Held(one.shape, one.dtype, form) for one, form in zip(ins[bodies:], carry, strict=True)]
     test = g.body(parts.cond, [*ins[:tests], *shaped])
-    if test.outs[0].kind is not Kind.SHARED:
+    goes_on = test.outs[0]
+    if goes_on.kind not in (Kind.SHARED, Kind.EXAMPLES):
         raise NotInParts("how often a loop runs depends on the examples")
+    if goes_on.kind is Kind.EXAMPLES and carry != [goes_on.form] * len(carry):
+        # What a row carries changes as long as that row goes on.
+        return while_loop(g, eqn, [*ins[:bodies], *(g.bring(one, goes_on.form) for one in ins[bodies:])])
     _check_complete(body, test)
     ready = [*ins[:bodies], *(g.bring(one, form) for one, form in zip(ins[bodies:], carry, strict=True))]
 
     def run(index: Any, *arrays: Any) -> list[Any]:
-        def go(state: list[Any]) -> Any:
+        def goes(state: list[Any]) -> Any:
             return test.run(index, test.outs, dict(zip(test.ins, [*arrays[:tests], *state], strict=True)))[0]
 
         def turn(state: list[Any]) -> list[Any]:
-            return body.run(
+            found = body.run(
                 index, body.outs, dict(zip(body.ins, [*arrays[tests:bodies], *state], strict=True))
             )
+            if goes_on.shape == ():
+                return found
+            own = goes(state)
+            rows = zip(found, state, strict=True)
+            return [jnp.where(jnp.expand_dims(own, range(own.ndim, a.ndim)), a, b) for a, b in rows]
+
+        def go(state: list[Any]) -> Any:
+            return goes(state) if goes_on.shape == () else jnp.any(goes(state))
 
         with context_of(eqn):
             return lax.while_loop(go, turn, list(arrays[bodies:]))

@@ -79,16 +79,11 @@ def along_tensor_alone(p, b):
     return jnp.square(region(p["w"], p["v"], b["x"]) - b["y"]).mean()
 
 
-LOSSES = [masked, over_tensor, exchanged, layers, along_tensor_alone]
+def check(parts, *losses):
+    def together(p, b):
+        found = {loss.__name__: loss(p, b) for loss in losses}
+        return sum(found.values()), found
 
-
-def together(p, b):
-    found = {loss.__name__: loss(p, b) for loss in LOSSES}
-    return sum(found.values()), found
-
-
-@pytest.mark.parametrize("parts", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_parts_give_what_the_whole_batch_does(parts):
     rows = arguments()
     layout = declare(together, *rows, topology="cpu:8", mesh={"data": 8}, microbatches=parts)
     assert not any("passes" in note for note in layout.notes)
@@ -97,6 +92,16 @@ def test_parts_give_what_the_whole_batch_does(parts):
     np.testing.assert_allclose(got, value, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), got_aux, aux)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, gradient)
+
+
+def test_parts_give_what_the_whole_batch_does():
+    check(2, masked, layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 4])
+def test_whatever_devices_exchange(parts):
+    check(parts, over_tensor, exchanged, along_tensor_alone, layers)
 
 
 def test_a_sum_that_comes_back_to_the_rows_inside_is_refused():
