@@ -86,7 +86,6 @@ def check(parts, *losses):
 
     rows = arguments()
     layout = declare(together, *rows, topology="cpu:8", mesh={"data": 8}, microbatches=parts)
-    assert not any("passes" in note for note in layout.notes)
     (value, aux), gradient = jax.jit(jax.value_and_grad(together, has_aux=True))(*rows)
     (got, got_aux), found = jax.jit(jax.value_and_grad(layout.apply(together), has_aux=True))(*rows)
     np.testing.assert_allclose(got, value, rtol=1e-6)
