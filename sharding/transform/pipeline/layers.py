@@ -71,10 +71,11 @@ def _run_forward(eqn: core.JaxprEqn, ins: Sequence[Any]) -> list[Any]:
 
 
 def _has_layers(jaxpr: core.Jaxpr) -> bool:
-    return any(
-        is_layer_scan(eqn) or any(_has_layers(inner) for inner in core.jaxprs_in_params(eqn.params))
-        for eqn in jaxpr.eqns
-    )
+    return any(is_layer_scan(eqn) or _has_layers_inside(eqn) for eqn in jaxpr.eqns)
+
+
+def _has_layers_inside(eqn: core.JaxprEqn) -> bool:
+    return any(_has_layers(inner) for inner in core.jaxprs_in_params(eqn.params))
 
 
 def layers_of(program: Program, params: int) -> Equation:
@@ -84,7 +85,13 @@ def layers_of(program: Program, params: int) -> Equation:
     """
     found = _by_size(program, params)
     if not found:
-        raise UserError("stages cut layers, in a scan or written out alike, and this loss has none")
+        inside = next((one for one in program.scope.equations if _has_layers_inside(one.eqn)), None)
+        if inside is None:
+            raise UserError("stages cut layers, in a scan or written out alike, and this loss has none")
+        raise UserError(
+            f"stages run layers once, and those inside of {inside.primitive} at {inside.where} run again in "
+            "each of its turns: nearest is no stage"
+        )
     return found[0]
 
 

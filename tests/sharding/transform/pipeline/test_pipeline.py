@@ -368,9 +368,14 @@ def again(params: Any, batch: Any) -> Any:
     return blocks(params, params["table"][batch["targets"]] + first, streamed=True).mean()
 
 
+def looped(params: Any, batch: Any) -> Any:
+    return blocks(params, blocks(params, params["table"][batch["tokens"]])).mean()
+
+
 @pytest.mark.parametrize(
     ("loss", "how", "says"),
     [
+        (looped, {}, "those inside of scan at .* run again in each of its turns: nearest is no stage"),
         (again, {}, "they run 2 times, each on what the run before gives: nearest is no stage"),
         (statistics, {"max_passes": 9}, "passes over the batch"),
         (drawn, {"microbatches": 32}, "nearest: 64 rows, or microbatches=16"),
