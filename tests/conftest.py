@@ -24,6 +24,7 @@ from forks import forked
 from meshwright.runtime.testing import processes as ranks
 from meshwright.sharding.hardware.attached import quiet_absent
 from meshwright.sharding.processes import start
+from meshwright.sharding.verify import process as compiling
 
 # The folder of compiled programs: of one run with all its processes or, if it is set before, of several runs.
 _PROGRAMS = "MESHWRIGHT_TEST_PROGRAMS"
@@ -48,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tests run on simulated devices, those without the marker too.
     quiet_absent()
     _compile_fast()
-    _fork_ranks(config)
+    _fork(config)
     config.addinivalue_line("markers", "numerics: only values are looked at; see tests/conftest.py")
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # By number of tests, which leaves few long ones to the end.
@@ -63,10 +64,14 @@ def pytest_sessionfinish() -> None:
     gc.freeze()
 
 
-def _fork_ranks(config: pytest.Config) -> None:
-    """Let ``@pytest.mark.processes`` start its processes as forks, but where that marker itself is tested."""
+def _fork(config: pytest.Config) -> None:
+    """Let ``@pytest.mark.processes``, and what compiles a plan, start processes as forks.
+
+    Not where that marker itself or the limits of a process that compiles are tested.
+    """
     patch = pytest.MonkeyPatch()
-    patch.setattr(ranks, "start", lambda command, **options: start(forked(command), **options))
+    for module in (ranks, compiling):
+        patch.setattr(module, "start", lambda command, **options: start(forked(command), **options))
     config.add_cleanup(patch.undo)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from meshwright.sharding import Plan, Topology, UserError, plan
+from meshwright.sharding import Plan, Topology, UserError, plan, processes
 from meshwright.sharding.cost.calibration import calibration_for
 from meshwright.sharding.verify import cache
 from meshwright.sharding.verify import process as child
@@ -50,6 +50,13 @@ def own_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathli
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile in a process that is started as a user's is, not in a fork (`tests/conftest.py`)."""
+    monkeypatch.setattr(child, "start", processes.start)
+
+
+@pytest.mark.usefixtures("own_process")
 def test_a_second_time_it_is_known(own_cache: pathlib.Path) -> None:
     first = planned().verify()
     assert first.proof is not None
@@ -178,6 +185,7 @@ def test_no_time_left() -> None:
     assert verify(planned(), *program()).fits
 
 
+@pytest.mark.usefixtures("own_process")
 def test_no_memory_left_for_the_compiler() -> None:
     verdict = verify(planned(), *program(), limits=Limits(memory_bytes=32 * 2**20))
     assert verdict.outcome == "too_large"
@@ -186,6 +194,7 @@ def test_no_memory_left_for_the_compiler() -> None:
         planned().verify(limits=Limits(memory_bytes=32 * 2**20))
 
 
+@pytest.mark.usefixtures("own_process")
 def test_a_killed_child() -> None:
     def kill() -> None:
         while not (found := children()):
@@ -215,6 +224,7 @@ def children() -> list[int]:
     return found
 
 
+@pytest.mark.usefixtures("own_process")
 def test_no_child_is_left_when_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
