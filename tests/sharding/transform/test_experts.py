@@ -74,8 +74,8 @@ def check(how: Any = plan, **declared: Any) -> Any:
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"data": 2, "expert": 4},
         {"data": 2, "expert": 2, "tensor": 2},
+        pytest.param({"data": 2, "expert": 4}, marks=pytest.mark.slow),
         pytest.param({"fsdp": 2, "expert": 4}, marks=pytest.mark.slow),
         pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
         pytest.param({"data": 2, "tensor": 4}, marks=pytest.mark.slow),
@@ -107,18 +107,26 @@ def test_experts_keep_their_values_in_parts_and_under_rules(changes: dict[str, A
     check(**{"mesh": {"data": 2, "expert": 4}, **changes})
 
 
-@pytest.mark.parametrize("rules", [{}, {"batch": ("data", "expert")}], ids=["default", "batch"])
-def test_a_declared_axis_of_experts_has_rows_and_experts(rules: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"mesh": {"stage": 2, "expert": 4}, "microbatches": 1},
+        {"mesh": {"data": 2, "expert": 4}, "rules": {"batch": ("data", "expert")}},
+    ],
+    ids=["default", "batch"],
+)
+def test_a_declared_axis_of_experts_has_rows_and_experts(declared: dict[str, Any]) -> None:
     """As the search lays them: nothing of the experts is gathered."""
-    if rules:
-        params, batch, _ = problem()
-        declared: Any = {"names": NAMES, "topology": "cpu:8", "mesh": {"data": 2, "expert": 4}}
-        made = declare(loss, params, batch, rules=rules, **declared)
-    else:
-        made = check(declare, mesh={"stage": 2, "expert": 4}, microbatches=1)
+    params, batch, _ = problem()
+    made = declare(loss, params, batch, names=NAMES, topology="cpu:8", optimizer=optax.sgd(0.1), **declared)
     assert made.dims["experts"].axes == ("expert",)
     assert "expert" in made.dims["batch"].axes
     assert "expert" in made.batch["x"].spec[0]
+
+
+@pytest.mark.slow
+def test_a_declared_axis_of_experts_beside_stages_keeps_values() -> None:
+    check(declare, mesh={"stage": 2, "expert": 4}, microbatches=1)
 
 
 def test_an_axis_of_experts_needs_no_names() -> None:

@@ -79,12 +79,12 @@ def check(fn: Callable[..., Any], *args: Any) -> list[int]:
     return sorted(program.dims[d].size for d in free)
 
 
-def _normal(*shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(math.prod(shape)).standard_normal(shape), jnp.float32)
+def _normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(math.prod(shape)).standard_normal(shape).astype(np.float32)
 
 
-def _ids(limit: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(1).integers(0, limit, shape), jnp.int32)
+def _ids(limit: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, limit, shape).astype(np.int32)
 
 
 _conv = functools.partial(

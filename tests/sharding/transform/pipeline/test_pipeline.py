@@ -167,7 +167,13 @@ AS_COMPILED = pytest.mark.numerics(False)
     ("mesh", "loss", "how"),
     [
         pytest.param({"stage": 4, "data": 2}, tied, {}, marks=[pytest.mark.slow, AS_COMPILED]),
-        pytest.param({"stage": 2, "fsdp": 2, "tensor": 2}, tied, {"remat": "full"}, marks=AS_COMPILED),
+        pytest.param(
+            {"stage": 2, "fsdp": 2, "tensor": 2},
+            tied,
+            {"remat": "full"},
+            marks=[pytest.mark.slow, AS_COMPILED],
+        ),
+        pytest.param({"stage": 2}, tied, {}, marks=AS_COMPILED),
         ({"stage": 2}, mixture, {}),
     ],
     ids=lambda one: getattr(one, "__name__", str(one)),
