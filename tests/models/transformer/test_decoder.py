@@ -204,7 +204,12 @@ def shardings(model: Model, mesh: jax.sharding.Mesh, rules: dict[str, str]) -> A
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("llama3-8b", (8, 1, 1)), ("llama3-8b", (2, 4, 1)), ("llama3-8b", (2, 2, 2)), ("gemma3-27b", (2, 2, 2))],
+    [
+        pytest.param("llama3-8b", (8, 1, 1), marks=pytest.mark.slow),
+        pytest.param("llama3-8b", (2, 4, 1), marks=pytest.mark.slow),
+        ("llama3-8b", (2, 2, 2)),
+        ("gemma3-27b", (2, 2, 2)),
+    ],
 )
 def test_sharded_loss_and_gradients_are_the_unsharded_ones(name: str, sizes: tuple[int, int, int]) -> None:
     model = small(name, loss_chunk=8)

@@ -108,7 +108,7 @@ def test_another_config_is_refused_with_what_differs(small_config, reference):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate"])
+@pytest.mark.parametrize("damage", ["flip", pytest.param("truncate", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(small_config, reference, tmp_path, damage):
     run = shutil.copytree(reference, tmp_path / "run")
     newest = run / "checkpoints" / "6"

@@ -58,7 +58,10 @@ def agrees(loss: Any, planned: Plan, params: Any, batch: Any) -> None:
 
 # Without XLA's optimisations a U-Net's convolutions add one product after another, which is 1e-6 off on some
 # processors. With them it compiles for long.
-MARKS = {"unet": (pytest.mark.numerics(False), pytest.mark.slow), "encoder_decoder": pytest.mark.slow}
+MARKS = {
+    "unet": (pytest.mark.numerics(False), pytest.mark.slow),
+    **dict.fromkeys(("encoder_decoder", "state_space", "vision_transformer"), pytest.mark.slow),
+}
 
 
 @pytest.mark.devices(8)

@@ -81,7 +81,7 @@ def test_megablox_multiplies_as_the_loop_over_tiles_does() -> None:
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("slots", [3, 16])
+@pytest.mark.parametrize("slots", [3, pytest.param(16, marks=pytest.mark.slow)])
 def test_rounds_of_any_size_send_every_token(slots: int) -> None:
     """Of 16 choices a device most go to one peer: with 3 slots that takes six rounds."""
     x, weights, chosen, *matrices = arrays()

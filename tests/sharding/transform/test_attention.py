@@ -102,10 +102,14 @@ CASES = {
     "rows of queries": ({"fsdp": 2, "context": 2, "tensor": 2}, 2, "none", {}),
     "its result kept by name": ({"fsdp": 4, "tensor": 2}, 4, {"output:in": "device"}, {"causal": False}),
 }
+# Of the other cases' kernels, rows and heads.
+ALIKE = ("one kv head", "rows of queries")
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(one, marks=pytest.mark.slow if one in ALIKE else ()) for one in CASES]
+)
 def test_values_and_gradients(case: str) -> None:
     mesh, kv_heads, remat, options = CASES[case]
     loss, params = loss_of(**options), weights(kv_heads)

@@ -129,7 +129,7 @@ MESHES = [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
 @pytest.mark.numerics(False)
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("mesh", [pytest.param(MESHES[0], marks=pytest.mark.slow), MESHES[1]], ids=str)
 def test_data_is_reduced_once_a_step_and_outside_of_loops(mesh: dict[str, int]) -> None:
     program, found, plain = compiled(planned(masked, mesh, remat="full"), masked, init())
     close(found, plain(init(), batch()), 1e-6)

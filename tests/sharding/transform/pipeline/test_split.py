@@ -110,7 +110,7 @@ def products(jaxpr: Any) -> int:
         pytest.param(scanned(layer, reverse=True, unroll=2), id="from the last on"),
         pytest.param(scanned(jax.checkpoint(jax.jit(layer))), id="made again"),
         pytest.param(scanned(by_hand), id="its own gradient"),
-        pytest.param(singly, id="singly"),
+        pytest.param(singly, id="singly", marks=pytest.mark.slow),
         pytest.param(shared, id="shared by all layers"),
     ],
 )
