@@ -82,7 +82,9 @@ def usual_mfu(pricer: Pricer) -> float:
     largest = order[:enough]
     if not len(largest) or not spent[largest].sum():
         return 0.0
-    return float(flops[largest].sum() / spent[largest].sum()) / peak_flops(pricer.topology.chip, pricer.dtype)
+    reached = float(flops[largest].sum() / spent[largest].sum())
+    # A kernel that leaves out what a mask hides takes less time than all that is counted.
+    return min(1.0, reached / peak_flops(pricer.topology.chip, pricer.dtype))
 
 
 def is_slow(pricer: Pricer, estimate: Estimate) -> bool:
@@ -413,8 +415,9 @@ def _taken(case: Case, held: np.ndarray, worked: np.ndarray, spent: float) -> st
     size = max(kept, most)
     if size < _TOLD * case.capacity_bytes and (not case.fits or spent < _TOLD * case.estimate.step_seconds):
         return None
-    lines = case.parts.by_line_of_values(held if kept >= most else worked)
-    where = f" ({lines[0].where})" if lines else ""
+    # What a recognised form makes by itself has no line of the user's.
+    lines = [one.where for one in case.parts.by_line_of_values(held if kept >= most else worked) if one.where]
+    where = f" ({lines[0]})" if lines else ""
     told = f"{gib(kept)} kept for the backward pass" if kept >= most else f"{gib(most)} at a time"
     return f"{told}{where}" + (f", {seconds(spent)} of a step" if spent and case.fits else "")
 

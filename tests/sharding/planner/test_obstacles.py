@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -104,6 +105,30 @@ def test_scores_in_memory_are_told_with_what_a_kernel_wins() -> None:
     assert made.estimate is not None
     assert best.estimate is not None
     assert 1.5 * made.estimate.mfu < mfu(note) <= 1.05 * best.estimate.mfu
+
+
+def attends(params: Any, batch: Any, *, window: int, drops: bool) -> Any:
+    at = jnp.arange(2048)
+    near = (at[:, None] >= at) & (at[:, None] - at < window)
+    q, k, v = ((batch["x"] @ params[name]).reshape(32, 2048, 8, 128) for name in "qkv")
+    scores = jnp.where(near, jnp.einsum("bqhd,bkhd->bhqk", q, k) / 11.3, -1e9)
+    weights = jax.nn.softmax(scores.astype(WIDE)).astype(HALF)
+    if drops:
+        weights = jnp.where(jax.random.bernoulli(batch["key"], 0.9, weights.shape), weights / 0.9, 0)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(HALF), v).astype(WIDE).mean()
+
+
+def test_what_a_form_makes_by_itself_is_told_by_the_line_it_comes_of() -> None:
+    params = {name: shape(1024, 1024) for name in "qkv"}
+    batch = {"x": shape(32, 2048, 1024), "key": shape(dtype=jax.random.key(0).dtype)}
+    dropped = functools.partial(attends, window=2048, drops=True)
+    note = told(plan(dropped, params, batch, topology="v5e:2x4"), "attention's scores")
+    assert re.search(r"at a time \(.*test_obstacles.py:\d+ \(attends\)\)", note)
+    # Of a window a kernel does a part of what is counted: no more than all of a chip is usual.
+    windowed = functools.partial(attends, window=256, drops=False)
+    notes = plan(windowed, params, batch, topology="h100:8").notes
+    allowed = [float(one) for note in notes for one in re.findall(r"half of the ([\d.]+)%", note)]
+    assert all(one <= 100 for one in allowed)
 
 
 def test_logits_are_told_where_they_are_whole() -> None:
