@@ -299,7 +299,21 @@ def prepared_in_words(read: InParts) -> tuple[str, ...]:
     reasons = "; ".join(dict.fromkeys(str(read.of_data.lines[value]) for value in read.prepared))
     count = len(read.prepared)
     made = "an array is" if count == 1 else f"{count} arrays are"
-    return (f"{made} made of the whole batch's data before its {read.parts} parts, since {reasons}",)
+    said = f"{made} made of the whole batch's data before its {read.parts} parts, since {reasons}"
+    return (f"{said}; what is computed of some rows alone is computed at once" if _at_once(read) else said,)
+
+
+def _at_once(read: InParts) -> bool:
+    """Whether as much as a part's rows is made ahead, and parameters work on it outside of the parts."""
+    held = {
+        one
+        for one in read.prepared
+        if one.kind is Kind.SHARED and one.shape and one.shape[0] * read.parts >= read.rows
+    }
+    for op in read.graph.ops:
+        if not op.is_total and any(one in held for one in op.ins):
+            held.update(out for out in op.outs if out.kind is Kind.SHARED)
+    return any(one.heavy and len(one.shape) > 1 for one in held)
 
 
 def apart_in_words(read: InParts, paths: Sequence[str]) -> tuple[str, ...]:

@@ -94,8 +94,11 @@ def check_same(loss, layout):
     np.testing.assert_allclose(got_gradient["w"], gradient["w"], rtol=1e-5, atol=1e-6)
 
 
+PAIRS = {"topology": "cpu:2", "mesh": {"data": 2}, "microbatches": 2}
+
+
 def test_rows_may_be_in_groups_besides():
-    check_same(pairs, declare(pairs, *arguments(), topology="cpu:2", mesh={"data": 2}, microbatches=2))
+    check_same(pairs, declare(pairs, *arguments(), **PAIRS))
 
 
 def test_devices_work_their_own_rows_through_and_the_estimate_has_what_is_made():
@@ -112,6 +115,18 @@ def test_devices_work_their_own_rows_through_and_the_estimate_has_what_is_made()
     check_same(loss, layout)
     gradients = jax.make_jaxpr(jax.grad(layout.apply(loss)))(*arguments())
     assert "shard_map" in str(gradients)
+
+
+def test_rows_that_are_cut_unevenly_are_said_to_be_worked_on_at_once():
+    def loss(p, b):
+        rows, classes = (jnp.array_split(b[n], 3) for n in ("x", "class"))
+        found = [scores(p, *cut) for cut in zip(rows, classes, strict=True)]
+        return sum(one.sum() for one in found) / ROWS
+
+    layout = declare(loss, *arguments(), topology="cpu:2", mesh={"data": 2}, microbatches=4)
+    assert any(note.endswith("of some rows alone is computed at once") for note in layout.notes)
+    check_same(loss, layout)
+    assert not any("at once" in note for note in declare(pairs, *arguments(), **PAIRS).notes)
 
 
 def test_the_new_state_may_be_made_so_too():
