@@ -32,10 +32,10 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
         yield draft
         return
     kept = frozenset(draft.kept.dims)
-    groups = given.once((TensorGroups, kept), lambda: TensorGroups(given.program, kept)).of(size)
+    found = given.once((TensorGroups, kept), lambda: TensorGroups(given.program, kept))
+    groups = found.of(size)
     if not groups:
-        reason = f"no dimension of the parameters is one that {size} divides"
-        yield Refused(sizes={"tensor": size}, reason=reason)
+        yield Refused(sizes={"tensor": size}, reason=found.why_none(size))
     for group in groups:
         dims = {**draft.dims, **dict.fromkeys(group, ("tensor",))}
         yield dataclasses.replace(draft, group=group, dims=dims)
@@ -50,6 +50,7 @@ class TensorGroups:
         minors, self._meets = _meetings(program)
         spared = minors.union(whole, _of_data(program), _between_activations(program))
         sizes = _parameter_sizes(program)
+        self._spared = [dim for dim in program.dims if dim.places and dim.id in spared]
         least = _LEAST_PARAMETERS * sum(math.prod(argument.shape) for argument in program.parameters)
         dims = [dim for dim in program.dims if dim.id not in spared and _is_shardable(dim)]
         self._dims = sorted(
@@ -68,6 +69,15 @@ class TensorGroups:
             if not any(seed in group for group in groups):
                 groups.append(self._grown(seed, fitting))
         return tuple(sorted(groups, key=lambda group: -sum(self._work.get(dim, 0.0) for dim in group)))
+
+    def why_none(self, size: int) -> str:
+        """Say why there is no group for an axis of `size`."""
+        if any(dim.size % size == 0 for dim in self._spared):
+            return (
+                f"tensor={size} has nothing worth cutting: what {size} divides of the parameters the data "
+                "have too, or two activations are multiplied along it; rules= cuts it all the same"
+            )
+        return f"no dimension of the parameters is one that {size} divides"
 
     def _grown(self, seed: int, fitting: Iterable[int]) -> tuple[int, ...]:
         group = [seed]
