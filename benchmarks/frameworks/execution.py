@@ -155,8 +155,9 @@ def _standing(
     table = profile.parameters
     copies = table.elements * record.copy_bytes / parts(over.computed, candidate.mesh)
     held = np.bincount(table.section, weights=copies, minlength=3)
-    beside = np.zeros(3) if record.accumulates_in_place else found.beside
-    return dataclasses.replace(found, items={**found.items, "framework": held}, beside=beside)
+    sums = found.items["gradients"]
+    beside = np.zeros(3) if record.accumulates_in_place else sums
+    return dataclasses.replace(found, items={**found.items, "framework": held}, beside=beside, sums=sums)
 
 
 def _moments(

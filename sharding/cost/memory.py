@@ -27,8 +27,9 @@ class Standing:
     Attributes:
       items: name → bytes [section]; of `framework`, what holds more than the program asks for.
       beside: [section] of a microbatch's gradients, which lie beside their sum.
+      sums: [section] of that sum: devices add up their own rows' until the last, as parameters lie.
       layer: of one layer's parameters, gathered at use, for each scan over layers [stack].
-      casts: of what all layers make of parameters that lie whole, kept where everything is [stack].
+      casts: of what all layers make of parameters that lie whole, where it is kept [stack].
       after: of those that the loss uses, gathered or cast, and of their gradient before it is reduced.
       before: of the gradient of those used before the layers (a table of embeddings), and of its copy.
       sent: of what goes to other slices.
@@ -37,6 +38,7 @@ class Standing:
 
     items: Mapping[str, np.ndarray]
     beside: np.ndarray
+    sums: np.ndarray
     layer: np.ndarray
     casts: np.ndarray
     after: float
@@ -80,9 +82,11 @@ def standing(
     items = _state(profile, candidate, over, slot_bytes, gradient_bytes)
     # What a slice sends to the others lies in buffers that nothing else uses: its part of each gradient.
     sent = float(items["gradients"].sum()) / slices if slices > 1 else 0.0
+    sums = _gradients(profile, candidate, over.parameters, gradient_bytes)
     return Standing(
         items=items,
-        beside=items["gradients"],
+        beside=sums,
+        sums=sums,
         layer=layer,
         casts=_casts(profile, placement, over),
         after=after,
@@ -150,16 +154,17 @@ def moments_of(
     # All of it, whatever is worked through at a time.
     batch = work.batch * candidate.microbatches
     here = held.here
-    casts = stored.casts * (candidate.remat == "none") * here[LAYERS]
+    # Compilers that cast what products take before a loop have them whatever is kept.
+    casts = stored.casts * (candidate.remat == "none" or math.isfinite(work.product)) * here[LAYERS]
     holding = saved * here * np.array([1.0, held.microbatches, 1.0])
     for phase in [AFTER] * bool(here[AFTER]) + [LAYERS] + [BEFORE] * bool(here[BEFORE]):
         items = {name: float(row @ here) for name, row in stored.items.items()}
-        if phase != BEFORE and candidate.microbatches == 1:
-            # Those of what comes before are still to come, but for a part that the loss gives.
-            made = here * (np.arange(3) >= phase)
+        # Those of what comes before are still to come, but for a part that the loss gives.
+        made = here * (np.arange(3) >= phase)
+        if candidate.microbatches > 1:
+            items["gradients"] = float(stored.sums @ here + stored.beside @ made * (phase != AFTER))
+        elif phase != BEFORE:
             items["gradients"] = float(stored.items["gradients"] @ made + stored.again_after * here[AFTER])
-        elif phase != AFTER and candidate.microbatches > 1:
-            items["gradients"] += float(stored.beside @ here)
         # A layer that runs outside of the loop does so beside what follows, and in a loop over
         # microbatches keeps the others' values there.
         lasting = LAYERS if phase == BEFORE and returning and candidate.microbatches > 1 else phase
@@ -199,10 +204,8 @@ def _state(
 ) -> dict[str, np.ndarray]:
     """Return parameters', gradients', moments' and the state's bytes by section; XLA holds nothing itself."""
     table, mesh = profile.parameters, candidate.mesh
-    gradient = table.item_bytes if gradient_bytes is None else gradient_bytes
     rows = {
         "params": (over.parameters, table.item_bytes * (1.0 - table.state)),
-        "gradients": (over.gradients, gradient * table.trained),
         "optimizer": (over.optimizer, slot_bytes * table.trained),
     }
     if table.state.any():
@@ -211,6 +214,7 @@ def _state(
     for name, (axes, size) in rows.items():
         divided = parts(axes, mesh)
         found[name] = np.bincount(table.section, weights=table.elements * size / divided, minlength=3)
+    found["gradients"] = _gradients(profile, candidate, over.gradients, gradient_bytes)
     if table.stacked_bytes.any():
         # Made in every step and kept to its end. Their gradients are stacked before they are parameters' own:
         # cast to a smaller type the stack is in their place, else it is beside them.
@@ -219,6 +223,16 @@ def _state(
         weights = table.elements * table.stacked_bytes * each
         found["stacks"] = np.bincount(table.section, weights=weights, minlength=3)
     return {**found, "framework": np.zeros(3)}
+
+
+def _gradients(
+    profile: ProgramTables, candidate: Candidate, axes: list[frozenset[str]], gradient_bytes: float | None
+) -> np.ndarray:
+    """Return the bytes by section of gradients that lie over `axes` [P]."""
+    table = profile.parameters
+    each = table.item_bytes if gradient_bytes is None else gradient_bytes
+    weights = table.elements * each * table.trained / parts(axes, candidate.mesh)
+    return np.bincount(table.section, weights=weights, minlength=3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

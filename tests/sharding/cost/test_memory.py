@@ -113,7 +113,13 @@ def read(params: Any, ids: Any, targets: Any, kind: str) -> Any:
     return jnp.mean(jax.nn.logsumexp(logits, -1) - picked)
 
 
-def moments_of(kind: str, remat: str, cut: tuple[str, ...] = ()) -> list[dict[str, float]]:
+def moments_of(
+    kind: str,
+    remat: str,
+    cut: tuple[str, ...] = (),
+    microbatches: int = 1,
+    topology: str = "v5p:2x2x2",
+) -> list[dict[str, float]]:
     """Return moments of data parallelism over eight devices, from the loss back, with what is `cut`."""
     shape = jax.ShapeDtypeStruct
     params = {
@@ -126,12 +132,13 @@ def moments_of(kind: str, remat: str, cut: tuple[str, ...] = ()) -> list[dict[st
     }
     batch = {name: shape((64,), "int32") for name in ("ids", "targets")}
     program = trace(lambda p, b: read(p, b["ids"], b["targets"], kind), params, batch)
-    pricer = Pricer(program, Topology.parse("v5p:2x2x2"), optimizer_slots=8.0, calibration=Calibration())
+    pricer = Pricer(program, Topology.parse(topology), optimizer_slots=8.0, calibration=Calibration())
     in_parts = {0: ((), ("data",)), 1: ((), (), ("data",)), 2: ((), (), ("data",)), 3: ((), ("data",))}
     candidate = Candidate(
         mesh={"data": 8},
         dims={program.batch_dims[0]: ("data",)},
         remat=remat,
+        microbatches=microbatches,
         **dict.fromkeys(cut, in_parts),
     )
     placement = pricer.place(candidate)
@@ -142,18 +149,21 @@ def moments_of(kind: str, remat: str, cut: tuple[str, ...] = ()) -> list[dict[st
 
 
 @pytest.mark.parametrize(
-    ("kind", "remat", "cut", "size"),
+    ("kind", "remat", "cut", "topology", "size"),
     [
-        ("bfloat16", "none", (), 2),
-        ("bfloat16", "none", ("optimizer", "gradients"), 2),
+        ("bfloat16", "none", (), "h100:8", 2),
+        ("bfloat16", "none", ("optimizer", "gradients"), "h100:8", 2),
         # JAX reads a parameter of its own type where it lies; gathered and run again, casts are made again.
-        ("float32", "none", (), 0),
-        ("bfloat16", "full", (), 0),
-        ("bfloat16", "none", ("stored", "optimizer", "gradients"), 0),
+        ("float32", "none", (), "h100:8", 0),
+        ("bfloat16", "full", (), "h100:8", 0),
+        ("bfloat16", "none", ("stored", "optimizer", "gradients"), "h100:8", 0),
+        # A TPU's compiler casts before the loop.
+        ("bfloat16", "full", (), "v5p:2x2x2", 2),
+        ("bfloat16", "full", ("stored", "optimizer", "gradients"), "v5p:2x2x2", 0),
     ],
 )
-def test_casts_of_layers_parameters_that_lie_whole_are_kept_where_everything_is(kind, remat, cut, size):
-    loss, layers, table = moments_of(kind, remat, cut=cut)
+def test_casts_of_layers_parameters_that_lie_whole_are_kept(kind, remat, cut, topology, size):
+    loss, layers, table = moments_of(kind, remat, cut=cut, topology=topology)
     assert loss.get("casts", 0.0) == layers.get("casts", 0.0) == size * MATRICES
     assert "casts" not in table
 
@@ -172,6 +182,15 @@ def test_a_gradient_that_is_reduced_to_parts_is_whole_before():
 def test_a_tables_gradient_is_not_there_while_layers_go_back():
     loss, layers, table = (one["gradients"] for one in moments_of("bfloat16", "full"))
     assert (loss, layers - loss, table - layers) == (4 * EMBED * IDS, 4 * MATRICES, 4 * EMBED * IDS)
+
+
+def test_microbatches_sum_gradients_as_parameters_lie_which_are_reduced_once():
+    all_of_it = 4 * (MATRICES + 2 * EMBED * IDS)
+    for cut, parts in ((), 1), (("optimizer", "gradients"), 1), (("stored", "optimizer", "gradients"), 8):
+        loss, layers, table = (one["gradients"] for one in moments_of("bfloat16", "full", cut, 2))
+        # A microbatch's own come beside the sum: the table's last, after those of the layers.
+        assert (loss, table) == (all_of_it / parts, 2 * all_of_it / parts)
+        assert table - layers == 4 * EMBED * IDS / parts
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float32"])
