@@ -36,8 +36,8 @@ _PR_SET_PDEATHSIG = 1
 def forked(command: Sequence[object]) -> list[str]:
     """Return the command that does the same as `command`, which runs this Python, with its imports done.
 
-    ``python -c SOURCE``, ``-m MODULE`` and, before them, ``-u`` or ``-P`` are understood. On other systems
-    than Linux it is `command` itself.
+    ``python -c SOURCE``, ``-m MODULE``, ``SCRIPT`` and, before them, ``-u`` or ``-P`` are understood. On
+    other systems than Linux it is `command` itself.
     """
     python, *arguments = map(str, command)
     assert python == sys.executable
@@ -146,10 +146,16 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, file
     signal.signal(signal.SIGINT, signal.default_int_handler)
     option = arguments.pop(0) if arguments[0] in ("-u", "-P") else ""
     sys.stdout.reconfigure(write_through="PYTHONUNBUFFERED" in environment or option == "-u")
-    here = [""] if option != "-P" else []
+    kind, *rest = arguments
+    script = kind not in ("-c", "-m")
+    here = [] if option == "-P" else [os.path.dirname(kind) if script else ""]
     sys.path[0:1] = [*here, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     _set_jax_up(environment)
-    kind, what, *rest = arguments
+    if script:
+        sys.argv = arguments
+        runpy.run_path(kind, run_name="__main__")
+        return
+    what, *rest = rest
     sys.argv = [kind, *rest]
     if kind == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)

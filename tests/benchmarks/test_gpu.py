@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
 import pytest
+from forks import forked
 from meshwright.sharding.processes import run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -16,8 +18,12 @@ SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
 def half(name: str, out: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    """Run a half whose ten processes start as forks."""
+    python = out / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(forked([sys.executable]))} "$@"\n')
+    python.chmod(0o755)
     words = ["bash", str(SCRIPT), name, str(out), "--small"]
-    return run(words, timeout_seconds=590, env=os.environ | {"PYTHON": sys.executable})
+    return run(words, timeout_seconds=590, env=os.environ | {"PYTHON": str(python)})
 
 
 def test_a_half_that_does_not_exist_is_refused(tmp_path: pathlib.Path) -> None:
