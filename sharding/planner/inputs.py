@@ -43,7 +43,7 @@ from .choices import attention as kernels
 from .choices.microbatches import PartsProof
 from .choices.remat import check_names, ladders, read
 from .declared import DATA_NAMES, Declared
-from .search import Found, StoredBytes, anything_fits, search, stored_bytes
+from .search import Found, Priced, StoredBytes, anything_fits, search, stored_bytes
 from .slots import OptimizerArrays
 from .space import Space, Worth, space
 
@@ -51,6 +51,9 @@ from .space import Space, Worth, space
 _ADAM_BYTES = 8.0
 # What an allocator leaves free between arrays counts; by half where nothing fits so, and then not at all.
 ROOMS = (1.0, 0.5, 0.0)
+# Times as fast that a plan is which may not fit, to be taken before one that will; and times a device's
+# memory that it needs at most, with all of that room.
+_WORTH_A_COMPILE, _NEARLY = 1.5, 1.15
 
 # Say what a table, or a way of running a step, would be under a supposition.
 _OfTables = Callable[[ProgramTables], ProgramTables]
@@ -86,6 +89,21 @@ class Answer:
     capacity_bytes: float
     stored: StoredBytes | None
     room: float
+
+    def much_faster(self, than: Priced) -> bool:
+        """Whether the best is so much faster that it is worth a compile to see whether it fits."""
+        best = self.found.best
+        return best is not None and _WORTH_A_COMPILE * best.estimate.step_seconds < than.estimate.step_seconds
+
+    @property
+    def is_short(self) -> bool:
+        """Whether nothing fits, or what fits is much slower than what nearly does."""
+        best = self.found.best
+        return best is None or any(
+            one.estimate.needed_bytes < _NEARLY * self.capacity_bytes
+            and _WORTH_A_COMPILE * one.estimate.step_seconds < best.estimate.step_seconds
+            for one in self.found.misfits
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,14 +320,17 @@ class Problem:
     ) -> Answer:
         """Return the best that `topology` can do, in `capacity_bytes` a device if that is given.
 
-        Of `rooms`, shares of what an allocator leaves free, the first counts that lets anything fit.
+        Of `rooms`, shares of what an allocator leaves free, the first counts that lets anything fit, or a
+        later one that lets something much faster fit.
         """
         offered = self.space(topology, declared)
         answer = self._answer(topology, declared, offered, capacity_bytes, rooms[0])
         for room in rooms[1:]:
-            if answer.found.best is not None:
+            if not answer.is_short:
                 break
-            answer = self._answer(topology, declared, offered, capacity_bytes, room)
+            tighter = self._answer(topology, declared, offered, capacity_bytes, room)
+            if answer.found.best is None or tighter.much_faster(answer.found.best):
+                answer = tighter
         return answer
 
     def fits(self, topology: Topology, declared: Declared) -> bool:
