@@ -76,7 +76,9 @@ def _told(eqn: core.JaxprEqn, ins: Sequence[_Sources]) -> _Sources:
     numbers = None
     params = eqn.params
     if eqn.primitive.name == "iota" and not eqn.invars and len(params["shape"]) == 1:
-        numbers = np.arange(params["shape"][0]) if np.dtype(params["dtype"]).kind == "i" else None
+        counted = np.arange(params["shape"][0])
+        dtype = np.dtype(params["dtype"])
+        numbers = counted if dtype.kind == "i" and counted.size and fit(counted, dtype) else None
     return _Sources(params=any(o.params for o in ins), data=any(o.data for o in ins), numbers=numbers)
 
 
@@ -294,9 +296,14 @@ def _turn(closed: core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
         own = values[atom]
         return np.array(own.turns) if isinstance(own, _TurnNumber) else None
 
+    def told(atom: Any) -> Any:
+        """Return a value for a program within, which has to know written numbers, as `_look` does."""
+        turns = _written(atom, length) if isinstance(atom, core.Literal) else None
+        return value(atom) if turns is None else _TurnNumber(value=atom.val, turns=tuple(turns.tolist()))
+
     for eqn in jaxpr.eqns:
-        ins = [value(atom) for atom in eqn.invars]
         body = _inside(eqn)
+        ins = [value(atom) if body is None else told(atom) for atom in eqn.invars]
         with context_of(eqn):
             if body is not None and any(isinstance(one, (_TurnNumber, _LayersByStep)) for one in ins):
                 outs = run_around(eqn, ins, functools.partial(_turn, body))
@@ -316,9 +323,10 @@ def _turn(closed: core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _written(atom: core.Literal, length: int) -> Turns | None:
-    """Return a whole number that is written, in each turn."""
+    """Return a whole number that is written, in each turn; None where no turns are known."""
     aval: Any = atom.aval
-    return np.full(length, int(atom.val)) if not aval.shape and aval.dtype.kind in "ib" else None
+    whole = length > 0 and not aval.shape and aval.dtype.kind in "ib"
+    return np.full(length, int(atom.val)) if whole else None
 
 
 def _drops_first(eqn: core.JaxprEqn) -> bool:

@@ -66,6 +66,16 @@ def backward(params: Any, x: Any) -> Any:
     return jax.lax.scan(lambda x, n: (layer(at(params, n), x), None), x, numbers, reverse=True)[0].mean()
 
 
+def within(params: Any, x: Any) -> Any:
+    """Numbers that a call within a turn has part of in writing."""
+
+    def body(n: Any, x: Any) -> Any:
+        own = jax.checkpoint(lambda n, by: at(params, jnp.where(n < LAYERS - 1, n + by, 0)))
+        return layer(own(n, 1), x)
+
+    return jax.lax.fori_loop(0, LAYERS - 1, body, x).mean()
+
+
 def walks(jaxpr: Any) -> list[tuple[int, int]]:
     """Return of each loop how many matrices of floats it reads whole, and how many it walks."""
     found = []
@@ -87,7 +97,7 @@ def read(loss: Any, params: Any, *args: Any) -> Traced:
 
 @pytest.mark.parametrize(
     ("loss", "walked"),
-    [(counted, 2), (numbered, 2), (pairs, 4), (backward, 2)],
+    [(counted, 2), (numbered, 2), (pairs, 4), (backward, 2), (within, 2)],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
 def test_layers_by_number_are_walked(loss: Any, walked: int) -> None:
