@@ -7,6 +7,7 @@ number of its own, as rules that hand on new scales do, it does not.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.sharding import AxisType
 
 from ...program.jaxpr import branches, call_body, run, scan_parts
 from ...program.primitives import Trait, primitives
+from .values import NotInParts
 
 _CALLS = primitives(Trait.CALL)
 _LINEAR, _BILINEAR, _PICKING = primitives(Trait.LINEAR), primitives(Trait.BILINEAR), primitives(Trait.PICKING)
@@ -45,7 +48,13 @@ def written_gradient(eqn: core.JaxprEqn, moved: Sequence[bool] | None = None) ->
     """Trace the rule that a user wrote for the gradient of `eqn`, for its operands that are `moved` or all.
 
     What a function closed over before `jax.vmap` is among its operands, and JAX takes no gradient of it.
+    Inside of a manual region it is traced as a device has it.
+
+    Raises:
+        NotInParts: the region checks over which devices values differ, which such a trace would not tell.
     """
+    mesh, axes = _manual(eqn)
+    around = jax.sharding.use_abstract_mesh(mesh) if axes else contextlib.nullcontext()
     ins, outs = [_shape(var) for var in eqn.invars], [_shape(var) for var in eqn.outvars]
     moved = moved or [True] * len(ins)
 
@@ -56,7 +65,8 @@ def written_gradient(eqn: core.JaxprEqn, moved: Sequence[bool] | None = None) ->
 
         return jax.vjp(function, *(a for one, a in zip(moved, arrays, strict=True) if one))
 
-    ahead, (_, pull) = jax.make_jaxpr(forward, return_shape=True)(*ins)
+    with around:
+        ahead, (_, pull) = jax.make_jaxpr(forward, axis_env=axes, return_shape=True)(*ins)
     kept, structure = jax.tree.flatten(pull)
     floats, learns = ([jnp.issubdtype(one.dtype, jnp.inexact) for one in some] for some in (ins, outs))
     floats = [one and other for one, other in zip(floats, moved, strict=True)]
@@ -71,8 +81,26 @@ def written_gradient(eqn: core.JaxprEqn, moved: Sequence[bool] | None = None) ->
         found = [next(gradients) if one else None for one in moved]
         return [gradient for gradient, one in zip(found, floats, strict=True) if one]
 
-    back = jax.make_jaxpr(backward)(kept, [out for out, one in zip(outs, learns, strict=True) if one])
+    around = jax.sharding.use_abstract_mesh(mesh) if axes else contextlib.nullcontext()
+    with around:
+        trace = jax.make_jaxpr(backward, axis_env=axes)
+        back = trace(kept, [out for out, one in zip(outs, learns, strict=True) if one])
     return Gradient(ahead=ahead, back=back, kept=len(kept), floats=tuple(floats), learns=tuple(learns))
+
+
+def _manual(eqn: core.JaxprEqn) -> tuple[Any, list[tuple[str, int]]]:
+    """Return the mesh around an equation, and those of its axes along which it is of one device, by size."""
+    with eqn.ctx.manager:
+        mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    axes = [(name, size) for name, size, kind in sizes if kind is AxisType.Manual]
+    avals: list[Any] = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
+    if axes and any(aval.manual_axis_type.varying for aval in avals):
+        raise NotInParts(
+            "the gradient that is written for a function is followed inside of jax.shard_map with "
+            "check_vma=False alone"
+        )
+    return mesh, axes
 
 
 def uneven_call(eqn: core.JaxprEqn) -> core.JaxprEqn | None:

@@ -79,6 +79,30 @@ def along_tensor_alone(p, b):
     return jnp.square(region(p["w"], p["v"], b["x"]) - b["y"]).mean()
 
 
+@jax.custom_vjp
+def entered(x):
+    return x
+
+
+@jax.custom_vjp
+def left(x):
+    return jax.lax.psum(x, "tensor")
+
+
+entered.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.psum(g, "tensor"),))
+left.defvjp(lambda x: (left(x), None), lambda _, g: (g,))
+
+
+def written_by_hand(p, b):
+    """A layer that is cut along `tensor`, between functions whose gradients say what devices exchange."""
+
+    def own(w, v, x):
+        return left(jnp.tanh(entered(x) @ w) @ v)
+
+    specs = (P(None, "tensor"), P("tensor", None), DATA)
+    return jnp.square(over(own, specs, DATA, check_vma=False)(p["w"], p["v"], b["x"]) - b["y"]).mean()
+
+
 def check(parts, *losses):
     def together(p, b):
         found = {loss.__name__: loss(p, b) for loss in losses}
@@ -94,7 +118,7 @@ def check(parts, *losses):
 
 
 def test_parts_give_what_the_whole_batch_does():
-    check(2, masked, layers)
+    check(2, masked, layers, written_by_hand)
 
 
 @pytest.mark.slow
@@ -114,4 +138,14 @@ def test_a_sum_that_comes_back_to_the_rows_inside_is_refused():
     with pytest.raises(
         UserError, match=r"comes back to them inside of a loop or call, at .*test_regions.py:"
     ):
+        declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2)
+
+
+def test_a_written_gradient_is_followed_only_where_jax_does_not_check_what_differs():
+    def loss(p, b):
+        return over(lambda w, x: sine(x @ w), (P(), DATA), DATA)(p["w"], b["x"]).mean()
+
+    sine = jax.custom_vjp(jnp.sin)
+    sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+    with pytest.raises(UserError, match=r"jax.shard_map with check_vma=False alone, at .*test_regions.py:"):
         declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2)
