@@ -7,7 +7,6 @@ number of its own, as rules that hand on new scales do, it does not.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from ...program.jaxpr import branches, call_body, run, scan_parts
 from ...program.primitives import Trait, primitives
-from .values import NotInParts
 
 _CALLS = primitives(Trait.CALL)
+# Between devices of a manual region.
+_EXCHANGES = frozenset({"all_gather", "all_to_all", "ppermute", "reduce_scatter"})
 _LINEAR, _BILINEAR, _PICKING = primitives(Trait.LINEAR), primitives(Trait.BILINEAR), primitives(Trait.PICKING)
 # Linear in what is written and what is written to, by the place of the first number that says where.
 _WRITING = {"scatter-add": 1, "scatter-sub": 1, "scatter": 1, "dynamic_update_slice": 2}
@@ -49,13 +49,9 @@ def written_gradient(eqn: core.JaxprEqn, moved: Sequence[bool] | None = None) ->
 
     What a function closed over before `jax.vmap` is among its operands, and JAX takes no gradient of it.
     Inside of a manual region it is traced as a device has it.
-
-    Raises:
-        NotInParts: the region checks over which devices values differ, which such a trace would not tell.
     """
-    mesh, axes = _manual(eqn)
-    around = jax.sharding.use_abstract_mesh(mesh) if axes else contextlib.nullcontext()
-    ins, outs = [_shape(var) for var in eqn.invars], [_shape(var) for var in eqn.outvars]
+    ins: list[Any] = [atom.aval for atom in eqn.invars]
+    outs: list[Any] = [var.aval for var in eqn.outvars]
     moved = moved or [True] * len(ins)
 
     def forward(*arrays: Any) -> Any:
@@ -65,9 +61,9 @@ def written_gradient(eqn: core.JaxprEqn, moved: Sequence[bool] | None = None) ->
 
         return jax.vjp(function, *(a for one, a in zip(moved, arrays, strict=True) if one))
 
-    with around:
-        ahead, (_, pull) = jax.make_jaxpr(forward, axis_env=axes, return_shape=True)(*ins)
+    ahead, (_, pull) = traced_within(eqn, forward, *ins)
     kept, structure = jax.tree.flatten(pull)
+    kept = ahead.out_avals[len(ahead.out_avals) - len(kept) :]
     floats, learns = ([jnp.issubdtype(one.dtype, jnp.inexact) for one in some] for some in (ins, outs))
     floats = [one and other for one, other in zip(floats, moved, strict=True)]
 
@@ -81,26 +77,37 @@ def written_gradient(eqn: core.JaxprEqn, moved: Sequence[bool] | None = None) ->
         found = [next(gradients) if one else None for one in moved]
         return [gradient for gradient, one in zip(found, floats, strict=True) if one]
 
-    around = jax.sharding.use_abstract_mesh(mesh) if axes else contextlib.nullcontext()
-    with around:
-        trace = jax.make_jaxpr(backward, axis_env=axes)
-        back = trace(kept, [out for out, one in zip(outs, learns, strict=True) if one])
+    given = [out for out, one in zip(outs, learns, strict=True) if one]
+    back, _ = traced_within(eqn, backward, kept, given)
     return Gradient(ahead=ahead, back=back, kept=len(kept), floats=tuple(floats), learns=tuple(learns))
 
 
-def _manual(eqn: core.JaxprEqn) -> tuple[Any, list[tuple[str, int]]]:
-    """Return the mesh around an equation, and those of its axes along which it is of one device, by size."""
+def traced_within(eqn: core.JaxprEqn, function: Any, *args: Any) -> tuple[core.ClosedJaxpr, Any]:
+    """Trace a function as a device has it where an equation stands; return what it gives too."""
+    trace = jax.make_jaxpr(function, return_shape=True)
     with eqn.ctx.manager:
         mesh = jax.sharding.get_abstract_mesh()
-    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    axes = [(name, size) for name, size, kind in sizes if kind is AxisType.Manual]
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    manual = {name for name, kind in kinds if kind is AxisType.Manual}
+    if not manual:
+        return trace(*args)
+    found: list[Any] = []
+
+    def inside(one: Any) -> Any:
+        found.append(trace(*args))
+        return one
+
     avals: list[Any] = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
-    if axes and any(aval.manual_axis_type.varying for aval in avals):
-        raise NotInParts(
-            "the gradient that is written for a function is followed inside of jax.shard_map with "
-            "check_vma=False alone"
-        )
-    return mesh, axes
+    region = jax.shard_map(
+        inside,
+        mesh=mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names)),
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        axis_names=manual,
+        check_vma=any(aval.manual_axis_type.varying for aval in avals),
+    )
+    jax.eval_shape(region, jax.ShapeDtypeStruct((), jnp.float32))
+    return found[0]
 
 
 def uneven_call(eqn: core.JaxprEqn) -> core.JaxprEqn | None:
@@ -167,7 +174,7 @@ def _of_operation(eqn: core.JaxprEqn, ins: list[_Class], *, depends: bool) -> _C
         dtype: Any = eqn.outvars[0].aval.dtype  # type: ignore[union-attr]
         rounds = depends and not (jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= _LEAST_BYTES)
         return _Class.OTHER if rounds else ins[0]
-    if name in _LINEAR:
+    if name in _LINEAR or name in _EXCHANGES:
         return _together(ins)
     if name in _WRITING:
         # Two arrays, and beside them the places, which come second or last.
@@ -213,7 +220,3 @@ def _of_scan(eqn: core.JaxprEqn, ins: list[_Class]) -> list[_Class]:
         if joined == carry:
             return outs
         carry = joined
-
-
-def _shape(var: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)

@@ -17,7 +17,7 @@ from jax.extend import core
 from ....ops.experts import experts_call, jitted
 from ....program.jaxpr import call_body, closed, context_of
 from ....program.jaxpr import run as run_as_is
-from ..derivatives import written_gradient
+from ..derivatives import traced_within, written_gradient
 from ..graph import Body, PartGraph, Reading, Rule, inlined, value_of
 from ..values import SUM, Form, Held, Kind, NotInParts
 
@@ -155,7 +155,8 @@ def custom_vjp(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
 def custom_jvp(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a function whose derivative the user wrote."""
     ins = [g.shared(one) if one.kind is Kind.SUM else one for one in ins]
-    avals = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in ins]
+    # As the function has them, where a manual region says over which devices values differ.
+    avals: list[Any] = [atom.aval for atom in eqn.invars]
     floats = [jnp.issubdtype(one.dtype, jnp.inexact) for one in ins]
     plain = call_body(eqn)
     assert plain is not None
@@ -172,11 +173,9 @@ def custom_jvp(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         return outs, [one for one, learnt in zip(moved, learns, strict=True) if learnt]
 
     moving = [one for one, learnt in zip(ins, floats, strict=True) if learnt]
-    rule = g.body(
-        jax.make_jaxpr(derived)(avals, [aval for aval, one in zip(avals, floats, strict=True) if one]),
-        [*ins, *moving],
-        reading=_as_they_are(g),
-    )
+    tangents = [aval for aval, one in zip(avals, floats, strict=True) if one]
+    traced, _ = traced_within(eqn, derived, avals, tangents)
+    rule = g.body(traced, [*ins, *moving], reading=_as_they_are(g))
     count = len(primal.outs)
     forms = [join_results(a.form, b.form) for a, b in zip(primal.outs, rule.outs, strict=False)]
     primal.bring(forms)
