@@ -156,15 +156,19 @@ def moments_of(
     here = held.here
     # Compilers that cast what products take before a loop have them whatever is kept.
     casts = stored.casts * (candidate.remat == "none" or math.isfinite(work.product)) * here[LAYERS]
+    casts_to = casts.cumsum()
     holding = saved * here * np.array([1.0, held.microbatches, 1.0])
+    always = {name: float(row @ here) for name, row in stored.items.items()}
+    if candidate.microbatches > 1:
+        always["gradients"] = float(stored.sums @ here)
     for phase in [AFTER] * bool(here[AFTER]) + [LAYERS] + [BEFORE] * bool(here[BEFORE]):
-        items = {name: float(row @ here) for name, row in stored.items.items()}
-        # Those of what comes before are still to come, but for a part that the loss gives.
-        made = here * (np.arange(3) >= phase)
-        if candidate.microbatches > 1:
-            items["gradients"] = float(stored.sums @ here + stored.beside @ made * (phase != AFTER))
-        elif phase != BEFORE:
-            items["gradients"] = float(stored.items["gradients"] @ made + stored.again_after * here[AFTER])
+        items = always.copy()
+        # Gradients of what comes before are still to come, but for a part that the loss gives.
+        if candidate.microbatches > 1 and phase != AFTER:
+            items["gradients"] += float(stored.beside[phase:] @ here[phase:])
+        elif candidate.microbatches == 1 and phase != BEFORE:
+            made = float(stored.items["gradients"][phase:] @ here[phase:])
+            items["gradients"] = made + float(stored.again_after * here[AFTER])
         # A layer that runs outside of the loop does so beside what follows, and in a loop over
         # microbatches keeps the others' values there.
         lasting = LAYERS if phase == BEFORE and returning and candidate.microbatches > 1 else phase
@@ -175,8 +179,8 @@ def moments_of(
         items["batch"] = batch
         if profile.captured_bytes:
             items["captured"] = profile.captured_bytes
-        if phase != BEFORE and casts.any():
-            items["casts"] = float(casts.sum())
+        if phase != BEFORE and casts_to[-1]:
+            items["casts"] = float(casts_to[-1])
         if phase != LAYERS:
             yield items
             continue
@@ -185,8 +189,8 @@ def moments_of(
         alone = work.largest_of + work.live * (candidate.remat != "none")
         for stack in reversed(range(profile.stacks)):
             left = float(parts[: stack + 1].sum() * here[LAYERS] * held.microbatches)
-            if casts.any():
-                items["casts"] = float(casts[: stack + 1].sum())
+            if casts_to[-1]:
+                items["casts"] = float(casts_to[stack])
             yield {
                 **items,
                 "saved_activations": float(holding[BEFORE]) + left,

@@ -287,6 +287,14 @@ class Program:
         return found
 
     @functools.cached_property
+    def state_like(self) -> Mapping[int, int | None]:
+        """The index of each array of the state → that of the first parameter of its shape and dims."""
+        first: dict[object, int] = {}
+        for one in self.parameters:
+            first.setdefault((one.shape, one.dims), one.index)
+        return {one.index: first.get((one.shape, one.dims)) for one in self.stored if one.is_state}
+
+    @functools.cached_property
     def unwalked(self) -> Mapping[int, tuple[int, ...]]:
         """The index of each stored argument → its dimensions of more than one place that no scan walks."""
         found = {}

@@ -135,24 +135,17 @@ def state_storage(
     One that has the dims of a parameter, as a moving average of it has, lies as that does; any other as a
     parameter of its size would. The other arguments are as of `store`.
     """
-    if len(program.stored) == len(program.parameters):
-        return {}
-    total = program.elements
-    of_parameters: dict[object, Storage] = {}
-    for argument in program.parameters:
-        of_parameters.setdefault((argument.shape, argument.dims), params[argument.index])
     found = {}
-    for argument in program.stored:
-        if not argument.is_state:
+    for index, like in program.state_like.items():
+        if like is not None:
+            found[index] = params[like]
             continue
-        storage = of_parameters.get((argument.shape, argument.dims))
-        if storage is None:
-            cut = computed(argument, dims, mesh)
-            choices = _worth_cutting(argument, program, total, range(len(argument.shape)))
-            for axis in over:
-                cut = _cut(cut, argument.shape, choices, axis, mesh, tile_rows)
-            storage = tuple(cut)
-        found[argument.index] = storage
+        argument = program.arguments[index]
+        cut = computed(argument, dims, mesh)
+        choices = _worth_cutting(argument, program, program.elements, range(len(argument.shape)))
+        for axis in over:
+            cut = _cut(cut, argument.shape, choices, axis, mesh, tile_rows)
+        found[index] = tuple(cut)
     return found
 
 
@@ -196,13 +189,14 @@ def _cut(
     scatter at all over more than one torus axis: it all-reduces and keeps a part.
     """
     cut = list(storage)
-    if mesh.get(axis, 1) == 1 or any(axis in axes for axes in storage):
+    if not choices or mesh.get(axis, 1) == 1 or any(axis in axes for axes in storage):
         return cut
-    whole = [n for n in choices if shape[n] % (cut_into(storage[n], mesh) * mesh[axis]) == 0]
+    parts = {n: cut_into(storage[n], mesh) * mesh[axis] for n in choices}
+    whole = [n for n in choices if shape[n] % parts[n] == 0]
     if whole:
 
         def worth(n: int) -> tuple[bool, bool, bool, int, int]:
-            rows = shape[n] // (cut_into(storage[n], mesh) * mesh[axis])
+            rows = shape[n] // parts[n]
             # Tiles lie in the last two dimensions.
             whole_tiles = n < len(shape) - 2 or rows % tile_rows == 0
             by_rows = whole_tiles and n < len(shape) - 1
