@@ -15,7 +15,7 @@ from ..verify.verify import Verdict
 from ..words import gib, layout_in_words, seconds
 from ..xla import options
 from .outcome import Search
-from .reserve import declared_options
+from .reserve import MEMORY_OPTION, declared_options
 
 # Outcomes that another plan may not share.
 _OF_THE_PLAN = ("out_of_memory", "vmem_overflow", "failed")
@@ -86,7 +86,9 @@ def prove(
     if fitting:
         best = min(fitting, key=_seconds)
         chosen = _chosen(best, attempts)
-        if top > 1 and not declared_options(plan.topology, plan.estimate, plan.compiler_options):
+        declared = declared_options(plan.topology, plan.estimate, plan.compiler_options)
+        # What tells the compiler of its memory is no choice among ways to compile.
+        if top > 1 and not declared.keys() - {MEMORY_OPTION}:
             chosen = _with_options(chosen, judge)
         return chosen, best.search
     told = "; ".join(f"{_name(attempt.plan)}: {attempt.verdict.message}" for attempt in attempts)

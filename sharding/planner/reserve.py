@@ -20,7 +20,7 @@ _SHARE = 0.9
 _WORTH = 1.02
 # Of the memory that XLA's scheduler works within, percent, and what it takes unless told (openxla/xla
 # xla/debug_options_flags.cc).
-_OPTION, _USUAL = "xla_gpu_memory_limit_slop_factor", 95
+MEMORY_OPTION, _USUAL = "xla_gpu_memory_limit_slop_factor", 95
 
 
 def notes_on(case: Case) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def options_of(topology: Topology, estimate: Estimate | None) -> dict[str, int]:
     arguments = sum(estimate.memory.get(name, 0.0) for name in ("params", "optimizer", "batch"))
     left = within * chip.hbm_bytes - arguments
     factor = 100 * (usable_bytes(chip) - arguments) / left if left > 0 else 0.0
-    return {_OPTION: math.ceil(factor)} if factor > _USUAL else {}
+    return {MEMORY_OPTION: math.ceil(factor)} if factor > _USUAL else {}
 
 
 def declared_options(

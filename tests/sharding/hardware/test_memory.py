@@ -12,6 +12,7 @@ import pytest
 from meshwright.sharding import Plan, Topology, UserError, plan
 from meshwright.sharding.hardware import attached
 from meshwright.sharding.hardware.memory import ALLOCATOR, FRACTIONS, PREALLOCATE, notes_on, usable_bytes
+from meshwright.sharding.xla.options import Trial
 
 NEW, OLD = FRACTIONS
 _FACTOR = "xla_gpu_memory_limit_slop_factor"
@@ -180,3 +181,11 @@ def test_the_compiler_uses_what_jax_reserves(machine: pathlib.Path, monkeypatch:
 
     assert not reruns(made)
     assert reruns(dataclasses.replace(made, compiler_options={}))
+    # It is no reason to try no others, wherever the plan came from.
+    monkeypatch.delenv(NEW)
+    harmless = Trial(name="harmless", options={"xla_gpu_enable_triton_gemm": True}, ran=True)
+    monkeypatch.setattr("meshwright.sharding.xla.options.trials_for", lambda topology: [harmless])
+    smaller = dataclasses.replace(of_one_row(65536), compiler_options={_FACTOR: 115})
+    proved = smaller.verify(top=2)
+    assert any(note.startswith("compiler options harmless") for note in proved.notes)
+    assert proved.compiler_options[_FACTOR] == 115
