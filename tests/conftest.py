@@ -1,9 +1,10 @@
 """What all tests share: caches that are not the user's, numerics compiled fast, files kept in one process.
 
 ``@pytest.mark.numerics``
-    Only values are looked at. XLA compiles without most of its optimisations, in half the time, and child
-    processes keep what it makes for those of the rest of the run. Never where the text, the memory or the
-    time of a compiled program is read: in a file of numerics such a test has ``numerics(False)``.
+    Only values are looked at. Programs have no lines of what they are made of, child processes too compile
+    without most optimisations, and keep what they make for those of the rest of the run. Never where the
+    text, the memory or the time of a compiled program is read: in a file of numerics such a test has
+    ``numerics(False)``.
 """
 
 from __future__ import annotations
@@ -125,7 +126,10 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Set JAX up before any fixture, of whatever scope, that this test is the first to ask for."""
     mark = item.get_closest_marker("numerics")
     numerics = mark is not None and mark.args != (False,)
-    _set("jax_disable_most_optimizations", numerics)
+    # LLVM alone does less, which takes a fifth of the time: text and memory of a CPU's program are the same
+    # (`test_conftest.py`). A child may compile for other chips, whose programs are others then.
+    _set("jax_disable_most_optimizations", numerics, here=False)
+    _set("jax_disable_most_optimizations", True, children=False)
     _set("jax_persistent_cache_min_compile_time_secs", 0.0 if numerics else 1.0)
     _set("jax_traceback_in_locations_limit", 0 if numerics else 10)  # Lines of operations in compiled text.
     # For child processes, whose runs are much alike. Tests in this one compile little twice, and to look a
@@ -134,11 +138,11 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     return (yield)
 
 
-def _set(name: str, value: bool | float | str | None, *, here: bool = True) -> None:
-    """Give a setting of JAX to child processes and, unless not `here` or it is what it was, to this one."""
-    if value is None:
+def _set(name: str, value: bool | float | str | None, *, here: bool = True, children: bool = True) -> None:
+    """Give a setting of JAX to child processes and, unless it is what it was, to this one."""
+    if children and value is None:
         os.environ.pop(name.upper(), None)
-    else:
+    elif children:
         os.environ[name.upper()] = str(value)
     if here and "jax" in sys.modules and _given.get(name) != (value,):
         import jax

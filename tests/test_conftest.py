@@ -1,0 +1,32 @@
+"""What `conftest.py` says of all tests' programs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+_AS_USERS_DO = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+
+
+@pytest.mark.devices(8)
+def test_programs_have_the_text_and_memory_that_they_have_with_all_optimisations() -> None:
+    def loss(params: list[jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.mean(jax.nn.logsumexp(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params[0])[0]))
+
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices(), (4, 2)), ("fsdp", "tensor"))
+    shapes = [((3, 16, 16), P(None, "fsdp", "tensor")), ((8, 16), P("fsdp"))]
+    weights, x = (
+        jax.ShapeDtypeStruct(size, "float32", sharding=NamedSharding(mesh, spec)) for size, spec in shapes
+    )
+    lowered = jax.jit(jax.grad(loss)).lower([weights], x)
+    plain, here = lowered.compile(compiler_options=_AS_USERS_DO), lowered.compile()
+    assert here.as_text() == plain.as_text()
+    held = [one.memory_analysis().temp_size_in_bytes for one in (here, plain)]
+    assert held[0] == held[1] > 0
+    # The machine's code is another, which says that the one before was optimised.
+    code = [len(one.runtime_executable().serialize()) for one in (here, plain)]
+    assert code[0] != code[1]
