@@ -164,7 +164,7 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Stack:
-    """Parameters of layers that the program stacks for a scan over them, by argument index.
+    """Parameters that the program stacks for a scan over layers, or takes layers of, by argument index.
 
     `path` is what their paths have in common, `dim` the layers' own dim, `item_bytes` those of an element of
     the stack, which may be cast.

@@ -19,6 +19,7 @@ from .program import Argument, Program, Result, Unknown
 from .recognise import recognised
 from .resolve import Resolver
 from .stacks import stacks_of
+from .taken import taken_of
 from .walk import Walk, shape_of
 
 
@@ -118,6 +119,7 @@ def read(
     for dim, number in enumerate(family):
         members.setdefault(number, []).append(dim)
     stacks = stacks_of(scope, arguments)
+    stacks += taken_of(scope, arguments, stacks)
     return Program(
         jaxpr=closed,
         written=traced.written or closed,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
@@ -35,18 +36,25 @@ _EVALUATES: Mapping[str, Callable[..., Turns]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
 class TakenLayers:
-    """Which layers the turns of a loop take: so many, from the `first` on, `stride` apart."""
+    """Which layers the turns of a loop take, one each."""
 
-    first: int
-    stride: int
-    count: int
+    turns: tuple[int, ...]
+
+    @property
+    def is_once(self) -> bool:
+        """Whether no layer is taken twice."""
+        return len(set(self.turns)) == len(self.turns)
 
     def of(self, stack: Any) -> Any:
-        """Return those layers of a stack, itself where they are all of it."""
-        end = self.first + self.stride * (self.count - 1) + 1
-        if (self.first, self.stride, end) == (0, 1, stack.shape[0]):
-            return stack
-        return lax.slice_in_dim(stack, self.first, end, self.stride, axis=0)
+        """Return those layers of a stack, itself where they are all of it in its order."""
+        low, end = min(self.turns), max(self.turns) + 1
+        strides = {*np.diff(self.turns).tolist()}
+        if len(strides) > 1 or 0 in strides:
+            return jnp.take(stack, np.array(self.turns), axis=0)
+        stride = strides.pop() if strides else 1
+        if (low, abs(stride), end) != (0, 1, stack.shape[0]):
+            stack = lax.slice_in_dim(stack, low, end, abs(stride), axis=0)
+        return stack if stride > 0 else lax.rev(stack, [0])
 
 
 def evaluated(eqn: core.JaxprEqn, ins: Sequence[Turns | None]) -> Turns | None:
@@ -87,8 +95,6 @@ def steps_of(eqn: core.JaxprEqn, ins: Sequence[Turns | None]) -> TakenLayers | N
         beside = (*numbers.operand_batching_dims, *numbers.start_indices_batching_dims)
         if picks != (own, (0,), (0,)) or beside or at.shape != (1,):
             return None
-    turns = ins[1]
-    strides = {*np.diff(turns).tolist()}
-    if len(strides) != 1 or min(strides) < 1 or turns[0] < 0 or turns[-1] >= shape[0]:
-        return None
-    return TakenLayers(first=int(turns[0]), stride=strides.pop(), count=len(turns))
+    turns = TakenLayers(turns=tuple(ins[1].tolist()))
+    within = min(turns.turns) >= 0 and max(turns.turns) < shape[0]
+    return turns if within and turns.is_once else None

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from ..jaxpr import Traced, call_body, context_of, is_extended, run, run_around, scan_parts
+from ..jaxpr import Traced, call_body, context_of, is_extended, run, run_around, scan_parts, with_inputs
 from ..primitives import Trait, primitives
 from .find import Finder
 from .flat import FlatEquation, flatten
@@ -42,8 +42,21 @@ def rolled(traced: Traced) -> Traced:
         jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
         for aval in traced.jaxpr.in_avals
     ]
-    jaxpr = jax.make_jaxpr(lambda *args: found.run(args))(*shapes)
-    return dataclasses.replace(traced, jaxpr=jaxpr)
+    made = jax.make_jaxpr(lambda *args: found.run(args))(*shapes)
+    return dataclasses.replace(traced, jaxpr=core.ClosedJaxpr(_without_unread(made.jaxpr), made.consts))
+
+
+def _without_unread(jaxpr: core.Jaxpr) -> core.Jaxpr:
+    """Return a program without what nothing reads: rows of an array that a scan walks as it is."""
+    live: set[Any] = {atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not live.isdisjoint(eqn.outvars):
+            live.update(atom for atom in eqn.invars if not isinstance(atom, core.Literal))
+            kept.append(eqn)
+    return with_inputs(
+        jaxpr, constvars=jaxpr.constvars, invars=jaxpr.invars, eqns=kept[::-1], outvars=jaxpr.outvars
+    )
 
 
 def search(

@@ -11,6 +11,7 @@ import numpy as np
 from ..stacks import stacked
 from .graph import Atom, Graph
 from .keys import Written
+from .lookups import TakenLayers
 
 # What the index of a row may be computed by, where the program writes it (`i < 0 ? i + n : i`).
 _INDEXING = {
@@ -50,18 +51,14 @@ class Evaluation:
         return whole if dtype is None else jax.lax.convert_element_type(whole, dtype)
 
     def _array(self, row: Sequence[Atom]) -> Any:
-        """Return the array that `row` are rows of, in order or backwards; None if they are not."""
+        """Return the array that `row` are rows of, each once; None if they are not."""
         found = [self._place(atom) for atom in row]
         places = [one[1] for one in found if one is not None]
         arrays = {id(one[0]): one[0] for one in found if one is not None}
         if len(places) < len(row) or len(arrays) != 1:
             return None
-        array = next(iter(arrays.values()))
-        low, high = min(places), max(places) + 1
-        if places not in (list(range(low, high)), list(range(high - 1, low - 1, -1))):
-            return None
-        part = array if (low, high) == (0, array.shape[0]) else jax.lax.slice_in_dim(array, low, high)
-        return part if places[0] == low else jax.lax.rev(part, [0])
+        found = TakenLayers(turns=tuple(places))
+        return found.of(next(iter(arrays.values()))) if found.is_once else None
 
     def _place(self, atom: Atom) -> tuple[Any, int] | None:
         """Return the array that a value is a row of, and which."""

@@ -205,8 +205,19 @@ def _alike(graph: Graph, makers: Sequence[int], inside: Sequence[set[int]]) -> b
     if any(n in own for n in makers for own in inside):
         return False
     # Rows read of one array: its gradient would be all of it, in every turn.
-    reads = first.name in _READS and not isinstance(first.ins[0], Written)
-    return not (reads and len({name_of(eqns[n].ins[0]) for n in makers}) == 1)
+    return not _reads_one_array(graph, makers)
+
+
+def _reads_one_array(graph: Graph, makers: Sequence[int]) -> bool:
+    """Whether equations read of one array, or take the dimension of 1 away of what others read of it."""
+    eqns = graph.eqns
+    if eqns[makers[0]].name == "squeeze":
+        makers = [graph.maker(eqns[n].ins[0]) for n in makers]
+        if any(n < 0 for n in makers):
+            return False
+    if any(eqns[n].name not in _READS or isinstance(eqns[n].ins[0], Written) for n in makers):
+        return False
+    return len({name_of(eqns[n].ins[0]) for n in makers}) == 1
 
 
 def _serves_only(graph: Graph, n: int, copy: set[int]) -> bool:
@@ -217,17 +228,28 @@ def _serves_only(graph: Graph, n: int, copy: set[int]) -> bool:
 
 
 def cycle_of(graph: Graph, repeat: Repeat) -> int:
-    """Return after how many copies the literals, or the masks, that differ come again; 1 if they do not."""
+    """Return after how many copies the literals, or the masks, that differ come again; 1 if they do not.
+
+    Where layers run several times in a row, that many copies are one.
+    """
     whole, count = 1, len(repeat.copies)
     for row in repeat.rows:
-        if any(not isinstance(atom, Written) and graph.depends_on_params[atom] for atom in row):
-            continue
         names = [graph.origin(atom) for atom in row]
+        if any(not isinstance(atom, Written) and graph.depends_on_params[atom] for atom in row):
+            whole = math.lcm(whole, _in_a_row(names))
+            continue
         for length in range(1, min(count // 2, _LONGEST_CYCLE) + 1):
             if all(names[r] == names[r - length] for r in range(length, count)):
                 whole = math.lcm(whole, length)
                 break
     return whole if whole <= _LONGEST_CYCLE else 1
+
+
+def _in_a_row(names: Sequence[Any]) -> int:
+    """Return how often each of some names comes in a row, the same number of times each; 1 if it does not."""
+    count = len(names)
+    sizes = (n for n in range(min(count // 2, _LONGEST_CYCLE), 1, -1) if count % n == 0)
+    return next((n for n in sizes if all(names[r] == names[r - r % n] for r in range(count))), 1)
 
 
 def earlier(graph: Graph, repeat: Repeat) -> list[list[int]]:

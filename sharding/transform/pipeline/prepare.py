@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ...paths import by_path
 from ...plans.record import ArrayPlan, Decision, DimPlan
-from ...plans.specs import Spec, axes_of, spec_of, without
+from ...plans.specs import Spec, axes_in, axes_of, spec_of, without
 from ...program.jaxpr import Traced, scan_parts, with_inputs
 from ...program.program import Program
 from ...program.stacks import is_stack, path_of_stack
@@ -211,9 +211,9 @@ class _Made:
         if maker is not None and is_stack(maker):
             members = [paths[numbers[var]] for var in _variables(maker.invars) if var in numbers]
         if maker is None or len(members) < len(maker.invars):
-            spec = _over_stages(atom.aval.shape, plan.mesh)
             path = path_of_stack([paths[n] for n in sorted(sources)])
-            return _Made(atom=atom, path=path, sources=sources, spec=spec, reduced=spec)
+            spec, reduced = _as_source(plan, atom, [paths[n] for n in sources])
+            return _Made(atom=atom, path=path, sources=sources, spec=spec, reduced=reduced)
         own = [(plan.params[path].spec, plan.moments.get(path)) for path in members]
         spec, reduced = Counter(own).most_common(1)[0][0]
         return _Made(
@@ -223,6 +223,20 @@ class _Made:
             spec=(None, *spec),
             reduced=(None, *(spec if reduced is None else reduced)),
         )
+
+
+def _as_source(plan: Decision, atom: Any, paths: Sequence[str]) -> tuple[Spec, Spec]:
+    """Return how some layers of a stacked parameter lie, and their gradient: as it does, but for its layers.
+
+    What is made otherwise is cut over stages alone.
+    """
+    shape = tuple(atom.aval.shape)
+    row = plan.params[paths[0]]
+    moments = plan.moments.get(paths[0], row.spec)
+    if len(paths) == 1 and row.shape[1:] == shape[1:] and STAGE in axes_in(row.spec[1:]):
+        return (None, *row.spec[1:]), (None, *moments[1:])
+    spec = _over_stages(shape, plan.mesh)
+    return spec, spec
 
 
 def _over_stages(shape: Sequence[int], mesh: Mapping[str, int]) -> Spec:
