@@ -167,12 +167,15 @@ def _set_jax_up(environment: dict[str, str]) -> None:
     """Give JAX the settings that it would have taken from the environment."""
     import jax
 
-    for name, text in environment.items():
-        held = getattr(jax.config, name.lower(), None) if name.startswith("JAX_") else None
-        if name.startswith("JAX_") and hasattr(jax.config, name.lower()):
+    # Of all: some can be set and are no attributes, of which is how much is optimised.
+    known = jax.config.values
+    for variable, text in environment.items():
+        name = variable.lower()
+        if variable.startswith("JAX_") and name in known:
             truth = text.lower() not in ("0", "false", "no", "off", "")
+            held = known[name]
             value = truth if isinstance(held, bool) else type(held)(text) if held is not None else text
-            jax.config.update(name.lower(), value)
+            jax.config.update(name, value)
 
 
 if __name__ == "__main__":

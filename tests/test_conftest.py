@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forks import forked
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,3 +35,13 @@ def test_programs_have_the_text_and_memory_that_they_have_with_all_optimisations
     # The machine's code is another, which says that the one before was optimised.
     code = [len(one.runtime_executable().serialize()) for one in (here, plain)]
     assert code[0] != code[1]
+
+
+@pytest.mark.numerics
+def test_a_fork_has_the_settings_that_a_child_takes_from_its_environment() -> None:
+    source = (
+        "import jax; held = jax.config.values; print(held['jax_disable_most_optimizations'], "
+        "held['jax_traceback_in_locations_limit'], held['jax_compilation_cache_dir'])"
+    )
+    done = subprocess.run(forked([sys.executable, "-c", source]), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "0", os.environ["JAX_COMPILATION_CACHE_DIR"]]
