@@ -41,7 +41,9 @@ def test_the_command_tries_a_plan_on_devices_that_this_process_does_not_have(
     words = ["plan", small_config, "model={build: small_models:perceptron}", "topology=v5p:2x2x1"]
     blind = os.environ | {"JAX_PLATFORMS": "none_at_all", "PYTHONPATH": str(TESTS)}
     done = processes.run(command(*words, "--check", "--json"), timeout_seconds=120, env=blind)
-    assert (done.returncode, done.stderr) == (0, "")
+    # A machine that is busy is told what takes long.
+    assert done.stderr in ("", "running the model in small, as planned and plainly\n")
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["check"]
     assert found["passes"]
     assert max(apart for apart, _ in found["types"]["its own types"]["apart"].values()) < 1e-5
