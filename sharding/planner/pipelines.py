@@ -21,7 +21,7 @@ from ..program.dims import batch_rows
 from ..transform.compose import PlannedLoss
 from ..verify.export import abstract_mesh
 from ..words import seconds
-from .choices.layers import STAGE, Layers, layers_of, why_no_stages
+from .choices.layers import STAGE, Layers, layers_of
 from .choices.microbatches import divisors
 from .choices.stages import CHUNKS, ways_of, why_whole
 from .declared import Declared
@@ -122,7 +122,7 @@ def _sizes(topology: Topology, declared: Declared, layers: Layers) -> Iterator[i
     """Yield the numbers of stages that what is declared leaves devices for."""
     free, left = divmod(topology.num_devices, math.prod(declared.mesh.values()))
     for stages in () if left else divisors(free):
-        if stages > 1 and why_no_stages(layers, stages) is None:
+        if 1 < stages <= layers.count:
             yield stages
 
 

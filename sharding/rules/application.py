@@ -181,6 +181,11 @@ class Application:
             where = f"{leaf.path}: " if leaf.path else ""
             what = f"{label}{size}" if label.endswith(" ") else f"{label}={size}"
             nearest_right = nearest_divisors(size, count)
+            if label == "sequence":
+                below, devices = size // count * count, math.prod(self._sizes.values())
+                near = " or ".join(str(one) for one in (below, below + count) if one)
+                others = nearest_divisors(math.gcd(size, devices), count)
+                nearest_right = f"{others}, or sequence={near}"
             raise UserError(f"{where}{self._product(axes)} does not divide {what}; nearest: {nearest_right}")
 
     def _yield(self, what: str, why: str, path: str) -> None:

@@ -56,7 +56,10 @@ def copies_of(kv_heads: int, parts: int) -> int:
 
 
 def why_not(call: AttentionCall, way: str, sizes: CallSizes, parts: int) -> str | None:
-    """Return why `way` cannot carry out a call over `parts` devices, None if it can."""
+    """Return why `way` cannot carry out a call over `parts` devices, None if it can.
+
+    What is nearest divides `parts`: other axes take the rest of the devices.
+    """
     if call.given:
         return f"it has a {call.given[0]}, which is of all queries and keys"
     if call.fill is not None:
@@ -68,7 +71,7 @@ def why_not(call: AttentionCall, way: str, sizes: CallSizes, parts: int) -> str 
         of = each if name == "queries" or way == RING else 1
         if size % (parts * of):
             halves = "" if of == 1 else " into chunks of two halves"
-            near = nearest_divisors(size // of or 1, parts)
+            near = nearest_divisors(math.gcd(size // of, parts), parts)
             return f"context={parts} does not divide {size} {name}{halves}; nearest: {near}"
     if way != GATHERED and sizes.whole:
         return "every device has all its keys, so that none have to move"
@@ -79,7 +82,7 @@ def _why_not_so(call: AttentionCall, way: str, sizes: CallSizes, parts: int) -> 
     if way == HEADS:
         wanted = sizes.kv_heads * copies_of(sizes.kv_heads, parts)
         if sizes.heads % parts or sizes.heads % wanted:
-            near = nearest_divisors(sizes.heads, parts)
+            near = nearest_divisors(math.gcd(sizes.heads, parts), parts)
             return f"context={parts} does not divide {sizes.heads} heads of queries; nearest: {near}"
     if way == NEIGHBOURS:
         if call.window is None:

@@ -115,8 +115,14 @@ def _layers(program: Program, dim: int) -> Layers:
     )
 
 
-def why_no_stages(found: Layers | None, stages: int) -> str | None:
+def why_no_stages(program: Program, found: Layers | None, stages: int) -> str | None:
     """Return why a program cannot be cut into so many stages; None if it can."""
+    shared = None if found else next(layer_scans(program.scope), None)
+    if shared is not None:
+        return (
+            f"stage={stages} cuts layers, and those at {shared.where} have no parameters of their own: each "
+            "stage would hold what all of them share; nearest is no stage"
+        )
     if found is None:
         return (
             f"stage={stages} cuts layers, in a scan or written out alike, and this program has none; "
@@ -197,7 +203,7 @@ def laid_over_stages(
     Raises UserError if they cannot be.
     """
     found = layers_of(program)
-    if reason := why_no_stages(found, mesh[STAGE]) or why_no_chunks(program, mesh[STAGE], chunks):
+    if reason := why_no_stages(program, found, mesh[STAGE]) or why_no_chunks(program, mesh[STAGE], chunks):
         raise UserError(reason)
     stacks, moved = stacks_over_stages(program, mesh[STAGE], chunks), moved_layers(program, mesh, chunks)
     lie = {(one.dim,) for one in stacks if one not in moved}

@@ -35,7 +35,7 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
         yield draft
         return
     found = given.layers
-    if reason := why_no_stages(found, stages):
+    if reason := why_no_stages(given.program, found, stages):
         yield Refused(sizes={"stage": stages}, reason=reason)
         return
     assert found is not None

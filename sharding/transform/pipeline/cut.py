@@ -209,13 +209,31 @@ def _check_reads(found: Sequence[_CutStack], cuts: Sequence[LayerCut], program: 
 
 
 def _nearest(one: _CutStack, program: Program, params: int) -> str:
-    """Return what is nearest of layers that run several times, which wait for one another, or nothing."""
-    scans = [other for other in program.scope.equations if other.primitive == "scan"]
+    """Return what is nearest of layers that run several times, and why they are not one loop, or nothing."""
     own = one.slots.stored.keys()
-    runs = sum(not own.isdisjoint(stacked_parameters(program, other, params)) for other in scans)
-    if runs < 2:
+    runs = [
+        other
+        for other in program.scope.equations
+        if other.primitive == "scan" and not own.isdisjoint(stacked_parameters(program, other, params))
+    ]
+    if len(runs) < 2:
         return ""
-    return f"; they run {runs} times, each on what the run before gives: nearest is no stage"
+    if any(not behind(program, [run]).isdisjoint(_variables(other)) for run in runs for other in runs):
+        return f"; they run {len(runs)} times, each on what the run before gives: nearest is no stage"
+    types = dict.fromkeys(str(atom.aval.dtype) for run in runs for atom in _carried(run))
+    if len(types) > 1:
+        return f"; they run {len(runs)} times, in {' and '.join(types)}: nearest is one type for all of them"
+    return f"; they run {len(runs)} times, not alike: nearest is one loop over the layers that does all of it"
+
+
+def _variables(layers: Equation) -> list[Any]:
+    return [atom for atom in layers.eqn.invars if not is_number(atom)]
+
+
+def _carried(layers: Equation) -> Sequence[Any]:
+    """Return what layers hand on that is no whole number."""
+    carry: list[Any] = layers.eqn.outvars[: scan_parts(layers.eqn).num_carry]
+    return [atom for atom in carry if atom.aval.dtype.kind not in "iub"]
 
 
 def _used_outside(program: Program, layers: Equation) -> set[Any]:

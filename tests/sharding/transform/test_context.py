@@ -170,8 +170,14 @@ def test_a_window_across_two_layers_of_chunks() -> None:
     [
         ({"context": 4, "data": 2}, "neighbours", 32, "no window that is known beforehand"),
         ({"context": 8}, "rng", 32, "did you mean 'ring'"),
+        ({"context": 4, "data": 2}, "ring", 18, "divide sequence=18; nearest: 2, or sequence=16 or 20"),
         ({"data": 4, "tensor": 2}, "ring", 32, "a mesh axis that the mesh does not have"),
-        ({"context": 4, "data": 2}, "ring", 36, "does not divide 36 queries into chunks of two halves"),
+        (
+            {"context": 4, "data": 2},
+            "ring",
+            36,
+            "does not divide 36 queries into chunks of two halves; nearest: 2;",
+        ),
         ({"context": 4, "data": 1, "tensor": 2}, "heads", 32, None),
     ],
 )

@@ -378,9 +378,24 @@ def looped(params: Any, batch: Any) -> Any:
     return blocks(params, blocks(params, params["table"][batch["tokens"]])).mean()
 
 
+def in_two_types(params: Any, batch: Any) -> Any:
+    x = params["table"][batch["tokens"]]
+    half, small = jax.tree.map(lambda one: one.astype(jnp.bfloat16), (params, x))
+    return blocks(params, x).mean() + blocks(half, small).astype(jnp.float32).mean()
+
+
+def shared(params: Any, batch: Any) -> Any:
+    """One layer's parameters for all turns."""
+    own = params["first"][0]
+    x = params["table"][batch["tokens"]]
+    return jax.lax.scan(lambda x, _: (x + jnp.tanh(x @ own), None), x, None, length=4)[0].mean()
+
+
 @pytest.mark.parametrize(
     ("loss", "how", "says"),
     [
+        (in_two_types, {}, "they run 2 times, in float32 and bfloat16: nearest is one type for all of them"),
+        (shared, {}, r"at .*\(shared\).* have no parameters of their own: .* nearest is no stage"),
         (looped, {}, "those inside of scan at .* run again in each of its turns: nearest is no stage"),
         (again, {}, "they run 2 times, each on what the run before gives: nearest is no stage"),
         (statistics, {"max_passes": 9}, "passes over the batch"),
