@@ -244,7 +244,7 @@ class Constrain(Pass):
             constant = isinstance(value, StoredParameter) and index < parts.num_consts
             cast = cast_of_uses(scope.jaxpr, index) if constant else None
             if cast is None:
-                inputs[index] = self._gather(value, dims)
+                inputs[index] = self._gather(value, dims, summed=True)
             else:
                 # It travels, and is read, in the smaller type; its gradient is summed as the loop sums it.
                 inputs[index], summed[index] = self._storage.cast_once(value, dims, cast)
@@ -274,8 +274,8 @@ class Constrain(Pass):
         finally:
             self._in_loop = outside
 
-    def _gather(self, value: Any, dims: Dims) -> Any:
-        return self._storage.gather(value, dims) if isinstance(value, StoredParameter) else value
+    def _gather(self, value: Any, dims: Dims, summed: bool = False) -> Any:
+        return self._storage.gather(value, dims, summed) if isinstance(value, StoredParameter) else value
 
     def _constrain(self, value: Any, dims: Dims) -> Any:
         if not getattr(value, "ndim", 0) or is_manual(self._mesh):

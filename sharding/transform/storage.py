@@ -45,27 +45,37 @@ class Storage:
         rows = zip(value.value.shape, held, strict=True)
         return self._spec(dims, tuple(size * cut_into(axes, self._mesh.shape) for size, axes in rows))
 
-    def gather(self, value: StoredParameter, dims: Dims) -> Any:
-        """Return a parameter as it is computed with."""
+    def gather(self, value: StoredParameter, dims: Dims, summed: bool = False) -> Any:
+        """Return a parameter as it is computed with; `summed` if a loop adds its gradient up."""
         used, reduced = self.used(value, dims), self._by_hand.rest(value.reduced)
         if not any((used, axes_in(value.spec), reduced)):
             return value.value
         sharding = NamedSharding(self._mesh, used)
         if not jnp.issubdtype(value.value.dtype, jnp.inexact):
             return constraint(self._mesh)(self._by_hand.gather(value.value, value.spec), sharding)
-        shardings = self._scattering.shardings(used, reduced)
+        shardings = self._shardings(used, reduced, summed)
         return gathered(value.value, sharding, shardings, self._by_hand, value.spec)
 
     def cast_once(self, value: StoredParameter, dims: Dims, dtype: Any) -> tuple[Any, Any]:
         """Return a parameter cast and then gathered, and the array that its gradient is summed in."""
         used, reduced = self.used(value, dims), self._by_hand.rest(value.reduced)
-        shardings = self._scattering.shardings(used, reduced)
+        shardings = self._shardings(used, reduced, summed=True)
         # The barrier keeps a compiler from casting what has travelled.
         cast = jax.lax.optimization_barrier(jax.lax.stop_gradient(value.value).astype(dtype))
         cast = self._by_hand.gather(cast, value.spec)
         cast = constraint(self._mesh)(cast, NamedSharding(self._mesh, used))
         travels = dtype if self._reduces_cast else None
         return cast, sums_of(value.value, shardings, travels, self._by_hand, value.spec)
+
+    def _shardings(self, used: PartitionSpec, reduced: PartitionSpec, summed: bool) -> list[NamedSharding]:
+        """Return where a gradient is brought, one after the other.
+
+        A sum of a loop lies first as the parameter is used: asked for a part of it, XLA would reduce what each
+        turn adds, to all devices if it has no collective for less.
+        """
+        steps = self._scattering.shardings(used, reduced)
+        first = NamedSharding(self._mesh, used)
+        return [first, *steps] if summed and steps[0] != first else steps
 
     def stacked(self, eqn: core.JaxprEqn, inputs: Sequence[StoredParameter]) -> StoredParameter:
         """Return parameters stacked, stored as most of them are; so are their gradients before they part."""
