@@ -34,8 +34,10 @@ def execution_of(record: Framework, topology: Topology) -> Execution:
     kernel = FusedAttention(share=record.attention_share, gradient=record.attention_gradient)
     return dataclasses.replace(
         execution_for(topology, kernel if record.fused_attention else None),
-        # Frameworks scatter gradients as they store them, beside other work; XLA's ways on GPUs are its own.
+        # Frameworks scatter gradients as they store them, beside other work, and recipes on TPUs gather so by
+        # options of libtpu's; what XLA does without any is its own.
         reduces_whole=False,
+        gathers_wait=0.0,
         scatters_wait=0.0,
         sums_wait=0.0,
         # What their losses hold besides is `loss_copies`.

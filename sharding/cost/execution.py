@@ -105,6 +105,7 @@ def execution_for(
     return Execution(
         attention=attention,
         reduces_whole=compiler.reduces_whole,
+        gathers_wait=compiler.gathers_wait,
         scatters_wait=compiler.scatters_wait,
         sums_wait=compiler.sums_wait,
         last_layer_apart=compiler.last_layer_apart,

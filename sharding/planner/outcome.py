@@ -20,7 +20,7 @@ from ..program.mixtures import experts_dims
 from ..program.program import Program
 from ..words import gib, layout_in_words, seconds
 from ..xla.compiler import compiler_of
-from . import build, reserve, waits
+from . import build, reserve
 from .advice import nothing_fits
 from .choices import arithmetic, context, experts
 from .choices.attention import Chosen
@@ -83,7 +83,6 @@ class Search:
             + self.problem.notes(self.topology, layout)
             + self.problem.accumulation(self.declared).notes(layout.microbatches)
             + notes_on(case)
-            + waits.notes_on(case)
             + reserve.notes_on(case),
             estimate=chosen.estimate,
             alternatives=build.alternatives_of(program, chosen, others, answer.capacity_bytes, answer.stored),
@@ -252,7 +251,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
         topology,
         candidate,
         batch=laid.batch,
-        notes=(*notes, *notes_on(case), *waits.notes_on(case)),
+        notes=(*notes, *notes_on(case)),
         estimate=estimate,
         recognise=problem.recognise,
         calibration=digest_of(problem),

@@ -23,11 +23,11 @@ class Compiler:
       name: ``libtpu``, ``xla:gpu`` or ``xla:cpu``.
       reduces_whole: a gradient that is a partial sum over several mesh axes is reduced over all of them in
         each microbatch, not scattered over those that it is stored over.
+      gathers_wait: share of the seconds in which parameters are gathered that nothing is scheduled beside,
+        unless options say so.
       scatters_wait: share of the seconds in which a layer scatters its gradients that nothing is scheduled
         beside: they go as one collective at its end.
       sums_wait: the same of gradients that are reduced whole over several axes, each by itself.
-      collectives_wait: nothing is scheduled beside a gather of parameters or a reduction of gradients, unless
-        options say so.
       gathers_copy: what is gathered is not written into an array that the step gives up, but copied there,
         and the array itself is copied before it is read.
       last_layer_apart: where values come back from the host, the last layer runs outside of the loop over
@@ -57,9 +57,9 @@ class Compiler:
 
     name: str
     reduces_whole: bool = False
+    gathers_wait: float = 0.0
     scatters_wait: float = 0.0
     sums_wait: float = 0.0
-    collectives_wait: bool = False
     gathers_copy: bool = False
     last_layer_apart: bool = False
     host_is_device: bool = False

@@ -164,23 +164,25 @@ def test_nothing_hides_what_a_compiler_scatters_at_a_layer_s_end(program):
     assert shown == pytest.approx([0.0, 0.4 * shown[2], 7 / 8 * 2 * WEIGHTS / 450e9])
 
 
-def test_what_a_compiler_gathers_and_reduces_by_itself_is_waited_for_within_a_slice(program):
+def test_what_a_tpus_compiler_gathers_and_reduces_by_itself_is_waited_for_within_a_slice(program):
     def spent(topology, axis, **stored):
         kept = dict.fromkeys(("stored", "gradients", "optimizer"), stored_over(axis)) | stored
         candidate = Candidate(mesh={axis: 8}, dims=at(program, batch=(axis,)), **kept)
         # All of it would be hidden.
         free = Calibration(overlap_parameters=1e9, overlap_gradients=1e9, overlap_shards=1e9)
-        waiting = Execution(gathers_wait=1.0, scatters_wait=1.0, sums_wait=1.0)
-        pricer = Pricer(program, Topology.parse(topology), calibration=free, execution=waiting)
-        time = pricer.price(candidate).time
+        time = Pricer(program, Topology.parse(topology), calibration=free).price(candidate).time
         return [time.get(f"{kind}/{axis}", 0.0) for kind in ("all_gather", "reduce_scatter")]
 
-    way = links({"fsdp": 8}, Topology.parse("v5p:2x2x2"), PERFECT)["fsdp"]
-    gathered, scattered = (way.collective(kind, 2.0 * WEIGHTS) for kind in ("all_gather", "reduce_scatter"))
-    assert spent("v5p:2x2x2", "fsdp") == pytest.approx([2.0 * gathered, scattered])
-    # Parameters that lie whole are gathered once a step, after the optimizer's.
-    assert spent("v5p:2x2x2", "data", stored={})[0] == pytest.approx(gathered)
-    assert spent("2*v5p:2x2x1", "fsdp") == [0.0, 0.0]
+    for topology in ("v5p:2x2x2", "v6e:2x4"):
+        way = links({"fsdp": 8}, Topology.parse(topology), PERFECT)["fsdp"]
+        gathered, scattered = (
+            way.collective(kind, 2.0 * WEIGHTS) for kind in ("all_gather", "reduce_scatter")
+        )
+        assert spent(topology, "fsdp") == pytest.approx([2.0 * gathered, scattered])
+        # Parameters that lie whole are gathered once a step, after the optimizer's.
+        assert spent(topology, "data", stored={})[0] == pytest.approx(gathered)
+    # v5e gathers within products, and slices talk beside them.
+    assert spent("v5e:2x4", "fsdp") == spent("2*v5p:2x2x1", "fsdp") == [0.0, 0.0]
 
 
 def test_zero_stages_share_out_one_item_after_the_other(program, pricer):
