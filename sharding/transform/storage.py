@@ -70,8 +70,8 @@ class Storage:
     def _shardings(self, used: PartitionSpec, reduced: PartitionSpec, summed: bool) -> list[NamedSharding]:
         """Return where a gradient is brought, one after the other.
 
-        A sum of a loop lies first as the parameter is used: asked for a part of it, XLA would reduce what each
-        turn adds, to all devices if it has no collective for less.
+        A loop's sum lies as the parameter is used at first: asked for a part of it, XLA would reduce what
+        each turn adds, to all devices if it has no collective for less.
         """
         steps = self._scattering.shardings(used, reduced)
         first = NamedSharding(self._mesh, used)
