@@ -4,7 +4,7 @@
     Only values are looked at. Programs have no lines of what they are made of, child processes too compile
     without most optimisations, and keep what they make for those of the rest of the run. Never where the
     text, the memory or the time of a compiled program is read: in a file of numerics such a test has
-    ``numerics(False)``.
+    ``numerics(False)``, and ``numerics(False, optimised=True)`` where values come nearer by optimised code.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     # LLVM alone does less, which takes a fifth of the time: text and memory of a CPU's program are the same
     # (`test_conftest.py`). A child may compile for other chips, whose programs are others then.
     _set("jax_disable_most_optimizations", numerics, here=False)
-    _set("jax_disable_most_optimizations", True, children=False)
+    optimised = mark is not None and mark.kwargs.get("optimised", False)
+    _set("jax_disable_most_optimizations", not optimised, children=False)
     _set("jax_persistent_cache_min_compile_time_secs", 0.0 if numerics else 1.0)
     _set("jax_traceback_in_locations_limit", 0 if numerics else 10)  # Lines of operations in compiled text.
     # For child processes, whose runs are much alike. Tests in this one compile little twice, and to look a

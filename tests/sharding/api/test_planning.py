@@ -59,7 +59,7 @@ def agrees(loss: Any, planned: Plan, params: Any, batch: Any) -> None:
 # Without XLA's optimisations a U-Net's convolutions add one product after another, which is 1e-6 off on some
 # processors. With them it compiles for long.
 MARKS = {
-    "unet": (pytest.mark.numerics(False), pytest.mark.slow),
+    "unet": (pytest.mark.numerics(False, optimised=True), pytest.mark.slow),
     **dict.fromkeys(("encoder_decoder", "state_space", "vision_transformer"), pytest.mark.slow),
 }
 
