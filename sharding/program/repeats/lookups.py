@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
@@ -50,7 +49,8 @@ class TakenLayers:
         low, end = min(self.turns), max(self.turns) + 1
         strides = {*np.diff(self.turns).tolist()}
         if len(strides) > 1 or 0 in strides:
-            return jnp.take(stack, np.array(self.turns), axis=0)
+            # Slices: a look-up of rows is shared out over devices as that of a table is.
+            return lax.concatenate([lax.slice_in_dim(stack, n, n + 1, axis=0) for n in self.turns], 0)
         stride = strides.pop() if strides else 1
         if (low, abs(stride), end) != (0, 1, stack.shape[0]):
             stack = lax.slice_in_dim(stack, low, end, abs(stride), axis=0)
