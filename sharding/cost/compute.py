@@ -28,6 +28,7 @@ class FusedAttention:
               it computes the scores once more).
     masked:   of its work, how much is with segments that it reads as a mask of queries by keys.
     scratch:  bytes that its gradient works in, for each element of its result.
+    slices:   bytes of what it reads of keys and values in parts, for each element of its result.
     calls:    what is otherwise for single calls, by their index, where a program's differ.
     """
 
@@ -35,6 +36,7 @@ class FusedAttention:
     gradient: float = 2.0
     masked: float = 0.0
     scratch: float = 0.0
+    slices: float = 0.0
     calls: Mapping[int, FusedAttention] = dataclasses.field(default_factory=dict)
 
     def of(self, name: str, calls: np.ndarray) -> np.ndarray:

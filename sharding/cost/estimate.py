@@ -23,11 +23,12 @@ from .delayed import kept_bytes, late_seconds
 from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables_read_there
 from .execution import Execution, execution_for
 from .kept import Residuals
-from .memory import GATHERED_OVER, Ahead, Standing, Worked, activations, worked
+from .memory import Ahead, Standing, Worked, activations
 from .pipeline import LayerTurns, Least, layer_turns, least, lockstep
 from .placement import Placement, place
 from .profile import LAYERS, ProgramTables, profile
 from .step import Offload, StepParts, microbatch, offload, optimizer_bytes, stacking_seconds, step_seconds
+from .working_set import GATHERED_OVER
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -229,18 +230,7 @@ class Pricer:
         key = (id(placement.fractions), *gathers)
         known = self._worked.get(key)
         if known is None:
-            made = worked(
-                self.profile,
-                placement,
-                mesh,
-                fused_attention=self.execution.attention is not None,
-                scratch=0.0 if self.execution.attention is None else self.execution.attention.scratch,
-                lanes=self.topology.chip.lanes,
-                loss_arrays=self.execution.loss_arrays,
-                product_bytes=self.execution.product_bytes,
-                takes_out=self.execution.takes_out,
-                wide_sums=self.execution.wide_sums,
-            )
+            made = self.execution.worked(self.profile, placement, mesh, self.topology.chip.lanes)
             known = _remembered(self._worked, key, (made, placement))
         return known[0]
 

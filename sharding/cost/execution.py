@@ -55,6 +55,8 @@ class Execution:
       aligned_elements: of a product's role that matrix units read at once.
       product_bytes: of an element as products take it, None for its own.
       takes_out: whether what a loop works with of an array that it carries is taken out of it.
+      rings: fewest devices of an axis that parts of a product go round, 0 for none.
+      fuses_products: whether products make what is elementwise before them, and add to what another gave.
       grouped: what multiplies rows by their experts: XLA's loop over tiles or a kernel (`ops.products`).
       wide_gradients: whether gradients of 16-bit products into float32 are products of float32.
       pads_products: whether matrices of odd widths are padded until matrix units read them whole.
@@ -78,6 +80,8 @@ class Execution:
     aligned_elements: int = 1
     product_bytes: int | None = None
     takes_out: bool = False
+    rings: int = 0
+    fuses_products: bool = False
     grouped: str = TILES
     wide_gradients: bool = False
     short_sums: bool = False
@@ -89,6 +93,27 @@ class Execution:
     busy: BusyWith = compute.busy
     standing: StandingOf = memory.standing
     moments: MomentsOf = moments
+
+    def worked(
+        self, profile: ProgramTables, placement: Placement, mesh: Mapping[str, int], lanes: int
+    ) -> Worked:
+        """Return what a placement's values weigh on a chip whose rows have so many `lanes` in memory."""
+        attention = self.attention
+        return memory.worked(
+            profile,
+            placement,
+            mesh,
+            fused_attention=attention is not None,
+            scratch=0.0 if attention is None else attention.scratch,
+            slices=0.0 if attention is None else attention.slices,
+            lanes=lanes,
+            loss_arrays=self.loss_arrays,
+            product_bytes=self.product_bytes,
+            wide_sums=self.wide_sums,
+            takes_out=self.takes_out,
+            rings=self.rings,
+            fuses_products=self.fuses_products,
+        )
 
 
 def execution_for(
@@ -113,5 +138,7 @@ def execution_for(
         aligned_elements=compiler.aligned_elements,
         product_bytes=compiler.product_bytes,
         takes_out=compiler.takes_out,
+        rings=compiler.rings,
+        fuses_products=compiler.fuses_products,
         grouped=grouped,
     )

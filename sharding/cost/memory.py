@@ -15,9 +15,7 @@ from .exchange import StoredOver, parts
 from .kept import Residuals
 from .placement import FORWARD, Placement
 from .profile import AFTER, BEFORE, LAYERS, ProgramTables
-
-# Axes that cut what is passed on between layers and gather it where it is worked with.
-GATHERED_OVER = ("tensor", "context")
+from .working_set import WorkingSet, gathers, working_set
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,7 +147,7 @@ def moments_of(
     last_layer_apart: bool,
 ) -> Iterator[dict[str, float]]:
     """Yield the moments of a device that holds a share of the program; see `moments`."""
-    saved, scratch = activations(profile, candidate, work, kept)
+    saved, scratch, kept_of, alone = _activations(profile, candidate, work, kept)
     returning = last_layer_apart and bool(kept.host.any())
     # All of it, whatever is worked through at a time.
     batch = work.batch * candidate.microbatches
@@ -185,8 +183,7 @@ def moments_of(
             yield items
             continue
         # Scans over layers go back one by one, the last one first; what they kept is gone then.
-        parts = _by_stack(profile, work.saved * (1.0 * kept.device + kept.twice))
-        alone = work.largest_of + work.live * (candidate.remat != "none")
+        parts = _by_stack(profile, kept_of)
         for stack in reversed(range(profile.stacks)):
             left = float(parts[: stack + 1].sum() * here[LAYERS] * held.microbatches)
             if casts_to[-1]:
@@ -247,7 +244,8 @@ class Worked:
     and its largest value; least [stack]: what is live less what elementwise work gives of it; largest
     [section]: likewise; batch: of the microbatch itself; stream: of what layers hand on; product: of an
     element as products take it, at most. sent [V]: of each where nothing but layers hands it on. takes_out:
-    whether what a loop works with of an array that it carries is taken out of it.
+    whether what a loop works with of an array that it carries is taken out of it. products: what
+    those of layers and the loss hold, None where it is no more than the others say.
     """
 
     saved: np.ndarray
@@ -260,6 +258,22 @@ class Worked:
     stream: float = 0.0
     product: float = math.inf
     takes_out: bool = False
+    products: WorkingSet | None = None
+
+    def of_layers(self, profile: ProgramTables, kept: Residuals, *, again: bool) -> np.ndarray:
+        """Return what a layer of each stack [stack] works in while it goes back, run `again` or not.
+
+        That is its largest value, or the gradient as large as that; run again, besides what fused kernels
+        would have saved of it; and what its products hold where that is more, but for what is `kept` and
+        read where it lies.
+        """
+        alone = self.largest_of + self.live * again
+        if self.products is None:
+            return alone
+        held = self.products.layer if again else self.products.passing
+        if again and not self.takes_out:
+            held = held - _by_stack(profile, self.products.again * kept.device)
+        return np.maximum(alone, held)
 
 
 def worked(
@@ -274,6 +288,9 @@ def worked(
     product_bytes: int | None = None,
     wide_sums: bool = False,
     takes_out: bool = False,
+    rings: int = 0,
+    fuses_products: bool = False,
+    slices: float = 0.0,
 ) -> Worked:
     """Return what `placement`'s values weigh, whatever is kept of them.
 
@@ -291,12 +308,12 @@ def worked(
         size = size * ~profile.saved.on_chip
     # What is passed on in parts is whole while it is worked with.
     used = size.copy()
-    for traffic in placement.traffic:
-        if traffic.kind == "all_gather" and traffic.phase == FORWARD and traffic.axis in GATHERED_OVER:
-            used[traffic.values] *= mesh[traffic.axis]
+    if (cut := gathers(placement, mesh, FORWARD, len(size))) is not None:
+        used *= cut
+    # Of a loss's weights, whose gradient comes of a part of the batch at a time, one is as large.
+    arrays = 1.0 + (loss_arrays - 1.0) * ((values.section == AFTER) & (values.parameter < 0))
     largest = np.zeros(3)
-    np.maximum.at(largest, values.section, used)
-    largest[AFTER] *= loss_arrays
+    np.maximum.at(largest, values.section, used * arrays)
     for one in profile.short_sums if wide_sums else ():
         if used[one.table] < MANY_ROWS * used[one.value]:
             largest[one.section] = max(largest[one.section], 2.0 * used[one.table])
@@ -304,7 +321,8 @@ def worked(
     rows = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else True
     fused = profile.saved.by_policy["none/fused"] & rows
     live = _by_stack(profile, used * fused)
-    least = _by_stack(profile, used * fused * ~profile.saved.by_policy["none/given"])
+    own = fused & ~profile.saved.by_policy["none/given"]
+    least = _by_stack(profile, used * own)
     largest_of = np.zeros(1 + profile.stacks)
     np.maximum.at(largest_of, values.stack + 1, used)
     attended = list(profile.attended)
@@ -315,6 +333,7 @@ def worked(
         np.maximum.at(largest, values.section[attended], at_work)
     width = np.maximum(values.width, 1.0)
     padded = np.where(values.width > 0, np.ceil(width / lanes) * lanes / width, 1.0)
+    product = math.inf if product_bytes is None else product_bytes
     return Worked(
         saved=size * padded * values.runs,
         live=live,
@@ -324,8 +343,20 @@ def worked(
         batch=batch,
         sent=sent,
         stream=stream,
-        product=math.inf if product_bytes is None else product_bytes,
+        product=product,
         takes_out=takes_out,
+        products=working_set(
+            profile,
+            placement,
+            mesh,
+            size,
+            own,
+            rings=rings,
+            fuses=fuses_products,
+            product_bytes=product,
+            lanes=lanes,
+            slices=slices,
+        ),
     )
 
 
@@ -333,15 +364,25 @@ def activations(
     profile: ProgramTables, candidate: Candidate, work: Worked, kept: Residuals
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what a microbatch saves by section, for all layers, and one layer's working set."""
-    saved = np.bincount(
-        profile.values.section, weights=work.saved * (1.0 * kept.device + kept.twice), minlength=3
-    )
+    saved, scratch, _, _ = _activations(profile, candidate, work, kept)
+    return saved, scratch
+
+
+def _activations(
+    profile: ProgramTables, candidate: Candidate, work: Worked, kept: Residuals
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the same, with what is saved of each value [V] and what a layer of each stack [stack] works in."""
+    weights = work.saved * (1.0 * kept.device + kept.twice)
+    saved = np.bincount(profile.values.section, weights=weights, minlength=3)
     # While its gradient is taken, a section holds its largest value, or the gradient as large as that.
     scratch = work.largest.copy()
-    # A layer worked through again holds what fused kernels would have saved of it besides.
-    if candidate.remat != "none":
-        scratch[LAYERS] = (work.largest_of + work.live).max()
-    return saved, scratch
+    again = candidate.remat != "none"
+    layers = work.of_layers(profile, kept, again=again)
+    if again or work.products is not None:
+        scratch[LAYERS] = max(scratch[LAYERS] * (not again), layers.max())
+    if work.products is not None:
+        scratch[AFTER] += work.products.loss
+    return saved, scratch, weights, layers
 
 
 def _by_stack(profile: ProgramTables, weights: np.ndarray) -> np.ndarray:

@@ -229,6 +229,16 @@ def _packed_backward(call: _Asked, kept: Any, d: jax.Array) -> tuple[Any, ...]:
 _packed.defvjp(_packed_forward, _packed_backward)
 
 
+def sliced(queries: int, keys: int, *, causal: bool, window: int | None) -> float:
+    """Return how often keys and values lie in memory besides, as chunks of queries with masks read them.
+
+    >>> sliced(4096, 4096, causal=True, window=None)  # of eight chunks all but the last read a part
+    3.5
+    """
+    parts = [one for _, one in _chunks(queries, keys, _Asked(1.0, causal, window))]
+    return sum(one.stop - one.start for one in parts if one.stop - one.start < keys) / keys
+
+
 def _chunks(queries: int, keys: int, call: _Asked) -> list[tuple[slice, slice]]:
     """Return the queries of each chunk, and the keys that any of them sees."""
     most = min(max(queries // _CHUNKS, _LEAST_CHUNK), _MOST_CHUNK)

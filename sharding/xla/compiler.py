@@ -51,6 +51,11 @@ class Compiler:
         they take and a loop does not change is cast before the loop.
       takes_out: what a loop works with of an array that it carries is taken out of it, and what is added to
         it is a copy; others work with it where it lies.
+      rings: fewest devices of an axis over which products are taken apart that take what is gathered over it,
+        or whose result is summed and cut over it: parts go round the axis, both ways, while others are
+        multiplied. 0 where they never are.
+      fuses_products: what is elementwise before a product is made within it, and it adds to what another
+        product gave: neither is an array of its own.
       passes_whole: it ends itself on the passes of a pipeline's chunk where they are cut in two, beside an
         axis that it works with by itself.
     """
@@ -72,6 +77,8 @@ class Compiler:
     aligned_elements: int = 1
     product_bytes: int | None = None
     takes_out: bool = False
+    rings: int = 0
+    fuses_products: bool = False
     passes_whole: bool = False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...hardware.chip import Chip
 from ...hardware.topology import Topology
 from ...ops.attention import AttentionCall, attention_call
 from ...ops.context.taken import Site, Taken, taken
+from ...ops.cudnn import sliced
 from ...ops.kernels import (
     block_that_divides,
     facts_on,
@@ -192,7 +194,8 @@ def cost(chosen: Chosen, program: Program, calls: Set[int] | None = None) -> Fus
 
     def of(some: Sequence[tuple[Equation, AttentionCall]]) -> FusedAttention:
         masked = _masked(some) if facts.get("dense_segments") else 0.0
-        return FusedAttention(share=_share(some), masked=masked, **told)
+        slices = max((_slices(facts, *one) for one in some), default=0.0)
+        return FusedAttention(share=_share(some), masked=masked, slices=slices, **told)
 
     whole, single = of(taken), {one[0].index: of([one]) for one in taken}
     alike = len({(one.share, one.masked) for one in single.values()}) == 1
@@ -211,6 +214,16 @@ def _scratch(facts: Mapping[str, Any], equation: Equation, segments: int | None)
     query, key, _ = _arrays(equation)
     runs = (segments or 1) if facts["packs"] else 1
     return gradient_scratch(facts, query.shape[2], key.shape[2], runs)
+
+
+def _slices(facts: Mapping[str, Any], equation: Equation, call: AttentionCall) -> float:
+    """Return the bytes of keys and values that a call reads in parts, for each element of its result."""
+    if not (facts.get("dense_segments") and call.segments):
+        return 0.0
+    query, key, value = _arrays(equation)
+    times = sliced(query.shape[1], key.shape[1], causal=call.causal, window=call.window)
+    elements = math.prod(query.shape[:3]) * value.shape[3]
+    return times * key.dtype.itemsize * (key.size + value.size) / elements
 
 
 def _arrays(equation: Equation) -> tuple[Any, Any, Any]:
