@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from . import cudnn
 from .arithmetic import check_arithmetic
 from .attention import AttentionCall, scaled
 from .context.order import chunks_of
+from .masks import causal_of, full_of, window_of
 from .products import check_products
 from .segments import marked
 
@@ -24,6 +26,11 @@ _FACTS = Path(__file__).with_name("kernels.toml")
 
 # Rows and columns of splash's blocks are multiples of this: the lanes of a TPU's vector registers.
 LANES = 128
+# Bytes of a TPU core's scalar memory, in which splash has a table of all pairs of blocks. Of 640 x 640 pairs
+# (1.17 MiB) libtpu 0.0.42.1 says for v5p that they exceed it; 512 x 512 it takes.
+_SCALAR_MEMORY = 1 << 20
+# An entry: a byte of how a pair is worked on, and which is next, in a byte up to this number, else in two.
+_IN_A_BYTE = 127
 
 
 _WEIGHING = {
@@ -150,6 +157,20 @@ def block_that_divides(size: int, most: int) -> int | None:
     )
 
 
+def pair_of_blocks(rows: int, keys: int, most: tuple[int, int]) -> tuple[int, int] | None:
+    """Return splash's blocks of queries and of keys, up to `most`, for so many rows and keys of a device.
+
+    None where none divides them, or where the pairs are too many for the chip's scalar memory: some 590,000
+    tokens before as many, in blocks of 1024.
+    """
+    found = block_that_divides(rows, most[0]), block_that_divides(keys, most[1])
+    if found[0] is None or found[1] is None:
+        return None
+    counts = rows // found[0], keys // found[1]
+    entry = 1 + (1 if max(counts) <= _IN_A_BYTE else 2)
+    return (found[0], found[1]) if math.prod(counts) * entry < _SCALAR_MEMORY else None
+
+
 def splash_kernel(
     call: AttentionCall,
     *,
@@ -184,14 +205,14 @@ def splash_kernel(
 
     shape, (rows, columns) = (queries, keys), blocks
     if not call.causal:
-        mask = masks.FullMask(shape)
+        mask = full_of(shape)
     elif call.ahead:
         behind = None if call.window is None or call.window >= keys else call.window - 1
-        mask = masks.LocalMask(shape, window_size=(behind, call.ahead), offset=before, shard_count=row_parts)
+        mask = window_of(shape, behind, call.ahead, before, row_parts)
     elif call.window is None or call.window >= keys:
-        mask = masks.CausalMask(shape, offset=before, shard_count=row_parts)
+        mask = causal_of(shape, before, row_parts)
     else:
-        mask = masks.LocalMask(shape, window_size=(call.window - 1, 0), offset=before, shard_count=row_parts)
+        mask = window_of(shape, call.window - 1, 0, before, row_parts)
     if balanced and isinstance(mask, masks.CausalMask):
         # The place of each row, as the devices have them.
         chunks = np.arange(queries, dtype=np.int32).reshape(2 * row_parts, -1)

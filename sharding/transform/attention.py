@@ -18,7 +18,7 @@ from ..ops.context.order import into_balance, out_of_balance
 from ..ops.context.pieces import SPLASH
 from ..ops.context.taken import BLOCKS, CONTEXT, Site, Taken, piece_kernel, taken
 from ..ops.context.ways import GATHERED, RING, is_balanced
-from ..ops.kernels import block_that_divides, by_cudnn, facts_on, splash, splash_kernel
+from ..ops.kernels import by_cudnn, facts_on, pair_of_blocks, splash, splash_kernel
 from ..plans.specs import axes_of, by_dimension, cut_into
 from ..program.layers import Marks
 from ..program.primitives import Trait, primitives
@@ -161,10 +161,9 @@ class AttentionKernel:
     def _splash(self, call: AttentionCall, result: Any, inputs: Sequence[Any], layout: _Layout) -> Any:
         query, key, *_ = inputs
         row_parts = self._parts(layout.rows)
-        block_q = block_that_divides(query.shape[1] // row_parts, self._settings["block_q"])
-        block_kv = block_that_divides(key.shape[1], self._settings["block_kv"])
-        assert block_q is not None
-        assert block_kv is not None
+        most = self._settings["block_q"], self._settings["block_kv"]
+        blocks = pair_of_blocks(query.shape[1] // row_parts, key.shape[1], most)
+        assert blocks is not None
         balanced = self._context is not None and layout.rows == CONTEXT
         balanced = balanced and is_balanced(call, GATHERED, query.shape[1], row_parts)
         kernel = splash_kernel(
@@ -173,7 +172,7 @@ class AttentionKernel:
             keys=key.shape[1],
             heads=query.shape[2] // self._parts(layout.heads),
             row_parts=row_parts,
-            blocks=(block_q, block_kv),
+            blocks=blocks,
             name=self._names.get(result),
             interpret=self._platform == "cpu",
             balanced=balanced,

@@ -13,7 +13,7 @@ from ..ops.context.pieces import SPLASH, PieceKernel
 from ..ops.context.spread import Others, Spread, attend_spread
 from ..ops.context.taken import CONTEXT, Site
 from ..ops.context.ways import HEADS, NEIGHBOURS, RING, reach_of
-from ..ops.kernels import block_that_divides, by_cudnn, splash, splash_kernel
+from ..ops.kernels import by_cudnn, pair_of_blocks, splash, splash_kernel
 from ..plans.specs import cut_into
 from .meshes import by_device
 
@@ -67,8 +67,8 @@ def kernel_of(
         return None
     if kernel.name != SPLASH:
         return functools.partial(by_cudnn, call, segments, name=spread.name) if spread.way == HEADS else None
-    blocks = block_that_divides(rows, kernel.block_q), block_that_divides(keys, kernel.block_kv)
-    if blocks[0] is None or blocks[1] is None:
+    blocks = pair_of_blocks(rows, keys, (kernel.block_q, kernel.block_kv))
+    if blocks is None:
         return None
     made = splash_kernel(
         call,
@@ -76,7 +76,7 @@ def kernel_of(
         keys=keys,
         heads=heads,
         row_parts=1,
-        blocks=(blocks[0], blocks[1]),
+        blocks=blocks,
         name=spread.name,
         interpret=kernel.interpret,
         before=before,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from .. import cudnn
 from ..attention import AttentionCall
-from ..kernels import block_that_divides, splash_kernel
+from ..kernels import pair_of_blocks, splash_kernel
 
 SPLASH, CUDNN = "splash", "cudnn"
 
@@ -48,8 +48,7 @@ def takes_pieces(kernel: PieceKernel, call: AttentionCall, rows: int, key_rows: 
     if call.windowed or call.window is not None or call.ahead or call.prefix:
         return False
     if kernel.name == SPLASH:
-        sizes = block_that_divides(rows, kernel.block_q), block_that_divides(key_rows, kernel.block_kv)
-        return None not in sizes
+        return pair_of_blocks(rows, key_rows, (kernel.block_q, kernel.block_kv)) is not None
     # cuDNN would read segments as a mask of all queries and keys.
     return kernel.name == CUDNN and kernel.asked and not call.segments
 
@@ -127,17 +126,15 @@ def _segments(piece: ChunkPiece) -> Any:
 
 def _splash(kernel: PieceKernel, call: AttentionCall, piece: ChunkPiece, *, sums: bool) -> Any:
     rows, key_rows = piece.query.shape[1], piece.key.shape[1]
-    block_q = block_that_divides(rows, kernel.block_q)
-    block_kv = block_that_divides(key_rows, kernel.block_kv)
-    assert block_q is not None
-    assert block_kv is not None
+    blocks = pair_of_blocks(rows, key_rows, (kernel.block_q, kernel.block_kv))
+    assert blocks is not None
     return splash_kernel(
         call,
         queries=rows,
         keys=key_rows,
         heads=piece.query.shape[2],
         row_parts=1,
-        blocks=(block_q, block_kv),
+        blocks=blocks,
         name=None,
         interpret=kernel.interpret,
         sums=sums,

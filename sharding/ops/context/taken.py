@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..attention import AttentionCall
-from ..kernels import block_that_divides, refusal
+from ..kernels import pair_of_blocks, refusal
 from .pieces import CUDNN, SPLASH, PieceKernel, takes_pieces
 from .ways import GATHERED, HEADS, NEIGHBOURS, RING, CallSizes, is_balanced, reach_of, way_of
 
@@ -105,8 +105,8 @@ def taken(
         return Taken()
     rows = site.parts(1)
     if kernel["implementation"] == SPLASH:
-        sizes = (site.query.shape[1] // rows, kernel["block_q"]), (site.key.shape[1], kernel["block_kv"])
-        return Taken(by=SPLASH) if all(block_that_divides(*size) for size in sizes) else Taken()
+        blocks = pair_of_blocks(site.query.shape[1] // rows, site.key.shape[1], _most(kernel))
+        return Taken(by=SPLASH) if blocks else Taken()
     return Taken() if rows > 1 else Taken(by=kernel["implementation"])
 
 
@@ -126,6 +126,8 @@ def _takes_way(
         keys = (reach_of(call, sizes.keys, parts) + 1) * rows
     elif way != HEADS:
         return False
-    return all(
-        block_that_divides(size, kernel[side]) for size, side in ((rows, "block_q"), (keys, "block_kv"))
-    )
+    return pair_of_blocks(rows, keys, _most(kernel)) is not None
+
+
+def _most(kernel: Mapping[str, Any]) -> tuple[int, int]:
+    return kernel["block_q"], kernel["block_kv"]
