@@ -121,7 +121,9 @@ def peak_of(sizes: Any, topology: Topology) -> float | None:
         return stated
     if compiler_of(topology).host_is_device:
         return held["arguments"] + held["temporaries"] + held["outputs"]
-    return None if abs(stated - held["arguments"] - held["host"]) <= _SLACK * stated else stated
+    of_host = abs(stated - held["arguments"] - held["host"]) <= _SLACK * stated
+    # A device cannot hold more than all that it is given, makes and works in.
+    return None if of_host or stated > held["arguments"] + held["temporaries"] + held["outputs"] else stated
 
 
 def memory_of(sizes: Any) -> dict[str, float]:
