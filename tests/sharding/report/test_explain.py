@@ -135,10 +135,10 @@ def shipped() -> Plan:
 def test_a_bound_is_not_told_as_a_time_to_be_had(shipped: Plan) -> None:
     answer = shipped.explain("tensor=8")
     (bound,) = [row for row in shipped.alternatives if row.mesh["tensor"] == 8]
-    assert bound.estimate.peak_bytes > 900 * 2**30
+    assert bound.estimate.peak_bytes > 2 * 95 * 2**30
     assert "at its best" not in answer
-    assert "10.5 s is a lower bound on every layout with tensor=8, not an attainable time" in answer
-    assert "does not fit, it needs 919.3 GiB of a device's 95.0 GiB" in answer
+    assert "10.2 s is a lower bound on every layout with tensor=8, not an attainable time" in answer
+    assert "does not fit, it needs 286.7 GiB of a device's 95.0 GiB" in answer
     assert bound.lost in answer
 
 
