@@ -64,13 +64,26 @@ class Chosen:
         ]
         if not left:
             return self.notes
-        one = left[0]
-        what = "heads" if one.query_axes[3] else "sequences"
-        axes = ", ".join(one.query_axes[3] or one.query_axes[1])
-        return (
-            *self.notes,
-            f"attention by {self.implementation} needs {what} whole, which {axes} cuts; XLA computes it",
-        )
+        why = self._why_left(left[0])
+        return (*self.notes, f"attention by {self.implementation} {why}; XLA computes it")
+
+    def _why_left(self, site: Site) -> str:
+        settings = self.kernels["attention"]
+        rows, keys = site.query.shape[1] // site.parts(1), site.key.shape[1]
+        if not site.query_axes[3] and "block_q" in settings:
+            blocks = [
+                block_that_divides(*one)
+                for one in ((rows, settings["block_q"]), (keys, settings["block_kv"]))
+            ]
+            # Both divide, so it is their number.
+            if None not in blocks:
+                return (
+                    f"keeps a table of all pairs of blocks of {rows:,} queries and {keys:,} keys, which are "
+                    "more than a chip's scalar memory holds"
+                )
+        what = "heads" if site.query_axes[3] else "sequences"
+        axes = ", ".join(site.query_axes[3] or site.query_axes[1])
+        return f"needs {what} whole, which {axes} cuts"
 
 
 def choose(

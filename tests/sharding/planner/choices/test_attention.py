@@ -214,3 +214,13 @@ def test_a_result_kept_by_name_spares_the_kernel(topology: str, packed: bool) ->
     # two kernels each make the scores, three and a half.
     assert seconds[1] == pytest.approx(seconds[0])
     assert seconds[2] / seconds[0] == pytest.approx(1 + 1 / (1 + (2.5 if topology == "h100:1x8" else 3.5)))
+
+
+def test_more_pairs_of_blocks_than_a_chip_has_room_for_are_left_to_xla_and_told() -> None:
+    loss, params, batch = program(sequence=1 << 20, heads=1, packed=False, causal=True)
+    made = declare(loss, params, batch, topology="v5p:2x2x2", mesh={"data": 8})
+    assert made.kernels == {}
+    assert any(
+        "a table of all pairs of blocks of 1,048,576 queries and 1,048,576 keys" in note
+        for note in made.notes
+    )
