@@ -47,6 +47,8 @@ _RUNNERS_UP = 6
 _MISFITS = 16
 # A layout that stores up to this many times the least that any layout stores counts as storing as little.
 _ABOUT_EQUAL = 1.1
+# Where all layouts were asked for.
+_ALL = (math.inf, math.inf)
 # For a size of an axis whose bound is more than this many times the best step, the bound is the answer.
 _WORTH_SOLVING = 1.1
 
@@ -145,6 +147,8 @@ class _Search:
         self._seen: dict[tuple[int, int, int], Priced] = {}
         self._sizes: dict[tuple[int, int, int], float] = {}
         self._hopeless: dict[int, tuple[int, int, int]] = {}
+        # Of what fits nowhere, up to which stored bytes and seconds layouts were asked for.
+        self._asked: dict[int, tuple[float, float]] = {}
         # Of a layout alone, and asked for again with those that share the size of an axis. (A cache on a
         # method would be a circle, and all that was found garbage for the collector.)
         self._roughs: dict[int, float] = {}
@@ -165,25 +169,40 @@ class _Search:
         )
 
     def misfits(self) -> tuple[Priced, ...]:
-        """Return what was found not to fit at all and is nearest to it, the smallest first."""
-        nearest = sorted(self._hopeless.values(), key=lambda place: self._sizes[place])
-        return tuple(self._at(*place) for place in nearest[:_MISFITS])
+        """Return what fits nowhere, would come before what was asked for, and is nearest to fitting.
+
+        The smallest come first.
+        """
+        nearest = sorted(self._asked, key=lambda layout: self._sizes[self._hopeless[layout]])
+        missed = (
+            layout
+            for layout in nearest
+            if self._asked[layout] == _ALL
+            or (self._stored[layout], self._bound(layout)) < self._asked[layout]
+        )
+        return tuple(self._at(*self._hopeless[layout]) for layout in itertools.islice(missed, _MISFITS))
 
     def ranked(self, layouts: range | list[int], below: float = math.inf) -> Iterator[Priced]:
         """Yield the best candidate of each layout that fits and takes less than `below`, best first."""
         # Two heaps: layouts by their bounds, and the best candidates of the layouts already taken from there.
         bounds = [(self._stored[layout], self._rough(layout), layout, 0) for layout in layouts]
         open_ = [one for one in bounds if one[1] < below]
-        closer = (self._bound, self._bound_in_memory)
+        # What asks for memory alone, and sees what fits nowhere, comes before what prices.
+        closer = (self._bound_in_memory, self._bound)
         heapq.heapify(open_)
         fitting: list[tuple[float, float, float, int, Priced]] = []
+        hopeless: list[int] = []
         while open_ or fitting:
             if fitting and (not open_ or fitting[0][:2] <= open_[0][:2]):
+                self._ask(hopeless, fitting[0][:2])
                 yield heapq.heappop(fitting)[-1]
                 continue
-            *_, layout, known = heapq.heappop(open_)
+            _, rough, layout, known = heapq.heappop(open_)
             if known < len(closer):
-                if (bound := closer[known](layout)) < below:
+                bound = max(rough, closer[known](layout))
+                if layout in self._hopeless:
+                    hopeless.append(layout)
+                elif bound < below:
                     heapq.heappush(open_, (self._stored[layout], bound, layout, known + 1))
                 continue
             best = self._best(layout)
@@ -191,6 +210,12 @@ class _Search:
                 estimate = best.estimate
                 order = (self._stored[layout], estimate.step_seconds, estimate.peak_bytes)
                 heapq.heappush(fitting, (*order, layout, best))
+        self._ask(hopeless, _ALL)
+
+    def _ask(self, hopeless: list[int], upto: tuple[float, float]) -> None:
+        """Note that layouts were asked for in the order of what they store and take, and up to what."""
+        for layout in hopeless:
+            self._asked[layout] = max(self._asked.get(layout, upto), upto)
 
     def best_of_sizes(self, ranked: list[Priced]) -> list[Priced]:
         """Return the best for each size of each axis that `ranked` lacks, best first."""
@@ -249,14 +274,15 @@ class _Search:
         return found * (1 - _SLACK)
 
     def _bound_in_memory(self, layout: int) -> float:
-        """Return a lower bound on the seconds of a layout in the memory that there is, or infinity.
+        """Return a lower bound on the seconds of a layout in the memory that there is, found without a price.
 
-        Where what keeps most does not fit, of each ladder the first rung that fits, whole or in the most
-        microbatches, bounds all that do: they keep no more, and take it in no fewer parts than the whole.
+        It is infinity where nothing fits. Where what keeps most does not fit, of each ladder the first rung
+        that fits, whole or in the most microbatches, bounds all that do: they keep no more, and take it in
+        no fewer parts than the whole.
         """
         firsts = list(self._firsts(layout))
         if all(self._fits(*place) for place in firsts):
-            return self._bound(layout)
+            return 0.0
         if not self._can_fit(layout, [ladder[-1] for ladder in self._ladders(layout)]):
             return math.inf
         last, part = len(self._space.parts(self._space.layouts[layout])) - 1, firsts[-1][-1]
@@ -265,7 +291,7 @@ class _Search:
             rung = min(self._first_fitting(layout, ladder, parts) for parts in {0, last})
             if rung < ladder.stop:
                 found = min(found, self._least_of(layout, rung, part) * (1 - _SLACK))
-        return max(found, self._bound(layout))
+        return found
 
     def _first_fitting(self, layout: int, rungs: range, part: int) -> int:
         """Return the first of `rungs`, over which memory falls, that fits in so many parts, or their end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -140,3 +141,24 @@ def test_only_a_part_of_the_space_is_priced() -> None:
     found = search(offered, price, 2.0, each_size=False)
     assert found.best is not None
     assert next(asked) < 0.4 * sum(1 for _ in offered.candidates())
+
+
+def test_what_fits_nowhere_is_priced_only_to_be_told_of() -> None:
+    offered, pricer = problem("state_space", "h100:8")
+    smallest: dict[int, float] = {}
+    for candidate in offered.candidates():
+        layout = next(n for n, one in enumerate(offered.layouts) if layout_of(one) == layout_of(candidate))
+        smallest[layout] = min(smallest.get(layout, math.inf), pricer.needed_bytes(candidate))
+    capacity = sorted(smallest.values())[len(smallest) // 4]
+    priced: list[Candidate] = []
+
+    def price(candidate: Candidate) -> Estimate:
+        priced.append(candidate)
+        return pricer.price(candidate)
+
+    found = search(offered, price, capacity, size=pricer.needed_bytes, least=pricer.least, each_size=False)
+    told = [layout_of(one.candidate) for one in found.misfits]
+    hopeless = [layout_of(one) for n, one in enumerate(offered.layouts) if smallest[n] > capacity]
+    assert 0 < len(told) < len(hopeless)
+    assert all(one in hopeless for one in told)
+    assert all(layout_of(one) in told for one in priced if layout_of(one) in hopeless)
