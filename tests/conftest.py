@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import contexts
 import pytest
 from forks import forked
 from meshwright.runtime.testing import processes as ranks
@@ -136,6 +137,8 @@ def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     # For child processes, whose runs are much alike. Tests in this one compile little twice, and to look a
     # program up and to write it takes several times what is spared.
     _set("jax_compilation_cache_dir", os.environ[_PROGRAMS] if numerics else None, here=False)
+    if "jax" in sys.modules:
+        contexts.share()
     return (yield)
 
 

@@ -83,8 +83,11 @@ def _serve(path: str) -> None:
     import gc
     import importlib
 
+    import contexts
+
     for name in _IMPORTED:
         importlib.import_module(name)
+    contexts.share()
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,18 @@ def test_programs_have_the_text_and_memory_that_they_have_with_all_optimisations
     # The machine's code is another, which says that the one before was optimised.
     code = [len(one.runtime_executable().serialize()) for one in (here, plain)]
     assert code[0] != code[1]
+
+
+def test_a_threads_programs_share_contexts_and_have_the_text_of_one_in_its_own() -> None:
+    def lowered(times: int) -> jax.stages.Lowered:
+        return jax.jit(lambda x: jnp.tanh(x) * times).lower(1.0)
+
+    here = [lowered(times) for times in (2, 3, 2)]
+    with ThreadPoolExecutor(1) as thread:
+        other = thread.submit(lowered, 2).result()
+    assert len({id(one.compiler_ir().context) for one in here}) <= 2
+    assert here[0].compiler_ir().context is not other.compiler_ir().context
+    assert here[0].as_text() == here[2].as_text() == other.as_text()
 
 
 @pytest.mark.numerics
