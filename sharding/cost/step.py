@@ -219,11 +219,10 @@ def reduce_once(time: dict[str, float], parts: StepParts, here: np.ndarray) -> N
             time[f"{kind}/{axis}"] += waited
             rows[kind, axis] = seconds - waited
     window = float(parts.work.seconds[BACKWARD:].sum(axis=(0, 1)) @ here)
-    whole = {key for key in rows if key[0] == "all_reduce"}
-    for keys, share in (
-        (whole, calibration.overlap_gradients),
-        (rows.keys() - whole, calibration.overlap_shards),
-    ):
+    # In the order of the rows: in that of a set of strings, sums would differ from process to process.
+    whole = [key for key in rows if key[0] == "all_reduce"]
+    cut = [key for key in rows if key[0] != "all_reduce"]
+    for keys, share in ((whole, calibration.overlap_gradients), (cut, calibration.overlap_shards)):
         total = sum(rows[key] for key in keys)
         seen = exposed(total, window, share) / total if total else 0.0
         for kind, axis in keys:
