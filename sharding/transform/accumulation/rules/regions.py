@@ -23,6 +23,7 @@ from ....plans.specs import axes_of
 from ....program.jaxpr import call_body, context_of
 from ..graph import Body, PartGraph, value_of
 from ..values import SUM, Array, Form, Held, Kind, NotInParts, examples
+from .sums import reduce
 
 # Exchanges that are linear, or a maximum of maxima; by position, so that examples stay where they are.
 _LINEAR = frozenset({"psum", "psum_invariant", "ppermute"})
@@ -191,6 +192,8 @@ def exchange(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a sum, a maximum or a permutation over devices, place by place."""
     name, forms = eqn.primitive.name, [one.form for one in ins]
     kinds = {one.kind for one in ins}
+    if Kind.EXAMPLES in kinds and _over_dimensions(eqn):
+        return reduce(g, eqn, ins)
     if kinds <= {Kind.EXAMPLES, Kind.SHARED} and Kind.EXAMPLES in kinds:
         return g.bind(eqn, [g.shared(v) if v.kind is Kind.SHARED else v for v in ins], forms)
     combines = {one.combine for one in ins if one.kind is Kind.SUM}
@@ -199,6 +202,15 @@ def exchange(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         if (combine == "sum" and name in _LINEAR) or (combine == _EXTREMES.get(name) and len(ins) == 1):
             return g.bind(eqn, ins, forms, combine=combine)
     return g.whole(eqn, ins)
+
+
+def _over_dimensions(eqn: core.JaxprEqn) -> bool:
+    """Whether `eqn` reduces dimensions, which `jax.vmap` makes of an axis that it names."""
+    axes = eqn.params.get("axes", ())
+    numbered = [not isinstance(axis, str) for axis in axes]
+    if any(numbered) and not (all(numbered) and len(eqn.invars) == 1):
+        raise NotInParts(f"{eqn.primitive.name} over devices and a dimension at once is not understood")
+    return any(numbered)
 
 
 def gathered(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:

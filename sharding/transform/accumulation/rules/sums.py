@@ -28,6 +28,10 @@ REDUCTIONS = {
     "reduce_xor": None,
     "argmax": None,
     "argmin": None,
+    # Over a dimension, as `jax.vmap` makes them where its axis has a name.
+    "psum": "sum",
+    "pmax": "max",
+    "pmin": "min",
 }
 
 
