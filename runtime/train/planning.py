@@ -187,12 +187,11 @@ class Planned:
     shapes: Shapes
     optimizer: Any
 
-    def verified(self, top: int = 1) -> Planned:
+    def verified(self, top: int = 1, *, quick: bool = False) -> Planned:
         """Have the topology's compiler judge the plan, or choose among the `top` best; see `Plan.verify`."""
         shapes = self.shapes
-        plan = self.plan.verify(
-            shapes.loss, shapes.params, shapes.batch, self.optimizer, state=shapes.state, top=top
-        )
+        program = (shapes.loss, shapes.params, shapes.batch, self.optimizer)
+        plan = self.plan.verify(*program, state=shapes.state, top=top, quick=quick)
         return dataclasses.replace(self, plan=plan)
 
 

@@ -228,6 +228,7 @@ class Plan(Record):
         top: int = 1,
         limits: Limits | None = None,
         use_cache: bool = True,
+        quick: bool = False,
     ) -> Plan:
         """Return the plan with its `proof`: its step compiled for the topology, which need not be attached.
 
@@ -242,6 +243,9 @@ class Plan(Record):
           top: above 1, so many layouts are compiled and the fastest by the compiler's word is returned.
           limits: of time and memory, for each compile.
           use_cache: whether a proof that was kept on disk will do.
+          quick: whether a proof will do that is read as soon as the compiler has scheduled the step. For TPUs
+            that is a tenth of the time: memory, collectives and their order are known by then, and computing
+            is timed by flops and bytes (`Proof.quick`). Other compilers make the whole program all the same.
 
         Raises:
           UserError: nothing that was compiled fits, there is no compiler for the topology, or one of the
@@ -266,6 +270,7 @@ class Plan(Record):
             top=top,
             limits=limits,
             use_cache=use_cache,
+            quick=quick,
         )
         return Plan.of(proved, optimizer=self.optimizer, problem=self.problem, search=search)
 

@@ -23,6 +23,8 @@ class Memory:
 
     Attributes:
       peak_bytes: the most that is alive at once.
+      argument_bytes: of the program's arguments, in HBM.
+      output_bytes: of what it returns beside its arguments, in HBM.
       padding_bytes: of the buffers at the peak, the part that is padding of tiles.
       host_bytes: the most that is on the host at once.
       scratch_bytes: of the peak, what libraries work in that the compiler lacked (`Allocation.assumed`).
@@ -32,6 +34,8 @@ class Memory:
     """
 
     peak_bytes: float
+    argument_bytes: float
+    output_bytes: float
     padding_bytes: float
     host_bytes: float
     scratch_bytes: float
@@ -61,6 +65,8 @@ def memory(module: HloModule, loops: Mapping[str, WhileLoop], platform: str) -> 
     present.sort(key=lambda one: -one.bytes)
     return Memory(
         peak_bytes=float(alive[peak]) if len(alive) else 0.0,
+        argument_bytes=sum(one.bytes for one in hbm if _is_argument(module, one)),
+        output_bytes=sum(one.bytes for one in hbm if one.pinned and not _is_argument(module, one)),
         padding_bytes=float(sum(padding)),
         host_bytes=float(_alive(host, len(found.places)).max(initial=0.0)),
         scratch_bytes=float(alive[peak] - stated.max()) if len(alive) else 0.0,
@@ -79,8 +85,7 @@ def _alive(allocations: list[Allocation], places: int) -> np.ndarray:
 
 
 def _buffer(module: HloModule, one: Allocation) -> Buffer:
-    instruction = module.instructions.get(one.name)
-    argument = instruction is not None and instruction.opcode == "parameter"
+    instruction, argument = module.instructions.get(one.name), _is_argument(module, one)
     named = instruction.op_name.replace("\\'", "'") if instruction is not None and argument else ""
     return Buffer(
         name=named or one.name,
@@ -88,6 +93,11 @@ def _buffer(module: HloModule, one: Allocation) -> Buffer:
         bytes=one.bytes,
         source=None if argument else nearest_line(module, one.name),
     )
+
+
+def _is_argument(module: HloModule, one: Allocation) -> bool:
+    instruction = module.instructions.get(one.name)
+    return instruction is not None and instruction.opcode == "parameter"
 
 
 def _thinned(alive: np.ndarray) -> tuple[float, ...]:

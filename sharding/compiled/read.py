@@ -19,6 +19,7 @@ from .collectives import CollectiveFinder
 from .evidence import Evidence, StepCollective
 from .findings import findings
 from .flops import flops
+from .memory import Memory
 from .memory import memory as memory_of
 from .schedule import for_all_alike
 from .timeline import Timeline
@@ -31,12 +32,13 @@ def read_proof(
     topology: Topology,
     mesh: Mapping[str, int],
     peak_bytes: float | None,
-    memory: Mapping[str, float],
+    memory: Mapping[str, float] | None,
     compile_seconds: float,
     versions: Mapping[str, str],
     planned: Record | None = None,
     calibration: Calibration | None = None,
     bundles: Mapping[str, int] | None = None,
+    quick: bool = False,
 ) -> Proof:
     """Return the proof of a step: what one device does in it, by the compiler's word.
 
@@ -46,12 +48,14 @@ def read_proof(
       mesh: axis → size; the program's devices are those of ``mesh.devices.flat``.
       peak_bytes: the compiler's own figure of a device's memory; None where it states none, and the replay of
         buffers gives it. Of untuned products (`Compiler.untuned_peak`) the larger of both counts.
-      memory: bytes by what they are for, as in `Proof.memory`.
+      memory: bytes by what they are for, as in `Proof.memory`; None where the compiler states none, and they
+        are those of the replay.
       compile_seconds: how long the compiler took.
       versions: distribution → version of what compiled it.
       planned: the plan that it was compiled from, with which findings compare it.
       calibration: efficiencies of links and kernels; those of the topology's chip if not given.
       bundles: instruction → length of its schedule, as `schedule.read_bundles` returns them.
+      quick: whether the program was read before machine code was made of it.
 
     Raises:
       ValueError: `text` is not the text of an HLO module, or its groups do not fit a mesh of these axes.
@@ -78,7 +82,8 @@ def read_proof(
     step = line.cost(module.entry)
     held = memory_of(module, found, topology.chip.platform)
     peak = held.peak_bytes if peak_bytes is None else peak_bytes + held.scratch_bytes
-    if compiler_of(topology).untuned_peak and not memory.get("host"):
+    sizes = _replayed(held) if memory is None else dict(memory)
+    if compiler_of(topology).untuned_peak and not sizes.get("host"):
         peak = max(peak, held.peak_bytes)
     evidence = Evidence(
         module=module,
@@ -97,7 +102,7 @@ def read_proof(
         step_seconds=step.seconds,
         compile_seconds=compile_seconds,
         time=dict(step.items),
-        memory=dict(memory) | ({"scratch": held.scratch_bytes} if held.scratch_bytes else {}),
+        memory=sizes | ({"scratch": held.scratch_bytes} if held.scratch_bytes else {}),
         collectives=_collectives(evidence),
         findings=findings(evidence),
         buffers=evidence.memory.buffers,
@@ -107,7 +112,18 @@ def read_proof(
             flops(module, module.instructions[name]) * runs for name, _, runs in evidence.instruction_costs()
         ),
         host_bytes=sum((moved for _, moved in evidence.host_transfers()), 0.0),
+        quick=quick,
     )
+
+
+def _replayed(held: Memory) -> dict[str, float]:
+    """Return bytes by what they are for, as far as the replay of buffers tells them apart."""
+    return {
+        "arguments": held.argument_bytes,
+        "temporaries": held.peak_bytes - held.argument_bytes - held.output_bytes,
+        "outputs": held.output_bytes,
+        "host": held.host_bytes,
+    }
 
 
 def _collectives(evidence: Evidence) -> tuple[CompiledCollective, ...]:

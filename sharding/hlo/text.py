@@ -32,8 +32,9 @@ _APPLIES = re.compile(r"\bto_apply=%?([\w.\-]+)")
 _OP_NAME = re.compile(r'\bop_name="((?:[^"\\]|\\.)*)"')
 _FRAME = re.compile(r"\bstack_frame_id=(\d+)")
 _SOURCE = re.compile(r'\bsource_file="((?:[^"\\]|\\.)*)"(?:\s+source_line=(\d+))?')
-# On a TPU a reduce-scatter is a fusion of an all-reduce and a slice; the whole sum is never stored.
-_SCATTERS = "AllReduceScatterFusion"
+# On a TPU a reduce-scatter is a fusion of an all-reduce and a slice; the whole sum is never stored. Its
+# configuration says so once it is machine code, and the name of what it calls before.
+_SCATTERS, _SCATTERS_SCHEDULED = "AllReduceScatterFusion", "all-reduce-scatter"
 _TABLE_ROW = re.compile(r"^(\d+)\s+(.*)$")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 
@@ -261,7 +262,8 @@ def _spread_collectives(instructions: dict[str, Instruction]) -> None:
         wraps = instruction.opcode == "fusion" or instruction.opcode.endswith("-start")
         if wraps and instruction.collective is None and instruction.calls in inside:
             collective = inside[instruction.calls or ""]
-            if _SCATTERS in instruction.attributes:
+            called = instruction.calls or ""
+            if _SCATTERS in instruction.attributes or called.startswith(_SCATTERS_SCHEDULED):
                 collective = replace(collective, kind="reduce_scatter")
             instructions[name] = replace(instruction, collective=collective)
     for name, instruction in list(instructions.items()):

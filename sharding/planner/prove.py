@@ -52,6 +52,7 @@ def prove(
     top: int = 1,
     limits: Limits | None = None,
     use_cache: bool = True,
+    quick: bool = False,
 ) -> tuple[Record, Search | None]:
     """Return `plan`, or what the compiler shows to be better, with its proof, and the search it came out of.
 
@@ -63,6 +64,7 @@ def prove(
         top: layouts to compile, of which the fastest is taken.
         limits: time and memory of each compile.
         use_cache: whether an answer from before will do.
+        quick: whether what the compiler has scheduled will do, before it makes machine code of it.
 
     Raises:
         UserError: nothing compiled fits, or there is no compiler for the topology.
@@ -71,7 +73,9 @@ def prove(
         raise UserError(f"top={top} plans cannot be compiled; nearest: 1")
 
     def judge(made: Record) -> Verdict:
-        return verify.verify(made, **program, fingerprint=fingerprint, limits=limits, use_cache=use_cache)
+        return verify.verify(
+            made, **program, fingerprint=fingerprint, limits=limits, use_cache=use_cache, quick=quick
+        )
 
     attempts: list[Attempt] = []
     for candidate, found_by in _candidates(plan, search, attempts):

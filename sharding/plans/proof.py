@@ -82,7 +82,9 @@ class Proof:
     ``scratch``: of the peak, what kernels of a library work in that the compiler did not have, by formula.
     `timeline` are bytes alive at even places of the schedule, loops entered once; `buffers` are the largest
     at the peak. `flops` are those of all products that run, loops counted and recomputation included;
-    `host_bytes` go between the device and its host.
+    `host_bytes` go between the device and its host. A `quick` one was read from what the compiler scheduled,
+    before machine code: computing is timed by flops and bytes instead of the compiler's cycles, and which
+    algorithms carry collectives is not known.
     """
 
     topology: str
@@ -99,6 +101,7 @@ class Proof:
     timeline: tuple[float, ...] = ()
     flops: float = 0.0
     host_bytes: float = 0.0
+    quick: bool = False
     cached: bool = dataclasses.field(default=False, compare=False)
 
     def portable(self) -> Proof:
@@ -116,8 +119,9 @@ class Proof:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the proof as plain values."""
-        return dataclasses.asdict(self)
+        """Return the proof as plain values, without `quick` where it is not."""
+        values = dataclasses.asdict(self)
+        return values if self.quick else {name: one for name, one in values.items() if name != "quick"}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Proof:

@@ -126,10 +126,11 @@ def _kind(name: str) -> str:
 
 
 def _compiled_by(proof: Proof) -> str:
-    """Say which compiler made a program and in how long."""
+    """Say which compiler made a program, or scheduled it, and in how long."""
     time, known = proof.compile_seconds, ", known from before" if proof.cached else ""
     rounded = f"{time:.0f}" if time >= 10 else f"{time:.2g}"
-    return f"compiled by {compiler_of(proof.versions)} in {rounded} s{known}"
+    made, before = ("scheduled", ", without machine code") if proof.quick else ("compiled", "")
+    return f"{made} by {compiler_of(proof.versions)} in {rounded} s{before}{known}"
 
 
 def _as_compiled(estimate: Estimate | None) -> dict[str, dict[str, float]]:

@@ -30,6 +30,7 @@ from ..xla.versions import versions
 from . import cache
 from .export import export_step
 from .process import Limits, run_worker
+from .scheduled import shows_schedule
 
 if TYPE_CHECKING:
     import optax
@@ -80,6 +81,7 @@ def verify(
     limits: Limits | None = None,
     use_cache: bool = True,
     schedules: bool = False,
+    quick: bool = False,
 ) -> Verdict:
     """Compile the training step of `plan` for its topology in a process of its own, and return the verdict.
 
@@ -98,6 +100,8 @@ def verify(
       schedules: whether products on TPUs are timed by the compiler's final schedule instead of its estimate
         (`compiled.schedule`). That is nearer to measured steps by 10 to 20 %, for about twice the compile
         time.
+      quick: whether the scheduled program will do, where the topology's compiler shows it before it makes
+        machine code (`verify.scheduled`). An answer that is known from a whole compile is as good.
 
     Raises:
       UserError: the topology's compiler is not installed or refuses an option, or the plan is for another
@@ -110,20 +114,21 @@ def verify(
     if early is not None:
         return early
     here = versions(topology)
-    key = cache.key_of(
-        {
-            "plan": file.to_dict(plan.decision()),
-            "program": fingerprint or _program_of(loss, params, batch, state),
-            "written": _where(loss),
-            "optimizer": _optimizer_of(plan, optimizer, params),
-            "versions": here,
-            "schedules": schedules,
-            "efficiencies": compiled_part(calibration_for(topology.chip.name)),
-        }
-    )
-    known = cache.load(key, lambda kept: _judge(kept, topology, cached=True)) if use_cache else None
-    if known is not None:
-        return known
+    facts = {
+        "plan": file.to_dict(plan.decision()),
+        "program": fingerprint or _program_of(loss, params, batch, state),
+        "written": _where(loss),
+        "optimizer": _optimizer_of(plan, optimizer, params),
+        "versions": here,
+        "schedules": schedules,
+        "efficiencies": compiled_part(calibration_for(topology.chip.name)),
+    }
+    quick = quick and shows_schedule(topology)
+    keys = [cache.key_of({**facts, "quick": one}) for one in ((False, True) if quick else (False,))]
+    for key in keys if use_cache else ():
+        known = cache.load(key, lambda kept: _judge(kept, topology, cached=True))
+        if known is not None:
+            return known
     arrays.check(plan, params, batch, loss, state)
     exported = export_step(plan, loss, params, batch, optimizer, topology, state)
     request = {
@@ -133,10 +138,12 @@ def verify(
         "options": dict(plan.compiler_options),
         "versions": here,
         "schedules": schedules,
+        "quick": quick,
     }
     ran = run_worker(request, exported.program, environment(topology), limits or Limits())
     if ran.answer["outcome"] in _LASTING:
-        cache.keep(key, ran.answer, ran.hlo)
+        whole = not ran.answer.get("proof", {}).get("quick", False)
+        cache.keep(keys[0] if whole else keys[-1], ran.answer, ran.hlo)
     return _judge(ran.answer, topology, cached=False)
 
 

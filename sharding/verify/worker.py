@@ -1,7 +1,8 @@
 """Process that compiles one step: ``python -m meshwright.sharding.verify.worker FOLDER``.
 
 FOLDER has ``request.json`` and ``program.bin``; the process writes ``program.hlo.gz`` and ``answer.json`` to
-it. It loads one compiler, that of the requested topology.
+it. It loads one compiler, that of the requested topology, and ends while that still works on what nobody
+asked for.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..compiled import schedule
 from ..compiled.read import read_proof
-from ..compiled.schedule import dump_arguments, read_bundles
 from ..files import write_whole
 from ..hardware.topology import Topology
 from ..plans import arrays, file
 from ..plans.record import Record
 from ..xla.compiler import compiler_of
 from ..xla.targets import describe
+from . import scheduled
+
+if TYPE_CHECKING:
+    import jax
+    from jax import export
 
 # ``Ran out of memory in memory space hbm. Used 122.75G of 95.74G hbm.``, and when it is known early:
 # ``Ran out of memory on HBM, the total … for HLO temporaries (68.50G) exceeds available HBM (15.75G).``
@@ -57,31 +63,27 @@ def main(folder: pathlib.Path) -> None:
 
 def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.Path) -> dict[str, Any]:
     """Compile `program` as `request` says and return the answer; the program's text is left in `folder`."""
-    import jax
     from jax import export
 
     plan = file.from_dict(request["plan"], Record)
     topology = plan.topology
-    schedules = folder / "schedules"
-    schedules.mkdir()
-    if compiler_of(topology).name == "libtpu" and request["schedules"]:
-        started_with = (os.environ.get("LIBTPU_INIT_ARGS", ""), dump_arguments(schedules))
-        os.environ["LIBTPU_INIT_ARGS"] = " ".join(started_with).strip()
-    exported = export.deserialize(bytearray(program))
-    mesh = arrays.mesh_of(plan, devices=_devices(topology))
-    jitted = jax.jit(
-        exported.call,
-        in_shardings=exported.in_shardings_jax(mesh),
-        out_shardings=jax.tree.unflatten(exported.out_tree, exported.out_shardings_jax(mesh)),
-        donate_argnums=tuple(range(request["donated"])),
-    )
-    arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals]
-    lowered = jitted.lower(*arguments)
-    start = time.perf_counter()
-    compiled = lowered.compile(compiler_options=request["options"] or None)
+    dumps = folder / "dumps"
+    dumps.mkdir()
+    quick = request["quick"] and compiler_of(topology).shows_schedule
+    if quick:
+        _start_libtpu_with(scheduled.dump_arguments(dumps))
+    elif compiler_of(topology).name == "libtpu" and request["schedules"]:
+        _start_libtpu_with(schedule.dump_arguments(dumps))
+    lowered = _lowered(export.deserialize(bytearray(program)), plan, request["donated"])
+    options, start = request["options"] or None, time.perf_counter()
+    if quick:
+        made = scheduled.scheduled_or_compiled(lowered, options, dumps)
+    else:
+        made = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - start
-    text, sizes = compiled.as_text(), compiled.memory_analysis()
-    if text is None or sizes is None:
+    text = made if isinstance(made, str) else made.as_text()
+    sizes = None if isinstance(made, str) else made.memory_analysis()
+    if text is None or (sizes is None and not isinstance(made, str)):
         return {"outcome": "failed", "message": "the compiler shows neither a program's text nor its memory"}
     with gzip.open(folder / "program.hlo.gz", "wt", compresslevel=3) as written:
         written.write(text)
@@ -89,14 +91,34 @@ def compile_request(request: Mapping[str, Any], program: bytes, folder: pathlib.
         _named(text, request["arguments"]),
         topology=topology,
         mesh=plan.mesh,
-        peak_bytes=peak_of(sizes, topology),
-        memory=memory_of(sizes),
+        peak_bytes=None if sizes is None else peak_of(sizes, topology),
+        memory=None if sizes is None else memory_of(sizes),
         compile_seconds=seconds,
         versions=request["versions"],
         planned=plan,
-        bundles=read_bundles(schedules),
+        bundles=schedule.read_bundles(dumps),
+        quick=isinstance(made, str),
     )
     return {"outcome": "compiled", "proof": proof.to_dict()}
+
+
+def _lowered(exported: export.Exported, plan: Record, donated: int) -> jax.stages.Lowered:
+    """Return a step that was exported, lowered for the plan's devices; the first `donated` arguments are."""
+    import jax
+
+    mesh = arrays.mesh_of(plan, devices=_devices(plan.topology))
+    jitted = jax.jit(
+        exported.call,
+        in_shardings=exported.in_shardings_jax(mesh),
+        out_shardings=jax.tree.unflatten(exported.out_tree, exported.out_shardings_jax(mesh)),
+        donate_argnums=tuple(range(donated)),
+    )
+    return jitted.lower(*(jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals))
+
+
+def _start_libtpu_with(arguments: str) -> None:
+    """Add to what libtpu is started with in this process, which has not loaded it yet."""
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {arguments}".strip()
 
 
 def _named(text: str, arguments: Sequence[str]) -> str:
@@ -177,3 +199,7 @@ def _devices(topology: Any) -> Any:
 
 if __name__ == "__main__":
     main(pathlib.Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by Python's own way out, which would wait for a compiler that makes machine code for minutes.
+    os._exit(0)

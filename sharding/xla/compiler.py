@@ -56,6 +56,7 @@ class Compiler:
         multiplied. 0 where they never are.
       fuses_products: what is elementwise before a product is made within it, and it adds to what another
         product gave: neither is an array of its own.
+      shows_schedule: what it scheduled can be read before it makes machine code of it (`verify.scheduled`).
       passes_whole: it ends itself on the passes of a pipeline's chunk where they are cut in two, beside an
         axis that it works with by itself.
     """
@@ -79,6 +80,7 @@ class Compiler:
     takes_out: bool = False
     rings: int = 0
     fuses_products: bool = False
+    shows_schedule: bool = False
     passes_whole: bool = False
 
 

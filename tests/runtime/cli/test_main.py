@@ -55,6 +55,10 @@ MISTAKES = {
     "no steps": override("train.steps=0", says=("train.steps", "0")),
     "metric that is not kept": override("checkpoint.keep_best=accuracy", says=("accuracy", "eval_loss")),
     "window too long": override("profile.num_steps=50", says=("num_steps=50", "nearest: 20")),
+    "top of what is not compiled": planned(
+        "--top", "3", says="--top 3 chooses among compiled plans; add --verify"
+    ),
+    "quick without a proof": planned("--quick", says="--quick is a way to verify; add --verify"),
     "no config file": typed("train", "{home}/confg.yaml", says=("confg.yaml", "'config.yaml'")),
     "config that is not YAML": typed("train", "{home}/broken.yaml", says="broken.yaml is not YAML"),
     "config that is a list": typed("train", "{home}/list.yaml", says="not a mapping"),

@@ -1,0 +1,83 @@
+"""Quick proofs: what a TPU's compiler scheduled, before it makes machine code, is what it compiles to."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from meshwright.sharding import Plan, plan
+from meshwright.sharding.plans.proof import Proof
+from meshwright.sharding.report.plan import plan_document
+from meshwright.sharding.report.terminal import Printed
+from rich.console import Console
+
+WIDTH, ROWS = 1024, 4096
+
+
+def loss(params: Any, batch: Any) -> Any:
+    hidden = jax.nn.relu(batch["x"] @ params["up"])
+    return jnp.mean((hidden @ params["down"] - batch["y"]) ** 2)
+
+
+def planned(topology: str, **mesh: int) -> Plan:
+    shape = jax.ShapeDtypeStruct
+    params = {"up": shape((WIDTH, 4 * WIDTH), "float32"), "down": shape((4 * WIDTH, WIDTH), "float32")}
+    batch = {name: shape((ROWS, WIDTH), "float32") for name in ("x", "y")}
+    return plan(loss, params, batch, topology=topology, optimizer=optax.adamw(1e-3), mesh=mesh)
+
+
+def proof_of(made: Plan) -> Proof:
+    assert made.proof is not None
+    return made.proof
+
+
+def lines(proof: Proof) -> set[int]:
+    return {row.source.line for row in proof.lines if row.source.function == "loss"}
+
+
+def collectives(proof: Proof) -> set[tuple[str, tuple[str, ...], float]]:
+    return {(row.kind, row.axes, row.count) for row in proof.collectives}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.numerics(False)
+def test_it_has_the_memory_and_the_collectives_of_the_whole_program(tmp_path: pathlib.Path) -> None:
+    made = planned("v5p:4x4x4", fsdp=16, tensor=4)
+    quick = made.verify(quick=True)
+    found = proof_of(quick)
+    assert found.quick
+    assert not found.cached
+    # A whole one is asked for: a quick one does not answer.
+    whole = proof_of(made.verify())
+    assert not whole.quick
+    assert not whole.cached
+    assert found.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-3)
+    assert found.memory["arguments"] == pytest.approx(whole.memory["arguments"], rel=1e-3)
+    assert collectives(found) == collectives(whole)
+    assert "reduce_scatter" in {row.kind for row in found.collectives}
+    assert found.flops == whole.flops
+    assert lines(found) == lines(whole)
+    # A quick one is asked for, and the whole one is known by now.
+    again = proof_of(made.verify(quick=True))
+    assert again.cached
+    assert not again.quick
+
+    quick.save(tmp_path / "quick.plan.json")
+    assert proof_of(Plan.load(tmp_path / "quick.plan.json")).quick
+    console = Console(width=200)
+    with console.capture() as said:
+        console.print(Printed(plan_document(quick)))
+    assert "scheduled by libtpu" in said.get()
+    assert "without machine code" in said.get()
+
+
+def test_another_compiler_makes_the_whole_program() -> None:
+    assert not proof_of(planned("cpu:8", fsdp=8).verify(quick=True)).quick
