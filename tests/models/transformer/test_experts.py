@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -156,12 +157,12 @@ def test_a_mixture_with_dense_layers_learns() -> None:
 def test_it_decodes_what_it_scores(changes: dict[str, Any]) -> None:
     model = decoder(small(**changes))
     params, tokens = jax.jit(model.init)(jax.random.key(0)), batch_of(model.config, 2)["tokens"]
-    whole = model.logits(params, tokens)
+    whole = jax.jit(model.logits)(params, tokens)
     assert model.empty_cache is not None
     assert model.decode is not None
-    cache = model.empty_cache(2, 16)
+    cache, decode = model.empty_cache(2, 16), jax.jit(model.decode)
     for place in range(16):
-        logits, cache = model.decode(params, cache, tokens[:, place], jnp.int32(place))
+        logits, cache = decode(params, cache, tokens[:, place], jnp.int32(place))
         np.testing.assert_allclose(logits, whole[:, place], rtol=2e-4, atol=2e-5)
 
 
@@ -177,6 +178,16 @@ def reduced(name: str, **changes: Any) -> DecoderConfig:
     return preset(name, **{**SMALL, **REDUCED[name], **changes})
 
 
+@functools.cache
+def plainly(name: str) -> tuple[Any, ...]:
+    """What a reduced model begins with, a batch, and its plain loss and gradients: of all meshes the same."""
+    model = decoder(reduced(name, balance_loss=0.1))
+    first, batch = jax.jit(model.init)(jax.random.key(0)), batch_of(model.config)
+    params, *state = first if model.has_state else (first,)
+    found = jax.jit(jax.value_and_grad(model.loss, has_aux=True))(params, batch, *state)
+    return model, params, state, batch, found
+
+
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("name", "mesh"),
@@ -189,15 +200,13 @@ def reduced(name: str, **changes: Any) -> DecoderConfig:
 )
 def test_a_published_mixture_reduced_trains_as_on_one_device(name: str, mesh: dict[str, int]) -> None:
     """Loss, metrics and all that changes by a step in two parts, against the plain function on one device."""
-    model = decoder(reduced(name, balance_loss=0.1))
-    first, batch, optimizer = jax.jit(model.init)(jax.random.key(0)), batch_of(model.config), optax.sgd(0.1)
-    params, *state = first if model.has_state else (first,)
+    model, params, state, batch, ((value, rest), gradients) = plainly(name)
+    optimizer = optax.sgd(0.1)
     beside: dict[str, Any] = {"state": state[0]} if state else {}
     declared: Any = {"names": model.names, "mesh": mesh, "microbatches": 2, "remat": "none"}
     made = plan(model.loss, params, batch, topology="cpu:8", optimizer=optimizer, **declared, **beside)
     step = made.train_step(model.loss, optimizer)
     got, metrics = step(made.init(model.init, jax.random.key(0), optimizer), batch)
-    (value, rest), gradients = jax.jit(jax.value_and_grad(model.loss, has_aux=True))(params, batch, *state)
     aux, *new = rest if state else (rest,)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     np.testing.assert_allclose(metrics["expert_load"], aux["expert_load"], rtol=1e-6)
