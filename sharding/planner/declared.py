@@ -22,7 +22,7 @@ from ..plans.specs import axes_in, by_dimension, cut_into
 from ..plans.vocabulary import EXACT, ONE_BY_ONE, check_accumulation
 from ..program.dims import batch_rows
 from ..program.mixtures import experts_dims
-from ..program.program import Dim, Program
+from ..program.program import Argument, Dim, Program
 from ..rules.application import is_pattern, mentioned
 from ..rules.rules import Rules
 from ..transform.accumulation.proof import MAX_PASSES
@@ -31,9 +31,10 @@ from .choices.experts import AUTO, WORDS
 from .choices.layers import check_chunks, check_schedule, check_stage_remat, laid_over_stages
 from .choices.microbatches import indivisible
 from .choices.remat import read
+from .sequences import SEQUENCE, left_whole, made_of
 
 # What the first two dimensions of an array of the data are called in rules.
-DATA_NAMES = ("batch", "sequence")
+DATA_NAMES = ("batch", SEQUENCE)
 
 # Axes that shard one thing only, so that giving one a size says what it is for.
 _EXPERT = "expert"
@@ -158,6 +159,11 @@ def _kept_dims(
                 continue
             dim = composition[0]
             axes = _but(of_batch, _long(by_label[name], mesh), dim in experts)
+            if name == SEQUENCE and argument.is_data and axes:
+                count = cut_into(axes, mesh)
+                found.update(dict.fromkeys(made_of(program, dim, count), axes))
+                if left_whole(program, dim, count):
+                    continue
             if found.setdefault(dim, axes) != axes:
                 raise UserError(
                     f"rules {said[dim]} and {name} differ, but both are dimension "
@@ -246,13 +252,24 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
         argument.path: ArrayPlan(
             shape=argument.shape,
             dtype=str(argument.dtype),
-            spec=tuple(rules.spec(argument.names, argument.shape, sizes)),
+            spec=tuple(rules.spec(_divided(program, argument, rules, sizes), argument.shape, sizes)),
         )
         for argument in program.arguments
         if argument.is_data
     }
     return Ruled(
         candidate=candidate, batch=rows, notes=(*of_params.notes(params, sizes, names), *regrouped, *repeated)
+    )
+
+
+def _divided(
+    program: Program, argument: Argument, rules: Rules, sizes: Mapping[str, int]
+) -> tuple[str | None, ...]:
+    """Return the names of an array's dimensions, without those of sequences that lie whole."""
+    count = cut_into(_asked(rules, SEQUENCE, sizes), sizes)
+    return tuple(
+        None if name == SEQUENCE and dim and left_whole(program, dim[0], count) else name
+        for name, dim in zip(argument.names, argument.dims, strict=True)
     )
 
 
@@ -279,7 +296,7 @@ def _ruled_dims(
     can be spread over it while computing: parameters that are stored over it are gathered first. Over
     ``expert`` tokens go to the experts of `ops.experts`, and nothing is gathered.
     """
-    of_batch = axes_in(rules.spec(("batch",), (cut_into(sizes, sizes),), sizes))
+    of_batch = _asked(rules, "batch", sizes)
     regrouped = {
         dim for a in program.arguments if a.is_data and a.dims for dim in a.dims[0] if len(a.dims[0]) > 1
     }
@@ -297,15 +314,40 @@ def _ruled_dims(
             continue
         if all(place.part for place in dim.places):
             # The minor part of a dimension, which its major one stands for: a sequence taken in chunks.
-            said = axes_in(rules.spec((label,), (cut_into(sizes, sizes),), sizes))
+            said = _asked(rules, label, sizes)
             if dim.size % cut_into(said, sizes):
                 continue
-        axes = _long(axes_in(rules.spec((label,), (dim.size,), sizes)), sizes)
+        if label == SEQUENCE:
+            said = _but(of_batch, _long(_asked(rules, label, sizes), sizes), of_experts=False)
+            count = cut_into(said, sizes)
+            planned.update(dict.fromkeys(made_of(program, dim.id, count), said) if said else {})
+            if left_whole(program, dim.id, count):
+                continue
+        axes = _long(_divided_by(program, dim, label, rules, sizes), sizes)
         if label != "batch":
             axes = _but(of_batch, axes, dim.id in experts)
         if axes:
             planned[dim.id] = axes
     return planned, notes
+
+
+def _divided_by(
+    program: Program, dim: Dim, label: str, rules: Rules, sizes: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Return the axes that rules give a dim; the UserError where they do not divide it names its array."""
+    try:
+        return axes_in(rules.spec((label,), (dim.size,), sizes))
+    except UserError as error:
+        arrays = (program.arguments[place.argument] for place in dim.places)
+        array = next((one for one in arrays if one.is_data), None)
+        if array is None or label != SEQUENCE:
+            raise
+        raise UserError(f"{array.path or 'the batch'} {array.shape}: {error}") from None
+
+
+def _asked(rules: Rules, label: str, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the axes that rules give a dimension of a label, whatever its size."""
+    return axes_in(rules.spec((label,), (cut_into(sizes, sizes),), sizes))
 
 
 def _but(of_batch: Collection[str], axes: tuple[str, ...], of_experts: bool) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from ..program.mixtures import experts_dims
 from ..program.program import Program
 from ..words import gib, layout_in_words, seconds
 from ..xla.compiler import compiler_of
-from . import build, reserve
+from . import build, reserve, sequences
 from .advice import nothing_fits
 from .choices import arithmetic, context, experts
 from .choices.attention import Chosen
@@ -69,6 +69,7 @@ class Search:
             + _notes_on(self.problem, kernel, layout)
             + of_experts
         )
+        notes += sequences.notes_on(program, layout)
         notes += context.notes_on(self.problem.attention, layout, kernel)
         notes += _notes_on_experts(program, layout)
         notes += ways_in_words(self.problem, self.topology, self.declared, answer, chosen)
@@ -221,6 +222,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     candidate, estimate = _over_context(words, candidate, pricer, capacity)
     kernels, of_experts = _kernels(problem, topology, declared, kernel, candidate)
     notes = (*laid.notes, *_notes_on(problem, kernel, candidate), *of_experts)
+    notes += sequences.notes_on(problem.program, candidate)
     notes += context.notes_on(problem.attention, candidate, kernel)
     notes += _notes_on_experts(problem.program, candidate)
     # Rules say of theirs where they yield.

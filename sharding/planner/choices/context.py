@@ -126,23 +126,60 @@ def notes_on(calls: Sequence[SpreadCall], layout: Candidate, kernel: kernels.Cho
         return ("no attention is recognised in the loss: what is not cut alike over context is gathered",)
     if layout.context is None and by_kernel(calls, kernel, layout):
         return ()
+    notes = _left_whole(calls, layout)
     if layout.context is None or not laid:
-        why = next((why for one in laid if (why := one.why_not(GATHERED))), "its queries lie otherwise")
-        return (f"attention gathers keys over context and XLA computes it: {why}",)
-    notes = []
+        why = next((why for one in laid if (why := one.why_not(GATHERED))), None)
+        if why is not None:
+            count, gathers = _count(len(laid), len(calls))
+            notes.append(f"{count} {gathers} keys over context and XLA computes it: {why}")
+        return tuple(notes)
     if kernel.implementation is not None and not by_kernel(calls, kernel, layout):
         notes.append(_in_blocks(kernel.implementation, any(one.way(layout.context) == RING for one in laid)))
     ways = [(one, one.way(layout.context)) for one in laid]
     for way in dict.fromkeys(way for _, way in ways):
         mine = [one for one, own in ways if own == way]
-        count = f"{len(mine)} of {len(calls)} calls of attention" if len(mine) < len(calls) else "attention"
+        count, verb = _count(len(mine), len(calls), "go" if way else "gather")
         if way is None:
-            notes.append(f"{count} gathers keys over context by XLA: {mine[0].why_not(GATHERED)}")
+            notes.append(f"{count} {verb} keys over context by XLA: {mine[0].why_not(GATHERED)}")
         elif way != layout.context and way != NEIGHBOURS:
-            notes.append(f"{count} goes over context by {way}: {mine[0].why_not(layout.context)}")
+            notes.append(f"{count} {verb} over context by {way}: {mine[0].why_not(layout.context)}")
         elif len(mine) < len(calls):
             notes.append(f"{count}: {described(way)} over context ({way})")
     return tuple(notes)
+
+
+def _count(some: int, calls: int, verb: str = "gather") -> tuple[str, str]:
+    """Return the words for `some` of a program's calls, and what they do.
+
+    >>> _count(2, 3), _count(1, 3, "go"), _count(3, 3)
+    (('2 of 3 calls of attention', 'gather'), ('1 of 3 calls of attention', 'goes'), ('attention', 'gathers'))
+    """
+    count = f"{some} of {calls} calls of attention" if some < calls else "attention"
+    return count, verb if 1 < some < calls else "goes" if verb == "go" else f"{verb}s"
+
+
+def _left_whole(calls: Sequence[SpreadCall], layout: Candidate) -> list[str]:
+    """Say which calls have their queries whole on every device of ``context``, with a line and the reason."""
+    found: dict[str, list[SpreadCall]] = {}
+    for one in calls:
+        site = site_of(one, layout)
+        if any(CONTEXT in axes for axes in site.query_axes):
+            continue
+        queries, parts = one.shapes[0][1], layout.mesh[CONTEXT]
+        if any(CONTEXT in axes for axes in site.key_axes):
+            why = "its keys lie over context and its queries do not: XLA sums what each device has of them"
+        elif queries % parts:
+            below = queries // parts * parts
+            near = " or ".join(str(size) for size in (below, below + parts) if size)
+            why = f"context={parts} does not divide {queries} queries; nearest: {near}"
+        else:
+            why = f"its {queries} queries are of no sequence that lies over context"
+        found.setdefault(why, []).append(one)
+    return [
+        f"{_count(len(mine), len(calls))[0]} ({line_of(mine[0].equation.eqn)}) is left to XLA, with all "
+        f"queries on every device: {why}"
+        for why, mine in found.items()
+    ]
 
 
 def _in_blocks(kernel: str | None, ring: bool) -> str:

@@ -127,3 +127,32 @@ def test_long_sequences_are_run_again_by_no_kernel() -> None:
         for chunk in (8192, 1024)
     )
     assert long == pytest.approx(short, rel=1e-9)
+
+
+def latents(params: Any, batch: Any) -> Any:
+    """Queries of six latents see the data, then themselves."""
+    x = jnp.broadcast_to(params["latents"], (batch["x"].shape[0], 6, 64))
+    for seen in (batch["x"], x):
+        arrays = (
+            jnp.einsum("bse,ehd->bshd", source, params[name])
+            for name, source in (("query", x), ("key", seen), ("value", seen))
+        )
+        x = x + jnp.einsum("bshd,hde->bse", attention(*arrays, causal=False), params["output"])
+    return jnp.mean(jnp.square(x.astype(jnp.float32)))
+
+
+def test_queries_that_do_not_lie_over_context_are_told_with_their_line_and_the_reason() -> None:
+    shape = jax.ShapeDtypeStruct
+    params = dict.fromkeys(("query", "key", "value"), shape((64, 8, 64), "float32"))
+    params |= {"output": shape((8, 64, 64), "float32"), "latents": shape((6, 64), "float32")}
+    batch = {"x": shape((4, 32, 64), "float32")}
+    made = declare(latents, params, batch, topology="cpu:8", mesh={"context": 4, "data": 2})
+    said = [note for note in made.notes if "queries on every device" in note]
+    assert len(said) == 2
+    assert all(note.startswith("1 of 2 calls of attention (") for note in said)
+    assert all("test_attending.py:" in note for note in said)
+    assert said[0].endswith(
+        "its keys lie over context and its queries do not: XLA sums what each device has of them"
+    )
+    assert said[1].endswith("context=4 does not divide 6 queries; nearest: 4 or 8")
+    assert not any("gathers keys" in note for note in made.notes)

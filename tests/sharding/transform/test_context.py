@@ -170,7 +170,12 @@ def test_a_window_across_two_layers_of_chunks() -> None:
     [
         ({"context": 4, "data": 2}, "neighbours", 32, "no window that is known beforehand"),
         ({"context": 8}, "rng", 32, "did you mean 'ring'"),
-        ({"context": 4, "data": 2}, "ring", 18, "divide sequence=18; nearest: 2, or sequence=16 or 20"),
+        (
+            {"context": 4, "data": 2},
+            "ring",
+            18,
+            "segments \\(4, 18\\): context=4 does not divide sequence=18; nearest: 2, or sequence=16 or 20",
+        ),
         ({"data": 4, "tensor": 2}, "ring", 32, "a mesh axis that the mesh does not have"),
         (
             {"context": 4, "data": 2},
@@ -308,3 +313,53 @@ def test_heads_by_cudnn_run_no_forward_pass_again_for_a_result_that_is_kept() ->
             text = str(jax.make_jaxpr(jax.grad(made.apply(loss, on)))(params, batch))
         runs[str(remat)] = len(re.findall(r"dot_product_attention_fwd\w*\[", text))
     assert runs["full"] == 2 * runs["{'output:in': 'device'}"] > 0
+
+
+def shifted(params: Any, batch: Any) -> Any:
+    """Next tokens of rows that are one longer than what attention sees, with learnt positions."""
+    tokens = batch["tokens"]
+    x = params["table"][tokens[:, :-1]] + params["positions"]
+    return of_tokens(params, x) + 0.1 * jnp.square(params["table"][tokens[:, 1:]] - x).mean()
+
+
+def with_a_class_token(params: Any, batch: Any) -> Any:
+    """Patches behind one learnt token, so that attention sees one more than the data have."""
+    x = params["table"][batch["tokens"]]
+    first = jnp.broadcast_to(params["positions"][:1], (x.shape[0], 1, EMBED))
+    return of_tokens(params, jnp.concatenate([first, x], axis=1))
+
+
+def of_tokens(params: Any, x: Any) -> Any:
+    arrays = (jnp.einsum("bse,ehd->bshd", x, params[name]) for name in SHAPES)
+    out = x + jnp.einsum("bshd,hde->bse", attention(*arrays), params["output"])
+    return jnp.square(out[:, 0]).mean() + jnp.square(jnp.tanh(out)).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "tokens", "sends"), [(shifted, 33, "collective-permute"), (with_a_class_token, 31, None)]
+)
+@pytest.mark.parametrize("how", ["declare", "plan"])
+def test_a_sequence_that_the_loss_makes_of_the_datas_lies_over_context(
+    loss: Any, tokens: int, sends: str | None, how: str
+) -> None:
+    """The data's own lies whole where the axis does not divide it; what attention sees of it does not."""
+    shapes = {"table": (8, EMBED), "positions": (32, EMBED), "output": (HEADS, WIDTH, EMBED)}
+    shapes |= {name: (EMBED, heads, WIDTH) for name, heads in SHAPES.items()}
+    params = {name: 0.3 * draws.normal(jax.random.key(n), shapes[name]) for n, name in enumerate(shapes)}
+    batch = {"tokens": np.random.default_rng(0).integers(0, 8, (ROWS, tokens)).astype(np.int32)}
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params, batch)
+    make = {"declare": declare, "plan": plan}[how]
+    made = make(loss, params, batch, topology="cpu:8", mesh={"context": 4, "data": 2}, context="ring")
+    assert made.context == "ring"
+    assert made.batch["tokens"].spec[1:] in ((), (None,))
+    said = rf"tokens \(4, {tokens}\) lies whole over context=4, which does not divide {tokens}; the 32"
+    assert re.search(said, " ".join(made.notes))
+    on = made.make_mesh()
+    placed = jax.device_put((params, batch), (made.shardings(params, on), made.shardings(batch, on, "batch")))
+    compiled = jax.jit(jax.value_and_grad(made.apply(loss))).lower(*placed).compile()
+    found, learnt = compiled(*placed)
+    assert abs(found - value) <= 1e-6 * abs(value)
+    for name, one in gradients.items():
+        error = np.linalg.norm(np.asarray(learnt[name]) - one) / np.linalg.norm(one)
+        assert error <= 1e-5, (name, error)
+    assert sends is None or sends in compiled.as_text()
