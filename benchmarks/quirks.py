@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshwright.sharding import Topology, make_mesh
+from meshwright.sharding.compiled.roofline import host_bytes
 from meshwright.sharding.hlo.text import parse_hlo
 from meshwright.sharding.processes import run
 from meshwright.sharding.verify.verify import environment
@@ -138,6 +139,42 @@ def schedules_within(topology: Topology) -> float:
     return 0.8 if runs_again(95) and not runs_again(112) else 1.0
 
 
+def host_rate(topology: Topology) -> float | None:
+    """Return the bytes a second, to one digit, of what comes from the host by the work that is beside it.
+
+    Of a matrix that the link needs 60 products for, beside 64 of them; None where no work is left out.
+    """
+    chip = topology.chip
+    link, peak = chip.host_link_bytes_per_second_per_chip, chip.peak_flops("bfloat16")
+    if not topology.is_torus or link is None or peak is None or not chip.clock_hz:
+        return None
+    each = 2.0 * 1024 * _WIDTH**2 / peak
+    matrix = _array({"data": topology.num_devices}, topology, P())
+    near = matrix.sharding
+    far = matrix.update(
+        shape=(int(60 * each * link / (2 * _WIDTH)) // 256 * 256, _WIDTH),
+        sharding=near.with_memory_kind("pinned_host"),
+    )
+
+    def beside(far: jax.Array, x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+        for _ in range(64):
+            x = jnp.tanh(x @ matrix)
+        return x, jax.device_put(far, near) @ matrix
+
+    module = parse_hlo(_compiled(beside, far, matrix.update(shape=(1024, _WIDTH)), matrix))
+    cycles, begun, start, moved = 0.0, "", 0.0, 0.0
+    for name in module.computations[module.entry].instructions:
+        one = module.instructions[name]
+        if (size := host_bytes(module, one)) > 0.0:
+            begun, start, moved = name, cycles, size
+        elif begun and begun in one.operands and one.opcode == "copy-done":
+            rate = moved * chip.clock_hz / max(cycles - start, 1.0)
+            return float(f"{rate:.0e}") if rate > link else None
+        found = re.search(r'"estimated_cycles":"(\d+)"', one.attributes)
+        cycles += float(found[1]) if found else 0.0
+    return None
+
+
 PROBES = {
     probe.__name__: probe
     for probe in (
@@ -147,6 +184,7 @@ PROBES = {
         gathers_copy,
         host_is_device,
         schedules_within,
+        host_rate,
     )
 }
 
@@ -161,7 +199,7 @@ def seen(topology: Topology) -> dict[str, bool | float | str]:
     return json.loads(lines[-1]) if done.returncode == 0 else {"error": lines[-1]}
 
 
-def advice(fact: str, topology: Topology, value: bool | float) -> str:
+def advice(fact: str, topology: Topology, value: bool | float | None) -> str:
     """Return what a row would have to say of `value`; empty if the file says it."""
     compiler, chip = compiler_of(topology), topology.chip.name
     version = _version(topology)

@@ -244,7 +244,9 @@ class _Schedule:
         self._cost.host_bytes[instruction.name] = moved
         chip = self._timeline.chip
         rate = chip.host_link_bytes_per_second_per_chip
-        # The link carries both directions at once.
+        # The link carries both directions at once. What a schedule has beside a transfer may be less than it
+        # takes, as on v5p, whose compiler counts on a faster link (`Compiler.host_rate`): the chip waits for
+        # the rest. One transfer a way goes at a time; how a chip shares its link among several is not known.
         way = "out" if to_host(self._timeline.module, instruction) else "in"
         self._copy(instruction, moved * chip.devices_per_chip / rate if rate else 0.0, HOST, way)
 

@@ -13,7 +13,7 @@ from .calibration import Calibration
 from .grouped import GroupedWork, grouped_seconds
 from .kept import Residuals
 from .placement import Placement
-from .profile import Products, ProgramTables
+from .profile import LAYERS, Products, ProgramTables
 
 # Kinds of work, the second axis of `Busy.seconds`; the first are passes: forward, backward, run again.
 KINDS = ("matmul", "attention", "elementwise")
@@ -174,6 +174,15 @@ def busy(profile: ProgramTables, once: Passes, kept: Residuals) -> Busy:
         seconds[2, 2] = _by_section(groups.section, once.groups * times)
         kernels[2] += _by_section(groups.section, once.group_runs * times)
     return Busy(seconds=seconds, kernels=kernels, waiting=np.zeros(3))
+
+
+def layer_product(profile: ProgramTables, once: Passes) -> float:
+    """Return the seconds that a product of a layer takes, where a second of them falls."""
+    equation = profile.products.equation
+    chosen = (profile.steps.section[equation] == LAYERS) & ~profile.steps.core[equation]
+    chosen &= (once.launched > 0) & (once.products > 0)
+    seconds = once.products[chosen]
+    return float((seconds**2 / once.launched[chosen]).sum() / seconds.sum()) if chosen.any() else 0.0
 
 
 def _by_section(section: np.ndarray, weights: np.ndarray) -> np.ndarray:

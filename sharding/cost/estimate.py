@@ -17,7 +17,7 @@ from ..program.program import Program
 from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link, joint_link
-from .compute import AttendedSeconds, Busy, Passes, passes, peak_flops
+from .compute import AttendedSeconds, Busy, Passes, layer_product, passes, peak_flops
 from .context import Attending, SpreadCall, context_bytes, context_seconds, laid_calls
 from .delayed import kept_bytes, late_seconds
 from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables_read_there
@@ -276,7 +276,15 @@ class Pricer:
             work=done,
             moved=moved,
             kept=kept,
-            host=offload(table, placement, kept, chip, calibration),
+            host=offload(
+                table,
+                placement,
+                kept,
+                chip,
+                calibration,
+                host_rate=execution.host_rate,
+                product=layer_product(table, once),
+            ),
             stacking=stacking,
             gradient_bytes=self.gradient_bytes,
             product=math.inf if execution.product_bytes is None else execution.product_bytes,

@@ -57,6 +57,7 @@ class Execution:
       takes_out: whether what a loop works with of an array that it carries is taken out of it.
       rings: fewest devices of an axis that parts of a product go round, 0 for none.
       fuses_products: whether products make what is elementwise before them, and add to what another gave.
+      host_rate: bytes a second of a value on its way to the host or back that work is scheduled beside.
       grouped: what multiplies rows by their experts: XLA's loop over tiles or a kernel (`ops.products`).
       wide_gradients: whether gradients of 16-bit products into float32 are products of float32.
       pads_products: whether matrices of odd widths are padded until matrix units read them whole.
@@ -82,6 +83,7 @@ class Execution:
     takes_out: bool = False
     rings: int = 0
     fuses_products: bool = False
+    host_rate: float | None = None
     grouped: str = TILES
     wide_gradients: bool = False
     short_sums: bool = False
@@ -140,5 +142,6 @@ def execution_for(
         takes_out=compiler.takes_out,
         rings=compiler.rings,
         fuses_products=compiler.fuses_products,
+        host_rate=compiler.host_rate,
         grouped=grouped,
     )

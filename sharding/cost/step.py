@@ -104,18 +104,31 @@ ONCE = Turns(rows=np.ones(3), whole=np.ones(3), gathers=np.full(3, 2.0))
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Offload:
-    """Seconds that sending values to the host and back takes: of the link, and of the device's own memory."""
+    """Seconds that sending values to the host and back takes: of the link, and of the device's own memory.
+
+    room: seconds of other work that the compiler's schedule leaves beside the transfers, at most.
+    """
 
     link: float = 0.0
     memory: float = 0.0
+    room: float = math.inf
 
 
 def offload(
-    table: ProgramTables, placement: Placement, kept: Residuals, chip: Chip, calibration: Calibration
+    table: ProgramTables,
+    placement: Placement,
+    kept: Residuals,
+    chip: Chip,
+    calibration: Calibration,
+    *,
+    host_rate: float | None = None,
+    product: float = 0.0,
 ) -> Offload:
     """Return how long what is kept on the host takes to go there and come back in one microbatch.
 
     The devices of a chip share its link; each reads from its own memory what it sends, and writes what comes.
+    A compiler that takes the link to be of `host_rate` begins a transfer only so much earlier than it is
+    waited for; what it places between are whole products, of `product` seconds each.
     """
     if not kept.host.any():
         return Offload()
@@ -123,9 +136,15 @@ def offload(
     if rate is None:
         raise unknown_figure(chip, "its link to the host", "host_link_bytes_per_second_per_chip")
     size = table.values.bytes * placement.value_fraction * table.values.runs
-    moved = 2.0 * float((size * kept.host).sum())
+    sizes, runs = (size * kept.host)[kept.host], table.values.runs[kept.host]
+    moved = 2.0 * float(sizes.sum())
+    room = math.inf
+    if host_rate is not None:
+        each = sizes * chip.devices_per_chip / np.maximum(runs, 1.0) / host_rate
+        between = np.ceil(each / product) * product if product else each
+        room = 2.0 * float((np.minimum(between, each * host_rate / rate) * runs).sum())
     memory = (chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency
-    return Offload(link=moved * chip.devices_per_chip / rate, memory=moved / memory)
+    return Offload(link=moved * chip.devices_per_chip / rate, memory=moved / memory, room=room)
 
 
 def stacking_seconds(
@@ -187,7 +206,8 @@ def microbatch(parts: StepParts, turns: Turns = ONCE) -> dict[str, np.ndarray]:
             items[f"{kind}/{axis}"] += row * seen
     host = parts.host
     if host.link:
-        seen = exposed(host.link, float(computing.sum()), calibration.overlap_host) + host.memory
+        hidden = min(calibration.overlap_host * float(computing.sum()), host.room)
+        seen = max(host.link - hidden, 0.0) + host.memory
         items["offload/host"] += np.array([0.0, seen, 0.0]) * turns.rows
     # Kernels and collectives are issued ahead of the device: only where that takes longer does it show.
     issued = work.kernels.sum(axis=0) * calibration.kernel_seconds * turns.whole + starting

@@ -57,6 +57,9 @@ class Compiler:
       fuses_products: what is elementwise before a product is made within it, and it adds to what another
         product gave: neither is an array of its own.
       shows_schedule: what it scheduled can be read before it makes machine code of it (`verify.scheduled`).
+      host_rate: bytes a second at which its scheduler takes values to travel to the host and back: beside a
+        transfer it places as much work as one takes at that rate, and a slower link is waited for. None where
+        it counts on the link's own.
       passes_whole: it ends itself on the passes of a pipeline's chunk where they are cut in two, beside an
         axis that it works with by itself.
     """
@@ -81,6 +84,7 @@ class Compiler:
     rings: int = 0
     fuses_products: bool = False
     shows_schedule: bool = False
+    host_rate: float | None = None
     passes_whole: bool = False
 
 

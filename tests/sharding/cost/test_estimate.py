@@ -88,6 +88,26 @@ def test_named_values_are_kept_where_they_are_named_to_be(program, pricer):
     assert away.time["offload/host"] >= 2 * size / CHIP.host_link_bytes_per_second_per_chip
 
 
+def test_a_transfer_is_waited_for_where_the_schedule_leaves_less_beside_it_than_the_link_takes(program):
+    away = Candidate(mesh={}, dims={}, remat="names", saved={"up": "host"})
+    link = CHIP.host_link_bytes_per_second_per_chip
+    hides = dataclasses.replace(PERFECT, overlap_host=1e6)
+
+    def waited(rate):
+        execution = Execution(host_rate=rate)
+        found = Pricer(program, TOPOLOGY, calibration=hides, execution=execution).price(away)
+        return found.time["offload/host"]
+
+    size = LAYERS * BATCH * HIDDEN * 2
+    free = waited(None)
+    product = Pricer(program, TOPOLOGY, calibration=PERFECT).price(Candidate(mesh={}, dims={})).time
+    product = product["compute/matmul"] / (3 * 2 * LAYERS)
+    # A transfer at an infinite rate still has one product beside it; the rest of it is waited for.
+    assert waited(1e30) - free == pytest.approx(2 * (size / link - LAYERS * product))
+    assert waited(link) == pytest.approx(free)
+    assert free < waited(3 * link) <= waited(1e30)
+
+
 def test_data_parallelism_reduces_all_gradients_once_a_step(program, pricer):
     found = pricer.price(Candidate(mesh={"data": 8}, dims=at(program, batch=("data",)), microbatches=4))
     assert found.time["all_reduce/data"] == pytest.approx(2 * WEIGHTS * SUMMED)
