@@ -17,6 +17,7 @@ from ...transform.accumulation.proof import (
     MAX_PASSES,
     InParts,
     apart_in_words,
+    opened_in_words,
     prepared_bytes,
     prepared_in_words,
     proved,
@@ -109,6 +110,7 @@ class PartsProof:
         return (
             *((several,) if passes > 1 else ()),
             *prepared_in_words(found),
+            *opened_in_words(found),
             *apart_in_words(found, paths),
         )
 

@@ -71,6 +71,8 @@ class PartGraph:
         # Sums of a body that its later work needs complete, and what stands for them there.
         self.exports: dict[Held, Held] = {}
         self.calls: list[core.JaxprEqn] = []
+        # Why manual regions are read as what all their devices do together.
+        self.opened: list[NotInParts] = []
         self._made: dict[Hashable, Held] = {}
         self._at: core.JaxprEqn | None = None
 

@@ -138,7 +138,7 @@ def _near_each_other(traced: Traced, parts: int, rows: int, *, prepares: bool) -
         except NotInParts:
             raise why from None
     else:
-        if found.levels.passes == 1 and not found.apart:
+        if found.levels.passes == 1 and not found.apart and not found.graph.opened:
             return found
         try:
             block = _placed(traced, parts, rows, 1, prepares=prepares)
@@ -157,9 +157,9 @@ def _near_each_other(traced: Traced, parts: int, rows: int, *, prepares: bool) -
     return found
 
 
-def _effort(read: InParts) -> tuple[int, int]:
-    """Return the passes of a program in parts, and how many results only the whole batch gives."""
-    return read.levels.passes, len(read.apart)
+def _effort(read: InParts) -> tuple[int, int, int]:
+    """Return how many manual regions of a program are none in parts, its passes, and results `apart`."""
+    return len(read.graph.opened), read.levels.passes, len(read.apart)
 
 
 def _placed(traced: Traced, parts: int, rows: int, pre: int, *, prepares: bool) -> InParts:
@@ -321,4 +321,13 @@ def apart_in_words(read: InParts, paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         f"aux {paths[n].removeprefix('1/')!r} is computed from the whole batch at once, since {why}"
         for n, why in read.apart.items()
+    )
+
+
+def opened_in_words(read: InParts) -> tuple[str, ...]:
+    """Say which manual regions are laid out by XLA, and why."""
+    return tuple(
+        "a manual region (jax.shard_map) is run as what all its devices do together, laid out by XLA, "
+        f"since {why}"
+        for why in dict.fromkeys(map(str, read.graph.opened))
     )

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from ....plans.specs import axes_of
 from ....program.jaxpr import call_body, context_of
 from ..graph import Body, PartGraph, value_of
+from ..opened import opened
 from ..values import SUM, Array, Form, Held, Kind, NotInParts, examples
 from .sums import reduce
 
@@ -31,7 +32,23 @@ _EXTREMES = {"pmax": "max", "pmin": "min"}
 
 
 def region(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
-    """Read a manual region: one for the parts, and one after them for what needs their sums complete."""
+    """Read a manual region; if it does not come in parts as one, as what all its devices do together."""
+    try:
+        return _as_regions(g, eqn, ins)
+    except NotInParts as why:
+        together = opened(eqn) if g.cut else None
+        if together is None:
+            raise
+        found = g.read(together, ins)
+        if all(one.kind is Kind.MIXED for one in found):
+            raise
+        line = why if why.where else NotInParts(why.reason, g.where(eqn))
+        g.opened.append(line)
+        return found
+
+
+def _as_regions(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+    """Return what a region for the parts gives, and one after them for what needs their sums complete."""
     inner = call_body(eqn)
     assert inner is not None
     ins = [g.shared(one) if one.kind is Kind.SUM else one for one in ins]

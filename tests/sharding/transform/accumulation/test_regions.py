@@ -120,18 +120,21 @@ def derived(p, b):
     return over(own, (P(), DATA), DATA)(p["w"], b["x"]).mean()
 
 
-def check(parts, *losses):
+def check(parts, *losses, max_passes=3):
     def together(p, b):
         found = {loss.__name__: loss(p, b) for loss in losses}
         return sum(found.values()), found
 
     rows = arguments()
-    layout = declare(together, *rows, topology="cpu:8", mesh={"data": 8}, microbatches=parts)
+    layout = declare(
+        together, *rows, topology="cpu:8", mesh={"data": 8}, microbatches=parts, max_passes=max_passes
+    )
     (value, aux), gradient = jax.jit(jax.value_and_grad(together, has_aux=True))(*rows)
     (got, got_aux), found = jax.jit(jax.value_and_grad(layout.apply(together), has_aux=True))(*rows)
     np.testing.assert_allclose(got, value, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), got_aux, aux)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, gradient)
+    return layout
 
 
 def test_parts_give_what_the_whole_batch_does():
@@ -144,11 +147,51 @@ def test_whatever_devices_exchange(parts):
     check(parts, over_tensor, exchanged, along_tensor_alone, layers)
 
 
-def test_a_sum_that_comes_back_to_the_rows_inside_is_refused():
+def statistics_of_all_devices(p, b):
+    def own(w, x):
+        h = x @ w
+        mean = jax.lax.pmean(h.mean(0), "data")
+        square = jax.lax.pmean(jnp.square(h - mean).mean(0), "data")
+        return (h - mean) * jax.lax.rsqrt(square + 0.1)
+
+    return jnp.square(over(own, (P(), DATA), DATA)(p["w"], b["x"]) - b["y"]).mean()
+
+
+def largest_of_all_devices(p, b):
+    def own(w, v, x):
+        h = jnp.tanh(x @ w)
+        largest = jax.lax.pmax(jnp.abs(jax.lax.stop_gradient(h)).max(), ("data", "tensor"))
+        return jax.lax.psum(h / jax.lax.stop_gradient(largest) @ v, "tensor")
+
+    specs = (P(None, "tensor"), P("tensor", None), DATA)
+    return jnp.square(over(own, specs, DATA, check_vma=False)(p["w"], p["v"], b["x"]) - b["y"]).mean()
+
+
+def neighbours_of_the_data(p, b):
+    def own(w, x):
+        before = jax.lax.ppermute(x[-1:], "data", [(n, (n + 1) % 4) for n in range(4)])
+        return jnp.tanh((x + jnp.concatenate([before, x[:-1]])) @ w)
+
+    return jnp.square(over(own, (P(), DATA), DATA)(p["w"], b["x"]) - b["y"]).mean()
+
+
+def test_what_devices_complete_among_each_other_is_completed_between_passes():
+    layout = check(4, statistics_of_all_devices, largest_of_all_devices, max_passes=6)
+    assert sum("what all its devices do together" in note for note in layout.notes) == 2
+
+
+def test_rows_that_devices_hand_to_each_other_are_made_before_the_parts():
+    check(4, neighbours_of_the_data)
+
+
+def test_a_sum_that_comes_back_to_the_rows_in_a_loop_inside_is_refused():
     def loss(p, b):
         def own(w, x):
-            h = x @ w
-            return jnp.tanh(h - jax.lax.pmean(h.mean(0), "data"))
+            def step(h, _):
+                h = h @ w
+                return jnp.tanh(h - jax.lax.pmean(h.mean(0), "data")), None
+
+            return jax.lax.scan(step, x, None, length=2)[0]
 
         return over(own, (P(), DATA), DATA)(p["w"], b["x"]).mean()
 
