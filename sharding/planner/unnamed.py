@@ -24,10 +24,6 @@ from .declared import DATA_NAMES, Declared, Ruled
 _STORING = "fsdp"
 # The axis that needs experts: calls of `ops.experts`, or a dimension of that name.
 _OF_EXPERTS = "expert"
-_NO_EXPERTS = (
-    "; it has no call of meshwright.sharding.ops.experts: of experts written otherwise name the dimension, "
-    "e.g. names={'up': ('experts', None, None)}"
-)
 
 
 def with_unnamed(program: Program, topology: Topology, declared: Declared, laid: Ruled) -> Ruled:
@@ -117,10 +113,26 @@ def _check_axes(program: Program, layout: Candidate, laid: Ruled, rules: Rules) 
             raise UserError(
                 f"mesh axis {axis}={size} shards nothing in this program; give it a rule, "
                 f"or its devices to another axis, e.g. {axis}=1, data=-1"
-                + (_NO_EXPERTS if axis == _OF_EXPERTS and not experts_dims(program) else "")
+                + (_no_experts(program, size) if axis == _OF_EXPERTS and not experts_dims(program) else "")
             )
         if axis in meant and program.parameters:
             raise UserError(_shards_no_parameter(program, axis, size, meant[axis], _known(rules)))
+
+
+def _no_experts(program: Program, size: int) -> str:
+    """Return how to say which experts there are: by the largest parameter that may hold a matrix of each.
+
+    Those are the dimension before the last two, as experts are written in batched products.
+    """
+    of_many = [one for one in program.parameters if len(one.shape) > 2 and one.shape[-3] % size == 0]
+    if not of_many:
+        return "; it has no call of meshwright.sharding.ops.experts, and no parameter with a matrix for each"
+    largest = max(of_many, key=lambda one: math.prod(one.shape))
+    names = (*(None for _ in largest.shape[3:]), "experts", None, None)
+    return (
+        "; it has no call of meshwright.sharding.ops.experts: of experts written otherwise name the "
+        f"dimension, e.g. names={{{largest.path!r}: {names}}}"
+    )
 
 
 def _check_divides(program: Program, size: int) -> None:

@@ -59,8 +59,10 @@ def own_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathli
     return tmp_path / "cache"
 
 
-def compiled(plan: Plan, cache: pathlib.Path, sequence: int = SEQUENCE) -> tuple[Verdict, HloModule]:
-    verdict = verify(plan, *program(sequence))
+def compiled(
+    plan: Plan, cache: pathlib.Path, sequence: int = SEQUENCE, *, quick: bool = False
+) -> tuple[Verdict, HloModule]:
+    verdict = verify(plan, *program(sequence), quick=quick)
     assert verdict.fits, verdict.message
     (text,) = cache.rglob("program.hlo.gz")
     return verdict, parse_hlo(gzip.decompress(text.read_bytes()).decode())
@@ -120,7 +122,7 @@ def test_pieces_of_a_ring_compute_what_the_whole_call_does(own_cache: pathlib.Pa
             "remat": "none",
         }
         made = plan(*arguments, **told, **({"context": "ring"} if "context" in mesh else {}))
-        proof = verify(made, *program(2048)).proof
+        proof = verify(made, *program(2048), quick=True).proof
         assert proof is not None
         done.append(proof.flops)
     assert done[1] == pytest.approx(done[0], rel=0.01)
@@ -131,7 +133,7 @@ def test_what_is_kept_by_name_is_not_computed_again(own_cache: pathlib.Path) -> 
     forwards = {}
     for remat in ("full", {"output:in": "device"}):
         made = planned("v5e:2x2", remat=remat)
-        _, text = compiled(made, own_cache)
+        _, text = compiled(made, own_cache, quick=True)
         forwards[str(remat)] = len(kernels(text, "fwd")) / len(kernels(text, "dq"))
         for entry in own_cache.rglob("program.hlo.gz"):
             entry.unlink()

@@ -60,7 +60,7 @@ def test_a_step_copies_no_parameters(
     batch = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
     optimizer = optax.adam(1e-3)
     made = in_parts(topology, params, batch, optimizer, 4)
-    assert verify(made, loss, params, batch, optimizer).fits
+    assert verify(made, loss, params, batch, optimizer, quick=True).fits
     (text,) = tmp_path.rglob("program.hlo.gz")
     found = parse_hlo(gzip.decompress(text.read_bytes()).decode()).instructions.values()
     whole = f"f32[{LAYERS},{WIDTH},{WIDTH}]"

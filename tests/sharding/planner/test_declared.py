@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from typing import Any
 
 import draws
@@ -203,7 +205,7 @@ def test_defaults_that_yield_are_noted() -> None:
         ({"stage_remat": False}, "stage_remat=False is of pipeline stages and the mesh declares none"),
         (
             {"mesh": {"data": 4, "expert": 2}},
-            "mesh axis expert=2 shards nothing in this program; give it a rule",
+            "expert=2 shards nothing in this program; give it a rule.*no parameter with a matrix for each",
         ),
         ({"topology": "cpu"}, "cpu"),
         ({"topology": "v9p:4"}, "v9p"),
@@ -218,6 +220,21 @@ def test_declarations_that_cannot_hold_are_one_sentence(changes: dict[str, Any],
     with pytest.raises(UserError, match=sentence) as caught:
         declare_mlp(**changes)
     assert "\n" not in str(caught.value)
+
+
+def test_experts_written_as_one_product_are_told_how_to_be_named() -> None:
+    def loss(params: Any, batch: Any) -> Any:
+        of_each = jnp.einsum("bd,edf->bef", batch["x"], params["wide"])
+        weights = jax.nn.softmax(batch["x"] @ params["gate"])
+        return jnp.mean(jnp.einsum("bef,efd,be->bd", jnp.tanh(of_each), params["back"], weights))
+
+    params = shapes(gate=(8, 4), wide=(4, 8, 32), back=(4, 32, 8))
+    declared = {"topology": "cpu:8", "mesh": {"data": 4, "expert": 2}, "optimizer": optax.sgd(0.1)}
+    with pytest.raises(UserError, match="expert=2 shards nothing") as caught:
+        declare(loss, params, shapes(x=(16, 8)), **declared)
+    (written,) = re.findall(r"names=(\{.*\})", str(caught.value))
+    made = declare(loss, params, shapes(x=(16, 8)), names=ast.literal_eval(written), **declared)
+    assert made.params["back"].spec[0] == "expert"
 
 
 @pytest.mark.devices(8)
