@@ -115,6 +115,11 @@ def _checked(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
                 f"rule {key!r}: a key is a named dimension such as embed, or a path such as embed/table"
             )
         if not is_pattern(key):
+            if isinstance(value, (list, tuple)) and any(not isinstance(entry, str) for entry in value):
+                raise UserError(
+                    f"rule {key}: {value!r} has an entry for each dimension, which a path takes; {key} alone "
+                    f"is the name of a dimension. For arrays whose path ends so write '*{key}'"
+                )
             checked[key] = _axes(key, value)
         elif value is None:
             checked[key] = ()

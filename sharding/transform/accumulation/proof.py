@@ -76,8 +76,8 @@ class InParts:
             return None
         deepest = max((op for op in self.graph.ops if op.is_total), key=lambda op: op.outs[0].level)
         return NotInParts(
-            f"it takes {passes} passes over the batch, since sums over the examples wait for one another, "
-            f"and max_passes is {max_passes}",
+            f"it takes {passes} passes over the batch, since sums over the examples wait for one another; "
+            f"max_passes={max_passes} is less, and max_passes={passes} takes them",
             deepest.where,
         )
 

@@ -194,6 +194,7 @@ def test_idle_axes():
             "rule embed/table: 'fsdp' is no list with an entry for each dimension; write [fsdp]",
         ),
         ({"embed": 3}, MESH, "rule embed: 3 is none of an axis"),
+        ({"w": [None, "tensor"]}, MESH, "dimension. For arrays whose path ends so write '*w'"),
         ({"layers/*": ["fsdp"], "*/wq": ["tensor"], "*yers/*": None}, {"fsdp": 3, "tensor": 1}, None),
         (
             {"l*/wq": None, "*s/wq": [None, "fsdp"]},
