@@ -88,7 +88,7 @@ def _within(eqn: core.JaxprEqn) -> bool:
 
 
 def _draws(eqn: core.JaxprEqn) -> bool:
-    """Whether `eqn` draws numbers that would be others if it were mapped over."""
+    """Whether `eqn` draws numbers that would be others if it were mapped over; threefry's are a key's own."""
     if eqn.primitive.name != "random_bits":
         return False
     key: Any = eqn.invars[0].aval
