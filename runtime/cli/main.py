@@ -80,7 +80,7 @@ def plan(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="With --verify: stop where the step is scheduled, a tenth of the time for TPUs."
+            "--quick", help="With --verify: stop where the step is scheduled, for TPUs several times sooner."
         ),
     ] = False,
     top: Annotated[int, typer.Option(help="With --verify: compile so many of the best and choose.")] = 1,

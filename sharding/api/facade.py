@@ -244,7 +244,7 @@ class Plan(Record):
           limits: of time and memory, for each compile.
           use_cache: whether a proof that was kept on disk will do.
           quick: whether a proof will do that is read as soon as the compiler has scheduled the step. For TPUs
-            that is a tenth of the time: memory, collectives and their order are known by then, and computing
+            that is several times sooner: memory, collectives and their order are known by then, and computing
             is timed by flops and bytes (`Proof.quick`). Other compilers make the whole program all the same.
 
         Raises:

@@ -59,14 +59,27 @@ def window_of(shape: tuple[int, int], behind: int | None, ahead: int, before: in
 def _classes() -> tuple[Any, Any, Any]:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    def ends(mask: Any, rows: slice) -> tuple[int, int, int] | None:
+        """Return how many queries `rows` are, and the first and last key that they stand at; None of none.
+
+        It is kept with the mask: splash asks for each row of blocks as often as there are blocks of keys,
+        four million times for a million tokens.
+        """
+        known = mask.__dict__.setdefault("ends_of_rows", {})
+        place = (rows.start, rows.stop, rows.step)
+        if place not in known:
+            seen = mask.q_sequence[rows] + mask.offset
+            known[place] = (len(seen), int(seen.min()), int(seen.max())) if len(seen) else None
+        return known[place]
+
     def read(mask: Any, index: tuple[slice, slice], behind: int | None, ahead: int, whole: Any) -> np.ndarray:
         """Return a block of `mask`, by `whole` where it is not of one value."""
-        rows, keys = (range(size)[one] for size, one in zip(mask.shape, index, strict=True))
-        if not len(rows) or not len(keys):
+        keys = range(mask.shape[1])[index[1]]
+        found = ends(mask, index[0])
+        if found is None or not keys:
             return whole(index)
-        seen = mask.q_sequence[index[0]]
-        first, last = int(seen.min()) + mask.offset, int(seen.max()) + mask.offset
-        shape = (len(rows), len(keys))
+        count, first, last = found
+        shape = (count, len(keys))
         if keys[0] > last + ahead or (behind is not None and keys[-1] < first - behind):
             return _uniform(False, shape)
         if keys[-1] <= first + ahead and (behind is None or keys[0] >= last - behind):
