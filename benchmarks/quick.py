@@ -53,7 +53,7 @@ class Beside:
         """Collectives that only one of the two has."""
         found = set()
         for one, other in ((self.whole, self.quick), (self.quick, self.whole)):
-            found |= _kinds(one, _WORTH) - _kinds(other)
+            found |= kinds(one, _WORTH) - kinds(other)
         return sorted(f"{kind}/{'×'.join(axes)}" for kind, axes in found)
 
     @property
@@ -62,7 +62,8 @@ class Beside:
         return self.quick.quick and abs(self.peak) <= _ALIKE and not self.others
 
 
-def _kinds(proof: Proof, share: float = 0.0) -> set[tuple[str, tuple[str, ...]]]:
+def kinds(proof: Proof, share: float = 0.0) -> set[tuple[str, tuple[str, ...]]]:
+    """Return kind and axes of the collectives that move more than a `share` of all bytes."""
     total = sum(row.bytes for row in proof.collectives)
     return {(row.kind, row.axes) for row in proof.collectives if row.bytes > share * total}
 

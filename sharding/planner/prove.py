@@ -11,6 +11,7 @@ from ..plans.origin import Alternative
 from ..plans.record import Record
 from ..verify import verify
 from ..verify.process import Limits
+from ..verify.scheduled import shows_schedule
 from ..verify.verify import Verdict
 from ..words import gib, layout_in_words, seconds
 from ..xla import options
@@ -23,6 +24,7 @@ _OF_THE_PLAN = ("out_of_memory", "vmem_overflow", "failed")
 _ROUNDS = 3
 # What is left free where memory was underestimated, so that the next plan does not miss by a hair.
 _MARGIN = 0.98
+_WHOLE = "the step is compiled whole: only compilers for TPUs show what they scheduled before machine code"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,8 @@ def prove(
         if enough or len(attempts) >= top + _ROUNDS:
             break
     fitting = [attempt for attempt in attempts if attempt.verdict.fits]
+    if fitting and quick and not shows_schedule(plan.topology):
+        fitting = [_with_note(attempt, _WHOLE) for attempt in fitting]
     if fitting:
         best = min(fitting, key=_seconds)
         chosen = _chosen(best, attempts)
@@ -97,6 +101,12 @@ def prove(
         return chosen, best.search
     told = "; ".join(f"{_name(attempt.plan)}: {attempt.verdict.message}" for attempt in attempts)
     raise UserError(f"nothing that was compiled for {plan.topology} fits: {told}")
+
+
+def _with_note(attempt: Attempt, note: str) -> Attempt:
+    return dataclasses.replace(
+        attempt, plan=dataclasses.replace(attempt.plan, notes=(*attempt.plan.notes, note))
+    )
 
 
 def _candidates(

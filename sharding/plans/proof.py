@@ -104,6 +104,11 @@ class Proof:
     quick: bool = False
     cached: bool = dataclasses.field(default=False, compare=False)
 
+    @property
+    def made(self) -> str:
+        """How far the compiler went: ``scheduled`` or ``compiled``."""
+        return "scheduled" if self.quick else "compiled"
+
     def portable(self) -> Proof:
         """Return the proof with files named as `nearby` does: plans are committed and read elsewhere."""
 

@@ -45,7 +45,8 @@ def cost_figures(
 ) -> list[Figure]:
     """Return what a step takes and a device holds; where both are known, what each of them says."""
     found = []
-    for by, one, before in (("estimated", estimate, None), ("compiled", proof, estimate)):
+    made = "compiled" if proof is None else proof.made
+    for by, one, before in (("estimated", estimate, None), (made, proof, estimate)):
         if one is None:
             continue
         of = "" if proof is None else f", {by}"
@@ -129,8 +130,8 @@ def _compiled_by(proof: Proof) -> str:
     """Say which compiler made a program, or scheduled it, and in how long."""
     time, known = proof.compile_seconds, ", known from before" if proof.cached else ""
     rounded = f"{time:.0f}" if time >= 10 else f"{time:.2g}"
-    made, before = ("scheduled", ", without machine code") if proof.quick else ("compiled", "")
-    return f"{made} by {compiler_of(proof.versions)} in {rounded} s{before}{known}"
+    without = ", without machine code" if proof.quick else ""
+    return f"{proof.made} by {compiler_of(proof.versions)} in {rounded} s{without}{known}"
 
 
 def _as_compiled(estimate: Estimate | None) -> dict[str, dict[str, float]]:

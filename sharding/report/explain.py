@@ -77,8 +77,8 @@ def _items(table: Mapping[str, float], write: Callable[[float], str]) -> str:
 def _proved(proof: Proof) -> list[str]:
     """Return what the compiler says of the whole of a plan."""
     return [
-        f"compiled, a step takes {seconds(proof.step_seconds)}: {_items(proof.time, seconds)}",
-        f"compiled, a device holds {gib(proof.peak_bytes)} at most",
+        f"{proof.made}, a step takes {seconds(proof.step_seconds)}: {_items(proof.time, seconds)}",
+        f"{proof.made}, a device holds {gib(proof.peak_bytes)} at most",
         *(f"found: {finding_in_words(row)}" for row in costliest(proof.findings)[:_FINDINGS]),
     ]
 

@@ -158,7 +158,7 @@ def _near_each_other(traced: Traced, parts: int, rows: int, *, prepares: bool) -
 
 
 def _effort(read: InParts) -> tuple[int, int, int]:
-    """Return how many manual regions of a program are none in parts, its passes, and results `apart`."""
+    """Return how many manual regions are opened, the passes, and how many results are computed `apart`."""
     return len(read.graph.opened), read.levels.passes, len(read.apart)
 
 

@@ -75,9 +75,12 @@ def test_it_has_the_memory_and_the_collectives_of_the_whole_program(tmp_path: pa
     console = Console(width=200)
     with console.capture() as said:
         console.print(Printed(plan_document(quick)))
+    assert "step, scheduled" in said.get()
     assert "scheduled by libtpu" in said.get()
     assert "without machine code" in said.get()
 
 
-def test_another_compiler_makes_the_whole_program() -> None:
-    assert not proof_of(planned("cpu:8", fsdp=8).verify(quick=True)).quick
+def test_another_compiler_makes_the_whole_program_and_the_plan_says_so() -> None:
+    made = planned("cpu:8", fsdp=8).verify(quick=True)
+    assert not proof_of(made).quick
+    assert any("compiled whole: only compilers for TPUs" in note for note in made.notes)
