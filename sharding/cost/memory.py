@@ -313,7 +313,9 @@ def worked(
     # Of a loss's weights, whose gradient comes of a part of the batch at a time, one is as large.
     arrays = 1.0 + (loss_arrays - 1.0) * ((values.section == AFTER) & (values.parameter < 0))
     largest = np.zeros(3)
-    np.maximum.at(largest, values.section, used * arrays)
+    # What the loss makes of its parameters before it takes them is with what is gathered.
+    made = ~((values.section == AFTER) & (values.parameter >= 0))
+    np.maximum.at(largest, values.section, used * arrays * made)
     for one in profile.short_sums if wide_sums else ():
         if used[one.table] < MANY_ROWS * used[one.value]:
             largest[one.section] = max(largest[one.section], 2.0 * used[one.table])

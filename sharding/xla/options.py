@@ -35,11 +35,16 @@ def options_for(topology: Topology) -> dict[str, bool | int | str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A set of options worth trying; `ran` says whether devices have run it, by its sources."""
+    """A set of options worth trying.
+
+    `ran` says whether devices have run it, by its sources; `scheduled` whether the compiler's schedule shows
+    all that it does, before machine code is made.
+    """
 
     name: str
     options: Options
     ran: bool
+    scheduled: bool = False
 
 
 def trials_for(topology: Topology, jaxlib: str | None = None) -> list[Trial]:
@@ -54,9 +59,14 @@ def trials_for(topology: Topology, jaxlib: str | None = None) -> list[Trial]:
     """
     facts, here = _facts(), _installed() if jaxlib is None else jaxlib
     return [
-        Trial(name=name, options=dict(facts["sets"][name]["options"]), ran=facts["sets"][name]["ran"])
+        Trial(
+            name=name,
+            options=dict(one["options"]),
+            ran=one["ran"],
+            scheduled=one.get("scheduled", False),
+        )
         for name in facts["trials"].get(topology.chip.name, ())
-        if not _refused(facts["sets"][name], here)
+        if not _refused(one := facts["sets"][name], here)
     ]
 
 

@@ -12,6 +12,7 @@ import pytest
 from meshwright.models import decoder
 from meshwright.models.transformer.config import DecoderConfig
 from meshwright.sharding import plan
+from meshwright.sharding.plans.estimate import Estimate
 from meshwright.sharding.plans.proof import Proof
 from meshwright.sharding.verify.verify import verify
 
@@ -20,8 +21,8 @@ TABLE = EMBED * VOCAB
 
 
 @functools.cache
-def proof(topology: str, fsdp: int) -> Proof:
-    """A decoder whose output projection outweighs its layers, compiled for a slice."""
+def compiled(topology: str, fsdp: int, rows: int = ROWS, sequence: int = SEQUENCE) -> tuple[Estimate, Proof]:
+    """A decoder whose output projection outweighs its layers, estimated and compiled for a slice."""
     model = decoder(
         DecoderConfig(
             layers=4,
@@ -38,7 +39,7 @@ def proof(topology: str, fsdp: int) -> Proof:
     loss = jax.jit(model.loss)
     params = jax.eval_shape(jax.jit(model.init), jax.random.key(0))
     batch = {
-        name: jax.ShapeDtypeStruct((ROWS, SEQUENCE), jnp.int32)
+        name: jax.ShapeDtypeStruct((rows, sequence), jnp.int32)
         for name in ("tokens", "targets", "segment_ids", "positions")
     }
     optimizer = optax.adamw(1e-3)
@@ -54,14 +55,15 @@ def proof(topology: str, fsdp: int) -> Proof:
         microbatches=1,
     )
     found = verify(made, loss, params, batch, optimizer, quick=True).proof
+    assert made.estimate is not None
     assert found is not None
-    return found
+    return made.estimate, found
 
 
 @pytest.mark.slow
 def test_a_tpu_keeps_neither_them_nor_their_gradient_through_the_layers() -> None:
     """Nor what the loss's forward pass reads until the end."""
-    found = proof("v5e:4x4", 16)
+    _, found = compiled("v5e:4x4", 16)
     fullest = found.timeline.index(max(found.timeline))
     # Gathered in 2 bytes, summed in 4.
     assert max(found.timeline) > found.timeline[0] + 6 * TABLE
@@ -70,8 +72,15 @@ def test_a_tpu_keeps_neither_them_nor_their_gradient_through_the_layers() -> Non
 
 
 @pytest.mark.slow
+def test_the_estimate_counts_what_is_gathered_of_them_once() -> None:
+    """A second time, where logits are smaller, would be a fifth of the peak."""
+    estimate, found = compiled("v5e:4x4", 16, rows=16, sequence=128)
+    assert estimate.peak_bytes == pytest.approx(found.peak_bytes, rel=0.1)
+
+
+@pytest.mark.slow
 def test_a_gpu_gathers_them_in_two_bytes_and_scatters_their_gradient() -> None:
-    found = proof("h100:2x8", 16)
+    _, found = compiled("h100:2x8", 16)
     of_tables = [one for one in found.collectives if one.bytes >= 0.9 * TABLE * 2 / 16]
     gathers = [one for one in of_tables if one.kind == "all_gather"]
     assert gathers

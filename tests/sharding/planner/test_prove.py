@@ -164,3 +164,55 @@ def test_declared_options_are_left_alone() -> None:
     too_large = dataclasses.replace(wide_plan(), compiler_options=options).verify()
     assert too_large.microbatches > 1
     assert too_large.compiler_options == options
+
+
+@pytest.mark.slow
+@pytest.mark.numerics(False)
+def test_of_several_for_tpus_only_those_that_may_be_the_fastest_are_compiled_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Real compiles, whose seconds are made to depend on the layout, the options and how far they went."""
+    seen: list[Any] = []
+    asked: list[tuple[int, int, bool]] = []
+    # As scheduled and as compiled, of the three layouts in the order in which they are asked for.
+    took = [(3.0, None), (2.0, 2.3), (2.1, 2.2)]
+
+    def timed(made: Plan, *program: Any, quick: bool, **others: Any) -> Verdict:
+        verdict = verify(made, *program, quick=quick, **others)
+        assert verdict.proof is not None
+        assert verdict.proof.quick == quick
+        layout = (dict(made.mesh), made.remat, dict(made.saved), made.microbatches)
+        if layout not in seen:
+            seen.append(layout)
+        place = seen.index(layout)
+        asked.append((place, len(made.compiler_options), quick))
+        seconds = took[place][0 if quick else 1]
+        assert seconds is not None
+        seconds -= 0.01 * len(made.compiler_options)
+        return dataclasses.replace(verdict, proof=dataclasses.replace(verdict.proof, step_seconds=seconds))
+
+    monkeypatch.setattr("meshwright.sharding.verify.verify.verify", timed)
+    first, second = (len(trial.options) for trial in trials_for(Topology.parse("v5e:2x4")))
+    proved = layers_plan("v5e:2x4").verify(top=3)
+    assert asked == [
+        (0, 0, True),
+        (1, 0, True),
+        (2, 0, True),
+        (1, 0, False),
+        (2, 0, False),
+        (2, first, True),
+        (2, first + second, True),
+        (2, first + second, False),
+    ]
+    assert proved.proof is not None
+    assert not proved.proof.quick
+    assert len(proved.compiler_options) == first + second
+    told = " ".join((*(row.lost for row in proved.alternatives), *proved.notes))
+    assert "scheduled only, it takes 3 s, 42.9% longer than this one as scheduled, in" in told
+    assert "compiled, it takes 2.3 s, 4.5% longer, in" in told
+    said = [note for note in proved.notes if note.startswith("compiler options")]
+    assert [re.findall(r"([\d.]+ s)(?: (scheduled|compiled))?", note) for note in said] == [
+        [("2.05 s", "scheduled"), ("2.1 s", "")],
+        [("2.04 s", "scheduled"), ("2.05 s", "")],
+        [("2.14 s", "compiled"), ("2.2 s", "")],
+    ]
