@@ -68,6 +68,14 @@ def proposed(measurement: Measurement) -> pathlib.Path:
     return user_cache() / "calibrations" / f"{name}.json"
 
 
+def kept(chip: str, version: str) -> pathlib.Path | None:
+    """Return the newest measurement that the cache keeps of a chip and a JAX version, None if it has none."""
+    name = proposed(Measurement(chip=chip, jax=version)).stem
+    folder = user_cache() / "calibrations"
+    files = [path for path in folder.glob("*.json") if path.stem == name or path.stem.startswith(f"{name}-")]
+    return max(files, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def _driver() -> str:
     version = pathlib.Path("/proc/driver/nvidia/version")
     if jax.devices()[0].platform != "gpu" or not version.exists():

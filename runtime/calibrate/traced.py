@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ...sharding import Plan
 from ...sharding.compiled.flops import attention_kernel, flops, moved_bytes
@@ -45,7 +45,7 @@ class TracedKind:
 
 
 def refined(
-    run: str | pathlib.Path, measurement: Measurement | None = None
+    run: str | pathlib.Path, known: Callable[[str, str], Measurement | None] = lambda chip, version: None
 ) -> tuple[Measurement, list[TracedKind]]:
     """Return a measurement with the efficiencies that a run's newest trace tells, and how each was found.
 
@@ -54,7 +54,8 @@ def refined(
 
     Args:
       run: folder of a run with a plan and a profile.
-      measurement: what is refined; the chip's shipped record if none.
+      known: gives what is refined by the names of the chip and of the JAX version; where it gives None, the
+        chip's shipped record is.
 
     Raises:
       UserError: the run has no profile, plan or program, its steps are not known, or it ran on a TPU, whose
@@ -74,6 +75,7 @@ def refined(
             "a TPU's program states its compiler's cycles; a trace refines the record of GPUs and CPUs"
         )
     kernel = plan.kernels.get("attention", {}).get("implementation")
+    measurement = known(chip.name, saved.jax)
     record = (
         calibration_for(chip.name, kernel) if measurement is None else measurement.record(chip.name, kernel)
     )

@@ -117,8 +117,9 @@ class Checkpoints:
         if self._saving is not None and self._saving.thread.is_alive():
             previous = self._saving.step
             self.wait()
-            waited = time.monotonic() - begun
-            _log.warning("the save at step %d waited %.1f s for that at step %d", step, waited, previous)
+            if previous != step:
+                waited = time.monotonic() - begun
+                _log.warning("the save at step %d waited %.1f s for that at step %d", step, waited, previous)
         self.wait()
         if step in self._written:
             _log.info("step %d is saved already", step)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import logging
 import pathlib
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...sharding.errors import UserError
 from ...sharding.words import first_of
 from ..errors import EXIT_INTERRUPTED, RunError, exit_code
+
+if TYPE_CHECKING:
+    from ...sharding.cost.measured import Measurement
 
 app = typer.Typer(
     name="meshwright",
@@ -177,6 +181,12 @@ def profile(
     """Say where the steps' time went in the trace that a run, or any JAX program, captured."""
     from ..profiling import print_report, profile_run
 
+    if calibrate and as_json:
+        raise UserError(
+            "--calibrate writes JSON and prints none; leave --json out, or name its file by --out FILE"
+        )
+    if out is not None and not calibrate:
+        raise UserError(f"--out {out} is where --calibrate writes; add --calibrate")
     if calibrate:
         _refine(run, out)
         return
@@ -189,16 +199,33 @@ def profile(
 
 def _refine(run: pathlib.Path, out: pathlib.Path | None) -> None:
     """Write the calibration that a run's trace comes to, from the one that is there."""
-    from ...sharding.cost.measured import load, save
-    from ..calibrate.measure import proposed
+    from ...sharding.cost.measured import load
+    from ..calibrate.measure import kept, proposed
     from ..calibrate.traced import refined
 
-    found, kinds = refined(run, load(out) if out is not None and out.exists() else None)
-    path = proposed(found) if out is None else out
-    save(found, path)
+    path = out
+
+    def known(chip: str, version: str) -> Measurement | None:
+        nonlocal path
+        path = kept(chip, version) if path is None else path
+        return load(path) if path is not None and path.exists() else None
+
+    found, kinds = refined(run, known)
+    path = proposed(found) if path is None else path
+    _keep(found, path, asked=out is not None)
     for kind in kinds:
         typer.echo(str(kind))
     typer.echo(f"{path} (digest {found.digest}); a config takes it up with `calibration: {path}`")
+
+
+def _keep(found: Measurement, path: pathlib.Path, *, asked: bool) -> None:
+    """Write a calibration, and make the folder for it where it was not asked for but is the cache's."""
+    from ...sharding.cost.measured import save
+
+    if not asked:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    save(found, path)
 
 
 @app.command()
@@ -269,13 +296,14 @@ def calibrate(
 
     if simulated is not None:
         simulate(simulated)
-    from ...sharding.cost.measured import save
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"{out} cannot be written: there is no folder {out.parent}")
     from ..calibrate import calibrate as measure
     from ..calibrate.measure import line, proposed
 
     found = measure(seconds, said=lambda row: typer.echo(line(row)))
     path = proposed(found) if out is None else out
-    save(found, path)
+    _keep(found, path, asked=out is not None)
     for name, value in found.efficiencies.items():
         typer.echo(f"{name} = {value:g}")
     typer.echo(f"{path} (digest {found.digest}); a config takes it up with `calibration: {path}`")
@@ -331,6 +359,8 @@ def _without_collector() -> Iterator[None]:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    # Orbax would have each line begin with the name of the module that it comes from.
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         app()
     except (UserError, RunError) as error:

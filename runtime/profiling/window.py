@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,6 +85,7 @@ class ProfileWindow:
         self._step: contextlib.AbstractContextManager[object] | None = None
         self._done = False
         self._captured = False
+        self._steps: list[int] = []
         self._process: int | None = None
         self._seconds = 0.0
         self._failure: Exception | None = None
@@ -111,7 +112,7 @@ class ProfileWindow:
         """Capture nothing, and say why."""
         self._done = True
         if self._say is not None:
-            self._say(f"the profile of steps {self._words()} is left out, and training goes on: {why}")
+            self._say(f"the profile of {self._words()} is left out, and training goes on: {why}")
 
     def on_step_start(self, step: int, quiet: Quiet = contextlib.nullcontext) -> None:
         """Begin step number `step`; the first one of the window begins the trace, within ``quiet()``.
@@ -131,6 +132,7 @@ class ProfileWindow:
         if self._recorder is not None:
             self._step = jax.profiler.StepTraceAnnotation(STEP, step_num=step)
             self._step.__enter__()
+            self._steps.append(step)
 
     def data_wait(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which the loop waits for its next batch."""
@@ -165,7 +167,7 @@ class ProfileWindow:
         _wait_for(outputs)
         done = time.perf_counter()
         with quiet():
-            self._stop(step)
+            self._stop()
         return done
 
     def close(self) -> None:
@@ -175,7 +177,7 @@ class ProfileWindow:
             UserWarning: The trace could not be written, and nobody takes sentences.
         """
         self._leave_step()
-        self._stop(None)
+        self._stop()
         if self._failure is not None:
             warnings.warn(f"the profile could not be written: {self._failure}", stacklevel=2)
             self._failure = None
@@ -212,15 +214,20 @@ class ProfileWindow:
         self._seconds = time.perf_counter() - begun
 
     def _words(self) -> str:
-        last = self._end - 1
-        return str(last) if last == self._first else f"{self._first} to {last}"
+        return _in_words(range(self._first, self._end))
+
+    def _caught(self) -> str:
+        """Return which steps the trace holds, beside those asked for where they are others."""
+        asked = range(self._first, self._end)
+        rest = "" if self._steps == list(asked) else f" (asked for: {_in_words(asked)})"
+        return f"{_in_words(self._steps)} captured{rest}"
 
     def _leave_step(self) -> None:
         if self._step is not None:
             self._step.__exit__(None, None, None)
             self._step = None
 
-    def _stop(self, step: int | None) -> None:
+    def _stop(self) -> None:
         if self._recorder is None:
             return
         begun = time.perf_counter()
@@ -237,8 +244,8 @@ class ProfileWindow:
             return
         self._captured = True
         self._seconds += time.perf_counter() - begun
-        if self._say is not None and step is not None:
-            self._say(f"profile: steps {self._words()} captured, {self._seconds:.1f} s to open and to write")
+        if self._say is not None:
+            self._say(f"profile: {self._caught()}, {self._seconds:.1f} s to open and to write")
 
     def _unmark(self) -> None:
         if self._process is not None:
@@ -315,6 +322,10 @@ class _Recorder:
             write_whole(self._session / f"{name}.sizes.json", json.dumps(sizes) + "\n")
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _in_words(steps: Sequence[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
 
 def _wait_for(outputs: Any) -> None:

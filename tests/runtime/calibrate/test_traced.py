@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from meshwright.runtime.calibrate.traced import compared
+from meshwright.runtime.calibrate import traced
+from meshwright.runtime.calibrate.traced import TracedKind, compared
 from meshwright.runtime.cli.main import app
 from meshwright.runtime.profiling.profile import Operation
 from meshwright.sharding import Topology
 from meshwright.sharding.compiled.roofline import instruction_cost
 from meshwright.sharding.cost.calibration import calibration_for
+from meshwright.sharding.cost.measured import Measurement, load, save
 from meshwright.sharding.hlo.text import parse_hlo
 from typer.testing import CliRunner
 
@@ -54,3 +56,47 @@ def test_a_run_without_a_profile_is_told(tmp_path) -> None:
     done = CliRunner().invoke(app, ["profile", str(tmp_path), "--calibrate"])
     assert done.exit_code
     assert "has captured no profile" in str(done.exception)
+
+
+def test_without_a_file_the_caches_own_is_refined_and_its_folder_made(tmp_path, monkeypatch) -> None:
+    """There is none at first, then one of `meshwright calibrate`, whose name says more than a trace."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, seen = tmp_path / "cache" / "meshwright" / "calibrations", []
+    kind = TracedKind(field="memory_efficiency", traced=2.0, recorded=1.0, before=0.8)
+
+    def refined(run, known):
+        seen.append(known("h200", "0.11.2"))
+        base = seen[-1] or Measurement(chip="h200", jax="0.11.2")
+        efficiencies = {**base.efficiencies, kind.field: kind.after}
+        return dataclasses.replace(base, efficiencies=efficiencies), [kind]
+
+    monkeypatch.setattr(traced, "refined", refined)
+    first = CliRunner().invoke(app, ["profile", str(tmp_path), "--calibrate"])
+    assert not first.exit_code, first.exception
+    assert [path.name for path in folder.iterdir()] == ["h200-jax-0.11.2.json"]
+    (folder / "h200-jax-0.11.2.json").unlink()
+
+    whole = Measurement(
+        chip="h200", jax="0.11.2", driver="560", cudnn="91", efficiencies={"matmul_efficiency": 0.6}
+    )
+    save(whole, folder / "h200-jax-0.11.2-560-91.json")
+    save(dataclasses.replace(whole, jax="0.11.20"), folder / "h200-jax-0.11.20-560-91.json")
+    again = CliRunner().invoke(app, ["profile", str(tmp_path), "--calibrate"])
+    assert not again.exit_code, again.exception
+    assert seen[0] is None
+    assert seen[1].efficiencies == whole.efficiencies
+    kept = load(folder / "h200-jax-0.11.2-560-91.json")
+    assert kept.efficiencies == {"matmul_efficiency": 0.6, "memory_efficiency": 0.4}
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["profile", ".", "--out", "a.json"], "--out a.json is where --calibrate writes; add --calibrate"),
+        (["profile", ".", "--calibrate", "--json"], "leave --json out"),
+        (["calibrate", "--out", "nowhere/a.json"], "there is no folder nowhere"),
+    ],
+)
+def test_what_would_be_ignored_or_found_late_is_told(words, says) -> None:
+    assert says in str(CliRunner().invoke(app, words).exception)

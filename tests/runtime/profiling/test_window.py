@@ -56,9 +56,15 @@ def test_only_the_window_is_captured_and_both_viewers_have_their_file(tmp_path):
     ids=["from the first step", "resumed inside", "left early"],
 )
 def test_a_window_that_meets_only_a_part_of_its_steps_captures_those(tmp_path, start, steps, captured):
-    with ProfileWindow(start_step=start, num_steps=2, directory=tmp_path) as window:
+    said = []
+    with ProfileWindow(start_step=start, num_steps=2, directory=tmp_path, say=said.append) as window:
         run(window, steps)
     assert numbers(tmp_path) == captured
+    (words,) = said
+    if len(captured) == 2:
+        assert words.startswith("profile: steps 0 to 1 captured, ")
+    else:
+        assert words.startswith(f"profile: step 2 captured (asked for: steps {start} to {start + 1}), ")
 
 
 @pytest.mark.devices(1)
@@ -126,7 +132,7 @@ def test_a_failed_profile_is_said_and_the_steps_go_on(tmp_path):
     with capture(tmp_path / "outer"):
         assert run(window, range(3)) == [False, False, False]
     assert len(said) == 1
-    assert said[0].startswith("the profile of steps 0 is left out, and training goes on: cannot start")
+    assert said[0].startswith("the profile of step 0 is left out, and training goes on: cannot start")
     assert not markers(tmp_path / "window")
 
     (tmp_path / "file").write_text("in the way")
