@@ -344,7 +344,8 @@ def _override(tree: dict[str, Any], word: str) -> None:
     if not equals or not key:
         raise UserError(f"{word!r} is not of the form section.key=value")
     try:
-        value = yaml.load(text, _Loader)
+        # A pattern such as *.py: in YAML a star begins the name of something written before.
+        value = text if text.startswith("*") else yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"the value in {word!r} is not YAML: {one_line(error)}") from None
     *parents, leaf = key.split(".")

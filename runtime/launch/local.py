@@ -25,6 +25,8 @@ _COLOURS = ("36", "33", "35", "32", "34", "31")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 # Gloo prints a line for every device that meets another, with no way to turn it off.
 _CHATTER = b"[Gloo] Rank "
+# Of a crash what stands before its stack says what it was.
+_OF_A_STACK = re.compile(r"\s*@\s+0x[0-9a-f]+\s|\*\*\* Check failure stack trace")
 
 
 def launch_training(config: str | os.PathLike[str], overrides: Sequence[str], num_processes: int) -> int:
@@ -97,8 +99,9 @@ class _Printer:
         self.last: list[deque[str]] = [deque(maxlen=_LAST_LINES) for _ in range(count)]
 
     def line(self, number: int, text: str) -> None:
-        """Print a line of process `number`, and remember it among its last ones."""
-        self.last[number].append(text)
+        """Print a line of process `number`, and remember it among its last ones, but for stacks of C++."""
+        if not _OF_A_STACK.match(text):
+            self.last[number].append(text)
         mark = f"[{number:{self._width}}]"
         if self._colour:
             mark = f"\x1b[{_COLOURS[number % len(_COLOURS)]}m{mark}\x1b[0m"

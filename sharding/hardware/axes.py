@@ -65,4 +65,5 @@ def _wrong_product(given: Mapping[str, int], num_devices: int, absorbing: Sequen
         problem = f"{multiplied} does not divide {num_devices} devices"
         return f"{absorbing[0]}=-1 cannot absorb the rest: {problem}; {advice}"
     multiplied = f"{written} is {product}" if len(given) > 1 else written
-    return f"{multiplied}, but there are {num_devices} devices; {advice}, or -1 on one axis for the rest"
+    there = "there is 1 device" if num_devices == 1 else f"there are {num_devices} devices"
+    return f"{multiplied}, but {there}; {advice}, or -1 on one axis for the rest"

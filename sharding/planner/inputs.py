@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from ..cost.calibration import Calibration, calibration_for
 from ..cost.candidate import Candidate
 from ..cost.compute import FusedAttention
@@ -380,6 +382,11 @@ class Problem:
         else:
             found.append(
                 f"no optimizer was given: {_ADAM_BYTES:g} bytes of moments for each parameter are assumed"
+            )
+        if self.calibration is not None and self.calibration.jax not in ("", jax.__version__):
+            found.append(
+                f"the calibration was measured with JAX {self.calibration.jax}, and this is JAX "
+                f"{jax.__version__}: `meshwright calibrate` measures anew"
             )
         return tuple(found)
 

@@ -335,5 +335,6 @@ def searched_instead(problem: Problem, record: Record) -> str:
         what = (
             f"is estimated to take {seconds(best.step_seconds)} a step instead of {seconds(own.step_seconds)}"
         )
-    peaks = f"needs {gib(best.needed_bytes)} of a device's memory instead of {gib(own.needed_bytes)}"
+    needs = gib(best.needed_bytes), gib(own.needed_bytes)
+    peaks = f"needs {needs[0]} of a device's memory" + (f" instead of {needs[1]}" * (needs[0] != needs[1]))
     return f"plan: auto would take {layout}, which {what} and {peaks}"

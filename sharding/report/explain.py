@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 
 from ..errors import UserError, nearest, wrong
+from ..hardware.axes import AXES
 from ..paths import by_suffix
 from ..plans.origin import Alternative, distinct, is_bound
 from ..plans.proof import Proof
@@ -44,6 +46,8 @@ def explain(plan: Record, subject: str | None = None) -> str:
     path = subject if subject in state else _ending(subject, state)
     if path is not None:
         return _stored(plan, path, state[path], "it is read and given anew by each step")
+    if name in AXES:
+        return _axis(dataclasses.replace(plan, mesh={**plan.mesh, name: 1}), name, size)
     known = [*plan.mesh, *plan.dims, *plan.params, *state, *(path.split("/")[-1] for path in plan.params)]
     words = dict.fromkeys(filter(None, known))
     raise UserError(f"{subject!r} is no axis, dimension or parameter of the plan; {nearest(subject, words)}")
@@ -165,7 +169,8 @@ def _not_this_size(plan: Record, axis: str, size: int) -> str:
     if devices % size:
         return f"not {axis}={size}: it does not divide {devices} devices"
     if not plan.alternatives:
-        return f"not {axis}={size}: the plan was declared with {axis}={plan.mesh[axis]}"
+        declared = f"the plan was declared with {axis}={plan.mesh[axis]} and compared with no other mesh"
+        return f"not {axis}={size}: {declared}; plan=auto mesh=null does so"
     return f"not {axis}={size}: the declared parts of the plan leave no room for it"
 
 

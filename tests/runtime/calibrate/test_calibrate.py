@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -68,6 +70,10 @@ def test_a_plan_takes_up_the_file_that_it_is_named_and_holds_its_digest(tmp_path
     shipped, measured = plan(*problem(), topology=HOST), plan(*problem(), topology=HOST, calibration=file)
     assert measured.calibration == slow.digest == load(file).digest
     assert measured.estimate.time["compute/matmul"] > 3.0 * shipped.estimate.time["compute/matmul"]
+    assert any("measured with JAX 0.11, and this is JAX" in note for note in measured.notes)
+    save(dataclasses.replace(slow, jax=jax.__version__), file)
+    again = plan(*problem(), topology=HOST, calibration=file)
+    assert not any("measured with JAX" in note for note in again.notes)
     assert shipped.calibration is None
     assert "calibration" not in shipped.to_dict()
     assert type(measured).from_dict(measured.to_dict()).calibration == slow.digest

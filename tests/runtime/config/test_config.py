@@ -43,6 +43,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: pathlib.Path) -> None:
         ('train.sample="a: b"', "train.sample", "a: b"),
         ("train.stop_on_nan=false", "train.stop_on_nan", False),
         ("model.overrides.layers=2", "model.overrides", {"layers": 2}),
+        ("data.include=*.md", "data.include", "*.md"),
     ],
 )
 def test_a_word_is_yaml(word: str, key: str, value: object) -> None:

@@ -194,6 +194,19 @@ print("giving up"); sys.exit(7)
     assert lines[-1] == "    giving up"
 
 
+def test_the_last_lines_of_a_crash_say_what_it_was() -> None:
+    source = r"""
+import os, sys, time
+print("the tasks are unhealthy: 1\n*** Check failure stack trace: ***")
+print("\n".join(f"    @     0x7f280d65863{n}  absl::Flush()" for n in range(9)))
+sys.stdout.flush(); os.abort()
+"""
+    code, lines = run(source, 1)
+    assert code == 128 + signal.SIGABRT
+    assert lines[-1] == "    the tasks are unhealthy: 1"
+    assert "[0]     @     0x7f280d658638  absl::Flush()" in lines
+
+
 def test_one_that_ignores_sigterm_is_killed() -> None:
     source = """
 import os, signal, sys, time

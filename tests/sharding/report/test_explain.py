@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from meshwright.sharding import Plan, plan
+from meshwright.sharding import Plan, declare, plan
 from meshwright.sharding.cost.estimate import Estimate
+from meshwright.sharding.errors import UserError
 from meshwright.sharding.hlo.text import SourceLine
 from meshwright.sharding.plans.origin import Alternative, is_bound
 from meshwright.sharding.plans.proof import CompiledCollective, Finding, Proof
@@ -211,3 +212,20 @@ def test_a_bound_of_the_search_is_known_from_what_a_plan_keeps() -> None:
     bounds = [one.estimate.step_seconds for one in answer.others if one.bound]
     assert bounds
     assert sorted(bounds) == sorted(seconds_of(row) for row in found.alternatives if is_bound(row))
+
+
+def test_an_axis_that_a_declared_mesh_has_not_is_of_size_one() -> None:
+    params = {"w": jax.ShapeDtypeStruct((64, 64), "float32")}
+    batch = jax.ShapeDtypeStruct((16, 64), "float32")
+    mine = declare(
+        lambda p, x: jnp.mean((x @ p["w"]) ** 2), params, batch, topology="cpu:4", mesh={"fsdp": 4}
+    )
+    assert "tensor" not in mine.mesh
+    assert mine.explain("tensor") == "tensor=1: nothing is sharded over tensor"
+    assert mine.explain("tensor=2") == (
+        "not tensor=2: the plan was declared with tensor=1 and compared with no other mesh; "
+        "plan=auto mesh=null does so"
+    )
+    assert mine.explain("tensor=3") == "not tensor=3: it does not divide 4 devices"
+    with pytest.raises(UserError, match="no axis, dimension or parameter"):
+        mine.explain("tensr=2")
