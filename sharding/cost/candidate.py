@@ -35,6 +35,8 @@ class Candidate:
       schedule: of pipeline stages, a word of `vocabulary.SCHEDULES`.
       interleave: model chunks that a stage holds.
       stage_remat: whether a stage runs its chunks again from their inputs, as in `plans.record.Decision`.
+      rows: of a pipeline, the rows of the batch that a device has; 0 where stages share out as many as there
+        are of them.
       context: how attention goes over ``context``, a word of `ops.context.ways.WAYS`; None where XLA gathers.
 
     Raises:
@@ -52,6 +54,7 @@ class Candidate:
     schedule: str = ONE_BY_ONE
     interleave: int = 1
     stage_remat: bool = True
+    rows: int = 0
     context: str | None = None
 
     def __post_init__(self) -> None:

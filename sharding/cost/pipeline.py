@@ -68,7 +68,8 @@ _AGAIN = 2
 class Lockstep:
     """How often a device of `stages` stages of `chunks` chunks does each part, for so many microbatches.
 
-    Gradients of layers' weights may be `delayed`.
+    Gradients of layers' weights may be `delayed`. Of the stages `shares` have rows of a microbatch of their
+    own before and behind the layers, all of them if that is 0.
 
     >>> even = Lockstep(stages=4, chunks=2, microbatches=16)
     >>> even.layer_ticks, even.head_ticks, even.embed_ticks, even.inputs
@@ -79,6 +80,12 @@ class Lockstep:
     chunks: int
     microbatches: int
     delayed: bool = False
+    shares: int = 0
+
+    @property
+    def sharers(self) -> int:
+        """Stages that share out the rows of a microbatch; the others work the same shares."""
+        return self.shares or self.stages
 
     @property
     def slots(self) -> int:
@@ -135,11 +142,13 @@ class Lockstep:
 
 def lockstep(of: Candidate | Decision) -> Lockstep:
     """Return the ticks of a candidate, or of a plan."""
+    stages, rows = of.mesh.get("stage", 1), of.rows if isinstance(of, Candidate) else 0
     return Lockstep(
-        stages=of.mesh.get("stage", 1),
+        stages=stages,
         chunks=of.interleave,
         microbatches=of.microbatches,
         delayed=of.schedule == DELAYED,
+        shares=math.gcd(rows // of.microbatches, stages),
     )
 
 
@@ -176,7 +185,7 @@ def through_stages(parts: StepParts) -> dict[str, float]:
     gathers = np.array([2.0, 3.0 if parts.candidate.stage_remat else 2.0, 2.0])
     busy, all_ = (
         Turns(
-            rows=np.array([embed / ticks.stages, layers * share, ticks.microbatches / ticks.stages]),
+            rows=np.array([embed / ticks.sharers, layers * share, ticks.microbatches / ticks.sharers]),
             whole=np.array([embed, layers * share, ticks.microbatches], float),
             gathers=gathers,
         )
@@ -246,7 +255,7 @@ class Least(NamedTuple):
         here = (layers + self.keeping) * waited
         if ticks.delayed:
             here += self.made_of * waited - self.late * (waited - 1.0)
-        return (before + after) / ticks.stages + here * share
+        return (before + after) / ticks.sharers + here * share
 
 
 def least(parts: StepParts) -> Least:
@@ -398,7 +407,7 @@ def moments(
     here = np.array([1.0, held_share(profile, ticks.stages, ticks.chunks), 1.0])
     saved, scratch = activations(profile, candidate, work, kept)
     scratch[LAYERS] = np.maximum(work.largest_of, work.least).max()
-    part = np.array([1 / ticks.stages, kept_share, 1 / ticks.stages])
+    part = np.array([1 / ticks.sharers, kept_share, 1 / ticks.sharers])
     inputs = _inputs(profile, work, ticks)
     if not candidate.stage_remat:
         # What layers keep goes over ticks in place of what is read.
@@ -421,7 +430,7 @@ def moments(
         BEFORE: gradients[BEFORE],
     }
     for phase in (AFTER, LAYERS, BEFORE):
-        alone = 1.0 if phase == LAYERS else 1 / ticks.stages
+        alone = 1.0 if phase == LAYERS else 1 / ticks.sharers
         yield {
             **items,
             "gradients": float(gradients @ here + beside[phase]),
@@ -441,7 +450,7 @@ def _inputs(profile: ProgramTables, work: Worked, ticks: Lockstep) -> float:
     for behind, stack in enumerate(reversed(cut)):
         waits = 2 * behind * ticks.stages
         found += (ticks.inputs + waits * ticks.chunks + _IN_HAND) * sizes[stack]
-        found += (waits + 1) * sizes[stack] / ticks.stages if behind else 0.0
+        found += (waits + 1) * sizes[stack] / ticks.sharers if behind else 0.0
     return found
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..cost.candidate import Candidate, Storage
+from ..cost.pipeline import lockstep
+from ..errors import nearest_divisors
 from ..hardware.topology import Topology
 from ..plans.arrays import least_that_matters
 from ..plans.origin import Alternative, Origin
@@ -154,6 +156,21 @@ def alternatives_of(
             ),
         )
         for other in others
+    )
+
+
+def notes_on_sharing(layout: Candidate) -> tuple[str, ...]:
+    """Say that fewer stages than there are share out the rows of a microbatch, and what all would share."""
+    ticks = lockstep(layout)
+    if ticks.sharers == ticks.stages:
+        return ()
+    rows = layout.rows // layout.microbatches
+    near = f", or microbatches={nearest_divisors(layout.rows // ticks.stages, layout.microbatches)}"
+    near = near if layout.rows % ticks.stages == 0 else ""
+    return (
+        f"of stage={ticks.stages} {ticks.sharers} share out the {rows} rows that a microbatch has on a "
+        "device, before and behind the layers, and the others repeat their work; nearest that all share: "
+        f"{math.ceil(rows / ticks.stages) * ticks.stages} rows{near}",
     )
 
 

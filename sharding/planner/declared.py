@@ -247,6 +247,7 @@ def ruled(program: Program, topology: Topology, declared: Declared, *, params: A
         schedule=declared.schedule or ONE_BY_ONE,
         interleave=declared.interleave or 1,
         stage_remat=declared.stage_remat is not False,
+        rows=_rows_of_device(program, rules, sizes) if sizes.get("stage", 1) > 1 else 0,
     )
     rows = {
         argument.path: ArrayPlan(
@@ -364,6 +365,10 @@ def _label_of_experts(dim: Dim, rules: Rules) -> str | None:
     """Return the label of a dim of experts, which needs no name unless rules of paths say where it lies."""
     said = any(_EXPERT in mentioned(rule) for key, rule in rules.declared.items() if is_pattern(key))
     return _ruled_label(dim, rules) or (None if said else _PURPOSE[_EXPERT])
+
+
+def _rows_of_device(program: Program, rules: Rules, sizes: Mapping[str, int]) -> int:
+    return batch_rows(program) // cut_into(_asked(rules, "batch", sizes), sizes)
 
 
 def _check_batch(

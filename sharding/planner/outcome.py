@@ -66,6 +66,7 @@ class Search:
         kernels, of_experts = _kernels(self.problem, self.topology, self.declared, kernel, layout)
         notes = (
             build.notes_of(program, self.topology, layout)
+            + build.notes_on_sharing(layout)
             + _notes_on(self.problem, kernel, layout)
             + of_experts
         )
@@ -221,7 +222,12 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     words = context.words(problem.attention, candidate, declared.context, kernel)
     candidate, estimate = _over_context(words, candidate, pricer, capacity)
     kernels, of_experts = _kernels(problem, topology, declared, kernel, candidate)
-    notes = (*laid.notes, *_notes_on(problem, kernel, candidate), *of_experts)
+    notes = (
+        *laid.notes,
+        *build.notes_on_sharing(candidate),
+        *_notes_on(problem, kernel, candidate),
+        *of_experts,
+    )
     notes += sequences.notes_on(problem.program, candidate)
     notes += context.notes_on(problem.attention, candidate, kernel)
     notes += _notes_on_experts(problem.program, candidate)

@@ -144,7 +144,7 @@ class _Work:
 
     def at_least(self, stages: int) -> float:
         """Return the seconds that any pipeline of so many stages takes at least."""
-        most = max(self.rows // stages, 1)
+        most = max(self.rows // math.gcd(self.rows, stages), 1)
         chunks = [chunks for chunks in CHUNKS if stages * chunks <= self.count]
         return min(self.over(stages, one, most) for one in chunks)
 

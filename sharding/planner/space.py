@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -170,12 +171,16 @@ def _layouts(given: Given, worth: Worth | None) -> tuple[tuple[Candidate, ...], 
         drafts = [Draft(storing=storing)]
         for choices in LAYOUT:
             if choices is storage.choices and worth is not None and drafts:
-                drafts = [one for one in drafts if worth(_candidate(one), _parts(given, _row_parts(one)))]
+                drafts = [
+                    one
+                    for one in drafts
+                    if worth(_candidate(one, given.rows), _parts(given, _row_parts(one)))
+                ]
                 if not drafts:
                     raise UserError("no layout of this program is worth considering")
             drafts = [way for draft in drafts for way in _taken(choices(given, draft), refused)]
         if drafts:
-            return tuple(map(_candidate, drafts)), refused
+            return tuple(_candidate(one, given.rows) for one in drafts), refused
     raise UserError(_nothing(refused, given.topology.num_devices))
 
 
@@ -188,7 +193,8 @@ def _taken(ways: Iterable[Draft | Refused], refused: dict[str, str]) -> Iterator
             refused.setdefault(written, way.reason)
 
 
-def _candidate(draft: Draft) -> Candidate:
+def _candidate(draft: Draft, rows: int) -> Candidate:
+    stages = draft.mesh.get("stage", 1)
     return Candidate(
         mesh=draft.mesh,
         dims=draft.dims,
@@ -198,6 +204,7 @@ def _candidate(draft: Draft) -> Candidate:
         schedule=draft.schedule,
         interleave=draft.interleave,
         stage_remat=draft.stage_remat,
+        rows=rows * stages // _row_parts(draft) if stages > 1 else 0,
         context=draft.context,
     )
 
@@ -206,9 +213,10 @@ def _parts(given: Given, row_parts: int) -> tuple[int, ...]:
     """Return the numbers of microbatches to consider where their rows lie in `row_parts`."""
     if given.declared.microbatches is not None:
         return (given.declared.microbatches,)
-    if given.rows % row_parts or given.proof is None:
+    if given.proof is None:
         return (1,)
-    return given.proof.among(microbatches.options(given.rows // row_parts))
+    # Where stages are more than share the rows out, fewer do.
+    return given.proof.among(microbatches.options(given.rows // math.gcd(given.rows, row_parts)))
 
 
 def _nothing(refused: Mapping[str, str], devices: int) -> str:

@@ -27,8 +27,8 @@ _SCHEDULES = (ONE_BY_ONE, DELAYED)
 def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     """Yield the layers cut over ``stage``, with numbers of chunks that a stage may hold.
 
-    Stages share the rows of a microbatch, which have to divide. Chunks that would fill up more slots than one
-    chunk does are left out where they are not declared.
+    Stages share the rows of a microbatch, all of them if these divide so. Chunks that would fill up more
+    slots than one chunk does are left out where they are not declared.
     """
     stages = draft.mesh.get("stage", 1)
     if stages == 1:
@@ -42,10 +42,10 @@ def choices(given: Given, draft: Draft) -> Iterator[Draft | Refused]:
     if reason := _mixed(given, draft):
         yield Refused(sizes={axis: size for axis, size in draft.mesh.items() if size > 1}, reason=reason)
         return
-    axes = {axis: draft.mesh[axis] for axis in (*draft.batch, "stage")}
+    axes = {axis: draft.mesh[axis] for axis in draft.batch}
     count = given.declared.microbatches or 1
     if given.rows % (needed := math.prod(axes.values()) * count):
-        yield Refused(sizes=axes, reason=indivisible(given.rows, axes, count, needed))
+        yield Refused(sizes={**axes, "stage": stages}, reason=indivisible(given.rows, axes, count, needed))
         return
     declared = given.declared.interleave
     least = held_layers(found.count, stages, 1)

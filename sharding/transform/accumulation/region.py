@@ -36,7 +36,8 @@ _OVER: dict[str, Callable[..., Array]] = {
 class RowRegion:
     """`axes` of `mesh` cut the rows, the major one first, and are manual; so are `lanes`.
 
-    Devices along `lanes` have the same rows, and take turns at their parts.
+    Devices along `lanes` have the same rows, and take turns at their parts: of `turns` that follow one
+    another each has one. Where these are fewer than devices, several have the same one, and the first counts.
 
     `params` and `state` are the specs in which their leaves are stored, `reduced` those of the gradients;
     `read` is the loss in the parts of all devices, which follow one another on each.
@@ -49,20 +50,16 @@ class RowRegion:
     state: tuple[Spec, ...]
     read: InParts
     lanes: tuple[str, ...] = ()
+    turns: int = 1
 
     @property
     def manual(self) -> tuple[str, ...]:
         """All axes that are manual."""
         return (*self.axes, *self.lanes)
 
-    @property
-    def turns(self) -> int:
-        """Of how many parts that follow one another a device has one."""
-        return math.prod(self.mesh.shape[axis] for axis in self.lanes)
-
     def turn(self) -> Array:
-        """Return which of these a device has, inside of the region."""
-        return lax.axis_index(self.lanes) if self.lanes else jnp.int32(0)
+        """Return which of the parts that follow one another a device has, inside of the region."""
+        return lax.axis_index(self.lanes) % self.turns if self.lanes else jnp.int32(0)
 
     @property
     def devices(self) -> int:
@@ -122,7 +119,8 @@ class RowRegion:
             check_vma=False,
         )(list(params), list(batch), list(state), others)
         grown = [self._summed(n, one) for n, one in zip(places, gradients, strict=True)]
-        return list(sums), grown, [one.reshape(-1, *one.shape[2:]) for one in parts]
+        own = [one[:, : self.turns] for one in parts]
+        return list(sums), grown, [one.reshape(-1, *one.shape[2:]) for one in own]
 
     def _summed(self, place: int, gradient: Array) -> Array:
         """Return a gradient whose first dimension are the devices that have a share of it."""
@@ -135,6 +133,8 @@ class RowRegion:
         if jnp.issubdtype(dtype, jnp.floating):
             # XLA on a CPU combines nothing smaller in a region.
             value = value.astype(jnp.promote_types(dtype, jnp.float32))
+        if combine == "sum" and self.turns < math.prod(self.mesh.shape[axis] for axis in self.lanes):
+            value = jnp.where(lax.axis_index(self.lanes) < self.turns, value, jnp.zeros_like(value))
         return _OVER[combine](value, self.manual).astype(dtype)
 
 

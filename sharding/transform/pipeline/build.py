@@ -19,6 +19,7 @@ from ..accumulation.region import RowRegion, axes_of_rows, flat_specs, mixes, sp
 from ..accumulation.values import NotInParts
 from ..experts import names_of_experts
 from .layers import stacked_parameters, stacks_of
+from .schedule import sharing
 from .slots import STAGE, Slots
 from .staged import Passes, Staged
 
@@ -62,17 +63,18 @@ def pipelined(
                 "cuts rows cuts no dimension that another axis cuts"
             )
     devices = cut_into(axes, plan.mesh)
-    rows, needed = rows_of(traced), plan.microbatches * devices * stages
+    rows, needed = rows_of(traced), plan.microbatches * devices
     if rows % needed:
-        near = nearest_divisors(rows // (devices * stages) or 1, plan.microbatches)
+        near = nearest_divisors(rows // devices or 1, plan.microbatches)
         raise UserError(
-            f"stage={stages} shares the rows of a microbatch: a batch of {rows} rows does not divide by "
-            f"microbatches={plan.microbatches} x {devices} x stage={stages} = {needed}; nearest: "
+            f"stage={stages} takes the rows of each device in microbatches: a batch of {rows} rows does not "
+            f"divide by microbatches={plan.microbatches} x {devices} = {needed}; nearest: "
             f"{max(rows // needed, 1) * needed} rows, or microbatches={near}"
         )
+    sharers = sharing(rows // needed, stages)
     try:
-        whole = in_parts(traced, plan.microbatches * devices, by_block=True, prepares=False)
-        shares = in_parts(traced, needed, by_block=True, prepares=False)
+        whole = in_parts(traced, needed, by_block=True, prepares=False)
+        shares = in_parts(traced, needed * sharers, by_block=True, prepares=False)
     except NotInParts as why:
         raise UserError(refusal(plan.microbatches, why, has_state=bool(state))) from None
     _check_passes(shares, stages)
@@ -94,6 +96,7 @@ def pipelined(
         mesh=mesh,
         axes=axes,
         lanes=(STAGE,),
+        turns=sharers,
         params=of_params,
         reduced=flat_specs(plan, params, "moments"),
         state=of_state,
@@ -102,6 +105,7 @@ def pipelined(
     staged = Staged(
         mesh=mesh,
         microbatches=plan.microbatches,
+        sharers=sharers,
         stacks=stacks,
         passes=passes,
         params=params,

@@ -77,6 +77,7 @@ class _CutStack:
 def cut_at_layers(
     share: Program,
     whole: Program,
+    sharers: int,
     stacks: Sequence[Slots],
     params: int,
     trained: Sequence[int],
@@ -84,7 +85,7 @@ def cut_at_layers(
 ) -> tuple[LayerCut, ...]:
     """Cut the programs of a share of a microbatch's rows, and of all of them, at each of the `stacks`.
 
-    Their first `params` arguments are parameters; `trained` are the numbers of those that are trained,
+    So many `sharers` have a share each. Their first `params` arguments are parameters; `trained` are the numbers of those that are trained,
     `data` of the arguments that hold rows, and of the part's number.
 
     Raises UserError if a stage's layers cannot be had by themselves.
@@ -114,7 +115,7 @@ def cut_at_layers(
             stacked=ProgramPiece(program=whole, wanted=tuple(atoms[n] for n in one.beside)),
             beside=tuple(one.ours.ins[n] for n in one.beside),
             leave=leave,
-            items=_items(one, found[:n], passed[n], by_data),
+            items=_items(one, sharers, found[:n], passed[n], by_data),
         )
         cuts.append(cut)
         enter = leave
@@ -160,12 +161,12 @@ def _passed(share: Program, found: Sequence[_CutStack]) -> list[tuple[Any, ...]]
 
 
 def _items(
-    one: _CutStack, earlier: Sequence[_CutStack], passed: Sequence[Any], by_data: set[Any]
+    one: _CutStack, sharers: int, earlier: Sequence[_CutStack], passed: Sequence[Any], by_data: set[Any]
 ) -> tuple[Travelling, ...]:
     ours, theirs, where = one.ours.eqn, one.theirs.eqn, one.ours.where
 
     def travelling(kind: str, atom: Any, dims: Any, of_share: Any, out: Any) -> Travelling:
-        rows = _rows_of(atom.aval.shape, of_share.aval.shape, one.slots.stages, where)
+        rows = _rows_of(atom.aval.shape, of_share.aval.shape, sharers, where)
         return Travelling(
             shape=tuple(atom.aval.shape),
             dtype=atom.aval.dtype,
@@ -242,11 +243,13 @@ def _used_outside(program: Program, layers: Equation) -> set[Any]:
     return {atom for atom in atoms if not isinstance(atom, core.Literal)}
 
 
-def _rows_of(whole: tuple[int, ...], share: tuple[int, ...], stages: int, where: str) -> int | None:
+def _rows_of(whole: tuple[int, ...], share: tuple[int, ...], sharers: int, where: str) -> int | None:
     """Return the dimension of what travels that holds rows: a share has fewer."""
     places = [n for n, (a, b) in enumerate(zip(whole, share, strict=True)) if a != b]
     if not places:
         return None
-    if len(places) > 1 or whole[places[0]] != stages * share[places[0]]:
-        raise UserError(f"stage={stages}: rows cannot be told in what the layers carry, at {where}")
+    if len(places) > 1 or whole[places[0]] != sharers * share[places[0]]:
+        raise UserError(
+            f"rows of the batch cannot be told in what the layers carry through stages, at {where}"
+        )
     return places[0]

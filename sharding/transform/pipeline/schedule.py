@@ -15,7 +15,8 @@ backward: several chunks take the microbatches in groups of p.
 
 Embedding and head are shared by rows: each stage takes 1/p of a microbatch's. So they take M ticks, as if the
 layers' stages did not wait; forward and backward take v M + p - 1, of one chunk each. A stage holds 2 p v - 1
-inputs of chunks, however many microbatches there are.
+inputs of chunks, however many microbatches there are. Where p do not share the rows out, fewer do, and the
+others work the same shares with them (`sharing`).
 
 Where the gradients of layers' weights are delayed, the backward work gives what stages hand back alone, and
 
@@ -28,6 +29,7 @@ of their work, and not in this. A stage holds p chunks' residuals besides.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -149,6 +151,15 @@ def _those(found: list[Rounds]) -> list[Rounds]:
 
 def _once(work: set[str], ticks: int) -> Rounds:
     return Rounds(stretches=(Stretch(work=frozenset(work), ticks=ticks),))
+
+
+def sharing(rows: int, stages: int) -> int:
+    """Return how many stages share out so many rows of a microbatch.
+
+    >>> sharing(8, 4), sharing(6, 4), sharing(3, 4)
+    (4, 2, 1)
+    """
+    return math.gcd(rows, stages)
 
 
 def ring(stages: int, chunks: int = 1) -> int:

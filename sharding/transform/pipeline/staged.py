@@ -34,6 +34,7 @@ Passes = Callable[..., list[Pass]]
 class Staged:
     """How parts go through stages: `microbatches` of them, in a region of `mesh`, with `passes`.
 
+    Of the stages `sharers` share the rows of a microbatch out, before and behind the layers.
     `stacks` says of each stack of layers which ones a stage has.
     `params` and `state` are the shapes of what is stored, a tree each, of whole arrays; `trained` are the
     numbers of the parameters' leaves that may be; `widens` is as of `gather.ByHand`;
@@ -42,6 +43,7 @@ class Staged:
 
     mesh: Mesh | AbstractMesh
     microbatches: int
+    sharers: int
     stacks: Sequence[Slots]
     passes: Passes
     params: Any
@@ -86,17 +88,18 @@ class Staged:
         """
         leaves, structure = jax.tree.flatten(batch)
 
+        def part(microbatch: Array) -> Array:
+            return microbatch * self.sharers + lax.axis_index(STAGE) % self.sharers
+
         def rows(microbatch: Array, shared: bool) -> list[Array]:
-            parts = self.microbatches * (self.stages if shared else 1)
-            place = microbatch * self.stages + lax.axis_index(STAGE) if shared else microbatch
+            parts = self.microbatches * (self.sharers if shared else 1)
+            place = part(microbatch) if shared else microbatch
             sizes = [leaf.shape[0] // parts if one else 0 for leaf, one in zip(leaves, cut, strict=True)]
             taken = zip(leaves, cut, sizes, strict=True)
             return [lax.dynamic_slice_in_dim(x, place * n, n) if one else x for x, one, n in taken]
 
         def inputs(microbatch: Array, shared: bool) -> list[Array]:
-            index = number + microbatch
-            if shared:
-                index = index * self.stages + lax.axis_index(STAGE)
+            index = part(number + microbatch) if shared else number + microbatch
             return [*rows(microbatch, shared), *state, index, *jax.tree.leaves(known)]
 
         learns = bool(places)
@@ -105,7 +108,7 @@ class Staged:
         data = [len(params) + n for n, one in enumerate(cut) if one]
         # The part's number stands behind the state: what is drawn for a part depends on it.
         data.append(len(params) + len(leaves) + len(state))
-        cuts = cut_at_layers(share, whole, self.stacks, len(params), self.trained, data)
+        cuts = cut_at_layers(share, whole, self.sharers, self.stacks, len(params), self.trained, data)
         on_share, on_whole = (
             self.passes(one, self.params, *self.state, learns=learns) for one in (share, whole)
         )
@@ -146,6 +149,7 @@ class Staged:
         lays = next(one for one in on_whole if isinstance(one, Constrain))
         stages = Stages(
             count=self.stages,
+            sharers=self.sharers,
             items=cut.items,
             lies=[lays.lying(jax.ShapeDtypeStruct(one.shape, one.dtype), one.dims)[1] for one in cut.items],
             mesh=jax.sharding.get_abstract_mesh(),

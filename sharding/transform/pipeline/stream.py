@@ -68,12 +68,16 @@ class Travelling:
 class Stages:
     """`count` stages that hand on `items`, which lie over automatic axes of `mesh` as `lies` says.
 
+    So many as `sharers` share a microbatch's rows out; where these are fewer than stages, each stage has the
+    share of its number modulo `sharers`, and of stages with the same share the first counts.
+
     `on_cpu` sends nothing smaller than float32, and one array after another: there devices begin exchanges
     that do not wait for one another in different orders, and then wait for each other for ever. `received` is
     what was received last in a tick; stages of several stacks of layers have it in common.
     """
 
     count: int
+    sharers: int
     items: Sequence[Travelling]
     lies: Sequence[PartitionSpec]
     mesh: Any
@@ -117,8 +121,8 @@ class Stages:
 
         def together(value: Array, one: Travelling) -> Array:
             if one.rows is not None:
-                return lax.all_gather(value, STAGE, axis=one.rows, tiled=True)
-            return self._sum(value) if one.summed else value
+                return self._gather(value, one.rows)
+            return self._sum(self.counted(value)) if one.summed else value
 
         found = iter(shares)
         full = [one.blank() if one.kind == GIVEN else next(found) for one in self.items]
@@ -130,8 +134,12 @@ class Stages:
         def share(value: Array, one: Travelling) -> Array:
             if one.rows is not None:
                 return self._scatter(value, one.rows)
-            # Of a sum, one stage's share may be all of it.
-            return value if one.summed else self._sum(value)
+            if not one.summed:
+                return self._sum(value)
+            # Of a sum, one of the shares may be all of it.
+            return (
+                value if self._all_count else jnp.where(self.index % self.sharers == 0, self._sum(value), 0)
+            )
 
         return self._each(share, self._of_owner(stream, owner))
 
@@ -140,12 +148,13 @@ class Stages:
 
         def whole(value: Array, one: Travelling) -> Array:
             if one.rows is not None:
-                return lax.all_gather(value, STAGE, axis=one.rows, tiled=True)
+                return self._gather(value, one.rows)
             # What all have, each has a part of the gradient of.
-            return self._sum(value)
+            return self._sum(self.counted(value))
 
         learning = [one for one in self.items if one.differs]
-        # All of a sum is the owner's share.
+        # All of a sum is the owner's share, or the first stage's.
+        owner = owner if self._all_count else self.index == 0
         own = [
             jnp.where(owner, value, 0) if one.summed else value
             for value, one in zip(gradient, learning, strict=True)
@@ -163,13 +172,38 @@ class Stages:
 
         return self.entering(self._each(share, self._of_owner(gradient, owner), learning=True))
 
+    @property
+    def _all_count(self) -> bool:
+        return self.sharers == self.count
+
+    @property
+    def counts(self) -> Array | bool:
+        """Whether a device's share counts, which another may have too."""
+        return self._all_count or self.index < self.sharers
+
+    def counted(self, value: Array) -> Array:
+        """Return a value of a share, 0 where the share does not count."""
+        return value if self._all_count else jnp.where(self.counts, value, jnp.zeros_like(value))
+
     def _of_owner(self, stream: Stream, owner: Array) -> Stream:
         return [jnp.where(owner, value, jnp.zeros_like(value)) for value in stream]
 
     def _sum(self, value: Array) -> Array:
         return lax.psum(self._sent(value), STAGE).astype(value.dtype)
 
+    def _gather(self, value: Array, rows: int) -> Array:
+        found = lax.all_gather(value, STAGE, axis=rows, tiled=True)
+        return (
+            found
+            if self._all_count
+            else lax.slice_in_dim(found, 0, value.shape[rows] * self.sharers, axis=rows)
+        )
+
     def _scatter(self, value: Array, rows: int) -> Array:
+        if not self._all_count:
+            each = value.shape[rows] // self.sharers
+            place = self.index % self.sharers * each
+            return lax.dynamic_slice_in_dim(self._sum(value), place, each, rows)
         found = lax.psum_scatter(self._sent(value), STAGE, scatter_dimension=rows, tiled=True)
         return found.astype(value.dtype)
 

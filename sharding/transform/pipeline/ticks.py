@@ -166,7 +166,8 @@ class Worker(ChunkWork):
         trained = [self.leaves[n] for n in own]
         learnt, pull, found = jax.vjp(leave, trained, self.stages.learning(share), has_aux=True)
         grown, back = pull(list(self.cotangents))
-        state["gradients"] = self.grown(state["gradients"], own, grown, real if self._pads else True)
+        counted = real & self.stages.counts if self._pads else self.stages.counts
+        state["gradients"] = self.grown(state["gradients"], own, grown, counted)
         state = self.watched(state, t, HEAD, real, [*learnt, *grown, *back])
         sums, parts = self.add(state["sums"], found)
         state["sums"] = if_real(real, sums, state["sums"])
@@ -224,7 +225,7 @@ class Worker(ChunkWork):
 
         _, pull = jax.vjp(embed, [self.leaves[n] for n in own])
         grown = pull(share)[0]
-        state["gradients"] = self.grown(state["gradients"], own, grown, real)
+        state["gradients"] = self.grown(state["gradients"], own, grown, real & self.stages.counts)
         return self.watched(state, t, LEARN, real, grown)
 
     # The pieces

@@ -146,7 +146,8 @@ class Workers:
         _, pull = jax.vjp(across, [before.leaves[n] for n in places], before.stages.learning(share))
         left = state["stacks"][k]["left"]
         grown, back = pull(after.stages.shares_of_gradient(left, after.stages.index == 0))
-        state["gradients"] = before.grown(state["gradients"], places, grown, real)
+        counted = real & before.stages.counts
+        state["gradients"] = before.grown(state["gradients"], places, grown, counted)
         own = after.watched(self._all(state, k), t - self._back(k), LEARN, real, [*grown, *back])
         self._keep(state, k, own)
         return before.stages.gradient_of_shares(back, before.stages.index == self._stages - 1)
@@ -162,7 +163,9 @@ class Workers:
         return [
             one
             if item.rows is None
-            else lax.slice_in_dim(one, 0, one.shape[item.rows] // self._stages, axis=item.rows)
+            else lax.slice_in_dim(
+                one, 0, one.shape[item.rows] // self.stacks[stack].stages.sharers, axis=item.rows
+            )
             for item, one in items
         ]
 

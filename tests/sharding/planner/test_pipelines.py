@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -78,9 +79,17 @@ def test_stages_are_not_taken_where_the_loss_does_not_go_through_them():
     assert planned(SLOW, *problem_of(passes=2)).mesh.get("stage", 1) == 1
 
 
-def test_rows_that_stages_do_not_share_out_are_refused_while_planning():
-    with pytest.raises(UserError, match=r"a batch of 24 rows does not divide by stage=16; nearest: 16 or 32"):
-        planned(SLOW, *problem_of(rows=24), mesh={"stage": 16})
+def test_rows_that_not_all_stages_share_out_are_shared_by_fewer_at_their_price():
+    found = planned(SLOW, *problem_of(rows=24), mesh={"stage": 16})
+    rows = 24 // found.microbatches
+    said = f"of stage=16 {math.gcd(rows, 16)} share out the {rows} rows that a microbatch has on a device"
+    assert any(note.startswith(said) for note in found.notes)
+    # What is before and behind the layers is worked by 8 of 16, and longer for it.
+    few = planned(SLOW, *problem_of(rows=8), mesh={"stage": 16}, microbatches=1)
+    all_ = planned(SLOW, *problem_of(rows=16), mesh={"stage": 16}, microbatches=1)
+    assert few.estimate.step_seconds > 0.5 * all_.estimate.step_seconds
+    assert any(note.endswith("nearest that all share: 16 rows") for note in few.notes)
+    assert not any("share out the" in note for note in all_.notes)
 
 
 def space_of(where, *args, **declared):

@@ -136,12 +136,12 @@ def declared(loss: Callable[..., Any], mesh: dict[str, int], microbatches: int =
     return declare(loss, shapes, rows, **how)
 
 
-def gradients(plan: Plan, loss: Callable[..., Any], params: Any) -> Any:
+def gradients(plan: Plan, loss: Callable[..., Any], params: Any, rows: int = ROWS) -> Any:
     mesh = plan.make_mesh(devices=jax.devices()[: plan.topology.num_devices])
-    placed = plan.shardings(params, mesh), plan.shardings(batch(), mesh, "batch")
-    has_aux = isinstance(jax.eval_shape(loss, params, batch()), tuple)
+    placed = plan.shardings(params, mesh), plan.shardings(batch(rows), mesh, "batch")
+    has_aux = isinstance(jax.eval_shape(loss, params, batch(rows)), tuple)
     function = jax.jit(jax.value_and_grad(plan.apply(loss, mesh=mesh), has_aux=has_aux))
-    args = jax.device_put((params, batch()), placed)
+    args = jax.device_put((params, batch(rows)), placed)
     program = function.lower(*args).compile()
     return program, jax.device_get(program(*args)), jax.jit(jax.value_and_grad(loss, has_aux=has_aux))
 
@@ -185,6 +185,21 @@ def test_stages_give_the_plain_functions_gradients(mesh: dict[str, int], loss: A
         return
     # M + p - 1 ticks forward and as many backward, with two things that travel: the carry, and a constant.
     assert sends(program.as_text()) <= 2 * 3 * (4 + mesh["stage"] - 1)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "loss", "rows", "how"),
+    [
+        # Of each microbatch a device has 2 rows, 3 and 1, which 2, 1 and 1 of the stages share out.
+        ({"stage": 4, "data": 2}, mixture, 16, {}),
+        pytest.param({"stage": 4}, tied, 12, {"schedule": "delayed"}, marks=pytest.mark.slow),
+        pytest.param({"stage": 4}, drawn, 4, {}, marks=pytest.mark.slow),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_fewer_stages_share_out_the_rows_of_a_microbatch(mesh: Any, loss: Any, rows: int, how: Any) -> None:
+    _, found, plain = gradients(declared(loss, mesh, rows=rows, **how), loss, init(), rows)
+    assert max(apart(found, plain(init(), batch(rows)))) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -399,7 +414,6 @@ def shared(params: Any, batch: Any) -> Any:
         (looped, {}, "those inside of scan at .* run again in each of its turns: nearest is no stage"),
         (again, {}, "they run 2 times, each on what the run before gives: nearest is no stage"),
         (statistics, {"max_passes": 9}, "passes over the batch"),
-        (drawn, {"microbatches": 32}, "nearest: 64 rows, or microbatches=16"),
         (drawn, {"accumulation": "by part"}, "sums microbatches exactly"),
         (drawn, {"stage_remat": False}, "nearest: remat='dots', 'full', or names"),
     ],
