@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -84,6 +85,17 @@ def nearest_divisors(size: int, wanted: int) -> str:
     below = max((d for d in divisors if d <= wanted), default=None)
     above = min((d for d in divisors if d >= wanted), default=None)
     return " or ".join(str(d) for d in dict.fromkeys((below, above)) if d is not None)
+
+
+def nearest_cuts(name: str, size: int, wanted: int, devices: int) -> str:
+    """Name the nearest axes that divide a dimension of data, and sizes of it that `wanted` divides.
+
+    >>> nearest_cuts("sequence", 30, 4, 8)
+    '2, or sequence=28 or 32'
+    """
+    below = size // wanted * wanted
+    sizes = " or ".join(str(one) for one in (below, below + wanted) if one)
+    return f"{nearest_divisors(math.gcd(size, devices), wanted)}, or {name}={sizes}"
 
 
 def door(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import paths as tree_paths
-from ..errors import UserError, nearest, nearest_divisors, wrong
+from ..errors import UserError, nearest, nearest_cuts, nearest_divisors, wrong
 from ..paths import Leaf
 from ..words import first_of
 
@@ -182,10 +182,7 @@ class Application:
             what = f"{label}{size}" if label.endswith(" ") else f"{label}={size}"
             nearest_right = nearest_divisors(size, count)
             if label == "sequence":
-                below, devices = size // count * count, math.prod(self._sizes.values())
-                near = " or ".join(str(one) for one in (below, below + count) if one)
-                others = nearest_divisors(math.gcd(size, devices), count)
-                nearest_right = f"{others}, or sequence={near}"
+                nearest_right = nearest_cuts(label, size, count, math.prod(self._sizes.values()))
             raise UserError(f"{where}{self._product(axes)} does not divide {what}; nearest: {nearest_right}")
 
     def _yield(self, what: str, why: str, path: str) -> None:

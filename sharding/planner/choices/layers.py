@@ -124,9 +124,14 @@ def why_no_stages(program: Program, found: Layers | None, stages: int) -> str | 
             "stage would hold what all of them share; nearest is no stage"
         )
     if found is None:
+        loop = next((one for one in program.scope.equations if one.primitive == "while"), None)
+        said = f"stage={stages} cuts layers, in a scan or written out alike, and"
+        near = "nearest: jax.lax.scan over stacked parameters"
+        if loop is None:
+            return f"{said} this program has none; {near}"
         return (
-            f"stage={stages} cuts layers, in a scan or written out alike, and this program has none; "
-            "nearest: jax.lax.scan over stacked parameters"
+            f"{said} how often the loop at {loop.where} runs is not known; {near}, or jax.lax.fori_loop with "
+            "numbers for its bounds"
         )
     if found.count < stages:
         return f"stage={stages} is more than {found.name}={found.count}; nearest: {found.count}"

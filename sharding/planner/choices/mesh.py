@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from ...errors import UserError, nearest
+from ...errors import UserError, nearest, nearest_cuts, nearest_divisors
 from ...hardware.axes import AXES, resolve_axes
 from ...hardware.topology import Topology
 from ...plans.specs import cut_into
@@ -132,7 +132,15 @@ def _indivisible(
         dim = program.dims[number]
         if dim.whole:
             return f"{dim.name} cannot be sharded: {dim.whole}"
-        if dim.size % cut_into(axes, mesh):
+        if dim.size % (count := cut_into(axes, mesh)):
             written = " x ".join(f"{axis}={mesh[axis]}" for axis in axes)
-            return f"{written} does not divide {dim.name}={dim.size}"
+            written += f" = {count}" if len(axes) > 1 else ""
+            owners = [one for one in program.arguments if any(number in dims for dims in one.dims)]
+            data = next((one for one in owners if one.is_data), None)
+            if data is None:
+                near, where = nearest_divisors(dim.size, count), owners[:1]
+            else:
+                near, where = nearest_cuts(dim.name, dim.size, count, math.prod(mesh.values())), [data]
+            where = "".join(f"{one.path} {one.shape}: " for one in where)
+            return f"{where}{written} does not divide {dim.name}={dim.size}; nearest: {near}"
     return None

@@ -85,8 +85,9 @@ def cut_at_layers(
 ) -> tuple[LayerCut, ...]:
     """Cut the programs of a share of a microbatch's rows, and of all of them, at each of the `stacks`.
 
-    So many `sharers` have a share each. Their first `params` arguments are parameters; `trained` are the numbers of those that are trained,
-    `data` of the arguments that hold rows, and of the part's number.
+    The rows are in the shares of so many `sharers`. The first `params` arguments are parameters; `trained`
+    are the numbers of those that are trained, `data` of the arguments that hold rows, and of the part's
+    number.
 
     Raises UserError if a stage's layers cannot be had by themselves.
     """

@@ -177,6 +177,14 @@ def test_contradictions_are_named(program: Program, declared: dict[str, Any], me
         offered(program, **declared)
 
 
+def test_a_sequence_that_context_does_not_divide_is_named_with_the_nearest() -> None:
+    short = {key: jax.ShapeDtypeStruct((16, 6), jnp.int32) for key in BATCH}
+    names = {0: MODEL.names, 1: dict.fromkeys(BATCH, ("batch", "sequence"))}
+    said = r"(tokens|targets) \(16, 6\): context=4 does not divide sequence=6; nearest: 2, or sequence=4 or 8"
+    with pytest.raises(UserError, match=said):
+        offered(trace(MODEL.loss, PARAMS, short, names=names), mesh={"context": 4})
+
+
 def test_a_batch_smaller_than_the_devices_still_runs_when_parameters_can_be_stored(program: Program) -> None:
     case = zoo.mlp()
     params, batch = case.shapes()

@@ -393,6 +393,16 @@ def looped(params: Any, batch: Any) -> Any:
     return blocks(params, blocks(params, params["table"][batch["tokens"]])).mean()
 
 
+def until(params: Any, batch: Any) -> Any:
+    up, down = params["blocks"]["up"], params["blocks"]["down"]
+
+    def layer(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        x, number = carry
+        return x + jnp.tanh(x @ up[number]) @ down[number], number + 1
+
+    return jax.lax.while_loop(lambda c: c[1] < LAYERS, layer, (params["table"][batch["tokens"]], 0))[0].mean()
+
+
 def in_two_types(params: Any, batch: Any) -> Any:
     x = params["table"][batch["tokens"]]
     half, small = jax.tree.map(lambda one: one.astype(jnp.bfloat16), (params, x))
@@ -412,6 +422,7 @@ def shared(params: Any, batch: Any) -> Any:
         (in_two_types, {}, "they run 2 times, in float32 and bfloat16: nearest is one type for all of them"),
         (shared, {}, r"at .*\(shared\).* have no parameters of their own: .* nearest is no stage"),
         (looped, {}, "those inside of scan at .* run again in each of its turns: nearest is no stage"),
+        (until, {}, r"the loop at .*\(until\) runs is not known; .* or jax.lax.fori_loop with numbers"),
         (again, {}, "they run 2 times, each on what the run before gives: nearest is no stage"),
         (statistics, {"max_passes": 9}, "passes over the batch"),
         (drawn, {"accumulation": "by part"}, "sums microbatches exactly"),
