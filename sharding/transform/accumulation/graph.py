@@ -32,6 +32,7 @@ from .values import (
     NotInParts,
     Task,
     evaluate,
+    is_alike,
     needed,
 )
 
@@ -142,7 +143,7 @@ class PartGraph:
         if form.kind is Kind.SUM:
             return self.sum(value)
         if form.kind is Kind.EXAMPLES:
-            return self.rows(value, form.axis, form.pre)
+            return self.moved(value, form) if form.is_moved else self.rows(value, form.axis, form.pre)
         return self.complete(value) if form.kind is Kind.LATE else self.shared(value)
 
     def shared(self, value: Held) -> Held:
@@ -210,6 +211,8 @@ class PartGraph:
     def rows(self, value: Held, axis: int, pre: int) -> Held:
         """Return a part's slice of a value along `axis`."""
         if value.kind is Kind.EXAMPLES:
+            if value.form.is_moved:
+                raise NotInParts("examples that a sort has moved meet some that it has not")
             if (value.form.axis, value.form.pre) != (axis, pre):
                 raise NotInParts("examples along one dimension meet examples along another")
             return value
@@ -219,6 +222,19 @@ class PartGraph:
         if whole.shape[axis] % (pre * self.parts):
             raise NotInParts(f"a dimension of {whole.shape[axis]} does not come in {self.parts} parts")
         return self._once(("rows", whole, axis, pre), lambda: self.reading.slice(self, whole, axis, pre))
+
+    def moved(self, value: Held, form: Form) -> Held:
+        """Return a value that is alike for all examples as one of each, in the order of `form`."""
+        if value.form == form:
+            return value
+        if value.kind is Kind.EXAMPLES:
+            raise NotInParts("examples in the order of one sort meet some in another order")
+        whole = self.shared(value)
+        if whole.kind is Kind.LATE or not is_alike(whole, form.axis):
+            raise NotInParts("examples that a sort has moved meet what lies by their place among all")
+        rows = self.rows(whole, form.axis, form.pre)
+        out = Held(rows.shape, rows.dtype, form, whole=whole)
+        return self.emit(lambda _, array: [array], [rows], [out])[0]
 
     def small(self, shape: Sequence[int], axis: int) -> tuple[int, ...]:
         """Return a shape with one dimension as a part has it."""
@@ -260,6 +276,11 @@ class PartGraph:
                 return self.read(body, ins)
             finally:
                 self.calls.pop()
+        if eqn.primitive.name == "select_n" and (chosen := ins[0].numbers) is not None:
+            first = int(chosen[0])
+            if (chosen == first).all() and ins[1 + first].shape == value_of(eqn.outvars[0]).shape:
+                # What is not taken need not come in parts.
+                return [ins[1 + first]]
         for value in ins:
             if value.kind is Kind.MIXED:
                 assert value.why is not None

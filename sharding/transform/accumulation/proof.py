@@ -22,7 +22,7 @@ from .levels import Levels, levels
 from .prepared import OfData
 from .rules import rule_of
 from .shared import sliced
-from .values import Array, Held, Kind, NotInParts, examples, needed
+from .values import MIXED, Array, Held, Kind, NotInParts, examples, needed
 
 # Passes over the parts that a plan may take unless it is told otherwise.
 MAX_PASSES = 3
@@ -277,6 +277,8 @@ def _completed(graph: PartGraph, found: Sequence[Held]) -> tuple[list[Held], dic
     outs = [graph.complete(found[0])]
     apart: dict[int, NotInParts] = {}
     for number, value in enumerate(found[1:], 1):
+        if value.form.is_moved:
+            value = dataclasses.replace(value, form=MIXED, why=NotInParts("a sort has moved the examples"))
         if value.kind is Kind.MIXED:
             assert value.why is not None
             apart[number] = value.why

@@ -13,7 +13,13 @@ import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ...program.primitives import Trait, primitives
+
 Array = Any
+
+_EACH = primitives(Trait.ELEMENTWISE) - {"random_gamma"}
 
 
 class Kind(enum.Enum):
@@ -31,12 +37,34 @@ class Kind(enum.Enum):
     """Examples met in a way that parts cannot follow; an error only where it is needed."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Order:
+    """An order that a sort has brought examples in; `key` is what it sorted them by, if that is one array."""
+
+    key: Held | None
+
+
 class Form(NamedTuple):
-    """A kind; for examples also the dimension that holds them, and how many entries stand before a part."""
+    """A kind; for examples also the dimension that holds them, and how many entries stand before a part.
+
+    order: the sort that examples lie in the order of, in each part in that of its own; None as they came.
+    places: of which order each example has its place, which differs from part to part.
+    """
 
     kind: Kind
     axis: int = -1
     pre: int = 1
+    order: Order | None = None
+    places: Order | None = None
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether a sort has moved the examples, or this is where it has moved them."""
+        return self.order is not None or self.places is not None
+
+    def at(self, axis: int) -> Form:
+        """Return the form with the examples along another dimension."""
+        return self._replace(axis=axis)
 
 
 SHARED, SUM, LATE, MIXED = (Form(kind) for kind in (Kind.SHARED, Kind.SUM, Kind.LATE, Kind.MIXED))
@@ -69,6 +97,7 @@ class Held:
         the data alone.
     whole: of a slice, the shared value that it was taken from.
     uneven: why its gradient cannot be made of parts' shares, though it is shared itself.
+    numbers: the whole number that each example has, one after another as they came, where it is known now.
     """
 
     shape: tuple[int, ...]
@@ -83,6 +112,7 @@ class Held:
     whole: Held | None = None
     uneven: NotInParts | None = None
     why: NotInParts | None = None
+    numbers: np.ndarray | None = None
 
     @property
     def kind(self) -> Kind:
@@ -106,6 +136,19 @@ class Task:
     @property
     def is_total(self) -> bool:
         return self.run is None
+
+
+def is_alike(value: Held, axis: int) -> bool:
+    """Whether a shared value is the same all along `axis`, by the operations that gave it."""
+    if value.shape[axis] == 1:
+        return True
+    if value.op is None or value.op.eqn is None:
+        return False
+    name, ins = value.op.eqn.primitive.name, value.op.ins
+    if name == "broadcast_in_dim":
+        dims = value.op.eqn.params["broadcast_dimensions"]
+        return axis not in dims or is_alike(ins[0], dims.index(axis))
+    return name in _EACH and all(one.shape == () or is_alike(one, axis) for one in ins)
 
 
 def needed(targets: Iterable[Held], known: Iterable[Held] = ()) -> tuple[set[Task], set[Held]]:

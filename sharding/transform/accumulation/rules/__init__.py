@@ -9,7 +9,7 @@ from ....ops.experts import experts_call
 from ....program.primitives import Trait, primitives
 from ..graph import PartGraph, Rule, inlined
 from ..values import Held, Kind, NotInParts
-from . import calls, lookups, loops, moves, regions, sums
+from . import arranged, calls, lookups, loops, moves, regions, sums
 
 
 def rule_of(eqn: core.JaxprEqn) -> Rule:
@@ -106,10 +106,12 @@ def _rules() -> dict[str, Rule]:
         "custom_jvp_call": _within(calls.custom_jvp),
         "custom_linear_solve": calls.linear_solve,
     }
-    found = {name: _on_sums(rule) for name, rule in found.items()}
-    found |= dict.fromkeys(("psum", "psum_invariant", "pmax", "pmin", "ppermute"), regions.exchange)
-    found |= dict.fromkeys(("all_gather", "all_gather_invariant", "reduce_scatter"), regions.gathered)
-    found |= {"all_to_all": regions.traded, "shard_map": _on_sums(_within(regions.region))}
+    found["ragged_dot_general"] = arranged.ragged_product
+    found = {name: _on_sums(arranged.in_any_order(name, rule)) for name, rule in found.items()}
+    among = dict.fromkeys(("psum", "psum_invariant", "pmax", "pmin", "ppermute"), regions.exchange)
+    among |= dict.fromkeys(("all_gather", "all_gather_invariant", "reduce_scatter"), regions.gathered)
+    among |= {"all_to_all": regions.traded, "shard_map": _on_sums(_within(regions.region))}
+    found |= {name: arranged.in_any_order(name, rule) for name, rule in among.items()}
     plain = primitives(Trait.CALL) - primitives(Trait.CHECKPOINT) - {"custom_vjp_call", "custom_jvp_call"}
     return found | dict.fromkeys(plain, inlined)
 

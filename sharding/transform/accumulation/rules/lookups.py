@@ -34,17 +34,15 @@ def gather(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         if d not in kept or sizes[d] != table.shape[d]:
             raise NotInParts("some of the examples are looked up")
         sizes[d] //= g.parts
-        out = examples(dims.offset_dims[kept.index(d)], pre)
+        out = table.form.at(dims.offset_dims[kept.index(d)])
         return g.bind(eqn, [table, g.shared(at)], [out], slice_sizes=tuple(sizes))
     form = one_of([at]).form
     if form.axis == len(at.shape) - 1:
         raise NotInParts("an index is made of several examples")
     if form.axis in dims.start_indices_batching_dims:
         d = dims.operand_batching_dims[dims.start_indices_batching_dims.index(form.axis)]
-        table = g.rows(table, d, form.pre)
-    return g.bind(
-        eqn, [g.shared(table) if table.kind is Kind.SUM else table, at], [examples(free[form.axis], form.pre)]
-    )
+        table = g.bring(table, form.at(d))
+    return g.bind(eqn, [g.shared(table) if table.kind is Kind.SUM else table, at], [form.at(free[form.axis])])
 
 
 def scatter(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:

@@ -61,6 +61,7 @@ def _scan(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         if found == carry:
             break
         carry = found
+    _check_order(body)
     body.bring([*carry, *(out.form for out in body.outs[len(carry) :])])
     return _Split(g, eqn, ins, body, parts.num_consts, parts.num_carry).read()
 
@@ -245,6 +246,7 @@ def while_loop(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         if found == carry:
             break
         carry = found
+    _check_order(body)
     body.bring(carry)
     shaped = [Held(one.shape, one.dtype, form) for one, form in zip(ins[bodies:], carry, strict=True)]
     test = g.body(parts.cond, [*ins[:tests], *shaped])
@@ -286,6 +288,7 @@ def cond(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     which, args = g.shared(ins[0]), [g.shared(one) if one.kind is Kind.SUM else one for one in ins[1:]]
     arms = [g.body(arm, args) for arm in branches(eqn)]
     _check_complete(*arms)
+    _check_order(*arms)
     forms = [out.form for out in arms[0].outs]
     for arm in arms[1:]:
         forms = [join(form, out.form) for form, out in zip(forms, arm.outs, strict=True)]
@@ -311,6 +314,11 @@ def _check_complete(*bodies: Body) -> None:
         raise NotInParts(
             "a sum over the examples is needed complete inside of a branch or a loop without an end"
         )
+
+
+def _check_order(*bodies: Body) -> None:
+    if any(out.form.is_moved for body in bodies for out in body.outs):
+        raise NotInParts("a loop or branch hands examples on in the order that a sort has brought them in")
 
 
 def _formed(var: Any, form: Form) -> Held:

@@ -24,7 +24,7 @@ def elementwise(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]
     ready = [
         g.shared(one)
         if one.kind is not Kind.EXAMPLES and (one.shape == () or one.shape[v.form.axis] == 1)
-        else g.rows(one, v.form.axis, v.form.pre)
+        else g.bring(one, v.form)
         for one in ins
     ]
     return g.bind(eqn, ready, [v.form] * len(eqn.outvars))
@@ -34,7 +34,7 @@ def gamma(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read draws of a gamma distribution, where each example has keys of its own."""
     if one_of(ins).form.axis >= len(ins[0].shape):
         raise NotInParts("random_gamma draws each example's number by its place among all")
-    return g.bind(eqn, [g.rows(one, *one_of(ins).form[1:]) for one in ins], [one_of(ins).form])
+    return g.bind(eqn, [g.bring(one, one_of(ins).form) for one in ins], [one_of(ins).form])
 
 
 def same_axis(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
@@ -55,7 +55,7 @@ def broadcast_in_dim(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[
     """Read a broadcast."""
     v, shape = ins[0], eqn.params["shape"]
     axis = int(eqn.params["broadcast_dimensions"][v.form.axis])
-    return g.bind(eqn, ins, [examples(axis, v.form.pre)], shape=g.small(shape, axis))
+    return g.bind(eqn, ins, [v.form.at(axis)], shape=g.small(shape, axis))
 
 
 def reshape(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
@@ -77,13 +77,13 @@ def squeeze(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read the removal of dimensions of size 1."""
     v = ins[0]
     dims = [d % len(v.shape) for d in eqn.params["dimensions"]]
-    return g.bind(eqn, ins, [examples(v.form.axis - sum(d < v.form.axis for d in dims), v.form.pre)])
+    return g.bind(eqn, ins, [v.form.at(v.form.axis - sum(d < v.form.axis for d in dims))])
 
 
 def transpose(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a transposition."""
     v = ins[0]
-    return g.bind(eqn, ins, [examples(list(eqn.params["permutation"]).index(v.form.axis), v.form.pre)])
+    return g.bind(eqn, ins, [v.form.at(list(eqn.params["permutation"]).index(v.form.axis))])
 
 
 def rev(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:

@@ -40,7 +40,7 @@ def reduce(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     v, axes, name = ins[0], eqn.params["axes"], eqn.primitive.name
     form = one_of(ins).form
     if form.axis not in axes:
-        return g.bind(eqn, ins, [examples(form.axis - sum(a < form.axis for a in axes), form.pre)])
+        return g.bind(eqn, ins, [form.at(form.axis - sum(a < form.axis for a in axes))])
     combine = REDUCTIONS[name]
     if combine is None:
         raise NotInParts(f"{name} over the examples")
@@ -142,9 +142,9 @@ def dot_general(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]
     mine, theirs = list(contract[me]), list(contract[1 - me])
     if form.axis in batch[me]:
         place = list(batch[me]).index(form.axis)
-        other, out = g.rows(other, batch[1 - me][place], form.pre), examples(place, form.pre)
+        other, out = g.bring(other, form.at(batch[1 - me][place])), form.at(place)
     elif form.axis in mine:
-        other, out = g.rows(other, theirs[mine.index(form.axis)], form.pre), SUM
+        other, out = g.bring(other, form.at(theirs[mine.index(form.axis)])), SUM
     else:
         if other.kind is Kind.EXAMPLES:
             raise NotInParts("every example meets every other")
@@ -154,7 +154,7 @@ def dot_general(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]
             for n, one in enumerate(ins)
         ]
         before = len(batch[0]) + (len(free[0]) if me else 0)
-        out = examples(before + free[me].index(form.axis), form.pre)
+        out = form.at(before + free[me].index(form.axis))
     return g.bind(eqn, [v, other] if me == 0 else [other, v], [out])
 
 
