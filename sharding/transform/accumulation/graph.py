@@ -277,7 +277,7 @@ class PartGraph:
             finally:
                 self.calls.pop()
         if eqn.primitive.name == "select_n" and (chosen := ins[0].numbers) is not None:
-            first = int(chosen[0])
+            first = int(chosen[:1].sum())
             if (chosen == first).all() and ins[1 + first].shape == value_of(eqn.outvars[0]).shape:
                 # What is not taken need not come in parts.
                 return [ins[1 + first]]

@@ -34,7 +34,7 @@ def counts_of(g: PartGraph, sizes: Held, key: Held | None) -> Held | None:
             if value.kind is Kind.LATE and value.op is None:
                 return None
         op = value.op
-        if op is None or key is None:
+        if op is None or key is None or not _is_whole(key):
             return None
         if op.is_total:
             value = op.ins[0]
@@ -113,7 +113,8 @@ def _name(value: Held) -> str:
 def _same(value: Held) -> Any:
     """Return the one number that all of an array is, None if that is not known."""
     if all(is_alike(value, axis) for axis in range(len(value.shape))):
-        while value.shape and value.op is not None and value.op.eqn is not None and value.op.ins:
+        while value.shape and _name(value) in ("broadcast_in_dim", "convert_element_type", "copy"):
+            assert value.op is not None
             value = value.op.ins[0]
     found = known_now(value)
     return found.flat[0] if found is not None and found.size and (found == found.flat[0]).all() else None
@@ -129,7 +130,7 @@ def _repeated(value: Held) -> Held | None:
                 ends = last not in dims or inner.shape[dims.index(last)] == 1
                 return inner if ends else None
             return None
-        if _name(value) not in ("convert_element_type", "copy"):
+        if _name(value) not in ("convert_element_type", "copy") or not _keeps(value.op.ins[0], value):
             return None
         value = value.op.ins[0]
     return None
@@ -164,7 +165,7 @@ def _origin(value: Held) -> Held:
         op, name = value.op, _name(value)
         if name in _SAME:
             inner = op.ins[0]
-            if math.prod(inner.shape) != math.prod(value.shape) or not _is_whole(inner) or not _wide(value):
+            if math.prod(inner.shape) != math.prod(value.shape) or not _keeps(inner, value):
                 return value
             value = inner
         elif name == "sort":
@@ -185,8 +186,13 @@ def _is_whole(value: Held) -> bool:
     return bool(jnp.issubdtype(value.dtype, jnp.integer))
 
 
-def _wide(value: Held) -> bool:
-    return _is_whole(value) and jnp.dtype(value.dtype).itemsize >= 4
+def _keeps(inner: Held, value: Held) -> bool:
+    """Whether all numbers of one array are the same in the type of another."""
+    if not (_is_whole(inner) and _is_whole(value)) or inner.dtype == value.dtype:
+        return inner.dtype == value.dtype
+    signs = jnp.issubdtype(inner.dtype, jnp.signedinteger), jnp.issubdtype(value.dtype, jnp.signedinteger)
+    wider = jnp.dtype(value.dtype).itemsize - jnp.dtype(inner.dtype).itemsize
+    return signs[1] and (wider > 0 or (wider == 0 and bool(signs[0])))
 
 
 def _beside_a_number(ins: list[Held]) -> Held | None:
@@ -228,7 +234,7 @@ def _is_not_negative(value: Held) -> bool:
             value = inner
         elif name == "sort":
             value = op.ins[op.outs.index(value)]
-        elif name in _PICKED and _is_whole(op.ins[0]):
+        elif name in _PICKED and _keeps(op.ins[0], value):
             value = op.ins[0]
         else:
             return False
