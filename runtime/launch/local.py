@@ -23,8 +23,8 @@ from ..hosts.address import LOOPBACK, reserved_port
 _LAST_LINES = 12
 _COLOURS = ("36", "33", "35", "32", "34", "31")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
-# Gloo prints a line for every device that meets another, with no way to turn it off.
-_CHATTER = b"[Gloo] Rank "
+# Gloo prints a line for every device that meets another, with no way to turn it off; two can run together.
+_CHATTER = re.compile(rb"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. ")
 # Of a crash what stands before its stack says what it was.
 _OF_A_STACK = re.compile(r"\s*@\s+0x[0-9a-f]+\s|\*\*\* Check failure stack trace")
 
@@ -119,7 +119,7 @@ class _Printer:
         while chunk := os.read(stream.fileno(), 65536):
             *lines, rest = _LINE_END.split(rest + chunk)
             for line in lines:
-                if line and not line.startswith(_CHATTER):
+                if line and not _CHATTER.match(line):
                     self.line(number, line.decode(errors="replace"))
         if rest:
             self.line(number, rest.decode(errors="replace"))

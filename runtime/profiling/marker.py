@@ -39,5 +39,10 @@ def died_in(directory: Path, window: tuple[int, int]) -> Path | None:
     return None
 
 
+def any_left(directory: Path) -> Path | None:
+    """Return a file of a process that is in a window, or died in one; None where there is none."""
+    return next(iter(sorted(directory.glob(f"{_PREFIX}*.json"))), None)
+
+
 def _path(directory: Path, process: int) -> Path:
     return directory / f"{_PREFIX}{process}.json"

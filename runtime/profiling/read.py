@@ -13,6 +13,7 @@ from ...sharding.errors import UserError
 from .analyse import analyse
 from .events import OpEvent, Trace
 from .executions import busiest_module
+from .marker import any_left
 from .pipeline import pipeline_time
 from .profile import Profile
 from .program import load_program
@@ -40,6 +41,7 @@ _OTHERS = {
 }
 
 _HOW = "train with profile.start_step=10 profile.num_steps=3 to capture one"
+_LEFT = "a process is in its window, or died in it and left {}: remove that file to have it captured again"
 
 
 def profile_run(run: str | Path) -> Profile:
@@ -80,7 +82,9 @@ def read_profile(directory: str | Path) -> Profile:
     directory = Path(directory)
     sessions = _sessions(directory)
     if not sessions:
-        raise UserError(f"no profile was captured in {directory}: {_HOW}")
+        left = any_left(directory)
+        why = _HOW if left is None else _LEFT.format(left.name)
+        raise UserError(f"no profile was captured in {directory}: {why}")
     newest = max(sessions.values(), key=lambda files: max(file.stat().st_mtime_ns for file in files))
     traces = {number: read_xplane(file) for number, file in _processes(newest).items()}
     _check_one_program(dict(zip((file.name for file in newest), traces.values(), strict=False)))

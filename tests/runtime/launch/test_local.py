@@ -173,7 +173,8 @@ number = os.environ["MESHWRIGHT_PROCESS_ID"]
 for part in ("one ", "line of ", number, "\\n", "bar 1\\rbar 2\\r", "no end"):
     sys.stdout.write(part); sys.stdout.flush()
 """
-    code, lines = run(source, 3)
+    chatter = "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1"
+    code, lines = run(f"print('{chatter}', '{chatter[12:]}', sep='\\n', flush=True)\n{source}", 3)
     assert code == 0
     expected = [
         f"[{n}] {text}" for n in range(3) for text in (f"one line of {n}", "bar 1", "bar 2", "no end")

@@ -15,6 +15,7 @@ from meshwright.runtime.profiling import (
     report,
     save_program,
 )
+from meshwright.runtime.profiling.marker import mark
 from meshwright.sharding import plan
 from meshwright.sharding.errors import UserError
 
@@ -222,7 +223,10 @@ def test_a_missing_run_and_a_run_without_a_profile_say_so(tmp_path):
     with pytest.raises(UserError, match=r"captured no profile: train with profile.start_step=10"):
         profile_run(tmp_path)
     Path(tmp_path, "profile").mkdir()
-    with pytest.raises(UserError, match="no profile was captured in"):
+    with pytest.raises(UserError, match=r"no profile was captured in .*: train with"):
+        profile_run(tmp_path)
+    mark(tmp_path / "profile", 0, (20, 2))
+    with pytest.raises(UserError, match=r"or died in it and left capturing_0\.json: remove that file"):
         profile_run(tmp_path)
 
 
