@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..cost.calibration import Calibration
-from ..cost.collectives import Link, switched_link, torus_link
+from ..cost.collectives import RING_DRIVES, Link, single_ring, switched_link, torus_link
 from ..hardware.arrange import arrange
 from ..hardware.links import homes
 from ..hardware.topology import Topology
@@ -167,6 +167,8 @@ class Fabric:
     def _link(self, span: Span, drives: int | None) -> Link:
         if not self.topology.is_torus:
             return switched_link(span.size, span.inside, self.topology.chip, self.calibration)
+        if drives is None and single_ring(span.extent, span.whole):
+            drives = RING_DRIVES
         return torus_link(
             size=span.size,
             extent=span.extent,

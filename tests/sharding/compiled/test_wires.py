@@ -48,6 +48,21 @@ def test_an_algorithm_drives_no_more_links_than_it_says():
     assert whole == pytest.approx([ideal / 2, ideal / 4, ideal / 6, ideal / 6])
 
 
+def test_one_ring_goes_through_a_group_that_has_a_part_of_an_axis_beside_others():
+    """So libtpu has it, as the test of quick proofs shows by compiling; it names it late."""
+    ring = Algorithm(name="", drives=2)
+    for topology, mesh in (
+        ("v6e:16x16", {"fsdp": 64, "tensor": 4}),
+        ("v6e:16x16", {"data": 4, "fsdp": 64}),
+        ("v5p:8x8x8", {"fsdp": 128, "tensor": 4}),
+    ):
+        for kind in ("all_gather", "reduce_scatter"):
+            assumed, named = (_seconds(topology, mesh, ["fsdp"], kind, one) for one in (ASSUMED, ring))
+            assert assumed == named
+    apart = {"fsdp": 32, "tensor": 4}
+    assert _seconds("v5p:4x4x8", apart, ["fsdp"]) < _seconds("v5p:4x4x8", apart, ["fsdp"], named=ring)
+
+
 def test_an_all_reduce_sends_twice_what_an_all_gather_does():
     mesh = {"data": 2, "fsdp": 8}
     gather, reduce = (_seconds("v5e:4x4", mesh, ["fsdp"], kind=kind) for kind in ("all_gather", "all_reduce"))

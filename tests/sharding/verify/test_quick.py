@@ -80,6 +80,22 @@ def test_it_has_the_memory_and_the_collectives_of_the_whole_program(tmp_path: pa
     assert "without machine code" in said.get()
 
 
+@pytest.mark.slow
+@pytest.mark.numerics(False)
+def test_gathers_along_a_part_of_an_axis_and_others_take_what_they_do_in_the_whole_program() -> None:
+    """Of the torus, `fsdp` has half of one axis and all of two: the compiler makes one ring of it."""
+    made = planned("v5p:4x4x4", fsdp=32, tensor=2)
+    quick, whole = (
+        {
+            row.kind: row.seconds
+            for row in proof_of(made.verify(quick=one)).collectives
+            if row.axes == ("fsdp",)
+        }
+        for one in (True, False)
+    )
+    assert quick["all_gather"] == pytest.approx(whole["all_gather"], rel=1e-3)
+
+
 def test_another_compiler_makes_the_whole_program_and_the_plan_says_so() -> None:
     made = planned("cpu:8", fsdp=8).verify(quick=True)
     assert not proof_of(made).quick
