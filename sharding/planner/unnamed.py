@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from jax.extend import core
+
 from ..cost.candidate import Candidate
 from ..errors import UserError, nearest, nearest_divisors
 from ..hardware.topology import Topology
@@ -99,17 +101,24 @@ def _check_axes(program: Program, layout: Candidate, laid: Ruled, rules: Rules) 
     of_parameters = {axis for storage in layout.stored.values() for axes in storage for axis in axes}
     working = of_parameters | {axis for row in laid.batch.values() for axis in axes_in(row.spec)}
     working.update(axis for axes in layout.dims.values() for axis in axes)
+    by_hand = _cut_by_hand(program.jaxpr.jaxpr)
     meant: dict[str, str] = {}
     for key, rule in {**rules.defaults, **rules.declared}.items():
         if key not in DATA_NAMES:
             for axis in mentioned(rule):
                 meant.setdefault(axis, key)
     for axis, size in layout.mesh.items():
-        if size == 1 or axis in of_parameters:
+        if size == 1 or axis in of_parameters or (axis, size) in by_hand:
             continue
         if axis == _OF_EXPERTS:
             _check_divides(program, size)
         if axis not in working:
+            other = sorted(count for name, count in by_hand if name == axis)
+            if other:
+                raise UserError(
+                    f"mesh axis {axis}={size} is not that of the loss's own manual regions (jax.shard_map), "
+                    f"which cut arrays over {axis}={other[0]}; say {axis}={other[0]}, or make their mesh so"
+                )
             raise UserError(
                 f"mesh axis {axis}={size} shards nothing in this program; give it a rule, "
                 f"or its devices to another axis, e.g. {axis}=1, data=-1"
@@ -117,6 +126,18 @@ def _check_axes(program: Program, layout: Candidate, laid: Ruled, rules: Rules) 
             )
         if axis in meant and program.parameters:
             raise UserError(_shards_no_parameter(program, axis, size, meant[axis], _known(rules)))
+
+
+def _cut_by_hand(jaxpr: core.Jaxpr) -> set[tuple[str, int]]:
+    """Return the axes, with their sizes, that the loss's own regions (`jax.shard_map`) cut arrays over."""
+    found = set[tuple[str, int]]()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "shard_map":
+            specs = (*eqn.params["in_specs"], *eqn.params["out_specs"])
+            found.update((axis, eqn.params["mesh"].shape[axis]) for spec in specs for axis in axes_in(spec))
+        for inner in core.jaxprs_in_params(eqn.params):
+            found |= _cut_by_hand(inner)
+    return found
 
 
 def _no_experts(program: Program, size: int) -> str:

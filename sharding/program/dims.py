@@ -30,8 +30,8 @@ def families(count: int, kin: Iterable[tuple[tuple[int, ...], tuple[int, ...]]])
     return [numbers.setdefault(find(dim), len(numbers)) for dim in range(count)]
 
 
-def leading_batch(arguments: Sequence[Argument]) -> tuple[int, ...]:
-    """Return the dims that most arrays of the data lead with.
+def leading_batch(arguments: Sequence[Argument], read: Collection[int]) -> tuple[int, ...]:
+    """Return the dims that most arrays of the data lead with, of those that the program has `read` if any.
 
     Ties go to the most elements, then to the first. Dims that parameters have do not count: a table that
     comes with the data is no batch. Those that come second in other data (the sequence of a mask) only do
@@ -39,6 +39,7 @@ def leading_batch(arguments: Sequence[Argument]) -> tuple[int, ...]:
     """
     in_parameters = {d for a in arguments if a.is_parameter for dim in a.dims for d in dim}
     data = [a for a in arguments if a.is_data and a.dims]
+    data = [a for a in data if a.index in read] or data
     second = {d for a in data for dim in a.dims[1:] for d in dim}
     votes: Counter[tuple[int, ...]] = Counter()
     elements: Counter[tuple[int, ...]] = Counter()

@@ -7,20 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from ..errors import UserError
 from ..ops import cudnn
 from ..paths import by_path, path_of
 from . import dims as named
-from .jaxpr import Traced, without_references
+from .jaxpr import Traced, call_body, without_references
 from .labels import axis_names, names_of
 from .lines import line_of
+from .primitives import Trait, primitives
 from .program import Argument, Program, Result, Unknown
 from .recognise import recognised
 from .resolve import Resolver
 from .stacks import stacks_of
 from .taken import taken_of
 from .walk import Walk, shape_of
+
+_CALLS = primitives(Trait.CALL)
 
 
 def trace(
@@ -104,7 +108,7 @@ def read(
             zip(leaves, closed.jaxpr.invars, raw_args, strict=True)
         )
     )
-    batch = named.leading_batch(arguments)
+    batch = named.leading_batch(arguments, _read(closed.jaxpr))
     arguments = named.with_names_of_rows(arguments, batch, rows)
     for argument in arguments:
         resolver.note_conflicts(argument.dims, argument.shape, None, argument.path)
@@ -137,3 +141,15 @@ def read(
         notes=traced.notes,
         stacks=stacks,
     )
+
+
+def _read(jaxpr: core.Jaxpr) -> set[int]:
+    """Return the places of the inputs that the results of a program depend on."""
+    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if not eqn.effects and needed.isdisjoint(eqn.outvars):
+            continue
+        body = call_body(eqn) if eqn.primitive.name in _CALLS else None
+        places = range(len(eqn.invars)) if body is None else _read(body.jaxpr)
+        needed.update(atom for n in places if not isinstance(atom := eqn.invars[n], core.Literal))
+    return {n for n, var in enumerate(jaxpr.invars) if var in needed}

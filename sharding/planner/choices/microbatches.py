@@ -21,6 +21,7 @@ from ...transform.accumulation.proof import (
     prepared_bytes,
     prepared_in_words,
     proved,
+    tables_in_words,
 )
 
 # Of a forward and a backward pass, the forward one: one product where the backward one has two.
@@ -110,6 +111,7 @@ class PartsProof:
         return (
             *((several,) if passes > 1 else ()),
             *prepared_in_words(found),
+            *tables_in_words(found, [one.path for one in self.program.arguments if one.is_data]),
             *opened_in_words(found),
             *apart_in_words(found, paths),
         )

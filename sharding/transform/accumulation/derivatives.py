@@ -82,6 +82,37 @@ def written_gradient(eqn: core.JaxprEqn, moved: Sequence[bool] | None = None) ->
     return Gradient(ahead=ahead, back=back, kept=len(kept), floats=tuple(floats), learns=tuple(learns))
 
 
+class Derivative(NamedTuple):
+    """The rule of a `custom_jvp_call`, traced: its operands, then the tangents of those that `floats` says →
+    its results, then the tangents of those that `learns` says.
+    """
+
+    rule: core.ClosedJaxpr
+    floats: tuple[bool, ...]
+    learns: tuple[bool, ...]
+
+
+def written_derivative(eqn: core.JaxprEqn) -> Derivative:
+    """Trace the rule that a user wrote for the derivative of `eqn`; in a manual region as a device has it."""
+    # As the function has them, where a manual region says over which devices values differ.
+    avals: list[Any] = [atom.aval for atom in eqn.invars]
+    outs: list[Any] = [var.aval for var in eqn.outvars]
+    floats, learns = (tuple(jnp.issubdtype(a.dtype, jnp.inexact) for a in some) for some in (avals, outs))
+
+    def derived(primals: Any, tangents: Any) -> Any:
+        given = iter(tangents)
+        filled = [
+            next(given) if one else np.zeros(aval.shape, jax.dtypes.float0)
+            for one, aval in zip(floats, avals, strict=True)
+        ]
+        found, moved = jax.jvp(lambda *own: list(run(eqn, own)), tuple(primals), tuple(filled))
+        return found, [one for one, learnt in zip(moved, learns, strict=True) if learnt]
+
+    tangents = [aval for aval, one in zip(avals, floats, strict=True) if one]
+    traced, _ = traced_within(eqn, derived, avals, tangents)
+    return Derivative(rule=traced, floats=floats, learns=learns)
+
+
 def traced_within(eqn: core.JaxprEqn, function: Any, *args: Any) -> tuple[core.ClosedJaxpr, Any]:
     """Trace a function as a device has it where an equation stands; return what it gives too."""
     trace = jax.make_jaxpr(function, return_shape=True)
@@ -112,7 +143,7 @@ def traced_within(eqn: core.JaxprEqn, function: Any, *args: Any) -> tuple[core.C
 
 def uneven_call(eqn: core.JaxprEqn) -> core.JaxprEqn | None:
     """Return the call in `eqn`, or `eqn` itself, whose written gradient is not linear in what comes back."""
-    return next((one for one in _written(eqn) if not _is_linear(written_gradient(one))), None)
+    return next((one for one in _written(eqn) if not is_linear(written_gradient(one))), None)
 
 
 def _written(eqn: core.JaxprEqn) -> Iterator[core.JaxprEqn]:
@@ -133,7 +164,8 @@ class _Class(enum.Enum):
     OTHER = "anything else"
 
 
-def _is_linear(gradient: Gradient) -> bool:
+def is_linear(gradient: Gradient) -> bool:
+    """Whether what a written gradient gives is linear in what comes back to it."""
     count = len(gradient.back.in_avals) - gradient.kept
     found = _classes(gradient.back, [_Class.APART] * gradient.kept + [_Class.LINEAR] * count)
     return all(one in (_Class.ZERO, _Class.LINEAR) for one in found)
@@ -145,7 +177,10 @@ def _classes(closed: core.ClosedJaxpr, ins: Sequence[_Class]) -> list[_Class]:
 
     def read(atom: Any) -> _Class:
         if isinstance(atom, core.Literal):
-            return _Class.ZERO if np.all(np.asarray(atom.val) == 0) else _Class.APART
+            value = np.asarray(atom.val)
+            # What no gradient belongs to has one of a type without numbers.
+            nothing = value.dtype == jax.dtypes.float0 or np.all(value == 0)
+            return _Class.ZERO if nothing else _Class.APART
         return known[atom]
 
     for eqn in closed.jaxpr.eqns:

@@ -106,7 +106,7 @@ class PartGraph:
             out.inside = inside and out.kind is Kind.SHARED
             out.level = max((value.level for value in ins), default=0) + (run is None and out.heavy)
             out.count = max((value.count for value in ins), default=0) + (run is None and not out.heavy)
-            out.uneven = uneven if run is not None else None
+            out.uneven = (uneven or out.uneven) if run is not None else None
             out.op = op
         self.ops.append(op)
         return list(outs)
@@ -349,7 +349,9 @@ class PartGraph:
                 else outer.form
             )
             values.append(
-                dataclasses.replace(value_of(var), form=form, heavy=outer.heavy, combine=outer.combine)
+                dataclasses.replace(
+                    value_of(var), form=form, heavy=outer.heavy, combine=outer.combine, uneven=outer.uneven
+                )
             )
         outs = inner.read(closed, values)
         for out in outs:
@@ -400,6 +402,14 @@ def inlined(graph: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]
 def value_of(var: Any) -> Held:
     """Return a shared value of a variable's shape and type."""
     return Held(tuple(getattr(var.aval, "shape", ())), getattr(var.aval, "dtype", None))
+
+
+def formed(var: Any, form: Form, *given: Held) -> Held:
+    """Return a value of a variable in `form`, which each of some bodies gives as its result `given`."""
+    value = value_of(var)
+    value.form = form
+    value.uneven = next((one.uneven for one in given if one.uneven is not None), None)
+    return value
 
 
 def one_of(ins: Sequence[Held]) -> Held:

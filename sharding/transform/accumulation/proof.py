@@ -34,7 +34,8 @@ class InParts:
 
     The rows go to the parts as ``pre * parts * post``: `pre` blocks, of which each part has `post` rows.
     `apart` are places of results that only the whole batch gives, with the reason. `prepared` is made of the
-    data alone before the parts, `of_data` makes it.
+    data alone before the parts, `of_data` makes it. `tables` are places of arrays of the batch that are as
+    long as the rows and read whole by each part, with the reason why they are not cut.
     """
 
     graph: PartGraph
@@ -50,6 +51,7 @@ class InParts:
     levels: Levels
     prepared: tuple[Held, ...] = ()
     of_data: OfData | None = None
+    tables: Mapping[int, NotInParts] = dataclasses.field(default_factory=dict)
 
     @property
     def moves_rows(self) -> bool:
@@ -175,9 +177,16 @@ def _placed(traced: Traced, parts: int, rows: int, pre: int, *, prepares: bool) 
         if not told or told == as_long:
             raise
         try:
-            return _read(traced, parts, rows, pre, told, prepares)
+            found = _read(traced, parts, rows, pre, told, prepares)
         except NotInParts:
             raise why from None
+        if not any(op.is_total for op in found.graph.ops):
+            # Nothing is computed of what was taken for examples.
+            raise
+        read = {one for op in found.graph.ops for one in op.ins}
+        return dataclasses.replace(
+            found, tables={n: why for n in sorted(as_long - told) if found.batch[n] in read}
+        )
 
 
 def _led(traced: Traced) -> frozenset[int]:
@@ -323,6 +332,15 @@ def apart_in_words(read: InParts, paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         f"aux {paths[n].removeprefix('1/')!r} is computed from the whole batch at once, since {why}"
         for n, why in read.apart.items()
+    )
+
+
+def tables_in_words(read: InParts, paths: Sequence[str]) -> tuple[str, ...]:
+    """Say which arrays of the batch, by their `paths`, each part reads whole though they are as long."""
+    return tuple(
+        f"batch {paths[n]!r} is as long as the batch, and each part reads it whole and computes what is "
+        f"computed of it: cut like the rows, {why}"
+        for n, why in read.tables.items()
     )
 
 

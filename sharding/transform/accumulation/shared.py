@@ -18,8 +18,8 @@ from ...program.primitives import Trait, primitives
 from .graph import PartGraph
 from .values import Array, Held, Task, examples
 
-# A key that serves several draws is split into as many as there are.
-_ELEMENTWISE = primitives(Trait.ELEMENTWISE) - {"random_gamma"}
+# A key that serves several draws is split into as many as there are, and some keys are made together.
+_ELEMENTWISE = primitives(Trait.ELEMENTWISE) - {"random_gamma", "random_fold_in"}
 
 
 def take(whole: Array, axis: int, pre: int, parts: int, index: Any) -> Array:

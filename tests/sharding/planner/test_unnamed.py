@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshwright.sharding import Plan, UserError, declare, plan
 
@@ -170,3 +171,23 @@ def test_captured_arrays_are_counted_and_noted() -> None:
     (note,) = [note for note in small.notes if "captures" in note]
     assert note.startswith("the loss captures an array (1024, 32) of float32 (")
     assert "test_unnamed.py" in note
+
+
+@pytest.mark.devices(8)
+def test_an_axis_that_the_losss_own_regions_cut_over_shards_something() -> None:
+    def loss(params: Any, batch: Any) -> Any:
+        mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        region = jax.shard_map(
+            lambda w, v, x: jax.lax.psum(jnp.tanh(x @ w) @ v, "tensor"),
+            mesh=mesh,
+            in_specs=(P(None, "tensor"), P("tensor"), P("data")),
+            out_specs=P("data"),
+        )
+        return jnp.square(region(params["w"], params["v"], batch["x"])).mean()
+
+    params = {"w": shape(8, 32), "v": shape(32, 8)}
+    batch = {"x": shape(16, 8)}
+    made = declare(loss, params, batch, topology="cpu:8", mesh={"data": 4, "tensor": 2})
+    assert made.mesh == {"data": 4, "tensor": 2}
+    with pytest.raises(UserError, match="cut arrays over tensor=2; say tensor=2, or make their mesh so"):
+        declare(loss, params, batch, topology="cpu:8", mesh={"data": 2, "tensor": 4})

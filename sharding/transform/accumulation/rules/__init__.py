@@ -68,17 +68,13 @@ def _rules() -> dict[str, Rule]:
     found["sort"] = moves.along("dimension")
     names = ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
     found |= dict.fromkeys(names, lookups.scatter)
-    same = (
-        "random_bits",
-        "random_split",
-        "random_wrap",
-        "random_unwrap",
-        "random_seed",
-        "bitcast_convert_type",
-    )
+    same = ("random_wrap", "random_unwrap", "random_seed", "bitcast_convert_type")
     found |= dict.fromkeys(same, moves.same_axis)
     found |= dict.fromkeys(primitives(Trait.CHECKPOINT), calls.checkpoint)
     found |= {
+        "random_bits": moves.drawn,
+        "random_split": moves.drawn,
+        "random_fold_in": moves.folded,
         "random_gamma": moves.gamma,
         "broadcast_in_dim": moves.broadcast_in_dim,
         "reshape": moves.reshape,

@@ -9,16 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
 
 from ....ops.experts import experts_call, jitted
 from ....program.jaxpr import call_body, closed, context_of
-from ....program.jaxpr import run as run_as_is
-from ..derivatives import traced_within, written_gradient
-from ..graph import Body, PartGraph, Reading, Rule, inlined, value_of
+from ..derivatives import written_derivative, written_gradient
+from ..graph import Body, PartGraph, Reading, Rule, formed, inlined, value_of
 from ..values import SUM, Form, Held, Kind, NotInParts
 
 
@@ -70,7 +68,7 @@ def experts(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         with context_of(eqn):
             return [jitted(call)(*arrays)]
 
-    return g.emit(run, [*tokens, *(g.shared(one) for one in ins[3:])], [_formed(eqn.outvars[0], form)])
+    return g.emit(run, [*tokens, *(g.shared(one) for one in ins[3:])], [formed(eqn.outvars[0], form)])
 
 
 def _called(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held], body: Body, around: Any) -> list[Held]:
@@ -89,7 +87,7 @@ def _called(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held], body: Body, aroun
         with context_of(eqn):
             return list(around(called)(*arrays))
 
-    outs = [_formed(eqn.outvars[n], body.outs[n].form) for n in now]
+    outs = [formed(eqn.outvars[n], body.outs[n].form, body.outs[n]) for n in now]
     outs += [Held(one.shape, one.dtype, SUM, combine=one.combine) for one in body.exports]
     found = g.emit(run, [ins[n] for n in places], outs)
     results = dict(zip(now, found, strict=False))
@@ -148,33 +146,18 @@ def custom_vjp(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         with context_of(eqn):
             return call(index, *arrays)
 
-    outs = [_formed(var, form) for var, form in zip(eqn.outvars, forms, strict=True)]
+    outs = [formed(var, form) for var, form in zip(eqn.outvars, forms, strict=True)]
     return g.emit(run, ins, outs)
 
 
 def custom_jvp(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a function whose derivative the user wrote."""
     ins = [g.shared(one) if one.kind is Kind.SUM else one for one in ins]
-    # As the function has them, where a manual region says over which devices values differ.
-    avals: list[Any] = [atom.aval for atom in eqn.invars]
-    floats = [jnp.issubdtype(one.dtype, jnp.inexact) for one in ins]
     plain = call_body(eqn)
     assert plain is not None
     primal = g.body(plain, ins)
-    learns = [jnp.issubdtype(one.dtype, jnp.inexact) for one in primal.outs]
-
-    def derived(primals: Any, tangents: Any) -> Any:
-        given = iter(tangents)
-        filled = [
-            next(given) if one else np.zeros(value.shape, jax.dtypes.float0)
-            for one, value in zip(floats, ins, strict=True)
-        ]
-        outs, moved = jax.jvp(lambda *own: list(run_as_is(eqn, own)), tuple(primals), tuple(filled))
-        return outs, [one for one, learnt in zip(moved, learns, strict=True) if learnt]
-
+    traced, floats, learns = written_derivative(eqn)
     moving = [one for one, learnt in zip(ins, floats, strict=True) if learnt]
-    tangents = [aval for aval, one in zip(avals, floats, strict=True) if one]
-    traced, _ = traced_within(eqn, derived, avals, tangents)
     rule = g.body(traced, [*ins, *moving], reading=_as_they_are(g))
     count = len(primal.outs)
     forms = [join_results(a.form, b.form) for a, b in zip(primal.outs, rule.outs, strict=False)]
@@ -202,7 +185,7 @@ def custom_jvp(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         with context_of(eqn):
             return call(index, *arrays)
 
-    outs = [_formed(var, form) for var, form in zip(eqn.outvars, forms, strict=True)]
+    outs = [formed(var, form) for var, form in zip(eqn.outvars, forms, strict=True)]
     return g.emit(run, ins, outs)
 
 
@@ -217,7 +200,9 @@ def linear_solve(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held
         first += getattr(counts, name)
     ins = [g.shared(one) if one.kind is Kind.SUM else one for one in ins]
     right = ins[first:]
-    form = next(one.form for one in ins if one.kind is Kind.EXAMPLES)
+    form = next((one.form for one in right if one.kind is Kind.EXAMPLES), None)
+    if form is None:
+        raise NotInParts("one linear system is made of all examples, and its solver runs through them")
     right = [g.bring(one, form) for one in right]
     bodies: dict[str, Body] = {}
     for name in names:
@@ -243,7 +228,7 @@ def linear_solve(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held
                 function("matvec"), list(arrays[first:]), function("solve"), transpose_solve=back
             )
 
-    outs = [_formed(var, form) for var in eqn.outvars]
+    outs = [formed(var, form) for var in eqn.outvars]
     return g.emit(run, [*ins[:first], *right], outs)
 
 
@@ -278,9 +263,3 @@ def _check_complete(*bodies: Body) -> None:
         raise NotInParts(
             "a sum over the examples is needed complete inside of a function with a derivative of its own"
         )
-
-
-def _formed(var: Any, form: Form) -> Held:
-    value = value_of(var)
-    value.form = form
-    return value

@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend import core
 
 from ....program.jaxpr import branches, context_of, scan_parts, while_parts
-from ..graph import Body, PartGraph, value_of
+from ..graph import Body, PartGraph, formed, value_of
 from ..values import LATE, SHARED, SUM, Form, Held, Kind, NotInParts, examples
 
 
@@ -46,23 +46,23 @@ def _scan(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     if any(one.kind is Kind.EXAMPLES and one.form.axis == 0 for one in ins[carries:]):
         return _over_rows(g, eqn, ins)
     shift = [0] * carries + [1] * parts.num_xs
-    carry = [one.form for one in ins[consts:carries]]
+    carry = [(one.form, one.uneven) for one in ins[consts:carries]]
     while True:
         shaped = [
             *ins[:consts],
             *(
-                Held(one.shape, one.dtype, form, heavy=True)
-                for one, form in zip(ins[consts:carries], carry, strict=True)
+                Held(one.shape, one.dtype, form, heavy=True, uneven=uneven)
+                for one, (form, uneven) in zip(ins[consts:carries], carry, strict=True)
             ),
             *ins[carries:],
         ]
         body = g.body(parts.body, shaped, shift)
-        found = [join(a, b.form) for a, b in zip(carry, body.outs, strict=False)]
+        found = [(join(a, b.form), why or b.uneven) for (a, why), b in zip(carry, body.outs, strict=False)]
         if found == carry:
             break
         carry = found
     _check_order(body)
-    body.bring([*carry, *(out.form for out in body.outs[len(carry) :])])
+    body.bring([*(form for form, _ in carry), *(out.form for out in body.outs[len(carry) :])])
     return _Split(g, eqn, ins, body, parts.num_consts, parts.num_carry).read()
 
 
@@ -105,7 +105,9 @@ class _Split:
             form._replace(axis=form.axis + 1) if form.kind is Kind.EXAMPLES else form for form in stacked
         ]
         places = [n - first for n in carry] + rows
-        outs = [_formed(self.eqn.outvars[n], form) for n, form in zip(places, forms, strict=True)]
+        outs = [
+            formed(self.eqn.outvars[n], form, body.outs[n]) for n, form in zip(places, forms, strict=True)
+        ]
         length = self.eqn.params["length"]
         outs += [Held((length, *one.shape), one.dtype, SUM, combine=one.combine) for one in exports]
         found = g.emit(run, ready, outs)
@@ -199,7 +201,7 @@ def _over_rows(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
 
     forms = [SHARED if one else SUM for one in same]
     forms += [examples(0, pre)] * (len(eqn.outvars) - len(forms))
-    outs = [_formed(var, form) for var, form in zip(eqn.outvars, forms, strict=True)]
+    outs = [formed(var, form) for var, form in zip(eqn.outvars, forms, strict=True)]
     return g.emit(run, ready, outs)
 
 
@@ -279,7 +281,7 @@ def while_loop(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
         with context_of(eqn):
             return lax.while_loop(go, turn, list(arrays[bodies:]))
 
-    outs = [_formed(var, form) for var, form in zip(eqn.outvars, carry, strict=True)]
+    outs = [formed(var, form) for var, form in zip(eqn.outvars, carry, strict=True)]
     return g.emit(run, ready, outs)
 
 
@@ -305,7 +307,8 @@ def cond(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
                 number = number.astype(jnp.int32)
             return lax.switch(number, [branch(arm) for arm in arms], *arrays)
 
-    outs = [_formed(var, form) for var, form in zip(eqn.outvars, forms, strict=True)]
+    given = zip(*(arm.outs for arm in arms), strict=True)
+    outs = [formed(var, form, *own) for var, form, own in zip(eqn.outvars, forms, given, strict=True)]
     return g.emit(run, [which, *args], outs)
 
 
@@ -319,9 +322,3 @@ def _check_complete(*bodies: Body) -> None:
 def _check_order(*bodies: Body) -> None:
     if any(out.form.is_moved for body in bodies for out in body.outs):
         raise NotInParts("a loop or branch hands examples on in the order that a sort has brought them in")
-
-
-def _formed(var: Any, form: Form) -> Held:
-    value = value_of(var)
-    value.form = form
-    return value

@@ -32,6 +32,7 @@ def elementwise(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]
 
 def gamma(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read draws of a gamma distribution, where each example has keys of its own."""
+    _check_keys(ins[0])
     if one_of(ins).form.axis >= len(ins[0].shape):
         raise NotInParts("random_gamma draws each example's number by its place among all")
     return g.bind(eqn, [g.bring(one, one_of(ins).form) for one in ins], [one_of(ins).form])
@@ -44,6 +45,27 @@ def same_axis(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     if len(ins) != 1 or v.form.axis >= len(aval.shape) or aval.shape[v.form.axis] != v.shape[v.form.axis]:
         raise NotInParts(f"{eqn.primitive.name} works along the examples")
     return g.bind(eqn, ins, [v.form])
+
+
+def drawn(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+    """Read what is drawn or split of random keys, of which each example has its own."""
+    _check_keys(ins[0])
+    return same_axis(g, eqn, ins)
+
+
+def folded(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+    """Read numbers folded into random keys, each example's into its own."""
+    _check_keys(ins[0])
+    return elementwise(g, eqn, ins)
+
+
+def _check_keys(keys: Held) -> None:
+    """Refuse keys of which fewer give other numbers; threefry's are by themselves."""
+    if "fry" not in str(keys.dtype):
+        raise NotInParts(
+            f"keys of {keys.dtype} for each example draw all their numbers together, where threefry's "
+            "(jax.random.key(seed, impl='threefry2x32')) draw each by itself"
+        )
 
 
 def passing(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:

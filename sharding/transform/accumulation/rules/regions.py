@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from ....plans.specs import axes_of
 from ....program.jaxpr import call_body, context_of
-from ..graph import Body, PartGraph, value_of
+from ..graph import Body, PartGraph, formed, value_of
 from ..opened import opened
 from ..values import SUM, Array, Form, Held, Kind, NotInParts, examples
 from .sums import reduce
@@ -107,8 +107,8 @@ class _Region:
 
     def _formed(self, place: int) -> Held:
         """Return result `place` as it is outside, where all devices' entries lie one after another."""
-        value, form = value_of(self.eqn.outvars[place]), self.body.outs[place].form
-        value.form = form
+        form = self.body.outs[place].form
+        value = formed(self.eqn.outvars[place], form, self.body.outs[place])
         if form.kind is Kind.EXAMPLES:
             over = _devices(self.eqn, self.eqn.params["out_specs"][place], form.axis)
             value.form = examples(form.axis, form.pre * over)

@@ -42,6 +42,10 @@ def reduce(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     if form.axis not in axes:
         return g.bind(eqn, ins, [form.at(form.axis - sum(a < form.axis for a in axes))])
     combine = REDUCTIONS[name]
+    if v.dtype == jnp.bool_:
+        combine = {"max": "or", "min": "and"}.get(combine or "", combine)
+    elif combine in ("or", "and"):
+        raise NotInParts(f"{name} of the bits of {v.dtype} over the examples")
     if combine is None:
         raise NotInParts(f"{name} over the examples")
     out = g.bind(eqn, ins, [SUM], combine=combine)[0]

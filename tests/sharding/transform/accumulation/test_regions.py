@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import draws
 import jax
 import jax.numpy as jnp
@@ -182,6 +184,98 @@ def test_what_devices_complete_among_each_other_is_completed_between_passes():
 
 def test_rows_that_devices_hand_to_each_other_are_made_before_the_parts():
     check(4, neighbours_of_the_data)
+
+
+def centred(x):
+    return x - jax.lax.pmean(x.mean(0), "data")
+
+
+@jax.custom_vjp
+def product(x, w, _):
+    return x @ w
+
+
+product.defvjp(
+    lambda x, w, number: (product(x, w, number), (x, w)),
+    lambda kept, g: (g @ kept[1].T, 2 * kept[0].T @ g, None),
+)
+
+
+@jax.custom_vjp
+def bounded(x):
+    return x
+
+
+bounded.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1e-4, 1e-4),))
+
+
+@jax.custom_vjp
+def entered_all(x):
+    return x
+
+
+entered_all.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.pmean(g, "data"),))
+
+
+def derivatives_of_ones_own(p, b, **how):
+    """Derivatives that are written for functions, behind sums over all devices, of weights on each."""
+
+    def own(w, v, x):
+        h = jax.checkpoint(jax.nn.relu)(centred(x @ w))
+        return sine(product(h, jax.lax.pcast(v, "data", to="varying") if not how else v, 3)) + jax.nn.relu6(h)
+
+    return jnp.square(over(own, (P(), P(), DATA), DATA, **how)(p["w"], p["v"], b["x"]) - b["y"]).mean()
+
+
+def loops_and_branches(p, b, **how):
+    def own(w, weights, x):
+        turn = jax.checkpoint(lambda h, w: (sine(jax.nn.silu(h @ w)), h.sum()))
+        h = jax.lax.scan(turn, centred(x @ w), jnp.stack(weights))[0]
+        h = jax.lax.cond(jax.lax.axis_index("data") % 2 == 0, jax.nn.relu, jnp.tanh, h)
+        far = jax.lax.while_loop(lambda s: jnp.abs(s).max() > 1, lambda s: s / 2, jax.lax.stop_gradient(h))
+        return h * jax.lax.stop_gradient(far)
+
+    region = over(own, (P(), P(), DATA), DATA, **how)
+    return jnp.square(region(p["w"], p["layers"], b["x"]) - b["y"]).mean()
+
+
+@pytest.mark.parametrize("how", [{}, {"check_vma": False}], ids=["checked", "unchecked"])
+def test_derivatives_loops_and_branches_behind_sums_of_all_devices(how):
+    one = functools.wraps(derivatives_of_ones_own)(functools.partial(derivatives_of_ones_own, **how))
+    other = functools.wraps(loops_and_branches)(functools.partial(loops_and_branches, **how))
+    layout = check(4, one, other, max_passes=9)
+    assert sum("what all its devices do together" in note for note in layout.notes) == 2
+
+
+@pytest.mark.parametrize("function", [bounded, entered_all], ids=["clips", "exchanges"])
+def test_a_gradient_that_is_one_devices_own_is_not_taken_for_all(function):
+    def loss(p, b):
+        region = over(lambda w, x: function(centred(x @ w)), (P(), DATA), DATA, check_vma=False)
+        return jnp.square(region(p["w"], b["x"]) - b["y"]).mean()
+
+    with pytest.raises(
+        UserError, match=r"comes back to them inside of a loop or call, at .*test_regions.py:"
+    ):
+        declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2, max_passes=9)
+
+
+def gathered_pairs(p, b):
+    """Each example of one array beside every one of another, as CLIP's towers are over devices."""
+
+    def own(w, v, x, y):
+        every = jax.lax.all_gather(y @ v, "data", tiled=True)
+        number = jnp.arange(x.shape[0]) + x.shape[0] * jax.lax.axis_index("data")
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(x @ w @ every.T), number[:, None], 1)
+        return jax.lax.pmean(losses.mean(), "data")
+
+    return over(own, (P(), P(), DATA, DATA), P())(p["w"], p["v"], b["x"], b["y"])
+
+
+def test_an_array_of_rows_that_each_part_reads_whole_is_said():
+    layout = check(2, gathered_pairs)
+    (note,) = (note for note in layout.notes if "each part reads it whole" in note)
+    assert "batch 'y' is as long as the batch" in note
+    assert "cut like the rows, every example meets every other, at " in note
 
 
 def test_a_sum_that_comes_back_to_the_rows_in_a_loop_inside_is_refused():

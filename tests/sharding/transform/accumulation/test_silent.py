@@ -1,0 +1,179 @@
+"""What used to give other numbers in parts without a word: the whole batch's now, or one sentence."""
+
+from __future__ import annotations
+
+import draws
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshwright.sharding import UserError, declare
+
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
+
+ROWS, WIDTH, PARTS = 32, 8, 4
+
+
+def arguments():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w": draws.normal(keys[0], (WIDTH, WIDTH)) / 3}
+    return params, {"x": draws.normal(keys[1], (ROWS, WIDTH)), "y": draws.normal(keys[2], (ROWS, WIDTH))}
+
+
+def declared(loss, batch):
+    return declare(loss, arguments()[0], batch, topology="cpu:8", mesh={"data": 8}, microbatches=PARTS)
+
+
+def check(loss, batch):
+    def function(p, b):
+        found = loss(p, b)
+        return found if isinstance(found, tuple) else (found, {})
+
+    made, params = declared(loss, batch), arguments()[0]
+    want = jax.jit(jax.value_and_grad(function, has_aux=True))(params, batch)
+    got = jax.jit(jax.value_and_grad(made.apply(function), has_aux=True))(params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, want)
+    return made
+
+
+@jax.custom_vjp
+def clipped(w):
+    return w
+
+
+clipped.defvjp(lambda w: (w, None), lambda _, g: (jnp.clip(g, -1e-3, 1e-3),))
+
+
+def out_of_a_loop(p, b):
+    h, ws = jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), clipped(p["w"])), b["x"], None, length=2)
+    return jnp.square(b["y"] @ ws[0]).mean() + h.mean()
+
+
+def carried_by_a_loop(p, b):
+    def turn(carry, _):
+        h, w = carry
+        return (jnp.tanh(h @ w), clipped(w)), None
+
+    return jnp.square(jax.lax.scan(turn, (b["x"], p["w"]), None, length=3)[0][0] - b["y"]).mean()
+
+
+def out_of_a_checkpoint(p, b):
+    h, w = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), clipped(w)))(b["x"], p["w"])
+    return jnp.square(b["y"] @ w).mean() + h.mean()
+
+
+def out_of_a_branch(p, b):
+    arms = [lambda x, w: (jnp.tanh(x @ w), clipped(w)), lambda x, w: (x @ w, w)]
+    h, w = jax.lax.cond(p["w"].sum() > -100, *arms, b["x"], p["w"])
+    return jnp.square(b["y"] @ w).mean() + h.mean()
+
+
+def out_of_a_region(p, b):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    data, all_ = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    region = jax.shard_map(
+        lambda w, x: (jnp.tanh(x @ w), clipped(w)),
+        mesh=mesh,
+        in_specs=(all_, data),
+        out_specs=(data, all_),
+        check_vma=False,
+    )
+    h, w = region(p["w"], b["x"])
+    return jnp.square(b["y"] @ w).mean() + h.mean()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [out_of_a_loop, carried_by_a_loop, out_of_a_checkpoint, out_of_a_branch, out_of_a_region],
+    ids=lambda loss: loss.__name__,
+)
+def test_a_clipped_gradient_stays_one_where_its_value_leaves_what_it_was_made_in(loss):
+    with pytest.raises(UserError, match=r"is not linear in what comes back .*, at .*test_silent.py:"):
+        declared(loss, arguments()[1])
+
+
+def test_keys_of_other_generators_that_come_with_the_rows_draw_what_they_draw_together():
+    def dropped(p, b):
+        kept = jax.vmap(lambda key, x: x * jax.random.bernoulli(key, 0.5, x.shape))(b["keys"], b["x"])
+        return jnp.square(kept @ p["w"] - b["y"]).mean()
+
+    for kind in ("rbg", "unsafe_rbg", "threefry2x32"):
+        keys = jax.random.split(jax.random.key(1, impl=kind), ROWS)
+        made = check(dropped, {**arguments()[1], "keys": keys})
+        together = [note for note in made.notes if "draw all their numbers together" in note]
+        assert len(together) == (kind != "threefry2x32")
+
+
+def test_numbers_whose_keys_depend_on_parameters_are_refused_unless_each_draws_by_itself():
+    def drawn(kind):
+        def loss(p, b):
+            seeds = jax.lax.stop_gradient(jnp.abs(b["x"] @ p["w"])[:, 0] * 100).astype(jnp.int32)
+            keys = jax.vmap(lambda seed: jax.random.key(seed, impl=kind))(seeds)
+            noise = jax.vmap(lambda key: jax.random.normal(key, (WIDTH,)))(keys)
+            return jnp.square((b["x"] + noise) @ p["w"]).mean()
+
+        return loss
+
+    check(drawn("threefry2x32"), {"x": arguments()[1]["x"]})
+    with pytest.raises(UserError, match="keys of key<rbg> for each example draw all their numbers together"):
+        declared(drawn("rbg"), {"x": arguments()[1]["x"]})
+
+
+def test_the_largest_of_bools_and_the_bits_of_whole_numbers():
+    def loss(p, b):
+        h = b["x"] @ p["w"]
+        seen = {"any": (h > 1).max(0), "all": (h > -1).min(0)}
+        return jnp.square(h).mean() * (1 + (b["y"] > 2).max()), seen
+
+    def of_bits(p, b):
+        bits = jax.lax.reduce_or((jnp.abs(b["x"] @ p["w"]) * 10).astype(jnp.int32), (0,))
+        return jnp.square(b["x"] @ p["w"]).mean() * (1 + bits.sum())
+
+    check(loss, arguments()[1])
+    with pytest.raises(UserError, match="reduce_or of the bits of int32 over the examples, at "):
+        declared(of_bits, {"x": arguments()[1]["x"]})
+
+
+def test_an_array_that_the_loss_does_not_read_is_not_what_comes_in_parts():
+    """Labels or images that one objective leaves aside: the rows were taken to be theirs alone."""
+    params, rows = arguments()
+    unread = {"images": np.zeros((ROWS, 16, WIDTH), np.float32), "ids": np.arange(ROWS)}
+
+    def loss(p, b):
+        return jnp.square(jnp.tanh(b["x"] @ p["w"])).mean()
+
+    def running(p, b):
+        return jnp.square(jnp.cumsum(b["x"] @ p["w"], axis=0)).mean()
+
+    made = check(jax.jit(loss), {"x": rows["x"], **unread})
+    step = jax.make_jaxpr(jax.grad(made.apply(jax.jit(loss))))(params, {"x": rows["x"], **unread})
+    assert "scan" in str(step)
+    with pytest.raises(UserError, match="along the examples, at "):
+        declared(running, {"x": rows["x"], **unread})
+
+
+def test_one_linear_system_of_all_examples_is_refused_as_that():
+    def loss(p, b):
+        h = jnp.tanh(b["x"] @ p["w"])
+        found, _ = jax.scipy.sparse.linalg.cg(lambda v: h.T @ (h @ v) + v, h.T @ b["y"][:, 0], maxiter=3)
+        return jnp.square(h @ found).mean()
+
+    with pytest.raises(UserError, match="one linear system is made of all examples"):
+        declared(loss, arguments()[1])
+
+
+def test_a_written_gradient_of_whole_numbers_is_none():
+    @jax.custom_vjp
+    def looked_up(table, at):
+        return table[at]
+
+    def back(at, g):
+        return jnp.zeros((WIDTH, WIDTH)).at[at].add(g), None
+
+    looked_up.defvjp(lambda table, at: (table[at], at), back)
+
+    def loss(p, b):
+        return jnp.square(b["x"] @ looked_up(p["w"], jnp.arange(WIDTH)[::-1]) - b["y"]).mean()
+
+    check(loss, arguments()[1])
