@@ -69,6 +69,19 @@ def divided_by_some(x: dict[str, jax.Array]) -> jax.Array:
     return jnp.einsum("bhqk,bkhd->bqhd", power / total, value)
 
 
+def of_a_cache(x: dict[str, jax.Array]) -> jax.Array:
+    """A mask of keys in a cache that was empty, of rows that have no padding: where each begins is counted."""
+    ids = jnp.ones_like(x["segment"])
+    start = jnp.sum(jnp.cumsum(ids != 0, axis=-1) == 0, -1)
+    start = jnp.where(jnp.full(start.shape, -1) < 0, start, -1)
+    place, filled = jnp.arange(ids.shape[1]), jnp.zeros((), jnp.int32)
+    queries = filled + place[None] - start[:, None]
+    held = (place[None] >= start[:, None]) & (place[None] < filled + ids.shape[1])
+    seen = (place[None] - start[:, None])[:, None, :] <= queries[:, :, None]
+    return (seen & (held[:, None, :] == ids[:, :, None]))[:, None]
+
+
+# What becomes a call of attention.
 WAYS: dict[str, Way] = {
     "softmax(where=)": hidden_from_the_softmax(causal),
     "softmax(where=), causal padding": hidden_from_the_softmax(lambda x: causal(x) & kept(x)),
@@ -77,6 +90,7 @@ WAYS: dict[str, Way] = {
     "weights hidden again, padding": hidden_again,
     "weights that are no numbers, padding": without_nan,
     "exps hidden": exps_hidden,
+    "places of a cache": masked(lambda s, x: jnp.where(of_a_cache(x), s, -1e30)),
     "exp of log_softmax": masked(
         lambda s, x: jax.nn.log_softmax(jnp.where(causal(x), s, -1e30)), weights=jnp.exp
     ),

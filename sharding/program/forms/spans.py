@@ -281,6 +281,8 @@ class _Distance:
         atom = self._values.opening.outside(atom)
         if isinstance(atom, core.Literal) or (atom in self._values.consts and not at):
             return self._values.points(atom, [])
+        if ROW not in at and KEY not in at:
+            return self._values.points(atom, at)
         eqn = self._values.made(atom)
         if eqn is None:
             raise Untold

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ SAME = frozenset({"convert_element_type", "copy", "copy_p", "name", "stop_gradie
 
 # Of each dimension of an array, the index of an element: an array of them, all alike in shape.
 Index = Sequence[Any]
+
+# How many numbers of one array are put together at most, to tell some of another.
+_MOST_PUT_TOGETHER = 1 << 24
 
 
 class Untold(Exception):
@@ -187,6 +191,54 @@ def _slice(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
     return values.points(eqn.invars[0], places)
 
 
+def _together(values: Sources, eqn: core.JaxprEqn, at: Index, axes: Sequence[int]) -> np.ndarray:
+    """Return the operand at the indices `at`, where `axes` are whole and come last, as one."""
+    sizes = [shape(eqn.invars[0])[axis] for axis in axes]
+    known = [one for one in at if one is not None]
+    points = np.broadcast_shapes(*(np.shape(one) for one in known))
+    if math.prod(points) * math.prod(sizes) > _MOST_PUT_TOGETHER or not _exact(eqn):
+        raise Untold
+    rest = iter(at)
+    whole = dict(zip(axes, np.indices(sizes).reshape(len(axes), -1), strict=True))
+    index: list[Any] = []
+    for axis in range(len(shape(eqn.invars[0]))):
+        one = whole[axis] if axis in whole else next(rest)
+        index.append(one if one is None or axis in whole else np.asarray(one)[..., None])
+    found = values.points(eqn.invars[0], index)
+    # What depends on no index of its own is the same number at all of them.
+    last = found if found.ndim else found[None]
+    return np.broadcast_to(last, (*(points if last.ndim > 1 else ()), math.prod(sizes)))
+
+
+def _exact(eqn: core.JaxprEqn) -> bool:
+    """Whether an operand has whole numbers or truth values, of which no sum is rounded."""
+    kind = eqn.invars[0].aval.dtype  # pyright: ignore[reportAttributeAccessIssue]
+    return kind == np.bool_ or np.issubdtype(kind, np.integer)
+
+
+def _reduced(rule: Callable[..., Any]) -> Callable[[Sources, core.JaxprEqn, Index], np.ndarray]:
+    def reduce(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
+        found = rule(_together(values, eqn, at, eqn.params["axes"]), axis=-1)
+        return np.asarray(found).astype(eqn.outvars[0].aval.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+
+    return reduce
+
+
+def _running(rule: Callable[..., Any]) -> Callable[[Sources, core.JaxprEqn, Index], np.ndarray]:
+    def run(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
+        axis, place = eqn.params["axis"], at[eqn.params["axis"]]
+        if place is None:
+            raise Untold
+        whole = _together(values, eqn, [one for n, one in enumerate(at) if n != axis], [axis])
+        way = slice(None, None, -1 if eqn.params["reverse"] else 1)
+        found = rule(whole[..., way], axis=-1).astype(whole.dtype)[..., way]
+        shaped = np.broadcast_shapes(np.shape(place), found.shape[:-1])
+        found = np.broadcast_to(found, (*shaped, found.shape[-1]))
+        return np.take_along_axis(found, np.broadcast_to(place, shaped)[..., None], -1)[..., 0]
+
+    return run
+
+
 def _integer_quotient(a: Any, b: Any) -> Any:
     if np.issubdtype(np.asarray(a).dtype, np.integer):
         # XLA's division of integers rounds towards zero.
@@ -207,6 +259,16 @@ _LAID: Mapping[str, Callable[[Sources, core.JaxprEqn, Index], np.ndarray]] = {
     "squeeze": _moved,
     "reshape": _reshape,
     "slice": _slice,
+    "argmax": _reduced(np.argmax),
+    "argmin": _reduced(np.argmin),
+    "cummax": _running(np.maximum.accumulate),
+    "cummin": _running(np.minimum.accumulate),
+    "cumsum": _running(np.cumsum),
+    "reduce_and": _reduced(np.all),
+    "reduce_max": _reduced(np.max),
+    "reduce_min": _reduced(np.min),
+    "reduce_or": _reduced(np.any),
+    "reduce_sum": _reduced(np.sum),
 }
 
 # What primitives do to each element by itself, in numpy.

@@ -44,6 +44,14 @@ def both(loss, found, given):
     return [one(floats(given), given) for one in run]
 
 
+def attentions(jaxpr):
+    for eqn in jaxpr.eqns:
+        if (call := attention_call(eqn)) is not None:
+            yield call
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from attentions(inner)
+
+
 def unseeing():
     """Sequences of which some queries see no key: padded in front, or wholly."""
     given = ways.arrays(seed=1)
@@ -97,6 +105,17 @@ def test_every_way_becomes_one_call_and_keeps_values_and_gradients(names, make) 
         alone, halves = len(names) == 1, not LOOSE.keys().isdisjoint(names)
         rounding = 2**-7 * float(abs(one).max()) if alone else 2e-2 if halves else 2e-3
         np.testing.assert_allclose(other[name], one, atol=rounding, err_msg=name)
+
+
+def test_rows_that_are_counted_from_constants_are_places_and_need_no_array_of_pairs() -> None:
+    given = ways.arrays()
+    found = []
+    for name in ("places of a cache", "places compared"):
+        program = recognised(traced(loss_of({name: WAYS[name]}), floats(given), given), ("attention",))
+        found += attentions(program.jaxpr.jaxpr)
+    assert len(found) == 2
+    assert found[0].segments == 0
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", LEFT)
