@@ -70,7 +70,7 @@ def divided_by_some(x: dict[str, jax.Array]) -> jax.Array:
 
 
 def of_a_cache(x: dict[str, jax.Array]) -> jax.Array:
-    """A mask of keys in a cache that was empty, of rows that have no padding: where each begins is counted."""
+    """A mask of keys in a cache that was empty, of rows without padding: where each begins is counted."""
     ids = jnp.ones_like(x["segment"])
     start = jnp.sum(jnp.cumsum(ids != 0, axis=-1) == 0, -1)
     start = jnp.where(jnp.full(start.shape, -1) < 0, start, -1)
@@ -79,6 +79,16 @@ def of_a_cache(x: dict[str, jax.Array]) -> jax.Array:
     held = (place[None] >= start[:, None]) & (place[None] < filled + ids.shape[1])
     seen = (place[None] - start[:, None])[:, None, :] <= queries[:, :, None]
     return (seen & (held[:, None, :] == ids[:, :, None]))[:, None]
+
+
+def of_pieces(x: dict[str, jax.Array]) -> jax.Array:
+    """Causality made of pieces: turned, joined to a first place that all see, cut out of a larger table."""
+    length = x["segment"].shape[1]
+    turned = jnp.tril(jnp.ones((length - 1, length - 1), bool))[::-1, ::-1].T
+    first = jnp.ones((length - 1, 1), bool)
+    whole = jnp.pad(jnp.concatenate([first, turned], axis=1), ((1, 0), (0, 0))) | jnp.eye(length, dtype=bool)
+    table = jnp.pad(whole, ((0, 8), (0, 8)))
+    return jax.lax.dynamic_slice(table, (0, jnp.zeros((), int)), (length, length))
 
 
 # What becomes a call of attention.
@@ -90,6 +100,7 @@ WAYS: dict[str, Way] = {
     "weights hidden again, padding": hidden_again,
     "weights that are no numbers, padding": without_nan,
     "exps hidden": exps_hidden,
+    "places of pieces": masked(lambda s, x: jnp.where(of_pieces(x), s, -1e30)),
     "places of a cache": masked(lambda s, x: jnp.where(of_a_cache(x), s, -1e30)),
     "exp of log_softmax": masked(
         lambda s, x: jax.nn.log_softmax(jnp.where(causal(x), s, -1e30)), weights=jnp.exp

@@ -191,6 +191,56 @@ def _slice(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
     return values.points(eqn.invars[0], places)
 
 
+def _begun(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
+    """Return points of a slice that begins where numbers say, which XLA moves so that it lies within."""
+    before, after = shape(eqn.invars[0]), shape(eqn.outvars[0])
+    starts = [values.number(one) for one in eqn.invars[1:]]
+    if any(one is None for one in starts) or any(one is None for one in at):
+        raise Untold
+    places = [
+        np.asarray(i) + min(max(int(begin or 0), 0), whole - size)
+        for i, begin, whole, size in zip(at, starts, before, after, strict=True)
+    ]
+    return values.points(eqn.invars[0], places)
+
+
+def _joined(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
+    axis = eqn.params["dimension"]
+    place = at[axis]
+    if place is None:
+        raise Untold
+    found, begin = None, 0
+    for one in eqn.invars:
+        size = shape(one)[axis]
+        if size:
+            index = [
+                np.clip(np.asarray(place) - begin, 0, size - 1) if n == axis else i for n, i in enumerate(at)
+            ]
+            here = values.points(one, index)
+            found = here if found is None else np.where(np.asarray(place) >= begin, here, found)
+        begin += size
+    if found is None:
+        raise Untold
+    return found
+
+
+def _reversed(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
+    sizes, turned = shape(eqn.invars[0]), eqn.params["dimensions"]
+    if any(at[d] is None for d in turned):
+        raise Untold
+    return values.points(eqn.invars[0], [sizes[d] - 1 - i if d in turned else i for d, i in enumerate(at)])
+
+
+def _padded(values: Sources, eqn: core.JaxprEqn, at: Index) -> np.ndarray:
+    around, sizes = eqn.params["padding_config"], shape(eqn.invars[0])
+    if any(one is None for one in at) or any(between for _, _, between in around) or 0 in sizes:
+        raise Untold
+    places = [np.asarray(i) - before for i, (before, _, _) in zip(at, around, strict=True)]
+    index = [np.clip(i, 0, size - 1) for i, size in zip(places, sizes, strict=True)]
+    within = np.all([i == j for i, j in zip(np.broadcast_arrays(*places), index, strict=True)], axis=0)
+    return np.where(within, values.points(eqn.invars[0], index), values.points(eqn.invars[1], []))
+
+
 def _together(values: Sources, eqn: core.JaxprEqn, at: Index, axes: Sequence[int]) -> np.ndarray:
     """Return the operand at the indices `at`, where `axes` are whole and come last, as one."""
     sizes = [shape(eqn.invars[0])[axis] for axis in axes]
@@ -259,6 +309,10 @@ _LAID: Mapping[str, Callable[[Sources, core.JaxprEqn, Index], np.ndarray]] = {
     "squeeze": _moved,
     "reshape": _reshape,
     "slice": _slice,
+    "dynamic_slice": _begun,
+    "concatenate": _joined,
+    "pad": _padded,
+    "rev": _reversed,
     "argmax": _reduced(np.argmax),
     "argmin": _reduced(np.argmin),
     "cummax": _running(np.maximum.accumulate),

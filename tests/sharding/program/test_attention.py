@@ -107,11 +107,12 @@ def test_every_way_becomes_one_call_and_keeps_values_and_gradients(names, make) 
         np.testing.assert_allclose(other[name], one, atol=rounding, err_msg=name)
 
 
-def test_rows_that_are_counted_from_constants_are_places_and_need_no_array_of_pairs() -> None:
+@pytest.mark.parametrize("name", ["places of a cache", "places of pieces"])
+def test_what_is_counted_or_cut_from_constants_is_places_and_needs_no_array_of_pairs(name) -> None:
     given = ways.arrays()
     found = []
-    for name in ("places of a cache", "places compared"):
-        program = recognised(traced(loss_of({name: WAYS[name]}), floats(given), given), ("attention",))
+    for way in (name, "places compared"):
+        program = recognised(traced(loss_of({way: WAYS[way]}), floats(given), given), ("attention",))
         found += attentions(program.jaxpr.jaxpr)
     assert len(found) == 2
     assert found[0].segments == 0
