@@ -22,7 +22,7 @@ from ..program.forms.losses import product_with_vocabulary
 from ..words import gib, seconds
 from .choices.attention import PLAIN
 from .inputs import Supposing
-from .supposing import Case, checkpointed, lighter, more_rows, together
+from .supposing import Case, checkpointed, in_parts, lighter, more_rows, together
 
 # A plan is slow where its MFU is below this share of what its largest products allow, which are those that
 # make up so much of the work.
@@ -35,8 +35,8 @@ _WORTH = 1.1
 _SHOWN = 4
 # A batch of so many times the rows is tried.
 _MORE_ROWS = 4
-# What stays of logits that are worked through a part of the positions at a time.
-_PART_OF_LOGITS = 1 / 16
+# In how many parts logits are worked through, some positions at a time.
+_PARTS_OF_LOGITS = 16
 _COUNTS = ("none", "one", "both", "three", "four")
 
 
@@ -161,11 +161,13 @@ def _logits(case: Case) -> Iterator[Obstacle]:
     """Logits over a vocabulary that are whole in memory."""
     parts, flat = case.parts, case.flat
     logits: set[object] = set()
-    for op in flat.ops:
+    products: list[int] = []
+    for number, op in enumerate(flat.ops):
         # What a layer multiplies by is no vocabulary.
         if op.equation.scopes or op.stack >= 0 or product_with_vocabulary(op.equation.eqn) is None:
             continue
         (out,) = (flat.values[index] for index in op.outs)
+        products.append(number)
         logits.add((out.elements, out.dims, out.trips))
     mask = np.array([(one.elements, one.dims, one.trips) in logits for one in flat.values], bool)
     if not mask.any():
@@ -175,7 +177,7 @@ def _logits(case: Case) -> Iterator[Obstacle]:
     told = _taken(case, held, worked, float(parts.elementwise[sorted(set(makers))].sum()))
     if told is not None:
         remedy = "worked through a part of the positions at a time, in a checkpointed scan"
-        supposing = Supposing(tables=lighter(case.table, mask, _PART_OF_LOGITS))
+        supposing = in_parts(case.table, mask, _PARTS_OF_LOGITS, products)
         yield from _won(case, f"logits over a vocabulary, {told}", remedy, supposing)
 
 
@@ -259,7 +261,8 @@ def _repeated(case: Case) -> Iterator[Obstacle]:
         return
     candidate, products = case.candidate, case.table.products
     own = case.pricer.place(candidate).fractions.roles.prod(axis=1) * candidate.microbatches
-    times = np.maximum(own * candidate.num_devices, 1.0)
+    # Each of the stages has other layers.
+    times = np.maximum(own * candidate.num_devices / candidate.mesh.get("stage", 1), 1.0)
     spent = float((case.parts.products[products.equation] * (1 - 1 / times)).sum())
     step, rows = case.estimate.step_seconds, batch_rows(case.problem.program)
     more = rows % candidate.num_devices

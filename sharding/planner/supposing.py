@@ -144,6 +144,34 @@ def lighter(own: ProgramTables, mask: np.ndarray, times: float) -> Callable[[Pro
     return tables
 
 
+def in_parts(own: ProgramTables, mask: np.ndarray, parts: int, made_by: Sequence[int]) -> Supposing:
+    """Suppose that the values of a mask [V] over `own` tables are worked through in so many parts.
+
+    One part lies in memory at a time. As much is read and written as before, and the ops of the numbers
+    `made_by` run again, since the backward pass makes each part anew.
+    """
+    smaller = lighter(own, mask, 1 / parts)
+
+    def tables(table: ProgramTables) -> ProgramTables:
+        if table.steps is not own.steps:
+            return table
+        groups = table.groups
+        times = np.where(mask, parts, 1.0)[groups.edge_value]
+        forward, backward = groups.edge_forward * times, groups.edge_backward * times
+        as_much = dataclasses.replace(groups, edge_forward=forward, edge_backward=backward)
+        return dataclasses.replace(smaller(table), groups=as_much)
+
+    def execution(own: Execution) -> Execution:
+        def kept(table: ProgramTables, candidate: Candidate, fused: bool) -> Residuals:
+            found = own.kept(table, candidate, fused)
+            again = found.again | (np.isin(np.arange(len(found.again)), made_by) & ~table.steps.rematted)
+            return dataclasses.replace(found, again=again)
+
+        return dataclasses.replace(own, kept=kept)
+
+    return Supposing(tables=tables, execution=execution)
+
+
 def more_rows(times: float) -> Callable[[ProgramTables], ProgramTables]:
     """Suppose a batch of so many times the rows."""
 
