@@ -55,13 +55,20 @@ def copies_of(kv_heads: int, parts: int) -> int:
     return parts // math.gcd(parts, kv_heads)
 
 
+def given_by_pairs(call: AttentionCall) -> str | None:
+    """Return the name of the first array of a call that is of all queries and keys, None if it has none."""
+    return next((name for name in call.given if name != "sink"), None)
+
+
 def why_not(call: AttentionCall, way: str, sizes: CallSizes, parts: int) -> str | None:
     """Return why `way` cannot carry out a call over `parts` devices, None if it can.
 
     What is nearest divides `parts`: other axes take the rest of the devices.
     """
+    if (name := given_by_pairs(call)) is not None:
+        return f"it has a {name}, which is of all queries and keys"
     if call.given:
-        return f"it has a {call.given[0]}, which is of all queries and keys"
+        return f"it has a {call.given[0]}, which is in the sum of weights of every query"
     if call.fill is not None:
         return f"a query that sees no key gets what {call.fill:g} makes of it"
     each = 2 if is_balanced(call, way, sizes.queries, parts) else 1

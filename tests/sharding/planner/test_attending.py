@@ -156,3 +156,24 @@ def test_queries_that_do_not_lie_over_context_are_told_with_their_line_and_the_r
     )
     assert said[1].endswith("context=4 does not divide 6 queries; nearest: 4 or 8")
     assert not any("gathers keys" in note for note in made.notes)
+
+
+def test_what_pairs_of_queries_and_keys_have_is_told_with_its_size() -> None:
+    bias = {"bias": jnp.zeros((1, 8, 64, 64))}
+
+    def said(*calls: dict[str, Any]) -> str:
+        shape = jax.ShapeDtypeStruct
+        params = dict.fromkeys(("query", "key", "value"), shape((64, 8, 64), "float32"))
+        params |= {"output": shape((8, 64, 64), "float32")}
+        batch = {"x": shape((4, 64, 64), "float32")}
+        mesh = {"context": 4, "data": 2}
+        made = declare(loss_of(*calls), params, batch, topology="cpu:8", names=NAMES, mesh=mesh)
+        return next(note for note in made.notes if "over context" in note and "keys" in note)
+
+    pairs = "a bias, which is of all queries and keys (1 x 8 x 64 x 64, 0.1 MiB in all)"
+    assert said(bias).endswith(f"it has {pairs}")
+    assert said(bias | {"sink": jnp.zeros(8)}).endswith(f"it has {pairs}")
+    assert said({"sink": jnp.zeros(8)}).endswith(
+        "it has a sink, which is in the sum of weights of every query"
+    )
+    assert said(GLOBAL, bias).startswith("1 of 2 calls of attention gathers keys over context by XLA: it has")

@@ -38,7 +38,7 @@ def counts_of(g: PartGraph, sizes: Held, key: Held | None) -> Held | None:
             return None
         if op.is_total:
             value = op.ins[0]
-        elif _name(value) in ("convert_element_type", "copy", "stop_gradient"):
+        elif _name(value) in ("convert_element_type", "copy", "stop_gradient") or _is_first(op.eqn):
             casts.append(op.eqn)
             value = op.ins[0]
         else:
@@ -53,6 +53,12 @@ def counts_of(g: PartGraph, sizes: Held, key: Held | None) -> Held | None:
     for eqn in reversed(casts):
         value = g.bind(eqn, [value], [SUM])[0]
     return value
+
+
+def _is_first(eqn: Any) -> bool:
+    """Whether an equation takes the first numbers of an array: what counts the others is left out."""
+    params = {} if eqn is None or eqn.primitive.name != "slice" else eqn.params
+    return params.get("start_indices") == (0,) and params["strides"] in (None, (1,))
 
 
 def _types(casts: list[Any]) -> list[Any]:
@@ -230,7 +236,10 @@ def _is_not_negative(value: Held) -> bool:
             return True
         if name == "max":
             return any(_is_not_negative(one) for one in op.ins)
-        if name == "select_n" and (inner := _wrapped(op.ins)) is not None:
+        if name == "select_n":
+            inner = _wrapped(op.ins)
+            if inner is None:
+                return all(_is_not_negative(one) for one in op.ins[1:])
             value = inner
         elif name == "sort":
             value = op.ins[op.outs.index(value)]

@@ -79,6 +79,15 @@ def in_turn(p, x):
     return (y[jnp.argsort(order)].reshape(CHOSEN, -1, WIDTH) * gates.T[..., None]).sum(0)
 
 
+def padded(p, x):
+    """Tokens that are padding go to no expert, behind all others."""
+    gates, experts, _ = routed(p, x)
+    own = jnp.where(jnp.repeat(x[:, 0] > 0, CHOSEN), experts.reshape(-1), EXPERTS)
+    order = jnp.argsort(own)
+    y = worked(p, x[order // CHOSEN], jnp.bincount(own, length=EXPERTS + 1)[:EXPERTS])
+    return put_back(y, order, gates)
+
+
 def loss_of(mixture, layers=0):
     def loss(p, b):
         def layer(x, _=None):
@@ -98,6 +107,7 @@ def loss_of(mixture, layers=0):
         (added, 0, {"fsdp": 2}),
         pytest.param(by_keys, 0, {"data": 1}, marks=pytest.mark.slow),
         (one_expert, 0, {"data": 1}),
+        (padded, 0, {"data": 1}),
         pytest.param(in_turn, 0, {"data": 1}, marks=pytest.mark.slow),
     ],
     ids=lambda one: getattr(one, "__name__", str(one)),
@@ -155,6 +165,20 @@ def below_zero(p, x):
     return worked(p, x[order], sizes)[jnp.argsort(order)]
 
 
+def padded_before(p, x):
+    """Padding goes before all others, and is counted with none."""
+    gates, experts, _ = routed(p, x)
+    own = jnp.where(jnp.repeat(x[:, 0] > 0, CHOSEN), experts.reshape(-1), -1)
+    order = jnp.argsort(own)
+    return put_back(worked(p, x[order // CHOSEN], (own[:, None] == jnp.arange(EXPERTS)).sum(0)), order, gates)
+
+
+def but_the_first(p, x):
+    gates, experts, order = routed(p, x)
+    sizes = jnp.bincount(experts.reshape(-1), length=EXPERTS + 1)[1:]
+    return put_back(worked(p, x[order // CHOSEN], sizes), order, gates)
+
+
 def of_neighbours(p, x):
     gates, _, order = routed(p, x)
     return put_back(jnp.cumsum(x[order // CHOSEN], 0), order, gates)
@@ -186,6 +210,8 @@ def in_twos(p, x):
         (backwards, 0, "not counts of what"),
         (of_others, 0, "not counts of what"),
         (below_zero, 0, "not counts of what"),
+        (padded_before, 0, "not counts of what"),
+        (but_the_first, 0, "not counts of what"),
         (of_neighbours, 0, "cumsum of examples that a sort has moved"),
         (of_the_next, 0, "examples are looked up at computed places"),
         (in_another_order, 0, "the place that a sort gives"),
