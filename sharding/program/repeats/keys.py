@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from ..jaxpr import closed, is_array, is_extended
+from ..jaxpr import is_array, is_extended
 from ..primitives import Trait, primitives
 
 # Calls whose inner literals are operands: they can be run again from their program alone.
@@ -92,7 +92,9 @@ class Keys:
         known = self._jaxprs.get((id(jaxpr), lift))
         if known is not None:
             return known[1]
-        program = closed(jaxpr)
+        # What a function closed over may be open, the constants beside it.
+        is_closed = isinstance(jaxpr, core.ClosedJaxpr)
+        program, held = (jaxpr.jaxpr, jaxpr.consts) if is_closed else (jaxpr, ())
         numbers: dict[Any, int] = {}
         literals: list[Written] = []
         works = 0
@@ -105,9 +107,9 @@ class Keys:
                 return "literal", _aval(one.aval)
             return Written(one.val, one.aval).name
 
-        heads = tuple([atom(v) for v in (*program.jaxpr.constvars, *program.jaxpr.invars)])
+        heads = tuple([atom(v) for v in (*program.constvars, *program.invars)])
         body = []
-        for eqn in program.jaxpr.eqns:
+        for eqn in program.eqns:
             inner = self.equation(eqn, lift)
             works += inner.works
             if lift:
@@ -116,9 +118,9 @@ class Keys:
             else:
                 rest = tuple([one.name for one in inner.literals])
             body.append((inner.key, rest, tuple(map(atom, eqn.invars)), tuple(map(atom, eqn.outvars))))
-        consts = tuple([self._value(c) for c in program.consts])
-        avals = tuple([_aval(v.aval) for v in (*program.jaxpr.constvars, *program.jaxpr.invars)])
-        outs = tuple(map(atom, program.jaxpr.outvars))
+        consts = tuple([self._value(c) for c in held])
+        avals = tuple([_aval(v.aval) for v in (*program.constvars, *program.invars)])
+        outs = tuple(map(atom, program.outvars))
         key = self._intern(("jaxpr", heads, avals, consts, tuple(body), outs))
         found = Keyed(key, tuple(literals), works)
         self._jaxprs[id(jaxpr), lift] = jaxpr, found

@@ -26,8 +26,10 @@ _EXCHANGES = frozenset({"all_gather", "all_to_all", "ppermute", "reduce_scatter"
 _LINEAR, _BILINEAR, _PICKING = primitives(Trait.LINEAR), primitives(Trait.BILINEAR), primitives(Trait.PICKING)
 # Linear in what is written and what is written to, by the place of the first number that says where.
 _WRITING = {"scatter-add": 1, "scatter-sub": 1, "scatter": 1, "dynamic_update_slice": 2}
+# What has a gradient that the user, or a solver, wrote.
+_OWN_GRADIENTS = frozenset({"custom_vjp_call", "linear_call", "custom_linear_solve"})
 # Of fewer bytes a rounding is no rounding error any more.
-_LEAST_BYTES = 2
+_LEAST_BYTES, _LEAST_BITS = 2, 7
 
 
 class Gradient(NamedTuple):
@@ -47,12 +49,13 @@ class Gradient(NamedTuple):
 def written_gradient(eqn: core.JaxprEqn, moved: Sequence[bool] | None = None) -> Gradient:
     """Trace the rule that a user wrote for the gradient of `eqn`, for its operands that are `moved` or all.
 
-    What a function closed over before `jax.vmap` is among its operands, and JAX takes no gradient of it.
+    What a function closed over, or `jax.vmap` did, is among its operands, and JAX takes no gradient of it.
     Inside of a manual region it is traced as a device has it.
     """
     ins: list[Any] = [atom.aval for atom in eqn.invars]
     outs: list[Any] = [var.aval for var in eqn.outvars]
-    moved = moved or [True] * len(ins)
+    closed_over = eqn.params.get("num_consts", 0)
+    moved = [one and n >= closed_over for n, one in enumerate(moved or [True] * len(ins))]
 
     def forward(*arrays: Any) -> Any:
         def function(*own: Any) -> list[Any]:
@@ -142,17 +145,43 @@ def traced_within(eqn: core.JaxprEqn, function: Any, *args: Any) -> tuple[core.C
 
 
 def uneven_call(eqn: core.JaxprEqn) -> core.JaxprEqn | None:
-    """Return the call in `eqn`, or `eqn` itself, whose written gradient is not linear in what comes back."""
-    return next((one for one in _written(eqn) if not is_linear(written_gradient(one))), None)
+    """Return the operation in `eqn`, or `eqn` itself, whose gradient is not linear in what comes back."""
+    return next((one for one in _written(eqn) if _rounds(one) or not is_linear(written_gradient(one))), None)
+
+
+def why_uneven(eqn: core.JaxprEqn) -> str:
+    """Return why the gradient of what `uneven_call` found is not made of parts' shares."""
+    if _rounds(eqn):
+        bits, dtype = eqn.params.get("mantissa_bits"), eqn.params.get("new_dtype")
+        what = f"a gradient is rounded to {dtype if bits is None else f'{bits} bits'}"
+    elif eqn.primitive.name == "custom_linear_solve":
+        what = "a linear system is solved step by step for a gradient, until it is near enough"
+    else:
+        what = (
+            "the gradient that is written for a function is not linear in what comes back (it clips, rounds "
+            "or gives a number of its own)"
+        )
+    return f"{what}, and would be taken of each part's share"
 
 
 def _written(eqn: core.JaxprEqn) -> Iterator[core.JaxprEqn]:
-    if eqn.primitive.name == "custom_vjp_call":
+    if eqn.primitive.name in _OWN_GRADIENTS or _rounds(eqn):
         yield eqn
         return
     for inner in core.jaxprs_in_params(eqn.params):
         for one in inner.eqns:
             yield from _written(one)
+
+
+def _rounds(eqn: core.JaxprEqn) -> bool:
+    """Whether `eqn` rounds floats, and with them their gradient, to fewer bits than bfloat16 has."""
+    if eqn.primitive.name == "reduce_precision":
+        return eqn.params["mantissa_bits"] < _LEAST_BITS
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    given, found = (atom.aval.dtype for atom in (eqn.invars[0], eqn.outvars[0]))  # type: ignore[union-attr]
+    floats = jnp.issubdtype(given, jnp.inexact) and jnp.issubdtype(found, jnp.inexact)
+    return floats and found.itemsize < min(given.itemsize, _LEAST_BYTES)
 
 
 class _Class(enum.Enum):
@@ -195,6 +224,10 @@ def _of_equation(eqn: core.JaxprEqn, ins: list[_Class]) -> list[_Class]:
         return _classes(body, ins)
     if name == "scan":
         return _of_scan(eqn, ins)
+    if name == "custom_linear_solve":
+        return _of_solver(eqn, ins)
+    if name == "linear_call":
+        return _classes(eqn.params["callee"], ins)
     depends = any(one in (_Class.LINEAR, _Class.OTHER) for one in ins)
     if name == "cond" and ins[0] not in (_Class.LINEAR, _Class.OTHER):
         found = [_classes(branch, ins[1:]) for branch in branches(eqn)]
@@ -243,6 +276,16 @@ def _together(ins: Sequence[_Class]) -> _Class:
     if not kinds:
         return _Class.ZERO
     return kinds.pop() if len(kinds) == 1 else _Class.OTHER
+
+
+def _of_solver(eqn: core.JaxprEqn, ins: list[_Class]) -> list[_Class]:
+    """Return what a linear system's solution is: what its solver makes of the right side."""
+    counts = eqn.params["const_lengths"]
+    first, last = counts.matvec + counts.vecmat, sum(counts)
+    if any(one in (_Class.LINEAR, _Class.OTHER) for one in ins[:last]):
+        return [_Class.OTHER] * len(eqn.outvars)
+    solve = eqn.params["jaxprs"].solve
+    return _classes(solve, [*ins[first : first + counts.solve], *ins[last:]])
 
 
 def _of_scan(eqn: core.JaxprEqn, ins: list[_Class]) -> list[_Class]:

@@ -19,7 +19,7 @@ from jax.extend import core
 
 from ...program.jaxpr import call_body, context_of, is_extended
 from ...program.lines import is_ours, line_of
-from .derivatives import uneven_call
+from .derivatives import uneven_call, why_uneven
 from .prepared import OfData
 from .values import (
     LATE,
@@ -33,6 +33,7 @@ from .values import (
     Task,
     evaluate,
     is_alike,
+    learns,
     needed,
 )
 
@@ -94,8 +95,9 @@ class PartGraph:
             ins = [self.complete(value) if value.inside else value for value in ins]
             for out in outs:
                 out.form = LATE
-        uneven = next((value.uneven for value in ins if value.uneven is not None), None)
-        if uneven is not None and run is not None and any(out.kind is not Kind.SHARED for out in outs):
+        stops = eqn is not None and eqn.primitive.name == "stop_gradient"
+        uneven = None if stops else next((value.uneven for value in ins if value.uneven is not None), None)
+        if uneven is not None and run is not None and any(_is_share(out) for out in outs):
             raise uneven
         where = self.where(self._at) if run is None and self._at is not None else ""
         op = Task(run, ins, list(outs), eqn, where)
@@ -106,7 +108,7 @@ class PartGraph:
             out.inside = inside and out.kind is Kind.SHARED
             out.level = max((value.level for value in ins), default=0) + (run is None and out.heavy)
             out.count = max((value.count for value in ins), default=0) + (run is None and not out.heavy)
-            out.uneven = (uneven or out.uneven) if run is not None else None
+            out.uneven = (uneven or out.uneven) if run is not None and learns(out) else None
             out.op = op
         self.ops.append(op)
         return list(outs)
@@ -309,12 +311,8 @@ class PartGraph:
         outs = self.emit(_bound(eqn, {}), ins, [value_of(var) for var in eqn.outvars], eqn)
         written = uneven_call(eqn) if any(value.heavy for value in ins) else None
         if written is not None:
-            reason = (
-                "the gradient that is written for a function is not linear in what comes back (it clips, "
-                "rounds or gives a number of its own), and would be taken of each part's share"
-            )
             for out in outs:
-                out.uneven = NotInParts(reason, self.where(written))
+                out.uneven = NotInParts(why_uneven(written), self.where(written))
         return outs
 
     def where(self, eqn: core.JaxprEqn) -> str:
@@ -397,6 +395,11 @@ class Body:
 def inlined(graph: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Stand for calls whose equations are read in their place."""
     raise AssertionError(eqn.primitive.name)
+
+
+def _is_share(value: Held) -> bool:
+    """Whether parts hold their own of a value that a gradient goes through."""
+    return value.kind is not Kind.SHARED and learns(value)
 
 
 def value_of(var: Any) -> Held:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from .graph import PartGraph
-from .values import Array, Held, Kind, NotInParts, Task, evaluate, needed
+from .values import Array, Held, Kind, NotInParts, Task, evaluate, learns, needed
 
 # Elements of sums that later passes need, which every device holds.
 MOST_CARRIED = 1 << 20
@@ -147,11 +147,6 @@ def tail(
 ) -> Callable[[Sequence[Array]], list[Array]]:
     """Return the function of the arrays of `known` that gives `targets`, after all parts."""
     return lambda arrays: evaluate(graph.ops, targets, dict(zip(known, arrays, strict=True)), None)
-
-
-def learns(value: Held) -> bool:
-    """Whether a value can have a gradient."""
-    return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
 def _is_complex(value: Held) -> bool:

@@ -13,6 +13,7 @@ import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from ...program.primitives import Trait, primitives
@@ -136,6 +137,11 @@ class Task:
     @property
     def is_total(self) -> bool:
         return self.run is None
+
+
+def learns(value: Held) -> bool:
+    """Whether a value can have a gradient."""
+    return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
 def is_alike(value: Held, axis: int) -> bool:

@@ -202,6 +202,10 @@ def linear_solve(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held
     right = ins[first:]
     form = next((one.form for one in right if one.kind is Kind.EXAMPLES), None)
     if form is None:
+        # Of matrices of the examples the right side may be the same for all.
+        product = g.body(closed(programs.matvec), [*(ins[n] for n in consts["matvec"]), *right])
+        form = next((one.form for one in product.outs if one.kind is Kind.EXAMPLES), None)
+    if form is None:
         raise NotInParts("one linear system is made of all examples, and its solver runs through them")
     right = [g.bring(one, form) for one in right]
     bodies: dict[str, Body] = {}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.custom_derivatives import linear_call
 from meshwright.sharding import UserError, declare
 
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
@@ -175,5 +176,84 @@ def test_a_written_gradient_of_whole_numbers_is_none():
 
     def loss(p, b):
         return jnp.square(b["x"] @ looked_up(p["w"], jnp.arange(WIDTH)[::-1]) - b["y"]).mean()
+
+    check(loss, arguments()[1])
+
+
+def by_solver(p, b):
+    matrix = p["w"].T @ p["w"] + 0.05 * jnp.eye(WIDTH)
+    found, _ = jax.scipy.sparse.linalg.cg(lambda v: matrix @ v, p["w"][0], maxiter=2)
+    return jnp.square(b["x"] @ found - b["y"][:, 0]).mean()
+
+
+def by_transpose(p, b):
+    w = linear_call(lambda _, w: w, lambda _, g: jnp.clip(g, -1e-3, 1e-3), (), p["w"])
+    return jnp.square(b["x"] @ w - b["y"]).mean()
+
+
+def by_float8(p, b):
+    return jnp.square(b["x"] @ p["w"].astype(jnp.float8_e4m3fn).astype(jnp.float32) - b["y"]).mean()
+
+
+def by_fewer_bits(p, b):
+    return jnp.square(b["x"] @ jax.lax.reduce_precision(p["w"], 5, 2) - b["y"]).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (by_solver, "a linear system is solved step by step for a gradient"),
+        (by_transpose, "is not linear in what comes back"),
+        (by_float8, "a gradient is rounded to float8_e4m3fn"),
+        (by_fewer_bits, "a gradient is rounded to 2 bits"),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_a_gradient_that_is_none_of_shares_is_not_made_of_them(loss, reason):
+    """Solvers that stop when near enough, transposes of one's own, and coarse floats of shared weights."""
+    with pytest.raises(UserError, match=rf"{reason}.*each part's share, at .*test_silent.py:"):
+        declared(loss, arguments()[1])
+
+
+def test_linear_gradients_and_those_that_are_stopped_come_in_parts():
+    def loss(p, b):
+        w = p["w"]
+        w = w + jax.lax.stop_gradient(w.astype(jnp.float8_e4m3fn).astype(w.dtype) - w)
+        w = linear_call(lambda _, w: w, lambda _, g: 2 * g, (), w)
+        w = jnp.linalg.solve(w @ w.T + 3 * jnp.eye(WIDTH), w)
+        kept = b["x"] > w[0].astype(jnp.float8_e4m3fn).astype(w.dtype)
+        return jnp.square(jnp.where(kept, b["x"], 0) @ w - b["y"]).mean()
+
+    check(loss, arguments()[1])
+
+
+def test_systems_of_each_example_with_the_same_right_side():
+    def loss(p, b):
+        matrices = jax.vmap(lambda x: jnp.outer(x, x) + 3 * jnp.eye(WIDTH) + p["w"] @ p["w"].T)(b["x"])
+        return jnp.square(jnp.linalg.inv(matrices) @ b["y"][..., None]).mean()
+
+    check(loss, arguments()[1])
+
+
+def test_a_written_gradient_of_a_function_that_closes_over_constants_is_looked_at():
+    """It ended in JAX's traceback about closed-over values."""
+    table = np.arange(WIDTH, dtype=np.float32)
+
+    def moved(w, scale):
+        return w + scale * table
+
+    def loss(p, b):
+        w, _ = jax.lax.scan(lambda w, _: (odd(w), None), p["w"], None, length=2)
+        return jnp.square(b["x"] @ w - b["y"]).mean()
+
+    def odd(w):
+        closed, consts = jax.closure_convert(lambda w: moved(w, jnp.asarray(table)), w)
+
+        @jax.custom_vjp
+        def own(w, *consts):
+            return closed(w, *consts)
+
+        own.defvjp(lambda w, *c: (closed(w, *c), None), lambda _, g: (g, *(None for _ in consts)))
+        return own(w, *consts)
 
     check(loss, arguments()[1])
