@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ...errors import UserError
 
@@ -15,7 +17,7 @@ Loss = Callable[..., Any]
 def differentiable(value: Loss, with_gradients: Callable[..., tuple[Any, Any]]) -> Loss:
     """Return `value(params, batch, …)`, whose gradients are those that `with_gradients` gives beside it.
 
-    Aux values have none; those with respect to anything but the parameters are refused.
+    Those of aux values, and those with respect to anything but the parameters, are refused.
     """
 
     def function(params: Any, *others: Any) -> Any:
@@ -35,7 +37,15 @@ def differentiable(value: Loss, with_gradients: Callable[..., tuple[Any, Any]]) 
             return found, structure.flatten_up_to(gradients)
 
         def backward(gradients: list[Any], cotangent: Any) -> Any:
-            scale = cotangent[0] if isinstance(cotangent, tuple) else cotangent
+            scale, *of_aux = jax.tree.leaves(cotangent, is_leaf=_is_none)
+            if not all(_is_none(one) for one in of_aux):
+                raise UserError(
+                    "a gradient of what the loss gives beside its number (aux) is asked for, microbatches "
+                    "have that of the number alone: add it up in the loss, or use microbatches=1"
+                )
+            if _is_none(scale):
+                return [None for _ in gradients], None
+            scale = jnp.asarray(scale)
             scaled = [None if leaf is None else leaf * scale.astype(leaf.dtype) for leaf in gradients]
             return scaled, None
 
@@ -43,3 +53,8 @@ def differentiable(value: Loss, with_gradients: Callable[..., tuple[Any, Any]]) 
         return flat(leaves, rest)
 
     return function
+
+
+def _is_none(cotangent: Any) -> bool:
+    """Whether nothing comes back to a result."""
+    return isinstance(cotangent, SymbolicZero) or getattr(cotangent, "dtype", None) == jax.dtypes.float0

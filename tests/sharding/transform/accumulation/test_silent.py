@@ -257,3 +257,32 @@ def test_a_written_gradient_of_a_function_that_closes_over_constants_is_looked_a
         return own(w, *consts)
 
     check(loss, arguments()[1])
+
+
+def test_a_gradient_of_aux_values_is_refused_rather_than_nothing():
+    """What an own loop adds to the loss from its aux had no gradient, without a word."""
+
+    def loss(p, b):
+        h = jnp.tanh(b["x"] @ p["w"])
+        return jnp.square(h - b["y"]).mean(), {"mean": h.mean(), "rows": h.sum(-1), "over": (h > 0).sum()}
+
+    params, batch = arguments()
+    planned = declared(loss, batch).apply(loss)
+
+    def added(p):
+        number, aux = planned(p, batch)
+        return number + 0.1 * aux["mean"]
+
+    def looked_at(function):
+        return lambda p: (lambda found: found[0] * jax.lax.stop_gradient(found[1]["mean"]))(
+            function(p, batch)
+        )
+
+    with pytest.raises(UserError, match=r"beside its number .*add it up in the loss"):
+        jax.grad(added)(params)
+    want, got = (jax.jit(jax.grad(looked_at(one)))(params) for one in (loss, planned))
+    np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5, atol=1e-6)
+    (doubled,) = jax.vjp(lambda p: planned(p, batch), params, has_aux=True)[1](2.0)
+    np.testing.assert_allclose(
+        doubled["w"], 2 * jax.grad(lambda p: loss(p, batch)[0])(params)["w"], rtol=1e-4
+    )
