@@ -1,8 +1,11 @@
-"""The Estimate against the real compiler: `python benchmarks/compiled.py [--only WORD] [--first] [--json]`.
+"""The Estimate against the real compiler.
+
+    python benchmarks/compiled.py [--only WORD] [--first] [--quick] [--json]
 
 Each cell of compiled_grid.toml is planned, compiled for its slice, which is not here, and read. Printed are
 the peak memory of a device and the seconds of a step, estimated and compiled, and whether the planner's first
-choice fits by the compiler's word. What was compiled before comes from the cache of proofs.
+choice fits by the compiler's word. What was compiled before comes from the cache of proofs. With `--quick`
+programs for TPUs are read as they are scheduled, before machine code: `benchmarks/quick.py` says how near.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ def name_of(cell: Mapping[str, Any]) -> str:
     return next(presets, cell["config"])
 
 
-def measure(cell: Mapping[str, Any], declared: Mapping[str, Any]) -> Row:
+def measure(cell: Mapping[str, Any], declared: Mapping[str, Any], quick: bool) -> Row:
     """Plan and compile one."""
     words = [f"topology={cell['topology']}", *cell.get("words", ())]
     for key, value in declared.items():
@@ -83,7 +86,7 @@ def measure(cell: Mapping[str, Any], declared: Mapping[str, Any]) -> Row:
         words.append(f"{key}={json.dumps(value)}")
     planned = plan_config(load(_CONFIGS / f"{cell['config']}.yaml", words))
     made, shapes = planned.plan, planned.shapes
-    verdict = verify(made, shapes.loss, shapes.params, shapes.batch, planned.optimizer)
+    verdict = verify(made, shapes.loss, shapes.params, shapes.batch, planned.optimizer, quick=quick)
     proof = verdict.proof
     assert made.estimate is not None
     return Row(
@@ -136,6 +139,7 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="cells whose model and topology contain this")
     parser.add_argument("--first", action="store_true", help="the planner's first choices alone")
+    parser.add_argument("--quick", action="store_true", help="programs for TPUs as they are scheduled")
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
     rows = []
@@ -144,7 +148,7 @@ def main() -> int:
         print("model        topology      estimated compiled  error  step est. compiled  compile outcome")
     for cell, declared in cells(words.only, words.first):
         try:
-            rows.append(measure(cell, declared))
+            rows.append(measure(cell, declared, words.quick))
         except UserError as error:
             print(f"{name_of(cell)} on {cell['topology']}, {declared}: {error}", file=sys.stderr)
             continue

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ..plans.proof import Proof
 from ..plans.record import Record
+from ..verify.verify import Verdict
 from ..words import seconds
 from ..xla import options
 from ..xla.options import Trial
 
-if TYPE_CHECKING:
-    from .prove import Judge
+
+class Judge(Protocol):
+    """What has the compiler judge a plan, of which `quick` asks for the schedule alone."""
+
+    def __call__(self, plan: Record, *, quick: bool) -> Verdict: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import UserError
 from ..plans.origin import Alternative
@@ -20,7 +20,7 @@ from ..verify.process import Limits
 from ..verify.scheduled import shows_schedule
 from ..verify.verify import Verdict
 from ..words import gib, layout_in_words, seconds
-from .options import with_options
+from .options import Judge, with_options
 from .outcome import Search
 from .reserve import MEMORY_OPTION, declared_options
 
@@ -35,12 +35,6 @@ _OVERSTATED = 1.09
 # Plans that are compiled whole of those that are scheduled.
 _COMPILED = 2
 _WHOLE = "the step is compiled whole: only compilers for TPUs show what they scheduled before machine code"
-
-
-class Judge(Protocol):
-    """What has the compiler judge a plan, of which `quick` asks for the schedule alone."""
-
-    def __call__(self, plan: Record, *, quick: bool) -> Verdict: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
