@@ -21,8 +21,14 @@ from ...program.jaxpr import branches, call_body, run, scan_parts
 from ...program.primitives import Trait, primitives
 
 _CALLS = primitives(Trait.CALL)
-# Between devices of a manual region.
-_EXCHANGES = frozenset({"all_gather", "all_to_all", "ppermute", "reduce_scatter"})
+#: What devices of a manual region exchange.
+EXCHANGES = frozenset(
+    [
+        *("all_gather", "all_gather_invariant", "all_to_all", "ppermute", "reduce_scatter"),
+        *("pmax", "pmin", "psum", "psum_invariant"),
+    ]
+)
+_LINEAR_EXCHANGES = EXCHANGES - {"pmax", "pmin"}
 _LINEAR, _BILINEAR, _PICKING = primitives(Trait.LINEAR), primitives(Trait.BILINEAR), primitives(Trait.PICKING)
 # Linear in what is written and what is written to, by the place of the first number that says where.
 _WRITING = {"scatter-add": 1, "scatter-sub": 1, "scatter": 1, "dynamic_update_slice": 2}
@@ -242,7 +248,7 @@ def _of_operation(eqn: core.JaxprEqn, ins: list[_Class], *, depends: bool) -> _C
         dtype: Any = eqn.outvars[0].aval.dtype  # type: ignore[union-attr]
         rounds = depends and not (jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= _LEAST_BYTES)
         return _Class.OTHER if rounds else ins[0]
-    if name in _LINEAR or name in _EXCHANGES:
+    if name in _LINEAR or name in _LINEAR_EXCHANGES:
         return _together(ins)
     if name in _WRITING:
         # Two arrays, and beside them the places, which come second or last.

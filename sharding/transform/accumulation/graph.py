@@ -19,7 +19,7 @@ from jax.extend import core
 
 from ...program.jaxpr import call_body, context_of, is_extended
 from ...program.lines import is_ours, line_of
-from .derivatives import uneven_call, why_uneven
+from .derivatives import EXCHANGES, uneven_call, why_uneven
 from .prepared import OfData
 from .values import (
     LATE,
@@ -435,22 +435,7 @@ def _bound(eqn: core.JaxprEqn, changed: Mapping[str, Any]) -> Callable[..., Sequ
 
 
 # What depends on the device, or is known within a manual region only.
-_ON_DEVICES = frozenset(
-    [
-        "axis_index",
-        "pvary",
-        "psum",
-        "psum_invariant",
-        "pmax",
-        "pmin",
-        "ppermute",
-        "all_gather",
-        "all_gather_invariant",
-        "reduce_scatter",
-        "all_to_all",
-        "shard_map",
-    ]
-)
+_ON_DEVICES = EXCHANGES | {"axis_index", "pvary", "shard_map"}
 
 
 def known_now(value: Held, most: int = 1 << 20) -> np.ndarray | None:

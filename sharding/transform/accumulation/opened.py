@@ -20,7 +20,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ...plans.specs import axes_in, axes_of
 from ...program.jaxpr import branches, call_body, context_of, run, run_around, while_parts
 from ...program.primitives import Trait, primitives
-from .derivatives import Derivative, Gradient, is_linear, written_derivative, written_gradient
+from .derivatives import (
+    EXCHANGES,
+    Derivative,
+    Gradient,
+    is_linear,
+    written_derivative,
+    written_gradient,
+)
 from .values import Array
 
 # Layouts, kernels, draws that mapping changes.
@@ -35,19 +42,6 @@ _OF_A_DEVICE = frozenset(
 )
 _CALLS = frozenset({"jit", "pjit"})
 _BODIES = primitives(Trait.CHECKPOINT) | {"scan"}
-_EXCHANGES = frozenset(
-    {
-        "all_gather",
-        "all_gather_invariant",
-        "all_to_all",
-        "pmax",
-        "pmin",
-        "ppermute",
-        "psum",
-        "psum_invariant",
-        "reduce_scatter",
-    }
-)
 
 # The rules of functions with derivatives of their own, by the number (`id`) of their equation.
 _Rules = Mapping[int, Derivative | Gradient]
@@ -86,7 +80,7 @@ def _rules(body: core.ClosedJaxpr, context: Any) -> _Rules | None:
         elif one.primitive.name == "custom_vjp_call":
             made = written_gradient(one)
             inner = [*_equations(made.ahead), *_equations(made.back)]
-            if not is_linear(made) or any(each.primitive.name in _EXCHANGES for each in inner):
+            if not is_linear(made) or any(each.primitive.name in EXCHANGES for each in inner):
                 return None
             ahead, back = _outside(made.ahead, context), _outside(made.back, context)
             found[id(one)] = made._replace(ahead=ahead, back=back)

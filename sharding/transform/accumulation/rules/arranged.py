@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from ....program.forms.values import POINTWISE
 from ....program.primitives import Trait, primitives
 from ..graph import PartGraph, Rule, known_now, one_of
 from ..values import SUM, Form, Held, Kind, NotInParts, Order, examples
@@ -81,30 +82,13 @@ def numbers_of(value: Held) -> np.ndarray | None:
     return None if found is None else found.reshape(-1)
 
 
-def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    whole = np.abs(a) // np.maximum(np.abs(b), 1)
-    return np.where(b == 0, -1, whole * np.sign(a) * np.sign(b))
-
-
-_NUMBERED: dict[str, Any] = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "div": _divided,
-    "rem": lambda a, b: np.fmod(a, np.where(b == 0, 1, b)),
-    "max": np.maximum,
-    "min": np.minimum,
-    "sign": np.sign,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "not": np.invert,
-    "select_n": lambda which, *cases: np.choose(which.astype(int), cases),
+# What gives whole numbers of whole numbers.
+_NUMBERED = {
+    name: POINTWISE[name]
+    for name in (
+        *("add", "sub", "mul", "div", "rem", "max", "min", "sign"),
+        *("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "select_n"),
+    )
 }
 
 
@@ -122,7 +106,7 @@ def _numbers(name: str, eqn: core.JaxprEqn, ins: Sequence[Held], out: Held) -> n
     arrays = [_number(one) for one in ins]
     if function is None or any(one is None or one.dtype.kind not in "iub" for one in arrays):
         return None
-    if name in ("div", "rem") and (arrays[1] == 0).any():
+    if (name in ("div", "rem") and (arrays[1] == 0).any()) or (name == "select_n" and len(arrays) != 3):
         return None
     return np.broadcast_to(function(*arrays).astype(out.dtype), out.shape[out.form.axis])
 
