@@ -175,6 +175,15 @@ def host_rate(topology: Topology) -> float | None:
     return None
 
 
+def one_ring(topology: Topology) -> bool:
+    """Return whether a gather over half of one torus axis and all of the others is one ring through them."""
+    if not topology.is_torus:
+        return False
+    rows = _array({"fsdp": topology.num_devices // 2, "tensor": 2}, topology, P("fsdp"))
+    whole = NamedSharding(rows.sharding.mesh, P())
+    return '"emitter":"1D' in _compiled(lambda x: 2 * jax.lax.with_sharding_constraint(x, whole), rows)
+
+
 PROBES = {
     probe.__name__: probe
     for probe in (
@@ -185,6 +194,7 @@ PROBES = {
         host_is_device,
         schedules_within,
         host_rate,
+        one_ring,
     )
 }
 

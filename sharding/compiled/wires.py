@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..cost.calibration import Calibration
-from ..cost.collectives import RING_DRIVES, Link, single_ring, switched_link, torus_link
+from ..cost.collectives import Link, switched_link, torus_link
 from ..hardware.arrange import arrange
 from ..hardware.links import homes
 from ..hardware.topology import Topology
 from ..hlo.replica_groups import Groups
 from ..hlo.text import Instruction
+from ..xla.compiler import compiler_of
 
 # Bytes that a device sends, over those of the result (all-gather) or of the operand (the others), by the
 # number of devices in a group: on a ring (Patarasuk and Yuan, 2009).
@@ -36,6 +37,9 @@ _SENT = {
     "collective_permute": lambda n: 1.0,
     "collective_broadcast": lambda n: 1.0,
 }
+
+# What has parts of an array on each device before or after, and the directed links that one ring of it uses.
+_CUT, _RING_DRIVES = ("all_gather", "reduce_scatter"), 2
 
 
 def wire_bytes(kind: str, size: int, whole_bytes: float) -> float:
@@ -74,6 +78,12 @@ class Span:
     inside: int
     sharing: int
     resources: frozenset[tuple[object, ...]]
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether the group lies along several torus axes, and has a part of one of them."""
+        spans = [whole for chips, whole in zip(self.extent, self.whole, strict=True) if chips > 1]
+        return len(spans) > 1 and not all(spans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +143,10 @@ class Fabric:
         span = self.span(groups)
         if span.size < 2:
             return 0.0
-        link = self._link(span, algorithm.drives)
+        drives = algorithm.drives
+        if drives is None and kind in _CUT and compiler_of(self.topology).one_ring and span.is_uneven:
+            drives = _RING_DRIVES
+        link = self._link(span, drives)
         if kind in ("all_to_all", "ragged_all_to_all"):
             return link.collective("all_to_all", whole_bytes * span.size)
         if kind == "collective_broadcast":
@@ -167,8 +180,6 @@ class Fabric:
     def _link(self, span: Span, drives: int | None) -> Link:
         if not self.topology.is_torus:
             return switched_link(span.size, span.inside, self.topology.chip, self.calibration)
-        if drives is None and single_ring(span.extent, span.whole):
-            drives = RING_DRIVES
         return torus_link(
             size=span.size,
             extent=span.extent,

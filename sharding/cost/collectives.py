@@ -17,8 +17,6 @@ from .calibration import Calibration
 
 # Starts of a device and of a domain for which the figures of `nccl` hold; they change in proportion to these.
 _NCCL_FABRIC_SECONDS, _NCCL_NETWORK_SECONDS = 1e-6, 1e-5
-#: Directed links of a device that a single ring uses, gone round both ways.
-RING_DRIVES = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,20 +214,6 @@ def _torus_links(sizes: Mapping[str, int], topology: Topology, calibration: Cali
         for axis, reach in reaches(sizes, topology).items()
         if reach.size > 1
     }
-
-
-def single_ring(extent: tuple[int, ...], whole: tuple[bool, ...]) -> bool:
-    """Whether libtpu lays one ring through a group that touches `extent` chips along each torus axis.
-
-    So it does where the group has a part of an axis beside others, on v4, v5p and v6e alike: all-gathers and
-    reduce-scatters then use two of a chip's links, however many the group lies along. Of axes that it has
-    all of (`whole`) each is a ring.
-
-    >>> single_ring((16, 4), (True, False)), single_ring((16, 16), (True, True))
-    (True, False)
-    """
-    spans = [all_of for chips, all_of in zip(extent, whole, strict=True) if chips > 1]
-    return len(spans) > 1 and not all(spans)
 
 
 def torus_link(

@@ -60,6 +60,8 @@ class Compiler:
       host_rate: bytes a second at which its scheduler takes values to travel to the host and back: beside a
         transfer it places as much work as one takes at that rate, and a slower link is waited for. None where
         it counts on the link's own.
+      one_ring: what is gathered or scattered over a part of one torus axis and others beside it goes round
+        all of them as one ring, by two of a chip's links; over whole axes each is a ring.
       passes_whole: it ends itself on the passes of a pipeline's chunk where they are cut in two, beside an
         axis that it works with by itself.
     """
@@ -85,6 +87,7 @@ class Compiler:
     fuses_products: bool = False
     shows_schedule: bool = False
     host_rate: float | None = None
+    one_ring: bool = False
     passes_whole: bool = False
 
 

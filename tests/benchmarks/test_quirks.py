@@ -24,7 +24,7 @@ def test_the_compiler_for_simulated_devices_does_what_is_recorded() -> None:
     command = [sys.executable, BENCHMARKS / "quirks.py", "--only", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    assert done.stdout.count("as recorded") == 7
+    assert done.stdout.count("as recorded") == 8
     assert "aligned_elements of xla:gpu: no small program shows it" in done.stdout
 
 

@@ -59,6 +59,8 @@ def test_one_ring_goes_through_a_group_that_has_a_part_of_an_axis_beside_others(
         for kind in ("all_gather", "reduce_scatter"):
             assumed, named = (_seconds(topology, mesh, ["fsdp"], kind, one) for one in (ASSUMED, ring))
             assert assumed == named
+        assumed, named = (_seconds(topology, mesh, ["fsdp"], "all_reduce", one) for one in (ASSUMED, ring))
+        assert assumed < named
     apart = {"fsdp": 32, "tensor": 4}
     assert _seconds("v5p:4x4x8", apart, ["fsdp"]) < _seconds("v5p:4x4x8", apart, ["fsdp"], named=ring)
 
