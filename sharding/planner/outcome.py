@@ -341,6 +341,6 @@ def searched_instead(problem: Problem, record: Record) -> str:
         what = (
             f"is estimated to take {seconds(best.step_seconds)} a step instead of {seconds(own.step_seconds)}"
         )
-    needs = gib(best.needed_bytes), gib(own.needed_bytes)
-    peaks = f"needs {needs[0]} of a device's memory" + (f" instead of {needs[1]}" * (needs[0] != needs[1]))
+    needs, before = gib(best.needed_bytes), gib(own.needed_bytes)
+    peaks = f"needs {needs} of a device's memory" + ("" if needs == before else f" instead of {before}")
     return f"plan: auto would take {layout}, which {what} and {peaks}"
