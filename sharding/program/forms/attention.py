@@ -15,13 +15,14 @@ from typing import Any
 
 from jax.extend import core
 
+from ..pointwise import SAME
 from .further import Further, fits, further_product, precision_of, rank
 from .masks import NEVER, Labels, Mask, Masks, Part, Scores, is_truth
 from .opened import Opened
 from .placed import PlacedDims, placed_along, through
 from .softmax import Softmax, Softmaxes
 from .spans import NotThis
-from .values import SAME, Sources, shape
+from .values import Sources, shape
 
 # How many equations lie at most between a product and the softmax of its results, and on to the next product.
 _FAR = 24

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from ..pointwise import SAME, Untold
 from .spans import KEY, ROW, NotThis, Spans, all_of, spans
-from .values import SAME, Sources, Untold, moved, shape
+from .values import Sources, moved, shape
 
 # Of each dimension of an array: which dimensions of the scores it is, major to minor; none for size 1.
 Labels = tuple[tuple[int, ...], ...]

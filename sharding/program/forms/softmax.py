@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
-from .values import SAME, Sources, shape
+from ..pointwise import SAME
+from .values import Sources, shape
 
 # How many equations lie at most between exps and what is divided by their sum.
 _NEAR = 12

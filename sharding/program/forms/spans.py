@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from .values import POINTWISE, SAME, Sources, Untold, moved, shape
+from ..pointwise import POINTWISE, SAME, Untold
+from .values import Sources, moved, shape
 
 # Points at which a mask is worked out at most, and at a time.
 _MOST_POINTS = 1 << 26

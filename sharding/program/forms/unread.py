@@ -9,8 +9,9 @@ from typing import Any
 from jax.extend import core
 
 from ..jaxpr import call_body
+from ..pointwise import SAME
 from .attention import live
-from .values import SAME, Sources, shape
+from .values import Sources, shape
 
 # How many equations lie at most between scores and their exp, and from there to the product with values.
 _FAR = 24

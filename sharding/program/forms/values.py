@@ -9,20 +9,14 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
+from ..pointwise import POINTWISE, SAME, Untold
 from .opened import Opening
-
-# What gives the same numbers on, in another type or under another name.
-SAME = frozenset({"convert_element_type", "copy", "copy_p", "name", "stop_gradient", "optimization_barrier"})
 
 # Of each dimension of an array, the index of an element: an array of them, all alike in shape.
 Index = Sequence[Any]
 
 # How many numbers of one array are put together at most, to tell some of another.
 _MOST_PUT_TOGETHER = 1 << 24
-
-
-class Untold(Exception):
-    """A value depends on data, or on a dimension that it should not depend on."""
 
 
 class Sources:
@@ -289,19 +283,6 @@ def _running(rule: Callable[..., Any]) -> Callable[[Sources, core.JaxprEqn, Inde
     return run
 
 
-def _integer_quotient(a: Any, b: Any) -> Any:
-    if np.issubdtype(np.asarray(a).dtype, np.integer):
-        # XLA's division of integers rounds towards zero.
-        return np.trunc(np.asarray(a) / np.asarray(b)).astype(np.asarray(a).dtype)
-    return a / b
-
-
-def _select(which: Any, *cases: Any) -> Any:
-    if len(cases) != 2:
-        raise Untold
-    return np.where(which, cases[1], cases[0])
-
-
 _LAID: Mapping[str, Callable[[Sources, core.JaxprEqn, Index], np.ndarray]] = {
     "iota": _iota,
     "broadcast_in_dim": _moved,
@@ -323,36 +304,4 @@ _LAID: Mapping[str, Callable[[Sources, core.JaxprEqn, Index], np.ndarray]] = {
     "reduce_min": _reduced(np.min),
     "reduce_or": _reduced(np.any),
     "reduce_sum": _reduced(np.sum),
-}
-
-# What primitives do to each element by itself, in numpy.
-POINTWISE: Mapping[str, Callable[..., Any]] = {
-    "abs": np.abs,
-    "add": np.add,
-    "and": np.bitwise_and,
-    "clamp": lambda low, x, high: np.clip(x, low, high),
-    "div": _integer_quotient,
-    "eq": np.equal,
-    "exp": np.exp,
-    "floor": np.floor,
-    "ge": np.greater_equal,
-    "gt": np.greater,
-    "le": np.less_equal,
-    "log": np.log,
-    "lt": np.less,
-    "max": np.maximum,
-    "min": np.minimum,
-    "mul": np.multiply,
-    "ne": np.not_equal,
-    "neg": np.negative,
-    "not": np.invert,
-    "or": np.bitwise_or,
-    "pow": np.power,
-    "rem": np.fmod,
-    "rsqrt": lambda x: 1 / np.sqrt(x),
-    "select_n": _select,
-    "sign": np.sign,
-    "sqrt": np.sqrt,
-    "sub": np.subtract,
-    "xor": np.bitwise_xor,
 }

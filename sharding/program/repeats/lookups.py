@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jax import lax
 from jax.extend import core
 
+from ..pointwise import POINTWISE, SAME, Untold
+
 # What a value of one element is in each turn of a loop, int64 [turns].
 Turns = np.ndarray
 
-_EVALUATES: Mapping[str, Callable[..., Turns]] = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "max": np.maximum,
-    "min": np.minimum,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "select_n": lambda which, *cases: np.choose(which, cases, mode="clip"),
-    "clamp": lambda low, value, high: np.clip(value, low, high),
-    **dict.fromkeys(
-        ("convert_element_type", "broadcast_in_dim", "squeeze", "reshape", "copy"), lambda value: value
-    ),
-}
+# What gives the one element on in another shape.
+_LAID = frozenset({"broadcast_in_dim", "squeeze", "reshape"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -59,16 +45,29 @@ class TakenLayers:
 
 def evaluated(eqn: core.JaxprEqn, ins: Sequence[Turns | None]) -> Turns | None:
     """Return what the one result of an equation is in each turn, of operands that are so known."""
-    evaluate = _EVALUATES.get(eqn.primitive.name)
-    if evaluate is None or not ins or any(one is None for one in ins):
+    if not ins or any(one is None for one in ins):
         return None
     out: Any = eqn.outvars[0].aval
     if out.size != 1 or out.dtype.kind not in "ib":
         return None
-    found = np.asarray(evaluate(*ins)).astype(np.int64)
+    name = eqn.primitive.name
+    # Truth values are 0 and 1 in each turn, of which `not` is another number.
+    given = [one != 0 if _is_truth(atom) else one for atom, one in zip(eqn.invars, ins, strict=True)]
+    evaluate = (lambda one: one) if name in SAME or name in _LAID else POINTWISE.get(name)
+    if evaluate is None:
+        return None
+    try:
+        found = evaluate(*given)
+    except Untold:
+        return None
+    found = np.asarray(found).astype(np.int64)
     if out.dtype.kind == "b":
         return (found != 0).astype(np.int64)
     return found if fit(found, out.dtype) else None
+
+
+def _is_truth(atom: Any) -> bool:
+    return atom.aval.dtype == np.bool_
 
 
 def fit(turns: Turns, dtype: Any) -> bool:

@@ -85,6 +85,10 @@ def in_another_order(params: Any, x: Any) -> Any:
     return jax.lax.scan(lambda x, n: (layer(at(params, n), x), None), x, order)[0].mean()
 
 
+def in_steps_of_five(params: Any, x: Any) -> Any:
+    return jax.lax.fori_loop(0, LAYERS, lambda n, x: layer(at(params, 5 * n % LAYERS), x), x).mean()
+
+
 def walks(jaxpr: Any) -> list[tuple[int, int]]:
     """Return of each loop how many matrices of floats it reads whole, and how many it walks."""
     found = []
@@ -106,7 +110,16 @@ def read(loss: Any, params: Any, *args: Any) -> Traced:
 
 @pytest.mark.parametrize(
     ("loss", "walked"),
-    [(counted, 2), (numbered, 2), (pairs, 4), (backward, 2), (within, 2), (turned, 2), (in_another_order, 2)],
+    [
+        (counted, 2),
+        (numbered, 2),
+        (pairs, 4),
+        (backward, 2),
+        (within, 2),
+        (turned, 2),
+        (in_another_order, 2),
+        (in_steps_of_five, 2),
+    ],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
 def test_layers_by_number_are_walked(loss: Any, walked: int) -> None:

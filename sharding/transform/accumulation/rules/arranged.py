@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from ....program.forms.values import POINTWISE
+from ....program.pointwise import POINTWISE
 from ....program.primitives import Trait, primitives
 from ..graph import PartGraph, Rule, known_now, one_of
 from ..values import SUM, Form, Held, Kind, NotInParts, Order, examples
