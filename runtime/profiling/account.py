@@ -96,8 +96,8 @@ def account(
         spans.append(_Span(start_ns=start, end_ns=end, state=state, op=name, collective=collective))
         if event.role == "run" and window.start_ns <= event.start_ns:
             ledger.op_counts[name] += 1
-            # The done of an asynchronous collective is the same collective once more.
-            if collective is not None and "-done" not in event.op:
+            # The done of an asynchronous collective is the same once more, as what a send brings is.
+            if collective is not None and "-done" not in event.op and not event.op.startswith("recv"):
                 ledger.collective_counts[collective] += 1
     for wait in waits:
         start, end = max(wait.start_ns, window.start_ns), min(wait.end_ns, window.end_ns)

@@ -189,6 +189,14 @@ def _missing(trace: Trace) -> Iterator[str]:
                 f"the trace is incomplete: the host launched {sum(counts)} executions of "
                 f"{module or 'a program'}, and it holds operations of {found[module] or 'none of them'}"
             )
+    placed = {event.module for event in trace.events if event.run is not None}
+    lost = Counter(e.module for e in trace.events if e.run is None and not e.copy and e.role == "run")
+    for module, number in lost.items():
+        if module and module in placed:
+            yield (
+                f"{number} operations of {module} are of no known execution, since the trace lacks what "
+                "launched them: steps may lack them, too"
+            )
     ran = events_by_device(trace)
     if empty := [device for device in trace.devices if device not in ran]:
         yield f"no operations on {', '.join(empty)}"

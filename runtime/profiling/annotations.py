@@ -23,11 +23,38 @@ def with_one_kind_of_steps(trace: Trace, module: str) -> Trace:
     for span in trace.steps:
         kinds[span.name].append(span)
     if len(kinds) < 2:
-        return trace
+        return _counted(trace)
     name = _by_launches(trace, module) if trace.launched_ns else _by_number(trace, module, kinds)
     others = ", ".join(sorted(kind or "without a name" for kind in kinds if kind != name))
     note = f"the steps are those numbered as {name or 'nothing'}; the host numbered others as {others}"
-    return replace(trace, steps=tuple(kinds[name]), notes=(*trace.notes, note))
+    return _counted(replace(trace, steps=tuple(kinds[name]), notes=(*trace.notes, note)))
+
+
+def _counted(trace: Trace) -> Trace:
+    """Return a trace whose steps have numbers of their own, and one span each.
+
+    Several threads may number one step at once, one for each device; and a loop may count anew.
+    """
+    steps: list[HostSpan] = []
+    for span in trace.steps:
+        last = steps[-1] if steps else None
+        if (
+            last is not None
+            and span.step is not None
+            and span.step == last.step
+            and span.start_ns < last.end_ns
+        ):
+            steps[-1] = replace(last, end_ns=max(last.end_ns, span.end_ns))
+        else:
+            steps.append(span)
+    numbers = [span.step for span in steps if span.step is not None]
+    if len(set(numbers)) == len(numbers):
+        return replace(trace, steps=tuple(steps))
+    note = (
+        f"the host's numbers of steps, {min(numbers)} to {max(numbers)}, come again: steps are counted from 0"
+    )
+    counted = tuple(replace(span, step=place) for place, span in enumerate(steps))
+    return replace(trace, steps=counted, notes=(*trace.notes, note))
 
 
 def _by_launches(trace: Trace, module: str) -> str:

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+# What a send or a receive between TPU slices, through the hosts, carries out, by libtpu's attribute.
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
+def transfer_of(text: str) -> str:
+    """Return which collective between slices an instruction's text is a part of, empty for any other.
+
+    >>> transfer_of('recv-done(%r), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}')
+    'all_reduce'
+    """
+    found = _TRANSFER.search(text)
+    if found is None:
+        return ""
+    return "collective_permute" if found[1] == "ONE_TO_ONE" else found[1].lower()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +39,7 @@ class OpEvent:
             went on; ``flight`` is the span of an asynchronous transfer, which occupies no core.
         kernel: A GPU kernel's own name; empty on other devices.
         copy: Whether it moves bytes between memories and computes nothing.
+        transfer: The collective between TPU slices that it is a part of, such as ``all_reduce``.
     """
 
     device: str
@@ -36,6 +53,7 @@ class OpEvent:
     program: str = ""
     kernel: str = ""
     copy: bool = False
+    transfer: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

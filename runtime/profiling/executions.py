@@ -19,6 +19,8 @@ from .steps import DeviceExecution, FoundSteps, StepWindow, executions_of, group
 
 # Of the devices' time, what one program takes for its executions to be the steps.
 _ALONE = 0.9
+# How long after its launch a kernel of an idle device begins at most; microseconds are usual.
+_LATEST_NS = 20e6
 
 
 def busiest_module(events: Sequence[OpEvent]) -> str:
@@ -42,10 +44,14 @@ def find_steps(trace: Trace, module: str, *, sure: bool = False) -> FoundSteps:
         found = {device: _numbered(events, module, trace) for device, events in own.items()}
         if any(found.values()):
             kept = {device: _uncut(own[device], module, each) for device, each in found.items()}
-            return FoundSteps(windows=kept, notes=(*_cut_steps(found, kept), *uneven(found)))
+            late = {device: _late(events, trace) for device, events in own.items() if found[device]}
+            return FoundSteps(
+                windows=kept, notes=(*_said_late(late), *_cut_steps(found, kept), *uneven(found))
+            )
     if any(trace.device_steps.values()):
         windows = {device: _of_device(trace.device_steps.get(device, ())) for device in own}
-        return FoundSteps(windows=windows, notes=("the steps are those of the trace's own lines of steps",))
+        how = "the steps are those of the trace's own lines of steps"
+        return FoundSteps(windows=windows, notes=(how, *uneven(windows)))
     executions = {device: executions_of(events) for device, events in own.items()}
     said = _cannot_number(trace, module, executions)
     if sure or _is_alone(trace.events, module):
@@ -104,20 +110,65 @@ def _numbered(events: Sequence[OpEvent], module: str, trace: Trace) -> tuple[Ste
             return step_windows(events, module, trace.steps)
         except ValueError:
             return ()
-    starts = [span.start_ns for span in trace.steps]
     ends: dict[int, float] = {}
-    own: set[tuple[str, int]] = set()
+    own = _of_steps(launched, module, trace)
+    for execution, place in own:
+        ends[place] = max(ends.get(place, execution.end_ns), execution.end_ns)
+    if not own:
+        return ()
+    first_ns = min(execution.start_ns for execution, _ in own)
+    before_ns = first_ns if _late(events, trace) else _before(events, first_ns)
+    return _adjoining(ends, trace.steps, first_ns, before_ns)
+
+
+def _of_steps(
+    launched: Sequence[DeviceExecution], module: str, trace: Trace
+) -> list[tuple[DeviceExecution, int]]:
+    """Return executions with the place of their step in `Trace.steps`."""
+    starts = [span.start_ns for span in trace.steps]
+    found: list[tuple[DeviceExecution, int]] = []
     for execution in launched:
         at_ns = trace.launched_ns[execution.run]
         place = bisect_right(starts, at_ns) - 1
         # A step's program may be launched by another thread, a little after the loop went on.
         if place >= 0 and (at_ns <= trace.steps[place].end_ns or execution.module == module):
-            ends[place] = max(ends.get(place, 0.0), execution.end_ns)
-            own.add((execution.module, execution.run))
-    if not own:
-        return ()
-    first_ns = min(e.start_ns for e in launched if (e.module, e.run) in own)
-    return _adjoining(ends, trace.steps, first_ns, _before(events, first_ns))
+            found.append((execution, place))
+    ours = [(execution, place) for execution, place in found if execution.module == module]
+    if len(ours) != len(starts) or len({place for _, place in ours}) == len(starts):
+        return found
+    # One execution a step, and a step without any: a thread launched them when the loop was further on.
+    ours.sort(key=lambda pair: trace.launched_ns[pair[0].run])
+    times = [trace.launched_ns[execution.run] for execution, _ in ours]
+    if any(at_ns < start for at_ns, start in zip(times, starts, strict=True)):
+        return found
+    return [
+        (execution, max(bisect_right(times, trace.launched_ns[execution.run]) - 1, 0))
+        for execution, _ in found
+    ]
+
+
+def _late(events: Sequence[OpEvent], trace: Trace) -> float:
+    """Return how long after its launch, in ns, a device's first operation began though it had nothing to do.
+
+    0 up to `_LATEST_NS`. The device's clock is then ahead of the host's, or the trace lacks what came before.
+    """
+    first = next((event for event in events if event.run in trace.launched_ns), None)
+    if first is None or first.run is None:
+        return 0.0
+    idle_ns = max(trace.launched_ns[first.run], _before(events, first.start_ns))
+    return first.start_ns - idle_ns if first.start_ns - idle_ns > _LATEST_NS else 0.0
+
+
+def _said_late(late: Mapping[str, float]) -> tuple[str, ...]:
+    said = ", ".join(f"{device} {ns / 1e6:.0f} ms" for device, ns in late.items() if ns)
+    return (
+        (
+            f"the first operation began long after its launch ({said}): clocks of host and device differ, "
+            "or the trace lacks what ran before; the first step begins with it",
+        )
+        if said
+        else ()
+    )
 
 
 def _uncut(events: Sequence[OpEvent], module: str, windows: tuple[StepWindow, ...]) -> tuple[StepWindow, ...]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...sharding.hlo.text import COLLECTIVES
 from .events import OpEvent
 from .host import HostExecution, HostRecord, KernelLaunch
 
@@ -23,6 +24,7 @@ _TRANSFER = re.compile(r"^(Memcpy|Memset|Copy(Host|Device|Array)\w*To|Fill)")
 _ROCM_TRANSFER = re.compile(r"^__amd_rocclr_(copy|fill)")
 # Transfers between a program's host and device memory, beside which it goes on.
 _OFFLOAD = re.compile(r"^Memcpy(H2D|D2H|HtoD|DtoH|P2P|PtoP)")
+_COLLECTIVES = tuple(COLLECTIVES)
 _COMMAND_BUFFER = "command_buffer"
 # Calls that move or set bytes and launch no kernel of a program.
 _MOVES = re.compile(r"(?i)mem(cpy|set)")
@@ -95,6 +97,8 @@ def _event(event: Any, stats: Mapping[str, Any], device: str, line: str) -> OpEv
 def _is_copy(name: str, op: str, stats: Mapping[str, Any]) -> bool:
     """Tell transfers; those within the device's memory that a program asked for are its operations."""
     transfer = _TRANSFER.match(name) is not None or "memcpy_details" in stats or "memset_details" in stats
+    if op.startswith(_COLLECTIVES):
+        return False  # copy engines carry it out
     if not op:
         return transfer or _ROCM_TRANSFER.match(name) is not None
     return transfer and (_OFFLOAD.match(name) is not None or op.startswith(("copy-start", "copy-done")))
@@ -120,15 +124,16 @@ def place(kernels: Mapping[str, Sequence[Kernel]], host: HostRecord) -> Placed:
             for kernel, run in zip(own, runs, strict=True)
         ]
         events += _named(placed)
-    return Placed(events=events, launched_ns=launched_ns, launched=_launched(host))
+    return Placed(events=events, launched_ns=launched_ns, launched=_launched(host, events))
 
 
-def _launched(host: HostRecord) -> dict[str, tuple[int, ...]]:
+def _launched(host: HostRecord, events: Sequence[OpEvent]) -> dict[str, tuple[int, ...]]:
     """Return how many executions of each program the host launched on each device, or from each thread."""
     found: dict[str, Counter[str | int]] = defaultdict(Counter)
-    for execution in host.executions:
+    ran = {event.run: event.module for event in events if event.run is not None}
+    for place_, execution in enumerate(host.executions):
         on = execution.line if execution.ordinal is None else execution.ordinal
-        found[execution.module][on] += 1
+        found[execution.module or ran.get(place_, "")][on] += 1
     return {module: tuple(counts.values()) for module, counts in found.items()}
 
 
@@ -145,7 +150,7 @@ def _by_launch(kernels: Sequence[Kernel], ordinal: int, host: HostRecord) -> lis
         if place_ < 0:
             return None
         execution = host.executions[lines[line][place_]]
-        fits = at_ns <= execution.end_ns and module in ("", execution.module)
+        fits = at_ns <= execution.end_ns and _fits(module, execution.module)
         return lines[line][place_] if fits else None
 
     threads: dict[str, list[tuple[int, float]]] = defaultdict(list)
@@ -167,6 +172,11 @@ def _by_launch(kernels: Sequence[Kernel], ordinal: int, host: HostRecord) -> lis
     named = [run if kernel.event.module else None for kernel, run in zip(kernels, found, strict=True)]
     runs = _between(kernels, named, host.executions)
     return [call if run is None else run for run, call in zip(runs, found, strict=True)]
+
+
+def _fits(module: str, launched: str) -> bool:
+    """Tell whether a kernel of `module` may be of an execution of `launched`; either may be unknown."""
+    return not module or not launched or module == launched
 
 
 def _moves(kernel: Kernel, launch: KernelLaunch) -> bool:
@@ -197,7 +207,7 @@ def _between(
                 run
                 for run, (start, end) in extents[line].items()
                 if start <= kernel.event.start_ns <= end
-                and kernel.event.module in ("", executions[run].module)
+                and _fits(kernel.event.module, executions[run].module)
             ]
             if len(around) == 1:
                 filled[number] = around[0]

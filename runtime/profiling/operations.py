@@ -10,7 +10,7 @@ from ...sharding.errors import UserError
 from ...sharding.hlo.frames import user_line
 from ...sharding.hlo.text import COLLECTIVES, Collective, Instruction
 from .account import CollectiveKey, Ledger
-from .events import OpEvent
+from .events import OpEvent, transfer_of
 from .held import Programs
 from .profile import Operation
 
@@ -19,7 +19,9 @@ _CONTAINERS = ("while", "conditional", "call", "async-start")
 _UNKNOWN = "unknown"
 # A collective's kernel where nothing else says what it is for: by NCCL's and RCCL's names
 # (`ncclDevKernel_AllReduce_Sum_…`, `ncclSymkDevKernel_AllGather_…` by symmetric memory), and by XLA's own.
-_NCCL = re.compile(r"nccl(?:Sym[a-z]*)?(?:Dev)?Kernel_?([A-Za-z]+)|\b(AllReduce|RaggedAllToAll)Kernel")
+_NCCL = re.compile(
+    r"(?:n|r|ms)ccl(?:Sym[a-z]*)?(?:Dev)?(?:Generic)?Kernel_?([A-Za-z]*)|\b(AllReduce|RaggedAllToAll)Kernel"
+)
 _NCCL_KINDS = {
     "AllReduce": "all_reduce",
     "AllGather": "all_gather",
@@ -32,7 +34,8 @@ _NCCL_KINDS = {
 }
 # XLA's names of what only sets bytes moving or waits for them: `copy-done.2`, `slice-done`, `recv-done.1`.
 _MOVED = re.compile(
-    r"^(?:copy|slice|dynamic-slice|dynamic-update-slice|send|recv)-(?:start|done)[.\d]*$|^async-done[.\d]*$"
+    r"^(?:copy|slice|dynamic-slice|dynamic-update-slice)-(?:start|done)[.\d]*$"
+    r"|^(?:send|recv)(?:-start|-done)?[.\d]*$|^async-done[.\d]*$"
 )
 # TPUs' names of fusions that are collectives and do not begin with their opcodes: the start of one that runs
 # beside other fusions, the wait for it, and a reduction of which each device keeps its part.
@@ -41,6 +44,8 @@ _FUSED = {
     "async-collective-done": "collective",
     "all-reduce-scatter": "reduce_scatter",
 }
+# What a collective between TPU slices runs along.
+_SLICES = "between slices"
 _NO_SYMBOL = re.compile(r"\W")
 
 
@@ -131,6 +136,8 @@ class OpReader:
 
     def _read_key(self, event: OpEvent) -> CollectiveKey | None:
         instruction, saved = self.instruction(event), self._programs.of(event)
+        if kind := event.transfer or transfer_of(instruction.attributes if instruction is not None else ""):
+            return kind, _SLICES
         if instruction is None or saved is None:
             others = self._programs.saved is not None and event.module not in (self._module, "")
             return _key_by_name(event, "other program" if others else _UNKNOWN)
@@ -166,7 +173,7 @@ def _key_by_kernel(event: OpEvent, axes: str) -> CollectiveKey | None:
     match = _NCCL.search(event.kernel)
     if match is None:
         return None
-    called = match[1] or match[2]
+    called = match[1] or match[2] or ""
     named = (kind for name, kind in _NCCL_KINDS.items() if called.startswith(name))
     return next(named, "collective"), axes
 

@@ -25,7 +25,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...sharding.errors import UserError
-from .events import HostSpan, OpEvent, Trace
+from .events import HostSpan, OpEvent, Trace, transfer_of
 from .gpu import Kernel, place, read_kernels
 from .held import held_modules
 from .host import read_host
@@ -92,7 +92,11 @@ def trace_of_planes(
     # A viewer puts the planes of calls (``/host:CUPTI``, ``/host:ROCTRACER``) into the CPU's.
     host = read_host(plane for plane in planes if plane.name.startswith("/host:"))
     placed = place(kernels, host)
-    events += host.events + placed.events + ([] if devices else host.nameless)
+    events += placed.events
+    # A program's data may be made by JAX on the CPU: beside devices it is not what they did.
+    beside = {event.module for event in host.events} if events else set[str]()
+    if not events:
+        events = host.events + ([] if devices else host.nameless)
     # The trace runs on a little while its writer begins: what the devices start then is not the window's.
     end_ns = max(host.closed, default=float("inf"))
     events = sorted((event for event in events if event.start_ns < end_ns), key=lambda event: event.start_ns)
@@ -107,6 +111,11 @@ def trace_of_planes(
         programs=programs,
         notes=(
             *(f"the profiler said: {words}" for words in complaints),
+            *(
+                [f"what the host's CPU computed beside the devices is left out: {', '.join(sorted(beside))}"]
+                if beside
+                else []
+            ),
             *(
                 [f"what SparseCores did beside the devices is left out ({len(sparse)} of them)"]
                 if sparse
@@ -189,5 +198,6 @@ def _tpu_events(plane: Any, device: str) -> Iterable[OpEvent]:
                 run=runs[place_][4] if inside else None,
                 start_ns=event.start_ns,
                 end_ns=event.start_ns + event.duration_ns,
+                transfer=transfer_of(event.name),
                 role="flight" if line_name == "Async XLA Ops" else "run",
             )
