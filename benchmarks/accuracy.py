@@ -30,7 +30,8 @@ from frameworks.execution import execution_of
 from frameworks.record import Framework, record_for
 from measured.layouts import candidate
 from measured.programs import traced
-from measured.rows import Run, csv_file, load
+from measured.rows import csv_file, load
+from measured.run import Run
 from meshwright.sharding.cost import Estimate, Pricer
 
 

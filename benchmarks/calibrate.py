@@ -20,7 +20,8 @@ from frameworks.fit import RANGES, Measured, calibrate, calibrate_memory, error,
 from frameworks.record import SHIPPED, Framework, Tables, plain, read, write
 from measured.layouts import candidate
 from measured.programs import traced
-from measured.rows import Run, csv_file, load
+from measured.rows import csv_file, load
+from measured.run import Run
 
 _SAMPLE = 200
 # A run so many times slower than predicted went wrong: near its limit an allocator thrashes.

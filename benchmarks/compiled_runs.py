@@ -34,7 +34,8 @@ import optax
 from frameworks.record import plain as plain_record
 from held_out import neutral
 from measured.programs import decoder_config
-from measured.rows import Run, csv_file, parse
+from measured.rows import csv_file, parse
+from measured.run import Run
 from measured.shapes import NotExpressible
 from meshwright.models import decoder
 from meshwright.sharding import UserError, plan

@@ -22,7 +22,8 @@ from accuracy import choice, estimate
 from calibrate import group, groups, measured, with_limit, with_memory
 from frameworks.fit import RANGES, calibrate
 from frameworks.record import Framework, plain, record_for
-from measured.rows import Run, csv_file, load
+from measured.rows import csv_file, load
+from measured.run import Run
 from meshwright.sharding.cost import Estimate
 
 

@@ -26,7 +26,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import accuracy
 from frameworks.record import Framework, plain, unseen
-from measured.rows import Run, csv_file, load
+from measured.rows import csv_file, load
+from measured.run import Run
 from meshwright.sharding.cost.calibration import transferred_from
 from meshwright.sharding.cost.compute import peak_flops
 

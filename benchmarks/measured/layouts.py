@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meshwright.sharding import Topology
 from meshwright.sharding.cost import Candidate
 
+from .run import Run
 from .shapes import Architecture, NotExpressible, whole
-
-if TYPE_CHECKING:
-    from .rows import Run
 
 
 def _degree(row: Mapping[str, str], key: str) -> int:

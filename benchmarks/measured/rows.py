@@ -18,28 +18,13 @@ from meshwright.sharding.hardware.chip import chip_named
 from meshwright.sharding.hardware.topology import read as read_topology
 
 from .layouts import read_layout
+from .run import Run
 from .shapes import Architecture, NotExpressible, read_shape, whole
 
 _CLUSTERS = Path(__file__).with_name("clusters.toml")
 _FRAMEWORKS = Path(__file__).parents[1] / "frameworks" / "facts.toml"
 # No step's share of what its largest products alone reach is above this.
 _WHOLE_STEP = 0.85
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """A measured row: `seconds` is None where the run did not complete; `peak_bytes` None where not said."""
-
-    source: str
-    cell: tuple[str, ...]
-    label: str
-    architecture: Architecture
-    topology: Topology
-    layout: Mapping[str, Any]
-    framework: Mapping[str, Any]
-    dtype: str
-    seconds: float | None
-    peak_bytes: float | None
 
 
 def csv_file(text: str) -> Path:

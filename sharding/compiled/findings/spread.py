@@ -16,7 +16,7 @@ from ...plans.proof import Finding
 from ...plans.record import Record
 from ...plans.specs import axes_in, cut_into
 from ..evidence import Evidence
-from .communication import MATTERS, SMALL, by_kind, by_line, is_send, waits
+from .lines import MATTERS, SMALL, by_line, is_send, waits
 
 #: An exchange that takes so many times the seconds of its formula is larger; latency and padding are less.
 LARGER = 1.1
@@ -28,20 +28,16 @@ _BATCHED = re.compile(r"\blhs_batch_dims=\{([\d,]*)\}")
 
 def send_not_overlapped(evidence: Evidence) -> list[Finding]:
     """Return what stages hand on while nothing is computed, where a chunk could be worked through."""
-    least = MATTERS * evidence.step_seconds
     chosen = [seen for seen in evidence.collectives if is_send(seen) and waits(seen)]
-    return [
-        Finding(
-            kind="send_not_overlapped",
-            what=f"sent over {axes} {runs:.0f} times a step, no computing beside it",
-            remedy="give each chunk more work beside a send: more rows a microbatch, fewer chunks "
-            "(`interleave`), fewer stages; or compile with asynchronous sends for this chip",
-            seconds=exposed,
-            bytes=bytes_,
-            source=source,
-        )
-        for axes, source, runs, exposed, bytes_ in by_line(chosen, least)
-    ]
+    return by_line(
+        evidence,
+        "send_not_overlapped",
+        chosen,
+        what="sent over {axes} {runs} times a step, no computing beside it",
+        remedy="give each chunk more work beside a send: more rows a microbatch, fewer chunks "
+        "(`interleave`), fewer stages; or compile with asynchronous sends for this chip",
+        least=MATTERS,
+    )
 
 
 def grows_with_microbatches(evidence: Evidence) -> list[Finding]:
@@ -96,18 +92,14 @@ def keys_gathered(evidence: Evidence) -> list[Finding]:
         for seen in evidence.collectives
         if seen.collective.kind == "all_gather" and "context" in seen.collective.axes
     ]
-    return [
-        Finding(
-            kind="keys_gathered",
-            what=f"gathered over {axes} {runs:.0f} times a step, though context={planned.context} is planned",
-            remedy="attention here is not the one that the plan spreads: call "
-            "`meshwright.sharding.ops.attention`, or see the plan's notes on what was not recognised",
-            seconds=exposed,
-            bytes=bytes_,
-            source=source,
-        )
-        for axes, source, runs, exposed, bytes_ in by_line(chosen, SMALL * evidence.step_seconds)
-    ]
+    return by_line(
+        evidence,
+        "keys_gathered",
+        chosen,
+        what=f"gathered over {{axes}} {{runs}} times a step, though context={planned.context} is planned",
+        remedy="attention here is not the one that the plan spreads: call "
+        "`meshwright.sharding.ops.attention`, or see the plan's notes on what was not recognised",
+    )
 
 
 def foreign_in_ring(evidence: Evidence) -> list[Finding]:
@@ -126,19 +118,15 @@ def foreign_in_ring(evidence: Evidence) -> list[Finding]:
         if instructions[seen.collective.start].computation in inside
         and not {"context"}.issuperset(seen.collective.axes)
     ]
-    return [
-        Finding(
-            kind="foreign_in_ring",
-            what=f"{kind.replace('_', '-')} over {axes} in the turns of the ring, {runs:.0f} times a step",
-            remedy="what attention reads is cut otherwise there than where it is made: cut batch and heads "
-            "of queries, keys and values over the same axes",
-            seconds=exposed,
-            bytes=bytes_,
-            source=source,
-        )
-        for kind, alike in by_kind(chosen)
-        for axes, source, runs, exposed, bytes_ in by_line(alike, -1.0)
-    ]
+    return by_line(
+        evidence,
+        "foreign_in_ring",
+        chosen,
+        what="{collective} over {axes} in the turns of the ring, {runs} times a step",
+        remedy="what attention reads is cut otherwise there than where it is made: cut batch and heads "
+        "of queries, keys and values over the same axes",
+        least=-1.0,
+    )
 
 
 def _with_bubble(planned: Record) -> float:
