@@ -117,14 +117,22 @@ def table(rows: list[Scored]) -> list[dict[str, object]]:
     return lines
 
 
-def ranks(runs: list[Run], bare: bool = False) -> list[float]:
-    """Return the rank correlation within each cell of five or more layouts that completed."""
+def ranks(runs: list[Run], bare: bool = False) -> dict[str, list[float]]:
+    """Return source → the rank correlation within each of its cells of five or more completed layouts."""
     cells: dict[tuple[str, ...], list] = collections.defaultdict(list)
     for run in runs:
         found = accuracy.estimate(run, record_of(run, bare))
         cells[(run.source, *run.cell)].append((run, found))
-    scores = (accuracy.choice(pairs) for pairs in cells.values())
-    return [one["spearman"] for one in scores if one is not None]
+    found: dict[str, list[float]] = {}
+    for (source, *_), pairs in cells.items():
+        if (score := accuracy.choice(pairs)) is not None:
+            found.setdefault(source, []).append(score["spearman"])
+    return found
+
+
+def rank_words(found: list[float]) -> str:
+    """Say how well layouts are ranked within cells."""
+    return f"rank within {len(found)} cells: median {statistics.median(found):.2f}, least {min(found):.2f}"
 
 
 def main(arguments: list[str]) -> int:
@@ -138,11 +146,12 @@ def main(arguments: list[str]) -> int:
     if given.runs is None and given.sweeps is None:
         parser.error("nothing to score: the rows are not in this repository; give --runs or --sweeps")
     report: dict[str, object] = {}
+    swept: dict[str, list[float]] = {}
     if given.runs is not None:
         rows = [one for run in load(given.runs)[0] if (one := scored(run, given.plain)) is not None]
         report["runs"] = table(rows)
     if given.sweeps is not None:
-        report["ranks"] = ranks(load(given.sweeps)[0], given.plain)
+        report["ranks"] = swept = ranks(load(given.sweeps)[0], given.plain)
     if given.json:
         print(json.dumps(report))
         return 0
@@ -151,10 +160,9 @@ def main(arguments: list[str]) -> int:
         kin = f"  transferred from {line['transferred']}" if line["transferred"] else ""
         print(f"{line['chip']:10} {line['framework']:28} {line['rows']:4} {line['error']:6.1%} {other}{kin}")
     if given.sweeps is not None:
-        found = report["ranks"]
-        print(
-            f"rank within {len(found)} cells: median {statistics.median(found):.2f}, least {min(found):.2f}"
-        )
+        for source, found in swept.items():
+            print(f"{source[:60]}: {rank_words(found)}")
+        print(rank_words([one for found in swept.values() for one in found]))
     return 0
 
 

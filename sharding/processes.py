@@ -100,6 +100,15 @@ def fate(code: int) -> str:
     return f"failed with exit code {code}" if code else "ended with exit code 0"
 
 
+def is_stopped(process: subprocess.Popen[Any]) -> bool:
+    """Whether `process` is there and does not run: stopped by a signal or a debugger (known on Linux)."""
+    try:
+        with open(f"/proc/{process.pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] in "tT"
+    except (OSError, IndexError):
+        return False
+
+
 def signal_group(process: subprocess.Popen[Any], number: int) -> None:
     """Send a signal to `process` and everything it started; it must lead its own session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, TextIO
 
 from ...sharding.errors import UserError
-from ...sharding.processes import end_all, endings, fate, start
+from ...sharding.processes import end_all, endings, fate, is_stopped, start
 from ..config import load
 from ..hosts import clusters
 from ..hosts.address import LOOPBACK, reserved_port
@@ -25,6 +25,9 @@ _COLOURS = ("36", "33", "35", "32", "34", "31")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 # Gloo prints a line for every device that meets another, with no way to turn it off; two can run together.
 _CHATTER = re.compile(rb"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. ")
+# What JAX's coordinator says before the numbers, a line each, of those that it no longer hears.
+_UNHEARD = "stopped sending heartbeats"
+_TASK = re.compile(r"\s*(?:\S*/task:)?(\d+)\s*")
 # Of a crash what stands before its stack says what it was.
 _OF_A_STACK = re.compile(r"\s*@\s+0x[0-9a-f]+\s|\*\*\* Check failure stack trace")
 
@@ -54,7 +57,8 @@ def launch(
     Every line that a process prints comes out with its number in front. SIGINT and SIGTERM are passed on
     once, and the processes have `stop_grace_seconds` to save and leave. When one fails the others are ended,
     after `failure_grace_seconds` by force, and what became of the first is printed: its exit code (128 + the
-    signal that ended it) is the result. No process outlives this one, whatever ends it (on Linux).
+    signal that ended it) is the result. One that was stopped, and that JAX no longer hears, is named before
+    those that failed because they waited for it. No process outlives this one, whatever ends it (on Linux).
 
     `devices_per_process` simulated CPU devices are given to each; None leaves that to the command.
     """
@@ -146,13 +150,15 @@ class _Job:
         readers = [self._follow(number, process) for number, process in enumerate(self._processes)]
         with self._signals_noted():
             failed = self._wait()
+        stopped: list[int] = []
         if failed is not None:
+            stopped = [number for number, process in enumerate(self._processes) if is_stopped(process)]
             self._end_others(failed[0])
         for reader in readers:
             reader.join(timeout=2)
         if failed is None:
             return 0
-        return self._explain(*failed)
+        return self._explain(*failed, stopped)
 
     def _follow(self, number: int, process: subprocess.Popen[Any]) -> threading.Thread:
         reader = threading.Thread(target=self._printer.copy, args=(number, process.stdout), daemon=True)
@@ -193,13 +199,18 @@ class _Job:
         others = [process for number, process in enumerate(self._processes) if number != failed]
         end_all(others, grace_seconds=self._failure_grace_seconds)
 
-    def _explain(self, number: int, code: int) -> int:
+    def _explain(self, number: int, code: int, stopped: Sequence[int]) -> int:
         count = len(self._processes)
         others = "" if count == 1 else "; the others were ended"
-        self._printer.say(f"meshwright launch: process {number} of {count} {fate(code)}{others}")
-        if self._printer.last[number]:
-            self._printer.say(f"meshwright launch: last lines of process {number}:")
-            for line in self._printer.last[number]:
+        silent, why = stopped, "was stopped by a signal or a debugger"
+        if not silent:
+            silent, why = _unheard(self._printer.last[number], count), "was not heard from any more"
+        first = next((one for one in silent if one != number), number)
+        waited = "" if first == number else f"process {first} of {count} {why}; "
+        self._printer.say(f"meshwright launch: {waited}process {number} of {count} {fate(code)}{others}")
+        if self._printer.last[first]:
+            self._printer.say(f"meshwright launch: last lines of process {first}:")
+            for line in self._printer.last[first]:
                 self._printer.say(f"    {line}")
         return 128 - code if code < 0 else code
 
@@ -218,3 +229,15 @@ class _Job:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _unheard(lines: Sequence[str], count: int) -> list[int]:
+    """Return the numbers of processes, of `count`, that JAX's coordinator no longer hears by these lines."""
+    found: list[int] = []
+    listing = False
+    for line in lines:
+        match = _TASK.fullmatch(line)
+        listing = _UNHEARD in line or (listing and match is not None)
+        if listing and match is not None and int(match[1]) < count:
+            found.append(int(match[1]))
+    return found

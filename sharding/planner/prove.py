@@ -104,13 +104,21 @@ def prove(
     if top < 1:
         raise UserError(f"top={top} plans cannot be compiled; nearest: 1")
 
-    def judge(plan: Record, *, quick: bool) -> Verdict:
-        return verify.verify(
-            plan, **program, fingerprint=fingerprint, limits=limits, use_cache=use_cache, quick=quick
-        )
-
     shown = shows_schedule(plan.topology)
     first = quick or (top > 1 and shown)
+
+    def judge(plan: Record, *, quick: bool) -> Verdict:
+        return verify.verify(
+            plan,
+            **program,
+            fingerprint=fingerprint,
+            limits=limits,
+            use_cache=use_cache,
+            quick=quick,
+            # Of several all are compared as scheduled, whichever happen to be known as compiled.
+            scheduled=quick and shown and top > 1,
+        )
+
     attempts = _attempts(plan, search, judge, top=top, quick=first)
     if first and not quick:
         attempts = _compiled(attempts, judge)

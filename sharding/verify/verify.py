@@ -82,6 +82,7 @@ def verify(
     use_cache: bool = True,
     schedules: bool = False,
     quick: bool = False,
+    scheduled: bool = False,
 ) -> Verdict:
     """Compile the training step of `plan` for its topology in a process of its own, and return the verdict.
 
@@ -102,6 +103,7 @@ def verify(
         time.
       quick: whether the scheduled program will do, where the topology's compiler shows it before it makes
         machine code (`verify.scheduled`). An answer that is known from a whole compile is as good.
+      scheduled: with `quick`, whether it is not as good, since it is to be compared with others as scheduled.
 
     Raises:
       UserError: the topology's compiler is not installed or refuses an option, or the plan is for another
@@ -125,6 +127,7 @@ def verify(
     }
     quick = quick and shows_schedule(topology)
     keys = [cache.key_of({**facts, "quick": one}) for one in ((False, True) if quick else (False,))]
+    keys = keys[-1:] if scheduled else keys
     for key in keys if use_cache else ():
         known = cache.load(key, lambda kept: _judge(kept, topology, cached=True))
         if known is not None:

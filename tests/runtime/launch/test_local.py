@@ -142,7 +142,10 @@ def test_a_hung_process_is_noticed_and_ended(tmp_path: pathlib.Path) -> None:
     assert code == 70
     assert "takes longer than train.step_timeout_seconds=4; this process hangs, or another one" in output
     assert "[0] Where each thread is:" in output
-    assert "meshwright launch: process 0 of 2 failed with exit code 70; the others were ended" in output
+    # It is not the one that waited in vain.
+    said = "process 1 of 2 was stopped by a signal or a debugger; process 0 of 2 failed with exit code 70"
+    assert f"meshwright launch: {said}; the others were ended" in output
+    assert f"meshwright launch: last lines of process 1:\n    pid {pids[1]} of 4 devices" in output
     assert gone(pids, 1)
 
 
@@ -206,6 +209,27 @@ sys.stdout.flush(); os.abort()
     assert code == 128 + signal.SIGABRT
     assert lines[-1] == "    the tasks are unhealthy: 1"
     assert "[0]     @     0x7f280d658638  absl::Flush()" in lines
+
+
+def test_one_that_jax_no_longer_hears_is_named_before_the_one_that_gave_up() -> None:
+    crash = """
+import os, time
+if os.environ["MESHWRIGHT_PROCESS_ID"] == "1":
+    print("on a machine that is frozen", flush=True)
+    time.sleep(60)
+time.sleep(1)
+said = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):"
+print(said, "1", "Crashed.", sep="\\n")
+os.abort()
+"""
+    code, lines = run(crash, 2, failure_grace_seconds=0.1)
+    assert code == 128 + signal.SIGABRT
+    assert lines[-3:] == [
+        "meshwright launch: process 1 of 2 was not heard from any more; process 0 of 2 was ended by SIGABRT; "
+        "the others were ended",
+        "meshwright launch: last lines of process 1:",
+        "    on a machine that is frozen",
+    ]
 
 
 def test_one_that_ignores_sigterm_is_killed() -> None:
