@@ -14,8 +14,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # tests, and with two of them the cores were idle for 15 % of the time.
 WORKERS ?= 3
 # What of the suite depends on JAX itself: tracing, transforms, compiled programs, models and whole runs; of
-# plans one of each kind of program. The rest of it sees JAX through these, and runs once.
-ON_NEXT := tests/test_generations.py \
+# plans one of each kind of program. The rest of it sees JAX through these, and runs once. So do all cases of a test
+# but its first: they are other ways through this package's code. Where they are JAX's primitives all run.
+ON_NEXT := --first-cases tests/test_generations.py \
 	$(patsubst %,tests/frozen/test_frozen.py::test_a_config_is_planned_as_it_was[%], \
 		deepseek-v3 llama3-8b mixtral-8x7b quickstart quickstart.declared) \
 	tests/models/test_flax_versions.py \

@@ -5,6 +5,10 @@
     without most optimisations, and keep what they make for those of the rest of the run. Never where the
     text, the memory or the time of a compiled program is read: in a file of numerics such a test has
     ``numerics(False)``, and ``numerics(False, optimised=True)`` where values come nearer by optimised code.
+
+``--first-cases``, as ``make test-next`` runs
+    Of a test with several cases the first alone, since the others are other ways through this package's code.
+    Not where each case is other primitives of JAX (``@pytest.mark.primitives``), or is named in the command.
 """
 
 from __future__ import annotations
@@ -46,6 +50,13 @@ _given: dict[str, tuple[object]] = {}
 _numbers = itertools.count()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run on another JAX take the first case of each test."""
+    parser.addoption(
+        "--first-cases", action="store_true", help="the first case of each test; see tests/conftest.py"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Make the folder of compiled programs, unless the process that started this one did."""
     # Tests run on simulated devices, those without the marker too.
@@ -53,6 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
     _compile_fast()
     _fork(config)
     config.addinivalue_line("markers", "numerics: only values are looked at; see tests/conftest.py")
+    config.addinivalue_line(
+        "markers", "primitives: each case is other primitives of JAX; see tests/conftest.py"
+    )
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False  # By number of tests, which leaves few long ones to the end.
     if _PROGRAMS not in os.environ:
@@ -92,13 +106,28 @@ def _compile_fast() -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the files that take longest first, so that no process waits for another's last file."""
+    if config.option.first_cases:
+        items[:], others = _first_cases(items, config.args)
+        config.hook.pytest_deselected(items=others)
     weights: dict[str, int] = {}
     for item in items:
         file = _scope(item.nodeid)
         weights[file] = weights.get(file, 0) + (_SLOW if item.get_closest_marker("slow") else 1)
     items.sort(key=lambda item: -weights[_scope(item.nodeid)])
+
+
+def _first_cases(items: list[pytest.Item], named: list[str]) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """Return the tests that `--first-cases` runs, and the others."""
+    known: set[str] = set()
+    kept, others = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        whole = item.nodeid in named or item.get_closest_marker("primitives")
+        (kept if whole or test not in known else others).append(item)
+        known.add(test)
+    return kept, others
 
 
 def _scope(nodeid: str) -> str:

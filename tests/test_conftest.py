@@ -58,3 +58,20 @@ def test_a_fork_has_the_settings_that_a_child_takes_from_its_environment() -> No
     )
     done = subprocess.run(forked([sys.executable, "-c", source]), capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "0", os.environ["JAX_COMPILATION_CACHE_DIR"]]
+
+
+def test_of_each_test_the_first_case_runs_on_the_newest_jax_or_all_of_primitives() -> None:
+    here = "tests/test_generations.py"
+    named = f"{here}::test_a_private_name_says_for_which_versions[sharding/program/jaxpr.py]"
+    paths = [here, named, "tests/sharding/program/test_primitives.py"]
+    asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    whole, first = (
+        subprocess.run(forked([*asked, *option, *paths]), capture_output=True, text=True, check=True).stdout
+        for option in ([], ["--first-cases"])
+    )
+    cases = [line for line in whole.splitlines() if "::" in line]
+    ways = [line for line in cases if line.startswith(here)]
+    firsts = {line.partition("[")[0]: line for line in reversed(ways)}
+    assert len(firsts) < len(ways)
+    kept = {*firsts.values(), named, *(line for line in cases if line not in ways)}
+    assert [line for line in first.splitlines() if "::" in line] == [line for line in cases if line in kept]

@@ -7,8 +7,7 @@ import pytest
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.slow
-@pytest.mark.numerics
+@pytest.mark.slow  # Its steps take longer than their programs: these are optimised.
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_cell_runs(path):
     nbclient.NotebookClient(nbformat.read(path, as_version=4), timeout=600).execute()

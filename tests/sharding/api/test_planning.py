@@ -64,6 +64,7 @@ MARKS = {
 }
 
 
+@pytest.mark.primitives
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("name", [pytest.param(one, marks=MARKS.get(one, ())) for one in zoo.MODELS])
 def test_models_that_nobody_annotated_run_planned_as_unsharded(name: str) -> None:

@@ -152,6 +152,7 @@ def kept(function: Callable[..., Any], *args: Any) -> list[Any]:
     return [var for var in program.outvars if var in program.invars]
 
 
+@pytest.mark.primitives
 @pytest.mark.parametrize("name", sorted(LINEAR))
 def test_a_linear_primitive_is_linear_and_its_gradient_reads_no_operand(name: str) -> None:
     function = LINEAR[name]
@@ -160,6 +161,7 @@ def test_a_linear_primitive_is_linear_and_its_gradient_reads_no_operand(name: st
     assert not kept(function, X)
 
 
+@pytest.mark.primitives
 @pytest.mark.parametrize("name", sorted(PICKING))
 def test_what_a_picking_primitive_takes_from_is_not_read_by_its_gradient(name: str) -> None:
     assert name in names_in(PICKING[name], X)
@@ -167,6 +169,7 @@ def test_what_a_picking_primitive_takes_from_is_not_read_by_its_gradient(name: s
     assert not kept(PICKING[name], X)
 
 
+@pytest.mark.primitives
 @pytest.mark.parametrize("name", sorted(BILINEAR))
 def test_a_bilinear_primitive_is_linear_in_each_operand(name: str) -> None:
     function = BILINEAR[name]
@@ -175,6 +178,7 @@ def test_a_bilinear_primitive_is_linear_in_each_operand(name: str) -> None:
     _is_sum_of_its_parts(lambda x: function(X, x))
 
 
+@pytest.mark.primitives
 @pytest.mark.parametrize("name", sorted(primitives(Trait.BY_RESULT) - {"max"}))
 def test_a_gradient_read_off_the_result_keeps_no_operand(name: str) -> None:
     assert not kept(getattr(lax, name), X)

@@ -214,6 +214,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], list[int]]] = {
 }
 
 
+@pytest.mark.primitives
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_mean_what_their_rules_say(name: str):
     fn, args, sizes = OPERATIONS[name]
