@@ -73,21 +73,27 @@ def kernels(program: HloModule, name: str) -> list[Any]:
     return [one for one in found if f"splash_mha_{name}" in one.op_name]
 
 
-@pytest.mark.parametrize("topology", ["v5e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.slow)])
-def test_each_device_runs_the_kernel_on_its_rows_and_heads(topology: str, own_cache: pathlib.Path) -> None:
-    made = planned(topology, remat="none")
+@pytest.mark.parametrize(
+    ("topology", "sequence"),
+    # The second is long enough for machine code of whole blocks.
+    [("v5e:2x2", SEQUENCE), pytest.param("v5p:2x2x1", 4096, marks=pytest.mark.slow)],
+)
+def test_each_device_runs_the_kernel_on_its_rows_and_heads(
+    topology: str, sequence: int, own_cache: pathlib.Path
+) -> None:
+    made = planned(topology, sequence, remat="none")
     assert made.kernels == {"attention": {"implementation": "splash", "block_q": 1024, "block_kv": 1024}}
-    _, text = compiled(made, own_cache)
+    _, text = compiled(made, own_cache, sequence)
     forward, of_keys, of_queries = (kernels(text, name) for name in ("fwd", "dkv", "dq"))
     assert forward
     assert len(forward) == len(of_keys) == len(of_queries)
     # Rows over fsdp, heads over tensor; two products forward, three and four for the gradients, of which a
     # causal mask leaves one more than half.
-    pairs = (BATCH // 2) * (HEADS // 2) * SEQUENCE * (SEQUENCE + 1) / 2
+    pairs = (BATCH // 2) * (HEADS // 2) * sequence * (sequence + 1) / 2
     assert flops(text, forward[0]) == 2 * pairs * 2 * HEAD_DIM
     assert flops(text, of_queries[0]) == 3 * pairs * 2 * HEAD_DIM
     assert flops(text, of_keys[0]) == 4 * pairs * 2 * HEAD_DIM
-    assert f"[{BATCH // 2},{HEADS // 2},{SEQUENCE},{HEAD_DIM}]" in forward[0].shape
+    assert f"[{BATCH // 2},{HEADS // 2},{sequence},{HEAD_DIM}]" in forward[0].shape
 
 
 def test_queries_behind_their_neighbours_keys_see_whole_windows() -> None:
