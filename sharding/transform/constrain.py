@@ -30,6 +30,7 @@ from .experts import BY_TILES, NOWHERE, Multiplier, on_mesh, own_experts
 from .gather import NOTHING, ByHand, Scattering, StoredParameter, elementwise, learning
 from .lookup import lookup_by_columns, lookup_summed_by_device
 from .meshes import by_device, constraint, is_manual
+from .picks import picked
 from .storage import Storage, cast_of_uses
 
 _ANCHORS = primitives(Trait.ANCHOR)
@@ -225,6 +226,10 @@ class Constrain(Pass):
             by_hand = convolved_in_groups(equation.eqn, self._mesh, of_ins, widens=self._on_cpu)
             if by_hand is not None:
                 return [by_hand(*values)]
+        if equation.primitive == "gather" and self._by_hand.axes:
+            picks = picked(equation.eqn, self._mesh, self._spec(equation.ins[0], values[0].shape))
+            if picks is not None:
+                return [picks(*values)]
         return go(values)
 
     def _scan(self, equation: Equation, inputs: list[Any], go: Go) -> Sequence[Any]:
