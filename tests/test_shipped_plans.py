@@ -19,9 +19,9 @@ import ship_plans
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PLANS = sorted((CONFIGS / "plans").glob("*.plan.json"))
-# For GPUs, in so many layers: a small and a large one, and a mixture whose first three layers are dense. Those for
-# TPUs are scheduled in all of theirs, below, and their kernels made into machine code in the same sizes where those
-# are tested. `ship_plans.py --check` compiles them all, whole.
+# For GPUs, in so many layers: a small and a large one, and a mixture whose first three layers are dense.
+# Those for TPUs are scheduled in all of theirs, below, and their kernels made into machine code in the same
+# sizes where those are tested. `ship_plans.py --check` compiles them all, whole.
 COMPILED = {
     "llama3-8b.h100-4x8": 2,
     "llama3-70b.h100-32x8": 2,
