@@ -273,7 +273,7 @@ class PlannedLoss:
             if self._staged:
                 self._runs[traced] = self._through_stages(traced)
                 return self._runs[traced]
-            read = proved(traced, self._microbatches)
+            read = proved(traced, self._microbatches, trained=self.split(args[0]).places)
             region = region_of(self._plan, self._mesh, traced, read)
             if region is None:
                 laid = self._laid(args[1], read) if read.moves_rows or read.prepared else None

@@ -120,8 +120,9 @@ class PartsProof:
         if parts not in self.known:
             results = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in self.program.results]
             traced = Traced(jaxpr=self.program.jaxpr, args=self.args, result=results)
+            trained = [n for n, one in enumerate(self.program.parameters) if one.is_trained]
             try:
-                self.known[parts] = proved(traced, parts, self.max_passes)
+                self.known[parts] = proved(traced, parts, self.max_passes, trained=trained)
             except UserError as error:
                 self.known[parts] = error
         return self.known[parts]

@@ -33,7 +33,7 @@ _LINEAR, _BILINEAR, _PICKING = primitives(Trait.LINEAR), primitives(Trait.BILINE
 # Linear in what is written and what is written to, by the place of the first number that says where.
 _WRITING = {"scatter-add": 1, "scatter-sub": 1, "scatter": 1, "dynamic_update_slice": 2}
 # What has a gradient that the user, or a solver, wrote.
-_OWN_GRADIENTS = frozenset({"custom_vjp_call", "linear_call", "custom_linear_solve"})
+_OWN_GRADIENTS = frozenset({"custom_vjp_call", "custom_jvp_call", "linear_call", "custom_linear_solve"})
 # Of fewer bytes a rounding is no rounding error any more.
 _LEAST_BYTES, _LEAST_BITS = 2, 7
 
@@ -152,7 +152,13 @@ def traced_within(eqn: core.JaxprEqn, function: Any, *args: Any) -> tuple[core.C
 
 def uneven_call(eqn: core.JaxprEqn) -> core.JaxprEqn | None:
     """Return the operation in `eqn`, or `eqn` itself, whose gradient is not linear in what comes back."""
-    return next((one for one in _written(eqn) if _rounds(one) or not is_linear(written_gradient(one))), None)
+    return next((one for one in _written(eqn) if _is_uneven(one)), None)
+
+
+def _is_uneven(eqn: core.JaxprEqn) -> bool:
+    if eqn.primitive.name == "custom_jvp_call":
+        return _rounds_tangents(written_derivative(eqn))
+    return _rounds(eqn) or not is_linear(written_gradient(eqn))
 
 
 def why_uneven(eqn: core.JaxprEqn) -> str:
@@ -160,6 +166,8 @@ def why_uneven(eqn: core.JaxprEqn) -> str:
     if _rounds(eqn):
         bits, dtype = eqn.params.get("mantissa_bits"), eqn.params.get("new_dtype")
         what = f"a gradient is rounded to {dtype if bits is None else f'{bits} bits'}"
+    elif eqn.primitive.name == "custom_jvp_call":
+        what = "the derivative that is written for a function rounds what comes back"
     elif eqn.primitive.name == "custom_linear_solve":
         what = "a linear system is solved step by step for a gradient, until it is near enough"
     else:
@@ -187,7 +195,29 @@ def _rounds(eqn: core.JaxprEqn) -> bool:
         return False
     given, found = (atom.aval.dtype for atom in (eqn.invars[0], eqn.outvars[0]))  # type: ignore[union-attr]
     floats = jnp.issubdtype(given, jnp.inexact) and jnp.issubdtype(found, jnp.inexact)
-    return floats and found.itemsize < min(given.itemsize, _LEAST_BYTES)
+    return floats and found.itemsize < given.itemsize and is_coarse(found)
+
+
+def is_coarse(dtype: Any) -> bool:
+    """Whether a type holds floats of fewer bytes than bfloat16."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact)) and jnp.dtype(dtype).itemsize < _LEAST_BYTES
+
+
+def _rounds_tangents(derivative: Derivative) -> bool:
+    """Whether a written derivative, which is linear otherwise, rounds the tangents, not the value alone."""
+    if not any(_rounds(one) for one in _all(derivative.rule.jaxpr)):
+        return False
+    count = sum(derivative.floats)
+    given = [_Class.APART] * (len(derivative.rule.in_avals) - count) + [_Class.LINEAR] * count
+    tangents = _classes(derivative.rule, given)[len(derivative.learns) :]
+    return any(one not in (_Class.ZERO, _Class.LINEAR) for one in tangents)
+
+
+def _all(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from _all(inner)
 
 
 class _Class(enum.Enum):
@@ -244,10 +274,12 @@ def _of_equation(eqn: core.JaxprEqn, ins: list[_Class]) -> list[_Class]:
 def _of_operation(eqn: core.JaxprEqn, ins: list[_Class], *, depends: bool) -> _Class:
     """Return what an operation gives that runs no program."""
     name = eqn.primitive.name
+    if depends and _rounds(eqn):
+        return _Class.OTHER
     if name == "convert_element_type":
         dtype: Any = eqn.outvars[0].aval.dtype  # type: ignore[union-attr]
-        rounds = depends and not (jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= _LEAST_BYTES)
-        return _Class.OTHER if rounds else ins[0]
+        whole = depends and not jnp.issubdtype(dtype, jnp.inexact)
+        return _Class.OTHER if whole else ins[0]
     if name in _LINEAR or name in _LINEAR_EXCHANGES:
         return _together(ins)
     if name in _WRITING:

@@ -8,6 +8,7 @@ call's body leaves the rest for later, to be computed when the sums of all parts
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -73,6 +74,8 @@ class PartGraph:
         # Sums of a body that its later work needs complete, and what stands for them there.
         self.exports: dict[Held, Held] = {}
         self.calls: list[core.JaxprEqn] = []
+        # What parts compute with parameters, as the program has it.
+        self._learning: list[core.JaxprEqn] = []
         # Why manual regions are read as what all their devices do together.
         self.opened: list[NotInParts] = []
         self._made: dict[Hashable, Held] = {}
@@ -97,7 +100,7 @@ class PartGraph:
                 out.form = LATE
         stops = eqn is not None and eqn.primitive.name == "stop_gradient"
         uneven = None if stops else next((value.uneven for value in ins if value.uneven is not None), None)
-        if uneven is not None and run is not None and any(_is_share(out) for out in outs):
+        if uneven is not None and run is not None and any(is_share(out) for out in outs):
             raise uneven
         where = self.where(self._at) if run is None and self._at is not None else ""
         op = Task(run, ins, list(outs), eqn, where)
@@ -291,6 +294,8 @@ class PartGraph:
         light = self.of_data is not None and not any(value.heavy for value in ins)
         try:
             whole = all(value.kind is Kind.SHARED for value in ins)
+            if not whole and any(value.heavy for value in ins):
+                self._learning.append(eqn)
             outs = self.whole(eqn, ins) if whole else rule(self, eqn, ins)
         except NotInParts as refused:
             why = refused if refused.where else NotInParts(refused.reason, self.where(eqn))
@@ -314,6 +319,11 @@ class PartGraph:
             for out in outs:
                 out.uneven = NotInParts(why_uneven(written), self.where(written))
         return outs
+
+    @functools.cached_property
+    def is_even(self) -> bool:
+        """Whether the gradient of what parts compute is linear in what comes back."""
+        return all(uneven_call(eqn) is None for eqn in self._learning)
 
     def where(self, eqn: core.JaxprEqn) -> str:
         """Return the user's lines of an equation: of the outermost call around it, and its own.
@@ -397,7 +407,7 @@ def inlined(graph: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]
     raise AssertionError(eqn.primitive.name)
 
 
-def _is_share(value: Held) -> bool:
+def is_share(value: Held) -> bool:
     """Whether parts hold their own of a value that a gradient goes through."""
     return value.kind is not Kind.SHARED and learns(value)
 

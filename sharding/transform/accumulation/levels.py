@@ -96,7 +96,7 @@ def levels(
     reads = _read_by_derivatives(graph, params, shared, loss, learnt)
     taken = {under for op in learnt for under in totals_under(op.ins)}
     of_heavy = {under for op in order if op.outs[0].heavy for under in totals_under(op.ins)}
-    scaled = _is_one_number(learnt, reads, taken)
+    scaled = _is_one_number(learnt, reads, taken) and graph.is_even
     first = _closure(taken if scaled else reads | taken)
     early = _closure(
         {
@@ -188,7 +188,7 @@ def _learnt(graph: PartGraph, params: Sequence[Held], loss: Held) -> set[Task]:
     """Return the totals that the gradient of `loss` goes through, all the way to a parameter."""
     moved = {value for value in params if learns(value)}
     for op in graph.ops:
-        if not _stops(op) and any(value in moved for value in op.ins):
+        if not op.stops_gradient and any(value in moved for value in op.ins):
             moved.update(out for out in op.outs if learns(out))
     found, seen, left = set[Task](), set[Held](), [loss]
     while left:
@@ -200,10 +200,6 @@ def _learnt(graph: PartGraph, params: Sequence[Held], loss: Held) -> set[Task]:
             found.add(value.op)
         left += value.op.ins
     return found
-
-
-def _stops(op: Task) -> bool:
-    return op.stops or (op.eqn is not None and op.eqn.primitive.name == "stop_gradient")
 
 
 def _read_by_derivatives(

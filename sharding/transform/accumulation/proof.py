@@ -17,12 +17,13 @@ from ...program.dims import batch_rows
 from ...program.jaxpr import Traced
 from ...program.program import Program
 from ...program.tracing import read
-from .graph import PartGraph, Reading
+from .derivatives import is_coarse
+from .graph import PartGraph, Reading, is_share
 from .levels import Levels, levels
 from .prepared import OfData
 from .rules import rule_of
 from .shared import sliced
-from .values import MIXED, Array, Held, Kind, NotInParts, examples, needed
+from .values import MIXED, Array, Held, Kind, NotInParts, examples, learns, needed
 
 # Passes over the parts that a plan may take unless it is told otherwise.
 MAX_PASSES = 3
@@ -223,8 +224,10 @@ def _read(traced: Traced, parts: int, rows: int, pre: int, led: Collection[int],
         extremes = {
             id(op.ins[0].op.eqn) for op in plan.learnt if op.ins[0].combine in ("max", "min") and op.ins[0].op
         }
-        if extremes <= ties:
+        if not extremes:
             break
+        if extremes <= ties:
+            raise NotInParts("what a maximum over the examples gives on has a gradient that is not followed")
         ties |= extremes
     return InParts(
         graph=graph,
@@ -255,19 +258,40 @@ def _used(graph: PartGraph, outs: Sequence[Held], of_data: OfData | None) -> lis
     return [value for value in of_data.lines if value in leaves]
 
 
-def proved(traced: Traced, parts: int, max_passes: int | None = None) -> InParts:
+def proved(
+    traced: Traced, parts: int, max_passes: int | None = None, *, trained: Collection[int] = ()
+) -> InParts:
     """Return `in_parts`. Raises UserError, one sentence with the user's line, for what it refuses.
 
-    With `max_passes` more passes over the parts are refused too.
+    With `max_passes` more passes over the parts are refused too, and gradients of those leaves of the
+    parameters that are `trained` where parts' shares would be rounded coarsely.
     """
     try:
         found = in_parts(traced, parts)
         why = None if max_passes is None else found.too_many(max_passes)
+        why = why or _coarse(found, trained)
         if why is not None:
             raise why
     except NotInParts as refused:
         raise UserError(refusal(parts, refused, has_state=len(traced.args) > 2)) from None
     return found
+
+
+def _coarse(read: InParts, trained: Collection[int]) -> NotInParts | None:
+    """Return why a trained parameter of a coarse type has no gradient of shares; None if there is none."""
+    moved = {read.params[n] for n in trained if is_coarse(read.params[n].dtype)}
+    types = {value.dtype for value in moved}
+    for op in read.graph.ops if moved else ():
+        if op.stops_gradient or not any(value in moved for value in op.ins):
+            continue
+        if any(is_share(out) for out in op.outs):
+            reason = (
+                f"the gradient of a parameter of {next(iter(types))} is rounded to that, and would be of "
+                "each part's share: train it in a wider type"
+            )
+            return NotInParts(reason, read.graph.where(op.eqn) if op.eqn is not None else "")
+        moved.update(out for out in op.outs if learns(out))
+    return None
 
 
 def refusal(parts: int, why: NotInParts, *, has_state: bool = False) -> str:

@@ -138,6 +138,10 @@ class Task:
     def is_total(self) -> bool:
         return self.run is None
 
+    @property
+    def stops_gradient(self) -> bool:
+        return self.stops or (self.eqn is not None and self.eqn.primitive.name == "stop_gradient")
+
 
 def learns(value: Held) -> bool:
     """Whether a value can have a gradient."""

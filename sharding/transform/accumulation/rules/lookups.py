@@ -99,7 +99,7 @@ def _scattered(
         if d in dims.inserted_window_dims and _own_rows(at, place, table.shape[d]) == axis:
             ready = [g.rows(table, d, pre), _within(g, at, axis, pre, place), new]
             return g.bind(eqn, ready, [examples(d, pre)])
-    if eqn.primitive.name != "scatter-add" or table.kind is Kind.EXAMPLES:
+    if eqn.primitive.name not in ("scatter-add", "scatter-sub") or table.kind is Kind.EXAMPLES:
         raise NotInParts("examples are written at computed places")
     return g.bind(eqn, [g.sum(table), g.rows(at, axis, pre), new], [SUM])
 

@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from ....program.jaxpr import context_of
+from ....program.jaxpr import context_of, is_extended
 from ..graph import PartGraph, one_of, value_of
-from ..values import SUM, Held, Kind, NotInParts, examples
+from ..values import SHARED, SUM, Held, Kind, NotInParts, examples
 
 
 def elementwise(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
@@ -70,7 +70,9 @@ def _check_keys(keys: Held) -> None:
 
 def passing(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read an operation that gives each operand on as it is."""
-    return g.bind(eqn, ins, [one.form for one in ins])
+    outs = g.bind(eqn, ins, [one.form for one in ins])
+    # A maximum's gradient is told by what took it.
+    return [one if one.combine != "sum" else out for one, out in zip(ins, outs, strict=True)]
 
 
 def broadcast_in_dim(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
@@ -137,6 +139,8 @@ def slice_(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     step = p["strides"][axis] if p["strides"] else 1
     chunk, size = _chunk(v), v.shape[axis]
     starts, limits = list(p["start_indices"]), list(p["limit_indices"])
+    if start == limit:
+        return _none_of_them(g, eqn)
     if step == 1 and start % chunk == limit % chunk == 0:
         starts[axis], limits[axis] = start // g.parts, limit // g.parts
         form = examples(axis, (limit - start) // chunk)
@@ -148,9 +152,22 @@ def slice_(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return g.bind(eqn, ins, [form], start_indices=tuple(starts), limit_indices=tuple(limits))
 
 
+def _none_of_them(g: PartGraph, eqn: core.JaxprEqn) -> list[Held]:
+    """Return an array without a row, which is the same for all parts."""
+    out = value_of(eqn.outvars[0])
+    _check_numbers(out)
+    return g.emit(lambda _: [jnp.zeros(out.shape, out.dtype)], [], [out])
+
+
+def _check_numbers(value: Held) -> None:
+    if is_extended(value.dtype):
+        raise NotInParts("one example's random key is used for all examples")
+
+
 def _picked(g: PartGraph, eqn: core.JaxprEqn, v: Held, places: range) -> list[Held]:
     """Read a slice of a few examples: a sum, to which the part that holds one gives it, the others 0."""
     axis, post = v.form.axis, _chunk(v) // g.parts
+    _check_numbers(v)
     if len(places) > v.shape[axis] // g.parts:
         raise NotInParts("some of the examples are cut out")
     owner = np.array([place // post % g.parts for place in places])
@@ -184,7 +201,7 @@ def concatenate(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]
     pres = [one.shape[axis] // chunk for one in ins]
     if any(one.shape[axis] % chunk for one in ins):
         raise NotInParts("the examples are joined with an array of other rows")
-    ready = [g.rows(one, axis, pre) for one, pre in zip(ins, pres, strict=True)]
+    ready = [g.rows(one, axis, pre) if pre else g.shared(one) for one, pre in zip(ins, pres, strict=True)]
     return g.bind(eqn, ready, [examples(axis, sum(pres))])
 
 
@@ -196,7 +213,7 @@ def split(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     chunk = _chunk(v)
     if any(size % chunk for size in sizes):
         raise NotInParts("some of the examples are cut out")
-    forms = [examples(v.form.axis, size // chunk) for size in sizes]
+    forms = [examples(v.form.axis, size // chunk) if size else SHARED for size in sizes]
     return g.bind(eqn, ins, forms, sizes=tuple(size // g.parts for size in sizes))
 
 
@@ -279,7 +296,9 @@ def window(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     plain &= all(p.get(key) is None or p[key][axis] == 1 for key in ("base_dilation", "window_dilation"))
     if not plain:
         raise NotInParts(f"{eqn.primitive.name} slides a window over the examples")
-    return g.bind(eqn, [g.bring(one, form) for one in ins], [form] * len(eqn.outvars))
+    # What it begins with is a number.
+    ready = [g.bring(one, form) if one.shape else g.shared(one) for one in ins]
+    return g.bind(eqn, ready, [form] * len(eqn.outvars))
 
 
 def fft(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:

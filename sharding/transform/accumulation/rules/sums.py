@@ -10,6 +10,7 @@ from jax import lax
 from jax.extend import core
 
 from ....program.primitives import Trait, primitives
+from ..derivatives import is_coarse
 from ..graph import PartGraph, one_of, value_of
 from ..values import SUM, Held, Kind, NotInParts, examples
 
@@ -67,13 +68,22 @@ def _learnt(g: PartGraph, v: Held, extreme: Held, axes: tuple[int, ...]) -> Held
         return [jnp.sum(there(array, top), axis=axes).astype(array.dtype)]
 
     def joined(_: object, top: jax.Array, total: jax.Array, count: jax.Array) -> list[jax.Array]:
-        return [top + (total - lax.stop_gradient(total)) / count]
+        return [top + _moved(total) / count]
 
     summed, counted = (
         g.complete(g.emit(run, [one, top], [Held(extreme.shape, extreme.dtype, SUM)])[0])
         for run, one in ((total, v), (count, _stopped(g, v)))
     )
     return g.emit(joined, [top, summed, counted], [Held(extreme.shape, extreme.dtype)])[0]
+
+
+@jax.custom_jvp
+def _moved(total: jax.Array) -> jax.Array:
+    """Return 0, which moves as `total` does: that may be infinite."""
+    return jnp.zeros_like(total)
+
+
+_moved.defjvp(lambda at, moves: (_moved(*at), moves[0]))
 
 
 def _stopped(g: PartGraph, value: Held) -> Held:
@@ -117,7 +127,7 @@ def _linear_in(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held], here: set[int]
         # Integers are totalled before they are converted; narrow floats after they were wide.
         floats = jnp.issubdtype(dtype, jnp.inexact) and jnp.issubdtype(new, jnp.inexact)
         narrows = jnp.dtype(new).itemsize < jnp.dtype(dtype).itemsize if floats else True
-        return {0} if floats and not (g.cut and narrows) else None
+        return {0} if floats and not is_coarse(new) and not (g.cut and narrows) else None
     if name in _LINEAR:
         return set(range(len(ins)))
     if name in _BILINEAR:
@@ -132,7 +142,7 @@ def _linear_in(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held], here: set[int]
         return here if here == {0} and not fills else None
     if name == "dynamic_update_slice":
         return {0, 1} if here <= {0, 1} else None
-    if name == "scatter-add":
+    if name in ("scatter-add", "scatter-sub"):
         return {0, 2} if 1 not in here else None
     return None
 

@@ -60,7 +60,13 @@ MOVES = {
         jnp.linalg.solve(p["w"] + 3 * jnp.eye(WIDTH), h.reshape(-1, WIDTH).T) ** 2
     ),
     "window": lambda p, h: jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (1, 2, 1), (1, 1, 1), "VALID"),
+    "window of one's own": lambda p, h: jax.lax.reduce_window(
+        jax.lax.stop_gradient(h), -jnp.inf, jnp.logaddexp, (1, 2, 1), (1, 1, 1), "VALID"
+    ),
     "fft": lambda p, h: jnp.abs(jnp.fft.rfft(h, axis=1)) ** 2,
+    "none of the rows": lambda p, h: jnp.concatenate([h[:0], h, jnp.zeros((0, TIME, WIDTH))]) ** 2,
+    "split into none and all": lambda p, h: jnp.concatenate(jnp.split(h * h, [0, ROWS])[::-1]),
+    "taken from what all share": lambda p, h: p["w"].at[jnp.arange(ROWS) % 3].subtract(h[:, 0]) ** 2,
 }
 
 # What is done with the examples themselves, and a part of what is said of it.
@@ -101,6 +107,47 @@ def test_moves_of_other_dimensions_keep_values():
         return sum(means.values()), means
 
     assert_kept(loss, declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2))
+
+
+@pytest.mark.parametrize("gives", [jax.lax.optimization_barrier, jax.device_put], ids=["barrier", "put"])
+def test_extremes_that_go_along_with_examples_stay_extremes(gives):
+    """They were added up over the parts."""
+
+    def loss(p, b):
+        h = hidden(p, b)
+        h, top, all_of = gives((h, jnp.max(b["x"], 0), jax.lax.stop_gradient(h > -1).all(0)))
+        return jnp.square(h - top).mean(), {"top": top.sum(), "all": all_of.sum()}
+
+    def learnt(p, b):
+        h, top = gives((hidden(p, b), hidden(p, b).max((0, 1))))
+        return jnp.square(h - 1).mean() + jnp.square(top).sum(), {}
+
+    assert_kept(loss, declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2))
+    layout = declare(learnt, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2, max_passes=5)
+    assert_kept(learnt, layout)
+
+
+def test_a_maximum_that_is_infinite_is_learnt_from():
+    """Columns without an example that counts: what a maximum of -inf adds to a sum was not a number."""
+
+    def loss(p, b):
+        h = jnp.where(jnp.arange(WIDTH) > 2, hidden(p, b), -jnp.inf)
+        return jnp.exp(h.max((0, 1))).sum(), {}
+
+    assert_kept(loss, declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2))
+
+
+def test_the_key_of_one_example_serves_all():
+    params, batch = arguments()
+    batch["keys"] = jax.random.split(jax.random.key(2), ROWS)
+
+    def loss(p, b):
+        noise = jax.random.normal(b["keys"][0], (TIME, WIDTH))
+        return jnp.square(hidden(p, b) + noise).mean()
+
+    layout = declare(loss, params, batch, topology="cpu:8", mesh={"data": 8}, microbatches=2)
+    want, got = (jax.jit(jax.grad(one))(params, batch)["w"] for one in (loss, layout.apply(loss)))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MEETINGS)

@@ -1,0 +1,127 @@
+"""Gradients that are clipped or rounded on their way back, of what each part has its own of and of all."""
+
+from __future__ import annotations
+
+import draws
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from meshwright.sharding import UserError, declare, plan
+
+pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
+
+ROWS, WIDTH, PARTS = 32, 8, 4
+
+
+def arguments():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w": draws.normal(keys[0], (WIDTH, WIDTH)) / 3}
+    return params, {"x": draws.normal(keys[1], (ROWS, WIDTH)), "y": draws.normal(keys[2], (ROWS, WIDTH))}
+
+
+def declared(loss, params=None, **named):
+    own, batch = arguments()
+    params = own if params is None else params
+    return declare(loss, params, batch, topology="cpu:8", mesh={"data": 8}, microbatches=PARTS, **named)
+
+
+def check(loss, params=None):
+    own, batch = arguments()
+    params = own if params is None else params
+    want = jax.jit(jax.value_and_grad(loss))(params, batch)
+    got = jax.jit(jax.value_and_grad(declared(loss, params).apply(loss)))(params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
+
+
+def through(backward):
+    """Return what gives its operand on, and `backward` of its gradient."""
+
+    @jax.custom_vjp
+    def same(w):
+        return w
+
+    same.defvjp(lambda w: (w, None), lambda _, g: (backward(g),))
+    return same
+
+
+clipped = through(lambda g: jnp.clip(g, -1e-3, 1e-3))
+in_few_bits = through(lambda g: jax.lax.reduce_precision(g, 5, 2))
+
+
+def squares(h, b):
+    return jnp.square(h - b["y"]).mean()
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda h: clipped(h),
+        lambda h: in_few_bits(h),
+        lambda h: h.astype(jnp.float8_e4m3fn).astype(h.dtype),
+        lambda h: jax.lax.scan(lambda h, _: (clipped(jnp.tanh(h)), None), h, None, length=2)[0],
+    ],
+    ids=["clipped", "in few bits", "float8", "clipped in a loop"],
+)
+@pytest.mark.parametrize(
+    "whole",
+    [jnp.sqrt, lambda mean: jnp.exp(3 * mean), lambda mean: jnp.abs(mean - 0.5)],
+    ids=["root", "exp", "flooding"],
+)
+def test_what_comes_back_to_each_example_is_the_whole_loss_s_before_it_is_rounded(own, whole):
+    """A function of one mean was differentiated as if it were the mean, and its gradient multiplied after."""
+    check(lambda p, b: whole(squares(own(b["x"] @ p["w"]), b)))
+
+
+def test_a_written_gradient_that_rounds_to_few_bits_is_not_made_of_shares():
+    with pytest.raises(UserError, match=r"is not linear in what comes back .*, at .*test_rounded.py:"):
+        declared(lambda p, b: squares(b["x"] @ in_few_bits(p["w"]), b))
+
+
+def derived(value, tangent):
+    @jax.custom_jvp
+    def own(w):
+        return value(w)
+
+    own.defjvp(lambda at, moves: (own(*at), tangent(*moves)))
+    return own
+
+
+def coarse(w):
+    return w.astype(jnp.float8_e4m3fn).astype(w.dtype)
+
+
+def test_a_written_derivative_that_rounds_is_not_made_of_shares_and_one_that_does_not_is():
+    """Weights rounded as they go ahead, and not as their gradient comes back, were refused."""
+    rounded, passed = derived(lambda w: w, coarse), derived(coarse, lambda t: t)
+    check(lambda p, b: squares(b["x"] @ passed(p["w"]), b))
+    with pytest.raises(UserError, match=r"rounds what comes back.* each part's share, at .*test_rounded.py:"):
+        declared(lambda p, b: squares(b["x"] @ rounded(p["w"]), b))
+
+
+def test_parameters_of_coarse_floats_are_read_in_parts_and_not_trained():
+    own, batch = arguments()
+    params = {"w": own["w"].astype(jnp.float8_e4m3fn), "v": own["w"][0]}
+
+    def loss(p, b):
+        return squares(b["x"] @ p["w"].astype(jnp.float32) + p["v"], b)
+
+    kept = plan(loss, params, batch, topology="cpu:8", mesh={"data": 8}, microbatches=PARTS, trainable="v")
+    got = jax.jit(jax.grad(kept.apply(loss)))(params, batch)["v"]
+    np.testing.assert_allclose(got, jax.grad(loss)(params, batch)["v"], rtol=1e-4)
+    with pytest.raises(UserError, match=r"a parameter of float8_e4m3fn is rounded to that.*wider type"):
+        plan(loss, params, batch, topology="cpu:8", mesh={"data": 8}, microbatches=PARTS)
+    with pytest.raises(UserError, match="a parameter of float8_e4m3fn is rounded to that"):
+        declared(loss, params)
+
+
+def test_a_sum_that_is_rounded_to_coarse_floats_inside_of_a_checkpoint_is_complete_first():
+    def loss(p, b):
+        def inside(w, x):
+            h = x @ w
+            return h, coarse(jax.lax.stop_gradient(jnp.square(h).sum(0)))
+
+        h, total = jax.checkpoint(inside)(p["w"], b["x"])
+        return squares(h, b) + total.sum()
+
+    check(loss)
