@@ -236,19 +236,27 @@ class PlannedLoss:
         return jax.tree.map(lay, changes, arrays.specs(plan, changes), arrays.specs_of_moments(plan, changes))
 
     def value_and_grad(
-        self, params: Any, batch: Any, *state: Any, of_floats: bool = False
+        self,
+        params: Any,
+        batch: Any,
+        *state: Any,
+        of_floats: bool = False,
+        cotangent: jax.Array | None = None,
     ) -> tuple[Any, Any]:
         """Return what `loss` gives, and the gradients of the scalar with respect to the trained of `params`.
 
         A part's gradients are taken before the next part is begun, so that the activations of one part only
         are ever held. The gradients are a tree like `params` with None for those that are not trained; with
-        `of_floats` those of all floats are taken.
+        `of_floats` those of all floats are taken, with a `cotangent` those of the scalar times that, of a
+        loss that is not `is_even`.
         """
         parts = split(params, None) if of_floats else self.split(params)
         if self._microbatches == 1 and not self._staged:
             return with_gradients(self._part, parts, batch, *state)
         if self._plan.accumulation == EXACT:
             run = self._run(params, batch, *state)
+            if isinstance(run, Run):
+                return run.value_and_grad(parts.places, params, batch, *state, cotangent=cotangent)
             return run.value_and_grad(parts.places, params, batch, *state)
         return mean_of_parts(
             lambda part: with_gradients(self._part, parts, part),
@@ -256,6 +264,13 @@ class PlannedLoss:
             self._microbatches,
             lambda part: (self.traces.on(params, part).result, parts.trained),
         )
+
+    def is_even(self, *args: Any) -> bool:
+        """Whether the gradient of a multiple of the loss is that multiple of its gradient, in parts."""
+        if self._plan.accumulation != EXACT or self._staged:
+            return True
+        run = self._run(*args)
+        return isinstance(run, PreparedRun) or run.is_even
 
     def first_not_finite(self, params: Any, batch: Any, *state: Any) -> Any:
         """Return the number of where a value is first not finite, int32, see `pipeline.watch.Numbering`.
@@ -348,7 +363,8 @@ def apply(plan: Decision, loss: Loss, mesh: Mesh | AbstractMesh) -> Loss:
     count = 2 if plan.state is None else 3
     one = planned.value
     if plan.microbatches > 1 or plan.mesh.get("stage", 1) > 1:
-        one = differentiable(planned.value, functools.partial(planned.value_and_grad, of_floats=True))
+        gradients = functools.partial(planned.value_and_grad, of_floats=True)
+        one = differentiable(planned.value, gradients, planned.is_even)
 
     @functools.wraps(loss)
     def function(*args: Any, **named: Any) -> Any:

@@ -14,10 +14,16 @@ from ...errors import UserError
 Loss = Callable[..., Any]
 
 
-def differentiable(value: Loss, with_gradients: Callable[..., tuple[Any, Any]]) -> Loss:
+def differentiable(
+    value: Loss,
+    with_gradients: Callable[..., tuple[Any, Any]],
+    is_even: Callable[..., bool] = lambda *_: True,
+) -> Loss:
     """Return `value(params, batch, …)`, whose gradients are those that `with_gradients` gives beside it.
 
-    Those of aux values, and those with respect to anything but the parameters, are refused.
+    Those of aux values, and those with respect to anything but the parameters, are refused. Where the
+    gradient of a multiple is not that multiple (of the arguments of a loss that `is_even` denies it), it is
+    taken once it is known what comes back, ``with_gradients(…, cotangent=…)``.
     """
 
     def function(params: Any, *others: Any) -> Any:
@@ -32,11 +38,15 @@ def differentiable(value: Loss, with_gradients: Callable[..., tuple[Any, Any]]) 
         def forward(leaves: list[Any], rest: list[Any]) -> Any:
             if any(leaf.perturbed for leaf in rest):
                 raise UserError("accumulate gives gradients with respect to the parameters, not to the batch")
-            params = structure.unflatten([leaf.value for leaf in leaves])
-            found, gradients = with_gradients(params, *of_rest.unflatten([leaf.value for leaf in rest]))
-            return found, structure.flatten_up_to(gradients)
+            given = [leaf.value for leaf in leaves], [leaf.value for leaf in rest]
+            args = structure.unflatten(given[0]), *of_rest.unflatten(given[1])
+            if not is_even(*args):
+                return value(*args), (None, given)
+            found, gradients = with_gradients(*args)
+            return found, (structure.flatten_up_to(gradients), None)
 
-        def backward(gradients: list[Any], cotangent: Any) -> Any:
+        def backward(kept: Any, cotangent: Any) -> Any:
+            gradients, given = kept
             scale, *of_aux = jax.tree.leaves(cotangent, is_leaf=_is_none)
             if not all(_is_none(one) for one in of_aux):
                 raise UserError(
@@ -44,8 +54,11 @@ def differentiable(value: Loss, with_gradients: Callable[..., tuple[Any, Any]]) 
                     "have that of the number alone: add it up in the loss, or use microbatches=1"
                 )
             if _is_none(scale):
-                return [None for _ in gradients], None
+                return [None] * structure.num_leaves, None
             scale = jnp.asarray(scale)
+            if given is not None:
+                args = structure.unflatten(given[0]), *of_rest.unflatten(given[1])
+                return structure.flatten_up_to(with_gradients(*args, cotangent=scale)[1]), None
             scaled = [None if leaf is None else leaf * scale.astype(leaf.dtype) for leaf in gradients]
             return scaled, None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,13 +30,14 @@ _Part = Callable[[Any, Any, Array, "_Call"], tuple[Any, Any, Sequence[Array]]]
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Call:
     """One call of a loss: its arguments, the arrays that are known of its program so far, and those made
-    of the data ahead.
+    of the data ahead. `scale` is what comes back to the loss, 1 if not given.
     """
 
     args: tuple[Any, ...]
     known: dict[Held, Array]
     made: Sequence[Array] = ()
     cotangents: Sequence[Array] = ()
+    scale: Array | None = None
 
 
 class Run:
@@ -78,16 +79,30 @@ class Run:
         self._add_all("values", call)
         return self._result(call)
 
-    def value_and_grad(self, trained: Sequence[int], *args: Any) -> tuple[Any, Any]:
-        """Return what the loss gives, and its gradients for the `trained` leaves of the parameters."""
+    @property
+    def is_even(self) -> bool:
+        """Whether the gradient of a multiple of the loss is that multiple: rounding and clipping are not,
+        and small float16 gradients are nothing.
+        """
+        graph, halves = self._read.graph, jnp.dtype(jnp.float16)
+        narrow = any(out.heavy and out.dtype == halves for op in graph.ops for out in op.outs)
+        return self._read.levels.scaled or (graph.is_even and not narrow)
+
+    def value_and_grad(
+        self, trained: Sequence[int], *args: Any, cotangent: Array | None = None
+    ) -> tuple[Any, Any]:
+        """Return what the loss gives, and its gradients for the `trained` leaves of the parameters.
+
+        They are of ``cotangent * loss`` if there is one.
+        """
         read, plan = self._read, self._read.levels
-        call = self._begin(args)
+        call = dataclasses.replace(self._begin(args), scale=cotangent)
         sums = self._sums_of_gradients(trained, call)[0]
         self._add_all("after", call)
         if plan.scaled:
-            (scale,) = self._tail_gradients((), call.known)[1]
+            (scale,) = self._tail_gradients((), call)[1]
             sums = [total * scale.reshape(()).astype(total.dtype) for total in sums]
-        own = self._tail_gradients(trained, call.known)[0]
+        own = self._tail_gradients(trained, call)[0]
         sums = (
             [one + total.astype(one.dtype) for one, total in zip(own, sums, strict=True)]
             if sums and own
@@ -353,11 +368,9 @@ class Run:
 
     # Derivatives of the tail, and of sums with respect to earlier ones
 
-    def _tail_gradients(
-        self, places: Sequence[int], known: Mapping[Held, Array]
-    ) -> tuple[list[Array], list[Array]]:
+    def _tail_gradients(self, places: Sequence[int], call: _Call) -> tuple[list[Array], list[Array]]:
         """Return the loss's derivatives for some parameters and the totals, each where the other stays."""
-        read, plan = self._read, self._read.levels
+        read, plan, known = self._read, self._read.levels, call.known
         floats = [read.params[n] for n in places]
         totals = [op.outs[0] for op in plan.learnt]
         fixed = {value: array for value, array in known.items() if value not in (*floats, *totals)}
@@ -368,7 +381,8 @@ class Run:
 
         def loss(own: list[Array], at: list[Array]) -> Array:
             run = tail(read.graph, [*names, *floats, *totals], [read.outs[0]])
-            return run([*fixed.values(), *own, *at])[0]
+            found = run([*fixed.values(), *own, *at])[0]
+            return found if call.scale is None else found * call.scale.astype(found.dtype)
 
         own = [known[value] for value in floats]
         at = [known.get(value, jnp.zeros(value.shape, value.dtype)) for value in totals]
@@ -377,7 +391,7 @@ class Run:
     def _cotangents(self, call: _Call) -> list[Array]:
         """Return the loss's full derivatives for the totals: the tail's, and through sums of later levels."""
         plan = self._read.levels
-        found = dict(zip(plan.learnt, self._tail_gradients((), call.known)[1], strict=True))
+        found = dict(zip(plan.learnt, self._tail_gradients((), call)[1], strict=True))
         for level in plan.backward:
             at = [op for op in plan.learnt if op.outs[0].level == level]
             later = [found[op] for op in plan.learnt if op.outs[0].level > level]

@@ -125,3 +125,23 @@ def test_a_sum_that_is_rounded_to_coarse_floats_inside_of_a_checkpoint_is_comple
         return squares(h, b) + total.sum()
 
     check(loss)
+
+
+def test_a_multiple_of_a_planned_loss_is_rounded_as_a_multiple():
+    """In an own loop: the gradient was taken of the loss, and multiplied after it was clipped."""
+    params, batch = arguments()
+
+    def loss(p, b):
+        return squares(clipped(b["x"] @ p["w"]), b)
+
+    def in_halves(p, b):
+        h = b["x"].astype(jnp.float16) @ p["w"].astype(jnp.float16)
+        return 1e-6 * jnp.square(h - b["y"]).mean()
+
+    for one, times in ((loss, 0.1), (in_halves, 1e5)):
+        own, planned = (
+            jax.jit(jax.value_and_grad(lambda p, of=of, times=times: times * of(p, batch)))(params)
+            for of in (one, declared(one).apply(one))
+        )
+        np.testing.assert_allclose(planned[0], own[0], rtol=1e-3)
+        np.testing.assert_allclose(planned[1]["w"], own[1]["w"], rtol=1e-2, atol=2e-5)
