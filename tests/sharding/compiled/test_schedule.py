@@ -94,7 +94,8 @@ def test_both_cores_of_a_megacore_share_the_windows():
 
 @pytest.mark.slow
 def test_a_plan_is_verified_by_schedules_where_they_are_asked_for(tmp_path, monkeypatch):
-    if (reason := missing(Topology.parse("v6e:2x2"))) is not None:
+    topology = "v5e:2x2"  # Whose machine code takes least to make.
+    if (reason := missing(Topology.parse(topology))) is not None:
         pytest.skip(reason)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -103,11 +104,11 @@ def test_a_plan_is_verified_by_schedules_where_they_are_asked_for(tmp_path, monk
 
     params = {"w": jax.ShapeDtypeStruct((LARGE, LARGE), jnp.bfloat16)}
     batch = {"x": jax.ShapeDtypeStruct((LARGE, LARGE), jnp.bfloat16)}
-    made = plan(loss, params, batch, topology="v6e:2x2", mesh={"fsdp": 4}, optimizer=optax.sgd(1e-3))
+    made = plan(loss, params, batch, topology=topology, mesh={"fsdp": 4}, optimizer=optax.sgd(1e-3))
     estimated, scheduled = (
-        verify(made, loss, params, batch, optax.sgd(1e-3), schedules=schedules).proof.time["compute"]
-        for schedules in (False, True)
+        verify(made, loss, params, batch, optax.sgd(1e-3), **how).proof.time["compute"]
+        for how in ({"quick": True}, {"schedules": True})
     )
-    needed = LARGE**3 / 918e12
+    needed = LARGE**3 / Topology.parse(topology).chip.peak_flops("bfloat16")
     assert needed < min(scheduled, estimated)
     assert scheduled != estimated

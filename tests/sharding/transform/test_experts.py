@@ -183,7 +183,8 @@ def test_a_search_finds_an_axis_for_experts() -> None:
 @pytest.mark.numerics(False)
 @pytest.mark.parametrize(
     ("topology", "embed", "mlp"),
-    # The second in the sizes of Mixtral, which ships for such chips: machine code for whole tiles.
+    # The first as scheduled; the second in the sizes of Mixtral, which ships for such chips: machine code for
+    # whole tiles.
     [("v5e:2x4", 256, 128), ("v5p:2x2x1", 4096, 14336), ("h100:8", 256, 128)],
 )
 def test_a_compiled_step_has_the_products_of_an_even_router(topology: str, embed: int, mlp: int) -> None:
@@ -202,7 +203,7 @@ def test_a_compiled_step_has_the_products_of_an_even_router(topology: str, embed
     if topology == "h100:8":
         made = dataclasses.replace(made, kernels={**made.kernels, "experts": {"implementation": "mosaic"}})
     assert "experts" in made.kernels
-    proof = made.verify(loss, params, batch, optimizer).proof
+    proof = made.verify(loss, params, batch, optimizer, quick=topology == "v5e:2x4").proof
     assert proof is not None
     each = 32 * 128 / made.mesh["expert"] * 2
     assert proof.flops == pytest.approx(3 * 2 * each * (2 * 3 * embed * mlp + embed * 8), rel=0.02)

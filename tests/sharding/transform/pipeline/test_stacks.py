@@ -142,10 +142,6 @@ def worst(found: Any, wanted: Any) -> float:
         pytest.param(
             *("dense_then_experts", False, {"stage": 2}, 5, 15, 1, "delayed"), marks=pytest.mark.slow
         ),
-        pytest.param(
-            *("dense_then_experts", False, {"stage": 2, "fsdp": 2, "tensor": 2}, 5, 40, 1, "1f1b"),
-            marks=pytest.mark.slow,
-        ),
     ],
     ids=str,
 )
