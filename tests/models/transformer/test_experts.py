@@ -188,14 +188,15 @@ def plainly(name: str) -> tuple[Any, ...]:
     return model, params, state, batch, found
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
         ("qwen3-30b-a3b", {"data": 2, "expert": 2, "tensor": 2}),
-        pytest.param("deepseek-v3", {"fsdp": 2, "expert": 4}, marks=pytest.mark.slow),
-        pytest.param("deepseek-v3", {"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param("mixtral-8x7b", {"expert": 4, "tensor": 2}, marks=pytest.mark.slow),
+        ("deepseek-v3", {"fsdp": 2, "expert": 4}),
+        ("deepseek-v3", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("mixtral-8x7b", {"expert": 4, "tensor": 2}),
     ],
 )
 def test_a_published_mixture_reduced_trains_as_on_one_device(name: str, mesh: dict[str, int]) -> None:

@@ -259,7 +259,7 @@ def test_stages_that_were_not_searched_for_are_priced_when_asked_for() -> None:
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("name", ["decoder", "state_space"])
+@pytest.mark.parametrize("name", ["decoder", pytest.param("state_space", marks=pytest.mark.slow)])
 def test_a_stream_cut_over_the_tensor_axis_keeps_values(name: str) -> None:
     case = case_of(name)
     params, batch = case.arrays()

@@ -225,6 +225,7 @@ def mixture_of(layers=32, width=2048, count=8, rows=1024, time=64):
     return loss, params, {"x": shape((rows, time, width), "bfloat16")}
 
 
+@pytest.mark.slow
 def test_a_mixture_takes_stages_by_the_same_rule():
     args = mixture_of()
     found = planned("8*v5e:2x2", *args)

@@ -61,7 +61,7 @@ def sites() -> list[Any]:
 
 
 @pytest.mark.numerics(False)
-@pytest.mark.parametrize("topology", ["h100:1x8", "v5e:2x4"])
+@pytest.mark.parametrize("topology", ["h100:1x8", pytest.param("v5e:2x4", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind == "packed" else pytest.mark.slow) for kind in KINDS]
 )

@@ -121,7 +121,7 @@ def test_values_and_gradients(case: str) -> None:
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("axis", ["data", "stage"])
+@pytest.mark.parametrize("axis", ["data", pytest.param("stage", marks=pytest.mark.slow)])
 def test_the_kernel_runs_where_rows_are_worked_through_by_hand(axis: str) -> None:
     loss, params = loss_of(window=100), weights(2)
     mesh = {axis: 2, "context": 2, "tensor": 2}

@@ -178,7 +178,7 @@ def place(tree: Any, shardings: Any) -> Any:
         ("fsdp 8", "full", 4),
         pytest.param("data 8", "dots", 4, marks=pytest.mark.slow),
         pytest.param("data 4 x tensor 2", "full", 1, marks=pytest.mark.slow),
-        ("fsdp 4 x tensor 2", "dots", 1),
+        pytest.param("fsdp 4 x tensor 2", "dots", 1, marks=pytest.mark.slow),
         ("data 2 x fsdp 2 x tensor 2", "none", 4),
     ],
 )

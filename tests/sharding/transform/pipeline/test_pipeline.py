@@ -174,7 +174,7 @@ AS_COMPILED = pytest.mark.numerics(False)
             marks=[pytest.mark.slow, AS_COMPILED],
         ),
         pytest.param({"stage": 2}, tied, {}, marks=AS_COMPILED),
-        ({"stage": 2}, mixture, {}),
+        pytest.param({"stage": 2}, mixture, {}, marks=pytest.mark.slow),
     ],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
