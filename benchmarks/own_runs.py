@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -26,7 +28,7 @@ import jax
 import optax
 import yaml
 from measured.rows import csv_file
-from meshwright.models import decoder, preset
+from meshwright.models import Model, decoder, preset
 from meshwright.sharding import plan
 from meshwright.sharding.verify.verify import verify
 
@@ -48,6 +50,15 @@ class Row:
     compiled_bytes: float | None = None
 
 
+@functools.cache
+def _model(name: str, overrides: str) -> tuple[Model, Any]:
+    """Return a preset's model with a row's overrides, and the shapes of its parameters."""
+    words = (word.split("=") for word in overrides.split() if "=" in word)
+    changed = {key: yaml.safe_load(value) for key, value in words}
+    model = decoder(preset(name, **({"compute_dtype": "bfloat16"} | changed)))
+    return model, jax.eval_shape(model.init, jax.random.key(0))
+
+
 def estimated(row: Mapping[str, str], *, compiled: bool = False, calibration: Path | None = None) -> Row:
     """Return a row of the file with the Estimate of its plan, and what the compiler makes of it.
 
@@ -64,14 +75,12 @@ def estimated(row: Mapping[str, str], *, compiled: bool = False, calibration: Pa
     )
     if row["notes"] == "reference":
         return measured
-    words = (word.split("=") for word in row["overrides"].split() if "=" in word)
-    overrides = {key: yaml.safe_load(value) for key, value in words}
-    model = decoder(preset(row["preset"], **({"compute_dtype": "bfloat16"} | overrides)))
+    model, params = _model(row["preset"], row["overrides"])
     shape = int(row["batch"]), int(row["sequence"])
     # What a row calls its kernel, and whether its batch had segments.
     kernel, packed = row["attention"].split(",")[0].strip(), "no segments" not in row["attention"]
     batch = {key: jax.ShapeDtypeStruct(shape, "int32") for key in (*_BATCH, *(_PACKED if packed else ()))}
-    params, optimizer = jax.eval_shape(model.init, jax.random.key(0)), optax.adamw(3e-4)
+    optimizer = optax.adamw(3e-4)
     most = re.search(r"(\d+) segments", row["attention"])
     remat, *names = row["remat"].split()
     made = plan(
