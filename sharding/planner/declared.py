@@ -20,7 +20,7 @@ from ..paths import by_path, matches
 from ..plans.record import ArrayPlan, check_stages_keep
 from ..plans.specs import axes_in, by_dimension, cut_into
 from ..plans.vocabulary import EXACT, ONE_BY_ONE, check_accumulation
-from ..program.dims import batch_rows
+from ..program.dims import batch_rows, rows_further_on, rows_of_a_parameter
 from ..program.mixtures import experts_dims
 from ..program.program import Argument, Dim, Program
 from ..rules.application import is_pattern, mentioned
@@ -387,14 +387,17 @@ def _check_batch(
         led, needed = [batch_rows(program)], microbatches
         written = " x ".join(f"{axis}={size}" for axis, size in parts.items() if size > 1)
         if led[0] > 1 and devices > 1:
+            met = rows_of_a_parameter(program)
             raise UserError(
-                f"no array of the batch leads with rows of its own, which {written} could share out; give "
-                'rules={"batch": None} to leave them whole'
+                f"no array of the batch leads with rows of its own, which {written} could share out"
+                + (f", since {met}: look those up by numbers that come with the rows, or" if met else ";")
+                + ' give rules={"batch": None} to leave them whole'
             )
         if devices > 1:
             notes = (f"the batch has no rows to share out: every device along {written} does all its work",)
     for rows in led:
         if rows and rows % needed == 0:
             continue
-        raise IndivisibleBatch(indivisible(rows, parts, microbatches, needed))
+        why, further = indivisible(rows, parts, microbatches, needed), rows_further_on(program)
+        raise IndivisibleBatch(f"{why}; {further}" if further else why)
     return notes

@@ -59,6 +59,32 @@ def batch_rows(program: Program) -> int:
     return max(leads, key=leads.count, default=1)
 
 
+def rows_of_a_parameter(program: Program) -> str | None:
+    """Say which array of the data has a row for each entry of a parameter; None where there is none."""
+    for one in program.arguments:
+        if not one.is_data or not one.shape or one.shape[0] == 1:
+            continue
+        for other in program.parameters:
+            if any(set(one.dims[0]).intersection(dims) for dims in other.dims):
+                rows = f"{one.path or 'the batch'} {one.shape}"
+                return f"{rows} has a row for each entry of parameter {other.path} {other.shape}"
+    return None
+
+
+def rows_further_on(program: Program) -> str | None:
+    """Say which array of the data leads with what another that leads with the batch has further on."""
+    data = [a for a in program.arguments if a.is_data and a.shape]
+    for one in (a for a in data if a.dims[0] and a.dims[0] == program.batch_dims):
+        for other in data:
+            if other.dims[0] and other.shape[0] > 1 and other.dims[0] in one.dims[1:]:
+                at = one.dims.index(other.dims[0], 1)
+                return (
+                    f"{one.path} {one.shape} is read as {one.shape[0]} rows, and {other.path} {other.shape} "
+                    f"leads with dimension {at} of it: rows come first in each array"
+                )
+    return None
+
+
 def with_names_of_rows(
     arguments: Sequence[Argument], batch: tuple[int, ...], names: Sequence[str]
 ) -> tuple[Argument, ...]:

@@ -21,6 +21,7 @@ from ...transform.accumulation.proof import (
     prepared_bytes,
     prepared_in_words,
     proved,
+    silent_in_words,
     tables_in_words,
 )
 
@@ -114,6 +115,7 @@ class PartsProof:
             *tables_in_words(found, [one.path for one in self.program.arguments if one.is_data]),
             *opened_in_words(found),
             *apart_in_words(found, paths),
+            *silent_in_words(found),
         )
 
     def _proved(self, parts: int) -> InParts | UserError:

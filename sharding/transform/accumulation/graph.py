@@ -76,6 +76,8 @@ class PartGraph:
         self.calls: list[core.JaxprEqn] = []
         # What parts compute with parameters, as the program has it.
         self._learning: list[core.JaxprEqn] = []
+        # Lines of what gives nothing, such as a print, which parts leave out.
+        self.silent: list[str] = []
         # Why manual regions are read as what all their devices do together.
         self.opened: list[NotInParts] = []
         self._made: dict[Hashable, Held] = {}
@@ -291,6 +293,8 @@ class PartGraph:
                 assert value.why is not None
                 return self.mixed(eqn, value.why)
         self._at = eqn
+        if not eqn.outvars:
+            self.silent.append(f"{eqn.primitive.name} at {self.where(eqn)}")
         light = self.of_data is not None and not any(value.heavy for value in ins)
         try:
             whole = all(value.kind is Kind.SHARED for value in ins)
@@ -347,7 +351,7 @@ class PartGraph:
         is this graph's if not given.
         """
         inner = PartGraph(self.parts, reading or self.reading, cut=False)
-        inner.calls = list(self.calls)
+        inner.calls, inner.silent = list(self.calls), self.silent
         values = []
         for number, (var, outer) in enumerate(zip(closed.jaxpr.invars, ins, strict=True)):
             lost = shift[number] if shift else 0

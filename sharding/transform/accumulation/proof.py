@@ -368,6 +368,12 @@ def tables_in_words(read: InParts, paths: Sequence[str]) -> tuple[str, ...]:
     )
 
 
+def silent_in_words(read: InParts) -> tuple[str, ...]:
+    """Say what gives nothing to the loss, and is left out."""
+    found = dict.fromkeys(read.graph.silent)
+    return (f"microbatches leave out what gives nothing to the loss: {', '.join(found)}",) if found else ()
+
+
 def opened_in_words(read: InParts) -> tuple[str, ...]:
     """Say which manual regions are laid out by XLA, and why."""
     return tuple(

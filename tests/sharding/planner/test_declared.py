@@ -326,3 +326,41 @@ def test_a_bias_for_each_row_has_its_sequence_behind_the_heads(heads: int) -> No
     plan = declare(loss, params, {"x": x, "bias": bias}, topology="cpu:8", mesh=mesh)
     assert plan.batch["x"].spec == ("data", "context")
     assert plan.batch["bias"].spec == ("data", None, "context")
+
+
+def by_time(params: Any, batch: Any) -> Any:
+    start = jnp.zeros_like(batch["y"])
+    last, _ = jax.lax.scan(lambda h, x: (jnp.tanh(h @ params["w"] + x), None), start, batch["x"])
+    return jnp.square(last - batch["y"]).mean()
+
+
+def of_each_row(params: Any, batch: Any) -> Any:
+    return jnp.square(batch["x"] @ params["w"] + params["own"][:, None]).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "own", "batch", "sentence"),
+    [
+        (
+            by_time,
+            {},
+            {"x": (6, ROWS, 8), "y": (ROWS, 8)},
+            r"a batch of 6 rows does not divide by data=8; .*; x \(6, 16, 8\) is read as 6 rows, and y "
+            r"\(16, 8\) leads with dimension 1 of it: rows come first in each array",
+        ),
+        (
+            of_each_row,
+            {"own": (ROWS,)},
+            {"x": (ROWS, 8)},
+            r"which data=8 could share out, since x \(16, 8\) has a row for each entry of parameter own "
+            r"\(16,\): look those up by numbers that come with the rows",
+        ),
+    ],
+    ids=["time first", "a parameter of each row"],
+)
+def test_a_batch_whose_rows_are_not_its_own_is_told_why(
+    loss: Any, own: Any, batch: Any, sentence: str
+) -> None:
+    params = shapes(w=(8, 8), **own)
+    with pytest.raises(UserError, match=sentence):
+        declare(loss, params, shapes(**batch), topology="cpu:8", mesh={"data": 8})

@@ -84,17 +84,25 @@ def broadcast_in_dim(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[
 
 def reshape(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     """Read a reshape: the part's factor keeps its place in the order of all elements."""
-    v, sizes = ins[0], eqn.params["new_sizes"]
-    if eqn.params.get("dimensions") is not None:
-        raise NotInParts("reshape with an order of its own")
+    v, sizes = _in_order(g, eqn, ins[0]), eqn.params["new_sizes"]
     before, done = math.prod(v.shape[: v.form.axis]) * v.form.pre, 1
     for axis, size in enumerate(sizes):
         if done <= before < done * size and size > 1:
             if before % done or size % (before // done * g.parts):
                 break
-            return g.bind(eqn, ins, [examples(axis, before // done)], new_sizes=g.small(sizes, axis))
+            form = examples(axis, before // done)
+            return g.bind(eqn, [v], [form], new_sizes=g.small(sizes, axis), dimensions=None)
         done *= size
     raise NotInParts(f"a reshape groups the examples so that {g.parts} parts do not come out whole")
+
+
+def _in_order(g: PartGraph, eqn: core.JaxprEqn, v: Held) -> Held:
+    """Return what `eqn` reshapes with its dimensions in the order that it reads them in."""
+    order = eqn.params.get("dimensions")
+    if order is None:
+        return v
+    turned = Held(tuple(v.shape[d] for d in order), v.dtype, v.form.at(list(order).index(v.form.axis)))
+    return g.emit(lambda _, array: [lax.transpose(array, order)], [v], [turned])[0]
 
 
 def squeeze(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:

@@ -38,6 +38,9 @@ def drawn(x):
 MOVES = {
     "reshape": lambda p, h: h.reshape(ROWS, TIME * WIDTH)[:, 3],
     "rows and time as one": lambda p, h: jnp.tanh(h.reshape(ROWS * TIME, WIDTH)),
+    "reshape in another order": lambda p, h: (
+        jax.lax.reshape(h, (WIDTH, ROWS * TIME), dimensions=(2, 0, 1)) * jnp.arange(ROWS * TIME)
+    ),
     "squeeze": lambda p, h: jnp.squeeze(h[None, :, :1], (0, 2)),
     "transpose": lambda p, h: h.transpose(2, 0, 1) * jnp.arange(1.0, TIME + 1),
     "rev": lambda p, h: jnp.flip(h, 1) * jnp.arange(WIDTH),

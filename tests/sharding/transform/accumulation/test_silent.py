@@ -286,3 +286,15 @@ def test_a_gradient_of_aux_values_is_refused_rather_than_nothing():
     np.testing.assert_allclose(
         doubled["w"], 2 * jax.grad(lambda p: loss(p, batch)[0])(params)["w"], rtol=1e-4
     )
+
+
+def test_what_only_prints_is_said_to_be_left_out():
+    def loss(p, b):
+        h = b["x"] @ p["w"]
+        jax.debug.print("mean {}", h.mean())
+        return jnp.square(h - b["y"]).mean()
+
+    made = check(loss, arguments()[1])
+    (said,) = [note for note in made.notes if "leave out" in note]
+    assert "at " in said
+    assert "test_silent.py:" in said
