@@ -65,6 +65,8 @@ def _rules() -> dict[str, Rule]:
         name: moves.along("axis")
         for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "top_k")
     }
+    found["approx_top_k"] = moves.along("reduction_dimension")
+    found["reduce"] = sums.reduce_by
     found["sort"] = moves.along("dimension")
     names = ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
     found |= dict.fromkeys(names, lookups.scatter)

@@ -53,6 +53,16 @@ def reduce(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
     return [_learnt(g, v, out, tuple(axes))] if id(eqn) in g.ties else [out]
 
 
+def reduce_by(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]:
+    """Read a reduction by a function of one's own, of arrays and of as many numbers that it begins with."""
+    axes, form = eqn.params["dimensions"], one_of(ins).form
+    if form.axis in axes:
+        raise NotInParts("a reduction by a function of one's own over the examples")
+    out = form.at(form.axis - sum(a < form.axis for a in axes))
+    ready = [g.bring(one, form) if one.shape else g.shared(one) for one in ins]
+    return g.bind(eqn, ready, [out] * len(eqn.outvars))
+
+
 def _learnt(g: PartGraph, v: Held, extreme: Held, axes: tuple[int, ...]) -> Held:
     """Return a maximum over the examples whose gradient goes in equal parts to all that reach it."""
     top = _stopped(g, g.complete(extreme))

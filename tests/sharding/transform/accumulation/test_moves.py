@@ -66,6 +66,10 @@ MOVES = {
     "window of one's own": lambda p, h: jax.lax.reduce_window(
         jax.lax.stop_gradient(h), -jnp.inf, jnp.logaddexp, (1, 2, 1), (1, 1, 1), "VALID"
     ),
+    "reduced by a function of one's own": lambda p, h: jax.lax.reduce(
+        jax.lax.stop_gradient(h), -jnp.inf, jnp.logaddexp, (1,)
+    ),
+    "the largest, perhaps": lambda p, h: jax.lax.approx_max_k(h, 2)[0],
     "fft": lambda p, h: jnp.abs(jnp.fft.rfft(h, axis=1)) ** 2,
     "none of the rows": lambda p, h: jnp.concatenate([h[:0], h, jnp.zeros((0, TIME, WIDTH))]) ** 2,
     "split into none and all": lambda p, h: jnp.concatenate(jnp.split(h * h, [0, ROWS])[::-1]),
@@ -88,6 +92,10 @@ MEETINGS = {
     "window": (
         lambda p, h: jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (2, 1, 1), (1, 1, 1), "VALID"),
         "window",
+    ),
+    "reduced by a function of one's own": (
+        lambda p, h: jax.lax.reduce(jax.lax.stop_gradient(h), -jnp.inf, jnp.logaddexp, (0,)),
+        "a function of one's own over the examples",
     ),
     "fft": (lambda p, h: jnp.abs(jnp.fft.rfft(h[..., 0], axis=0)) ** 2, "examples"),
 }
