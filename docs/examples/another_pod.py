@@ -10,7 +10,7 @@ ROWS, SEQUENCE = 512, 8192
 
 def main() -> None:
     model = decoder(preset("llama3-8b", compute_dtype="bfloat16"))
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     batch = dict.fromkeys(("tokens", "targets"), jax.ShapeDtypeStruct((ROWS, SEQUENCE), "int32"))
     plans = [
         plan(model.loss, params, batch, topology=pod, optimizer=optax.adamw(3e-4), names=model.names)

@@ -27,6 +27,7 @@ from .document import (
 )
 
 _STYLE = pathlib.Path(__file__).with_name("page.css")
+_CLASS = ".meshwright-plan"
 # A page shows so many times the rows that a terminal does, and the others to who asks.
 _EARLY = 2
 _TAGS = {"strong": "b", "soft": "small", "code": "code", "good": "em", "bad": "strong"}
@@ -51,7 +52,8 @@ def fragment(document: Document) -> str:
     header = f"<h1>{escape(document.title)}</h1>" + (f'<dl class="figures">{figures}</dl>' if figures else "")
     header += "".join(f'<p class="warning">{escape(warning)}</p>' for warning in document.warnings)
     chapters = "".join(map(_chapter, document.chapters))
-    style = _STYLE.read_text(encoding="utf-8")
+    # Notebooks lay tables, lists and headings out by selectors of up to two classes: ours have three.
+    style = _STYLE.read_text(encoding="utf-8").replace(_CLASS, 3 * _CLASS)
     return f'<style>{style}</style><div class="meshwright-plan"><header>{header}</header>{chapters}</div>'
 
 
