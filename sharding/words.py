@@ -1,7 +1,8 @@
-"""How sizes, times and layouts are written in sentences."""
+"""How sizes, times, lines and layouts are written in sentences."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 _GIB = 2**30
@@ -22,6 +23,13 @@ def seconds(time: float) -> str:
         if time >= size:
             return f"{time / size:.3g} {unit}"
     return f"{time / 1e-6:.3g} µs"
+
+
+def file_or_cell(file: str) -> str:
+    """Return what a notebook calls the cell that a file stands for, ``In[2]``; other files as they are."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    named = getattr(getattr(shell, "compile", None), "format_code_name", lambda file: None)(file)
+    return named[1] if named else file
 
 
 def first_of(names: Iterable[object], most: int = 3, between: str = ", ") -> str:

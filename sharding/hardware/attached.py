@@ -7,12 +7,13 @@ Neither matters without a device.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pathlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,18 @@ def quiet_absent() -> None:
     """
     attached = attached_accelerators()
     quiet(*(kind for kind in QUIETING if kind not in attached))
+
+
+@contextlib.contextmanager
+def quieted() -> Iterator[None]:
+    """Quiet the plugins of absent accelerators while JAX may look for devices, and set nothing for good."""
+    before = dict(os.environ)
+    quiet_absent()
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
 
 
 def quiet(*kinds: str) -> None:

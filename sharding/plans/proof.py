@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..hlo.text import SourceLine
+from ..words import file_or_cell
 
 # A file of code by its whole path, before the number of a line, where a word of a sentence begins.
 _LINE = re.compile(r"(?:(?<=[\s(])|^)/[^:()]*?\.py(?=:\d)")
@@ -154,7 +155,7 @@ def nearby(file: str) -> str:
     >>> nearby("/somewhere/else/models/mlp.py"), nearby("models/transformer/mlp.py")
     ('models/mlp.py', 'models/transformer/mlp.py')
     """
-    path, here = pathlib.PurePath(file), pathlib.Path.cwd()
+    path, here = pathlib.PurePath(file_or_cell(file)), pathlib.Path.cwd()
     if not path.is_absolute():
         return path.as_posix()
     return (

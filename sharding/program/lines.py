@@ -7,20 +7,22 @@ from typing import Any
 
 from jax.extend import source_info_util
 
+from ..words import file_or_cell
+
 _OURS = str(pathlib.Path(__file__).parents[1])
 # Where packages are installed: a layer of a library stands for the line that calls it.
 _INSTALLED = ("site-packages", "dist-packages")
 
 
 def line_of(equation: Any) -> str:
-    """Return file, line and function of `equation`, ``model.py:12 (forward)``.
+    """Return file, line and function of `equation`, ``model.py:12 (forward)``; ``In[2]:12`` in a notebook.
 
     The innermost frame that is neither of an installed package nor of this one; where there is none, what JAX
     takes for the user's.
     """
     traceback = equation.source_info.traceback
     for frame in () if traceback is None else traceback.frames:
-        name = frame.file_name
+        name = file_or_cell(frame.file_name)
         if not name.startswith((_OURS, "<")) and not any(part in name for part in _INSTALLED):
             function = frame.function_name.rpartition("<locals>.")[2]
             return f"{name}:{frame.line_num} ({function})"

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import UserError, wrong
+from ..words import file_or_cell
 from .jaxpr import asked
 from .leaves import NUMBERS, check_leaves, in_words
 from .untraceable import told
@@ -117,6 +118,7 @@ def _named(loss: Callable[..., Any]) -> str:
         loss = loss.func
     name = getattr(loss, "__name__", type(loss).__name__)
     code = getattr(inspect.unwrap(loss), "__code__", None)
-    if code is None or code.co_filename.startswith("<"):
+    file = "<" if code is None else file_or_cell(code.co_filename)
+    if code is None or file.startswith("<"):
         return name
-    return f"{name}, {pathlib.Path(code.co_filename).name}:{code.co_firstlineno}"
+    return f"{name}, {pathlib.Path(file).name}:{code.co_firstlineno}"

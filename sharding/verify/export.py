@@ -12,6 +12,7 @@ from jax import export
 from jax.sharding import AbstractMesh, AxisType
 
 from ..errors import UserError
+from ..hardware.attached import quieted
 from ..hardware.topology import Topology
 from ..ops.cudnn import CUSTOM_CALLS, described
 from ..paths import by_path
@@ -76,7 +77,8 @@ def export_step(
     try:
         # The checks are for programs that a later version runs; this one is compiled at once and dropped.
         calls = [export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
-        with described() if platform == "cuda" else contextlib.nullcontext():
+        # Lowering asks JAX for a device, though none is used.
+        with quieted(), described() if platform == "cuda" else contextlib.nullcontext():
             exported = export.export(jitted, platforms=(platform,), disabled_checks=calls)(*leaves)
     except NotImplementedError as error:
         raise UserError(f"the step cannot be lowered for {platform}: {error}") from None

@@ -17,6 +17,22 @@ from meshwright.sharding import Topology
 simulate(2)
 print(Topology.local())
 """
+# A step is lowered for a pod: JAX looks for devices of its own, and none is used.
+VERIFIES = """
+import os
+import jax.numpy as jnp
+import optax
+from jax import ShapeDtypeStruct as Shape
+from meshwright.sharding import plan
+
+before = dict(os.environ)
+found = plan(
+    lambda w, x: jnp.mean(x @ w), Shape((64, 64), "float32"), Shape((64, 64), "float32"),
+    topology="v5e:2x4", optimizer=optax.sgd(0.1),
+)
+print(f"not on a cpu, in {found.verify(quick=True).proof.peak_bytes} bytes")
+assert dict(os.environ) == before
+"""
 IMPORTS = """
 import logging, os, sys
 import jax
@@ -36,7 +52,9 @@ assert {name: level for name, level in loggers().items() if name in levels} == l
 
 @pytest.mark.skipif(bool(attached.attached_accelerators()), reason="there is an accelerator to be told of")
 @pytest.mark.parametrize(
-    "arguments", [("-c", USES_DEVICES), ("-m", "pytest", "-q", "-s", "test_of_a_user.py")]
+    "arguments",
+    [("-c", USES_DEVICES), ("-c", VERIFIES), ("-m", "pytest", "-q", "-s", "test_of_a_user.py")],
+    ids=["simulates", "verifies", "tests"],
 )
 def test_installed_plugins_of_absent_devices_say_nothing(
     arguments: tuple[str, ...], tmp_path: pathlib.Path
