@@ -43,7 +43,7 @@ _SILENCE = 10.0
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@app.command()
+@app.command(short_help="Train a model, or go on where a run stopped.")
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -62,7 +62,7 @@ def train(
     raise typer.Exit(run(settings))
 
 
-@app.command()
+@app.command(short_help="Find the fastest layout, and have the compiler prove it.")
 def plan(
     config: Annotated[
         pathlib.Path | None, typer.Argument(metavar="CONFIG", help="YAML file of settings.")
@@ -152,7 +152,7 @@ def _check(settings: Any, found: Any, facts: dict[str, Any] | None) -> None:
     raise typer.Exit(int(not checked.passes))
 
 
-@app.command()
+@app.command(short_help="Train in several processes on this machine.")
 def launch(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -164,7 +164,7 @@ def launch(
     raise typer.Exit(launch_training(config, overrides or [], processes))
 
 
-@app.command()
+@app.command(short_help="Say where the steps' time went.")
 def profile(
     run: Annotated[
         pathlib.Path, typer.Argument(metavar="RUN", help="Folder of a run, or of any traces, or one trace.")
@@ -259,7 +259,7 @@ def checkpoint(
     raise typer.Exit(int(any(record.fault for record in records)))
 
 
-@app.command()
+@app.command(short_help="Print all settings and what they mean.")
 def config(
     file: Annotated[
         pathlib.Path | None, typer.Argument(metavar="[CONFIG]", help="Print this file resolved.")
@@ -278,7 +278,7 @@ def config(
         print(describe_settings())
 
 
-@app.command()
+@app.command(short_help="Time what the devices here reach.")
 def calibrate(
     out: Annotated[
         pathlib.Path | None,
@@ -309,7 +309,7 @@ def calibrate(
     typer.echo(f"{path} (digest {found.digest}); a config takes it up with `calibration: {path}`")
 
 
-@app.command()
+@app.command(short_help="Say what is here, and what is wrong.")
 def doctor(
     as_json: Json = False,
     kernels: Annotated[
