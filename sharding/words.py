@@ -10,11 +10,11 @@ _NAMES_SHOWN = 3
 
 
 def gib(size: float) -> str:
-    """Write bytes in GiB, in MiB below a tenth of one, in KiB below a tenth of that."""
-    for unit, one in (("GiB", _GIB), ("MiB", 2**20)):
+    """Write bytes in GiB, in MiB below a tenth of one, in KiB below a tenth of that, else as they are."""
+    for unit, one in (("GiB", _GIB), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= one / 10:
             return f"{size / one:.1f} {unit}"
-    return f"{size / 2**10:.1f} KiB"
+    return f"{size:.0f} B"
 
 
 def seconds(time: float) -> str:

@@ -192,8 +192,8 @@ def time_text(time: float) -> str:
 
 
 def size_text(size: float) -> str:
-    """Write bytes as `gib` does, and few of them as such."""
-    return gib(size) if size >= 2**10 / 10 else f"{size:.0f} B" if size else "0"
+    """Write bytes as `gib` does, and none at all as ``0``."""
+    return gib(size) if size else "0"
 
 
 def change(before: float | None, after: float | None) -> str:
