@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import contexts
+import hypothesis
 import pytest
 from forks import forked
 from meshwright.runtime.testing import processes as ranks
@@ -63,6 +64,10 @@ def pytest_configure(config: pytest.Config) -> None:
     quiet_absent()
     _compile_fast()
     _fork(config)
+    # Other processes share the cores: a test is not wrong because it took its time.
+    slow = hypothesis.HealthCheck.too_slow
+    hypothesis.settings.register_profile("shared", deadline=None, suppress_health_check=[slow])
+    hypothesis.settings.load_profile("shared")
     config.addinivalue_line("markers", "numerics: only values are looked at; see tests/conftest.py")
     config.addinivalue_line(
         "markers", "primitives: each case is other primitives of JAX; see tests/conftest.py"
