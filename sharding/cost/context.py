@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..ops.attention import AttentionCall, attention_call
 from ..ops.context.order import moved_share
 from ..ops.context.taken import CONTEXT, Site
@@ -260,3 +262,23 @@ def context_bytes(calls: Sequence[LaidCall], word: str) -> float:
     """Return the bytes that the largest call needs on a device beside its operands."""
     ways = ((one, one.way(word)) for one in calls)
     return max((one.held(way) for one, way in ways if way is not None), default=0.0)
+
+
+def kept_gathered(
+    calls: Sequence[LaidCall], word: str, kept: np.ndarray, read: Mapping[int, tuple[int, int]]
+) -> float:
+    """Return the bytes of keys and values kept as they are gathered, beside a device's own part of them.
+
+    Args:
+      calls: as a device has them.
+      word: the plan's, for the way that they take.
+      kept: which values [V] are kept on the device.
+      read: call's index → the keys and the values that its kernel reads, in V.
+    """
+    more = 0.0
+    for one in calls:
+        if one.way(word) == GATHERED and not one.sizes.whole and one.index in read:
+            keys, values = (bool(kept[index]) for index in read[one.index])
+            part = one.key * (keys * one.wide + values * one.value_wide) / (one.wide + one.value_wide)
+            more += (one.parts - 1) * part * one.runs
+    return more

@@ -56,6 +56,7 @@ class Execution:
       product_bytes: of an element as products take it, None for its own.
       takes_out: whether what a loop works with of an array that it carries is taken out of it.
       rings: fewest devices of an axis that parts of a product go round, 0 for none.
+      keeps_gathered: whether keys and values that a kernel reads gathered over `context` are kept so.
       fuses_products: whether products make what is elementwise before them, and add to what another gave.
       host_rate: bytes a second of a value on its way to the host or back that work is scheduled beside.
       grouped: what multiplies rows by their experts: XLA's loop over tiles or a kernel (`ops.products`).
@@ -83,6 +84,7 @@ class Execution:
     takes_out: bool = False
     rings: int = 0
     fuses_products: bool = False
+    keeps_gathered: bool = False
     host_rate: float | None = None
     grouped: str = TILES
     wide_gradients: bool = False
@@ -142,6 +144,7 @@ def execution_for(
         takes_out=compiler.takes_out,
         rings=compiler.rings,
         fuses_products=compiler.fuses_products,
+        keeps_gathered=compiler.keeps_gathered,
         host_rate=compiler.host_rate,
         grouped=grouped,
     )

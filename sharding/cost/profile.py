@@ -144,7 +144,8 @@ class ProgramTables:
     """The tables of one program; sizes are unsharded.
 
     priority [D] orders dims that want the same mesh axis: those of parameters come first; attended are the
-    values that kernels of attention give, `kernels` the calls that are fused. `main`, `counts` and `through`
+    values that kernels of attention give, `attending` the keys and values that each reads, by its call, and
+    `kernels` the calls that are fused. `main`, `counts` and `through`
     are as of `Flat`; `along` holds what `placement` has found out of mesh axes by themselves.
     """
 
@@ -171,6 +172,7 @@ class ProgramTables:
     main: int = 0
     counts: tuple[int, ...] = (1,)
     through: tuple[tuple[int, ...], ...] = ((),)
+    attending: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     along: dict[object, Any] = dataclasses.field(default_factory=dict, init=False)
 
 
@@ -192,6 +194,7 @@ def profile(program: Program, *, kernels: frozenset[int] = frozenset()) -> Progr
         products=_products(flat, owners, count),
         short_sums=tuple(_short_sums(flat)),
         attended=tuple(call.outs[0] for call in flat.calls),
+        attending={call.equation: (call.ins[1], call.ins[2]) for call in flat.calls},
         kernels=kernels,
         groups=fuse(flat),
         parameters=_parameters(program, flat, count),

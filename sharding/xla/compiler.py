@@ -62,6 +62,8 @@ class Compiler:
         it counts on the link's own.
       one_ring: what is gathered or scattered over a part of one torus axis and others beside it goes round
         all of them as one ring, by two of a chip's links; over whole axes each is a ring.
+      keeps_gathered: keys and values that a kernel reads whole, gathered over `context`, are kept for the
+        gradient as they are gathered, where they are kept as the kernel reads them.
       passes_whole: it ends itself on the passes of a pipeline's chunk where they are cut in two, beside an
         axis that it works with by itself.
     """
@@ -88,6 +90,7 @@ class Compiler:
     shows_schedule: bool = False
     host_rate: float | None = None
     one_ring: bool = False
+    keeps_gathered: bool = False
     passes_whole: bool = False
 
 

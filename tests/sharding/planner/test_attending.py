@@ -112,6 +112,18 @@ def test_a_ring_of_a_kernel_s_pieces_takes_what_merging_them_moves() -> None:
     assert ring - heads == pytest.approx(7 * (forward + backward) * array / rate, rel=1e-3)
 
 
+def test_keys_and_values_that_a_kernel_reads_gathered_are_kept_so_on_tpus() -> None:
+    def kept(topology: str, way: str) -> float:
+        estimate = planned(BOTH_WAYS, topology=topology, mesh={"context": 8}, context=way).estimate
+        assert estimate is not None
+        return estimate.memory["saved_activations"]
+
+    # Two rows of 1,024 tokens of a device, eight heads of 64 in two bytes: seven times as much beside them.
+    part = 2 * 1024 * 8 * 64 * 2
+    assert kept("v5e:2x4", "gathered") - kept("v5e:2x4", "heads") == 7 * 2 * part
+    assert kept("h100:1x8", "gathered") == kept("h100:1x8", "heads")
+
+
 def test_a_call_that_the_kernel_does_not_take_is_blocks_beside_one_that_it_takes() -> None:
     asked = {"topology": "h100:1x8", "mesh": {"context": 8}, "context": "heads"}
     alone = attending(GLOBAL, **asked), attending(CAPPED, **asked)
