@@ -45,9 +45,13 @@ def find_steps(trace: Trace, module: str, *, sure: bool = False) -> FoundSteps:
         if any(found.values()):
             kept = {device: _uncut(own[device], module, each) for device, each in found.items()}
             late = {device: _late(events, trace) for device, events in own.items() if found[device]}
-            return FoundSteps(
-                windows=kept, notes=(*_said_late(late), *_cut_steps(found, kept), *uneven(found))
+            notes = (
+                *_said_late(late),
+                *_cut_steps(found, kept),
+                *uneven(found),
+                *_of_others(own, module, kept),
             )
+            return FoundSteps(windows=kept, notes=notes)
     if any(trace.device_steps.values()):
         windows = {device: _of_device(trace.device_steps.get(device, ())) for device in own}
         how = "the steps are those of the trace's own lines of steps"
@@ -188,6 +192,21 @@ def _cut_steps(
     return (f"steps that the trace cuts are left out: {said}",) if said else ()
 
 
+def _of_others(
+    own: Mapping[str, Sequence[OpEvent]], module: str, windows: Mapping[str, Sequence[StepWindow]]
+) -> tuple[str, ...]:
+    """Say which numbered steps hold no execution of the program that most time went to."""
+    found: set[int] = set()
+    for device, each in windows.items():
+        ends = sorted(e.end_ns for e in executions_of(own[device]) if e.module == module)
+        for window in each:
+            place = bisect_right(ends, window.start_ns)
+            if ends and (place == len(ends) or ends[place] > window.end_ns):
+                found.add(window.step)
+    numbers = ", ".join(map(str, sorted(found)))
+    return (f"steps without {module}, which count in the means: {numbers}",) if found else ()
+
+
 def _before(events: Sequence[OpEvent], first_ns: float) -> float:
     """Return until when the device was at work that was launched before its first step."""
     ends = (e.end_ns for e in events if e.start_ns < first_ns and e.role == "run" and not e.copy)
@@ -201,7 +220,10 @@ def _adjoining(
     begin = None
     for place in sorted(ends):
         span = steps[place]
-        begin = min(max(span.start_ns, before_ns), first_ns) if begin is None else begin
+        if begin is None:
+            begin = min(max(span.start_ns, before_ns), first_ns)
+        elif place - 1 not in ends:  # what a step that is missing took is not the next one's
+            begin = max(begin, min(span.start_ns, ends[place]))
         number = span.step if span.step is not None else place
         end = max(begin, ends[place])
         windows.append(StepWindow(step=number, start_ns=begin, end_ns=end))

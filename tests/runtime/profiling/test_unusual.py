@@ -180,3 +180,26 @@ def test_executions_that_the_host_does_not_name_are_those_of_the_kernels_launche
     found = profile(gpu)
     assert walls(found) == [(0, 90), (1, 90), (2, 90)]
     assert not any("incomplete" in note or "launches" in note for note in found.notes)
+
+
+def test_numbered_steps_of_another_program_are_said_beside_the_means():
+    gpu = Gpu()
+    for k in range(6):
+        module, program = ("jit_eval", "2") if k in (2, 5) else ("jit_step", "1")
+        gpu.execution(1000 * k, moved(1000 * k + 100), module=module, program=program)
+        gpu.step(10 + k, 1000 * k - 1, 1000 * k + 40)
+    assert "steps without jit_step, which count in the means: 12, 15" in profile(gpu).notes
+
+
+def test_a_step_after_one_that_a_device_lacks_is_no_longer_for_it():
+    gpu = Gpu(devices=2)
+    for k in range(4):
+        for device in range(2):
+            if (device, k) != (1, 2):
+                thread = f"thread {device}"
+                gpu.execution(1000 * k, moved(1000 * k + 100), device=device, thread=thread, ordinal=device)
+        gpu.step(k, 1000 * k - 1, 1000 * k + 30)
+    found = profile(gpu)
+    wall = {(step.step, step.device): round(step.wall_seconds * 1e9) for step in found.steps}
+    assert (wall[3, "gpu:0"], wall[3, "gpu:1"]) == (1000, 191)
+    assert "not every device has all 4 steps: gpu:1 3" in found.notes
