@@ -258,27 +258,34 @@ def _ordered(link: Link, moved: Balanced) -> float:
     return one_way + max(_exchanged(link, moved.out), link.point_to_point(moved.out, 2.0))
 
 
-def context_bytes(calls: Sequence[LaidCall], word: str) -> float:
-    """Return the bytes that the largest call needs on a device beside its operands."""
-    ways = ((one, one.way(word)) for one in calls)
-    return max((one.held(way) for one, way in ways if way is not None), default=0.0)
+def context_memory(
+    items: Mapping[str, float],
+    calls: Sequence[LaidCall],
+    candidate: Candidate,
+    gathered: np.ndarray,
+    read: Mapping[int, tuple[int, int]],
+) -> dict[str, float]:
+    """Return items of `items` with what calls hold beside their operands, and of what is kept gathered.
 
-
-def kept_gathered(
-    calls: Sequence[LaidCall], word: str, kept: np.ndarray, read: Mapping[int, tuple[int, int]]
-) -> float:
-    """Return the bytes of keys and values kept as they are gathered, beside a device's own part of them.
+    Over stages what is kept is counted in parts.
 
     Args:
+      items: item → bytes on a device.
       calls: as a device has them.
-      word: the plan's, for the way that they take.
-      kept: which values [V] are kept on the device.
+      candidate: for the word by which they take their way.
+      gathered: which values [V] are kept as they are gathered for a call, where they are.
       read: call's index → the keys and the values that its kernel reads, in V.
     """
-    more = 0.0
+    held = kept = 0.0
     for one in calls:
-        if one.way(word) == GATHERED and not one.sizes.whole and one.index in read:
-            keys, values = (bool(kept[index]) for index in read[one.index])
+        way = one.way(candidate.context or "")
+        held = max(held, one.held(way) if way is not None else 0.0)
+        whole = one.sizes.whole or candidate.mesh.get("stage", 1) > 1
+        if way == GATHERED and not whole and one.index in read:
+            keys, values = (bool(gathered[index]) for index in read[one.index])
             part = one.key * (keys * one.wide + values * one.value_wide) / (one.wide + one.value_wide)
-            more += (one.parts - 1) * part * one.runs
-    return more
+            kept += (one.parts - 1) * part * one.runs
+    return {
+        "communication": items["communication"] + held,
+        "saved_activations": items["saved_activations"] + kept,
+    }

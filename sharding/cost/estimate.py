@@ -18,7 +18,7 @@ from .calibration import Calibration, calibration_for
 from .candidate import Candidate
 from .collectives import Link, joint_link
 from .compute import AttendedSeconds, Busy, Passes, layer_product, passes, peak_flops
-from .context import Attending, SpreadCall, context_bytes, context_seconds, kept_gathered, laid_calls
+from .context import Attending, SpreadCall, context_memory, context_seconds, laid_calls
 from .delayed import kept_bytes, late_seconds
 from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables_read_there
 from .execution import Execution, execution_for
@@ -206,13 +206,9 @@ class Pricer:
         )
         items = max(found, key=lambda items: sum(items.values()))
         if candidate.context is not None:
+            kept = self.kept(candidate).device & self.execution.keeps_gathered
             calls = laid_calls(self._calls, candidate)
-            items["communication"] += context_bytes(calls, candidate.context)
-            if self.execution.keeps_gathered and candidate.mesh.get("stage", 1) == 1:
-                kept = self.kept(candidate).device
-                items["saved_activations"] += kept_gathered(
-                    calls, candidate.context, kept, self.profile.attending
-                )
+            items |= context_memory(items, calls, candidate, kept, self.profile.attending)
         if self._ahead is not None and candidate.microbatches > 1:
             items["prepared"] = self._ahead.of_device(candidate)
         return {name: float(size) for name, size in items.items()}
