@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -14,17 +15,17 @@ import pipeline_models
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
 
 FEW = {"mesh": {"stage": 2, "data": 2}, "microbatches": 4}
-MANY = {"mesh": {"stage": 2, "fsdp": 2, "tensor": 2}, "microbatches": 4, "interleave": 2}
+MANY = {"mesh": {"stage": 2, "fsdp": 2, "tensor": 2}, "microbatches": 4}
 
 
 @pytest.mark.parametrize(
     ("name", "scanned", "how"),
     [
         pytest.param("mixture", False, FEW, marks=pytest.mark.slow),
-        # Scanned and in a loop by turns.
+        # In a loop and, in two chunks a stage, scanned by turns. `test_together.py` has a loop in two.
         *(
-            pytest.param(name, number % 2 == 1, MANY, marks=pytest.mark.slow)
-            for number, name in enumerate(pipeline_models.MODELS)
+            pytest.param(name, scanned, MANY | {"interleave": 1 + scanned}, marks=pytest.mark.slow)
+            for name, scanned in zip(pipeline_models.MODELS, itertools.cycle((False, True)))
         ),
     ],
     ids=str,
