@@ -255,9 +255,7 @@ class PlannedLoss:
             return with_gradients(self._part, parts, batch, *state)
         if self._plan.accumulation == EXACT:
             run = self._run(params, batch, *state)
-            if isinstance(run, Run):
-                return run.value_and_grad(parts.places, params, batch, *state, cotangent=cotangent)
-            return run.value_and_grad(parts.places, params, batch, *state)
+            return run.value_and_grad(parts.places, params, batch, *state, cotangent=cotangent)
         return mean_of_parts(
             lambda part: with_gradients(self._part, parts, part),
             batch,
@@ -267,10 +265,7 @@ class PlannedLoss:
 
     def is_even(self, *args: Any) -> bool:
         """Whether the gradient of a multiple of the loss is that multiple of its gradient, in parts."""
-        if self._plan.accumulation != EXACT or self._staged:
-            return True
-        run = self._run(*args)
-        return isinstance(run, PreparedRun) or run.is_even
+        return self._plan.accumulation != EXACT or self._run(*args).is_even
 
     def first_not_finite(self, params: Any, batch: Any, *state: Any) -> Any:
         """Return the number of where a value is first not finite, int32, see `pipeline.watch.Numbering`.

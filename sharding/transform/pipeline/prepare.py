@@ -91,10 +91,20 @@ class PreparedRun:
         """Return what the loss gives."""
         return self._run.value(self._prepared.params(params), *others)
 
-    def value_and_grad(self, trained: Sequence[int], params: Any, *others: Any) -> tuple[Any, Any]:
-        """Return what the loss gives, and its gradients for the `trained` leaves of the parameters."""
+    @property
+    def is_even(self) -> bool:
+        """Whether the gradient of a multiple of the loss is that multiple, see `Run`."""
+        return self._run.is_even
+
+    def value_and_grad(
+        self, trained: Sequence[int], params: Any, *others: Any, cotangent: Array | None = None
+    ) -> tuple[Any, Any]:
+        """Return what the loss gives, and its gradients for the `trained` leaves of the parameters.
+
+        They are of ``cotangent * loss`` if there is one.
+        """
         if self._prepared.make is None:
-            return self._run.value_and_grad(trained, params, *others)
+            return self._run.value_and_grad(trained, params, *others, cotangent=cotangent)
         leaves, structure = jax.tree.flatten(params)
 
         def of_floats(floats: Sequence[Array]) -> dict[str, Array]:
@@ -104,7 +114,8 @@ class PreparedRun:
             return self._prepared.params(structure.unflatten(filled))
 
         own, pull = jax.vjp(of_floats, [leaves[n] for n in trained])
-        found, slopes = self._run.value_and_grad(self._prepared.places(trained), own, *others)
+        places = self._prepared.places(trained)
+        found, slopes = self._run.value_and_grad(places, own, *others, cotangent=cotangent)
         back = {path: _gradient(slopes[path], one) for path, one in own.items()}
         gradients: list[Any] = [None] * len(leaves)
         for n, one in zip(trained, pull(back)[0], strict=True):

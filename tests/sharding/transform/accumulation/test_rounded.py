@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import draws
 import jax
 import jax.numpy as jnp
@@ -145,3 +147,25 @@ def test_a_multiple_of_a_planned_loss_is_rounded_as_a_multiple():
         )
         np.testing.assert_allclose(planned[0], own[0], rtol=1e-3)
         np.testing.assert_allclose(planned[1]["w"], own[1]["w"], rtol=1e-2, atol=2e-5)
+
+
+def test_a_multiple_of_a_loss_in_stages_is_rounded_as_a_multiple():
+    keys = jax.random.split(jax.random.key(1), 4)
+    params = {"w": jnp.stack([draws.normal(key, (WIDTH, WIDTH)) / 3 for key in keys])}
+    batch = arguments()[1]
+
+    def loss(dtype, own, p, b):
+        h, _ = jax.lax.scan(
+            lambda h, w: (jnp.tanh(own(h @ w)), None), b["x"].astype(dtype), p["w"].astype(dtype)
+        )
+        return 1e-6 * squares(h, b)
+
+    for dtype, own in ((jnp.float32, clipped), (jnp.float16, lambda h: h)):
+        one = functools.partial(loss, dtype, own)
+        named = {"mesh": {"stage": 2}, "microbatches": 2, "names": {"w": ("layers", "embed", "mlp")}}
+        staged = declare(one, params, batch, topology="cpu:2", **named).apply(one)
+        want, got = (
+            jax.jit(jax.grad(lambda p, of=of: 1e5 * of(p, batch)))(params)["w"] for of in (one, staged)
+        )
+        assert np.abs(want).max() > 1e-3
+        np.testing.assert_allclose(got, want, rtol=1e-2, atol=5e-3 * np.abs(want).max())
