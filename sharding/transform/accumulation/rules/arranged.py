@@ -24,6 +24,7 @@ from ....program.primitives import Trait, primitives
 from ..graph import PartGraph, Rule, known_now, one_of
 from ..values import SUM, Form, Held, Kind, NotInParts, Order, examples
 from .groups import counts_of
+from .tables import sizes_of
 
 _PLACES = NotInParts("the place that a sort gives an example among all is computed with")
 # What takes each position by itself, or works along other dimensions, whatever order the examples are in.
@@ -161,7 +162,9 @@ def sort(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held] | None
         raise _PLACES
     alone = eqn.params["num_keys"] == 1 and ins[0].kind is Kind.EXAMPLES
     back = alone and form.order is not None and _counts_up(numbers_of(ins[0]))
-    order = None if back else Order(key=ins[0] if alone and form.order is None else None)
+    # Whatever rows with the same first key are sorted by, they lie together.
+    by_first = ins[0].kind is Kind.EXAMPLES and form.order is None
+    order = None if back else Order(key=ins[0] if by_first else None)
     moved = form._replace(order=order)
     ready, forms = [], []
     for one in ins:
@@ -269,7 +272,8 @@ def ragged_product(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[He
         raise NotInParts("a grouped product over the examples is not understood")
     if form.axis in (*contract, *batch) or form.order is None:
         raise NotInParts("the groups of a grouped product are not those that the examples are sorted by")
-    own = counts_of(g, sizes, form.order.key)
+    key = form.order.key
+    own = None if key is None else counts_of(g, sizes, key) or sizes_of(g, sizes, key)
     if own is None:
         raise NotInParts("the groups of a grouped product are not counts of what the examples are sorted by")
     free = [n for n in range(len(rows.shape)) if n not in contract and n not in batch]
@@ -306,6 +310,22 @@ def reshape(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held] | N
     raise NotInParts("a reshape groups examples that a sort has moved")
 
 
+def apart(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held] | None:
+    """Read a slice, or some, of other dimensions than that of moved examples: a product's two halves."""
+    v, axis = ins[0], ins[0].form.axis
+    if not v.form.is_moved:
+        return None
+    if v.form.places is not None:
+        raise _PLACES
+    avals: list[Any] = [out.aval for out in eqn.outvars]
+    if any(aval.shape[axis] != v.shape[axis] for aval in avals):
+        raise NotInParts("some of the examples that a sort has moved are cut out")
+    limits = {}
+    if eqn.primitive.name == "slice":
+        limits["limit_indices"] = g.small(eqn.params["limit_indices"], axis)
+    return g.bind(eqn, ins, [v.form] * len(eqn.outvars), **limits)
+
+
 _OWN: dict[str, Any] = {
     "sort": sort,
     "gather": gather,
@@ -316,4 +336,6 @@ _OWN: dict[str, Any] = {
     "scatter-max": scatter,
     "lt": compare,
     "reshape": reshape,
+    "slice": apart,
+    "split": apart,
 }

@@ -88,6 +88,50 @@ def padded(p, x):
     return put_back(y, order, gates)
 
 
+def by_two_keys(p, x):
+    """Sorted by expert and then by place, counted as they are sorted."""
+    gates, experts, _ = routed(p, x)
+    own, order = lax.sort((experts.reshape(-1), jnp.arange(TOKENS * CHOSEN)), num_keys=2)
+    del own
+    sizes = jnp.bincount(experts.reshape(-1)[order], length=EXPERTS)
+    return put_back(worked(p, x[order // CHOSEN], sizes), order, gates)
+
+
+def packed(p, x):
+    """Expert and place in one number, sizes cut out of cumulated ones."""
+    gates, experts, _ = routed(p, x)
+    own, count = experts.reshape(-1), TOKENS * CHOSEN
+    order = jnp.argsort(own * count + jnp.arange(count), stable=False)
+    ends = jnp.cumsum(jnp.bincount(own, length=EXPERTS))
+    sizes = jnp.diff(jnp.concatenate([jnp.zeros(1, ends.dtype), ends]))
+    return put_back(worked(p, x[order // CHOSEN], sizes), order, gates)
+
+
+def downwards(p, x):
+    """The last expert first, by two ways to count down."""
+    gates, experts, _ = routed(p, x)
+    own, reverse = experts.reshape(-1), {name: leaf[::-1] for name, leaf in p.items()}
+    order, sizes = jnp.argsort(-own), jnp.bincount(own, length=EXPERTS)[::-1]
+    one = put_back(worked(reverse, x[order // CHOSEN], sizes), order, gates)
+    own = EXPERTS - 1 - own
+    order = jnp.argsort(own)
+    sizes = jnp.bincount(own, length=EXPERTS)
+    return one + 2 * put_back(worked(reverse, x[order // CHOSEN], sizes, jnp.tanh), order, gates)
+
+
+def from_one(p, x):
+    """Experts counted from 1, of which 0 is none; two of them have one matrix in the second product."""
+    gates, experts, _ = routed(p, x)
+    own = experts.reshape(-1) + 1
+    order = jnp.argsort(own)
+    sizes = jnp.bincount(own, length=EXPERTS + 1)[1:]
+    one = worked(p, x[order // CHOSEN], sizes)
+    halves = ((own // 2)[:, None] == jnp.arange(EXPERTS)).sum(0)
+    gate, up = jnp.split(lax.ragged_dot(one, p["up"], halves), 2, axis=-1)
+    wide = jnp.tanh(gate * up) @ p["down"][0, : HIDDEN // 2]
+    return put_back(one + wide, order, gates)
+
+
 def loss_of(mixture, layers=0):
     def loss(p, b):
         def layer(x, _=None):
@@ -109,6 +153,10 @@ def loss_of(mixture, layers=0):
         (one_expert, 0, {"data": 1}),
         (padded, 0, {"data": 1}),
         pytest.param(in_turn, 0, {"data": 1}, marks=pytest.mark.slow),
+        (by_two_keys, 2, {"data": 2}),
+        (packed, 0, {"data": 1}),
+        (downwards, 0, {"data": 1}),
+        (from_one, 0, {"data": 1}),
     ],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
@@ -149,6 +197,41 @@ def backwards(p, x):
     own = experts.reshape(-1)
     order = jnp.argsort(-own)
     return put_back(worked(p, x[order // CHOSEN], jnp.bincount(own, length=EXPERTS)), order, gates)
+
+
+def in_pairs(p, x):
+    """Sorted by what two experts have in common, of which each lies in any order beside the other."""
+    gates, experts, _ = routed(p, x)
+    own = experts.reshape(-1)
+    order = jnp.argsort(own // 2)
+    return put_back(worked(p, x[order // CHOSEN], jnp.bincount(own, length=EXPERTS)), order, gates)
+
+
+def packed_too_tight(p, x):
+    gates, experts, _ = routed(p, x)
+    own, count = experts.reshape(-1), TOKENS * CHOSEN
+    order = jnp.argsort(own * (count - 1) + jnp.arange(count))
+    return put_back(worked(p, x[order // CHOSEN], jnp.bincount(own, length=EXPERTS)), order, gates)
+
+
+def packed_beyond_its_type(p, x):
+    gates, experts, _ = routed(p, x)
+    own, count = experts.reshape(-1), TOKENS * CHOSEN
+    order = jnp.argsort(own * (1 << 30) + jnp.arange(count))
+    return put_back(worked(p, x[order // CHOSEN], jnp.bincount(own, length=EXPERTS)), order, gates)
+
+
+def counted_twice(p, x):
+    gates, experts, order = routed(p, x)
+    own = jnp.concatenate([experts, experts], 1).reshape(-1)
+    sizes = (own[:, None] == jnp.arange(EXPERTS)).sum(0)
+    return put_back(worked(p, x[order // CHOSEN], sizes), order, gates)
+
+
+def one_more(p, x):
+    gates, experts, order = routed(p, x)
+    sizes = jnp.bincount(experts.reshape(-1), length=EXPERTS) + jnp.array([1, 0, 0, -1])
+    return put_back(worked(p, x[order // CHOSEN], sizes), order, gates)
 
 
 def of_others(p, x):
@@ -194,6 +277,11 @@ def in_another_order(p, x):
     return put_back(x[order // CHOSEN], jnp.argsort(jnp.repeat(x.sum(-1), CHOSEN)), gates)
 
 
+def the_first_of_all(p, x):
+    gates, _, order = routed(p, x)
+    return put_back(jnp.tile(x[order // CHOSEN][:TOKENS], (CHOSEN, 1)), order, gates)
+
+
 def in_twos(p, x):
     gates, _, order = routed(p, x)
     pairs = x[order // CHOSEN].reshape(-1, CHOSEN, WIDTH)
@@ -208,6 +296,11 @@ def in_twos(p, x):
         (ranked, 0, r"the place that a sort gives an example among all is computed with, at .*\(ranked\)"),
         (held, 0, "not counts of what the examples are sorted by"),
         (backwards, 0, "not counts of what"),
+        (in_pairs, 0, "not counts of what"),
+        (packed_too_tight, 0, "not counts of what"),
+        (packed_beyond_its_type, 0, "not counts of what"),
+        (counted_twice, 0, "not counts of what"),
+        (one_more, 0, "not counts of what"),
         (of_others, 0, "not counts of what"),
         (below_zero, 0, "not counts of what"),
         (padded_before, 0, "not counts of what"),
@@ -215,6 +308,7 @@ def in_twos(p, x):
         (of_neighbours, 0, "cumsum of examples that a sort has moved"),
         (of_the_next, 0, "examples are looked up at computed places"),
         (in_another_order, 0, "the place that a sort gives"),
+        (the_first_of_all, 0, "some of the examples that a sort has moved are cut out"),
         (in_twos, 0, "a reshape groups examples that a sort has moved"),
     ],
     ids=lambda one: getattr(one, "__name__", ""),
