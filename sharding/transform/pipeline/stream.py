@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -87,6 +87,18 @@ class Stages:
     def begin(self) -> None:
         """Begin a tick."""
         self.received.clear()
+
+    def after(self, value: Array) -> Array:
+        """Return what a stage's work begins with, on CPUs when the work and the exchanges before are done.
+
+        Attention over `context`, and what else exchanges in a stage's work, would begin beside them else.
+        """
+        return _after(value, self.received) if self.on_cpu else value
+
+    def done(self, values: Iterable[Array]) -> None:
+        """Have what a stage exchanges next wait on CPUs for what its work has given."""
+        if self.on_cpu:
+            self.received.extend(bare(value) for value in values if value.size)
 
     @property
     def index(self) -> Array:

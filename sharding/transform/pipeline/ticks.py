@@ -125,6 +125,7 @@ class Worker(ChunkWork):
 
     def embed(self, state: Any, t: Array) -> Any:
         """Make what enters the first stage in the next tick."""
+        t = self.stages.after(t)
         entering = forward_at(t + 1, 0, *self._shape).microbatch
         embedded = self._embed(self.leaves, self.micro(entering))
         state = self.watched(state, t, EMBED, is_one(entering, self.microbatches), embedded)
@@ -134,7 +135,8 @@ class Worker(ChunkWork):
         """Run the layers of a chunk on what was embedded, or came from the stage before."""
         unit = forward_at(t, self._stage, *self._shape)
         enters = (self._stage == 0) & (unit.chunk == 0)
-        taken = [jnp.where(enters, a, b) for a, b in zip(state["next"], state["sent"], strict=True)]
+        sent = [self.stages.after(value) for value in state["sent"]]
+        taken = [jnp.where(enters, a, b) for a, b in zip(state["next"], sent, strict=True)]
         if "ring" not in state:
             given, sound = self.layers(self.leaves_of(unit), taken, unit)
         else:
@@ -144,6 +146,7 @@ class Worker(ChunkWork):
         if sound is not None:
             real = is_one(unit.microbatch, self.microbatches)
             state = self.watched(state, t, FORWARD, real & ~sound.all(), layer=first_layer(~sound))
+        self.stages.done(given)
         return state, given
 
     def head(self, state: Any, t: Array, given: Stream) -> tuple[Any, Any, Stream | None]:
@@ -175,6 +178,7 @@ class Worker(ChunkWork):
 
     def backward(self, state: Any, t: Array, returned: Stream, gradient: Stream | None) -> Any:
         """Take gradients back through a chunk's layers."""
+        t = self.stages.after(t)
         unit = backward_at(t, self._stage, *self._shape)
         real = is_one(unit.microbatch, self.microbatches)
         place = (t - ticks_since(unit, self._stage, *self._shape)) % self._held
@@ -196,10 +200,12 @@ class Worker(ChunkWork):
             stacked += [one for one in late if one.shape[:1] == (self.slots.each,)]
             state = self.watched(state, t, BACKWARD, real & ~sound, layer=last_layer(stacked))
         state["gradients"] = self.grown(state["gradients"], own, grown, real, unit.chunk)
+        self.stages.done([*state["left"], *grown, *late])
         return state
 
     def weights(self, state: Any, t: Array) -> Any:
         """Take the gradients of weights, of what the backward work of a tick before has kept."""
+        t = self.stages.after(t)
         unit = weights_at(t, *self._shape)
         real = is_one(unit.microbatch, self.microbatches)
         place = (t - weights_since(self._stage)) % self.slots.stages
@@ -210,6 +216,7 @@ class Worker(ChunkWork):
             fault = real & ~are_finite(grown)
             state = self.watched(state, t, WEIGHTS, fault, layer=last_layer(stacked))
         state["gradients"] = self.grown(state["gradients"], late, grown, real, unit.chunk)
+        self.stages.done(grown)
         return state
 
     def learn(self, state: Any, t: Array) -> Any:
@@ -226,6 +233,7 @@ class Worker(ChunkWork):
         _, pull = jax.vjp(embed, [self.leaves[n] for n in own])
         grown = pull(share)[0]
         state["gradients"] = self.grown(state["gradients"], own, grown, real & self.stages.counts)
+        self.stages.done(grown)
         return self.watched(state, t, LEARN, real, grown)
 
     # The pieces
