@@ -16,6 +16,7 @@ from ..plans.proof import nearby_lines
 from ..plans.record import ArrayPlan, DimPlan, Record
 from ..plans.specs import Spec, spec_of
 from ..plans.trainable import is_float
+from ..program.dims import batch_rows, rows_further_on, rows_of_a_parameter
 from ..program.program import Argument, Program
 from ..words import gib, remat_in_words, seconds
 from .choices.layers import STAGE, names_of_stacks, stacked, stacks_beside_stages, stacks_over_stages
@@ -204,6 +205,20 @@ def notes_of(program: Program, topology: Topology, layout: Candidate) -> tuple[s
         if not any(layout.stored[argument.index])
         and argument.index not in known
         and _bytes(argument) > min(_MATTERS * total, least_that_matters(topology, total))
+    )
+
+
+def notes_of_rows(program: Program, layout: Candidate) -> tuple[str, ...]:
+    """Say why no axis shares rows out, or that arrays of the batch have them at different places."""
+    if layout.num_devices == 1 or batch_rows(program) == 1:
+        return ()
+    if program.batch_dims:
+        found = rows_further_on(program, swapped=True)
+        return (found,) if found else ()
+    met = rows_of_a_parameter(program)
+    return (
+        "no array of the batch leads with rows of its own, so that no axis shares them out"
+        + (f": {met}; look those up by numbers that come with the rows" if met else ""),
     )
 
 

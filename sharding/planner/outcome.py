@@ -66,6 +66,7 @@ class Search:
         kernels, of_experts = _kernels(self.problem, self.topology, self.declared, kernel, layout)
         notes = (
             build.notes_of(program, self.topology, layout)
+            + build.notes_of_rows(program, layout)
             + build.notes_on_sharing(layout)
             + _notes_on(self.problem, kernel, layout)
             + of_experts

@@ -71,12 +71,17 @@ def rows_of_a_parameter(program: Program) -> str | None:
     return None
 
 
-def rows_further_on(program: Program) -> str | None:
-    """Say which array of the data leads with what another that leads with the batch has further on."""
+def rows_further_on(program: Program, *, swapped: bool = False) -> str | None:
+    """Say which array of the data leads with what another that leads with the batch has further on.
+
+    If `swapped`, only one that has the batch further on itself, as time before rows beside rows before time.
+    """
     data = [a for a in program.arguments if a.is_data and a.shape]
     for one in (a for a in data if a.dims[0] and a.dims[0] == program.batch_dims):
         for other in data:
             if other.dims[0] and other.shape[0] > 1 and other.dims[0] in one.dims[1:]:
+                if swapped and one.dims[0] not in other.dims[1:]:
+                    continue
                 at = one.dims.index(other.dims[0], 1)
                 return (
                     f"{one.path} {one.shape} is read as {one.shape[0]} rows, and {other.path} {other.shape} "

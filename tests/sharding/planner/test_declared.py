@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 from meshwright.models import DecoderConfig, decoder
-from meshwright.sharding import Plan, UserError, declare
+from meshwright.sharding import Plan, UserError, declare, plan
 
 ROWS, SEQUENCE = 16, 8
 DECODER = decoder(
@@ -364,3 +364,32 @@ def test_a_batch_whose_rows_are_not_its_own_is_told_why(
     params = shapes(w=(8, 8), **own)
     with pytest.raises(UserError, match=sentence):
         declare(loss, params, shapes(**batch), topology="cpu:8", mesh={"data": 8})
+
+
+def time_beside_rows(params: Any, batch: Any) -> Any:
+    return jnp.square(jnp.swapaxes(batch["x"], 0, 1) @ params["w"] - batch["y"]).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "own", "batch", "sentence"),
+    [
+        (
+            time_beside_rows,
+            {},
+            {"x": (32, ROWS, 8), "y": (ROWS, 32, 8)},
+            "x (32, 16, 8) is read as 32 rows, and y (16, 32, 8) leads with dimension 1 of it: rows come",
+        ),
+        (
+            of_each_row,
+            {"own": (ROWS,)},
+            {"x": (ROWS, 8)},
+            "so that no axis shares them out: x (16, 8) has a row for each entry of parameter own (16,)",
+        ),
+    ],
+    ids=["time first", "a parameter of each row"],
+)
+def test_a_plan_notes_rows_that_are_not_the_batchs_own(
+    loss: Any, own: Any, batch: Any, sentence: str
+) -> None:
+    made = plan(loss, shapes(w=(8, 8), **own), shapes(**batch), topology="cpu:8")
+    assert [note for note in made.notes if sentence in note]
