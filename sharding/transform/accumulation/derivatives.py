@@ -8,7 +8,7 @@ number of its own, as rules that hand on new scales do, it does not.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -150,15 +150,18 @@ def traced_within(eqn: core.JaxprEqn, function: Any, *args: Any) -> tuple[core.C
     return found[0]
 
 
-def uneven_call(eqn: core.JaxprEqn) -> core.JaxprEqn | None:
-    """Return the operation in `eqn`, or `eqn` itself, whose gradient is not linear in what comes back."""
-    return next((one for one in _written(eqn) if _is_uneven(one)), None)
+def uneven_call(eqn: core.JaxprEqn, learnt: Mapping[int, Sequence[bool]]) -> core.JaxprEqn | None:
+    """Return the operation in `eqn`, or `eqn` itself, whose gradient is not linear in what comes back.
+
+    `learnt` has by `id` of an operation which of its operands come from parameters; of others all may.
+    """
+    return next((one for one in _written(eqn) if _is_uneven(one, learnt.get(id(one)))), None)
 
 
-def _is_uneven(eqn: core.JaxprEqn) -> bool:
+def _is_uneven(eqn: core.JaxprEqn, learnt: Sequence[bool] | None) -> bool:
     if eqn.primitive.name == "custom_jvp_call":
         return _rounds_tangents(written_derivative(eqn))
-    return _rounds(eqn) or not is_linear(written_gradient(eqn))
+    return _rounds(eqn) or not is_linear(written_gradient(eqn, learnt))
 
 
 def why_uneven(eqn: core.JaxprEqn) -> str:

@@ -74,8 +74,9 @@ class PartGraph:
         # Sums of a body that its later work needs complete, and what stands for them there.
         self.exports: dict[Held, Held] = {}
         self.calls: list[core.JaxprEqn] = []
-        # What parts compute with parameters, as the program has it.
+        # What parts compute with parameters, as the program has it, and which of its operands these make.
         self._learning: list[core.JaxprEqn] = []
+        self._learnt: dict[int, tuple[core.JaxprEqn, list[bool]]] = {}
         # Lines of what gives nothing, such as a print, which parts leave out.
         self.silent: list[str] = []
         # Why manual regions are read as what all their devices do together.
@@ -300,6 +301,9 @@ class PartGraph:
             whole = all(value.kind is Kind.SHARED for value in ins)
             if not whole and any(value.heavy for value in ins):
                 self._learning.append(eqn)
+                _, before = self._learnt.get(id(eqn), (eqn, [False] * len(ins)))
+                learnt = [a or b.heavy for a, b in zip(before, ins, strict=True)]
+                self._learnt[id(eqn)] = eqn, learnt
             outs = self.whole(eqn, ins) if whole else rule(self, eqn, ins)
         except NotInParts as refused:
             why = refused if refused.where else NotInParts(refused.reason, self.where(eqn))
@@ -318,7 +322,8 @@ class PartGraph:
             # Beside sums that are complete; else it would take a pass only to have it.
             ins = [self.complete(value) for value in ins]
         outs = self.emit(_bound(eqn, {}), ins, [value_of(var) for var in eqn.outvars], eqn)
-        written = uneven_call(eqn) if any(value.heavy for value in ins) else None
+        learnt = [value.heavy for value in ins]
+        written = uneven_call(eqn, {id(eqn): learnt}) if any(learnt) else None
         if written is not None:
             for out in outs:
                 out.uneven = NotInParts(why_uneven(written), self.where(written))
@@ -327,7 +332,8 @@ class PartGraph:
     @functools.cached_property
     def is_even(self) -> bool:
         """Whether the gradient of what parts compute is linear in what comes back."""
-        return all(uneven_call(eqn) is None for eqn in self._learning)
+        learnt = {number: operands for number, (_, operands) in self._learnt.items()}
+        return all(uneven_call(eqn, learnt) is None for eqn in self._learning)
 
     def where(self, eqn: core.JaxprEqn) -> str:
         """Return the user's lines of an equation: of the outermost call around it, and its own.
@@ -351,7 +357,7 @@ class PartGraph:
         is this graph's if not given.
         """
         inner = PartGraph(self.parts, reading or self.reading, cut=False)
-        inner.calls, inner.silent = list(self.calls), self.silent
+        inner.calls, inner.silent, inner._learnt = list(self.calls), self.silent, self._learnt
         values = []
         for number, (var, outer) in enumerate(zip(closed.jaxpr.invars, ins, strict=True)):
             lost = shift[number] if shift else 0

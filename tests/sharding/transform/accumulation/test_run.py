@@ -249,7 +249,7 @@ def drawn_by_place(p, b):
         (scale_by_gradient, "is not linear in what comes back .*, at "),
         (drawn_by_place, "random_gamma draws each example's number by its place among all, at "),
         (contrastive, "every example meets every other, at "),
-        (sorted_losses, "slice of examples that a sort has moved is not understood, at "),
+        (sorted_losses, "some of the examples that a sort has moved are cut out, at "),
         (a_state_walked_along_the_rows, "what is carried is more than a sum, at "),
         (normalised_twice, "passes over the batch, since sums over the examples wait for one another"),
     ],
@@ -416,7 +416,7 @@ def test_a_loss_with_a_state_is_not_sent_to_what_it_cannot_have() -> None:
         return best.mean(), ({}, state + 1)
 
     shape = jax.ShapeDtypeStruct
-    with pytest.raises(UserError, match="slice of examples that a sort has moved") as error:
+    with pytest.raises(UserError, match="some of the examples that a sort has moved are cut out") as error:
         declare(
             ranked,
             shape((4,), "float32"),
