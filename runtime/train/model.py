@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import os
 import sys
 import traceback
@@ -14,6 +15,7 @@ from typing import Any
 from ...models import Model, decoder, preset
 from ...sharding.errors import UserError, nearest, one_line
 from ...sharding.hlo.frames import is_library
+from ...sharding.words import first_of
 from ..config import ModelConfig
 
 
@@ -37,12 +39,9 @@ def _users_model(where: str, arguments: dict[str, Any]) -> Model:
         kind = "" if function is None else f" is of type {type(function).__name__}, no function;"
         said = f"{where!r}{kind}" if kind else f"{module_name} has no function {function_name!r};"
         raise UserError(f"model.build: {said} {near}")
+    _check_arguments(where, function, arguments)
     try:
         model = function(**arguments)
-    except TypeError as error:
-        raise UserError(
-            f"model.build={where!r} with arguments {arguments}: {error}{_places(error)}"
-        ) from error
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -57,6 +56,23 @@ def _users_model(where: str, arguments: dict[str, Any]) -> Model:
         loss=_telling(model.loss, "the loss"),
         logits=_telling(model.logits, "the model's logits"),
     )
+
+
+def _check_arguments(where: str, function: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    try:
+        known = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return  # A built-in may not say what it takes.
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    takes = [name for name, one in known.items() if one.kind in by_name]
+    any_name = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+    name = where.partition(":")[2]
+    for given in arguments if not any_name else ():
+        if given not in takes:
+            raise UserError(f"model.arguments: {name} ({where}) takes no {given!r}; {nearest(given, takes)}")
+    missing = [one for one in takes if known[one].default is inspect.Parameter.empty and one not in arguments]
+    if missing:
+        raise UserError(f"model.arguments: {name} ({where}) is given nothing for {first_of(missing)}")
 
 
 def _module(where: str, name: str) -> Any:
