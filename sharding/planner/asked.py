@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
@@ -33,12 +35,33 @@ def with_asked(plan: _Plan, search: Search | None, subject: str | None) -> _Plan
     axis, _, size = subject.partition("=")
     if axis in OF_STAGES:
         return _with_way(plan, search, axis, size)
-    if axis in OFFERED or axis not in ASKED or axis in plan.mesh or not size.isdigit() or int(size) < 1:
+    if not size.isdigit() or int(size) < 1:
+        return plan
+    if axis in plan.mesh:
+        if _has_size(plan, axis, int(size)):
+            return plan
+        declared = search.declared.mesh
+        if axis in declared:
+            return dataclasses.replace(
+                plan, refused={**plan.refused, subject: f"{axis}={declared[axis]} is declared"}
+            )
+        # In as much room as the others were given, to be compared with them.
+        room = (search.answer.room,)
+        return _with_best(plan, search, subject, room, mesh={**declared, axis: int(size)})
+    if axis in OFFERED or axis not in ASKED:
         return plan
     plan = dataclasses.replace(plan, mesh={**plan.mesh, axis: 1})
     if int(size) == 1:
         return plan
     return _with_best(plan, search, subject, mesh={**search.declared.mesh, axis: int(size)})
+
+
+def _has_size(plan: Record, axis: str, size: int) -> bool:
+    """Whether the plan's search has a layout of that size, says why there is none, or none divides so."""
+    devices = math.prod(plan.mesh.values())
+    meshes = (plan.mesh, *(row.mesh for row in plan.alternatives))
+    named = any(f"{axis}={size}" in written.split(" x ") for written in plan.refused)
+    return named or devices % size != 0 or any(mesh.get(axis, 1) == size for mesh in meshes)
 
 
 def _with_way(plan: _Plan, search: Search, name: str, written: str) -> _Plan:
@@ -53,11 +76,13 @@ def _with_way(plan: _Plan, search: Search, name: str, written: str) -> _Plan:
     return _with_best(plan, search, f"{name}={written}", mesh=mesh, **{name: value})
 
 
-def _with_best(plan: _Plan, search: Search, subject: str, **more: Any) -> _Plan:
+def _with_best(
+    plan: _Plan, search: Search, subject: str, rooms: Sequence[float] = ROOMS, /, **more: Any
+) -> _Plan:
     """Return the plan with the best of what is declared too among its alternatives, or why there is none."""
     try:
         declared = dataclasses.replace(search.declared, **more)
-        answer = search.problem.solve(search.topology, declared, rooms=ROOMS)
+        answer = search.problem.solve(search.topology, declared, rooms=rooms)
     except UserError as error:
         return dataclasses.replace(plan, refused={**plan.refused, subject: str(error)})
     best = search.answer.found.best

@@ -171,7 +171,7 @@ def _not_this_size(plan: Record, axis: str, size: int) -> str:
     if not plan.alternatives:
         declared = f"the plan was declared with {axis}={plan.mesh[axis]} and compared with no other mesh"
         return f"not {axis}={size}: {declared}; plan=auto mesh=null does so"
-    return f"not {axis}={size}: the declared parts of the plan leave no room for it"
+    return f"not {axis}={size}: the plan does not remember what that would take; plan again with it declared"
 
 
 def _why_not(rows: Iterable[Alternative], what: str, capacity_bytes: float | None) -> str:
