@@ -395,6 +395,10 @@ def test_what_holds_for_some_processes_alone_is_said_of_them():
         ("ncclSymDevKernel_AllGather_LL", "all_gather"),
         ("ncclDevKernel_Generic_4(ncclDevKernelArgsStorage<4096ul>)", "collective"),
         ("void stream_executor::gpu::AllReduceKernelImpl<float>", "all_reduce"),
+        ("void rcclGenericKernel<1, false>(ncclDevKernelArgsStorage<4096ul>)", "collective"),
+        ("mscclKernel_Sum_float_Simple(ncclDevComm*)", "collective"),
+        ("ncclDevKernel_Generic_2(ncclDevKernelArgsStorage<4096ul>)", "collective"),
+        ("ncclKernel_SendRecv_RING_SIMPLE_Sum_int8_t(ncclDevComm*)", "send_recv"),
     ],
 )
 def test_collectives_in_command_buffers_are_told_by_their_kernels(kernel, kind):

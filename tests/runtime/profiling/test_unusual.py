@@ -105,25 +105,6 @@ def test_a_collective_by_copy_engines_is_one():
     assert found.placed == (6, 6)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "kind"),
-    [
-        ("void rcclGenericKernel<1, false>(ncclDevKernelArgsStorage<4096ul>)", "collective"),
-        ("mscclKernel_Sum_float_Simple(ncclDevComm*)", "collective"),
-        ("ncclDevKernel_Generic_2(ncclDevKernelArgsStorage<4096ul>)", "collective"),
-        ("ncclKernel_SendRecv_RING_SIMPLE_Sum_int8_t(ncclDevComm*)", "send_recv"),
-    ],
-)
-def test_rocms_collectives_in_command_buffers_are_told_by_their_kernels(kernel, kind):
-    gpu = Gpu()
-    for k in range(2):
-        (graph,) = gpu.execution(10 * k, [("Stream #1", "command_buffer", 100 * k, 100 * k + 20)])
-        named = {"kernel": kernel, "correlation": graph, "module": "jit_step"}
-        gpu.kernel(0, "Stream #1", "command_buffer", 100 * k + 20, 100 * k + 50, **named)
-    (collective,) = profile(gpu).steps[0].collectives
-    assert (collective.kind, round(collective.exposed_seconds * 1e9)) == (kind, 30)
-
-
 def test_sends_between_tpu_slices_are_the_collective_that_they_carry_out():
     attributes = (
         'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
