@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ....program.pointwise import POINTWISE, SAME
+from ....program.pointwise import POINTWISE, SAME, Untold
 from ..graph import PartGraph, known_now
 from ..values import SUM, Form, Held, Kind, is_alike
 
@@ -213,10 +213,11 @@ def _worked(value: Held, known: Mapping[Held, np.ndarray], count: int) -> np.nda
     function = (lambda one: one) if _name(value) in SAME else POINTWISE.get(_name(value))
     if function is None or any(one is None for one in ins):
         return None
-    if _name(value) in ("div", "rem") and not np.all(ins[1]):
+    try:
+        with np.errstate(all="ignore"):
+            return np.asarray(function(*ins)).astype(value.dtype)
+    except Untold:
         return None
-    with np.errstate(all="ignore"):
-        return np.asarray(function(*ins)).astype(value.dtype)
 
 
 # What they add to sizes
