@@ -36,8 +36,14 @@ _WAYS = (
     "loss_passes",
 )
 
-# Of these, the starts of kernels and of collectives, which hosts give.
-_HOSTS = ("kernel_seconds", "fabric_seconds", "network_seconds")
+# Of these, what hosts give: the value whose move says that runs told it, and what is told with it. A fit
+# trades the start of a kernel for the rest of a layer's time on the host: only one record's two say together
+# how long a host takes for a layer.
+_HOSTS = {
+    "kernel_seconds": ("kernel_seconds", "layer_seconds"),
+    "fabric_seconds": ("fabric_seconds",),
+    "network_seconds": ("network_seconds",),
+}
 # By how much of itself a value has moved from where its fit began, if runs told it.
 _MOVED = 0.1
 
@@ -119,6 +125,12 @@ def _families() -> dict[str, str]:
     return {row["calibration"]: row.get("family") or row["calibration"] for row in rows}
 
 
+@functools.cache
+def _balancing_stages() -> frozenset[str]:
+    rows = read_toml(_FACTS).values()
+    return frozenset(row["calibration"] for row in rows if row.get("balanced_stages"))
+
+
 def family(framework: str) -> str:
     """Return what a record's framework has its code in common with, ``xla`` for those of JAX.
 
@@ -137,7 +149,8 @@ def unseen(chip: str, framework: str, path: Path | None = None) -> Framework:
     Kernels are the chip's own. XLA's ways are the product's; any other framework's are those in the middle of
     its nearest relatives: the other families on that chip, or on all chips where it has none. How long a host
     takes no chip decides, and most runs do not tell, since their devices are behind: it is in the middle of
-    all relatives that were told it, whose records have moved from where every fit began.
+    all relatives that were told it, whose records have moved from where every fit began. How layers are dealt
+    to stages is no run's to tell: the framework's source says it.
     """
     own, mine = plain(chip), family(framework)
     if mine == "xla":
@@ -154,11 +167,14 @@ def unseen(chip: str, framework: str, path: Path | None = None) -> Framework:
         return own
     # `median_low` is one of the values, as of what is either so or not it has to be.
     middle = {name: statistics.median_low([getattr(one, name) for one in near]) for name in _WAYS}
-    for name in _HOSTS:
-        before = getattr(begun, name)
-        told = [v for _, one in kin if abs((v := getattr(one, name)) - before) > _MOVED * before]
-        middle |= {name: statistics.median_low(told)} if told else {}
-    return dataclasses.replace(own, **middle, library_ways=False)
+    for by, names in _HOSTS.items():
+        before = getattr(begun, by)
+        told = [one for _, one in kin if abs(getattr(one, by) - before) > _MOVED * before]
+        if told:
+            middle |= {name: statistics.median_low([getattr(one, name) for one in told]) for name in names}
+    return dataclasses.replace(
+        own, **middle, library_ways=False, balanced_stages=framework in _balancing_stages()
+    )
 
 
 def read(path: Path) -> tuple[Framework, Tables]:

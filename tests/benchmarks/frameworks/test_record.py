@@ -90,3 +90,28 @@ def test_how_long_a_host_takes_is_told_by_relatives_whose_runs_moved_it(tmp_path
     assert found.kernel_seconds == 3e-5
     # Nobody's runs told of the network's starts.
     assert found.network_seconds == 1e-5
+
+
+def test_a_host_takes_for_a_layer_what_one_record_says_of_kernels_and_the_rest_together(tmp_path):
+    path = tmp_path / "c.toml"
+    begun = Framework(kernel_seconds=1e-5)
+    rows = {
+        "megatron-lm": dataclasses.replace(begun, layer_seconds=1e-4),
+        "llm-foundry": dataclasses.replace(begun, layer_seconds=2e-4),
+        "torchtitan": dataclasses.replace(begun, kernel_seconds=2e-5, layer_seconds=9e-4),
+    }
+    write(path, begun, {"h100": rows})
+    # Devices hid the hosts of the other two, whatever their fits made of the rest of a layer.
+    found = unseen("h100", "nanotron", path)
+    assert (found.kernel_seconds, found.layer_seconds) == (2e-5, 9e-4)
+    alone = unseen("h100", "torchtitan", path)
+    assert (alone.kernel_seconds, alone.layer_seconds) == (1e-5, 1e-4)
+
+
+def test_layers_are_dealt_to_stages_as_the_source_of_a_framework_says(tmp_path):
+    path = tmp_path / "c.toml"
+    write(path, Framework(), {"h100": {"megatron-lm": Framework(), "nanotron": Framework()}})
+    assert unseen("h100", "nanotron", path).balanced_stages
+    assert not unseen("h100", "megatron-lm", path).balanced_stages
+    # Records that were fitted deal them in the same way.
+    assert record_for("h100", "nanotron").balanced_stages
