@@ -232,7 +232,8 @@ class Plan(Record):
     ) -> Plan:
         """Return the plan with its `proof`: its step compiled for the topology, which need not be attached.
 
-        If a plan that was searched for does not fit, the next best that does is returned.
+        If a plan that was searched for does not fit, the next best that does is returned. A faster one of
+        which only the compiler can say whether it fits, as a note of the plan says, is compiled first.
 
         Args:
           loss: the function; a plan that was just made knows it, as it knows the next three.

@@ -56,6 +56,8 @@ ROOMS = (1.0, 0.5, 0.0)
 # Times as fast that a plan is which may not fit, to be taken before one that will; and times a device's
 # memory that it needs at most, with all of that room.
 _WORTH_A_COMPILE, _NEARLY = 1.5, 1.15
+# Times as fast that one is, to be told of, and compiled first where compiling is asked for.
+_WORTH_A_TRY = 1.05
 
 # Say what a table, or a way of running a step, would be under a supposition.
 _OfTables = Callable[[ProgramTables], ProgramTables]
@@ -334,6 +336,33 @@ class Problem:
             if answer.found.best is None or tighter.much_faster(answer.found.best):
                 answer = tighter
         return answer
+
+    def nearly(self, topology: Topology, declared: Declared, answer: Answer) -> Answer | None:
+        """Return `answer` with a faster plan as its best that fits without any room for free places.
+
+        None where there is none, or the allocator leaves nothing free anyway.
+        """
+        best, room = answer.found.best, ROOMS[-1]
+        counted = self.pricer(topology, declared, answer.room).calibration.fragmentation
+        if best is None or not counted or topology.chip.nominal:
+            return None
+        pricer = self.pricer(topology, declared, room)
+        found = search(
+            answer.space,
+            pricer.price,
+            answer.capacity_bytes,
+            size=pricer.needed_bytes,
+            least=pricer.least,
+            runners_up=0,
+            each_size=False,
+            below=best.estimate.step_seconds / _WORTH_A_TRY,
+        ).best
+        if found is None:
+            return None
+        others = [best, *answer.found.others]
+        misfits = [one for one in answer.found.misfits if one.candidate.mesh != found.candidate.mesh]
+        told = dataclasses.replace(answer.found, best=found, others=tuple(others), misfits=tuple(misfits))
+        return dataclasses.replace(answer, found=told, room=room)
 
     def fits(self, topology: Topology, declared: Declared) -> bool:
         """Whether anything fits `topology`, by all of what an allocator leaves free."""

@@ -45,16 +45,22 @@ _TIGHT = (
     "it fits only if the compiler leaves less memory free between arrays than it usually does: "
     "have it compiled (--verify) before it is booked"
 )
+# Said of a faster one that fits only so.
+_TRIED_FIRST = "--verify compiles it first, and takes it if it fits"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """What a plan came out of, for who asks further: the next best, or the best in less memory."""
+    """What a plan came out of, for who asks further: the next best, or the best in less memory.
+
+    `nearly` has as its best a faster plan that only a compiler can say of whether it fits.
+    """
 
     problem: Problem
     topology: Topology
     declared: Declared
     answer: Answer
+    nearly: Search | None = None
 
     def plan(self, chosen: Priced) -> Record:
         """Return `chosen`, one of what was found, as a plan; all else that was found are its alternatives."""
@@ -140,13 +146,46 @@ def best_of(problem: Problem, topology: Topology, declared: Declared) -> tuple[R
     if other is not None:
         found, rolled, best = other, best, other.answer.found.best
         assert best is not None
-        return _noted(found.plan(best), rolled, best), found
+        found = _with_nearly(found)
+        return _noted(_told(found.plan(best), found), rolled, best), found
     staged = _through_stages(found)
     if staged is not None:
         found, best = staged, staged.answer.found.best
     if best is None:
         raise UserError(nothing_fits(problem, topology, declared, answer))
-    return found.plan(best), found
+    found = _with_nearly(found)
+    return _told(found.plan(best), found), found
+
+
+def _with_nearly(search: Search) -> Search:
+    """Return the search with the faster plan that may fit, if there is one."""
+    answer = search.problem.nearly(search.topology, search.declared, search.answer)
+    return (
+        search
+        if answer is None
+        else dataclasses.replace(search, nearly=dataclasses.replace(search, answer=answer))
+    )
+
+
+def settled(notes: Sequence[str]) -> tuple[str, ...]:
+    """Return `notes` without those on what only a compiler can say, once it has."""
+    return tuple(note for note in notes if note != _TIGHT and not note.endswith(_TRIED_FIRST))
+
+
+def _told(record: Record, search: Search) -> Record:
+    """Return the plan with a note on the faster one that may fit."""
+    nearly = None if search.nearly is None else search.nearly.answer.found.best
+    if nearly is None or record.estimate is None:
+        return record
+    priced = nearly.candidate
+    layout = layout_in_words(priced.mesh, priced.remat, priced.microbatches, dict(priced.saved))
+    took, share = nearly.estimate.step_seconds, nearly.estimate.step_seconds / record.estimate.step_seconds
+    note = (
+        f"{layout} is estimated at {seconds(took)}, {1 - share:.0%} less, and fits only if the compiler "
+        f"leaves less memory free between arrays than it usually does ({gib(nearly.estimate.peak_bytes)} of "
+        f"{gib(search.answer.capacity_bytes)} without): {_TRIED_FIRST}"
+    )
+    return dataclasses.replace(record, notes=(*record.notes, note))
 
 
 def _through_stages(search: Search) -> Search | None:

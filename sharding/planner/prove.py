@@ -21,7 +21,7 @@ from ..verify.scheduled import shows_schedule
 from ..verify.verify import Verdict
 from ..words import gib, layout_in_words, seconds
 from .options import Judge, with_options
-from .outcome import Search
+from .outcome import Search, settled
 from .reserve import MEMORY_OPTION, declared_options
 
 # Outcomes that another plan may not share.
@@ -188,11 +188,18 @@ def _with_note(attempt: Attempt, note: str) -> Attempt:
 def _candidates(
     plan: Record, search: Search | None, attempts: Sequence[Attempt]
 ) -> Iterator[tuple[Record, Search | None]]:
-    """Yield `plan`, then the next best; after one that was too large, the best of what needs less memory."""
+    """Yield `plan`, then the next best; after one that was too large, the best of what needs less memory.
+
+    Before it comes the faster one that the compiler alone can say of whether it fits.
+    """
+    tried, rounds = [plan.decision()], 0
+    if search is not None and search.nearly is not None and search.nearly.answer.found.best is not None:
+        faster = _with_declared(search.nearly.plan(search.nearly.answer.found.best), plan)
+        tried.append(faster.decision())
+        yield faster, search.nearly
     yield plan, search
     if search is None:
         return
-    tried, rounds = [plan.decision()], 0
     while True:
         last = attempts[-1].verdict
         estimate = attempts[-1].plan.estimate
@@ -238,7 +245,7 @@ def _chosen(chosen: Attempt, attempts: Sequence[Attempt]) -> Record:
         chosen.plan,
         proof=chosen.verdict.proof,
         alternatives=tuple(rows),
-        notes=(*chosen.plan.notes, *notes),
+        notes=(*settled(chosen.plan.notes), *notes),
     )
 
 
