@@ -411,18 +411,11 @@ WAYS: dict[str, Way] = {
     "blocks": hiding(lambda x: rows(x) // 4 == columns(x) // 4),
     "causal blocks": hiding(lambda x: causal(x) & (rows(x) // 8 == columns(x) // 8)),
     "first keys only": hiding(lambda x: columns(x) < 11),
-    "segments": hiding(documents),
-    "causal segments": hiding(lambda x: causal(x) & documents(x)),
-    "causal segments, added": adding(lambda x: jnp.where(causal(x) & documents(x), 0.0, -1e30)),
-    "segments in a window": hiding(lambda x: causal(x) & documents(x) & (rows(x) - columns(x) < 6)),
     "padding": hiding(kept),
     "padding, added": adding(lambda x: (1.0 - kept(x)) * -1e9),
     "causal padding": hiding(lambda x: causal(x) & kept(x)),
     "neither future nor padding": masked(lambda s, x: jnp.where(~kept(x) | (columns(x) > rows(x)), -1e9, s)),
     "padding of both": hiding(lambda x: kept(x) & x["keep"][:, None, :, None]),
-    "padding told by segments": hiding(
-        lambda x: documents(x) & (x["segment"] > 0)[:, None, None, :] & causal(x)
-    ),
     "heads first": heads_first,
     "heads in the batch": heads_in_the_batch,
     "softmax by hand": softmax_by_hand,

@@ -13,6 +13,7 @@ from typing import Any
 import attention_ways
 import jax
 import jax.numpy as jnp
+import segment_ways
 import softmax_ways
 from attention_ways import OTHER, Way, arrays
 from jax.extend import core
@@ -24,7 +25,7 @@ from meshwright.sharding.program.forms import losses
 from meshwright.sharding.program.jaxpr import Traced
 from meshwright.sharding.program.recognise import recognised
 
-WAYS = attention_ways.WAYS | softmax_ways.WAYS
+WAYS = attention_ways.WAYS | segment_ways.WAYS | softmax_ways.WAYS
 LEFT = attention_ways.LEFT | softmax_ways.LEFT
 TOLERANCE = {"half precision": 1e-2, "widened to float32": 1e-2, "half_precision": 1e-2}
 

@@ -7,6 +7,8 @@ seeing all of the same id, which is what `ops.attention` means by segments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -42,6 +44,50 @@ def last_keys(ids: jax.Array) -> jax.Array:
     starts = jnp.where(begins(ids), place, size)[:, 1:]
     later = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=size)
     return lax.cummin(later, axis=1, reverse=True)
+
+
+def seeing(
+    asks: jax.Array, ids: jax.Array, shown: jax.Array, *, behind: int | None, ahead: int | None
+) -> jax.Array:
+    """Return which queries, of ids `asks`, see a key of their id that is shown: bool ``[batch, queries]``.
+
+    `ids` and `shown` are ``[batch, keys]``; keys are looked at from `behind` places before a query to `ahead`
+    behind it, None for all. Ids may come back after others.
+
+    Queries and keys are sorted by id and place, so that the shown key before a query is the nearest. Nothing
+    is looked up by index, which XLA's partitioner ends the process over where sequences are cut.
+
+    >>> import jax.numpy as jnp
+    >>> ids, shown = jnp.array([[1, 1, 2, 1]]), jnp.array([[False, True, False, False]])
+    >>> seeing(ids, ids, shown, behind=None, ahead=0).tolist()
+    [[False, True, False, True]]
+    """
+    (batch, queries), keys = asks.shape, ids.shape[1]
+    asking = jnp.arange(keys + queries, dtype=jnp.int32) >= keys
+    place = jnp.concatenate([jnp.arange(keys, dtype=jnp.int32), jnp.arange(queries, dtype=jnp.int32)])
+    kind, place = (
+        jnp.broadcast_to(one, (batch, keys + queries)) for one in (asking.astype(jnp.int32), place)
+    )
+    there = jnp.concatenate([shown, jnp.zeros_like(asks, bool)], axis=1)
+    number, place, kind, there = lax.sort(
+        (jnp.concatenate([ids, asks], axis=1), place, kind, there), dimension=1, num_keys=3
+    )
+
+    def near(reverse: bool, most: int | None) -> jax.Array:
+        found, its, where = lax.associative_scan(_latest, (there, number, place), reverse=reverse, axis=1)
+        there_too = found & (its == number)
+        return there_too if most is None else there_too & (jnp.abs(place - where) <= most)
+
+    sees = near(False, behind)
+    if ahead != 0:
+        sees |= near(True, ahead)
+    return lax.sort((kind, place, sees), dimension=1, num_keys=2)[2][:, keys:]
+
+
+def _latest(before: Sequence[jax.Array], here: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Return what is here, else what was before; the first of each says whether there is anything."""
+    there = here[0]
+    return (before[0] | there, *(jnp.where(there, *both) for both in zip(here[1:], before[1:], strict=True)))
 
 
 def runs(ids: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:

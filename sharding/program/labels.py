@@ -53,15 +53,17 @@ def flax_axis_names(tree: Any) -> dict[str, AxisNames]:
     """Return the axis names that Flax put beside arrays: path of the array → names.
 
     Reads boxes of linen (``Partitioned.names``) and variables of NNX (``sharding_names``, ``out_sharding``).
+    Flax reads fewer names than the array has dimensions as a `PartitionSpec` is read: the last have none.
     """
     found: dict[str, AxisNames] = {}
     for keys, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box):
         if _is_box(node):
             inside = jax.tree_util.tree_leaves_with_path(node)
-            for inner, _ in inside:
+            for inner, leaf in inside:
                 names = _box_names(node)
                 if names is not None:
-                    found[path_of((*keys, *inner))] = names
+                    unnamed = max(0, getattr(leaf, "ndim", 0) - len(names))
+                    found[path_of((*keys, *inner))] = (*names, *(None,) * unnamed)
     return found
 
 

@@ -17,9 +17,9 @@ from jax.extend import core
 
 from .attention import WrittenAttention
 from .carried import Call, carried_out
-from .masks import Labels, Part, dtype_of
+from .masks import Labels, Mask, Part, dtype_of
 from .opened import shapes
-from .spans import NotThis, seen_by
+from .spans import NotThis, Seen, seen_by
 from .values import Sources, shape
 
 _LOW = ("bfloat16", "float16")
@@ -60,6 +60,7 @@ class Calls:
         atoms, labels, scales = self._operands(one)
         scale = scales[0] * one.scale
         heads = _heads(one, parts)
+        seen = seen_by(mask.seen, one.sizes[one.scores.keys])
         sink = () if one.sink is None else (one.sink,)
         factors = one.factors
         if one.blank is not None and (mask.pairs or mask.biases or factors or sink):
@@ -67,6 +68,7 @@ class Calls:
             factors = (*factors, one.blank)
         pairs = (*mask.pairs, *mask.biases, *factors, *sink)
         others = [*(mask.segments[0] if mask.segments else ()), *parts, *pairs]
+        apart = not pairs and _apart(self.values, one, seen)
         call = Call(
             arrays=(*labels[:3], *(part.labels for part in others)),
             scaled=tuple((part.labels, part.how == "multiplied") for part in one.scaled),
@@ -84,11 +86,12 @@ class Calls:
             # A cap is put on scores, and not on what of them it divides.
             scale=scale * (one.cap or 1.0),
             cap=one.cap,
-            seen=seen_by(mask.seen, one.sizes[one.scores.keys]),
+            seen=seen,
             segmented=bool(mask.segments),
+            apart=apart,
             padding=tuple(part.how == "false" for part in mask.padding),
             query_padding=tuple(part.how == "false" for part in mask.query_padding),
-            unseeing=None if pairs else _unseeing(one),
+            unseeing=None if pairs else _unseeing(one, apart),
             added=any(added for added, _ in mask.fills),
             dtype=str(dtype_of(one.product.outvars[0])),
             pairs=tuple(part.how == "false" for part in mask.pairs),
@@ -101,9 +104,7 @@ class Calls:
             fill=_fill(one) if pairs else None,
             precision=None if dtype_of(atoms[0]).itemsize < 4 else one.precision,
         )
-        if not call.literal:
-            _check_segments(self.values, one, call)
-        elif mask.segments and (len(mask.segments) > 1 or _not_integers(mask.segments[0])):
+        if call.literal and mask.segments and (len(mask.segments) > 1 or _not_integers(mask.segments[0])):
             raise NotThis("its segments are told by several arrays, or by numbers that are no integers")
         if call.seen.block is not None and call.literal and mask.by_data:
             raise NotThis("it has blocks, and a mask of its own for every query and key")
@@ -224,10 +225,10 @@ def _heads(one: WrittenAttention, parts: Sequence[Part]) -> tuple[int, ...]:
     return tuple(free[-1:]) if len(shared) > 1 else ()
 
 
-def _unseeing(one: WrittenAttention) -> float | None:
+def _unseeing(one: WrittenAttention, apart: bool) -> float | None:
     """Return what hidden scores become, if queries may see nothing; None if each sees a key."""
     mask = one.mask
-    if not mask.padding and not mask.query_padding:
+    if not (mask.padding or mask.query_padding or apart):
         return None
     if one.blank is not None and len(mask.fills) == 1:
         return 0.0
@@ -238,26 +239,44 @@ def _unseeing(one: WrittenAttention) -> float | None:
     return mask.unseen
 
 
-def _check_segments(values: Sources, one: WrittenAttention, call: Call) -> None:
-    """Raise NotThis unless segments can be told by one array, and a query sees its own place."""
+def _apart(values: Sources, one: WrittenAttention, seen: Seen) -> bool:
+    """Return whether ids of queries have to differ from those of keys, and tell who sees a key at all.
+
+    They need not where one array has both and a query that sees nothing is padding itself.
+
+    Raises NotThis where segments, or segments and padding, cannot be told by ids.
+    """
     mask = one.mask
     if not mask.segments:
-        if (call.padding or call.query_padding) and call.seen.block is not None:
+        if (mask.padding or mask.query_padding) and seen.block is not None:
             raise NotThis("it has blocks and padding at once")
-        return
-    kinds = {values.digest(part.atom) for pair in mask.segments for part in pair}
-    if len(kinds) != 1 or one.sizes[call.rows] != one.sizes[call.keys]:
-        raise NotThis("queries and keys have segments of different arrays, and a query may see no key")
-    if call.seen.block is not None or call.seen.first is not None:
+        return False
+    if seen.block is not None or seen.first is not None:
         raise NotThis("it has segments and blocks at once")
     if _not_integers(mask.segments[0]):
         raise NotThis("its segments are told by numbers that are no integers")
-    if call.query_padding or call.padding:
-        conditions = {(values.digest(part.atom), part.how) for part in mask.padding}
-        of_queries = {(values.digest(part.atom), part.how) for part in mask.query_padding}
-        told = all(_told_by(values, part, kinds) for part in mask.padding)
-        if not (told or conditions == of_queries) or not conditions:
-            raise NotThis("it has segments and padding at once, and a query may see no key")
+    kinds = {values.digest(part.atom) for pair in mask.segments for part in pair}
+    alike = one.sizes[one.scores.rows] == one.sizes[one.scores.keys]
+    if len(kinds) == 1 and alike:
+        if not (mask.padding or mask.query_padding) or _of_padding(values, mask, kinds):
+            return False
+    elif len(mask.segments) > 1:
+        raise NotThis("its segments are told by several arrays")
+    elif seen != Seen(last=seen.last) and not alike:
+        raise NotThis("it is hidden by place, and has segments of another number of keys than queries")
+    if seen.prefix:
+        raise NotThis("it has segments, padding and a prefix at once, and a query may see no key")
+    return True
+
+
+def _of_padding(values: Sources, mask: Mask, kinds: set[int]) -> bool:
+    """Whether padding is that of queries too, so that a query that sees nothing is padding itself."""
+    keys, queries = (
+        {(values.digest(part.atom), part.how) for part in parts}
+        for parts in (mask.padding, mask.query_padding)
+    )
+    told = all(_told_by(values, part, kinds) for part in mask.padding)
+    return bool(keys) and (told or keys == queries)
 
 
 def _not_integers(pair: tuple[Part, Part]) -> bool:

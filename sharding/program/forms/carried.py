@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ...ops.attention import attention
+from ...ops.segments import seeing
 from .masks import Labels
 from .spans import NotThis, Seen
 
@@ -45,6 +46,7 @@ class Call:
     cap: float | None
     seen: Seen
     segmented: bool
+    apart: bool
     padding: tuple[bool, ...]
     query_padding: tuple[bool, ...]
     unseeing: float | None
@@ -259,7 +261,7 @@ def _ids(call: Call, batch: int, arrays: Sequence[Any]) -> tuple[tuple[Any, Any]
     if call.segmented:
         asks = next_array(call.rows, rows)
         own = next_array(call.keys, keys).astype(jnp.int32)
-        segments = (asks.astype(jnp.int32) if call.literal else own, own)
+        segments = (asks.astype(jnp.int32) if call.literal or call.apart else own, own)
     shown = _all([(next_array(call.keys, keys) != 0) == shows for shows in call.padding])
     asking = _all([(next_array(call.rows, rows) != 0) == shows for shows in call.query_padding])
     first, last = call.seen.first or 0, keys - 1 if call.seen.last is None else call.seen.last
@@ -273,6 +275,10 @@ def _ids(call: Call, batch: int, arrays: Sequence[Any]) -> tuple[tuple[Any, Any]
     if call.seen.block is not None:
         own = jnp.broadcast_to(jnp.arange(keys, dtype=jnp.int32) // call.seen.block, (batch, keys))
         return (own, own), None
+    if segments is not None and call.apart:
+        shown = jnp.ones((batch, keys), bool) if shown is None else shown
+        ids, sees = _ids_apart(call, *segments, shown)
+        return ids, sees if asking is None else sees & asking
     if shown is None and asking is None:
         return segments, None
     if segments is not None:
@@ -300,6 +306,21 @@ def _literal_ids(segments: Any, shown: Any, asking: Any, sizes: tuple[int, int, 
     asking = jnp.zeros_like(own) if asking is None else jnp.where(asking, 0, 1)
     shown = jnp.zeros_like(theirs) if shown is None else jnp.where(shown, 0, 2)
     return own + asking, theirs + shown
+
+
+def _ids_apart(call: Call, asks: Any, own: Any, shown: Any) -> tuple[tuple[Any, Any], Any]:
+    """Return ids of queries and of keys that hide what is not shown, and which queries see a key.
+
+    A query that sees none gets a key to look at that its place does not hide: a kernel divides by the sum of
+    its weights.
+    """
+    seen = call.seen
+    behind = None if seen.window is None else seen.window - 1
+    sees = seeing(asks, own, shown, behind=behind, ahead=seen.ahead if seen.causal else None)
+    hidden = jnp.minimum(asks.min(axis=1, keepdims=True), own.min(axis=1, keepdims=True)) - 1
+    own = jnp.where(shown, own, hidden)
+    other = own if asks.shape == own.shape else own[:, :1]
+    return (jnp.where(sees, asks, other), own), sees
 
 
 def _sees(call: Call, shown: Any, rows: int) -> Any:

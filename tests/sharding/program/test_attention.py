@@ -13,13 +13,14 @@ from meshwright.sharding.ops.attention import attention_call
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 import attention_ways as ways
+import segment_ways
 import softmax_ways
 from meshwright.sharding.program.recognise import recognised
 from recognition import calls, traced
 
 pytestmark = pytest.mark.numerics
 
-WAYS, LEFT = ways.WAYS | softmax_ways.WAYS, ways.LEFT | softmax_ways.LEFT
+WAYS, LEFT = ways.WAYS | segment_ways.WAYS | softmax_ways.WAYS, ways.LEFT | softmax_ways.LEFT
 LOOSE = {"half precision": 1e-2, "widened to float32": 1e-2}
 
 
@@ -53,10 +54,14 @@ def attentions(jaxpr):
 
 
 def unseeing():
-    """Sequences of which some queries see no key: padded in front, or wholly."""
+    """Sequences of which some queries see no key: padded in front, in between, or wholly.
+
+    Segments come back after others.
+    """
     given = ways.arrays(seed=1)
     keep = np.array(given["keep"])
-    keep[0, :3], keep[1] = False, False
+    keep[0, :3], keep[0, 6:11], keep[1] = False, False, False
+    given["segment"] = given["segment"].at[0].set(jnp.roll(given["segment"][0], 5))
     return {**given, "keep": jnp.asarray(keep), "segment": given["segment"] * keep}
 
 
@@ -117,6 +122,15 @@ def test_what_is_counted_or_cut_from_constants_is_places_and_needs_no_array_of_p
     assert len(found) == 2
     assert found[0].segments == 0
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", segment_ways.WAYS)
+def test_segments_beside_padding_or_of_other_keys_need_no_array_of_pairs(name) -> None:
+    given = ways.arrays()
+    program = recognised(traced(loss_of({name: WAYS[name]}), floats(given), given), ("attention",))
+    (call,) = attentions(program.jaxpr.jaxpr)
+    assert call.segments
+    assert "mask" not in call.given
 
 
 @pytest.mark.parametrize("name", LEFT)

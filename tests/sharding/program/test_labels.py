@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import zoo
+from flax import linen as nn
 from flax import nnx
 from meshwright.sharding.errors import UserError
 from meshwright.sharding.program import trace
@@ -77,6 +78,15 @@ def test_flax_metadata_is_read():
 
     program = trace(loss, state, jax.ShapeDtypeStruct((4, 8), jnp.float32))
     assert {dim.name: dim.size for dim in program.dims} == {"mlp": 16, "embed": 8, "batch": 4}
+
+
+def test_flax_metadata_of_fewer_names_than_dimensions_leaves_the_last_without():
+    kernel = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "kv"))
+    heads = nn.DenseGeneral(features=(2, 4), kernel_init=kernel, use_bias=False)
+    x = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    params = jax.eval_shape(heads.init, jax.random.key(0), x)
+    program = trace(lambda params, x: jnp.sum(heads.apply(params, x)), params, x)
+    assert program.arguments[0].names == ("embed", "kv", None)
 
 
 @pytest.mark.parametrize(
