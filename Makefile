@@ -15,7 +15,8 @@ unexport PYTHONDONTWRITEBYTECODE
 WORKERS ?= 3
 # What of the suite depends on JAX itself: tracing, transforms, compiled programs, models and whole runs; of
 # plans one of each kind of program. The rest of it sees JAX through these, and runs once. So do all cases of a test
-# but its first: they are other ways through this package's code. Where they are JAX's primitives all run.
+# but its first, and tests that name the file whose tests go through the same of JAX (`@pytest.mark.once`): they are
+# other ways through this package's code. Where cases are JAX's primitives all run.
 ON_NEXT := --first-cases tests/test_generations.py \
 	$(patsubst %,tests/frozen/test_frozen.py::test_a_config_is_planned_as_it_was[%], \
 		deepseek-v3 llama3-8b mixtral-8x7b quickstart quickstart.declared) \

@@ -9,6 +9,8 @@
 ``--first-cases``, as ``make test-next`` runs
     Of a test with several cases the first alone, since the others are other ways through this package's code.
     Not where each case is other primitives of JAX (``@pytest.mark.primitives``), or is named in the command.
+    And none of a test that compiles what says nothing more of JAX: ``@pytest.mark.once(FILE)`` names the file
+    of tests, of this run, that goes through the same primitives, transforms and compilers.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ _numbers = itertools.count()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a run on another JAX take the first case of each test."""
     parser.addoption(
-        "--first-cases", action="store_true", help="the first case of each test; see tests/conftest.py"
+        "--first-cases", action="store_true", help="what says something of JAX; see tests/conftest.py"
     )
 
 
@@ -69,6 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("shared", deadline=None, suppress_health_check=[slow])
     hypothesis.settings.load_profile("shared")
     config.addinivalue_line("markers", "numerics: only values are looked at; see tests/conftest.py")
+    config.addinivalue_line(
+        "markers", "once(file): another JAX is tested by those of `file`; see tests/conftest.py"
+    )
     config.addinivalue_line(
         "markers", "primitives: each case is other primitives of JAX; see tests/conftest.py"
     )
@@ -130,7 +135,8 @@ def _first_cases(items: list[pytest.Item], named: list[str]) -> tuple[list[pytes
     for item in items:
         test = item.nodeid.partition("[")[0]
         whole = item.nodeid in named or item.get_closest_marker("primitives")
-        (kept if whole or test not in known else others).append(item)
+        again = test in known or item.get_closest_marker("once")
+        (kept if whole or not again else others).append(item)
         known.add(test)
     return kept, others
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -75,3 +77,14 @@ def test_of_each_test_the_first_case_runs_on_the_newest_jax_or_all_of_primitives
     assert len(firsts) < len(ways)
     kept = {*firsts.values(), named, *(line for line in cases if line not in ways)}
     assert [line for line in first.splitlines() if "::" in line] == [line for line in cases if line in kept]
+
+
+def test_what_runs_on_one_jax_names_a_file_whose_tests_run_on_the_newest_too() -> None:
+    tests = pathlib.Path(__file__).parent
+    marked = re.compile(r'^@pytest\.mark\.once\("([^"]+)"\)$', flags=re.M)
+    files = [path for path in tests.rglob("test_*.py") if marked.search(path.read_text("utf-8"))]
+    named = {f"tests/{file}" for path in files for file in marked.findall(path.read_text("utf-8"))}
+    asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    asked += ["--first-cases", *sorted(named)]
+    done = subprocess.run(forked(asked), capture_output=True, text=True, check=True)
+    assert named == {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}

@@ -9,6 +9,7 @@ code brings: cycles, the algorithms of collectives, and whether a kernel fits th
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import threading
 import time
@@ -19,6 +20,8 @@ from ..xla.compiler import compiler_of
 
 _FILES = "*-TLP-hlo.txt"
 _WAIT_SECONDS = 0.1
+# The niceness of what nobody waits for. Linux keeps one for each thread.
+_LEAST = 19
 
 
 def shows_schedule(topology: Topology) -> bool:
@@ -39,7 +42,8 @@ def dump_arguments(folder: pathlib.Path) -> str:
 def scheduled_or_compiled(lowered: Any, options: Any, folder: pathlib.Path) -> Any:
     """Return the text of the scheduled program as soon as it lies in `folder`, or what is compiled before.
 
-    The compiler cannot be stopped and works on in a thread: end the process when the answer is written.
+    The compiler cannot be stopped and works on in threads, which are then the last to be given a core: end
+    the process when the answer is written.
 
     Args:
       lowered: a `jax.stages.Lowered`, compiled in a process that started with `dump_arguments`.
@@ -61,11 +65,20 @@ def scheduled_or_compiled(lowered: Any, options: Any, folder: pathlib.Path) -> A
     thread.start()
     while thread.is_alive():
         if (text := _whole_text(folder)) is not None:
+            _let_others_go_first()
             return text
         thread.join(_WAIT_SECONDS)
     if "error" in ended:
         raise ended["error"]
     return ended["compiled"]
+
+
+def _let_others_go_first() -> None:
+    """Have all threads of this process but the one that calls wait for whatever else wants a core."""
+    for task in pathlib.Path("/proc/self/task").glob("*"):
+        if int(task.name) != threading.get_native_id():
+            with contextlib.suppress(OSError):  # of a thread that has ended
+                os.setpriority(os.PRIO_PROCESS, int(task.name), _LEAST)
 
 
 def _whole_text(folder: pathlib.Path) -> str | None:

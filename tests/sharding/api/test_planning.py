@@ -91,6 +91,7 @@ def small(name: str) -> Any:
     return case, params, batch, problem.program, list(found.candidates())
 
 
+@pytest.mark.once("sharding/transform/test_constrain.py")
 @pytest.mark.devices(8)
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(["mlp", "lstm", "mixture_of_experts", "graph_net"]), data=st.data())
@@ -201,6 +202,7 @@ def test_weighted_means_and_rows_written_into_a_loss_go_in_parts(name: str) -> N
     assert plan(case.loss, *case.shapes(), topology="cpu:8", microbatches=2).microbatches == 2
 
 
+@pytest.mark.once("sharding/transform/accumulation/test_run.py")
 @pytest.mark.devices(8)
 def test_a_sum_over_the_batch_is_the_same_in_parts() -> None:
     case = zoo.mlp()
@@ -224,6 +226,7 @@ def large() -> Any:
     return loss, params, {"x": jax.ShapeDtypeStruct((64, 16384), jnp.float32)}
 
 
+@pytest.mark.once("frozen/test_frozen.py")
 def test_what_does_not_fit_is_said_with_what_would() -> None:
     with pytest.raises(UserError) as error:
         plan(*large(), topology="v5e:2x2", optimizer=ADAM)
@@ -247,6 +250,7 @@ def test_stages_are_priced_and_kept_and_gpipe_is_not_run(tmp_path: pathlib.Path)
         gpipe.apply(case.loss)
 
 
+@pytest.mark.once("frozen/test_frozen.py")
 def test_stages_that_were_not_searched_for_are_priced_when_asked_for() -> None:
     case = zoo.state_space()
     made = plan(case.loss, *case.shapes(), topology="v5p:2x2x1", optimizer=ADAM)
@@ -258,6 +262,7 @@ def test_stages_that_were_not_searched_for_are_priced_when_asked_for() -> None:
     assert "stage=3 does not divide 4 devices" in made.explain("stage=3")
 
 
+@pytest.mark.once("sharding/transform/test_constrain.py")
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("name", ["decoder", pytest.param("state_space", marks=pytest.mark.slow)])
 def test_a_stream_cut_over_the_tensor_axis_keeps_values(name: str) -> None:
@@ -276,6 +281,7 @@ def test_a_stream_cut_over_the_tensor_axis_keeps_values(name: str) -> None:
     agrees(case.loss, Plan.of(record_of(problem.program, where, cut[0])), params, batch)
 
 
+@pytest.mark.once("sharding/transform/test_remat.py")
 @pytest.mark.devices(8)
 def test_named_values_are_kept_and_keep_values(tmp_path: pathlib.Path) -> None:
     case = case_of("state_space")

@@ -143,6 +143,7 @@ def test_it_changes_as_in_plain_training(optimizer: str, how: str) -> None:
         assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
+@pytest.mark.once("sharding/program/test_aside.py")
 @pytest.mark.devices(8)
 def test_a_moving_average_lies_as_its_parameters_and_is_never_gathered() -> None:
     found = planned(**MESHES["fsdp"])
@@ -171,6 +172,7 @@ def test_a_moving_average_lies_as_its_parameters_and_is_never_gathered() -> None
     assert gathers(jax.jit(loss), STATE) == gathers(plain, without)
 
 
+@pytest.mark.once("sharding/program/test_aside.py")
 @pytest.mark.devices(8)
 def test_a_run_goes_on_from_a_checkpoint_on_another_mesh(tmp_path: pathlib.Path) -> None:
     one, other = planned(**MESHES["three axes"]), planned(**MESHES["fsdp"])
@@ -190,6 +192,7 @@ def test_a_run_goes_on_from_a_checkpoint_on_another_mesh(tmp_path: pathlib.Path)
         assert_close(state[name], wanted[name])
 
 
+@pytest.mark.once("sharding/program/test_aside.py")
 @pytest.mark.devices(8)
 def test_evaluation_and_apply_read_it_and_leave_it() -> None:
     found = planned(**MESHES["three axes"])
@@ -209,6 +212,7 @@ def test_evaluation_and_apply_read_it_and_leave_it() -> None:
         np.testing.assert_array_equal(old, raw(now))
 
 
+@pytest.mark.once("sharding/transform/test_step.py")
 @pytest.mark.devices(8)
 def test_a_step_that_is_not_finite_leaves_it_as_it_was() -> None:
     found = planned(**MESHES["three axes"])

@@ -185,6 +185,7 @@ def packed(params, batch):
     return jnp.mean(x**2)
 
 
+@pytest.mark.once("sharding/transform/test_attention.py")
 @pytest.mark.numerics(False)
 @pytest.mark.devices(8)
 def test_planned_attention_on_several_devices_is_the_plain_one_and_holds_no_scores() -> None:

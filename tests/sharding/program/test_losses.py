@@ -202,6 +202,7 @@ def test_small_logits_and_layers_are_left_without_a_word(monkeypatch) -> None:
     assert recognised(one, ("losses",)) is one
 
 
+@pytest.mark.once("sharding/program/test_losses.py")
 @pytest.mark.numerics(False)
 @pytest.mark.devices(8)
 def test_planned_loss_on_several_devices_is_the_plain_one_and_takes_less_memory(monkeypatch) -> None:

@@ -110,6 +110,7 @@ def test_no_product_of_float32_and_no_sum_in_bfloat16_is_left(devices):
     assert summed.findall(texts["auto"]) == ["f32"]
 
 
+@pytest.mark.once("sharding/transform/test_arithmetic.py")
 def test_an_odd_vocabulary_is_padded_within_the_product_alone():
     params, batch = arrays(vocab=1031)
     short = loss_in(jnp.bfloat16)
@@ -137,6 +138,7 @@ def test_float16_loses_no_small_cotangent():
     assert made.kernels["arithmetic"] == {"lookups": "float32"}
 
 
+@pytest.mark.once("sharding/transform/test_arithmetic.py")
 def test_they_are_a_gpu_s_and_can_be_switched_off(tmp_path):
     params, batch = arrays()
     loss = loss_in(jnp.bfloat16)

@@ -120,6 +120,7 @@ def test_values_and_gradients(case: str) -> None:
     check(plan.apply(loss, plan.make_mesh()), loss, params)
 
 
+@pytest.mark.once("sharding/transform/accumulation/test_region.py")
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("axis", ["data", pytest.param("stage", marks=pytest.mark.slow)])
 def test_the_kernel_runs_where_rows_are_worked_through_by_hand(axis: str) -> None:
@@ -131,6 +132,7 @@ def test_the_kernel_runs_where_rows_are_worked_through_by_hand(axis: str) -> Non
     check(plan.apply(loss, plan.make_mesh()), loss, params)
 
 
+@pytest.mark.once("sharding/transform/test_attention.py")
 @pytest.mark.devices(8)
 def test_kv_heads_that_the_axes_of_heads_do_not_divide() -> None:
     loss, params = loss_of(), weights(2)

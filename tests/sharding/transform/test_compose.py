@@ -115,6 +115,7 @@ def test_both_steps_are_one() -> None:
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
+@pytest.mark.once("sharding/transform/test_compose.py")
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_evaluation_is_constrained_as_training_is(microbatches: int) -> None:

@@ -114,6 +114,7 @@ def test_gathered_keys_lie_beside_other_axes() -> None:
     check({"context": 2, "fsdp": 2, "tensor": 2}, "gathered", {}, value_width=4)
 
 
+@pytest.mark.once("sharding/transform/test_context.py")
 def test_no_mask_of_all_pairs_is_taken_out_of_a_loop_over_layers() -> None:
     params, batch, _ = problem(64, ())
     applied = made({"context": 8}, "ring", sequence=64).apply(loss_of(()))
@@ -123,6 +124,7 @@ def test_no_mask_of_all_pairs_is_taken_out_of_a_loop_over_layers() -> None:
     assert not re.findall(r"bool\[[^]]*,4,4,2,4,4\]", said)
 
 
+@pytest.mark.once("sharding/transform/test_context.py")
 def test_no_array_of_a_pair_s_scores_is_read_in_every_turn_where_layers_are_run_again() -> None:
     params, batch, _ = problem(64, ())
     asked = {"topology": "cpu:8", "mesh": {"context": 8}, "names": NAMES, "context": "ring", "remat": "full"}
@@ -335,6 +337,7 @@ def of_tokens(params: Any, x: Any) -> Any:
     return jnp.square(out[:, 0]).mean() + jnp.square(jnp.tanh(out)).mean()
 
 
+@pytest.mark.once("sharding/transform/test_context.py")
 @pytest.mark.parametrize(
     ("loss", "tokens", "sends"), [(shifted, 33, "collective-permute"), (with_a_class_token, 31, None)]
 )

@@ -87,6 +87,7 @@ def test_experts_keep_their_values_on_any_mesh(mesh: dict[str, int]) -> None:
         assert made.params["up"].spec[1] == "expert"
 
 
+@pytest.mark.once("sharding/transform/test_experts.py")
 @pytest.mark.parametrize(
     "changes",
     [

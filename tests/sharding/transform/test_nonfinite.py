@@ -79,6 +79,7 @@ def test_the_layer_of_a_gradient_is_the_last_one(schedule: str) -> None:
     assert (one.fault.work, one.fault.layer, one.fault.microbatch, one.fault.stage) == ("backward", 2, 1, 1)
 
 
+@pytest.mark.once("sharding/transform/test_nonfinite.py")
 def test_what_only_a_weights_gradient_has_is_said_to_be_its() -> None:
     # What a weight is read by is too large for its gradient, and for nothing else.
     @jax.custom_vjp
@@ -148,6 +149,7 @@ def test_a_plan_without_stages_tells_its_layer() -> None:
     assert said == "the first value that is not finite is in the forward pass of layer 3 of 4 (from 0)"
 
 
+@pytest.mark.once("sharding/transform/test_nonfinite.py")
 def test_what_is_no_layers_is_said() -> None:
     nothing = {**batch(), "counted": np.zeros(ROWS, np.float32)}
     assert "sums over the batch" in str(found(failing(0), {"stage": 2}, nothing, microbatches=2))

@@ -121,6 +121,7 @@ def needs(**needed: Any) -> Any:
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
 
+@pytest.mark.once("sharding/transform/test_optimizer.py")
 def test_an_optimizer_in_a_chain_is_not_given_what_it_does_not_take() -> None:
     """A chain takes any words and hands all on: SAM, which has one for none of them, says TypeError."""
     chained = optax.chain(optax.clip(1.0), contrib.sam(optax.sgd(0.1), optax.sgd(0.01), sync_period=2))

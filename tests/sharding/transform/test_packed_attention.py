@@ -171,6 +171,7 @@ def test_a_row_of_more_segments_is_never_passed_over(segments: int) -> None:
     assert np.isnan(gradients["query"]).all()
 
 
+@pytest.mark.once("sharding/transform/test_packed_attention.py")
 def test_a_segment_that_comes_back_is_never_passed_over() -> None:
     ids = jnp.array([[1, 1, 2, 1], [1, 2, 2, 3], [0, 0, 3, 0], [5, 5, 5, 5]])
     assert sound(ids, 4).tolist() == [False, True, False, True]

@@ -239,6 +239,7 @@ def test_what_is_not_finite_changes_nothing_and_neither_does_what_comes_after() 
                 np.testing.assert_array_equal(got, wanted)
 
 
+@pytest.mark.once("sharding/transform/test_step.py")
 @pytest.mark.devices(8)
 def test_an_optimizer_that_deals_with_nan_is_left_to_do_so() -> None:
     made = optax.apply_if_finite(optax.sgd(0.1), 5)
@@ -254,6 +255,7 @@ def test_an_optimizer_that_deals_with_nan_is_left_to_do_so() -> None:
     np.testing.assert_allclose(again["params"]["w"], wanted["params"]["w"], rtol=1e-6)
 
 
+@pytest.mark.once("sharding/transform/test_step.py")
 @pytest.mark.devices(8)
 def test_the_guard_can_be_taken_away_and_a_state_without_the_flag_is_sound() -> None:
     step = fragile_step(optax.sgd(0.1), guard=False)
@@ -264,6 +266,7 @@ def test_the_guard_can_be_taken_away_and_a_state_without_the_flag_is_sound() -> 
     assert (int(state["step"]), bool(state["stopped"])) == (1, False)
 
 
+@pytest.mark.once("sharding/transform/test_step.py")
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("name", ["step", "params", "optimizer", "stopped"])
 def test_a_parameter_may_be_named_as_a_part_of_the_state(name: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -78,6 +81,33 @@ def test_it_has_the_memory_and_the_collectives_of_the_whole_program(tmp_path: pa
     assert "step, scheduled" in said.get()
     assert "scheduled by libtpu" in said.get()
     assert "without machine code" in said.get()
+
+
+WORKS_ON = """
+import os, pathlib, sys, threading
+from meshwright.sharding.verify.scheduled import scheduled_or_compiled
+
+folder = pathlib.Path(sys.argv[1])
+
+class Lowered:
+    def compile(self, compiler_options):
+        (folder / "step-TLP-hlo.txt").write_text("HloModule step {}")
+        threading.Event().wait()
+
+text = scheduled_or_compiled(Lowered(), None, folder)
+nice = {thread.native_id == threading.get_native_id(): os.getpriority(os.PRIO_PROCESS, thread.native_id)
+        for thread in threading.enumerate()}
+print(text, nice[True], nice[False], flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have no niceness of their own")
+def test_a_compiler_that_works_on_is_given_a_core_last(tmp_path: pathlib.Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", WORKS_ON, tmp_path], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ran.stdout.split() == ["HloModule", "step", "{}", str(os.nice(0)), "19"]
 
 
 @pytest.mark.slow

@@ -189,6 +189,7 @@ def in_groups(p, b):
     return sum(values.values()), values
 
 
+@pytest.mark.once("sharding/transform/accumulation/test_moves.py")
 def test_rows_that_meet_in_groups_stay_together():
     """By stride they would be sent to parts of their own: refused, or several passes for a softmax."""
     layout = declare(in_groups, *arguments(), topology="cpu:8", mesh={"fsdp": 8}, microbatches=2)

@@ -157,6 +157,7 @@ def test_a_function_of_one_sum() -> None:
     close(found, plain(init(), batch()), 1e-6)
 
 
+@pytest.mark.once("sharding/transform/accumulation/test_region.py")
 def test_half_precision_is_as_near_as_the_plain_function() -> None:
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), init())
     _, found, plain = compiled(planned(masked, MESHES[1], jnp.bfloat16), masked, half)

@@ -286,6 +286,7 @@ def test_rows_are_told_from_keys_and_tables_by_what_the_loss_does_of_them():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, want)
 
 
+@pytest.mark.once("sharding/transform/accumulation/test_by_part.py")
 def test_what_is_refused_is_taken_by_part_if_that_is_asked_and_the_plan_says_so():
     for made in doors(contrastive, 2, accumulation="by part"):
         assert any("the mean of what the parts give" in note for note in made.notes)
@@ -302,6 +303,7 @@ def test_sums_that_no_gradient_goes_through_take_a_pass_forward_each():
     assert any("take 3 passes" in note for note in made.notes)
 
 
+@pytest.mark.once("sharding/transform/accumulation/test_run.py")
 def test_more_passes_may_be_allowed():
     def normalised(p, b):
         h = b["x"] @ p["inside"]
@@ -317,6 +319,7 @@ def test_more_passes_may_be_allowed():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
 
 
+@pytest.mark.once("sharding/transform/accumulation/test_run.py")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_narrow_gradients_are_added_up_in_float32(dtype):
     narrow = jax.tree.map(lambda leaf: leaf.astype(dtype), params())
@@ -338,6 +341,7 @@ def test_narrow_gradients_are_added_up_in_float32(dtype):
     assert apart(parts) < 2 * apart(whole)
 
 
+@pytest.mark.once("sharding/transform/accumulation/test_run.py")
 def test_a_number_of_pythons_is_a_parameter_like_any():
     def loss(p, b):
         return (b["x"][:, 0] @ p["w"] * p["scale"]).mean()
@@ -392,6 +396,7 @@ def test_a_key_that_a_checkpoint_hands_on_is_kept():
     assert kept == left
 
 
+@pytest.mark.once("sharding/transform/accumulation/test_region.py")
 def test_what_is_worked_through_by_hand_after_the_gradient_leaves_a_state_too():
     def loss(p, b, state):
         taught = jax.lax.stop_gradient(jnp.tanh(b["other"] @ p["inside"]) @ p["outside"])

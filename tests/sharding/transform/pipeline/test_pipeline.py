@@ -187,6 +187,7 @@ def test_stages_give_the_plain_functions_gradients(mesh: dict[str, int], loss: A
     assert sends(program.as_text()) <= 2 * 3 * (4 + mesh["stage"] - 1)
 
 
+@pytest.mark.once("sharding/transform/pipeline/test_pipeline.py")
 @pytest.mark.parametrize(
     ("mesh", "loss", "rows", "how"),
     [
@@ -232,6 +233,7 @@ def products(jaxpr: Any) -> int:
     return found
 
 
+@pytest.mark.once("sharding/transform/pipeline/test_pipeline.py")
 @pytest.mark.parametrize(
     ("mesh", "loss", "how"),
     [
@@ -258,6 +260,7 @@ def test_what_layers_keep_goes_over_ticks(mesh: dict[str, int], loss: Any, how: 
     assert made[1] - made[0] == each * ticks * LAYERS // (stages * chunks)
 
 
+@pytest.mark.once("sharding/transform/pipeline/test_pipeline.py")
 def test_uneven_chunks_of_too_few_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
     # Three layers and a copy of the last one in four chunks; one of a group of two microbatches is none.
     monkeypatch.setattr(sys.modules[__name__], "LAYERS", 3)
@@ -274,6 +277,7 @@ def test_uneven_chunks_of_too_few_microbatches(monkeypatch: pytest.MonkeyPatch) 
     assert max(apart([metrics["loss"], state["params"]], [value, after])) < 1e-6
 
 
+@pytest.mark.once("sharding/program/test_repeats.py")
 def test_layers_in_a_python_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     # Five in four chunks; some parameters are stored over fsdp and tensor in one dimension.
     monkeypatch.setattr(sys.modules[__name__], "LAYERS", 5)
@@ -300,6 +304,7 @@ def apart_by_skips(params: Any) -> Any:
     return {"table": params["table"], "up": [*down], "down": [*up[:, :, :WIDTH]]}
 
 
+@pytest.mark.once("sharding/transform/pipeline/test_pipeline.py")
 @pytest.mark.parametrize(
     ("loss", "params", "how"),
     [
@@ -341,6 +346,7 @@ def restored(folder: pathlib.Path, state: Any, plan: Plan) -> Any:
     return found.state
 
 
+@pytest.mark.once("sharding/transform/test_step.py")
 def test_a_step_an_evaluation_and_checkpoints_of_a_jitted_loss(tmp_path: pathlib.Path) -> None:
     loss = jax.jit(drawn)
     plan = declared(loss, {"stage": 2, "data": 2, "fsdp": 2})

@@ -130,6 +130,7 @@ def worst(found: Any, wanted: Any) -> float:
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
 
 
+@pytest.mark.once("sharding/transform/test_nonfinite.py")
 @pytest.mark.numerics
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def preference(params: Any, batch: Any) -> Any:
     return -jax.nn.log_sigmoid(0.1 * margin).mean() + 0.01 * sizes[0].sum(), {"margin": margin.mean()}
 
 
+@pytest.mark.once("sharding/program/test_repeats.py")
 @pytest.mark.numerics
 @pytest.mark.devices(4)
 @pytest.mark.parametrize(
