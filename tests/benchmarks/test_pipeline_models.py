@@ -14,7 +14,7 @@ import pipeline_models
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
 
 # In Python loops and in scans, of which one goes by turns, in two chunks a stage. `test_stacks.py` has two
-# stacks in Python loops, `test_together.py` a loop in two; `benchmarks/pipelines.py models` tries all both ways.
+# stacks in Python loops, `test_together.py` a loop in two; `benchmarks/pipelines.py models` tries all ways.
 CASES = [
     ("nnx_decoder", False, 1),
     ("closures_vision", True, 2),
