@@ -33,7 +33,7 @@ def interpreted(closed: core.ClosedJaxpr, arguments: Sequence[Array]) -> list[Ar
     for eqn in jaxpr.eqns:
         found = _equation(eqn, [read(atom) for atom in eqn.invars])
         for var, array in zip(eqn.outvars, found, strict=True):
-            values[var] = _checked(var.aval, array)
+            values[var] = _checked(eqn.primitive.name, var.aval, array)
     return [read(atom) for atom in jaxpr.outvars]
 
 
@@ -44,10 +44,10 @@ def _plain(array: Any) -> Array:
     return np.asarray(array)
 
 
-def _checked(aval: Any, array: Array) -> Array:
+def _checked(name: str, aval: Any, array: Array) -> Array:
     array = _plain(array)
     if array.shape != tuple(aval.shape):
-        raise AssertionError(f"{array.shape} where the trace has {aval.shape}")
+        raise AssertionError(f"{name} gives {array.shape} where the trace has {aval.shape}")
     return array if array.dtype == aval.dtype else array.astype(aval.dtype)
 
 
@@ -85,8 +85,11 @@ def _while(eqn: core.JaxprEqn, ins: list[Array]) -> list[Array]:
     parts = while_parts(eqn)
     tests, bodies = parts.num_cond_consts, parts.num_cond_consts + parts.num_body_consts
     carry = ins[bodies:]
-    while interpreted(parts.cond, [*ins[:tests], *carry])[0]:
-        carry = interpreted(parts.body, [*ins[tests:bodies], *carry])
+    while np.any(on := interpreted(parts.cond, [*ins[:tests], *carry])[0]):
+        found = interpreted(parts.body, [*ins[tests:bodies], *carry])
+        # Of several loops side by side those that are done stay as they are.
+        going = [on.reshape(on.shape + (1,) * (one.ndim - on.ndim)) for one in found]
+        carry = [np.where(test, new, old) for test, new, old in zip(going, found, carry, strict=True)]
     return carry
 
 
@@ -232,11 +235,12 @@ def _reduced(function: Callable[..., Array]) -> Callable[..., Array]:
 
 def _bits(p: Any, x: Array) -> Array:
     dtype = np.dtype(p["new_dtype"])
+    if x.dtype.itemsize == dtype.itemsize:
+        return x.view(dtype)
     # Narrower ones stand on a new last dimension, wider ones are made of the last dimension's.
     if x.dtype.itemsize > dtype.itemsize:
         return np.ascontiguousarray(x)[..., None].view(dtype)
-    found = np.ascontiguousarray(x).view(dtype)
-    return found[..., 0] if x.dtype.itemsize < dtype.itemsize else found
+    return np.ascontiguousarray(x).view(dtype)[..., 0]
 
 
 _SHAPED: dict[str, Callable[..., Any]] = {
@@ -266,8 +270,8 @@ _SHAPED: dict[str, Callable[..., Any]] = {
     "reduce_max": _reduced(np.max),
     "reduce_min": _reduced(np.min),
     "reduce_prod": _reduced(np.prod),
-    "reduce_or": _reduced(np.any),
-    "reduce_and": _reduced(np.all),
+    "reduce_or": _reduced(np.bitwise_or.reduce),
+    "reduce_and": _reduced(np.bitwise_and.reduce),
     "argmax": lambda p, x: np.argmax(x, p["axes"][0]),
     "argmin": lambda p, x: np.argmin(x, p["axes"][0]),
     "cumsum": _running(np.add),

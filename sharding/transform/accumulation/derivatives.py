@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 from jax.sharding import AxisType, PartitionSpec
 
 from ...program.jaxpr import branches, call_body, run, scan_parts
 from ...program.primitives import Trait, primitives
+from .values import NotInParts
 
 _CALLS = primitives(Trait.CALL)
 #: What devices of a manual region exchange.
@@ -88,6 +90,7 @@ def written_gradient(eqn: core.JaxprEqn, moved: Sequence[bool] | None = None) ->
 
     given = [out for out, one in zip(outs, learns, strict=True) if one]
     back, _ = traced_within(eqn, backward, kept, given)
+    _check_closed(ahead, back)
     return Gradient(ahead=ahead, back=back, kept=len(kept), floats=tuple(floats), learns=tuple(learns))
 
 
@@ -119,7 +122,19 @@ def written_derivative(eqn: core.JaxprEqn) -> Derivative:
 
     tangents = [aval for aval, one in zip(avals, floats, strict=True) if one]
     traced, _ = traced_within(eqn, derived, avals, tangents)
+    _check_closed(traced)
     return Derivative(rule=traced, floats=floats, learns=learns)
+
+
+def _check_closed(*traced: core.ClosedJaxpr) -> None:
+    """Refuse what reads arrays of a trace that is over, as JAX does where the loss is jitted."""
+    for const in (const for one in traced for const in one.consts):
+        if isinstance(const, Tracer):
+            kind = f"{const.dtype}[{','.join(map(str, const.shape))}]"
+            raise NotInParts(
+                f"the gradient that is written for a function reads an array ({kind}) that the function closes "
+                "over, which jax.jit does not allow: hand it over as an argument"
+            )
 
 
 def traced_within(eqn: core.JaxprEqn, function: Any, *args: Any) -> tuple[core.ClosedJaxpr, Any]:
@@ -214,6 +229,12 @@ def _rounds_tangents(derivative: Derivative) -> bool:
     given = [_Class.APART] * (len(derivative.rule.in_avals) - count) + [_Class.LINEAR] * count
     tangents = _classes(derivative.rule, given)[len(derivative.learns) :]
     return any(one not in (_Class.ZERO, _Class.LINEAR) for one in tangents)
+
+
+def works_in(dtype: Any, eqn: core.JaxprEqn) -> bool:
+    """Whether what an operation runs inside of itself has numbers of a type."""
+    bodies = [one for jaxpr in core.jaxprs_in_params(eqn.params) for one in _all(jaxpr)]
+    return any(getattr(out.aval, "dtype", None) == dtype for one in bodies for out in one.outvars)
 
 
 def _all(jaxpr: core.Jaxpr) -> Iterator[core.JaxprEqn]:

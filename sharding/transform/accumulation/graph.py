@@ -20,7 +20,7 @@ from jax.extend import core
 
 from ...program.jaxpr import call_body, context_of, is_extended
 from ...program.lines import is_ours, line_of
-from .derivatives import EXCHANGES, uneven_call, why_uneven
+from .derivatives import EXCHANGES, uneven_call, why_uneven, works_in
 from .prepared import OfData
 from .values import (
     LATE,
@@ -331,9 +331,14 @@ class PartGraph:
 
     @functools.cached_property
     def is_even(self) -> bool:
-        """Whether the gradient of what parts compute is linear in what comes back."""
+        """Whether the gradient of a multiple is that multiple: rounding and clipping are not linear in what
+        comes back, and small float16 gradients are nothing.
+        """
         learnt = {number: operands for number, (_, operands) in self._learnt.items()}
-        return all(uneven_call(eqn, learnt) is None for eqn in self._learning)
+        halves = any(out.heavy and out.dtype == jnp.float16 for op in self.ops for out in op.outs)
+        return not halves and all(
+            uneven_call(eqn, learnt) is None and not works_in(jnp.float16, eqn) for eqn in self._learning
+        )
 
     def where(self, eqn: core.JaxprEqn) -> str:
         """Return the user's lines of an equation: of the outermost call around it, and its own.

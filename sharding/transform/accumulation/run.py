@@ -81,12 +81,8 @@ class Run:
 
     @property
     def is_even(self) -> bool:
-        """Whether the gradient of a multiple of the loss is that multiple: rounding and clipping are not,
-        and small float16 gradients are nothing.
-        """
-        graph, halves = self._read.graph, jnp.dtype(jnp.float16)
-        narrow = any(out.heavy and out.dtype == halves for op in graph.ops for out in op.outs)
-        return self._read.levels.scaled or (graph.is_even and not narrow)
+        """Whether the gradient of a multiple of the loss is that multiple."""
+        return self._read.graph.is_even
 
     def value_and_grad(
         self, trained: Sequence[int], *args: Any, cotangent: Array | None = None

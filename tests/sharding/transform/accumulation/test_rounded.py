@@ -149,6 +149,25 @@ def test_a_multiple_of_a_planned_loss_is_rounded_as_a_multiple():
         np.testing.assert_allclose(planned[1]["w"], own[1]["w"], rtol=1e-2, atol=2e-5)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["in the open", "in a loop"])
+def test_float16_gradients_below_a_function_of_one_mean_are_scaled_before_they_are_nothing(inside):
+    """They were taken of the mean, in float16 nothing, and multiplied after."""
+
+    def halves(x, w):
+        return (x.astype(jnp.float16) @ w.astype(jnp.float16)).astype(x.dtype)
+
+    def loss(p, b):
+        h = halves(b["x"], p["w"])
+        if inside:
+            h, _ = jax.lax.scan(lambda h, _: (halves(h, p["w"]), None), b["x"], None, length=2)
+        return 1e5 * jnp.sqrt(1e-10 * squares(h, b))
+
+    params, batch = arguments()
+    want, got = (jax.jit(jax.grad(one))(params, batch)["w"] for one in (loss, declared(loss).apply(loss)))
+    assert np.abs(want).min() > 0
+    np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-2 * np.abs(want).max())
+
+
 def test_a_multiple_of_a_loss_in_stages_is_rounded_as_a_multiple():
     keys = jax.random.split(jax.random.key(1), 4)
     params = {"w": jnp.stack([draws.normal(key, (WIDTH, WIDTH)) / 3 for key in keys])}

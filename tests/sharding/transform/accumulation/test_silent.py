@@ -259,6 +259,21 @@ def test_a_written_gradient_of_a_function_that_closes_over_constants_is_looked_a
     check(loss, arguments()[1])
 
 
+def test_a_written_gradient_that_reads_an_array_around_it_is_told_to_take_it_as_an_argument():
+    """It ended in JAX's words about a tracer that has escaped, as it does where the loss is jitted."""
+
+    def loss(p, b):
+        @jax.custom_gradient
+        def dropped(x):
+            kept = jax.random.bernoulli(b["key"], 0.5, x.shape)
+            return x * kept, lambda g: 2 * g * kept
+
+        return jnp.square(dropped(b["x"] @ p["w"]) - b["y"]).mean()
+
+    with pytest.raises(UserError, match=r"reads an array \(.*\) that .* as an argument, at .*test_silent.py:"):
+        declared(loss, {**arguments()[1], "key": jax.random.key(3)})
+
+
 def test_a_gradient_of_aux_values_is_refused_rather_than_nothing():
     """What an own loop adds to the loss from its aux had no gradient, without a word."""
 
