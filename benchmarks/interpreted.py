@@ -55,7 +55,8 @@ def _equation(eqn: core.JaxprEqn, ins: list[Array]) -> Sequence[Array]:
     name = eqn.primitive.name
     if name in _CONTROL:
         return _CONTROL[name](eqn, ins)
-    body = call_body(eqn)
+    # What is reduced by a function has its program, which is no call.
+    body = None if name == "reduce" else call_body(eqn)
     if body is not None:
         return interpreted(body, ins)
     if name in _PLAIN and all(isinstance(one, np.ndarray) for one in ins):

@@ -270,7 +270,9 @@ def test_a_written_gradient_that_reads_an_array_around_it_is_told_to_take_it_as_
 
         return jnp.square(dropped(b["x"] @ p["w"]) - b["y"]).mean()
 
-    with pytest.raises(UserError, match=r"reads an array \(.*\) that .* as an argument, at .*test_silent.py:"):
+    with pytest.raises(
+        UserError, match=r"reads an array \(.*\) that .* as an argument, at .*test_silent.py:"
+    ):
         declared(loss, {**arguments()[1], "key": jax.random.key(3)})
 
 
