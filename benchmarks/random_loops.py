@@ -205,9 +205,6 @@ WRAPPERS: dict[str, Wrapper] = {
     "behind a barrier": lambda _, function, x: lax.optimization_barrier(
         function(lax.optimization_barrier(x))
     ),
-    "in narrow floats": lambda _, function, x: (
-        lax.stop_gradient(function(x.astype(jnp.float32))).astype(x.dtype) * x.mean()
-    ),
     "of groups": lambda _, function, x: jax.vmap(function)(x.reshape(TIME, -1, *x.shape[1:])),
 }
 KINDS: dict[str, Maker] = {"over rows in turn": over_rows, "over time": over_time, "branched": branched}

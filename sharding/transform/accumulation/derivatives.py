@@ -132,8 +132,8 @@ def _check_closed(*traced: core.ClosedJaxpr) -> None:
         if isinstance(const, Tracer):
             kind = f"{const.dtype}[{','.join(map(str, const.shape))}]"
             raise NotInParts(
-                f"the gradient that is written for a function reads an array ({kind}) that the function closes "
-                "over, which jax.jit does not allow: hand it over as an argument"
+                f"the gradient that is written for a function reads an array ({kind}) that it closes over, "
+                "which jax.jit does not allow: hand it over as an argument"
             )
 
 

@@ -192,8 +192,8 @@ def convolution(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]
         # A row of the result is made of one of each group of rows.
         if lhs.form.pre % groups:
             raise NotInParts(
-                f"a convolution of {groups} groups of examples (batch_group_count) makes a row of the result of "
-                "examples in several parts"
+                f"a convolution of {groups} groups of examples (batch_group_count) makes a row of the result "
+                "of examples in several parts"
             )
         return g.bind(eqn, [lhs, g.shared(rhs)], [examples(spec.out_spec[0], lhs.form.pre // groups)])
     if p["feature_group_count"] != 1 or groups != 1:

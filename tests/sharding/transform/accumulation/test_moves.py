@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import draws
 import jax
 import jax.numpy as jnp
@@ -54,17 +56,6 @@ MOVES = {
     "sort": lambda p, h: jnp.sort(h, -1) * jnp.arange(WIDTH),
     "concatenate": lambda p, h: jnp.concatenate([h, 2 * h], 1) ** 2,
     "stack": lambda p, h: jnp.stack([h, h * h], 0) ** 2,
-    "convolution of groups of rows": lambda p, h: (
-        jax.lax.conv_general_dilated(
-            h,
-            p["w"].reshape(2, WIDTH, 4),
-            (1,),
-            "VALID",
-            dimension_numbers=("NHC", "HIO", "NHC"),
-            batch_group_count=2,
-        )
-        ** 2
-    ),
     "tile": lambda p, h: jnp.tile(h, (1, 2, 1)) ** 2,
     "matrices": lambda p, h: jnp.linalg.cholesky(drawn(h)),
     "one matrix for all": lambda p, h: jax.scipy.linalg.solve_triangular(
@@ -129,6 +120,26 @@ def test_moves_of_other_dimensions_keep_values():
         return sum(means.values()), means
 
     assert_kept(loss, declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2))
+
+
+def of_groups(groups, kernel, h):
+    """Return a convolution whose result has a row for one of each of some groups of rows."""
+    return jax.lax.conv_general_dilated(
+        h, kernel, (1,), "VALID", dimension_numbers=("NHC", "HIO", "NHC"), batch_group_count=groups
+    )
+
+
+def test_a_convolution_of_groups_of_rows_comes_in_parts_unless_they_are_few():
+    def loss(groups, p, b):
+        kernel = jnp.arange(2.0 * WIDTH * ROWS).reshape(2, WIDTH, ROWS) / 99 * p["w"][0, 0]
+        return jnp.square(of_groups(groups, kernel, hidden(p, b))).mean(), {}
+
+    for groups in (2, 4):
+        one = functools.partial(loss, groups)
+        assert_kept(one, declare(one, *arguments(), topology="cpu:2", mesh={"data": 2}, microbatches=4))
+    one = functools.partial(loss, 16)
+    with pytest.raises(UserError, match=r"of 16 groups of examples .*in several parts, at .*test_moves.py:"):
+        declare(one, *arguments(), topology="cpu:2", mesh={"data": 2}, microbatches=4)
 
 
 @pytest.mark.parametrize("gives", [jax.lax.optimization_barrier, jax.device_put], ids=["barrier", "put"])
