@@ -189,13 +189,9 @@ def convolution(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held]
     of_lhs, of_rhs = lhs.kind is Kind.EXAMPLES, rhs.kind is Kind.EXAMPLES
     groups = p["batch_group_count"]
     if of_lhs and not of_rhs and lhs.form.axis == spec.lhs_spec[0]:
-        # A row of the result is made of one of each group of rows.
-        if lhs.form.pre % groups:
-            raise NotInParts(
-                f"a convolution of {groups} groups of examples (batch_group_count) makes a row of the result "
-                "of examples in several parts"
-            )
-        return g.bind(eqn, [lhs, g.shared(rhs)], [examples(spec.out_spec[0], lhs.form.pre // groups)])
+        if groups != 1:
+            raise NotInParts(f"a convolution makes a row of one of each of {groups} groups of examples")
+        return g.bind(eqn, [lhs, g.shared(rhs)], [examples(spec.out_spec[0], lhs.form.pre)])
     if p["feature_group_count"] != 1 or groups != 1:
         raise NotInParts("a grouped convolution over the examples is not understood")
     if of_lhs and lhs.form.axis == spec.lhs_spec[1]:

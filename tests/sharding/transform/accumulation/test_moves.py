@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import draws
 import jax
 import jax.numpy as jnp
@@ -78,6 +76,15 @@ MOVES = {
     "taken from what all share": lambda p, h: p["w"].at[jnp.arange(ROWS) % 3].subtract(h[:, 0]) ** 2,
 }
 
+
+def of_groups(h):
+    """Return a convolution whose result has a row for one of each of two groups of rows."""
+    names, kernel = ("NHC", "HIO", "NHC"), jnp.ones((2, WIDTH, 4))
+    return jax.lax.conv_general_dilated(
+        h, kernel, (1,), "VALID", dimension_numbers=names, batch_group_count=2
+    )
+
+
 # What is done with the examples themselves, and a part of what is said of it.
 MEETINGS = {
     "rev": (lambda p, h: h * jnp.flip(h, 0), "reversed"),
@@ -99,6 +106,7 @@ MEETINGS = {
         lambda p, h: jax.lax.reduce(jax.lax.stop_gradient(h), -jnp.inf, jnp.logaddexp, (0,)),
         "a function of one's own over the examples",
     ),
+    "convolution of groups of rows": (lambda p, h: of_groups(h) ** 2, "one of each of 2 groups of examples"),
     "fft": (lambda p, h: jnp.abs(jnp.fft.rfft(h[..., 0], axis=0)) ** 2, "examples"),
 }
 
@@ -120,26 +128,6 @@ def test_moves_of_other_dimensions_keep_values():
         return sum(means.values()), means
 
     assert_kept(loss, declare(loss, *arguments(), topology="cpu:8", mesh={"data": 8}, microbatches=2))
-
-
-def of_groups(groups, kernel, h):
-    """Return a convolution whose result has a row for one of each of some groups of rows."""
-    return jax.lax.conv_general_dilated(
-        h, kernel, (1,), "VALID", dimension_numbers=("NHC", "HIO", "NHC"), batch_group_count=groups
-    )
-
-
-def test_a_convolution_of_groups_of_rows_comes_in_parts_unless_they_are_few():
-    def loss(groups, p, b):
-        kernel = jnp.arange(2.0 * WIDTH * ROWS).reshape(2, WIDTH, ROWS) / 99 * p["w"][0, 0]
-        return jnp.square(of_groups(groups, kernel, hidden(p, b))).mean(), {}
-
-    for groups in (2, 4):
-        one = functools.partial(loss, groups)
-        assert_kept(one, declare(one, *arguments(), topology="cpu:2", mesh={"data": 2}, microbatches=4))
-    one = functools.partial(loss, 16)
-    with pytest.raises(UserError, match=r"of 16 groups of examples .*in several parts, at .*test_moves.py:"):
-        declare(one, *arguments(), topology="cpu:2", mesh={"data": 2}, microbatches=4)
 
 
 @pytest.mark.parametrize("gives", [jax.lax.optimization_barrier, jax.device_put], ids=["barrier", "put"])
