@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ import numpy as np
 from jax.extend import core
 
 from ..errors import UserError, nearest_divisors
+from .biases import BATCH, HEADS, KEYS, QUERIES, BoundBias, PlacedBias
+from .scores import HIDDEN, View, attend, attend_in_chunks, query_chunk
 
 _NAME = "meshwright_attention"
 
-# Below every real score, and far enough from the end of float32 that adding a score cannot overflow.
-_HIDDEN = -1e30
+# Arrays that change scores and weights beyond what places and segments say.
+WEIGHING = ("mask", "bias", "sink", "factor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +32,9 @@ class AttentionCall:
 
     `windowed` says that the window is an array, and then `window` is None. `segments` is how many arrays of
     segment ids there are: one for queries and keys alike, or one of each. `ahead` and `prefix` widen what
-    causality shows. `given` names the arrays of `WEIGHING` that there are, in that order; they are the last
-    operands. `fill` and `adds` say what hides a score, `precision` what products of float32 ask for.
+    causality shows. `given` names the arrays of `WEIGHING` that there are, in that order; behind them come
+    the operands of a bias that is worked out by blocks, `placed`. `fill` and `adds` say what hides a score,
+    `precision` what products of float32 ask for.
     """
 
     causal: bool
@@ -47,6 +50,7 @@ class AttentionCall:
     fill: float | None = None
     adds: bool = True
     precision: str | None = None
+    placed: PlacedBias | None = None
 
     @property
     def name(self) -> str:
@@ -61,6 +65,7 @@ class AttentionCall:
             "ahead": self.ahead,
             "prefix": self.prefix,
             **dict.fromkeys(self.given, True),
+            "placed": self.placed is not None and self.placed.digest,
             "fill": self.fill is not None and str(self.fill),
             "replaces": not self.adds,
             "precision": self.precision or False,
@@ -77,6 +82,11 @@ class AttentionCall:
     @property
     def operands(self) -> int:
         """How many operands the call's equation has."""
+        return self.before_placed + (len(self.placed.operands) if self.placed is not None else 0)
+
+    @property
+    def before_placed(self) -> int:
+        """How many operands stand before those of a bias that is worked out by blocks."""
         return 3 + self.segments + self.windowed + len(self.given)
 
 
@@ -95,7 +105,7 @@ def attention(
     ahead: int = 0,
     prefix: int = 0,
     mask: jax.Array | None = None,
-    bias: jax.Array | None = None,
+    bias: jax.Array | BoundBias | None = None,
     sink: jax.Array | None = None,
     factor: jax.Array | None = None,
     fill: float | None = None,
@@ -122,7 +132,7 @@ def attention(
         ahead: places after its own that a causal query sees too.
         prefix: keys that a causal query sees wherever it stands.
         mask: bool ``[batch, heads, queries, keys]``, each of them or 1: what is false is hidden.
-        bias: of the same shape, added to scores.
+        bias: of the same shape, added to scores; or what gives it for any block of them.
         sink: ``[heads]``, a score that is in the sum of weights and has no value.
         factor: of the mask's shape, multiplied with weights, such as what a dropout keeps.
         fill: what every hidden score becomes, or what is added to it where it `adds`.
@@ -133,7 +143,8 @@ def attention(
         UserError: shapes that do not go together, or a window, `ahead` or `prefix` without `causal`.
     """
     _check(query, key, value, causal=causal, window=window, widened=bool(ahead or prefix))
-    weighing = {"mask": mask, "bias": bias, "sink": sink, "factor": factor}
+    placed = bias if isinstance(bias, BoundBias) else None
+    weighing = {"mask": mask, "bias": bias if placed is None else None, "sink": sink, "factor": factor}
     given = tuple(name for name in WEIGHING if weighing[name] is not None)
     _check_weighing(query, key, {name: weighing[name] for name in given})
     ids = [ids for ids in (segment_ids, key_segment_ids) if ids is not None]
@@ -161,8 +172,9 @@ def attention(
         fill=None if fill is None else float(fill),
         adds=adds,
         precision=precision,
+        placed=None if placed is None else placed.bias,
     )
-    arrays = [weighing[name] for name in given]
+    arrays = [*(weighing[name] for name in given), *(() if placed is None else placed.arrays)]
     return _jitted(call)(query, key, value, *ids, *([] if static else [window]), *arrays)
 
 
@@ -180,6 +192,11 @@ def attention_call(eqn: core.JaxprEqn) -> AttentionCall | None:
     ids = [array[:2] for array in (query, key)][: call.segments]
     scores = (query[0], query[2], query[1], key[1])
     expected = [*ids, *([()] if call.windowed else [])]
+    others, of_bias = others[: call.before_placed - 3], others[call.before_placed - 3 :]
+    if call.placed is not None:
+        sizes = {BATCH: scores[0], HEADS: scores[1], QUERIES: scores[2], KEYS: scores[3]}
+        if not call.placed.fits(of_bias, sizes):
+            return None
     for name, found in zip(call.given, others[len(expected) :], strict=True):
         fits = found == query[2:3] if name == "sink" else _fits(found, scores)
         if not fits:
@@ -224,8 +241,9 @@ _CALLS: dict[str, AttentionCall] = {}
 def _jitted(call: AttentionCall) -> Callable[..., jax.Array]:
     def computed(query: jax.Array, key: jax.Array, value: jax.Array, *others: jax.Array) -> jax.Array:
         ids = others[: call.segments]
-        after = call.segments + call.windowed
-        weighing = dict(zip(call.given, others[after:], strict=True))
+        after, last = call.segments + call.windowed, call.before_placed - 3
+        weighing = dict(zip(call.given, others[after:last], strict=True))
+        bound = None if call.placed is None else BoundBias(call.placed, others[last:])
         view = View(
             query_index=jnp.arange(query.shape[1], dtype=jnp.int32),
             key_index=jnp.arange(key.shape[1], dtype=jnp.int32),
@@ -235,8 +253,9 @@ def _jitted(call: AttentionCall) -> Callable[..., jax.Array]:
             causal=call.causal,
             ahead=call.ahead,
             prefix=call.prefix,
-            fill=_HIDDEN if call.fill is None else call.fill,
+            fill=HIDDEN if call.fill is None else call.fill,
             adds=call.adds,
+            placed=bound,
             **weighing,
         )
         query = scaled(query, call.scale)
@@ -287,208 +306,3 @@ def _check(query: Any, key: Any, value: Any, *, causal: bool, window: Any, widen
         raise UserError("a window reaches back from a causal query; leave it out, or set causal=True")
     if widened and not causal:
         raise UserError("ahead and prefix widen what a causal query sees; leave them out, or set causal=True")
-
-
-# Arrays that change scores and weights beyond what places and segments say.
-WEIGHING = ("mask", "bias", "sink", "factor")
-
-
-class View(NamedTuple):
-    """What queries may look at: where queries and keys stand, their documents, and how far back to see.
-
-    And what is made of scores and weights besides, see `attention`.
-    """
-
-    query_index: jax.Array
-    """int32 ``[queries]``: place in the row, not position in the document."""
-    key_index: jax.Array
-    """int32 ``[keys]``."""
-    query_segments: jax.Array | None = None
-    """int32 ``[batch, queries]``; None when each row is one document."""
-    key_segments: jax.Array | None = None
-    """int32 ``[batch, keys]``."""
-    window: jax.Array | int | None = None
-    """A query sees itself and the window - 1 places before it; None sees all before it."""
-    causal: bool = True
-    """Whether what stands after a query is hidden from it."""
-    ahead: int = 0
-    """Places after a query that are not hidden."""
-    prefix: int = 0
-    """First keys that are never hidden by causality."""
-    mask: jax.Array | None = None
-    """bool ``[batch, heads, queries, keys]``, each of them or 1."""
-    bias: jax.Array | None = None
-    factor: jax.Array | None = None
-    sink: jax.Array | None = None
-    """``[heads]``"""
-    fill: float = _HIDDEN
-    adds: bool = True
-
-
-def visible(view: View) -> jax.Array | None:
-    """Return which keys each query sees by places and segments.
-
-    It is bool ``[queries, keys]`` or ``[batch, queries, keys]``, or None where it sees all.
-    """
-    seen = None
-    if view.causal:
-        distance = view.query_index[:, None] - view.key_index[None, :]
-        seen = distance >= -view.ahead
-        if view.prefix:
-            seen |= view.key_index[None, :] < view.prefix
-        if view.window is not None:
-            seen &= distance < view.window
-    if view.query_segments is not None and view.key_segments is not None:
-        same = view.query_segments[:, :, None] == view.key_segments[:, None, :]
-        seen = same if seen is None else seen & same
-    return seen
-
-
-def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """Return cap · tanh(x / cap), or `x` without a cap."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    view: View,
-    *,
-    cap: float | None,
-    precision: str | None = None,
-) -> jax.Array:
-    """Return softmax(query · key) · value over the keys in view, ``[batch, queries, heads, head_dim]``.
-
-    `query` is scaled already. `key` and `value` are ``[batch, keys, kv_heads, head_dim]``; query head h reads
-    kv head h // (heads / kv_heads). Scores and softmax are float32.
-    """
-    batch, queries, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    if heads != kv_heads:
-        query = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    # Written as dot_general because einsum may swap operands and then transpose all the scores.
-    last = query.ndim - 1
-    dimensions = (((last,), (3,)), ((0, 2), (0, 2)))
-    asked = {"preferred_element_type": jnp.float32, "precision": precision}
-    scores = jax.lax.dot_general(query, key, dimensions, **asked)
-    # [batch, kv_heads, queries, (heads / kv_heads,) keys]
-    scores = _hidden(soft_cap(scores, cap), view, heads, kv_heads)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    sink = None if view.sink is None else _by_head(view.sink[None, :, None, None], heads, kv_heads)
-    if sink is not None:
-        top = jax.lax.stop_gradient(jnp.maximum(top, sink))
-    # The division waits until after the product with value: fewer numbers to divide.
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if sink is not None:
-        total = total + jnp.exp(sink - top)
-    if view.factor is not None:
-        weights = weights * _by_head(view.factor, heads, kv_heads)
-    dimensions = (((last,), (1,)), ((0, 1), (0, 2)))
-    out = jax.lax.dot_general(weights.astype(value.dtype), value, dimensions, **asked)
-    out = jnp.swapaxes((out / total).astype(value.dtype), 1, 2)
-    return out.reshape(batch, queries, heads, value.shape[-1]) if heads != kv_heads else out
-
-
-def _hidden(scores: jax.Array, view: View, heads: int, kv_heads: int) -> jax.Array:
-    """Return scores with the bias added, and without those that are not in view."""
-    if view.bias is not None:
-        scores = scores + _by_head(view.bias.astype(jnp.float32), heads, kv_heads)
-    seen = visible(view)
-    if view.mask is not None:
-        seen = _by_head(view.mask & (True if seen is None else _over_heads(seen)), heads, kv_heads)
-        return _without(scores, seen, view)
-    if seen is None:
-        return scores
-    if not view.adds:
-        return _without(scores, _over_heads(seen, grouped=heads != kv_heads), view)
-    return scores + _over_heads(_added(seen, view), grouped=heads != kv_heads)
-
-
-def _without(scores: jax.Array, seen: jax.Array, view: View) -> jax.Array:
-    return scores + _added(seen, view) if view.adds else jnp.where(seen, scores, jnp.float32(view.fill))
-
-
-def _added(seen: jax.Array, view: View) -> jax.Array:
-    """Return what is added to scores: gradients then pass without keeping the mask."""
-    return jnp.where(seen, jnp.float32(0), jnp.float32(view.fill))
-
-
-def _over_heads(array: jax.Array, *, grouped: bool = False) -> jax.Array:
-    """Return an array of (batch,) queries and keys laid out as scores are."""
-    array = array[:, None] if array.ndim == 3 else array
-    return jnp.expand_dims(array, -2) if grouped else array
-
-
-def _by_head(array: jax.Array, heads: int, kv_heads: int) -> jax.Array:
-    """Return ``[batch, heads, queries, keys]``, each of them or 1, laid out as scores are."""
-    if heads == kv_heads:
-        return array.astype(jnp.float32) if array.dtype != jnp.bool_ else array
-    batch, mine, queries, keys = array.shape
-    groups = (kv_heads, heads // kv_heads) if mine > 1 else (1, 1)
-    array = array.reshape(batch, *groups, queries, keys).swapaxes(2, 3)
-    return array.astype(jnp.float32) if array.dtype != jnp.bool_ else array
-
-
-def query_chunk(sequence: int, chosen: int | None, *, packed: bool = False) -> int | None:
-    """Return how many queries to score at a time; None means all.
-
-    The choice of the config if it made one. Otherwise all up to 4096 queries, and beyond that the largest
-    divisor of the sequence from 1024 down to 128, so that scores take at most 1024 × sequence numbers a head;
-    a longer sequence without such a divisor is scored whole. Of `packed` rows that XLA has to score it is a
-    divisor up to an eighth of the sequence, from 1024 queries on. The values are the same either way.
-
-    Raises `UserError` when the chosen number does not divide a longer sequence.
-    """
-    if chosen is not None:
-        if chosen < sequence and sequence % chosen:
-            raise UserError(
-                f"attention_chunk={chosen} does not divide sequence={sequence}; "
-                f"nearest: {nearest_divisors(sequence, chosen)}"
-            )
-        return chosen if chosen < sequence else None
-    if sequence < 1024 or (sequence <= 4096 and not packed):
-        return None
-    most = min(1024, sequence // 8) if packed else 1024
-    return next((chunk for chunk in range(most, 127, -1) if sequence % chunk == 0), None)
-
-
-def attend_in_chunks(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    view: View,
-    *,
-    cap: float | None,
-    chunk: int,
-    precision: str | None = None,
-) -> jax.Array:
-    """Return what `attend` does, holding scores for `chunk` queries at a time, also in the backward pass.
-
-    A chunk takes every n-th query, so that a sequence sharded in contiguous parts stays sharded inside each
-    chunk and every chunk costs the same.
-    """
-    batch, sequence, heads, _ = query.shape
-    chunks = sequence // chunk
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(carry: None, xs: tuple[jax.Array, dict[str, jax.Array]]) -> tuple[None, jax.Array]:
-        queries, own = xs
-        return carry, attend(queries, key, value, view._replace(**own), cap=cap, precision=precision)
-
-    def split(x: jax.Array, axis: int) -> jax.Array:
-        shape = (*x.shape[:axis], chunk, chunks, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
-
-    # What is of each query by itself goes by chunks, all else is there for each of them. Equations keep their
-    # order: saved plans know the program by it.
-    own = {} if view.query_segments is None else {"query_segments": split(view.query_segments, 1)}
-    queries = split(query, 1)
-    own["query_index"] = split(view.query_index, 0)
-    for name in ("mask", "bias", "factor"):
-        array = getattr(view, name)
-        if array is not None and array.shape[2] > 1:
-            own[name] = split(array, 2)
-    _, out = jax.lax.scan(one, None, (queries, own))
-    return jnp.moveaxis(out, 0, 2).reshape(batch, sequence, heads, value.shape[-1])

@@ -125,6 +125,8 @@ def refusal(facts: Mapping[str, Any], call: AttentionCall, query: Any, key: Any,
     queries, keys, head_dim, value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
     if call.windowed:
         return "its window differs from layer to layer"
+    if call.placed is not None:
+        return f"it takes no {_WEIGHING['bias']}"
     if call.given:
         return f"it takes no {' and no '.join(_WEIGHING[name] for name in call.given)}"
     if call.prefix or (call.ahead and not facts["ahead"]):

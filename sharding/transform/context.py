@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from ..ops.biases import BATCH, KEYS, QUERIES
+from ..ops.biases import HEADS as OF_HEADS
 from ..ops.context.pieces import SPLASH, PieceKernel
 from ..ops.context.spread import Others, Spread, attend_spread
 from ..ops.context.taken import CONTEXT, Site
@@ -100,18 +102,27 @@ def over_context(
     kv_axes = layout.heads if key.shape[2] > 1 else ()
     if key.shape[2] % cut_into(kv_axes, mesh.shape):
         key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
-    ids, window = others[: call.segments], others[call.segments :]
+    last = call.before_placed - 3
+    ids, window, of_bias = others[: call.segments], others[call.segments : last], others[last:]
 
     def local(query: Any, key: Any, value: Any, *others: Any) -> Any:
         rows, last = others[: 2 * bool(ids)], others[2 * bool(ids) :]
-        return attend_spread(spread, query, key, value, Others(*(rows or (None, None)), *last), whole)
+        query_ids, key_ids = rows or (None, None)
+        found = Others(query_ids, key_ids, last[0] if window else None)
+        if call.placed is not None:
+            parts = (tuple(call.placed.of(along, last[len(window) :])) for along in (QUERIES, KEYS, None))
+            found = found._replace(of_queries=next(parts), of_keys=next(parts), of_neither=next(parts))
+        return attend_spread(spread, query, key, value, found, whole)
 
     batch, heads = layout.batch or None, layout.heads or None
     along = CONTEXT if layout.keys_cut else None
     of_queries = PartitionSpec(batch, CONTEXT, heads)
     of_keys = PartitionSpec(batch, along, kv_axes or None)
     of_ids = (PartitionSpec(batch, CONTEXT), PartitionSpec(batch, along)) if ids else ()
-    in_specs = (of_queries, of_keys, of_keys, *of_ids, *(PartitionSpec(),) * len(window))
+    operands = () if call.placed is None else call.placed.operands
+    lies = {BATCH: batch, OF_HEADS: heads, QUERIES: CONTEXT, KEYS: along}
+    of_operands = (PartitionSpec(*(lies[dim[0]] if dim else None for dim in one.laid)) for one in operands)
+    in_specs = (of_queries, of_keys, of_keys, *of_ids, *(PartitionSpec(),) * len(window), *of_operands)
     # Ids for queries and keys alike are given twice.
     both = (ids[0], ids[-1]) if ids else ()
-    return by_device(local, mesh, in_specs, of_queries)(query, key, value, *both, *window)
+    return by_device(local, mesh, in_specs, of_queries)(query, key, value, *both, *window, *of_bias)

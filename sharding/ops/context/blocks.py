@@ -8,6 +8,7 @@ another, so that a pair's number says which it is, and no table of pairs is held
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +17,8 @@ import numpy as np
 from jax import lax
 
 from ..attention import AttentionCall
-
-# Below every real score, and far enough from the end of float32 that a difference cannot overflow.
-_HIDDEN = -1e30
+from ..biases import BATCH, HEADS, KEYS, QUERIES
+from ..scores import HIDDEN
 
 # Rows of a block at most: scores of a pair then take 1 MiB a head in float32.
 _MOST = 512
@@ -34,6 +34,8 @@ class Blocks(NamedTuple):
     """int32 ``[blocks, rows]``, places in the whole sequence; below 0 is no row."""
     segments: jax.Array | None
     """int32 ``[blocks, batch, rows]``"""
+    of_bias: tuple[jax.Array, ...] = ()
+    """What a bias is made of them, ``[blocks, batch or 1, rows, …]``."""
 
 
 class Pairs(NamedTuple):
@@ -48,17 +50,29 @@ class Pairs(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a call asks for, with its window where that is an array."""
+    """What a call asks for, its window where that is an array, and what a bias is made of besides rows."""
 
     call: AttentionCall
     window: jax.Array | int | None
+    of_bias: tuple[jax.Array, ...] = ()
 
 
 # Of each query: the largest score, the sum of exponentials over it, and the sum of values by these weights.
 State = tuple[jax.Array, jax.Array, jax.Array]
 
-# Gradients of queries, keys and values, in blocks and float32.
-Sums = tuple[jax.Array, jax.Array, jax.Array]
+
+class Sums(NamedTuple):
+    """Gradients of queries, keys and values, in blocks and float32.
+
+    `of_queries`, `of_keys` and `of_neither` are those of what a bias is made of: of the floats among these.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    of_queries: tuple[jax.Array, ...] = ()
+    of_keys: tuple[jax.Array, ...] = ()
+    of_neither: tuple[jax.Array, ...] = ()
 
 
 def block_of(size: int) -> int:
@@ -91,6 +105,17 @@ def joined(x: jax.Array) -> jax.Array:
 def cut_ids(ids: jax.Array | None, rows: int) -> jax.Array | None:
     """Return segment ids ``[batch, sequence]`` in blocks."""
     return None if ids is None else jnp.moveaxis(ids.reshape(ids.shape[0], -1, rows), 1, 0)
+
+
+def cut_rows(x: jax.Array, rows: int) -> jax.Array:
+    """Return ``[batch, sequence, …]`` in blocks."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, rows, *x.shape[2:]), 1, 0)
+
+
+def joined_rows(x: jax.Array) -> jax.Array:
+    """Return the array that `cut_rows` made blocks of."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
 
 
 def starts(chunks: Any, chunk: int, rows: int) -> Any:
@@ -147,6 +172,41 @@ def _scores(asked: Asked, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Ar
     return bent * asked.call.cap, 1 - bent * bent
 
 
+def biased(
+    asked: Asked, scores: jax.Array, q: Blocks, kv: Blocks, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[Any, ...]]]:
+    """Return scores of blocks `a` and `b` with the bias of a call added, and the way back of their gradient.
+
+    That gives the gradients of what the bias is made of, of queries, keys and neither.
+    """
+    bias = asked.call.placed
+    if bias is None:
+        return scores, lambda d_scores: ((), (), ())
+    batch, kv_heads, groups, rows, keys = scores.shape
+    sizes = {BATCH: batch, HEADS: kv_heads * groups, QUERIES: rows, KEYS: keys}
+    parts = tuple(x[a] for x in q.of_bias), tuple(x[b] for x in kv.of_bias), asked.of_bias
+
+    def added(*learnt: tuple[jax.Array, ...]) -> jax.Array:
+        mine = (with_floats(*pair) for pair in zip(parts, learnt, strict=True))
+        found = bias(bias.joined(dict(zip((QUERIES, KEYS, None), mine, strict=True))), sizes)
+        heads = (kv_heads, groups) if found.shape[1] > 1 else (1, 1)
+        return jnp.broadcast_to(found.reshape(found.shape[0], *heads, *found.shape[2:]), scores.shape)
+
+    learnt = tuple(floats(some) for some in parts)
+    return scores + added(*learnt), lambda d_scores: jax.vjp(added, *learnt)[1](d_scores)
+
+
+def floats(arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Return the arrays that have gradients."""
+    return tuple(x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def with_floats(arrays: Sequence[jax.Array], learnt: Sequence[Any]) -> tuple[Any, ...]:
+    """Return `arrays` with others in the place of those that `floats` gives."""
+    found = iter(learnt)
+    return tuple(next(found) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in arrays)
+
+
 def _visible(asked: Asked, q: Blocks, k: Blocks, a: jax.Array, b: jax.Array, live: jax.Array) -> jax.Array:
     """Return which scores of a pair count, bool ``[batch or 1, 1, 1, queries, keys]``."""
     call, key_at = asked.call, k.at[b][None, :]
@@ -168,25 +228,30 @@ def _visible(asked: Asked, q: Blocks, k: Blocks, a: jax.Array, b: jax.Array, liv
 def unseen(q: Blocks, wide: int) -> State:
     """Return the state of queries before any key, for values so `wide`."""
     rows = q.x.shape[:-1]
-    top = jnp.full(rows, _HIDDEN, jnp.float32)
+    top = jnp.full(rows, HIDDEN, jnp.float32)
     return top, jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, wide), jnp.float32)
 
 
-def no_gradients(q: Blocks, kv: Blocks) -> Sums:
+def no_gradients(asked: Asked, q: Blocks, kv: Blocks) -> Sums:
     """Return sums of gradients of queries, keys and values before any pair."""
     assert kv.y is not None
     none = (jnp.zeros(x.shape, jnp.float32) for x in (q.x, kv.x, kv.y))
-    return next(none), next(none), next(none)
+    of_queries, of_keys, of_neither = (
+        tuple(jnp.zeros(x.shape, jnp.float32) for x in floats(some))
+        for some in (q.of_bias, kv.of_bias, asked.of_bias)
+    )
+    return Sums(next(none), next(none), next(none), of_queries, of_keys, of_neither)
 
 
 def _of_now(rows: Blocks) -> Blocks:
     """Return `rows`, their places and segments to be had no sooner than what is computed with them.
 
     JAX takes out of a loop over layers what of its body no layer changes. Of these that would be which scores
-    count, for all pairs and heads at once: an array of the sequence squared.
+    count, or what is added to them, for all pairs and heads at once: an array of the sequence squared.
     """
-    _, at, segments = lax.optimization_barrier((rows.x.reshape(-1)[:1], rows.at, rows.segments))
-    return rows._replace(at=at, segments=segments)
+    own = rows.x.reshape(-1)[:1]
+    _, at, segments, of_bias = lax.optimization_barrier((own, rows.at, rows.segments, rows.of_bias))
+    return rows._replace(at=at, segments=segments, of_bias=of_bias)
 
 
 def _instead(keys: Blocks, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -195,7 +260,7 @@ def _instead(keys: Blocks, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
     What is the same for all layers, chunks of a ring or turns, JAX takes out of that loop where layers are
     run again, and each turn then reads it as an array of a pair's scores.
     """
-    told = (keys.at[0, 0], turn, np.float32(_HIDDEN), np.float32(0))
+    told = (keys.at[0, 0], turn, np.float32(HIDDEN), np.float32(0))
     _, _, hidden, none = lax.optimization_barrier(told)
     return hidden, none
 
@@ -210,7 +275,8 @@ def fold(asked: Asked, q: Blocks, kv: Blocks, pairs: Pairs, state: State) -> Sta
     def step(state: State, turn: jax.Array) -> tuple[State, None]:
         a, b, live = _pair(pairs, ends, turn)
         seen, (hidden, none) = _visible(asked, q, kv, a, b, live), _instead(kv, turn)
-        scores = jnp.where(seen, _scores(asked, q.x[a], kv.x[b])[0], hidden)
+        scores = _scores(asked, q.x[a], kv.x[b])[0]
+        scores = jnp.where(seen, biased(asked, scores, q, kv, a, b)[0], hidden)
         top, total, out = (x[a] for x in state)
         new = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - new[..., None]), none)
@@ -261,16 +327,21 @@ def unfold(
         a, b, live = _pair(pairs, ends, turn)
         seen, (_, none) = _visible(asked, q, kv, a, b, live), _instead(kv, turn)
         scores, slope = _scores(asked, q.x[a], kv.x[b])
+        scores, back = biased(asked, scores, q, kv, a, b)
         weights = jnp.where(seen, jnp.exp(scores - lse[a][..., None]), none)
         d_scores = product("bkgqd,bksd->bkgqs", d_out[a], values[b]) - delta[a][..., None]
-        d_scores = weights * d_scores * asked.call.scale
+        d_scores = weights * d_scores
+        of_queries, of_keys, of_neither = back(d_scores)
+        d_scores = d_scores * asked.call.scale
         d_scores = d_scores if slope is None else d_scores * slope
         weights, d_scores = weights.astype(values.dtype), d_scores.astype(q.x.dtype)
-        d_q, d_k, d_v = sums
-        return (
-            d_q.at[a].add(product("bkgqs,bksd->bkgqd", d_scores, kv.x[b])),
-            d_k.at[b].add(product("bkgqs,bkgqd->bksd", d_scores, q.x[a])),
-            d_v.at[b].add(product("bkgqs,bkgqd->bksd", weights, d_out[a])),
+        return Sums(
+            sums.query.at[a].add(product("bkgqs,bksd->bkgqd", d_scores, kv.x[b])),
+            sums.key.at[b].add(product("bkgqs,bkgqd->bksd", d_scores, q.x[a])),
+            sums.value.at[b].add(product("bkgqs,bkgqd->bksd", weights, d_out[a])),
+            tuple(x.at[a].add(one) for x, one in zip(sums.of_queries, of_queries, strict=True)),
+            tuple(x.at[b].add(one) for x, one in zip(sums.of_keys, of_keys, strict=True)),
+            tuple(x + one for x, one in zip(sums.of_neither, of_neither, strict=True)),
         ), None
 
     return lax.scan(step, sums, jnp.arange(pairs.most, dtype=jnp.int32))[0]

@@ -19,9 +19,11 @@ from .blocks import (
     Blocks,
     Pairs,
     State,
+    Sums,
     block_of,
     cut,
     cut_ids,
+    cut_rows,
     fold,
     no_gradients,
     places,
@@ -94,15 +96,22 @@ def back_around(ring: Ring, here: Any, home: Callable[[], tuple[Any, Any]], away
     return d_query, ring.passed(d_keys)
 
 
-def ring_forward(
-    asked: Asked, ring: Ring, queries: Blocks, key: jax.Array, value: jax.Array, ids: jax.Array | None
-) -> State:
+class RingKeys(NamedTuple):
+    """A device's keys and values, their segment ids, and what a bias is made of keys."""
+
+    key: jax.Array
+    value: jax.Array
+    ids: jax.Array | None
+    of_bias: tuple[jax.Array, ...] = ()
+
+
+def ring_forward(asked: Asked, ring: Ring, queries: Blocks, keys: RingKeys) -> State:
     """Return the state of a device's queries after all keys, in blocks of plain XLA."""
-    here = _keys(ring, key, value, ids)
+    here = _keys(ring, keys)
     home, away = _home(asked, queries, here), _away(ring, queries, here)
 
     def first() -> State:
-        return fold(asked, queries, here, home, unseen(queries, value.shape[3]))
+        return fold(asked, queries, here, home, unseen(queries, keys.value.shape[3]))
 
     def then(state: State, here: Blocks, before: jax.Array) -> State:
         return fold(asked, queries, here, _in_turn(away, before), state)
@@ -111,40 +120,39 @@ def ring_forward(
 
 
 def ring_backward(
-    asked: Asked,
-    ring: Ring,
-    queries: Blocks,
-    key: jax.Array,
-    value: jax.Array,
-    ids: jax.Array | None,
-    sums: jax.Array,
-    delta: jax.Array,
-) -> tuple[jax.Array, ...]:
+    asked: Asked, ring: Ring, queries: Blocks, keys: RingKeys, sums: jax.Array, delta: jax.Array
+) -> Sums:
     """Return the gradients of a device's queries, keys and values, in blocks and float32."""
-    here = _keys(ring, key, value, ids)
+    here = _keys(ring, keys)
     home, away = _home(asked, queries, here), _away(ring, queries, here)
-    none = no_gradients(queries, here)
+    none = no_gradients(asked, queries, here)
 
-    def first() -> tuple[jax.Array, Any]:
-        d_query, *d_keys = unfold(asked, queries, here, sums, delta, home, none)
-        return d_query, d_keys
+    def first() -> tuple[Any, Any]:
+        return _apart(unfold(asked, queries, here, sums, delta, home, none))
 
-    def then(d_query: jax.Array, here: Blocks, before: jax.Array) -> tuple[jax.Array, Any]:
-        grads = (d_query, *none[1:])
-        d_query, *own = unfold(asked, queries, here, sums, delta, _in_turn(away, before), grads)
-        return d_query, own
+    def then(of_queries: Any, here: Blocks, before: jax.Array) -> tuple[Any, Any]:
+        query, of_bias, of_neither = of_queries
+        grads = none._replace(query=query, of_queries=of_bias, of_neither=of_neither)
+        return _apart(unfold(asked, queries, here, sums, delta, _in_turn(away, before), grads))
 
-    d_query, d_keys = back_around(ring, here, first, then)
-    return d_query, *d_keys
+    (query, of_queries, of_neither), (key, value, of_keys) = back_around(ring, here, first, then)
+    return Sums(query, key, value, of_queries, of_keys, of_neither)
 
 
-def _keys(ring: Ring, key: jax.Array, value: jax.Array, ids: jax.Array | None) -> Blocks:
+def _apart(sums: Sums) -> tuple[Any, Any]:
+    """Return gradients of what stays on a device, and of what goes round."""
+    return (sums.query, sums.of_queries, sums.of_neither), (sums.key, sums.value, sums.of_keys)
+
+
+def _keys(ring: Ring, keys: RingKeys) -> Blocks:
     """Return a device's keys as they travel; their places, which are few, travel with them."""
     order = chunks_of(ring.parts, balanced=ring.balanced)
-    chunk = key.shape[1] // order.shape[1]
+    chunk = keys.key.shape[1] // order.shape[1]
     rows = block_of(chunk)
     first = jnp.asarray(starts(order, chunk, rows))[lax.axis_index(ring.axis)]
-    return Blocks(cut(key, rows), cut(value, rows), places(first, rows), cut_ids(ids, rows))
+    of_bias = tuple(cut_rows(x, rows) for x in keys.of_bias)
+    arrays = cut(keys.key, rows), cut(keys.value, rows)
+    return Blocks(*arrays, places(first, rows), cut_ids(keys.ids, rows), of_bias)
 
 
 def _home(asked: Asked, queries: Blocks, keys: Blocks) -> Pairs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,23 +20,29 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ..attention import AttentionCall, scaled
+from ..biases import HEADS as OF_HEADS
+from ..biases import KEYS, QUERIES
 from .blocks import (
     Asked,
     Blocks,
     Pairs,
     cut,
     cut_ids,
+    cut_rows,
     finished,
+    floats,
     fold,
     joined,
+    joined_rows,
     no_gradients,
     places,
     unfold,
     unseen,
+    with_floats,
 )
 from .order import into_balance, out_of_balance
 from .pieces import PieceKernel
-from .ring import Ring, ring_backward, ring_forward
+from .ring import Ring, RingKeys, ring_backward, ring_forward
 from .ring_kernel import RingWork, kernel_backward, kernel_forward
 from .turns import collected, query_starts
 from .ways import GATHERED, HEADS, NEIGHBOURS, RING, copies_of, is_balanced, reach_of
@@ -69,11 +75,17 @@ class Spread:
 
 
 class Others(NamedTuple):
-    """What a call takes besides queries, keys and values: segment ids of a device's rows, and a window."""
+    """What a call takes besides queries, keys and values: segment ids of a device's rows, and a window.
+
+    And what a bias is made of: arrays of a device's queries, of its keys, and of neither.
+    """
 
     query_ids: jax.Array | None = None
     key_ids: jax.Array | None = None
     window: jax.Array | None = None
+    of_queries: tuple[jax.Array, ...] = ()
+    of_keys: tuple[jax.Array, ...] = ()
+    of_neither: tuple[jax.Array, ...] = ()
 
 
 def attend_spread(
@@ -103,13 +115,14 @@ def attend_spread(
         key, value = place(key), place(value)
         same = others.key_ids is ids
         key_ids = None if others.key_ids is None else place(others.key_ids)
-        others = others._replace(key_ids=key_ids)
+        others = others._replace(key_ids=key_ids, of_keys=tuple(map(place, others.of_keys)))
         ids = key_ids if same else ids
     if ids is not None and ids is not others.key_ids:
         ids = place(ids)
     if spread.kernel is not None:
         query = scaled(query, spread.call.scale)
-    out: Any = _attend(spread, place(query), key, value, others._replace(query_ids=ids))
+    others = others._replace(query_ids=ids, of_queries=tuple(map(place, others.of_queries)))
+    out: Any = _attend(spread, place(query), key, value, others)
     return out_of_balance(out, spread.axis, spread.parts)
 
 
@@ -134,8 +147,27 @@ def _by_heads(
         out = whole(query, key, value, *(ids for ids in (query_ids, key_ids) if ids is not None))
     else:
         alone = dataclasses.replace(spread, way=GATHERED, parts=1, whole=True)
-        out = _attend(alone, query, key, value, Others(query_ids, key_ids, others.window))
+        of_bias = _of_all_rows(spread, others, query.shape[2])
+        out = _attend(alone, query, key, value, Others(query_ids, key_ids, others.window, *of_bias))
     return trade(out, split_axis=1, concat_axis=2)
+
+
+def _of_all_rows(spread: Spread, others: Others, heads: int) -> Iterator[tuple[jax.Array, ...]]:
+    """Yield what a bias is made of, of whole sequences and of the heads that a device has after the trade."""
+    bias = spread.call.placed
+    if bias is None:
+        return
+    for along in (QUERIES, KEYS, None):
+        some = {QUERIES: others.of_queries, KEYS: others.of_keys, None: others.of_neither}[along]
+        operands = [one for one in bias.operands if one.along == along]
+        found = []
+        for one, x in zip(operands, some, strict=True):
+            if along is not None:
+                x = lax.all_gather(x, spread.axis, axis=1, tiled=True)
+            for axis in (n for n, dim in enumerate(one.laid) if dim == (OF_HEADS,)):
+                x = lax.dynamic_slice_in_dim(x, _me(spread) * heads, heads, axis)
+            found.append(x)
+        yield tuple(found)
 
 
 def _beside_neighbours(
@@ -173,7 +205,8 @@ def _forward(
     else:
         asked, queries = _asked(spread, others), _queries(spread, query, None, others, key.shape[2])
         if spread.way == RING:
-            state = ring_forward(asked, _ring(spread), queries, key, value, others.key_ids)
+            travelling = RingKeys(key, value, others.key_ids, others.of_keys)
+            state = ring_forward(asked, _ring(spread), queries, travelling)
         else:
             keys, pairs, _ = _collected(spread, key, value, others)
             state = fold(asked, queries, keys, pairs, unseen(queries, value.shape[3]))
@@ -199,21 +232,46 @@ def _backward(spread: Spread, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
     queries = _queries(spread, query, d_out, others, kv_heads)
     delta = cut(delta, queries.x.shape[-2], kv_heads)[..., 0]
     if spread.way == RING:
-        grads = ring_backward(asked, _ring(spread), queries, key, value, others.key_ids, sums, delta)
-        d_key, d_value = (joined(x).astype(key.dtype) for x in grads[1:])
+        travelling = RingKeys(key, value, others.key_ids, others.of_keys)
+        grads = ring_backward(asked, _ring(spread), queries, travelling, sums, delta)
+        d_key, d_value = (joined(x).astype(key.dtype) for x in (grads.key, grads.value))
+        of_keys = _like(grads.of_keys, others.of_keys)
     else:
         keys, pairs, back = _collected(spread, key, value, others)
-        none = no_gradients(queries, keys)
+        none = no_gradients(asked, queries, keys)
         grads = unfold(asked, queries, keys, sums, delta, pairs, none)
-        d_key, d_value = back(tuple(joined(x).astype(key.dtype) for x in grads[1:]))
-    return joined(grads[0]).astype(query.dtype), d_key, d_value, None
+        d_key, d_value = (joined(x).astype(key.dtype) for x in (grads.key, grads.value))
+        d_key, d_value, *of_keys = back((d_key, d_value, *_like(grads.of_keys, others.of_keys)))
+    of_bias = [_like(grads.of_queries, others.of_queries), of_keys]
+    of_bias.append(
+        [g.astype(x.dtype) for g, x in zip(grads.of_neither, floats(others.of_neither), strict=True)]
+    )
+    return joined(grads.query).astype(query.dtype), d_key, d_value, _gradients(others, of_bias)
 
 
 _attend.defvjp(_forward, _backward)
 
 
+def _like(gradients: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return gradients in blocks as the floats among `arrays` lie."""
+    return [joined_rows(g).astype(x.dtype) for g, x in zip(gradients, floats(arrays), strict=True)]
+
+
+def _gradients(others: Others, of_bias: Sequence[Sequence[jax.Array]]) -> Others | None:
+    """Return the gradients of what a call takes besides: of the floats that a bias is made of."""
+    arrays = (others.of_queries, others.of_keys, others.of_neither)
+    if not any(arrays):
+        return None
+    found = []
+    for some, learnt in zip(arrays, of_bias, strict=True):
+        mine = iter(learnt)
+        found.append(tuple(next(mine) if floats([x]) else None for x in some))
+    return Others(None, None, None, *found)
+
+
 def _asked(spread: Spread, others: Others) -> Asked:
-    return Asked(spread.call, spread.call.window if others.window is None else others.window)
+    window = spread.call.window if others.window is None else others.window
+    return Asked(spread.call, window, others.of_neither)
 
 
 def _work(spread: Spread, kernel: PieceKernel) -> RingWork:
@@ -238,7 +296,8 @@ def _queries(
     first, rows = _query_starts(spread)
     mine = jnp.asarray(first)[_me(spread)]
     d_out = None if d_out is None else cut(d_out, rows, kv_heads)
-    return Blocks(cut(query, rows, kv_heads), d_out, places(mine, rows), cut_ids(others.query_ids, rows))
+    ids, of_bias = cut_ids(others.query_ids, rows), tuple(cut_rows(x, rows) for x in others.of_queries)
+    return Blocks(cut(query, rows, kv_heads), d_out, places(mine, rows), ids, of_bias)
 
 
 def _collected(
@@ -256,13 +315,15 @@ def _collected(
         move = lambda x: x
     else:
         move = functools.partial(lax.all_gather, axis_name=spread.axis, axis=1, tiled=True)
-    ids = None if ids is None else move(ids)
-    (key, value), back = jax.vjp(lambda *both: tuple(move(x) for x in both), key, value)
+    ids, learnt = None if ids is None else move(ids), floats(others.of_keys)
+    (key, value, *learnt), back = jax.vjp(lambda *all_: tuple(move(x) for x in all_), key, value, *learnt)
     keys = cut(key, rows), cut(value, rows)
+    of_bias = with_floats([x if floats([x]) else move(x) for x in others.of_keys], learnt)
     counts = there.counts
     pairs = Pairs(jnp.asarray(there.first)[me], jnp.asarray(counts)[me], int(counts.sum(-1).max()))
     begin = jnp.asarray(there.begins.astype(np.int32))[me] + np.arange(0, there.blocks * rows, rows)
-    return Blocks(*keys, places(begin, rows), cut_ids(ids, rows)), pairs, back
+    of_bias = tuple(cut_rows(x, rows) for x in of_bias)
+    return Blocks(*keys, places(begin, rows), cut_ids(ids, rows), of_bias), pairs, back
 
 
 def with_neighbours(spread: Spread, reach: int, x: jax.Array) -> jax.Array:

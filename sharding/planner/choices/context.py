@@ -158,7 +158,7 @@ def _why_by_xla(calls: Sequence[SpreadCall], one: LaidCall) -> str | None:
     if why is None or name is None:
         return why
     eqn = next(call.equation.eqn for call in calls if call.equation.index == one.index)
-    aval: Any = eqn.invars[one.call.operands - len(one.call.given) + one.call.given.index(name)].aval
+    aval: Any = eqn.invars[one.call.before_placed - len(one.call.given) + one.call.given.index(name)].aval
     shape = " x ".join(str(size) for size in aval.shape)
     return f"{why} ({shape}, {gib(math.prod(aval.shape) * aval.dtype.itemsize)} in all)"
 

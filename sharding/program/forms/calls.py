@@ -6,16 +6,19 @@ keys; so is what is added to scores, and what weights are multiplied by.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core
 
+from ...ops.biases import BATCH, HEADS, KEYS, QUERIES
 from .attention import WrittenAttention
+from .biases import FoundBias, placed_bias
 from .carried import Call, carried_out
 from .masks import Labels, Mask, Part, dtype_of
 from .opened import shapes
@@ -44,6 +47,9 @@ class Calls:
         """
         if one.scores_aval.dtype == np.float64:
             raise NotThis("it is in float64, and scores of attention are worked out in float32")
+        if one.mask.biases and (found := self._placed(one)) is not None:
+            with contextlib.suppress(NotThis):
+                return self._of(dataclasses.replace(one, mask=_without_biases(one.mask)), found)
         try:
             return self._of(one)
         except NotThis as why:
@@ -54,7 +60,40 @@ class Calls:
             except NotThis:
                 raise why from None
 
-    def _of(self, one: WrittenAttention) -> tuple[core.ClosedJaxpr, list[Any]]:
+    def _placed(self, one: WrittenAttention) -> FoundBias | None:
+        """Return the bias as what is worked out by blocks; None if it is another, or what hides is so too."""
+        mask = one.mask
+        # What a query gets that sees no key is told without a bias, which its gradient then would reach.
+        unseeing = mask.padding or mask.query_padding
+        if mask.pairs or one.factors or (unseeing and (mask.late or any(added for added, _ in mask.fills))):
+            return None
+        heads = _heads(one, [*mask.padding, *mask.query_padding])
+        batch = tuple(d for d in _by_place(one) if d not in heads)
+        wholes = {
+            BATCH: batch,
+            HEADS: (*heads, *one.groups),
+            QUERIES: (one.scores.rows,),
+            KEYS: (one.scores.keys,),
+        }
+        wholes = {role: tuple(d for d in dims if one.sizes[d] > 1) for role, dims in wholes.items()}
+
+        def role(dim: Sequence[int]) -> tuple[str, ...]:
+            left, found = tuple(d for d in dim if one.sizes[d] > 1), []
+            while left:
+                here = (r for r, dims in wholes.items() if dims and left[: len(dims)] == dims)
+                found.append(_first(here))
+                left = left[len(wholes[found[-1]]) :]
+            return tuple(found)
+
+        sizes = {role: math.prod(one.sizes[d] for d in dims) for role, dims in wholes.items()}
+        try:
+            return placed_bias(self.values, mask.biases, sizes, role)
+        except NotThis:
+            return None
+
+    def _of(
+        self, one: WrittenAttention, placed: FoundBias | None = None
+    ) -> tuple[core.ClosedJaxpr, list[Any]]:
         mask = one.mask
         parts = [*mask.padding, *mask.query_padding]
         atoms, labels, scales = self._operands(one)
@@ -103,6 +142,8 @@ class Calls:
             blank=one.blank is not None,
             fill=_fill(one) if pairs else None,
             precision=None if dtype_of(atoms[0]).itemsize < 4 else one.precision,
+            placed=None if placed is None else placed.bias,
+            counted=() if placed is None else placed.counted,
         )
         if call.literal and mask.segments and (len(mask.segments) > 1 or _not_integers(mask.segments[0])):
             raise NotThis("its segments are told by several arrays, or by numbers that are no integers")
@@ -110,6 +151,7 @@ class Calls:
             raise NotThis("it has blocks, and a mask of its own for every query and key")
         of_queries = [part.atom for part in one.scaled]
         inputs = [*atoms[:3], *(part.atom for part in others), *of_queries, *atoms[3:]]
+        inputs += () if placed is None else placed.given
         kinds = shapes(inputs)
         key = call, tuple((kind.shape, str(kind.dtype)) for kind in kinds)
         if key not in self._made:
@@ -206,6 +248,18 @@ class Calls:
             return None
         of_wide = [*labels[: place + 1], (), *labels[place + 1 :]]
         return source, tuple(of_wide[d] if d in kept else () for d in where), wide[place + 1]
+
+
+def _without_biases(mask: Mask) -> Mask:
+    """Return what hides keys alone."""
+    return dataclasses.replace(mask, biases=[], late=False)
+
+
+def _first(roles: Iterator[str]) -> str:
+    found = next(roles, None)
+    if found is None:
+        raise NotThis("a dimension of its bias is a part of heads or of the batch")
+    return found
 
 
 def _by_place(one: WrittenAttention) -> list[int]:

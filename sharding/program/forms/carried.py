@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ...ops.attention import attention
+from ...ops.biases import BoundBias, PlacedBias
 from ...ops.segments import seeing
 from .masks import Labels
 from .spans import NotThis, Seen
@@ -30,8 +31,9 @@ class Call:
     whether true shows or hides; `factors` too, None of one that is a number. `biases` say what each is
     multiplied by. `further` are labels of queries and keys of further products, whose arrays come last, and
     what each is multiplied by beside the first. Before them come those that scores of a query are multiplied
-    by (`scaled`), or divided by. `literal` says that a query that sees nothing gets what
-    `fill` makes of it, `blank` that it gets zeros.
+    by (`scaled`), or divided by. Behind all are operands of a bias that is worked out by blocks, `placed`;
+    not those that are `counted`, which tells their types and sizes. `literal` says that a query that sees
+    nothing gets what `fill` makes of it, `blank` that it gets zeros.
     """
 
     arrays: tuple[Labels, ...]
@@ -63,6 +65,8 @@ class Call:
     further: tuple[tuple[Labels, Labels, float], ...] = ()
     scaled: tuple[tuple[Labels, bool], ...] = ()
     blank: bool = False
+    placed: PlacedBias | None = None
+    counted: tuple[tuple[str, int] | None, ...] = ()
 
     @property
     def over_scores(self) -> int:
@@ -87,6 +91,7 @@ def _reshaped(array: Any, after: Sequence[int]) -> Any:
 
 def carried_out(call: Call, *arrays: Any) -> Any:
     """Return what the product with values gave, of the arrays of `call`."""
+    bias, arrays = _bound(call, arrays)
     summed = tuple(sorted((d for dim in call.arrays[0] for d in dim if d < 0), reverse=True))
     width = len(call.sizes) - 1
     orders = [
@@ -108,6 +113,7 @@ def carried_out(call: Call, *arrays: Any) -> Any:
         arrays = arrays[: -len(call.scaled)]
     last = len(arrays) - call.over_scores - call.sink
     ids, sees = _ids(call, query.shape[0], arrays[3:last])
+    weighing: dict[str, Any] = _weighing(call, arrays[last:]) | ({} if bias is None else {"bias": bias})
     out = attention(
         query,
         key,
@@ -124,7 +130,7 @@ def carried_out(call: Call, *arrays: Any) -> Any:
         fill=call.fill,
         adds=call.fill is None or call.added,
         precision=call.precision,
-        **_weighing(call, arrays[last:]),
+        **weighing,
     )
     if sees is not None and not call.literal:
         out = jnp.where(sees[:, :, None, None], out, _of_unseeing(call, query, key, value))
@@ -133,6 +139,18 @@ def carried_out(call: Call, *arrays: Any) -> Any:
     # A width and groups of heads are as many as the result has of them.
     out = laid_out(out, (*orders[0][:3], (width,)), call.out, call.sizes)
     return out.astype(call.dtype)
+
+
+def _bound(call: Call, arrays: tuple[Any, ...]) -> tuple[BoundBias | None, tuple[Any, ...]]:
+    """Return a bias that is worked out by blocks, with its operands, and all other arrays."""
+    if call.placed is None:
+        return None, arrays
+    count = call.counted.count(None)
+    given, found = iter(arrays[len(arrays) - count :]), []
+    for one, counted in zip(call.placed.operands, call.counted, strict=True):
+        array = next(given) if counted is None else jnp.arange(counted[1], dtype=counted[0])
+        found.append(one.into(array))
+    return BoundBias(call.placed, tuple(found)), arrays[: len(arrays) - count]
 
 
 def _joined(
