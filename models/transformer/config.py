@@ -121,7 +121,7 @@ class DecoderConfig:
     """Of matrix products; norms, softmax and the loss are float32."""
     param_dtype: DType = "float32"
     attention_chunk: int | None = None
-    """Queries scored at a time; None decides by length (see `sharding.ops.scores.query_chunk`)."""
+    """Queries scored at a time; None decides by length (see `sharding.ops.calls.query_chunk`)."""
     loss_chunk: int | None = None
     """Positions of each row whose logits exist at a time; None decides by size (see `loss.logits_chunk`)."""
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...sharding.errors import UserError
 from ...sharding.ops import attention
-from ...sharding.ops.scores import View, attend, soft_cap
+from ...sharding.ops.attention import View, attend, soft_cap
 from ..flax_nnx import nnx
 from ..model import Batch, Model, Params
 from .attention import Attention, LatentAttention, Turn, inverse_frequencies, rotation

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..hlo.shapes import Array, leaves, parse_shape
 from ..hlo.text import HloModule, Instruction
-from ..ops.attention import visible_pairs
+from ..ops.calls import visible_pairs
 from ..ops.kernels import gradient_scratch, kernel_facts
 
 _SPLASH = re.compile(r"splash_m[hq]a_(fwd|dkv|dq)")

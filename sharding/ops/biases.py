@@ -74,6 +74,18 @@ class Fixed(NamedTuple):
     dtype: str
 
 
+class Distance(NamedTuple):
+    """What gives how far queries stand behind keys, or before them: a sign, and what is added to it."""
+
+    sign: int
+    added: int
+
+    @property
+    def name(self) -> str:
+        """What stands for a primitive's name."""
+        return f"distance {self.sign} {self.added}"
+
+
 @dataclasses.dataclass(frozen=True)
 class BiasStep:
     """A primitive on earlier values, by their numbers, or fixed ones; its result's roles and whole shape."""
@@ -95,17 +107,22 @@ class BiasStep:
 class PlacedBias:
     """A bias as a program: its arrays, its steps, and the values that are summed, each with a factor.
 
-    Equal ones have equal steps, whatever program they were found in.
+    Equal ones have equal steps, whatever program they were found in. `places` are the operands that have the
+    places of queries and of keys, if distances are made of them. With `by_line` it depends on distances
+    alone, and is worked out once for each.
     """
 
     operands: tuple[BiasOperand, ...]
     steps: tuple[BiasStep, ...]
     sums: tuple[tuple[int, float], ...]
+    places: tuple[int, int] | None = None
+    by_line: bool = False
 
     @functools.cached_property
     def digest(self) -> str:
         """A word that tells it from others."""
         told = [*(str(one) for one in self.operands), *(one.told for one in self.steps), str(self.sums)]
+        told.append(f"{self.places} {self.by_line}")
         return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -131,14 +148,35 @@ class PlacedBias:
             for shape, one in zip(shapes, self.operands, strict=True)
         )
 
-    def __call__(self, arrays: Sequence[jax.Array], sizes: Mapping[str, int]) -> jax.Array:
+    def __call__(
+        self, arrays: Sequence[jax.Array], sizes: Mapping[str, int], span: int | None = None
+    ) -> jax.Array:
         """Return the bias for a block of scores of `sizes`: float32 ``[batch, heads, queries, keys]``, or 1.
 
-        `arrays` are the operands as they are handed on, of the block's queries and keys.
+        `arrays` are the operands as they are handed on, of the block's queries and keys. Keys follow one
+        another, and so do queries; if not, they lie within `span` places.
         """
+        if not self.by_line:
+            return self._worth(arrays, sizes, None)
+        assert self.places is not None
+        queries, keys = (arrays[n][0] for n in self.places)
+        whole = (span or sizes[QUERIES]) + sizes[KEYS] - 1
+        line = queries[0] - keys[-1] + jnp.arange(whole, dtype=queries.dtype)
+        found = self._worth(arrays, {**sizes, QUERIES: whole, KEYS: 1}, line)[..., 0]
+        return _by_distance(found[..., ::-1], queries - queries[0], sizes[KEYS], apart=span is not None)
+
+    def _worth(
+        self, arrays: Sequence[jax.Array], sizes: Mapping[str, int], line: jax.Array | None
+    ) -> jax.Array:
+        """Return the bias for scores of `sizes`; for a `line` of distances, with one key."""
         values = [one.out_of(x) for one, x in zip(self.operands, arrays, strict=True)]
         roles = [one.roles for one in self.operands] + [one.roles for one in self.steps]
         for step in self.steps:
+            if isinstance(step.primitive, Distance):
+                queries, keys = (values[n] for n in self.places or ())
+                apart = queries[:, None] - keys[None] if line is None else line[:, None]
+                values.append(_distances(step, apart, sizes))
+                continue
             inputs = [
                 np.asarray(x.value, x.dtype) if isinstance(x, Fixed) else values[x] for x in step.inputs
             ]
@@ -152,25 +190,51 @@ class BoundBias(NamedTuple):
 
     bias: PlacedBias
     arrays: tuple[jax.Array, ...]
+    span: int | None = None
+    """Within how many places queries lie that do not follow one another."""
 
     @property
     def of_queries(self) -> list[jax.Array]:
         """The operands that are of queries."""
         return self.bias.of(QUERIES, self.arrays)
 
-    def with_queries(self, arrays: Sequence[jax.Array]) -> BoundBias:
-        """Return it with other operands that are of queries."""
+    def with_queries(self, arrays: Sequence[jax.Array], span: int) -> BoundBias:
+        """Return it with other operands that are of queries, which lie within `span` places."""
         others = {along: self.bias.of(along, self.arrays) for along in (KEYS, None)}
-        return self._replace(arrays=self.bias.joined({QUERIES: arrays, **others}))
+        return self._replace(arrays=self.bias.joined({QUERIES: arrays, **others}), span=span)
 
 
-def sizes_of(query: Any, keys: int) -> dict[str, int]:
-    """Return the sizes of scores of queries ``[batch, queries, heads, head_dim]`` and so many keys."""
-    return {BATCH: query.shape[0], HEADS: query.shape[2], QUERIES: query.shape[1], KEYS: keys}
+def _distances(step: BiasStep, apart: jax.Array, sizes: Mapping[str, int]) -> jax.Array:
+    """Return distances ``[queries, keys]`` as the result of a step lies."""
+    found = (apart * step.primitive.sign + step.primitive.added).astype(step.params["dtype"])
+    places = [step.roles.index((role,)) for role in (QUERIES, KEYS)]
+    found = found if places == sorted(places) else found.T
+    return jax.lax.broadcast_in_dim(found, _shape(step, sizes), sorted(places))
+
+
+def _by_distance(line: jax.Array, places: jax.Array, keys: int, *, apart: bool) -> jax.Array:
+    """Return what a `line` of all distances, the largest first, has for each query and key.
+
+    Queries are at `places` after the first of them, one after another if not `apart`.
+    """
+    *rest, whole = line.shape
+    rows = len(places)
+    if apart:
+        begin = whole - keys - places
+        cut = jax.vmap(lambda n: jax.lax.dynamic_slice_in_dim(line, n, keys, axis=-1), out_axes=-2)
+        return cut(begin)
+    # Each row begins one number before the last: what is laid end to end with one more lies so.
+    line = jnp.pad(line, [(0, 0)] * len(rest) + [(0, 1)])
+    line = jnp.broadcast_to(line[..., None, :], (*rest, rows, whole + 1)).reshape(*rest, rows * (whole + 1))
+    return line[..., : rows * whole].reshape(*rest, rows, whole)[..., rows - 1 :]
 
 
 def _size(dim: Sequence[str], sizes: Mapping[str, int], own: int) -> int:
     return math.prod(sizes[role] for role in dim) if dim else own
+
+
+def _shape(step: BiasStep, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(_size(dim, sizes, own) for dim, own in zip(step.roles, step.shape, strict=True))
 
 
 def _params(
@@ -178,7 +242,7 @@ def _params(
 ) -> Mapping[str, Any]:
     """Return the parameters of a step whose result is of `sizes`."""
     name = step.primitive.name
-    shape = tuple(_size(dim, sizes, own) for dim, own in zip(step.roles, step.shape, strict=True))
+    shape = _shape(step, sizes)
     if name == "broadcast_in_dim":
         return {**step.params, "shape": shape}
     if name == "reshape":

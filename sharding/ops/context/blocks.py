@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..attention import AttentionCall
+from ..attention import HIDDEN, AttentionCall
 from ..biases import BATCH, HEADS, KEYS, QUERIES
-from ..scores import HIDDEN
 
 # Rows of a block at most: scores of a pair then take 1 MiB a head in float32.
 _MOST = 512

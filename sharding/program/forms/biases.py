@@ -15,15 +15,19 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from ...ops.biases import KEYS, QUERIES, BiasOperand, BiasStep, Fixed, PlacedBias, Roles
+from ...ops.biases import KEYS, QUERIES, BiasOperand, BiasStep, Distance, Fixed, PlacedBias, Roles
 from ..pointwise import SAME
 from ..primitives import Trait, primitives
 from .masks import Part, dtype_of
-from .spans import NotThis
+from .spans import KEY, ROW, NotThis, linear
 from .values import Sources, moved, shape
 
 _ELEMENTWISE = primitives(Trait.ELEMENTWISE)
 _REDUCTIONS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"))
+
+# Queries that XLA scores at once by itself: what is looked up for each of their scores is so once, and not
+# again in each layer.
+_SHORT = 4096
 
 _ARRAY = "its bias is an array of all queries and keys"
 
@@ -81,6 +85,8 @@ class _BiasProgram:
         self._operands: list[tuple[BiasOperand, Any]] = []
         self._steps: list[BiasStep] = []
         self._known: dict[Any, int] = {}
+        self._places: tuple[int, int] | None = None
+        self._looks_up = False
 
     def found(self, sums: Sequence[tuple[int, float]]) -> FoundBias:
         """Return the program, its values numbered from the operands on."""
@@ -95,10 +101,16 @@ class _BiasProgram:
             )
             for one in self._steps
         )
+        of_rows = [-1 - n for n, (one, _) in enumerate(self._operands) if one.along is not None]
+        by_line = self._looks_up and sorted(of_rows) == sorted(self._places or ())
+        if self._looks_up and not by_line and self._sizes[QUERIES] <= _SHORT:
+            raise NotThis(_ARRAY)
         bias = PlacedBias(
             operands=tuple(one for one, _ in self._operands),
             steps=tuple(steps),
             sums=tuple((placed(number), by) for number, by in sums),
+            places=None if self._places is None else (placed(self._places[0]), placed(self._places[1])),
+            by_line=by_line,
         )
         return FoundBias(bias, tuple(source for _, source in self._operands))
 
@@ -134,6 +146,8 @@ class _BiasProgram:
         if eqn is None or shape(atom) != self._shape(roles, atom):
             raise NotThis(_ARRAY)
         name = eqn.primitive.name
+        if (distance := self._distance(atom, roles)) is not None:
+            return self._step(distance, {"dtype": str(dtype_of(atom))}, (), roles, shape(atom))
         if name in SAME and name != "convert_element_type":
             found = self.value(eqn.invars[0], roles)
             assert isinstance(found, int)
@@ -144,8 +158,22 @@ class _BiasProgram:
         before = None if read is None else read(self, eqn, roles)
         if before is None:
             raise NotThis(_ARRAY)
+        self._looks_up |= name in ("gather", "dot_general") or name in _REDUCTIONS
         inputs = (self.value(one, own) for one, own in zip(eqn.invars, before, strict=True))
         return self._step(eqn.primitive, eqn.params, tuple(inputs), roles, shape(atom))
+
+    def _distance(self, atom: Any, roles: Roles) -> Distance | None:
+        """Return how an atom is the distance of a query and a key, None if it is anything else."""
+        along: dict[Roles, Any] = {((QUERIES,),): ROW, ((KEYS,),): KEY, ((),): 0}
+        found = linear(self._values, atom, [along.get((dim,)) for dim in roles])
+        if found is None or abs(found[0]) != 1 or found[1] != -found[0] or found[2] != int(found[2]):
+            return None
+        if self._places is None:
+            self._places = (
+                self._operand(((QUERIES,),), Counted("int32", self._sizes[QUERIES])),
+                self._operand(((KEYS,),), Counted("int32", self._sizes[KEYS])),
+            )
+        return Distance(int(found[0]), int(found[2]))
 
     def _counted(self, eqn: core.JaxprEqn, roles: Roles) -> int:
         along = eqn.params["dimension"]
@@ -236,11 +264,28 @@ def _multiplied(program: _BiasProgram, eqn: core.JaxprEqn, roles: Roles) -> list
     return found
 
 
+def _looked_up(program: _BiasProgram, eqn: core.JaxprEqn, roles: Roles) -> list[Roles] | None:
+    """Return the roles of a table, in whose rows there are others, and of indices."""
+    del program
+    numbers, table = eqn.params["dimension_numbers"], shape(eqn.invars[0])
+    each = [dim for n, dim in enumerate(roles) if n not in numbers.offset_dims]
+    offsets = iter(roles[n] for n in numbers.offset_dims)
+    shared = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
+    found: list[tuple[str, ...]] = []
+    for d, (size, taken) in enumerate(zip(table, eqn.params["slice_sizes"], strict=True)):
+        own = () if d in numbers.collapsed_slice_dims else each[shared[d]] if d in shared else next(offsets)
+        if own and d not in shared and size != taken:
+            return None
+        found.append(own)
+    return [tuple(found), (*each, ())]
+
+
 _Rule = Callable[[_BiasProgram, core.JaxprEqn, Roles], Sequence[Roles] | None]
 _RULES: Mapping[str, _Rule] = {
     "broadcast_in_dim": _laid,
     "concatenate": _joined,
     "dot_general": _multiplied,
+    "gather": _looked_up,
     "reshape": _reshaped,
     "slice": _sliced,
     "squeeze": _laid,

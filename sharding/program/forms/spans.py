@@ -85,6 +85,18 @@ def spans(
     return _of_points(values, atom, at, sizes, seen)
 
 
+def linear(values: Sources, atom: Any, at: Sequence[Any]) -> tuple[float, float, float] | None:
+    """Return what a value is multiples of, the query's place and the key's, and what is added; None if not.
+
+    `at` is as `spans` takes it.
+    """
+    try:
+        found = _Distance(values, np.zeros(1, np.int64)).value(atom, at)
+    except (Untold, TypeError, ValueError, IndexError):
+        return None
+    return (found.row, found.key, found.constant) if isinstance(found, _Affine) else None
+
+
 def _of_one(
     values: Sources, atom: Any, at: Sequence[Any], sizes: tuple[int, int], seen: Callable[[Any], Any]
 ) -> Spans | None:
@@ -269,7 +281,7 @@ class _Distance:
 
     def worth(self, atom: Any, at: Sequence[Any]) -> np.ndarray:
         """Return the value at each distance. Raises Untold if it depends on anything else."""
-        return self._array(self._value(atom, at))
+        return self._array(self.value(atom, at))
 
     def _array(self, value: Any) -> np.ndarray:
         if not isinstance(value, _Affine):
@@ -278,7 +290,8 @@ class _Distance:
             raise Untold
         return value.row * self._distance + value.constant
 
-    def _value(self, atom: Any, at: Sequence[Any]) -> Any:
+    def value(self, atom: Any, at: Sequence[Any]) -> Any:
+        """Return the value at each distance, or how it is made of the places themselves."""
         atom = self._values.opening.outside(atom)
         if isinstance(atom, core.Literal) or (atom in self._values.consts and not at):
             return self._values.points(atom, [])
@@ -295,10 +308,10 @@ class _Distance:
             return np.asarray(0) if along == 0 else _Affine(float(along == ROW), float(along == KEY), 0.0)
         laid = moved(eqn, at, 0) if name != "reshape" else _reshaped(eqn, at)
         if laid is not None:
-            return self._value(eqn.invars[0], laid)
+            return self.value(eqn.invars[0], laid)
         if name not in POINTWISE and name not in SAME:
             raise Untold
-        inputs = [self._value(one, at if shape(one) else []) for one in eqn.invars]
+        inputs = [self.value(one, at if shape(one) else []) for one in eqn.invars]
         if name in SAME:
             kind = eqn.params.get("new_dtype")
             return inputs[0] if isinstance(inputs[0], _Affine) or kind is None else inputs[0].astype(kind)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from meshwright.sharding import UserError
 from meshwright.sharding.ops import attention
-from meshwright.sharding.ops.attention import attention_call
-from meshwright.sharding.ops.scores import View, attend, attend_in_chunks, query_chunk
+from meshwright.sharding.ops.attention import View, attend, attend_in_chunks, attention_call, query_chunk
 
 pytestmark = pytest.mark.numerics
 

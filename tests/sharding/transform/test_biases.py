@@ -41,7 +41,26 @@ def by_positions(params: Any, batch: Any) -> Any:
     return bias + params["of_keys"][None, :, None, :] * jnp.cos(distance)[:, None]
 
 
+def by_buckets(params: Any, batch: Any) -> Any:
+    """A table of buckets of distances, finer the nearer, as T5 has it."""
+    place = jnp.arange(batch["x"].shape[1])
+    behind = place[:, None] - place[None, :]
+    half = len(params["buckets"]) // 2
+    far = jnp.abs(behind)
+    log = jnp.log(jnp.maximum(far, 1) / (half // 2)) / np.log(32 / (half // 2)) * (half - half // 2)
+    near = jnp.where(far < half // 2, far, jnp.minimum(half // 2 + log.astype(jnp.int32), half - 1))
+    return jnp.take(params["buckets"], near + half * (behind < 0), axis=0).transpose(2, 0, 1)[None]
+
+
+def by_one_hot(params: Any, batch: Any) -> Any:
+    """A learnt number of each head and distance, as a product with its one-hot form."""
+    place = jnp.arange(batch["x"].shape[1])
+    behind = jnp.clip(place[None, :] - place[:, None], -7, 8) + 7
+    return jnp.einsum("qkn,nh->hqk", jax.nn.one_hot(behind, 16), params["buckets"])[None]
+
+
 BIASES = {"slopes": alibi, "counted": by_iota, "positions": by_positions}
+TABLES = {"buckets": by_buckets, "one-hot": by_one_hot}
 
 
 def loss_of(bias: Any, *, causal: bool = True, written: str = "by hand") -> Any:
@@ -79,6 +98,7 @@ def problem() -> tuple[Any, Any]:
         "layers": layers,
         "slopes": np.abs(normal(HEADS)),
         "scale": np.float32(0.7),
+        "buckets": normal(16, HEADS),
         "of_keys": normal(HEADS, SEQUENCE),
     }
     batch = {
@@ -109,10 +129,10 @@ def check(loss: Any, plan: Plan) -> Any:
     return compiled
 
 
-@pytest.mark.parametrize("name", ["slopes", "counted"])
+@pytest.mark.parametrize("name", ["slopes", "counted", *TABLES])
 @pytest.mark.parametrize("way", ["gathered", "ring", "heads"])
 def test_a_bias_of_distances_goes_over_context(name: str, way: str) -> None:
-    loss = loss_of(BIASES[name])
+    loss = loss_of((BIASES | TABLES)[name])
     plan = planned(loss, {"data": 2, "context": 4}, way)
     assert plan.context == way
     assert not any("bias" in note for note in plan.notes), plan.notes
@@ -149,14 +169,14 @@ def test_a_bias_goes_over_context_in_stages_and_microbatches(mesh: dict[str, int
 
 
 @pytest.mark.numerics(False)
-@pytest.mark.parametrize("name", BIASES)
+@pytest.mark.parametrize("name", BIASES | TABLES)
 @pytest.mark.parametrize("way", ["gathered", "ring"])
 def test_no_array_of_all_queries_and_keys_is_compiled(name: str, way: str) -> None:
     params, _ = problem()
     params = {**params, "of_keys": jax.ShapeDtypeStruct((HEADS, 4096), jnp.float32)}
     rows = jax.ShapeDtypeStruct((2, 4096, EMBED), jnp.float32)
     batch = {"x": rows, "wanted": rows, "positions": jax.ShapeDtypeStruct((2, 4096), jnp.int32)}
-    loss = loss_of(BIASES[name])
+    loss = loss_of((BIASES | TABLES)[name])
     plan = declare(loss, params, batch, topology="cpu:4", mesh={"context": 4}, context=way)
     on = plan.make_mesh(jax.devices()[:4])
     shapes = jax.tree.map(
