@@ -97,8 +97,10 @@ def with_names_of_rows(
 
     Data that meet no other, such as the ids of rows, lead with the batch if they have as many rows. What
     stands second in arrays of fewer dimensions may stand further on in others: a bias of attention for each
-    row has its heads before the sequence. A dimension of 1, there to be broadcast, is no sequence.
+    row has its heads before the sequence. A dimension of 1, there to be broadcast, is no sequence. Where all
+    data are of one row, which is no dim, they have a sequence all the same.
     """
+    single = not batch and all(a.shape[0] == 1 for a in arguments if a.is_data and a.shape)
     leading = {a.shape[0] for a in arguments if batch and a.is_data and a.dims[:1] == (batch,)}
     met = Counter(d for a in arguments for dims in {*a.dims} for d in dims)
 
@@ -107,10 +109,10 @@ def with_names_of_rows(
             return argument
         lead = argument.dims[0]
         alone = argument.shape[0] in leading and all(met[d] == 1 for d in lead)
-        if (lead != batch and not alone) or not lead:
+        if (lead != batch and not alone) or (not lead and not single):
             return argument
         at = _second_place(argument, arguments, batch)
-        own = (*names[:1], *(None,) * (at - 1), *names[1:], *argument.names)
+        own = (*(names[:1] if lead else (None,)), *(None,) * (at - 1), *names[1:], *argument.names)
         held = zip(own, argument.shape, strict=False)
         own = tuple(name if n == 0 or size > 1 else None for n, (name, size) in enumerate(held))
         return dataclasses.replace(argument, names=own)

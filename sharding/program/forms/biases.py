@@ -25,6 +25,11 @@ from .values import Sources, moved, shape
 _ELEMENTWISE = primitives(Trait.ELEMENTWISE)
 _REDUCTIONS = frozenset(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"))
 
+# What distances are made with.
+_LINEAR = frozenset(
+    ("add", "sub", "neg", "mul", "broadcast_in_dim", "reshape", "squeeze", "transpose", *SAME)
+)
+
 # Queries that XLA scores at once by itself: what is looked up for each of their scores is so once, and not
 # again in each layer.
 _SHORT = 4096
@@ -164,6 +169,9 @@ class _BiasProgram:
 
     def _distance(self, atom: Any, roles: Roles) -> Distance | None:
         """Return how an atom is the distance of a query and a key, None if it is anything else."""
+        eqn = self._values.made(atom)
+        if eqn is None or eqn.primitive.name not in _LINEAR:
+            return None
         along: dict[Roles, Any] = {((QUERIES,),): ROW, ((KEYS,),): KEY, ((),): 0}
         found = linear(self._values, atom, [along.get((dim,)) for dim in roles])
         if found is None or abs(found[0]) != 1 or found[1] != -found[0] or found[2] != int(found[2]):

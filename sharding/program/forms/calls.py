@@ -64,7 +64,8 @@ class Calls:
         """Return the bias as what is worked out by blocks; None if it is another, or what hides is so too."""
         mask = one.mask
         # What a query gets that sees no key is told without a bias, which its gradient then would reach.
-        unseeing = mask.padding or mask.query_padding
+        kinds = {self.values.digest(part.atom) for pair in mask.segments for part in pair}
+        unseeing = mask.padding or mask.query_padding or len(kinds) > 1
         if mask.pairs or one.factors or (unseeing and (mask.late or any(added for added, _ in mask.fills))):
             return None
         heads = _heads(one, [*mask.padding, *mask.query_padding])

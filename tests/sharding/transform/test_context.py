@@ -141,6 +141,21 @@ def test_no_array_of_a_pair_s_scores_is_read_in_every_turn_where_layers_are_run_
     assert not [shape for shape in shapes if shape[-5:] == pair]
 
 
+def test_the_sequence_of_a_single_row_lies_over_context() -> None:
+    params, batch, _ = problem(32, ())
+    batch = jax.tree.map(lambda x: x[:1], batch)
+    loss = loss_of(())
+    plan = declare(loss, params, batch, topology="cpu:8", mesh={"context": 8}, context="gathered")
+    assert tuple(plan.batch["x"].spec)[:2] == (None, "context")
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params, batch)
+    on = plan.make_mesh()
+    placed = jax.device_put((params, batch), (plan.shardings(params, on), plan.shardings(batch, on, "batch")))
+    found, learnt = jax.jit(jax.value_and_grad(plan.apply(loss)))(*placed)
+    assert abs(found - value) <= 1e-6 * abs(value)
+    for name, one in gradients.items():
+        assert np.linalg.norm(learnt[name] - one) <= 1e-5 * np.linalg.norm(one)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["gathered", "heads", "ring"])
 @pytest.mark.parametrize(
