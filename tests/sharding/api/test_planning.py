@@ -102,6 +102,7 @@ def test_any_candidate_of_the_space_keeps_values(name: str, data: Any) -> None:
 
 
 @pytest.mark.devices(8)
+@pytest.mark.once("sharding/transform/test_step.py")
 def test_it_trains_as_one_device_does() -> None:
     case = case_of("state_space")
     params, batch = case.arrays()

@@ -41,9 +41,10 @@ def test_gathered_changes_train_as_plain_ones_do(monkeypatch: pytest.MonkeyPatch
     made = in_parts("cpu:8", params, batch, optimizer, 8)
     state = made.init(lambda key: params, jax.random.key(0), optimizer)
     step, plain, moments = made.train_step(loss, optimizer), params, optimizer.init(params)
+    slope = jax.jit(jax.grad(loss))
     for _ in range(3):
         state, _ = step(state, batch)
-        changes, moments = optimizer.update(jax.grad(loss)(plain, batch), moments, plain)
+        changes, moments = optimizer.update(slope(plain, batch), moments, plain)
         plain = optax.apply_updates(plain, changes)
     assert state["params"]["w"].sharding.is_fully_replicated
     assert not state["optimizer"][0].mu["w"].sharding.is_fully_replicated

@@ -102,13 +102,13 @@ def test_a_plan_is_verified_by_schedules_where_they_are_asked_for(tmp_path, monk
     def loss(params, batch):
         return jnp.mean(jnp.square((batch["x"] @ params["w"]).astype(jnp.float32)))
 
-    params = {"w": jax.ShapeDtypeStruct((LARGE, LARGE), jnp.bfloat16)}
-    batch = {"x": jax.ShapeDtypeStruct((LARGE, LARGE), jnp.bfloat16)}
+    params = {"w": jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)}
+    batch = {"x": jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)}
     made = plan(loss, params, batch, topology=topology, mesh={"fsdp": 4}, optimizer=optax.sgd(1e-3))
     estimated, scheduled = (
         verify(made, loss, params, batch, optax.sgd(1e-3), **how).proof.time["compute"]
         for how in ({"quick": True}, {"schedules": True})
     )
-    needed = LARGE**3 / Topology.parse(topology).chip.peak_flops("bfloat16")
+    needed = 2048**3 / Topology.parse(topology).chip.peak_flops("bfloat16")
     assert needed < min(scheduled, estimated)
     assert scheduled != estimated

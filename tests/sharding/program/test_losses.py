@@ -210,6 +210,7 @@ def test_planned_loss_on_several_devices_is_the_plain_one_and_takes_less_memory(
     params, batch = arrays(length=128, vocabulary=1024)
     mesh, rules = {"fsdp": 4, "tensor": 2}, {"*head": ["fsdp", "tensor"], "*bias": ["tensor"]}
     temporary = {}
+    expected = jax.jit(jax.value_and_grad(by_optax))(params, batch)
     for which in (("losses",), ()):
         made = declare(by_optax, params, batch, topology="cpu:8", mesh=mesh, rules=rules, recognise=which)
         devices = made.make_mesh()
@@ -221,7 +222,6 @@ def test_planned_loss_on_several_devices_is_the_plain_one_and_takes_less_memory(
         compiled = jax.jit(jax.value_and_grad(planned)).lower(*laid).compile()
         value, gradients = compiled(*laid)
         temporary[which] = compiled.memory_analysis().temp_size_in_bytes
-        expected = jax.value_and_grad(by_optax)(params, batch)
         np.testing.assert_allclose(value, expected[0], rtol=1e-5)
         for name, one in gradients.items():
             np.testing.assert_allclose(one, expected[1][name], rtol=1e-4, atol=1e-6, err_msg=name)

@@ -138,7 +138,7 @@ def test_values_come_with_gradients(microbatches: int) -> None:
     plan = declared(plain, microbatches=microbatches)
     planned = PlannedLoss(plan, plain, plan.make_mesh())
     params = init(jax.random.key(0))
-    (expected, aux), wanted = jax.value_and_grad(plain, has_aux=True)(params, batch())
+    (expected, aux), wanted = jax.jit(jax.value_and_grad(plain, has_aux=True))(params, batch())
     (value, found), gradients = jax.jit(planned.value_and_grad)(params, batch())
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(found["largest"], aux["largest"], rtol=1e-6)

@@ -67,7 +67,7 @@ def test_values_are_those_of_the_unsharded_function(mesh, steps):
     value, gradients = jax.jit(jax.value_and_grad(sharded))(
         placed, jax.device_put(batch, plan.shardings(batch, devices, "batch"))
     )
-    expected, wanted = jax.value_and_grad(loss)(params, batch)
+    expected, wanted = jax.jit(jax.value_and_grad(loss))(params, batch)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, wanted)
 

@@ -52,7 +52,7 @@ def test_a_step_runs_on_a_mesh_of_explicit_axes(made: Plan, set_too: bool) -> No
     else:
         first, second = run()
     params = init(jax.random.key(0))
-    value, gradients = jax.value_and_grad(loss)(params, X)
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params, X)
     after = jax.tree.map(lambda old, change: old - 1e-2 * change, params, gradients)
     np.testing.assert_allclose([first, second], [value, loss(after, X)], rtol=1e-5)
 

@@ -58,7 +58,7 @@ def batch():
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 def test_parts_of_unequal_weight_give_the_mean_over_the_whole_batch(params, batch, parts):
-    (expected, aux), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
+    (expected, aux), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch)
     (value, got_aux), got = jax.jit(jax.value_and_grad(accumulate(loss, parts), has_aux=True))(params, batch)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(got["w"], gradients["w"], rtol=1e-5, atol=1e-6)
@@ -75,8 +75,8 @@ def test_a_loss_without_aux_stays_without_aux(params, batch):
 
 
 def test_a_scaled_loss_scales_its_gradients(params, batch):
-    once = jax.grad(lambda p: accumulate(loss, 2)(p, batch)[0])(params)
-    thrice = jax.grad(lambda p: 3 * accumulate(loss, 2)(p, batch)[0])(params)
+    once = jax.jit(jax.grad(lambda p: accumulate(loss, 2)(p, batch)[0]))(params)
+    thrice = jax.jit(jax.grad(lambda p: 3 * accumulate(loss, 2)(p, batch)[0]))(params)
     np.testing.assert_allclose(thrice["w"], 3 * once["w"], rtol=1e-6)
 
 
@@ -84,7 +84,9 @@ def test_parameters_of_integer_type_have_no_gradients(params, batch):
     both = {**params, "steps": jnp.arange(3)}
     once = jax.grad(lambda p: accumulate(loss, 2)(p, batch)[0], allow_int=True)(both)
     assert once["steps"].dtype == jax.dtypes.float0
-    np.testing.assert_allclose(once["w"], jax.grad(lambda p: loss(p, batch)[0])(params)["w"], rtol=1e-5)
+    np.testing.assert_allclose(
+        once["w"], jax.jit(jax.grad(lambda p: loss(p, batch)[0]))(params)["w"], rtol=1e-5
+    )
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused(params, batch):

@@ -161,7 +161,7 @@ def test_a_function_of_one_sum() -> None:
 def test_half_precision_is_as_near_as_the_plain_function() -> None:
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), init())
     _, found, plain = compiled(planned(masked, MESHES[1], jnp.bfloat16), masked, half)
-    exact = jax.value_and_grad(masked, has_aux=True)(jax.tree.map(jnp.float32, half), batch())
+    exact = jax.jit(jax.value_and_grad(masked, has_aux=True))(jax.tree.map(jnp.float32, half), batch())
     own = plain(half, batch())
     for a, b, c in zip(*map(jax.tree.leaves, (found[1], own[1], exact[1])), strict=True):
         a, b, c = (np.asarray(one, np.float64) for one in (a, b, c))

@@ -292,8 +292,8 @@ def test_what_is_refused_is_taken_by_part_if_that_is_asked_and_the_plan_says_so(
         assert any("the mean of what the parts give" in note for note in made.notes)
         b = batch()
         halves = [jax.tree.map(lambda leaf: leaf[n::2], b) for n in range(2)]  # noqa: B023
-        want = sum(contrastive(params(), half) for half in halves) / 2
-        np.testing.assert_allclose(made.apply(contrastive)(params(), b), want, rtol=1e-5)
+        want = sum(jax.jit(contrastive)(params(), half) for half in halves) / 2
+        np.testing.assert_allclose(jax.jit(made.apply(contrastive))(params(), b), want, rtol=1e-5)
         assert type(made).from_dict(made.to_dict()).accumulation == "by part"
 
 
@@ -331,7 +331,7 @@ def test_narrow_gradients_are_added_up_in_float32(dtype):
         loss, narrow, jax.eval_shape(batch), topology="cpu:8", mesh={"data": 1, "tensor": 8}, microbatches=16,
         names={"inside": ("embed", "mlp"), "layers": (None, "embed", "mlp"), "outside": ("mlp", None)},
     )  # fmt: skip
-    exact = jax.grad(loss)(params(), batch())
+    exact = jax.jit(jax.grad(loss))(params(), batch())
     whole, parts = (jax.jit(jax.grad(one))(narrow, batch()) for one in (loss, made.apply(loss)))
 
     def apart(found):
@@ -348,7 +348,7 @@ def test_a_number_of_pythons_is_a_parameter_like_any():
 
     p = {"w": jnp.arange(1.0, 1 + WIDTH), "scale": 1.5}
     made = declare(loss, p, batch(), topology="cpu:8", mesh={"data": 8}, microbatches=2)
-    got, want = jax.grad(made.apply(loss))(p, batch()), jax.grad(loss)(p, batch())
+    got, want = jax.grad(made.apply(loss))(p, batch()), jax.jit(jax.grad(loss))(p, batch())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
@@ -373,7 +373,7 @@ def test_a_state_is_the_one_that_the_whole_batch_leaves():
 
     state = {"mean": jnp.ones(WIDTH), "steps": jnp.int32(4)}
     made = plan(loss, params(), batch(), topology="cpu:8", microbatches=2, state=state)
-    want = jax.value_and_grad(loss, has_aux=True)(params(), batch(), state)
+    want = jax.jit(jax.value_and_grad(loss, has_aux=True))(params(), batch(), state)
     got = jax.jit(jax.value_and_grad(made.apply(loss), has_aux=True))(params(), batch(), state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
@@ -391,7 +391,9 @@ def test_a_key_that_a_checkpoint_hands_on_is_kept():
     key = jax.random.key(3)
     given = {"topology": "cpu:8", "mesh": {"data": 8}, "microbatches": 2, "state": key}
     made = declare(loss, params(), batch(), **given)
-    (got, (_, kept)), (want, (_, left)) = (f(params(), batch(), key) for f in (made.apply(loss), loss))
+    (got, (_, kept)), (want, (_, left)) = (
+        jax.jit(f)(params(), batch(), key) for f in (made.apply(loss), loss)
+    )
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert kept == left
 
