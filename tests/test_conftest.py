@@ -87,4 +87,13 @@ def test_what_runs_on_one_jax_names_a_file_whose_tests_run_on_the_newest_too() -
     asked = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     asked += ["--first-cases", *sorted(named)]
     done = subprocess.run(forked(asked), capture_output=True, text=True, check=True)
-    assert named == {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    kept = {line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert named == {test.partition("::")[0] for test in kept}
+    tested = re.compile(r"^@pytest\.mark\.once\(.*?^def (test_\w+)", flags=re.M | re.S)
+    left = {
+        f"{file}::{name}"
+        for file in named
+        for name in tested.findall((tests.parent / file).read_text("utf-8"))
+    }
+    assert left
+    assert not left & kept
