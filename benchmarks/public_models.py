@@ -13,23 +13,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import math
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
+from measured.outside import Problem, compared, drawn, planned, shapes
 from meshwright.runtime import simulate
-from meshwright.sharding import UserError, plan
 
-TOPOLOGIES = ("v5e:4x8", "h100:4x8")
 Loss = Callable[[Any, Any], Any]
-Shape = jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,28 +311,6 @@ CASES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
-    """A loss, the shapes of its parameters and of what changes beside them, and what makes both."""
-
-    loss: Callable[..., Any]
-    params: Any
-    rest: Any
-    made: Callable[[], Any]
-
-    def values(self, batch: Any, loss: Callable[..., Any]) -> tuple[float, list[Any]]:
-        """Return the value and the gradients of `loss`."""
-        params, rest = jax.jit(self.made)()
-        others = () if self.rest is None else (rest,)
-
-        def scalar(params: Any, batch: Any, *others: Any) -> Any:
-            found = loss(params, batch, *others)
-            return found[0] if others else found
-
-        value, gradients = jax.jit(jax.value_and_grad(scalar))(params, batch, *others)
-        return float(value), [np.asarray(leaf) for leaf in jax.tree.leaves(gradients)]
-
-
 def problem(case: Case, make: Callable[[nnx.Rngs], nnx.Module], dtype: Any) -> Problem:
     """Return what is planned of a model whose parameters are cast to `dtype` in the loss."""
 
@@ -371,71 +344,6 @@ def loaded(case: Case) -> Any:
     return module
 
 
-def shapes(row: dict[str, tuple[Any, ...]], rows: int) -> dict[str, Any]:
-    """Return the batch's shapes; a row's array is given by its sizes, its type and, of integers, how many."""
-
-    def shape(said: tuple[Any, ...]) -> Any:
-        place = next(n for n, one in enumerate(said) if isinstance(one, str))
-        return Shape((rows, *said[:place]), said[place])
-
-    return {name: shape(said) for name, said in row.items()}
-
-
-def drawn(row: dict[str, tuple[Any, ...]], rows: int) -> dict[str, Any]:
-    """Return a batch of random numbers."""
-    generator = np.random.default_rng(0)
-    found = {}
-    for name, shape in shapes(row, rows).items():
-        if jnp.issubdtype(shape.dtype, jnp.integer):
-            found[name] = generator.integers(0, row[name][-1], shape.shape).astype(shape.dtype)
-        else:
-            found[name] = jnp.asarray(generator.normal(size=shape.shape), shape.dtype)
-    return found
-
-
-def planned(name: str, case: Case, module: Any) -> Iterator[str]:
-    """Yield a line for each topology."""
-    what = problem(case, case.full(module), jnp.bfloat16)
-    batch = shapes(case.row, case.rows)
-    elements = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(what.params))
-    yield f"{name}: {elements / 1e9:.2f}e9 parameters, batch {case.rows} of {case.row}"
-    for topology in TOPOLOGIES:
-        start = time.perf_counter()
-        try:
-            found = plan(
-                what.loss,
-                what.params,
-                batch,
-                topology=topology,
-                optimizer=optax.adamw(1e-3),
-                state=what.rest,
-            )
-        except UserError as error:
-            yield f"  {topology}: {error}"
-            continue
-        seconds = time.perf_counter() - start
-        estimate = found.estimate
-        assert estimate is not None
-        mesh = " ".join(f"{axis}={size}" for axis, size in found.mesh.items() if size > 1)
-        yield (
-            f"  {topology}: MFU {estimate.mfu:.1%}, step {estimate.step_seconds:.3f} s, {mesh}, "
-            f"remat {found.remat}, microbatches {found.microbatches}, planned in {seconds:.1f} s"
-        )
-        yield from (f"    {note}" for note in found.notes)
-
-
-def compared(case: Case, module: Any) -> str:
-    """Return how far a small model's planned loss and gradients on eight devices are from plain JAX's."""
-    what = problem(case, case.small(module), jnp.float32)
-    batch = drawn(case.small_row, 8)
-    found = plan(what.loss, what.params, batch, topology="cpu:8", state=what.rest)
-    wanted, expected = what.values(batch, what.loss)
-    value, gradients = what.values(batch, found.apply(what.loss))
-    scale = max(float(np.abs(leaf).max()) for leaf in expected)
-    worst = max(float(np.abs(one - two).max()) for one, two in zip(gradients, expected, strict=True)) / scale
-    return f"  small, on eight devices: loss {value:.6f}, plain {wanted:.6f}; gradients within {worst:.1e}"
-
-
 def main() -> None:
     """Plan the models that are named, or all."""
     parser = argparse.ArgumentParser(
@@ -455,10 +363,14 @@ def main() -> None:
         except (ImportError, ValueError) as error:
             print(f"{name}: not tried, {str(error).partition(chr(10))[0]}")
             continue
-        for line in planned(name, case, module):
+        what = f"{name}, {case.rows} of {case.row}"
+        for line in planned(
+            what, problem(case, case.full(module), jnp.bfloat16), shapes(case.row, case.rows)
+        ):
             print(line, flush=True)
         if asked.values:
-            print(compared(case, module), flush=True)
+            small = problem(case, case.small(module), jnp.float32)
+            print(compared(small, drawn(case.small_row, 8)), flush=True)
 
 
 if __name__ == "__main__":
