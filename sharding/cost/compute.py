@@ -54,6 +54,10 @@ class AttendedSeconds:
     forward: float
     backward: float
 
+    def plus(self, other: AttendedSeconds) -> AttendedSeconds:
+        """Return the seconds of both."""
+        return AttendedSeconds(forward=self.forward + other.forward, backward=self.backward + other.backward)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Busy:

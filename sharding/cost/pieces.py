@@ -17,6 +17,11 @@ keys and values, and P scores:
 - on TPUs, whose scores lie in vector memory, what libtpu's cycles of a turn come to: ``turns.toml``. Sums too
   large for it are read and written in each turn besides: 8O; backward 8(Q + K + V).
 
+A **bias** that is worked out for each turn has N numbers of its own, fewer than scores where it has no batch
+or is the same for all heads. On GPUs it is made as it is added, without a byte, but one of distances alone is
+laid out in steps, each with twice the rows of the last: L numbers in all of them, written and read both ways
+(8L). What it learns is summed over float32 gradients of scores (8P). TPUs' cycles are in ``turns.toml`` too.
+
 **Around blocks**, of all that a device has or has fetched:
 
 - forward: rows are put in blocks (2i(Q + K + V)), sums begin as zeros and end as a result (8O), which is put
@@ -48,6 +53,9 @@ from typing import Any
 import numpy as np
 
 from ..hardware.chip import Chip
+from ..ops.biases import BATCH as OF_BATCH
+from ..ops.biases import HEADS as OF_HEADS
+from ..ops.biases import PlacedBias
 from ..ops.context.pieces import SPLASH
 from ..ops.context.taken import BLOCKS, CONTEXT, Site, Taken
 from ..ops.context.turns import TurnCounts, turns_of
@@ -137,12 +145,12 @@ def attended_seconds(
         pair = each.times(turns.rows, turns.key_rows)
         scores = rows * heads * turns.rows * turns.key_rows
         turn = _turn(pair, whole, scores, site, turns, machine)
+        if (placed := site.call.placed) is not None:
+            turn = turn.plus(_of_bias(placed, scores, rows=rows, heads=heads, turns=turns, machine=machine))
         worked = _with_ring(turn, whole, turns, machine)
         fetched = each.times(mine, _rows_of_keys(site, found.way))
         around = _around(fetched, whole, site, found.way, machine)
-        return AttendedSeconds(
-            forward=worked.forward + around.forward, backward=worked.backward + around.backward
-        )
+        return worked.plus(around)
     scores = rows * heads * site.call.visible(queries, keys) / parts
     return _by_kernel(scores, whole, site, found, turns, machine, gradient)
 
@@ -178,8 +186,7 @@ def _turn(
 ) -> AttendedSeconds:
     """Return the seconds of one turn of blocks, with a `pair` of a device's `whole` rows."""
     if machine.chip.platform == "tpu":
-        tables = _tables()
-        known = tables.get(machine.chip.name, tables[_USUAL])
+        known = _cycles_of(machine.chip)
         numbers = (pair.query + pair.out + pair.key + pair.value) / 4.0
         # Picoseconds are of numbers of two bytes.
         seconds = [
@@ -214,6 +221,36 @@ def _turn(
         forward=other / machine.rate + _products(forward, scores, turns, site, machine),
         backward=back / machine.rate + _products(backward, scores, turns, site, machine),
     )
+
+
+def _of_bias(
+    bias: PlacedBias, scores: float, *, rows: float, heads: int, turns: TurnCounts, machine: Machine
+) -> AttendedSeconds:
+    """Return the seconds that a bias takes in one turn of so many scores, of `rows` of the batch."""
+    each = (rows if bias.has(OF_BATCH) else 1.0) * (heads if bias.has(OF_HEADS) else 1)
+    if machine.chip.platform == "tpu":
+        known, numbers = _cycles_of(machine.chip), each * turns.rows * turns.key_rows * bias.by_line
+        forward, backward = (
+            1e-12 * (known["added"][n] * scores + known["laid"][n] * numbers) for n in range(2)
+        )
+        return AttendedSeconds(forward=forward, backward=backward)
+    laid = 8 * each * _laid(turns.rows, turns.key_rows) * bias.by_line
+    learnt = 8 * scores * bias.may_learn
+    return AttendedSeconds(forward=laid / machine.rate, backward=(laid + learnt) / machine.rate)
+
+
+def _laid(rows: int, keys: int) -> int:
+    """Return the numbers of a block of a bias of distances in all steps that lay it out.
+
+    From one row on, each step's rows are those of the last and the same further on: they are as long as what
+    is left of all distances.
+    """
+    numbers, there, width = 0, 1, rows + keys - 1
+    while there < rows:
+        more = min(rows - there, there)
+        there, width = there + more, width - more
+        numbers += there * width
+    return numbers
 
 
 def _products(
@@ -287,6 +324,11 @@ def _of_neighbours(site: Site, machine: Machine, *, microbatches: int, gradient:
     products = 2.0 * scores * (wide + site.value.shape[3])
     forward = products / (peak_flops(machine.chip, "bfloat16") * reached)
     return AttendedSeconds(forward=forward, backward=gradient * forward)
+
+
+def _cycles_of(chip: Chip) -> Mapping[str, Any]:
+    tables = _tables()
+    return tables.get(chip.name, tables[_USUAL])
 
 
 @functools.cache

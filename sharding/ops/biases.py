@@ -131,6 +131,15 @@ class PlacedBias:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def has(self, role: str) -> bool:
+        """Whether it differs along this dimension of scores."""
+        return any(role in dim for one in self.operands for dim in one.roles)
+
+    @property
+    def may_learn(self) -> bool:
+        """Whether it is made of anything but places."""
+        return len(self.operands) > len(self.places or ())
+
     def of(self, along: str | None, arrays: Sequence[Any]) -> list[Any]:
         """Return which of the operands are of queries, of keys, or of neither."""
         return [x for one, x in zip(self.operands, arrays, strict=True) if one.along == along]
@@ -158,12 +167,25 @@ class PlacedBias:
         """
         if not self.by_line:
             return self._worth(arrays, sizes, None)
+        line, queries = self._line(arrays, sizes, (span or sizes[QUERIES]) + sizes[KEYS] - 1)
+        return _by_distance(line, queries - queries[0], sizes[KEYS], apart=span is not None)
+
+    def of_block(self, arrays: Sequence[jax.Array], sizes: Mapping[str, int]) -> jax.Array:
+        """Return what a call does, for queries that follow one another and that no mesh axis cuts."""
+        if not self.by_line:
+            return self._worth(arrays, sizes, None)
+        line, _ = self._line(arrays, sizes, sizes[QUERIES] + sizes[KEYS] - 1)
+        return _doubled(line, sizes[QUERIES])
+
+    def _line(
+        self, arrays: Sequence[jax.Array], sizes: Mapping[str, int], whole: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return what each of the `whole` distances has, the largest first, and the places of queries."""
         assert self.places is not None
         queries, keys = (arrays[n][0] for n in self.places)
-        whole = (span or sizes[QUERIES]) + sizes[KEYS] - 1
         line = queries[0] - keys[-1] + jnp.arange(whole, dtype=queries.dtype)
         found = self._worth(arrays, {**sizes, QUERIES: whole, KEYS: 1}, line)[..., 0]
-        return _by_distance(found[..., ::-1], queries - queries[0], sizes[KEYS], apart=span is not None)
+        return found[..., ::-1], queries
 
     def _worth(
         self, arrays: Sequence[jax.Array], sizes: Mapping[str, int], line: jax.Array | None
@@ -227,6 +249,21 @@ def _by_distance(line: jax.Array, places: jax.Array, keys: int, *, apart: bool) 
     line = jnp.pad(line, [(0, 0)] * len(rest) + [(0, 1)])
     line = jnp.broadcast_to(line[..., None, :], (*rest, rows, whole + 1)).reshape(*rest, rows * (whole + 1))
     return line[..., : rows * whole].reshape(*rest, rows, whole)[..., rows - 1 :]
+
+
+def _doubled(line: jax.Array, rows: int) -> jax.Array:
+    """Return what a `line` of all distances, the largest first, has for each of `rows` queries and each key.
+
+    Twice as many rows are those that there are, and the same further on along the line. To a TPU that is
+    half the work of laying rows end to end, whose numbers all change their places in registers. Where an
+    axis cuts queries, their rows would be put together from those of other devices.
+    """
+    laid, width = line[..., None, :], line.shape[-1]
+    while (there := laid.shape[-2]) < rows:
+        more = min(rows - there, there)
+        width -= more
+        laid = jnp.concatenate([laid[..., :more, more:], laid[..., :width]], axis=-2)
+    return laid
 
 
 def _size(dim: Sequence[str], sizes: Mapping[str, int], own: int) -> int:

@@ -187,7 +187,7 @@ def biased(
 
     def added(*learnt: tuple[jax.Array, ...]) -> jax.Array:
         mine = (with_floats(*pair) for pair in zip(parts, learnt, strict=True))
-        found = bias(bias.joined(dict(zip((QUERIES, KEYS, None), mine, strict=True))), sizes)
+        found = bias.of_block(bias.joined(dict(zip((QUERIES, KEYS, None), mine, strict=True))), sizes)
         heads = (kv_heads, groups) if found.shape[1] > 1 else (1, 1)
         return jnp.broadcast_to(found.reshape(found.shape[0], *heads, *found.shape[2:]), scores.shape)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from meshwright.sharding import Plan, declare
-from meshwright.sharding.cost.calibration import calibration_for
+from meshwright.sharding.cost import pieces
+from meshwright.sharding.cost.calibration import calibration_for, read_toml
 from meshwright.sharding.ops import attention
 
 NAMES = dict.fromkeys(("query", "key", "value"), ("embed", "heads", "head_dim"))
@@ -23,10 +25,16 @@ def loss_of(*calls: dict[str, Any]) -> Any:
         x = batch["x"]
         for options in calls:
             arrays = (jnp.einsum("bse,ehd->bshd", x, params[name]) for name in ("query", "key", "value"))
-            x = x + jnp.einsum("bshd,hde->bse", attention(*arrays, **options), params["output"])
+            out = with_bias(*arrays, x, **options) if "bias_of" in options else attention(*arrays, **options)
+            x = x + jnp.einsum("bshd,hde->bse", out, params["output"])
         return jnp.mean(jnp.square(x.astype(jnp.float32)))
 
     return loss
+
+
+def with_bias(query: Any, key: Any, value: Any, x: Any, *, bias_of: Any) -> Any:
+    """Return attention as a user writes it: only then a bias is seen to be made of positions."""
+    return jax.nn.dot_product_attention(query, key, value, bias=bias_of(x))
 
 
 def planned(*calls: dict[str, Any], **asked: Any) -> Plan:
@@ -81,6 +89,45 @@ def test_blocks_on_a_gpu_take_the_bytes_of_their_turns() -> None:
     around = 1024 * 2 * 8 * 64 * ((2 * 2 * 17 + 8 + 3 * 2) + ((8 + 5 * 2) * 17 + 4 * 2))
     rate = 3.35e12 * calibration_for("h100").memory_efficiency
     assert found == pytest.approx((turns * (forward + backward) + around) / rate, rel=1e-3)
+
+
+def slopes(x: Any) -> Any:
+    place = jnp.arange(x.shape[1])
+    return -jnp.arange(1.0, 9.0)[None, :, None, None] * jnp.abs(place[:, None] - place)
+
+
+def buckets(x: Any) -> Any:
+    place = jnp.arange(x.shape[1])
+    behind = jnp.clip(place[:, None] - place, -8, 7) + 8
+    return jnp.take(jnp.arange(128.0).reshape(16, 8), behind, axis=0).transpose(2, 0, 1)[None]
+
+
+def of_a_bias(topology: str) -> tuple[float, float]:
+    """Return the seconds of one turn that a bias adds, of slopes and of a table of distances."""
+    asked = {"topology": topology, "mesh": {"context": 8}, "context": "gathered", "attention": "xla"}
+    found = (attending(one, **asked) for one in (BOTH_WAYS, {"bias_of": slopes}, {"bias_of": buckets}))
+    none, by_slopes, by_buckets = (one / 32 for one in found)
+    return by_slopes - none, by_buckets - none
+
+
+def test_a_bias_on_a_gpu_takes_the_bytes_that_lay_it_out_and_those_that_it_learns_of() -> None:
+    by_slopes, by_buckets = of_a_bias("h100:1x8")
+    rate = 3.35e12 * calibration_for("h100").memory_efficiency
+    learnt = 8 * 2 * 8 * 512 * 512
+    # Two rows, four, … of all 1,023 distances but the first, the first three, …; no batch.
+    laid = 8 * sum(2**n * (1024 - 2**n) for n in range(1, 10))
+    assert by_slopes == pytest.approx(learnt / rate, rel=1e-3)
+    assert by_buckets == pytest.approx((learnt + 2 * 8 * laid) / rate, rel=1e-3)
+
+
+@pytest.mark.parametrize(("chip", "topology"), [("v5e", "v5e:2x4"), ("v5p", "v5p:2x2x2")])
+def test_a_bias_on_a_tpu_takes_its_cycles(chip: str, topology: str) -> None:
+    by_slopes, by_buckets = of_a_bias(topology)
+    known = read_toml(Path(pieces.__file__).with_name("turns.toml"))[chip]
+    scores = 2 * 8 * 512 * 512
+    assert by_slopes == pytest.approx(1e-12 * sum(known["added"]) * scores, rel=1e-3)
+    laid = 1e-12 * sum(known["laid"]) * scores / 2
+    assert by_buckets == pytest.approx(by_slopes + laid, rel=1e-3)
 
 
 def test_blocks_on_a_tpu_copy_two_bytes_as_slowly_as_four() -> None:
