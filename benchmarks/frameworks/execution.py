@@ -54,9 +54,9 @@ def execution_of(record: Framework, topology: Topology) -> Execution:
 def _kept(record: Framework, profile: ProgramTables, candidate: Candidate, fused: bool) -> Residuals:
     everything = "none/fused" if record.fused_residuals else "none"
     kept = profile.saved.kept(candidate, fused_attention=fused, everything=everything)
-    none = np.zeros_like(kept.twice)
+    none = np.zeros(len(kept.device), bool)
     if record.fused_residuals:
-        kept = dataclasses.replace(kept, twice=none)
+        kept = dataclasses.replace(kept, beside=np.zeros_like(kept.beside))
     steps, remat = profile.steps, candidate.remat
     layers = steps.section == LAYERS
     if remat == "none" and not (fused or record.keeps_scores):

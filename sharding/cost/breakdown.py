@@ -96,7 +96,7 @@ def breakdown(program: Program, flat: Flat, pricer: Pricer, candidate: Candidate
     return Breakdown(
         flat=flat,
         lines=tuple(lines[op.equation.index] for op in flat.ops),
-        held=weights.saved * (1.0 * kept.device + kept.twice),
+        held=weights.saved * (1.0 * kept.device + kept.beside),
         worked=table.values.bytes * placement.value_fraction,
         products=products,
         elementwise=elementwise,

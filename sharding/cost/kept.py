@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..program.flops import matmul_roles
 from ..program.layers import INPUT
-from ..program.primitives import Trait, primitives
 from .candidate import Candidate
 from .fusion import is_fusible, is_linear, kernel_roots
+from .reads import factors, reads_of
 from .tables import LAYERS, Flat, FlatOp
-
-_BY_RESULT = primitives(Trait.BY_RESULT)
-_BY_FACTOR = primitives(Trait.BY_FACTOR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,7 +23,8 @@ class Residuals:
     Attributes:
       device: values [V] kept on the device.
       host: values kept on its host.
-      twice: values beside which a factor of their gradient is kept, as large as they are.
+      beside: of values, how many arrays as large are kept for factors of gradients, less the value itself
+        where nothing else reads it.
       made: values that ops which run again give again, with what has to be reduced or exchanged for them.
       gathered: values that are gathered again, where they lie in parts.
       again: ops [E] that run again, besides those that the user's own checkpoints run again.
@@ -34,7 +32,7 @@ class Residuals:
 
     device: np.ndarray
     host: np.ndarray
-    twice: np.ndarray
+    beside: np.ndarray
     made: np.ndarray
     gathered: np.ndarray
     again: np.ndarray
@@ -46,7 +44,7 @@ class Saved:
 
     named: the values of a layer by name, see `meshwright.sharding.program.layers`.
     on_chip: what never reaches memory when attention is one kernel; core: the scores themselves.
-    factors: results of layers whose gradient is a product with another array of their size.
+    factors: of values of layers, as `Residuals.beside`, were everything kept.
     """
 
     by_policy: dict[str, np.ndarray]
@@ -92,12 +90,12 @@ class Saved:
         again, read = self.flow.again(device, needed)
         # What a policy would keep and no gradient comes from is dropped; the stream goes on in any case.
         device &= read | ~self.layers | self.by_policy["full"]
-        # JAX keeps f'(x) where it keeps everything; f(x) is there too if something else reads it.
-        twice = self.factors & device if candidate.remat == "none" else np.zeros_like(device)
+        # JAX keeps f'(x) where it keeps everything; x and f(x) are there too if something else reads them.
+        beside = self.factors * (device & (candidate.remat == "none"))
         return Residuals(
             device=device & ~host,
             host=host,
-            twice=twice,
+            beside=beside,
             made=self.flow.given_by(again),
             # XLA keeps an operand as it lies between layers: its gradient gathers it once more.
             gathered=self.grad & self.layers,
@@ -116,11 +114,12 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
     carry = np.zeros(count, bool)
     carry[list(flat.streams)] = True
     masks = {"none": carry.copy(), "none/fused": carry.copy(), "dots": carry.copy(), "full": carry.copy()}
-    for op in flat.ops:
+    reads = reads_of(flat)
+    for op, read in zip(flat.ops, reads, strict=True):
         entering = _entering(flat, op) if op.rematted else []
         for index in entering:
             masks["none/fused"][index] = True
-        for index in entering or ([] if op.rematted else _residuals_of(flat, op)):
+        for index in entering or ([] if op.rematted else read):
             masks["none"][index] = True
             if op.section != LAYERS:
                 masks["dots"][index] = masks["full"][index] = True
@@ -129,7 +128,7 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
         roles = matmul_roles(op.equation)
         if roles is not None and not roles.batch and op.section == LAYERS:
             masks["dots"][list(op.outs)] = True
-    for index in _read_by_kernels(flat):
+    for index in _read_by_kernels(flat, reads):
         masks["none/fused"][index] = True
     for ins, outs, *_ in flat.calls:
         # A kernel's gradient reads what the kernel read and wrote.
@@ -138,7 +137,7 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
     masks["none/given"] = _given(flat, masks["none/fused"])
     kept = np.array([_is_kept(flat, n) for n in range(count)], bool)
     return Saved(
-        factors=_factors(flat),
+        factors=factors(flat, reads),
         by_policy={policy: mask & kept for policy, mask in masks.items()},
         named=named_values(flat, names),
         core=np.array([value.core or value.call >= 0 for value in flat.values], bool),
@@ -157,14 +156,6 @@ def _given(flat: Flat, fused: np.ndarray) -> np.ndarray:
         if op.section == LAYERS and is_fusible(op) and op.ins and had[list(op.ins)].all():
             found[list(op.outs)] = had[list(op.outs)] = True
     return found & fused
-
-
-def _factors(flat: Flat) -> np.ndarray:
-    found = np.zeros(len(flat.values), bool)
-    for op in flat.ops:
-        if op.equation.primitive in _BY_FACTOR and op.section == LAYERS and not op.rematted:
-            found[list(op.outs)] = True
-    return found
 
 
 def _is_on_chip(flat: Flat, index: int) -> bool:
@@ -194,8 +185,12 @@ def made_of_parameters(flat: Flat) -> dict[int, float]:
         for value in flat.values
         if value.section == LAYERS and value.producer < 0
     }
-    residuals_of = (_residuals_of(flat, op) for op in flat.ops if op.section == LAYERS and not op.rematted)
-    for index in {index for each in residuals_of for index in each}:
+    read = (
+        each
+        for op, each in zip(flat.ops, reads_of(flat), strict=True)
+        if op.section == LAYERS and not op.rematted
+    )
+    for index in {index for each in read for index in each}:
         value = flat.values[index]
         if value.producer >= 0 and 1 < value.elements <= elements.get(value.parameter, 0):
             found[value.parameter] += value.bytes * value.trips
@@ -212,23 +207,7 @@ def _entering(flat: Flat, op: FlatOp) -> list[int]:
     return [index for index in op.ins if flat.values[index].grad and outside(index)]
 
 
-def _residuals_of(flat: Flat, op: FlatOp) -> list[int]:
-    if not any(flat.values[i].grad for i in op.outs):
-        return []
-    if matmul_roles(op.equation) is not None:
-        left, right = op.ins[:2]
-        kept = [left] if flat.values[right].grad else []
-        return kept + ([right] if flat.values[left].grad else [])
-    name = op.equation.primitive
-    if name == "mul" and len(op.ins) == 2:
-        left, right = op.ins
-        return [a for a, b in ((left, right), (right, left)) if flat.values[b].grad]
-    if is_linear(flat, op):
-        return []
-    return list(op.outs) if name in _BY_RESULT else [i for i in op.ins if flat.values[i].grad]
-
-
-def _read_by_kernels(flat: Flat) -> set[int]:
+def _read_by_kernels(flat: Flat, reads: Sequence[Sequence[int]]) -> set[int]:
     """Return what products and fused kernels with gradients of their own keep of their operands."""
     kept: set[int] = set()
     roots = kernel_roots(flat)
@@ -239,7 +218,7 @@ def _read_by_kernels(flat: Flat) -> set[int]:
         if is_fusible(op):
             members[roots[number]].append(op)
         else:
-            kept.update(_residuals_of(flat, op))
+            kept.update(reads[number])
     for group in members.values():
         if all(is_linear(flat, op) for op in group):
             continue

@@ -374,7 +374,7 @@ def _activations(
     profile: ProgramTables, candidate: Candidate, work: Worked, kept: Residuals
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the same, what is saved of each value [V], and what a layer of each stack [stack] works in."""
-    weights = work.saved * (1.0 * kept.device + kept.twice)
+    weights = work.saved * (1.0 * kept.device + kept.beside)
     saved = np.bincount(profile.values.section, weights=weights, minlength=3)
     # While its gradient is taken, a section holds its largest value, or the gradient as large as that.
     scratch = work.largest.copy()

@@ -166,7 +166,7 @@ def stacking_seconds(
     size = values.bytes * placement.value_fraction * values.runs * (values.section == LAYERS)
     if fused_attention:
         size = size * ~table.saved.on_chip
-    moved = calibration.kept_passes * float((size * (1.0 * kept.device + kept.twice)).sum())
+    moved = calibration.kept_passes * float((size * (1.0 * kept.device + kept.beside)).sum())
     return moved / ((chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency)
 
 

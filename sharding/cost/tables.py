@@ -86,7 +86,8 @@ class Flat:
     The main scan does most work: `layers` and `layer_dim` are its, `main` is its place among the `stacks`
     scans over layers as they run. `streams` are what all of them hand on, `counts` the layers of each and
     `through` what travels through each: what it hands on, and what of its constants has a gradient. `calls`
-    are the values that each kernel of attention reads, and those it writes for its gradient to read.
+    are the values that each kernel of attention reads, and those it writes for its gradient to read. `own`
+    are functions with gradients of their own: the values that each reads, and the ops that it is made of.
     """
 
     values: list[Value]
@@ -101,6 +102,7 @@ class Flat:
     counts: tuple[int, ...] = (1,)
     through: tuple[tuple[int, ...], ...] = ((),)
     calls: tuple[FusedCall, ...] = ()
+    own: tuple[tuple[tuple[int, ...], range], ...] = ()
 
 
 class _Flattener:
@@ -109,6 +111,7 @@ class _Flattener:
     def __init__(self, program: Program, kernels: frozenset[int]) -> None:
         self.program = program
         self.calls: list[FusedCall] = []
+        self.own: list[tuple[tuple[int, ...], range]] = []
         self._kernels = kernels
         self._call = -1
         # Experts and their rows, within a call of `ops.experts`.
@@ -214,7 +217,11 @@ class _Flattener:
         inner = equation.scopes[0]
         # What plain attention runs again for its gradient, a kernel's gradient has in it.
         checkpointed = rematted or (name in _CHECKPOINTS and self._call < 0)
-        return self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, checkpointed)
+        first = len(self.ops)
+        outs = self.scope(inner, dict(zip(inner.jaxpr.invars, ins, strict=True)), runs, checkpointed)
+        if name == "custom_jvp_call":
+            self.own.append((tuple(ins), range(first, len(self.ops))))
+        return outs
 
     def _stack(self, equation: Equation, ins: list[int], runs: int) -> list[int]:
         """Read what is stacked; of parameters what that takes is priced with them, as they are stored."""
@@ -413,4 +420,5 @@ def flatten(program: Program, *, kernels: frozenset[int] = frozenset()) -> Flat:
         counts=tuple(reader.counts),
         through=tuple(reader.through),
         calls=tuple(reader.calls),
+        own=tuple(reader.own),
     )

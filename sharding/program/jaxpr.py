@@ -26,6 +26,10 @@ from .identity import fingerprint
 from .primitives import Trait, primitives
 from .program import Equation, Program, Scope
 
+# Functions whose gradients read their results beside a factor: before JAX 0.11 that of tanh is
+# g (1 + y) (1 - y), of y and of 1 - y; since then of their product alone.
+RESULT_READ_TOO = frozenset({"tanh"} if jax.__version_info__ < (0, 11) else ())
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Traced:

@@ -56,7 +56,9 @@ class Trait(enum.Flag):
     BY_RESULT = enum.auto()
     """Its gradient is read off its result rather than its operand."""
     BY_FACTOR = enum.auto()
-    """Its gradient multiplies by a function of its result, which is computed along with it."""
+    """Its gradient multiplies by an array that is computed along with its result."""
+    BY_MASK = enum.auto()
+    """Its gradient asks where its result is its operand: a bit for each element, in a byte."""
 
 
 _MOVED = Trait.MOVE | Trait.LINEAR
@@ -112,19 +114,23 @@ _TABLE: tuple[tuple[Trait, str], ...] = (
     (Trait.ELEMENTWISE | Trait.PICKING, "select_n"),
     (Trait.ELEMENTWISE, "and eq ge gt is_finite le lt ne not or"),
     (Trait.ELEMENTWISE, "clamp"),
-    (Trait.ELEMENTWISE | Trait.BY_RESULT, "max"),
-    (Trait.ELEMENTWISE | Trait.BY_RESULT, "exp exp2 rsqrt sqrt"),
-    (Trait.ELEMENTWISE | Trait.BY_RESULT | Trait.BY_FACTOR, "logistic"),
-    # As since JAX 0.11; before, a factor was computed along with it, too.
-    (Trait.ELEMENTWISE | Trait.BY_RESULT, "tanh"),
+    (Trait.ELEMENTWISE | Trait.BY_RESULT | Trait.BY_MASK, "max min"),
+    (Trait.ELEMENTWISE | Trait.BY_RESULT, "exp exp2 rsqrt"),
+    (Trait.ELEMENTWISE | Trait.BY_RESULT | Trait.BY_FACTOR, "logistic sqrt tanh"),
+    (
+        Trait.ELEMENTWISE | Trait.BY_FACTOR,
+        """
+        abs acos acosh asin asinh atan atanh cbrt cos cosh erf erf_inv erfc expm1 integer_pow log1p sin sinh
+        square tan
+        """,
+    ),
     (
         Trait.ELEMENTWISE,
         """
-        abs acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clz cos cosh
-        digamma div eq_to erf erf_inv erfc expm1 floor igamma igamma_grad_a igammac integer_pow le_to
-        lgamma log log1p log2 lt_to min mulhi nextafter one_minus_square polygamma polynomial
+        atan2 bessel_i0e bessel_i1e ceil clz digamma div eq_to floor igamma igamma_grad_a igammac le_to
+        lgamma log log2 lt_to mulhi nextafter one_minus_square polygamma polynomial
         population_count pow regularized_incomplete_beta rem round shift_left shift_right_arithmetic
-        shift_right_logical sign sin sinh square tan xor zeta custom_lin dce_sink tie
+        shift_right_logical sign xor zeta custom_lin dce_sink tie
         threefry2x32 threefry4x32 philox2x32 philox4x32 random_fold_in random_gamma pin unpin
         """,
     ),

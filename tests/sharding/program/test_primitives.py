@@ -64,7 +64,8 @@ def test_a_primitive_of_one_kind_is_of_no_other() -> None:
             assert first is second or not primitives(first) & primitives(second)
     assert primitives(Trait.VIEW) <= primitives(Trait.MOVE) & primitives(Trait.LINEAR)
     assert primitives(Trait.PRODUCT) <= primitives(Trait.ANCHOR)
-    assert primitives(Trait.BY_FACTOR) <= primitives(Trait.BY_RESULT)
+    assert primitives(Trait.BY_MASK) <= primitives(Trait.BY_RESULT)
+    assert primitives(Trait.BY_FACTOR) <= primitives(Trait.ELEMENTWISE)
     assert primitives(Trait.CHECKPOINT) <= primitives(Trait.CALL)
 
 
@@ -179,9 +180,20 @@ def test_a_bilinear_primitive_is_linear_in_each_operand(name: str) -> None:
 
 
 @pytest.mark.primitives
-@pytest.mark.parametrize("name", sorted(primitives(Trait.BY_RESULT) - {"max"}))
+@pytest.mark.parametrize("name", sorted(primitives(Trait.BY_RESULT) - primitives(Trait.BY_MASK)))
 def test_a_gradient_read_off_the_result_keeps_no_operand(name: str) -> None:
     assert not kept(getattr(lax, name), X)
+
+
+@pytest.mark.primitives
+@pytest.mark.parametrize("name", sorted(primitives(Trait.BY_FACTOR) - {"integer_pow"}))
+def test_a_gradient_by_a_factor_keeps_no_operand(name: str) -> None:
+    assert not kept(getattr(lax, name), X)
+
+
+@pytest.mark.primitives
+def test_the_gradient_of_a_power_keeps_no_operand() -> None:
+    assert not kept(lambda x: lax.integer_pow(x, 3), X)
 
 
 def test_a_move_is_no_work_and_a_product_is_that_of_the_matrix_unit() -> None:
