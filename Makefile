@@ -27,7 +27,8 @@ ON_NEXT := --first-cases tests/test_generations.py \
 # The generation of JAX between the oldest and the newest: what reads its programs, and what makes manual regions.
 ON_MIDDLE := tests/test_generations.py tests/sharding/ops tests/sharding/program/test_primitives.py \
 	$(addprefix tests/sharding/program/,op_rules test_factors.py test_jaxpr.py test_layers.py test_tracing.py) \
-	$(addprefix tests/sharding/transform/,test_packed_attention.py accumulation/test_region.py)
+	$(addprefix tests/sharding/transform/,test_packed_attention.py accumulation/test_region.py) \
+	tests/benchmarks/test_own_runs.py::test_our_own_runs_are_scored_from_a_clean_checkout
 
 .PHONY: quickstart test test-next test-middle environments check coverage gpu-kit lint types clean
 
