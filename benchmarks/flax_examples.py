@@ -52,15 +52,14 @@ def _linen(loss: Callable[[Any, Any], Any], init: Callable[[], Any]) -> Problem:
     return Problem(loss=loss, params=jax.eval_shape(made)[0], rest=None, made=made)
 
 
-def lm1b(folder: Path, small: bool) -> tuple[Problem, Row]:
-    """Return a decoder of packed rows: 1.3e9 parameters, rows of 2,048 tokens."""
-    models = _module(folder, "lm1b", "models")
-    width, layers, length, size = (32, 2, 16, 96) if small else (2048, 24, 2048, 32000)
-    config = models.TransformerConfig(
+def _config(models: Any, width: int, layers: int, length: int, size: int, *, head: int) -> Any:
+    """Return the settings of `lm1b` or `wmt`; a small one has four heads, and values in float32."""
+    small = width < head
+    return models.TransformerConfig(
         vocab_size=size,
         output_vocab_size=size,
         emb_dim=width,
-        num_heads=width // 128 or 4,
+        num_heads=width // head or 4,
         num_layers=layers,
         qkv_dim=width,
         mlp_dim=4 * width,
@@ -68,6 +67,21 @@ def lm1b(folder: Path, small: bool) -> tuple[Problem, Row]:
         dtype=jnp.float32 if small else jnp.bfloat16,
         deterministic=True,
     )
+
+
+def _packed(length: int, size: int) -> Row:
+    return {
+        "inputs": (length, "int32", size),
+        "positions": (length, "int32", length),
+        "segments": (length, "int32", 3),
+    }
+
+
+def lm1b(folder: Path, small: bool) -> tuple[Problem, Row]:
+    """Return a decoder of packed rows: 1.3e9 parameters, rows of 2,048 tokens."""
+    models = _module(folder, "lm1b", "models")
+    width, layers, length, size = (32, 2, 16, 96) if small else (2048, 24, 2048, 32000)
+    config = _config(models, width, layers, length, size, head=128)
     model = models.TransformerLM(config)
 
     def loss(params: Any, batch: Any) -> Any:
@@ -81,29 +95,14 @@ def lm1b(folder: Path, small: bool) -> tuple[Problem, Row]:
         return _smoothed(logits, tokens, (tokens > 0).astype(jnp.float32))
 
     init = functools.partial(model.init, jax.random.key(0), jnp.ones((1, length), jnp.int32))
-    return _linen(loss, init), {
-        "inputs": (length, "int32", size),
-        "positions": (length, "int32", length),
-        "segments": (length, "int32", 3),
-    }
+    return _linen(loss, init), _packed(length, size)
 
 
 def wmt(folder: Path, small: bool) -> tuple[Problem, Row]:
-    """Return an encoder and a decoder of packed pairs: 0.25e9 parameters, rows of 256 tokens each."""
+    """Return an encoder and a decoder of packed pairs: 0.27e9 parameters, rows of 256 tokens each."""
     models = _module(folder, "wmt", "models")
     width, layers, length, size = (32, 2, 16, 96) if small else (1024, 6, 256, 32000)
-    config = models.TransformerConfig(
-        vocab_size=size,
-        output_vocab_size=size,
-        emb_dim=width,
-        num_heads=width // 64 or 4,
-        num_layers=layers,
-        qkv_dim=width,
-        mlp_dim=4 * width,
-        max_len=length,
-        dtype=jnp.float32 if small else jnp.bfloat16,
-        deterministic=True,
-    )
+    config = _config(models, width, layers, length, size, head=64)
     model = models.Transformer(config)
 
     def loss(params: Any, batch: Any) -> Any:
@@ -121,11 +120,7 @@ def wmt(folder: Path, small: bool) -> tuple[Problem, Row]:
 
     ones = jnp.ones((1, length), jnp.int32)
     init = functools.partial(model.init, jax.random.key(0), ones, ones)
-    row = {
-        "inputs": (length, "int32", size),
-        "positions": (length, "int32", length),
-        "segments": (length, "int32", 3),
-    }
+    row = _packed(length, size)
     others = {"targets" if name == "inputs" else f"targets_{name}": one for name, one in row.items()}
     return _linen(loss, init), row | others
 
@@ -156,8 +151,7 @@ def _gemma(make: Callable[[Any], Any], length: int, size: int) -> Callable[..., 
         def made() -> Any:
             return nnx.split(module())[1], None
 
-        row: Row = dict.fromkeys(("inputs", "targets"), (rows, "int32", vocabulary))
-        row |= {"positions": (rows, "int32", rows), "segments": (rows, "int32", 3)}
+        row = _packed(rows, vocabulary) | {"targets": (rows, "int32", vocabulary)}
         return Problem(loss=loss, params=jax.eval_shape(made)[0], rest=None, made=made), row
 
     return problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -13,25 +14,23 @@ import pipeline_models
 
 pytestmark = [pytest.mark.numerics, pytest.mark.devices(8)]
 
-# In Python loops and in scans, of which one goes by turns, in two chunks a stage. `test_stacks.py` has two
-# stacks in Python loops, `test_together.py` a loop in two; `benchmarks/pipelines.py models` tries all ways.
-CASES = [
-    ("nnx_decoder", False, 1),
-    ("closures_vision", True, 2),
-    ("encoder_decoder", True, 1),
-    ("mixture", False, 1),
-    ("linen_packed", False, 1),
-]
+FEW = {"mesh": {"stage": 2, "data": 2}, "microbatches": 4}
+MANY = {"mesh": {"stage": 2, "fsdp": 2, "tensor": 2}, "microbatches": 4}
 
 
-def test_each_model_is_tried() -> None:
-    assert [name for name, *_ in CASES] == list(pipeline_models.MODELS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "scanned", "interleave"), CASES)
-def test_stages_keep_a_models_values_and_gradients(name: str, scanned: bool, interleave: int) -> None:
-    mesh = {"stage": 2, "fsdp": 2, "tensor": 2}
-    value, gradient = pipeline_models.errors_of(name, scanned, mesh, microbatches=4, interleave=interleave)
+@pytest.mark.parametrize(
+    ("name", "scanned", "how"),
+    [
+        pytest.param("mixture", False, FEW, marks=pytest.mark.slow),
+        # In a loop and, in two chunks a stage, scanned by turns. `test_together.py` has a loop in two.
+        *(
+            pytest.param(name, scanned, MANY | {"interleave": 1 + scanned}, marks=pytest.mark.slow)
+            for name, scanned in zip(pipeline_models.MODELS, itertools.cycle((False, True)))
+        ),
+    ],
+    ids=str,
+)
+def test_stages_keep_a_models_values_and_gradients(name: str, scanned: bool, how: dict) -> None:
+    value, gradient = pipeline_models.errors_of(name, scanned, **how)
     assert value < 1e-6
     assert gradient < 1e-5

@@ -194,7 +194,7 @@ def plainly(name: str) -> tuple[Any, ...]:
     ("name", "mesh"),
     [
         ("qwen3-30b-a3b", {"data": 2, "expert": 2, "tensor": 2}),
-        # Over experts, where `test_check.py` has its values, the others have them in parts.
+        ("deepseek-v3", {"fsdp": 2, "expert": 4}),
         ("deepseek-v3", {"data": 2, "fsdp": 2, "tensor": 2}),
         ("mixtral-8x7b", {"expert": 4, "tensor": 2}),
     ],

@@ -74,7 +74,8 @@ def test_what_fits_only_tightly_is_planned_and_said() -> None:
         plan_config(load(CONFIGS / "llama3-405b.yaml", ["topology=2*v6e:16x16", mesh])).plan
         for mesh in ("mesh={data: 2, fsdp: 4, tensor: 64}", "mesh={data: 2, fsdp: 64, tensor: 4}")
     )
-    assert not any("have it compiled (--verify)" in note for note in roomy.notes)
+    # A declared layout may be slower than one that only a compiler can say fits, which is another note.
+    assert not any("--verify" in note and "takes it if it fits" not in note for note in roomy.notes)
     assert any("have it compiled (--verify)" in note for note in tight.notes)
     assert tight.estimate is not None
     assert tight.estimate.peak_bytes < 31.25 * 2**30

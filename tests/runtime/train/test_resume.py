@@ -110,7 +110,7 @@ def test_a_run_killed_between_saves_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("moment", range(6))
 def test_a_run_killed_at_any_moment_goes_on(
     small_config: pathlib.Path, reference: pathlib.Path, tmp_path: pathlib.Path, moment: int
 ) -> None:

@@ -173,7 +173,7 @@ def test_random_programs_keep_their_values(names: list[str], pick: int) -> None:
 @pytest.mark.numerics
 @pytest.mark.slow
 @pytest.mark.devices(8)
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(names=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=5), pick=st.integers(0, 10_000))
 def test_many_random_programs_keep_their_values(names: list[str], pick: int) -> None:
     holds(names, pick)

@@ -248,7 +248,7 @@ def test_the_chips_kernel_works_a_ring_through() -> None:
     ("mesh", "way", "sequence", "asked"),
     [
         ({"context": 2, "data": 2, "tensor": 2}, "ring", 512, {}),
-        ({"context": 2, "data": 2, "tensor": 2}, "ring", 512, {"packed": False}),
+        ({"context": 4, "tensor": 2}, "ring", 1024, {"packed": False}),
         ({"context": 2, "data": 2, "tensor": 2}, "ring", 256, {"causal": False}),
         ({"context": 2, "data": 2, "tensor": 2}, "heads", 256, {"cap": 4.0}),
         ({"context": 2, "data": 2, "tensor": 2}, "gathered", 512, {}),

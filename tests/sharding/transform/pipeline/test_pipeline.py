@@ -238,7 +238,7 @@ def products(jaxpr: Any) -> int:
     ("mesh", "loss", "how"),
     [
         ({"stage": 4, "data": 2}, drawn, {"schedule": "delayed"}),
-        pytest.param({"stage": 2, "tensor": 2}, tied, {"interleave": 2}, marks=pytest.mark.slow),
+        pytest.param({"stage": 2, "fsdp": 2, "tensor": 2}, tied, {"interleave": 2}, marks=pytest.mark.slow),
         pytest.param({"stage": 2}, mixture, {"remat": "full"}, marks=pytest.mark.slow),
     ],
     ids=lambda one: getattr(one, "__name__", ""),
