@@ -63,7 +63,8 @@ class Balanced:
 class LaidCall:
     """A call on one device: sizes of whole sequences, bytes of its queries and result, of keys and values.
 
-    `wide` and `value_wide` are the widths of heads of queries and of values.
+    `wide` and `value_wide` are the widths of heads of queries and of values, `learnt` the bytes of gradients
+    of arrays of pairs.
     """
 
     call: AttentionCall
@@ -76,6 +77,7 @@ class LaidCall:
     index: int
     wide: int
     value_wide: int
+    learnt: float = 0.0
 
     def way(self, word: str) -> str | None:
         """Return the way that a plan's word gives it."""
@@ -94,7 +96,7 @@ class LaidCall:
 
     def held(self, way: str) -> float:
         """Return the bytes beside its operands while its gradient is worked out."""
-        return held(self.call, way, self.sizes, self.parts, **self._asked())
+        return held(self.call, way, self.sizes, self.parts, **self._asked()) + self.learnt
 
     def balanced(self, way: str) -> Balanced:
         """Return the bytes that go into balanced order and out of it in a forward pass."""
@@ -164,7 +166,15 @@ def site_of(one: SpreadCall, candidate: Candidate) -> Site:
         query_axes=tuple(query),
         key_axes=tuple(key),
         mesh=candidate.mesh,
+        given=given_avals(one),
     )
+
+
+def given_avals(one: SpreadCall) -> tuple[Any, ...]:
+    """Return shapes and types of what a call has of pairs of queries and keys, and of a sink."""
+    atoms: Any = one.equation.eqn.invars
+    last = one.call.before_placed
+    return tuple(atom.aval for atom in atoms[last - len(one.call.given) : last])
 
 
 def _laid(one: SpreadCall, candidate: Candidate) -> LaidCall | None:
@@ -175,6 +185,7 @@ def _laid(one: SpreadCall, candidate: Candidate) -> LaidCall | None:
     rows = batch / site.parts(0) / candidate.microbatches
     parts, sizes = mesh[CONTEXT], site.sizes
     each = rows * (wide + value_wide) * one.item
+    learns = (x for x in site.of_pairs if np.issubdtype(x.dtype, np.inexact))
     return LaidCall(
         call=one.call,
         sizes=sizes,
@@ -186,6 +197,7 @@ def _laid(one: SpreadCall, candidate: Candidate) -> LaidCall | None:
         index=one.equation.index,
         wide=wide,
         value_wide=value_wide,
+        learnt=4.0 * sum(site.numbers(x) for x in learns),
     )
 
 

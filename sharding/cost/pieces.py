@@ -21,6 +21,8 @@ A **bias** that is worked out for each turn has N numbers of its own, fewer than
 or is the same for all heads. On GPUs it is made as it is added, without a byte, but one of distances alone is
 laid out in steps, each with twice the rows of the last: L numbers in all of them, written and read both ways
 (8L). What it learns is summed over float32 gradients of scores (8P). TPUs' cycles are in ``turns.toml`` too.
+An **array of pairs** (a mask, a bias, a factor) has N numbers of `i` bytes in a turn, read both ways (iN);
+what it learns is read, added to and put back besides (8P + 8N).
 
 **Around blocks**, of all that a device has or has fetched:
 
@@ -147,6 +149,8 @@ def attended_seconds(
         turn = _turn(pair, whole, scores, site, turns, machine)
         if (placed := site.call.placed) is not None:
             turn = turn.plus(_of_bias(placed, scores, rows=rows, heads=heads, turns=turns, machine=machine))
+        if site.of_pairs:
+            turn = turn.plus(_of_pairs(site, scores, turns, machine))
         worked = _with_ring(turn, whole, turns, machine)
         fetched = each.times(mine, _rows_of_keys(site, found.way))
         around = _around(fetched, whole, site, found.way, machine)
@@ -237,6 +241,22 @@ def _of_bias(
     laid = 8 * each * _laid(turns.rows, turns.key_rows) * bias.by_line
     learnt = 8 * scores * bias.may_learn
     return AttendedSeconds(forward=laid / machine.rate, backward=(laid + learnt) / machine.rate)
+
+
+def _of_pairs(site: Site, scores: float, turns: TurnCounts, machine: Machine) -> AttendedSeconds:
+    """Return the seconds in which a turn of so many scores reads its part of arrays of pairs, and adds to it.
+
+    What is learnt is summed over float32 gradients of scores, and read, added to and put back.
+    """
+    forward = backward = 0.0
+    mine = site.query.shape[1] / site.mesh[CONTEXT] * site.key.shape[1]
+    share = turns.rows * turns.key_rows / mine
+    for one in site.of_pairs:
+        numbers = min(site.numbers(one) * share, scores)
+        forward += one.dtype.itemsize * numbers
+        learns = np.issubdtype(one.dtype, np.inexact)
+        backward += one.dtype.itemsize * numbers + learns * (8 * scores + 8 * numbers)
+    return AttendedSeconds(forward=forward / machine.rate, backward=backward / machine.rate)
 
 
 def _laid(rows: int, keys: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 
@@ -68,6 +69,11 @@ class AttentionCall:
         return visible_pairs(
             queries, keys, causal=self.causal, window=self.window, ahead=self.ahead, prefix=self.prefix
         )
+
+    @property
+    def fills(self) -> bool:
+        """Whether a query that sees no key gets weights of what a number makes of its scores."""
+        return self.fill is not None and math.isfinite(self.fill)
 
     @property
     def operands(self) -> int:

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from ..ops.biases import BATCH, KEYS, QUERIES
 from ..ops.biases import HEADS as OF_HEADS
+from ..ops.context.pairs import OfPairs
 from ..ops.context.pieces import SPLASH, PieceKernel
 from ..ops.context.spread import Others, Spread, attend_spread
 from ..ops.context.taken import CONTEXT, Site
@@ -103,14 +104,20 @@ def over_context(
     if key.shape[2] % cut_into(kv_axes, mesh.shape):
         key, value = (jnp.repeat(x, query.shape[2] // key.shape[2], axis=2) for x in (key, value))
     last = call.before_placed - 3
-    ids, window, of_bias = others[: call.segments], others[call.segments : last], others[last:]
+    first = call.segments + call.windowed
+    ids, window = others[: call.segments], others[call.segments : first]
+    given, of_bias = others[first:last], others[last:]
 
     def local(query: Any, key: Any, value: Any, *others: Any) -> Any:
         rows, last = others[: 2 * bool(ids)], others[2 * bool(ids) :]
         query_ids, key_ids = rows or (None, None)
         found = Others(query_ids, key_ids, last[0] if window else None)
+        last = last[len(window) :]
+        weighing = dict(zip(call.given, last, strict=False))
+        sink = weighing.pop("sink", None)
+        found = found._replace(sink=sink, of_pairs=OfPairs(**weighing))
         if call.placed is not None:
-            parts = (tuple(call.placed.of(along, last[len(window) :])) for along in (QUERIES, KEYS, None))
+            parts = (tuple(call.placed.of(along, last[len(given) :])) for along in (QUERIES, KEYS, None))
             found = found._replace(of_queries=next(parts), of_keys=next(parts), of_neither=next(parts))
         return attend_spread(spread, query, key, value, found, whole)
 
@@ -122,7 +129,15 @@ def over_context(
     operands = () if call.placed is None else call.placed.operands
     lies = {BATCH: batch, OF_HEADS: heads, QUERIES: CONTEXT, KEYS: along}
     of_operands = (PartitionSpec(*(lies[dim[0]] if dim else None for dim in one.laid)) for one in operands)
-    in_specs = (of_queries, of_keys, of_keys, *of_ids, *(PartitionSpec(),) * len(window), *of_operands)
+    of_given = (_of_given(x, batch, heads) for x in given)
+    of_window = (PartitionSpec(),) * len(window)
+    in_specs = (of_queries, of_keys, of_keys, *of_ids, *of_window, *of_given, *of_operands)
     # Ids for queries and keys alike are given twice.
     both = (ids[0], ids[-1]) if ids else ()
-    return by_device(local, mesh, in_specs, of_queries)(query, key, value, *both, *window, *of_bias)
+    return by_device(local, mesh, in_specs, of_queries)(query, key, value, *both, *window, *given, *of_bias)
+
+
+def _of_given(x: Any, batch: Any, heads: Any) -> PartitionSpec:
+    """Return how an array of pairs lies, or a sink: keys whole, and all else as queries do."""
+    lies = (heads,) if x.ndim == 1 else (batch, heads, CONTEXT, None)
+    return PartitionSpec(*(axes if size > 1 else None for size, axes in zip(x.shape, lies, strict=True)))

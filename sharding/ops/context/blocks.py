@@ -18,6 +18,7 @@ from jax import lax
 
 from ..attention import HIDDEN, AttentionCall
 from ..biases import BATCH, HEADS, KEYS, QUERIES
+from .pairs import OfPairs, PairBlock
 
 # Rows of a block at most: scores of a pair then take 1 MiB a head in float32.
 _MOST = 512
@@ -49,11 +50,15 @@ class Pairs(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What a call asks for, its window where that is an array, and what a bias is made of besides rows."""
+    """What a call asks for, its window where that is an array, and what a bias is made of besides rows.
+
+    `of_pairs` has rows in the order in which a device's blocks of queries lie, and keys in their own.
+    """
 
     call: AttentionCall
     window: jax.Array | int | None
     of_bias: tuple[jax.Array, ...] = ()
+    of_pairs: OfPairs = OfPairs()
 
 
 # Of each query: the largest score, the sum of exponentials over it, and the sum of values by these weights.
@@ -63,7 +68,8 @@ State = tuple[jax.Array, jax.Array, jax.Array]
 class Sums(NamedTuple):
     """Gradients of queries, keys and values, in blocks and float32.
 
-    `of_queries`, `of_keys` and `of_neither` are those of what a bias is made of: of the floats among these.
+    `of_queries`, `of_keys` and `of_neither` are those of what a bias is made of, `of_pairs` of arrays of
+    pairs: of the floats among these.
     """
 
     query: jax.Array
@@ -72,6 +78,7 @@ class Sums(NamedTuple):
     of_queries: tuple[jax.Array, ...] = ()
     of_keys: tuple[jax.Array, ...] = ()
     of_neither: tuple[jax.Array, ...] = ()
+    of_pairs: tuple[jax.Array, ...] = ()
 
 
 def block_of(size: int) -> int:
@@ -136,7 +143,7 @@ def seen_blocks(call: AttentionCall, queries: Any, rows: int, keys: Any, key_row
     """
     of = np if isinstance(queries, np.ndarray) and not isinstance(keys, jax.Array) else jnp
     low, high = of.zeros_like(queries), of.full_like(queries, keys + blocks * key_rows - 1)
-    if call.causal:
+    if call.causal and not call.fills:
         high = of.minimum(high, of.maximum(queries + rows - 1 + call.ahead, call.prefix - 1))
         if call.window is not None:
             low = of.maximum(low, queries - call.window + 1)
@@ -206,11 +213,40 @@ def with_floats(arrays: Sequence[jax.Array], learnt: Sequence[Any]) -> tuple[Any
     return tuple(next(found) if jnp.issubdtype(x.dtype, jnp.inexact) else x for x in arrays)
 
 
-def _visible(asked: Asked, q: Blocks, k: Blocks, a: jax.Array, b: jax.Array, live: jax.Array) -> jax.Array:
-    """Return which scores of a pair count, bool ``[batch or 1, 1, 1, queries, keys]``."""
+def _place(q: Blocks, kv: Blocks, a: jax.Array, b: jax.Array) -> PairBlock:
+    """Return where blocks `a` and `b` lie in arrays of pairs."""
+    _, _, kv_heads, groups, rows, _ = q.x.shape
+    return PairBlock(a * rows, kv.at[b, 0], rows, kv.at.shape[1], (kv_heads, groups))
+
+
+def _with_bias(asked: Asked, scores: jax.Array, at: PairBlock) -> jax.Array:
+    bias = asked.of_pairs.bias
+    return scores if bias is None else scores + at.of(bias).astype(jnp.float32)
+
+
+def _by_factor(asked: Asked, weights: jax.Array, at: PairBlock) -> jax.Array:
+    factor = asked.of_pairs.factor
+    return weights if factor is None else weights * at.of(factor).astype(jnp.float32)
+
+
+def _filled(call: AttentionCall, scores: jax.Array, seen: jax.Array) -> jax.Array:
+    """Return scores with a number for what is hidden, where a query that sees nothing gets weights of it."""
+    if not call.fills:
+        return scores
+    fill = jnp.float32(call.fill)
+    return scores + jnp.where(seen, 0.0, fill) if call.adds else jnp.where(seen, scores, fill)
+
+
+def _visible(
+    asked: Asked, q: Blocks, k: Blocks, a: jax.Array, b: jax.Array, live: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return which scores of a pair are seen, ``[batch or 1, kv_heads or 1, groups or 1, queries, keys]``.
+
+    And which have weights, of what is not seen too where a number stands for it.
+    """
     call, key_at = asked.call, k.at[b][None, :]
     distance = q.at[a][:, None] - key_at
-    seen = jnp.broadcast_to(live & (key_at >= 0), distance.shape)
+    there = seen = jnp.broadcast_to(live & (key_at >= 0), distance.shape)
     if call.causal:
         before = distance >= -call.ahead
         if call.prefix:
@@ -221,7 +257,10 @@ def _visible(asked: Asked, q: Blocks, k: Blocks, a: jax.Array, b: jax.Array, liv
     seen = seen[None]
     if q.segments is not None and k.segments is not None:
         seen = seen & (q.segments[a][:, :, None] == k.segments[b][:, None, :])
-    return seen[:, None, None]
+    seen = seen[:, None, None]
+    if asked.of_pairs.mask is not None:
+        seen = seen & _place(q, k, a, b).of(asked.of_pairs.mask)
+    return seen, there[None, None, None] if call.fills else seen
 
 
 def unseen(q: Blocks, wide: int) -> State:
@@ -239,7 +278,16 @@ def no_gradients(asked: Asked, q: Blocks, kv: Blocks) -> Sums:
         tuple(jnp.zeros(x.shape, jnp.float32) for x in floats(some))
         for some in (q.of_bias, kv.of_bias, asked.of_bias)
     )
-    return Sums(next(none), next(none), next(none), of_queries, of_keys, of_neither)
+    of_pairs = tuple(jnp.zeros(x.shape, jnp.float32) for x in asked.of_pairs.learnt)
+    return Sums(next(none), next(none), next(none), of_queries, of_keys, of_neither, of_pairs)
+
+
+def _asked_now(asked: Asked, rows: Blocks) -> Asked:
+    """Return `asked`, its arrays of pairs to be cut no sooner than rows are worked with, see `_of_now`."""
+    if all(x is None for x in asked.of_pairs):
+        return asked
+    _, of_pairs = lax.optimization_barrier((rows.x.reshape(-1)[:1], asked.of_pairs))
+    return asked._replace(of_pairs=of_pairs)
 
 
 def _of_now(rows: Blocks) -> Blocks:
@@ -266,29 +314,36 @@ def _instead(keys: Blocks, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def fold(asked: Asked, q: Blocks, kv: Blocks, pairs: Pairs, state: State) -> State:
     """Return `state` after the keys of `pairs`."""
-    q, kv = _of_now(q), _of_now(kv)
+    q, kv, asked = _of_now(q), _of_now(kv), _asked_now(asked, q)
     values = kv.y
     assert values is not None
     ends = _ends(pairs)
 
     def step(state: State, turn: jax.Array) -> tuple[State, None]:
         a, b, live = _pair(pairs, ends, turn)
-        seen, (hidden, none) = _visible(asked, q, kv, a, b, live), _instead(kv, turn)
-        scores = _scores(asked, q.x[a], kv.x[b])[0]
-        scores = jnp.where(seen, biased(asked, scores, q, kv, a, b)[0], hidden)
+        (seen, weighs), (hidden, none) = _visible(asked, q, kv, a, b, live), _instead(kv, turn)
+        at, scores = _place(q, kv, a, b), _scores(asked, q.x[a], kv.x[b])[0]
+        scores = _with_bias(asked, biased(asked, scores, q, kv, a, b)[0], at)
+        scores = jnp.where(weighs, _filled(asked.call, scores, seen), hidden)
         top, total, out = (x[a] for x in state)
         new = jnp.maximum(top, scores.max(-1))
-        weights = jnp.where(seen, jnp.exp(scores - new[..., None]), none)
+        weights = jnp.where(weighs, jnp.exp(scores - new[..., None]), none)
         shrink = jnp.exp(top - new)
-        more = _product(asked, "bkgqs,bksd->bkgqd", weights.astype(values.dtype), values[b])
+        kept = _by_factor(asked, weights, at).astype(values.dtype)
+        more = _product(asked, "bkgqs,bksd->bkgqd", kept, values[b])
         total, out = total * shrink + weights.sum(-1), out * shrink[..., None] + more
         return tuple(x.at[a].set(y) for x, y in zip(state, (new, total, out), strict=True)), None  # pyright: ignore
 
     return lax.scan(step, state, jnp.arange(pairs.most, dtype=jnp.int32))[0]
 
 
-def finished(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Return the result and the logarithm of the sum of exponentials; zeros where nothing was seen.
+def finished(
+    state: State, sink: jax.Array | None = None, unseeing: float = 0.0, *, apart: bool = False
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Return the result and the logarithm of the sum of exponentials; `unseeing` where nothing was seen.
+
+    That is what several numbers come to: `apart` gives the largest score and the rest, whose sum would be
+    rounded where the largest is a number that hides scores.
 
     `sink` ``[1, 1, kv_heads, groups, 1]`` is a score that is in the sum and has no value.
     """
@@ -297,26 +352,46 @@ def finished(state: State, sink: jax.Array | None = None) -> tuple[jax.Array, ja
         new = jnp.maximum(top, sink)
         total, out = total * jnp.exp(top - new), out * jnp.exp(top - new)[..., None]
         total, top = total + jnp.exp(sink - new), new
+    if unseeing != 0.0:
+        out = jnp.where(total[..., None] == 0, unseeing, out)
     total = jnp.where(total == 0, 1.0, total)
-    return out / total[..., None], top + jnp.log(total)
+    out, rest = out / total[..., None], jnp.log(total)
+    return out, (top, rest) if apart else (top + rest,)
+
+
+def less(scores: jax.Array, sums: Sequence[jax.Array]) -> jax.Array:
+    """Return scores less the logarithms of the sums of their exponentials."""
+    for one in sums:
+        scores = scores - one
+    return scores
+
+
+def _of_pairs(
+    asked: Asked, sums: tuple[jax.Array, ...], at: PairBlock, d_bias: jax.Array, d_factor: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Return `sums` of gradients of arrays of pairs with those of one pair of blocks added."""
+    given, learnt = asked.of_pairs, asked.of_pairs.learnt
+    both = ((given.bias, d_bias), (given.factor, d_factor))
+    mine = (more for x, more in both if any(x is one for one in learnt))
+    return tuple(at.added(x, more) for x, more in zip(sums, mine, strict=True))
 
 
 def unfold(
     asked: Asked,
     q: Blocks,
     kv: Blocks,
-    lse: jax.Array,
+    lse: tuple[jax.Array, ...],
     delta: jax.Array,
     pairs: Pairs,
     sums: Sums,
 ) -> Sums:
     """Add the gradients of `pairs` to `sums`, float32 and laid out as queries, keys and values.
 
-    `lse` is the logarithm of each query's sum of exponentials over all keys, `delta` its result times the
-    result's gradient: with these a pair's weights and their gradient need no other pair (Dao et al. 2022,
+    `lse` is what `finished` gives of each query's sum of exponentials over all keys, `delta` its result times
+    the result's gradient: with these a pair's weights and their gradient need no other pair (Dao et al. 2022,
     arXiv:2205.14135, appendix B).
     """
-    q, kv = _of_now(q), _of_now(kv)
+    q, kv, asked = _of_now(q), _of_now(kv), _asked_now(asked, q)
     values, d_out = kv.y, q.y
     assert values is not None
     assert d_out is not None
@@ -324,16 +399,21 @@ def unfold(
 
     def step(sums: Any, turn: jax.Array) -> tuple[Any, None]:
         a, b, live = _pair(pairs, ends, turn)
-        seen, (_, none) = _visible(asked, q, kv, a, b, live), _instead(kv, turn)
-        scores, slope = _scores(asked, q.x[a], kv.x[b])
+        (seen, weighs), (_, none) = _visible(asked, q, kv, a, b, live), _instead(kv, turn)
+        at, (scores, slope) = _place(q, kv, a, b), _scores(asked, q.x[a], kv.x[b])
         scores, back = biased(asked, scores, q, kv, a, b)
-        weights = jnp.where(seen, jnp.exp(scores - lse[a][..., None]), none)
-        d_scores = product("bkgqd,bksd->bkgqs", d_out[a], values[b]) - delta[a][..., None]
-        d_scores = weights * d_scores
+        scores = _filled(asked.call, _with_bias(asked, scores, at), seen)
+        weights = jnp.where(weighs, jnp.exp(less(scores, [x[a][..., None] for x in lse])), none)
+        d_weights = product("bkgqd,bksd->bkgqs", d_out[a], values[b])
+        d_scores = weights * (_by_factor(asked, d_weights, at) - delta[a][..., None])
+        if asked.call.fills and not asked.call.adds:
+            d_scores = jnp.where(seen, d_scores, none)
+        of_pairs = _of_pairs(asked, sums.of_pairs, at, d_scores, weights * d_weights)
         of_queries, of_keys, of_neither = back(d_scores)
         d_scores = d_scores * asked.call.scale
         d_scores = d_scores if slope is None else d_scores * slope
-        weights, d_scores = weights.astype(values.dtype), d_scores.astype(q.x.dtype)
+        weights = _by_factor(asked, weights, at).astype(values.dtype)
+        d_scores = d_scores.astype(q.x.dtype)
         return Sums(
             sums.query.at[a].add(product("bkgqs,bksd->bkgqd", d_scores, kv.x[b])),
             sums.key.at[b].add(product("bkgqs,bkgqd->bksd", d_scores, q.x[a])),
@@ -341,6 +421,7 @@ def unfold(
             tuple(x.at[a].add(one) for x, one in zip(sums.of_queries, of_queries, strict=True)),
             tuple(x.at[b].add(one) for x, one in zip(sums.of_keys, of_keys, strict=True)),
             tuple(x + one for x, one in zip(sums.of_neither, of_neither, strict=True)),
+            of_pairs,
         ), None
 
     return lax.scan(step, sums, jnp.arange(pairs.most, dtype=jnp.int32))[0]

@@ -120,7 +120,7 @@ def ring_forward(asked: Asked, ring: Ring, queries: Blocks, keys: RingKeys) -> S
 
 
 def ring_backward(
-    asked: Asked, ring: Ring, queries: Blocks, keys: RingKeys, sums: jax.Array, delta: jax.Array
+    asked: Asked, ring: Ring, queries: Blocks, keys: RingKeys, sums: tuple[jax.Array, ...], delta: jax.Array
 ) -> Sums:
     """Return the gradients of a device's queries, keys and values, in blocks and float32."""
     here = _keys(ring, keys)
@@ -131,17 +131,19 @@ def ring_backward(
         return _apart(unfold(asked, queries, here, sums, delta, home, none))
 
     def then(of_queries: Any, here: Blocks, before: jax.Array) -> tuple[Any, Any]:
-        query, of_bias, of_neither = of_queries
-        grads = none._replace(query=query, of_queries=of_bias, of_neither=of_neither)
+        query, of_bias, of_neither, of_pairs = of_queries
+        grads = none._replace(query=query, of_queries=of_bias, of_neither=of_neither, of_pairs=of_pairs)
         return _apart(unfold(asked, queries, here, sums, delta, _in_turn(away, before), grads))
 
-    (query, of_queries, of_neither), (key, value, of_keys) = back_around(ring, here, first, then)
-    return Sums(query, key, value, of_queries, of_keys, of_neither)
+    (query, of_queries, of_neither, of_pairs), of_chunk = back_around(ring, here, first, then)
+    key, value, of_keys = of_chunk
+    return Sums(query, key, value, of_queries, of_keys, of_neither, of_pairs)
 
 
 def _apart(sums: Sums) -> tuple[Any, Any]:
     """Return gradients of what stays on a device, and of what goes round."""
-    return (sums.query, sums.of_queries, sums.of_neither), (sums.key, sums.value, sums.of_keys)
+    stays = (sums.query, sums.of_queries, sums.of_neither, sums.of_pairs)
+    return stays, (sums.key, sums.value, sums.of_keys)
 
 
 def _keys(ring: Ring, keys: RingKeys) -> Blocks:

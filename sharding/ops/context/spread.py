@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..attention import AttentionCall, scaled
 from ..biases import HEADS as OF_HEADS
-from ..biases import KEYS, QUERIES
+from ..biases import KEYS, QUERIES, PlacedBias
 from .blocks import (
     Asked,
     Blocks,
@@ -34,6 +34,7 @@ from .blocks import (
     fold,
     joined,
     joined_rows,
+    less,
     no_gradients,
     places,
     unfold,
@@ -41,6 +42,7 @@ from .blocks import (
     with_floats,
 )
 from .order import into_balance, out_of_balance
+from .pairs import OfPairs, traded
 from .pieces import PieceKernel
 from .ring import Ring, RingKeys, ring_backward, ring_forward
 from .ring_kernel import RingWork, kernel_backward, kernel_forward
@@ -77,7 +79,8 @@ class Spread:
 class Others(NamedTuple):
     """What a call takes besides queries, keys and values: segment ids of a device's rows, and a window.
 
-    And what a bias is made of: arrays of a device's queries, of its keys, and of neither.
+    And what a bias is made of: arrays of a device's queries, of its keys, and of neither. `of_pairs` have the
+    rows of its queries and all keys, `sink` is of its heads.
     """
 
     query_ids: jax.Array | None = None
@@ -86,6 +89,8 @@ class Others(NamedTuple):
     of_queries: tuple[jax.Array, ...] = ()
     of_keys: tuple[jax.Array, ...] = ()
     of_neither: tuple[jax.Array, ...] = ()
+    of_pairs: OfPairs = OfPairs()
+    sink: jax.Array | None = None
 
 
 def attend_spread(
@@ -121,7 +126,8 @@ def attend_spread(
         ids = place(ids)
     if spread.kernel is not None:
         query = scaled(query, spread.call.scale)
-    others = others._replace(query_ids=ids, of_queries=tuple(map(place, others.of_queries)))
+    of_queries = tuple(map(place, others.of_queries))
+    others = others._replace(query_ids=ids, of_queries=of_queries, of_pairs=others.of_pairs.rows(place))
     out: Any = _attend(spread, place(query), key, value, others)
     return out_of_balance(out, spread.axis, spread.parts)
 
@@ -147,16 +153,22 @@ def _by_heads(
         out = whole(query, key, value, *(ids for ids in (query_ids, key_ids) if ids is not None))
     else:
         alone = dataclasses.replace(spread, way=GATHERED, parts=1, whole=True)
-        of_bias = _of_all_rows(spread, others, query.shape[2])
-        out = _attend(alone, query, key, value, Others(query_ids, key_ids, others.window, *of_bias))
+        pairs = functools.partial(traded, axis=spread.axis, me=_me(spread), parts=spread.parts)
+        sink = others.sink
+        if sink is not None:
+            sink = lax.dynamic_slice_in_dim(sink, _me(spread) * query.shape[2], query.shape[2])
+        mine = Others(query_ids, key_ids, others.window, of_pairs=others.of_pairs.each(pairs), sink=sink)
+        if spread.call.placed is not None:
+            of_queries, of_keys, of_neither = _of_all_rows(spread, spread.call.placed, others, query.shape[2])
+            mine = mine._replace(of_queries=of_queries, of_keys=of_keys, of_neither=of_neither)
+        out = _attend(alone, query, key, value, mine)
     return trade(out, split_axis=1, concat_axis=2)
 
 
-def _of_all_rows(spread: Spread, others: Others, heads: int) -> Iterator[tuple[jax.Array, ...]]:
+def _of_all_rows(
+    spread: Spread, bias: PlacedBias, others: Others, heads: int
+) -> Iterator[tuple[jax.Array, ...]]:
     """Yield what a bias is made of, of whole sequences and of the heads that a device has after the trade."""
-    bias = spread.call.placed
-    if bias is None:
-        return
     for along in (QUERIES, KEYS, None):
         some = {QUERIES: others.of_queries, KEYS: others.of_keys, None: others.of_neither}[along]
         operands = [one for one in bias.operands if one.along == along]
@@ -210,11 +222,14 @@ def _forward(
         else:
             keys, pairs, _ = _collected(spread, key, value, others)
             state = fold(asked, queries, keys, pairs, unseen(queries, value.shape[3]))
-        out, sums = finished(state)
+        # Without a number that stands for what is hidden, no sum of weights is not a number.
+        lost = spread.call.fill is not None and not spread.call.fills
+        sink = _sink(others, key.shape[2])
+        out, sums = finished(state, sink, np.nan if lost else 0.0, apart=spread.call.fills)
         out = joined(out)
     out = out.astype(value.dtype)
     if spread.name is not None:
-        out, sums = (checkpoint_name(x, spread.name) for x in (out, sums))
+        out, sums = jax.tree.map(lambda x: checkpoint_name(x, spread.name), (out, sums))
     return out, (query, key, value, others, out, sums)
 
 
@@ -246,7 +261,13 @@ def _backward(spread: Spread, kept: Any, d_out: jax.Array) -> tuple[Any, ...]:
     of_bias.append(
         [g.astype(x.dtype) for g, x in zip(grads.of_neither, floats(others.of_neither), strict=True)]
     )
-    return joined(grads.query).astype(query.dtype), d_key, d_value, _gradients(others, of_bias)
+    learnt = _gradients(others, of_bias)
+    of_pairs = zip(grads.of_pairs, others.of_pairs.learnt, strict=True)
+    learnt = learnt._replace(
+        of_pairs=others.of_pairs.with_learnt(tuple(g.astype(x.dtype) for g, x in of_pairs), lambda _: None),
+        sink=_of_sink(others, sums, delta),
+    )
+    return joined(grads.query).astype(query.dtype), d_key, d_value, learnt
 
 
 _attend.defvjp(_forward, _backward)
@@ -257,11 +278,24 @@ def _like(gradients: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> list[j
     return [joined_rows(g).astype(x.dtype) for g, x in zip(gradients, floats(arrays), strict=True)]
 
 
-def _gradients(others: Others, of_bias: Sequence[Sequence[jax.Array]]) -> Others | None:
+def _sink(others: Others, kv_heads: int) -> jax.Array | None:
+    """Return a sink as the largest scores of blocks lie, of all but their heads 1."""
+    sink = others.sink
+    return None if sink is None else sink.astype(jnp.float32).reshape(1, 1, kv_heads, -1, 1)
+
+
+def _of_sink(others: Others, sums: Sequence[jax.Array], delta: jax.Array) -> jax.Array | None:
+    """Return the gradient of a sink, a score without a value, of all queries' sums and results."""
+    sink = _sink(others, delta.shape[2])
+    if sink is None or others.sink is None:
+        return None
+    weights = jnp.exp(less(sink, sums))
+    return -(weights * delta).sum((0, 1, 4)).reshape(-1).astype(others.sink.dtype)
+
+
+def _gradients(others: Others, of_bias: Sequence[Sequence[jax.Array]]) -> Others:
     """Return the gradients of what a call takes besides: of the floats that a bias is made of."""
     arrays = (others.of_queries, others.of_keys, others.of_neither)
-    if not any(arrays):
-        return None
     found = []
     for some, learnt in zip(arrays, of_bias, strict=True):
         mine = iter(learnt)
@@ -271,7 +305,7 @@ def _gradients(others: Others, of_bias: Sequence[Sequence[jax.Array]]) -> Others
 
 def _asked(spread: Spread, others: Others) -> Asked:
     window = spread.call.window if others.window is None else others.window
-    return Asked(spread.call, window, others.of_neither)
+    return Asked(spread.call, window, others.of_neither, others.of_pairs)
 
 
 def _work(spread: Spread, kernel: PieceKernel) -> RingWork:

@@ -27,7 +27,8 @@ class Site:
     """A call of attention on a mesh.
 
     query, key, value: have shape and dtype, of all devices together. query_axes, key_axes: the mesh axes that
-    cut each of the four dimensions of queries and of keys.
+    cut each of the four dimensions of queries and of keys. given: arrays of pairs and a sink, as the call
+    names them.
     """
 
     call: AttentionCall
@@ -37,6 +38,7 @@ class Site:
     query_axes: tuple[tuple[str, ...], ...]
     key_axes: tuple[tuple[str, ...], ...]
     mesh: Mapping[str, int]
+    given: tuple[Any, ...] = ()
 
     def parts(self, dimension: int) -> int:
         """Return into how many parts a dimension of queries is cut."""
@@ -49,6 +51,16 @@ class Site:
         key_batch, key_rows, _, key_wide = self.key_axes
         alike = batch == key_batch and not wide and not key_wide
         return alike and rows == (CONTEXT,) and key_rows in ((), (CONTEXT,))
+
+    def numbers(self, given: Any) -> float:
+        """Return how many numbers of an array of pairs a device has that has a part of each sequence."""
+        cut = (self.parts(0), self.parts(2), self.mesh[CONTEXT], 1)
+        return math.prod(size / by if size > 1 else 1 for size, by in zip(given.shape, cut, strict=True))
+
+    @property
+    def of_pairs(self) -> tuple[Any, ...]:
+        """What is given of pairs of queries and keys."""
+        return tuple(x for x in self.given if len(x.shape) > 1)
 
     @property
     def sizes(self) -> CallSizes:

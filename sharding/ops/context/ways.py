@@ -36,7 +36,7 @@ class CallSizes:
 
 def is_balanced(call: AttentionCall, way: str, queries: int, parts: int) -> bool:
     """Return whether a call is worked through in balanced order, see `order`; a ring has to be."""
-    if parts == 1 or not call.causal or call.window is not None:
+    if parts == 1 or not call.causal or call.window is not None or call.fills:
         return False
     return way == RING or (way == GATHERED and queries % (2 * parts) == 0)
 
@@ -55,22 +55,13 @@ def copies_of(kv_heads: int, parts: int) -> int:
     return parts // math.gcd(parts, kv_heads)
 
 
-def given_by_pairs(call: AttentionCall) -> str | None:
-    """Return the name of the first array of a call that is of all queries and keys, None if it has none."""
-    return next((name for name in call.given if name != "sink"), None)
-
-
 def why_not(call: AttentionCall, way: str, sizes: CallSizes, parts: int) -> str | None:
     """Return why `way` cannot carry out a call over `parts` devices, None if it can.
 
     What is nearest divides `parts`: other axes take the rest of the devices.
     """
-    if (name := given_by_pairs(call)) is not None:
-        return f"it has a {name}, which is of all queries and keys"
-    if call.given:
-        return f"it has a {call.given[0]}, which is in the sum of weights of every query"
-    if call.fill is not None:
-        return f"a query that sees no key gets what {call.fill:g} makes of it"
+    if call.fills and call.causal and way in (RING, NEIGHBOURS):
+        return f"a query that sees no key gets what {call.fill:g} makes of it with all keys"
     each = 2 if is_balanced(call, way, sizes.queries, parts) else 1
     for name, size in (("queries", sizes.queries), ("keys", sizes.keys)):
         if name == "keys" and sizes.whole:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from ...cost.candidate import Candidate
-from ...cost.context import LaidCall, SpreadCall, calls_of, laid_calls, site_of
+from ...cost.context import LaidCall, SpreadCall, calls_of, given_avals, laid_calls, site_of
 from ...errors import UserError
 from ...ops.context.pieces import SPLASH
 from ...ops.context.taken import CONTEXT
-from ...ops.context.ways import GATHERED, NEIGHBOURS, RING, WAYS, described, given_by_pairs
+from ...ops.context.ways import GATHERED, NEIGHBOURS, RING, WAYS, described
 from ...program.lines import line_of
 from ...words import gib
 from . import attention as kernels
@@ -131,7 +130,7 @@ def notes_on(calls: Sequence[SpreadCall], layout: Candidate, kernel: kernels.Cho
         return ()
     notes = _left_whole(calls, layout)
     if layout.context is None or not laid:
-        why = next((why for one in laid if (why := _why_by_xla(calls, one))), None)
+        why = next((why for one in laid if (why := one.why_not(GATHERED))), None)
         if why is not None:
             count, gathers = _count(len(laid), len(calls))
             notes.append(f"{count} {gathers} keys over context and XLA computes it: {why}")
@@ -143,24 +142,33 @@ def notes_on(calls: Sequence[SpreadCall], layout: Candidate, kernel: kernels.Cho
         mine = [one for one, own in ways if own == way]
         count, verb = _count(len(mine), len(calls), "go" if way else "gather")
         if way is None:
-            notes.append(f"{count} {verb} keys over context by XLA: {_why_by_xla(calls, mine[0])}")
+            notes.append(f"{count} {verb} keys over context by XLA: {mine[0].why_not(GATHERED)}")
         elif way != layout.context and way != NEIGHBOURS:
             notes.append(f"{count} {verb} over context by {way}: {mine[0].why_not(layout.context)}")
         elif len(mine) < len(calls):
             notes.append(f"{count}: {described(way)} over context ({way})")
+    having = [said for one, way in ways if way is not None and (said := _of_pairs(calls, one))]
+    if having:
+        notes.append(f"{_count(len(having), len(calls))[0]} {having[0]}")
     return tuple(notes)
 
 
-def _why_by_xla(calls: Sequence[SpreadCall], one: LaidCall) -> str | None:
-    """Say why no way carries a call out, with the size of what it has for pairs of queries and keys."""
-    why = one.why_not(GATHERED)
-    name = given_by_pairs(one.call)
-    if why is None or name is None:
-        return why
-    eqn = next(call.equation.eqn for call in calls if call.equation.index == one.index)
-    aval: Any = eqn.invars[one.call.before_placed - len(one.call.given) + one.call.given.index(name)].aval
+def _of_pairs(calls: Sequence[SpreadCall], one: LaidCall) -> str | None:
+    """Say what a call has for pairs of queries and keys, of which a device has its queries' part; or None."""
+    asked = next(call for call in calls if call.equation.index == one.index)
+    pairs = [
+        (name, aval)
+        for name, aval in zip(asked.call.given, given_avals(asked), strict=True)
+        if name != "sink" and aval.shape[2] > 1 and aval.shape[3] > 1
+    ]
+    if not pairs:
+        return None
+    name, aval = max(pairs, key=lambda pair: math.prod(pair[1].shape) * pair[1].dtype.itemsize)
     shape = " x ".join(str(size) for size in aval.shape)
-    return f"{why} ({shape}, {gib(math.prod(aval.shape) * aval.dtype.itemsize)} in all)"
+    return (
+        f"has a {name} of all queries and keys ({shape}, {gib(math.prod(aval.shape) * aval.dtype.itemsize)} "
+        "in all), of which a device has its queries' part"
+    )
 
 
 def _count(some: int, calls: int, verb: str = "gather") -> tuple[str, str]:

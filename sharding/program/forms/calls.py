@@ -47,9 +47,9 @@ class Calls:
         """
         if one.scores_aval.dtype == np.float64:
             raise NotThis("it is in float64, and scores of attention are worked out in float32")
-        if one.mask.biases and (found := self._placed(one)) is not None:
-            with contextlib.suppress(NotThis):
-                return self._of(dataclasses.replace(one, mask=_without_biases(one.mask)), found)
+        with contextlib.suppress(NotThis):
+            if (found := self.by_blocks(one)) is not None:
+                return found
         try:
             return self._of(one)
         except NotThis as why:
@@ -60,13 +60,17 @@ class Calls:
             except NotThis:
                 raise why from None
 
+    def by_blocks(self, one: WrittenAttention) -> tuple[core.ClosedJaxpr, list[Any]] | None:
+        """Return what `of` does if its bias can be worked out by blocks, else None."""
+        if not one.mask.biases or (found := self._placed(one)) is None:
+            return None
+        return self._of(dataclasses.replace(one, mask=_without_biases(one.mask)), found)
+
     def _placed(self, one: WrittenAttention) -> FoundBias | None:
-        """Return the bias as what is worked out by blocks; None if it is another, or what hides is so too."""
+        """Return the bias as what is worked out by blocks; None if it is another."""
         mask = one.mask
-        # What a query gets that sees no key is told without a bias, which its gradient then would reach.
-        kinds = {self.values.digest(part.atom) for pair in mask.segments for part in pair}
-        unseeing = mask.padding or mask.query_padding or len(kinds) > 1
-        if mask.pairs or one.factors or (unseeing and (mask.late or any(added for added, _ in mask.fills))):
+        # A query that sees no key then gets weights of the bias alone.
+        if mask.late and self._may_see_nothing(one) and any(added == 0 for added, _ in mask.fills):
             return None
         heads = _heads(one, [*mask.padding, *mask.query_padding])
         batch = tuple(d for d in _by_place(one) if d not in heads)
@@ -92,6 +96,15 @@ class Calls:
         except NotThis:
             return None
 
+    def _may_see_nothing(self, one: WrittenAttention) -> bool:
+        """Whether a query may see no key, as none does that sees its own place and has that key's segment."""
+        mask, place = one.mask, np.arange(one.sizes[one.scores.rows])
+        if mask.pairs or mask.padding or mask.query_padding:
+            return True
+        kinds = {self.values.digest(part.atom) for pair in mask.segments for part in pair}
+        sees_own = bool(((mask.seen.low <= place) & (place <= mask.seen.high)).all())
+        return len(kinds) > 1 or (bool(kinds) and not sees_own)
+
     def _of(
         self, one: WrittenAttention, placed: FoundBias | None = None
     ) -> tuple[core.ClosedJaxpr, list[Any]]:
@@ -108,7 +121,10 @@ class Calls:
             factors = (*factors, one.blank)
         pairs = (*mask.pairs, *mask.biases, *factors, *sink)
         others = [*(mask.segments[0] if mask.segments else ()), *parts, *pairs]
-        apart = not pairs and _apart(self.values, one, seen)
+        # The gradient of what hides a query's keys by being added reaches the bias of all of them.
+        filled = placed is not None and any(added for added, _ in mask.fills) and self._may_see_nothing(one)
+        literal = bool(pairs) or filled
+        apart = not literal and _apart(self.values, one, seen)
         call = Call(
             arrays=(*labels[:3], *(part.labels for part in others)),
             scaled=tuple((part.labels, part.how == "multiplied") for part in one.scaled),
@@ -131,7 +147,7 @@ class Calls:
             apart=apart,
             padding=tuple(part.how == "false" for part in mask.padding),
             query_padding=tuple(part.how == "false" for part in mask.query_padding),
-            unseeing=None if pairs else _unseeing(one, apart),
+            unseeing=None if literal else _unseeing(one, apart),
             added=any(added for added, _ in mask.fills),
             dtype=str(dtype_of(one.product.outvars[0])),
             pairs=tuple(part.how == "false" for part in mask.pairs),
@@ -139,9 +155,9 @@ class Calls:
             factors=tuple(None if part.how == "added" else part.how == "false" for part in factors),
             sink=one.sink is not None,
             times=one.times,
-            literal=bool(pairs),
+            literal=literal,
             blank=one.blank is not None,
-            fill=_fill(one) if pairs else None,
+            fill=_fill(one) if literal and self._may_see_nothing(one) else None,
             precision=None if dtype_of(atoms[0]).itemsize < 4 else one.precision,
             placed=None if placed is None else placed.bias,
             counted=() if placed is None else placed.counted,

@@ -1,4 +1,4 @@
-"""Attention that `jax.nn.dot_product_attention` hands to cuDNN, be that there or not."""
+"""Attention that `jax.nn.dot_product_attention` hands to cuDNN, and calls of `ops.attention` with a bias."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from ...ops.attention import attention_call
 from ..jaxpr import call_body
 from .attention import WrittenAttention
 from .masks import Labels, Masks, Part, Scores
@@ -40,14 +41,64 @@ def by_cudnn(eqn: core.JaxprEqn, scope: Opened, values: Sources, masks: Masks) -
     kind = asked["mask_type"].name
     if asked["layout"] or asked["dropout_rate"] or asked.get("score_mod") is not None:
         raise NotThis("it asks cuDNN for dropout, or another order of dimensions")
-    (batch, queries, heads, _), (_, length, kv_heads, _) = shape(query), shape(key)
+    queries, length = shape(query)[1], shape(key)[1]
     if "PADDING" in kind and (values.number(rows), values.number(keys)) != (queries, length):
         raise NotThis("it tells cuDNN lengths")
+    biases = _biases(bias) if asked["variadic_args"][0] else []
+    spans = _spans(queries, length, kind, asked["sliding_window_length"])
+    return _written(eqn, scope, masks, (query, key, value), biases, spans, scale=asked["scale"])
+
+
+def by_call(eqn: core.JaxprEqn, scope: Opened, masks: Masks) -> WrittenAttention | None:
+    """Return the attention of a call of `ops.attention` with a bias, None if it is anything else.
+
+    Of one that weighs keys by nothing besides, so that it is the same call but for what its bias is made of.
+    """
+    call = attention_call(eqn)
+    if call is None or call.given != ("bias",) or call.windowed or call.segments > 1 or call.fill is not None:
+        return None
+    query, key, value, *ids, bias = eqn.invars
+    place, last = np.arange(shape(query)[1])[:, None], shape(key)[1] - 1
+    low, high = np.zeros(len(place), np.int64), np.full(len(place), last, np.int64)
+    if call.causal:
+        high = np.minimum(np.maximum(place[:, 0] + call.ahead, call.prefix - 1), last)
+        low = low if call.window is None else np.maximum(place[:, 0] - call.window + 1, 0)
+    found = _written(
+        eqn,
+        scope,
+        masks,
+        (query, key, value),
+        _biases(bias),
+        Spans(low, high),
+        scale=call.scale / (call.cap or 1.0),
+        cap=call.cap,
+        precision=call.precision,
+    )
+    for one in ids:
+        asking, own = (
+            masks.stripped(Part(atom=one, labels=((_BATCH,), (along,)), how="added", fill=0.0), found.sizes)
+            for along in (_ROWS, _KEYS)
+        )
+        for mask in (found.mask, found.written):
+            mask.segments.append((asking, own))
+    return found
+
+
+def _written(
+    eqn: core.JaxprEqn,
+    scope: Opened,
+    masks: Masks,
+    arrays: tuple[Any, Any, Any],
+    biases: list[Part],
+    spans: Spans,
+    **asked: Any,
+) -> WrittenAttention:
+    """Return attention of `arrays`, all ``[batch, sequence, heads, width]``, that sees `spans`."""
+    query, key, value = arrays
+    (batch, queries, heads, _), (_, length, kv_heads, _) = shape(query), shape(key)
     sizes = (batch, kv_heads, heads // kv_heads, queries, length, shape(value)[3])
     scores = Scores(sizes=sizes[:5], batch=(_BATCH, _HEADS), rows=_ROWS, keys=_KEYS)
-    biases = _biases(bias) if asked["variadic_args"][0] else []
     mask = masks.read(biases, scores)
-    spans = _spans(queries, length, kind, asked["sliding_window_length"])
     mask.seen = mask.seen.within(spans)
     return WrittenAttention(
         product=eqn,
@@ -64,11 +115,10 @@ def by_cudnn(eqn: core.JaxprEqn, scope: Opened, values: Sources, masks: Masks) -
         scores=scores,
         groups=(_GROUP,),
         sizes=sizes,
-        scale=asked["scale"],
-        cap=None,
         mask=mask,
         written=dataclasses.replace(masks.read(biases, scores, apart=False), seen=spans),
         scores_aval=jax.ShapeDtypeStruct(sizes[:5], jnp.float32),
+        **{"cap": None, **asked},
     )
 
 

@@ -125,7 +125,7 @@ class Masks:
         static = self._static(part, scores) if apart else None
         if part.how == "added" and static is None:
             whole = {scores.rows, scores.keys, *scores.batch}
-            if whole <= part.has() and self._of_products(part.atom, _NEAR):
+            if whole <= part.has() and self._of_products(part, scores, _NEAR):
                 raise NotThis("its scores are of two products")
             mask.biases.append(part)
             mask.late |= any(added == 0 for added, _ in mask.fills)
@@ -142,16 +142,17 @@ class Masks:
         else:
             mask.pairs.append(part)
 
-    def _of_products(self, atom: Any, depth: int) -> bool:
-        """Whether an array is a product of matrices, laid out and scaled."""
-        eqn = self.values.made(atom)
+    def _of_products(self, part: Part, scores: Scores, depth: int) -> bool:
+        """Whether an array is a product of queries and of keys, laid out and scaled."""
+        part = self.stripped(part, scores.sizes)
+        eqn = self.values.made(part.atom)
         if eqn is None or depth == 0:
             return False
         if eqn.primitive.name == "dot_general":
-            return len(shape(atom)) >= 3
-        passing = (*SAME, "mul", "div", "reshape", "transpose", "select_n")
-        return eqn.primitive.name in passing and any(
-            self._of_products(one, depth - 1) for one in eqn.invars if shape(one) == shape(atom)
+            return len(shape(part.atom)) >= 3 and _is_of_scores(eqn, part.labels, scores)
+        alike = (one for one in eqn.invars if shape(one) == shape(part.atom))
+        return eqn.primitive.name in ("mul", "div", "select_n") and any(
+            self._of_products(dataclasses.replace(part, atom=one), scores, depth - 1) for one in alike
         )
 
     def _static(self, part: Part, scores: Scores) -> Spans | None:
@@ -296,6 +297,16 @@ class Masks:
 def labels_of(atom: Any, part: Part) -> Labels:
     """Return the labels of an operand of what makes `part`: the same, or none for a scalar."""
     return part.labels if len(shape(atom)) == len(part.labels) else ()
+
+
+def _is_of_scores(eqn: core.JaxprEqn, labels: Labels, scores: Scores) -> bool:
+    """Whether a product sums over what one operand has of queries and the other of keys."""
+    (summed, _), (batch, _) = eqn.params["dimension_numbers"]
+    first = len(shape(eqn.invars[0])) - len(summed)
+    sides = [{d for dim in dims for d in dim} for dims in (labels[len(batch) : first], labels[first:])]
+    return bool(summed) and any(
+        scores.rows in one and scores.keys in other for one, other in (sides, sides[::-1])
+    )
 
 
 def is_truth(atom: Any) -> bool:

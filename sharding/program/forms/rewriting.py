@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from ..lines import line_of
 from .attention import AttentionFinder, WrittenAttention
 from .calls import Calls
 from .chunks import in_chunks
-from .library import by_cudnn
+from .library import by_call, by_cudnn
 from .losses import RegionFinder, placed, product_with_vocabulary
 from .opened import Made, Opening, Rebuilding
 from .position import by_position
@@ -40,6 +41,10 @@ def with_attention(traced: Traced) -> Traced:
             finder.missed.append((one.product, one.scores_aval, str(why)))
             continue
         made[id(one.product)] = _Bringing(opening, one.scope, program, inputs)
+    for one in _called(opening, finder):
+        with contextlib.suppress(NotThis):
+            if (found := calls.by_blocks(one)) is not None:
+                made[id(one.product)] = _Bringing(opening, one.scope, *found)
     known = [atom for one in read for atom in (one.query, one.key)]
     products = [one.product for one in read] + [eqn for eqn, *_ in finder.missed]
     finder.missed += unread(values, known, products)
@@ -58,6 +63,15 @@ def _for_cudnn(opening: Opening, finder: AttentionFinder) -> Iterator[WrittenAtt
                 continue
             if found is not None:
                 yield found
+
+
+def _called(opening: Opening, finder: AttentionFinder) -> Iterator[WrittenAttention]:
+    """Give the calls of `ops.attention` with a bias, which is read as it is in attention that was written."""
+    for scope in opening.top.scopes():
+        for eqn in scope.equations:
+            with contextlib.suppress(NotThis):
+                if (found := by_call(eqn, scope, finder.masks)) is not None:
+                    yield found
 
 
 def with_losses(traced: Traced) -> Traced:
