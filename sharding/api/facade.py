@@ -16,6 +16,7 @@ from ..planner.outcome import Search
 from ..planner.prove import prove
 from ..plans import arrays, file
 from ..plans.record import Record, check_record, check_runs
+from ..program.around import apart
 from ..program.program import Program
 from ..report.compare import Comparison, compare
 from ..report.explain import explain
@@ -156,6 +157,7 @@ class Plan(Record):
             raise UserError("this plan knows no optimizer; write plan.init(init, key, optimizer)")
         return step.first_state(self, init, key, optimizer, mesh=self._over(mesh))
 
+    @apart()
     def check_accumulation(
         self, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh | None = None
     ) -> AccumulationCheck:
@@ -206,6 +208,7 @@ class Plan(Record):
         """
         return count_rounds(self, loss, params, batch, *state, mesh=self._over(mesh))
 
+    @apart()
     def deviation(
         self, loss: Callable[..., Any], params: Any, batch: Any, *state: Any, mesh: Mesh | None = None
     ) -> Deviation:
@@ -217,6 +220,7 @@ class Plan(Record):
         small = arrays.resized(self, params, batch, *state)
         return deviation(small, loss, params, batch, *state, mesh=self._over(mesh))
 
+    @apart()
     def verify(
         self,
         loss: Callable[..., Any] | None = None,
@@ -275,6 +279,7 @@ class Plan(Record):
         )
         return Plan.of(proved, optimizer=self.optimizer, problem=self.problem, search=search)
 
+    @apart()
     def explain(self, subject: str | None = None) -> str:
         """Return why the plan is as it is.
 

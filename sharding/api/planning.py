@@ -11,6 +11,7 @@ from ..planner.declared import Declared
 from ..planner.inputs import problem_of
 from ..planner.outcome import best_of, declared_plan
 from ..plans.vocabulary import EXACT
+from ..program.around import apart
 from ..program.recognise import FORMS
 from ..transform.accumulation.proof import MAX_PASSES
 from .facade import Plan
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import optax
 
 
+@apart()
 def plan(
     loss: Callable[..., Any],
     params: Any,
@@ -132,6 +134,7 @@ def plan(
     return Plan.of(found, optimizer=optimizer, problem=search.problem, search=search)
 
 
+@apart()
 def declare(
     loss: Callable[..., Any],
     params: Any,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ..errors import UserError
 from ..hardware.topology import Topology
+from ..program.around import mesh_of_caller, under
 from ..words import gib, layout_in_words
 from .declared import Declared
 from .inputs import Answer, Problem, Supposing
@@ -162,7 +163,8 @@ def _lower_precision(case: Case) -> str | None:
     try:
         if _fits_narrower(case):
             # Whether the loss takes such parameters: what it would need is known.
-            jax.eval_shape(problem.loss, params, *problem.args[1:])
+            with under(mesh_of_caller()):
+                jax.eval_shape(problem.loss, params, *problem.args[1:])
             found = True
         else:
             found = _fits(dataclasses.replace(problem, params=params), case.topology, case.declared)

@@ -16,7 +16,9 @@ from ..errors import UserError, check_word, nearest, wrong
 from ..hardware.mesh import check_mesh, make_mesh
 from ..hardware.topology import Topology
 from ..paths import by_path, called, map_by_path
-from ..program.jaxpr import Traces
+from ..program.around import mesh_of_caller
+from ..program.explicit import without_layouts
+from ..program.jaxpr import Traced, Traces
 from ..program.leaves import check_leaves
 from ..program.loss import abstract, checked
 from ..program.program import Program, Result
@@ -155,13 +157,17 @@ def check(
     if state is not None:
         check_arrays(plan, "state array", state)
     if loss is not None and plan.origin is not None:
-        rewrite = functools.partial(recognised, which=plan.recognise)
+        mesh = mesh_of_caller()
+
+        def rewrite(traced: Traced) -> Traced:
+            return recognised(without_layouts(traced, mesh), plan.recognise)
+
         args = (
             abstract(params, "parameter"),
             abstract(batch, "batch array"),
             *(() if state is None else (abstract(state, "state array"),)),
         )
-        plan.origin.check(Traces(checked(loss), rewrite).on(*args))
+        plan.origin.check(Traces(checked(loss), rewrite, mesh).on(*args))
 
 
 def check_has_state(plan: Decision, state: Any) -> None:

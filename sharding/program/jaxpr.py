@@ -22,6 +22,7 @@ from jax.extend import core
 from jax.sharding import AxisType
 
 from ..ops import cudnn
+from .around import is_at_once, under
 from .identity import fingerprint
 from .primitives import Trait, primitives
 from .program import Equation, Program, Scope
@@ -55,25 +56,29 @@ class Traces:
     """The traces of `fn`: one for each shape and type of its arguments, taken when first asked for.
 
     `fn` is called once for each, however often and inside of whatever else that is traced it is asked for.
-    `rewrite` gives what is read in place of a trace, once for each; see `recognise`.
+    `rewrite` gives what is read in place of a trace, once for each; see `recognise`. `fn` is called under
+    `mesh`, if one is given.
     """
 
-    def __init__(self, fn: Callable[..., Any], rewrite: Callable[[Traced], Traced] | None = None) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], rewrite: Callable[[Traced], Traced] | None = None, mesh: Any = None
+    ) -> None:
         # An object of our own, so that what `fn` reads from outside is read anew for each Traces.
         self._fn = functools.partial(fn)
         self._rewrite = rewrite or (lambda traced: traced)
         self._jitted = jax.jit(self._fn)
         self._known: dict[int, tuple[core.ClosedJaxpr, Traced]] = {}
+        self._mesh = mesh
 
     def on(self, *args: Any) -> Traced:
         """Return the trace on arguments like `args`, of which nothing is computed."""
         # Where arrays lie is no part of the program.
         shapes = shapes_of(args)
-        with cudnn.traced():
+        with cudnn.traced(), under(self._mesh):
             found = self._jitted.trace(*shapes)
         if len(found.jaxpr.in_avals) != len(jax.tree.leaves(shapes)):
             # It reads what is being traced outside, which is another thing each time.
-            with cudnn.traced():
+            with cudnn.traced(), under(self._mesh):
                 jaxpr, result = jax.make_jaxpr(self._fn, return_shape=True)(*shapes)
             return self._rewrite(Traced(jaxpr=without_references(jaxpr), args=shapes, result=result))
         # JAX gives the same jaxpr for the same arguments, and another where settings differ.
@@ -239,7 +244,7 @@ def context_of(equation: core.JaxprEqn) -> Iterator[None]:
     scope = source_info_util.current_name_stack() + info.name_stack
     around = jax.sharding.get_abstract_mesh()
     with source_info_util.user_context(info.traceback, name_stack=scope), equation.ctx.manager:
-        if AxisType.Manual not in around.axis_types:
+        if AxisType.Manual not in around.axis_types and not is_at_once():
             yield
             return
         # The mesh that was set where the loss was traced is not that of a region it is run in.

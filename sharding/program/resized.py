@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from ..paths import map_by_path
+from .around import mesh_of_caller, under
 from .lookups import looks_up_rows
 from .program import Program
 
@@ -80,7 +81,8 @@ def _takes(
 ) -> bool:
     """Whether the function can be traced with dims at `sizes`, to a result of the same kinds."""
     try:
-        found = jax.eval_shape(function, *_with_sizes(args, program, sizes))
+        with under(mesh_of_caller()):
+            found = jax.eval_shape(function, *_with_sizes(args, program, sizes))
     except Exception:  # A user's own function may raise anything where sizes do not agree.
         return False
     ranks = [len(row.shape) for row in program.results]

@@ -13,6 +13,8 @@ from ..errors import UserError
 from ..ops import cudnn
 from ..paths import by_path, path_of
 from . import dims as named
+from .around import mesh_of_caller, under
+from .explicit import without_layouts
 from .jaxpr import Traced, call_body, without_references
 from .labels import axis_names, names_of
 from .lines import line_of
@@ -64,9 +66,11 @@ def trace(
     for position in parameters:
         if position not in range(len(args)):
             raise UserError(f"parameters={tuple(parameters)}, but there are {len(args)} arguments")
-    with cudnn.traced():
+    mesh = mesh_of_caller()
+    with cudnn.traced(), under(mesh):
         closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    traced = recognised(Traced(jaxpr=without_references(closed), args=args, result=out_shape), recognise)
+    traced = Traced(jaxpr=without_references(closed), args=args, result=out_shape)
+    traced = recognised(without_layouts(traced, mesh), recognise)
     return read(traced, names=names, parameters=parameters, state=state, trained=trained, rows=rows)
 
 

@@ -23,6 +23,8 @@ from ..plans.record import Decision, check_runs
 from ..plans.specs import Spec
 from ..plans.trainable import Split, split
 from ..plans.vocabulary import EXACT
+from ..program.around import mesh_of_caller
+from ..program.explicit import without_layouts
 from ..program.jaxpr import Pass, Traced, Traces, rewritten
 from ..program.layers import INPUT, layer_scans, marks_of
 from ..program.loss import checked
@@ -195,10 +197,13 @@ class PlannedLoss:
         self._staged = plan.mesh.get("stage", 1) > 1
         self._runs: weakref.WeakKeyDictionary[Traced, Run | PreparedRun] = weakref.WeakKeyDictionary()
 
-        def rewrite(traced: Traced) -> Traced:
-            return recognised(check_laid_by_loss(traced, mesh), plan.recognise)
+        set_by_caller = mesh_of_caller()
 
-        self.traces = Traces(checked(loss), rewrite)
+        def rewrite(traced: Traced) -> Traced:
+            own = check_laid_by_loss(without_layouts(traced, set_by_caller), mesh)
+            return recognised(own, plan.recognise)
+
+        self.traces = Traces(checked(loss), rewrite, set_by_caller)
         self._part = composed(self.traces, functools.partial(_passes, plan, mesh))
 
     def value(self, params: Any, batch: Any, *state: Any) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core
 
+from ...program.around import at_once
 from ...program.jaxpr import call_body, context_of, is_extended
 from ...program.lines import is_ours, line_of
 from .derivatives import EXCHANGES, uneven_call, why_uneven, works_in
@@ -478,6 +479,6 @@ def _known_now(value: Held, most: int) -> Any:
     ins = [_known_now(one, most) for one in op.ins]
     if any(one is None for one in ins):
         return None
-    with jax.ensure_compile_time_eval():
+    with at_once():
         found = op.run(None, *ins)[op.outs.index(value)]
     return None if isinstance(found, Tracer) else found
