@@ -16,7 +16,8 @@ from meshwright.sharding.cost.compute import Busy, FusedAttention, Passes
 from meshwright.sharding.cost.exchange import StoredOver, parts
 from meshwright.sharding.cost.execution import Execution, execution_for
 from meshwright.sharding.cost.kept import Residuals
-from meshwright.sharding.cost.memory import Standing, Worked
+from meshwright.sharding.cost.living import Worked
+from meshwright.sharding.cost.memory import Standing
 from meshwright.sharding.cost.placement import Placement
 from meshwright.sharding.cost.profile import AFTER, LAYERS, ProgramTables
 from meshwright.sharding.hardware.topology import Topology

@@ -15,7 +15,8 @@ import numpy as np
 from meshwright.sharding.cost import memory
 from meshwright.sharding.cost.candidate import Candidate
 from meshwright.sharding.cost.kept import Residuals
-from meshwright.sharding.cost.memory import Holding, Standing, Worked
+from meshwright.sharding.cost.living import Worked
+from meshwright.sharding.cost.memory import Holding, Standing
 from meshwright.sharding.cost.profile import AFTER, BEFORE, LAYERS, ProgramTables
 from meshwright.sharding.cost.step import StepParts, exposed, microbatch, reduce_once
 

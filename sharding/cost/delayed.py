@@ -12,7 +12,7 @@ import functools
 import numpy as np
 
 from .compute import Passes
-from .memory import Worked
+from .living import Worked
 from .profile import LAYERS, ProgramTables
 
 

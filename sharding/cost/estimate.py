@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import numpy as np
 
@@ -22,19 +21,16 @@ from .context import Attending, SpreadCall, context_memory, context_seconds, lai
 from .delayed import kept_bytes, late_seconds
 from .exchange import Exchange, StoredOver, exchange, parts, stored_over, tables_read_there
 from .execution import Execution, execution_for
+from .findings import Findings, remembered
+from .floor import stored_at_least
 from .kept import Residuals
-from .memory import Ahead, Standing, Worked, activations
-from .pipeline import LayerTurns, Least, layer_turns, least, lockstep
+from .living import Worked, activations
+from .memory import Ahead, standing
+from .pipeline import LayerTurns, Least, layer_turns, least, lockstep, moments
 from .placement import Placement, place
 from .profile import LAYERS, ProgramTables, profile
 from .step import Offload, StepParts, microbatch, offload, optimizer_bytes, stacking_seconds, step_seconds
 from .working_set import GATHERED_OVER
-
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
-
-# Placements kept: a search prices several storages and policies of each.
-_PLACEMENTS = 4096
 
 
 class Pricer:
@@ -57,6 +53,8 @@ class Pricer:
       calls: of attention, which candidates may lay over ``context``.
       attended: gives the seconds of those calls, by index, of which a candidate's layout says more than the
         kernel in `execution` does.
+      known: what was found by another Pricer that differs at most in the share of free memory that its
+        calibration counts, and in `other`.
 
     >>> import jax
     >>> from meshwright.sharding import Topology
@@ -84,6 +82,7 @@ class Pricer:
         other: Callable[[Candidate], Pricer | None] | None = None,
         calls: Sequence[SpreadCall] = (),
         attended: Callable[[Candidate], Mapping[int, AttendedSeconds]] | None = None,
+        known: Findings | None = None,
     ) -> None:
         self.profile = program if isinstance(program, ProgramTables) else profile(program)
         self.topology = topology
@@ -99,17 +98,7 @@ class Pricer:
         self._other = other
         self._calls = tuple(calls)
         self._attended = attended
-        self._placements: dict[object, Placement] = {}
-        self._stored: dict[object, tuple[StoredOver, object]] = {}
-        self._tables: dict[object, tuple[dict[int, tuple[str, ...]], object]] = {}
-        self._slots: dict[object, tuple[float, object]] = {}
-        self._exchanges: dict[object, tuple[Exchange, object]] = {}
-        self._standing: dict[object, tuple[Standing, object]] = {}
-        self._passes: dict[int, tuple[Passes, Placement]] = {}
-        self._least: dict[object, tuple[float, Placement]] = {}
-        self._exchanged: dict[object, tuple[Least, Placement]] = {}
-        self._whole: dict[object, tuple[Least, Placement]] = {}
-        self._worked: dict[object, tuple[Worked, object]] = {}
+        self._known = Findings() if known is None else known
         products = self.profile.products
         runs = self.profile.steps.runs[products.equation]
         # The gradient of a product for one operand is a product of as many flops.
@@ -144,7 +133,26 @@ class Pricer:
         if (other := self.of(candidate)) is not self:
             return other.needed_bytes(candidate)
         placement = self.place(candidate)
-        return self._heap(self.memory(candidate, placement, self.stored_over(candidate, placement)))
+        over, kept = self.stored_over(candidate, placement), self.kept(candidate)
+        way = (candidate.schedule, candidate.interleave, candidate.stage_remat, candidate.rows)
+        key = (id(over), id(kept), candidate.remat, candidate.microbatches, candidate.context, *way)
+        known = self._known.held.get(key)
+        if known is None:
+            memory = self.memory(candidate, placement, over)
+            sizes = sum(memory.values()), memory["temporaries"] + memory["communication"]
+            known = remembered(self._known.held, key, (sizes, (over, kept)))
+        (total, passing), _ = known
+        return total + self.calibration.fragmentation * passing
+
+    def least_bytes(self, candidate: Candidate) -> float:
+        """Return the bytes of a device that `candidate` takes at least, whatever it keeps and in many parts.
+
+        They are those of what it stores, and are found much sooner than `needed_bytes`.
+        """
+        if self.execution.standing is not standing or self.execution.moments is not moments:
+            return 0.0
+        slots = self.slot_bytes if self._optimizer_bytes is None else 0.0
+        return stored_at_least(self.profile, candidate, slots, self.gradient_bytes)
 
     def _heap(self, memory: Mapping[str, float]) -> float:
         passing = memory["temporaries"] + memory["communication"]
@@ -155,37 +163,38 @@ class Pricer:
         maps = (candidate.dims, candidate.stored, candidate.optimizer, candidate.gradients)
         mesh = (tuple(candidate.mesh.items()), *map(id, maps))
         of_parts = (*mesh, candidate.microbatches)
-        tables = self._tables.get(of_parts)
+        tables = self._known.tables.get(of_parts)
         if tables is None:
             found = tables_read_there(self.profile, placement, candidate)
-            tables = _remembered(self._tables, of_parts, (found, maps))
+            tables = remembered(self._known.tables, of_parts, (found, maps))
         there = tables[0]
         # What goes to a table and back, unlike what is gathered, is as much as a microbatch looks up.
         key = (*mesh, *there, candidate.microbatches) if there else mesh
-        known = self._stored.get(key)
+        known = self._known.stored.get(key)
         if known is None:
             # The maps are kept, so that no other one gets their identity.
-            known = _remembered(self._stored, key, (stored_over(self.profile, candidate, there), maps))
+            known = remembered(self._known.stored, key, (stored_over(self.profile, candidate, there), maps))
         return known[0]
 
     def place(self, candidate: Candidate) -> Placement:
         """Return `candidate` laid over the program; one that differs in storage or remat alone is known."""
-        key = (
-            tuple(candidate.mesh.items()),
-            tuple((dim, axes) for dim, axes in candidate.dims.items() if axes),
-            candidate.microbatches,
-            candidate.context,
-        )
-        known = self._placements.get(key)
+        maps, way = (candidate.mesh, candidate.dims), (candidate.microbatches, candidate.context)
+        same = (*map(id, maps), *way)
+        known = self._known.of_maps.get(same)
         if known is None:
-            known = _remembered(self._placements, key, place(self.profile, candidate))
-        return known
+            dims = tuple((dim, axes) for dim, axes in candidate.dims.items() if axes)
+            key = (tuple(candidate.mesh.items()), dims, *way)
+            found = self._known.placements.get(key)
+            if found is None:
+                found = remembered(self._known.placements, key, place(self.profile, candidate))
+            known = remembered(self._known.of_maps, same, (found, maps))
+        return known[0]
 
     def memory(self, candidate: Candidate, placement: Placement, over: StoredOver) -> dict[str, float]:
         """Return item → bytes of a placed candidate on its fullest device."""
         # Microbatches and what is kept change nothing of what stands in memory all through a step.
-        standing = self._standing.get(id(over))
-        if standing is None:
+        lying = self._known.standing.get(id(over))
+        if lying is None:
             found = self.execution.standing(
                 self.profile,
                 placement,
@@ -195,11 +204,11 @@ class Pricer:
                 self.gradient_bytes,
                 self.topology.num_slices,
             )
-            standing = _remembered(self._standing, id(over), (found, over))
+            lying = remembered(self._known.standing, id(over), (found, over))
         found = self.execution.moments(
             self.profile,
             candidate,
-            standing[0],
+            lying[0],
             self.worked(placement, candidate.mesh),
             self.kept(candidate),
             self.execution.last_layer_apart,
@@ -217,12 +226,12 @@ class Pricer:
         """Return the bytes of optimizer state for each trained element whose moments a device holds."""
         if self._optimizer_bytes is None:
             return self.slot_bytes
-        known = self._slots.get(id(over))
+        known = self._known.slots.get(id(over))
         if known is None:
             table = self.profile.parameters
             held = float((table.elements * table.trained / parts(over.optimizer, candidate.mesh)).sum())
             found = self._optimizer_bytes(candidate) / max(held, 1.0)
-            known = _remembered(self._slots, id(over), (found, over))
+            known = remembered(self._known.slots, id(over), (found, over))
         return known[0]
 
     def worked(self, placement: Placement, mesh: Mapping[str, int]) -> Worked:
@@ -230,10 +239,10 @@ class Pricer:
         # Of the axes, it depends on those alone that gather what lies in parts between layers.
         gathers = (id(one) for one in placement.traffic if one.axis in GATHERED_OVER)
         key = (id(placement.fractions), *gathers)
-        known = self._worked.get(key)
+        known = self._known.worked.get(key)
         if known is None:
             made = self.execution.worked(self.profile, placement, mesh, self.topology.chip.lanes)
-            known = _remembered(self._worked, key, (made, placement))
+            known = remembered(self._known.worked, key, (made, placement))
         return known[0]
 
     def kept(self, candidate: Candidate) -> Residuals:
@@ -349,13 +358,13 @@ class Pricer:
             return self.whole(candidate).over(self.profile, lockstep(candidate)) * late
         placement = self.place(candidate)
         key = (id(placement), candidate.remat, *candidate.saved.items())
-        known = self._least.get(key)
+        known = self._known.least.get(key)
         if known is None:
             found = microbatch(self._unstored(candidate, placement))
             seconds = candidate.microbatches * sum(
                 float(row.sum()) for name, row in found.items() if name != "kept"
             )
-            known = _remembered(self._least, key, (seconds, placement))
+            known = remembered(self._known.least, key, (seconds, placement))
         return known[0] * late
 
     def exchanged(self, candidate: Candidate) -> float:
@@ -367,24 +376,24 @@ class Pricer:
         if (other := self.of(candidate)) is not self:
             return other.exchanged(candidate)
         placement = self.place(dataclasses.replace(candidate, microbatches=1))
-        known = self._exchanged.get(id(placement))
+        known = self._known.exchanged.get(id(placement))
         if known is None:
             idle = Busy(seconds=np.zeros((3, 3, 3)), kernels=np.zeros((3, 3)), waiting=np.zeros(3))
             items = microbatch(self._parts(candidate, placement, idle))
             rows = sum((row for name, row in items.items() if name != "host"), np.zeros(3))
             found = Least(sections=tuple(rows.tolist()), late=0.0, keeping=0.0, made_of=0.0)
-            known = _remembered(self._exchanged, id(placement), (found, placement))
+            known = remembered(self._known.exchanged, id(placement), (found, placement))
         return known[0].over(self.profile, lockstep(candidate)) * _lateness(candidate, self.calibration)
 
     def whole(self, candidate: Candidate) -> Least:
         """Return what of the whole batch at once a candidate over stages takes at least."""
         placement = self.place(dataclasses.replace(candidate, microbatches=1))
         key = (id(placement), candidate.stage_remat, candidate.remat, *candidate.saved.items())
-        known = self._whole.get(key)
+        known = self._known.whole.get(key)
         if known is None:
             once = self._once(placement, self.calibration, self.execution, known=True)
             parts = self._with_kept(self._unstored(candidate, placement), once)
-            known = _remembered(self._whole, key, (least(parts), placement))
+            known = remembered(self._known.whole, key, (least(parts), placement))
         return known[0]
 
     def _with_kept(self, parts: StepParts, once: Passes) -> StepParts:
@@ -436,7 +445,7 @@ class Pricer:
         """
         apart = placement.candidate.context is not None
         key = id(placement if apart else placement.fractions)
-        if known and (found := self._passes.get(key)) is not None:
+        if known and (found := self._known.passes.get(key)) is not None:
             return found[0]
         made = passes(
             self.profile,
@@ -452,7 +461,7 @@ class Pricer:
             short_sums=execution.short_sums,
         )
         if known:
-            _remembered(self._passes, key, (made, placement))
+            remembered(self._known.passes, key, (made, placement))
         return made
 
     def _exchange(
@@ -467,7 +476,7 @@ class Pricer:
     ) -> Exchange:
         """Return how parameters and gradients travel, which remat does not change."""
         key = (tuple(candidate.mesh.items()), id(candidate.dims), id(over), joint is None)
-        if known and (found := self._exchanges.get(key)) is not None:
+        if known and (found := self._known.exchanges.get(key)) is not None:
             return found[0]
         made = exchange(
             self.profile,
@@ -480,7 +489,7 @@ class Pricer:
             renews_alone=self.execution.gathers_wait > 0.0,
         )
         if known:
-            _remembered(self._exchanges, key, (made, (candidate.dims, over)))
+            remembered(self._known.exchanges, key, (made, (candidate.dims, over)))
         return made
 
 
@@ -490,11 +499,3 @@ def _lateness(candidate: Candidate, calibration: Calibration) -> float:
     Of n devices that is later than the mean by about as much again each time n doubles.
     """
     return 1.0 + calibration.imbalance_per_doubling * math.log2(max(candidate.num_devices, 1))
-
-
-def _remembered(known: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
-    """Keep `value` in `known`, which is emptied where it has become too long."""
-    if len(known) >= _PLACEMENTS:
-        known.clear()
-    known[key] = value
-    return value

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from ..hardware.topology import Topology
 from ..ops.grouped import TILES
 from ..xla.compiler import compiler_of
-from . import compute, memory
+from . import compute, living, memory
 from .calibration import Calibration
 from .candidate import Candidate
 from .collectives import Link, links
 from .compute import Busy, FusedAttention, Passes
 from .exchange import StoredOver
 from .kept import Residuals
-from .memory import Standing, Worked
+from .living import Worked
+from .memory import Standing
 from .pipeline import moments, through_stages
 from .placement import Placement
 from .profile import ProgramTables
@@ -103,7 +104,7 @@ class Execution:
     ) -> Worked:
         """Return what a placement's values weigh on a chip whose rows have so many `lanes` in memory."""
         attention = self.attention
-        return memory.worked(
+        return living.worked(
             profile,
             placement,
             mesh,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from ..plans.specs import cut_into
-from ..program.lookups import MANY_ROWS
 from .candidate import Candidate
 from .exchange import StoredOver, parts
 from .kept import Residuals
-from .placement import FORWARD, Placement
+from .living import Worked
+from .placement import Placement
 from .profile import AFTER, BEFORE, LAYERS, ProgramTables
-from .working_set import WorkingSet, gathers, working_set
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,10 +44,49 @@ class Standing:
     before: float
     sent: float
     again_after: float = 0.0
+    _shares: dict[Holding, _Share] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
-    def gathered(self, phase: int) -> float:
-        """Return the bytes of whole parameters and gradients in the backward pass of a section."""
-        return self.sent + {BEFORE: self.before, LAYERS: float(self.layer.max()), AFTER: self.after}[phase]
+    @functools.cached_property
+    def gathered(self) -> tuple[float, float, float]:
+        """The bytes of whole parameters and gradients in the backward pass of each section."""
+        by_section = {BEFORE: self.before, LAYERS: float(self.layer.max()), AFTER: self.after}
+        return self.sent + by_section[0], self.sent + by_section[1], self.sent + by_section[2]
+
+    def share(self, held: Holding) -> _Share:
+        """Return what of it a device holds, found once for all policies and numbers of microbatches."""
+        found = self._shares.get(held)
+        if found is None:
+            found = self._shares[held] = _share(self, held.here)
+        return found
+
+
+class _Share(NamedTuple):
+    """What a device holds of a `Standing`: bytes by item; of gradients those to come from a section on.
+
+    made: of one microbatch, as they are stored; beside: as they lie beside their sum, `sums`. casts: of each
+    scan over layers and those before it [stack].
+    """
+
+    items: Mapping[str, float]
+    made: tuple[float, ...]
+    beside: tuple[float, ...]
+    sums: float
+    again_after: float
+    casts: tuple[float, ...]
+
+
+def _share(stored: Standing, here: np.ndarray) -> _Share:
+    def from_on(row: np.ndarray) -> tuple[float, ...]:
+        return tuple(float(row[phase:] @ here[phase:]) for phase in range(3))
+
+    return _Share(
+        items={name: float(row @ here) for name, row in stored.items.items()},
+        made=from_on(stored.items["gradients"]),
+        beside=from_on(stored.beside),
+        sums=float(stored.sums @ here),
+        again_after=float(stored.again_after * here[AFTER]),
+        casts=tuple((stored.casts * here[LAYERS]).cumsum().tolist()),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,8 +165,7 @@ def moments(
       kept: which of them are kept.
       last_layer_apart: whether the last layer to come back from the host runs outside of the loop.
     """
-    every = Holding(here=np.ones(3), microbatches=1.0)
-    yield from moments_of(profile, candidate, stored, work, kept, every, last_layer_apart)
+    yield from moments_of(profile, candidate, stored, work, kept, _EVERYTHING, last_layer_apart)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,6 +174,9 @@ class Holding:
 
     here: np.ndarray
     microbatches: float
+
+
+_EVERYTHING = Holding(here=np.ones(3), microbatches=1.0)
 
 
 def moments_of(
@@ -147,51 +189,48 @@ def moments_of(
     last_layer_apart: bool,
 ) -> Iterator[dict[str, float]]:
     """Yield the moments of a device that holds a share of the program; see `moments`."""
-    saved, scratch, kept_of, alone = _activations(profile, candidate, work, kept)
-    returning = last_layer_apart and bool(kept.host.any())
+    living, lies = work.living(profile, candidate, kept), stored.share(held)
+    returning = last_layer_apart and living.returns
+    here, many = held.here.tolist(), candidate.microbatches > 1
     # All of it, whatever is worked through at a time.
     batch = work.batch * candidate.microbatches
-    here = held.here
     # Compilers that cast what products take before a loop have them whatever is kept.
-    casts = stored.casts * (candidate.remat == "none" or math.isfinite(work.product)) * here[LAYERS]
-    casts_to = casts.cumsum()
-    holding = saved * here * np.array([1.0, held.microbatches, 1.0])
-    always = {name: float(row @ here) for name, row in stored.items.items()}
-    if candidate.microbatches > 1:
-        always["gradients"] = float(stored.sums @ here)
+    has_casts = candidate.remat == "none" or math.isfinite(work.product)
+    casts = lies.casts if has_casts and lies.casts[-1] else ()
+    before, layers, after = (size * share for size, share in zip(living.saved, here, strict=True))
+    layers *= held.microbatches
+    holding = before, before + layers, before + layers + after
+    always = {**lies.items, "gradients": lies.sums} if many else lies.items
     for phase in [AFTER] * bool(here[AFTER]) + [LAYERS] + [BEFORE] * bool(here[BEFORE]):
-        items = always.copy()
+        items = dict(always)
         # Gradients of what comes before are still to come, but for a part that the loss gives.
-        if candidate.microbatches > 1 and phase != AFTER:
-            items["gradients"] += float(stored.beside[phase:] @ here[phase:])
-        elif candidate.microbatches == 1 and phase != BEFORE:
-            made = float(stored.items["gradients"][phase:] @ here[phase:])
-            items["gradients"] = made + float(stored.again_after * here[AFTER])
+        if many and phase != AFTER:
+            items["gradients"] += lies.beside[phase]
+        elif not many and phase != BEFORE:
+            items["gradients"] = lies.made[phase] + lies.again_after
         # A layer that runs outside of the loop does so beside what follows, and in a loop over
         # microbatches keeps the others' values there.
-        lasting = LAYERS if phase == BEFORE and returning and candidate.microbatches > 1 else phase
-        items["saved_activations"] = float(holding[: lasting + 1].sum())
-        beside = scratch[LAYERS] if returning else 0.0
-        items["temporaries"] = float(beside if phase == BEFORE else scratch[phase])
-        items["communication"] = stored.gathered(phase)
+        items["saved_activations"] = holding[LAYERS if phase == BEFORE and returning and many else phase]
+        beside = living.scratch[LAYERS] if returning else 0.0
+        items["temporaries"] = beside if phase == BEFORE else living.scratch[phase]
+        items["communication"] = stored.gathered[phase]
         items["batch"] = batch
         if profile.captured_bytes:
             items["captured"] = profile.captured_bytes
-        if phase != BEFORE and casts_to[-1]:
-            items["casts"] = float(casts_to[-1])
+        if phase != BEFORE and casts:
+            items["casts"] = casts[-1]
         if phase != LAYERS:
             yield items
             continue
         # Scans over layers go back one by one, the last one first; what they kept is gone then.
-        parts = _by_stack(profile, kept_of)
         for stack in reversed(range(profile.stacks)):
-            left = float(parts[: stack + 1].sum() * here[LAYERS] * held.microbatches)
-            if casts_to[-1]:
-                items["casts"] = float(casts_to[stack])
+            left = living.upto[stack] * here[LAYERS] * held.microbatches
+            if casts:
+                items["casts"] = casts[stack]
             yield {
                 **items,
-                "saved_activations": float(holding[BEFORE]) + left,
-                "temporaries": float(alone[stack]),
+                "saved_activations": before + left,
+                "temporaries": living.alone[stack],
                 "communication": stored.sent + float(stored.layer[stack]),
             }
 
@@ -234,162 +273,6 @@ def _gradients(
     each = table.item_bytes if gradient_bytes is None else gradient_bytes
     weights = table.elements * each * table.trained / parts(axes, candidate.mesh)
     return np.bincount(table.section, weights=weights, minlength=3)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Worked:
-    """What a placement's values weigh in bytes.
-
-    saved [V]: of one microbatch, in all runs; live, largest_of [stack]: what fused kernels keep of one layer,
-    and its largest value; least [stack]: what is live less what elementwise work gives of it; largest
-    [section]: likewise; batch: of the microbatch itself; stream: of what layers hand on; product: of an
-    element as products take it, at most. sent [V]: of each where nothing but layers hands it on. takes_out:
-    whether what a loop works with of an array that it carries is taken out of it. products: what
-    those of layers and the loss hold, None where it is no more than the others say.
-    """
-
-    saved: np.ndarray
-    live: np.ndarray
-    least: np.ndarray
-    largest: np.ndarray
-    largest_of: np.ndarray
-    batch: float
-    sent: np.ndarray
-    stream: float = 0.0
-    product: float = math.inf
-    takes_out: bool = False
-    products: WorkingSet | None = None
-
-    def of_layers(self, profile: ProgramTables, kept: Residuals, *, again: bool) -> np.ndarray:
-        """Return what a layer of each stack [stack] works in while it goes back, run `again` or not.
-
-        That is its largest value, or the gradient as large as that; run again, besides what fused kernels
-        would have saved of it; and what its products hold where that is more, but for what is `kept` and
-        read where it lies.
-        """
-        alone = self.largest_of + self.live * again
-        if self.products is None:
-            return alone
-        held = self.products.layer if again else self.products.passing
-        if again and not self.takes_out:
-            held = held - _by_stack(profile, self.products.again * kept.device)
-        return np.maximum(alone, held)
-
-
-def worked(
-    profile: ProgramTables,
-    placement: Placement,
-    mesh: Mapping[str, int],
-    *,
-    fused_attention: bool,
-    scratch: float = 0.0,
-    lanes: int = 1,
-    loss_arrays: int = 1,
-    product_bytes: int | None = None,
-    wide_sums: bool = False,
-    takes_out: bool = False,
-    rings: int = 0,
-    fuses_products: bool = False,
-    slices: float = 0.0,
-) -> Worked:
-    """Return what `placement`'s values weigh, whatever is kept of them.
-
-    A kernel of attention works in `scratch` bytes for each element of its result. While the loss's gradient
-    is taken, so many arrays as large as its largest lie in memory (`loss_arrays`). Rows of heads that are
-    kept are padded to whole `lanes`: a TPU's tile has 128 elements in its last dimension, a head often 64.
-    Products take elements of `product_bytes` at most, where that is given. Gradients of look-ups in tables of
-    two bytes lie in memory in four where they have `wide_sums`, but for tables that are read where they lie.
-    """
-    values = profile.values
-    size = values.bytes * placement.value_fraction
-    batch = float(size[list(profile.inputs)].sum())
-    sent, stream = size, float(size[list(profile.carries)].sum()) if profile.carries else 0.0
-    if fused_attention:
-        size = size * ~profile.saved.on_chip
-    # What is passed on in parts is whole while it is worked with.
-    used = size.copy()
-    if (cut := gathers(placement, mesh, FORWARD, len(size))) is not None:
-        used *= cut
-    # Of a loss's weights, whose gradient comes of a part of the batch at a time, one is as large.
-    arrays = 1.0 + (loss_arrays - 1.0) * ((values.section == AFTER) & (values.parameter < 0))
-    largest = np.zeros(3)
-    # What the loss makes of its parameters before it takes them is with what is gathered.
-    made = ~((values.section == AFTER) & (values.parameter >= 0))
-    np.maximum.at(largest, values.section, used * arrays * made)
-    for one in profile.short_sums if wide_sums else ():
-        if used[one.table] < MANY_ROWS * used[one.value]:
-            largest[one.section] = max(largest[one.section], 2.0 * used[one.table])
-    # Casts of parameters are with what is gathered.
-    rows = values.dims[:, list(profile.batch_dims)].any(axis=1) if profile.batch_dims else True
-    fused = profile.saved.by_policy["none/fused"] & rows
-    live = _by_stack(profile, used * fused)
-    own = fused & ~profile.saved.by_policy["none/given"]
-    least = _by_stack(profile, used * own)
-    largest_of = np.zeros(1 + profile.stacks)
-    np.maximum.at(largest_of, values.stack + 1, used)
-    attended = list(profile.attended)
-    if scratch and attended:
-        # Of two bytes, as all types that a kernel takes on GPUs.
-        at_work = used[attended] / 2 * scratch
-        np.maximum.at(largest_of, values.stack[attended] + 1, at_work)
-        np.maximum.at(largest, values.section[attended], at_work)
-    width = np.maximum(values.width, 1.0)
-    padded = np.where(values.width > 0, np.ceil(width / lanes) * lanes / width, 1.0)
-    product = math.inf if product_bytes is None else product_bytes
-    return Worked(
-        saved=size * padded * values.runs,
-        live=live,
-        least=least,
-        largest=largest,
-        largest_of=largest_of[1:],
-        batch=batch,
-        sent=sent,
-        stream=stream,
-        product=product,
-        takes_out=takes_out,
-        products=working_set(
-            profile,
-            placement,
-            mesh,
-            size,
-            own,
-            rings=rings,
-            fuses=fuses_products,
-            product_bytes=product,
-            lanes=lanes,
-            slices=slices,
-        ),
-    )
-
-
-def activations(
-    profile: ProgramTables, candidate: Candidate, work: Worked, kept: Residuals
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what a microbatch saves by section, for all layers, and one layer's working set."""
-    saved, scratch, _, _ = _activations(profile, candidate, work, kept)
-    return saved, scratch
-
-
-def _activations(
-    profile: ProgramTables, candidate: Candidate, work: Worked, kept: Residuals
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the same, what is saved of each value [V], and what a layer of each stack [stack] works in."""
-    weights = work.saved * (1.0 * kept.device + kept.beside)
-    saved = np.bincount(profile.values.section, weights=weights, minlength=3)
-    # While its gradient is taken, a section holds its largest value, or the gradient as large as that.
-    scratch = work.largest.copy()
-    again = candidate.remat != "none"
-    layers = work.of_layers(profile, kept, again=again)
-    if again or work.products is not None:
-        scratch[LAYERS] = max(scratch[LAYERS] * (not again), layers.max())
-    if work.products is not None:
-        scratch[AFTER] += work.products.loss
-    return saved, scratch, weights, layers
-
-
-def _by_stack(profile: ProgramTables, weights: np.ndarray) -> np.ndarray:
-    """Return the sums of `weights` [V] over the values of each scan over layers [stack]."""
-    return np.bincount(profile.values.stack + 1, weights=weights, minlength=1 + profile.stacks)[1:]
 
 
 def _casts(profile: ProgramTables, placement: Placement, over: StoredOver) -> np.ndarray:

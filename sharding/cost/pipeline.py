@@ -29,7 +29,8 @@ from .candidate import Candidate
 from .delayed import kept_bytes
 from .exchange import parts as lying_over
 from .kept import Residuals
-from .memory import Standing, Worked, activations
+from .living import Worked, activations
+from .memory import Standing
 from .placement import BACKWARD, FORWARD
 from .profile import AFTER, BEFORE, LAYERS, ProgramTables
 from .stacks import (
@@ -352,7 +353,7 @@ def _gradients(parts: StepParts, of: np.ndarray | float = 1.0) -> np.ndarray:
     return np.bincount(table.section, weights=sizes, minlength=3)
 
 
-def _summed(profile: ProgramTables, params: np.ndarray) -> np.ndarray:
+def summed(profile: ProgramTables, params: np.ndarray) -> np.ndarray:
     """Return what `_gradients` does, of the bytes of parameters by section."""
     table = profile.parameters
     return _like(profile, params, np.maximum(table.item_bytes, _SUMMED) * table.trained)
@@ -416,7 +417,7 @@ def moments(
         held = ticks.kept + _KEPT_IN_HAND + work.takes_out
         inputs += held * worked / ticks.chunks * kept_bytes(profile, work)
     items = {name: float(row @ here) for name, row in stored.items.items()}
-    gradients = _summed(profile, stored.items["params"])
+    gradients = summed(profile, stored.items["params"])
     moved = moved_parameters(profile, ticks.stages, ticks.chunks)
     used = _used(profile, stored.items["params"], work.product, moved)
     cut_out = _CUT_OUT * sum(own) / ticks.chunks * float(used[LAYERS]) if ticks.chunks > 1 else 0.0
@@ -436,7 +437,7 @@ def moments(
             "gradients": float(gradients @ here + beside[phase]),
             "saved_activations": inputs + float(saved[phase] * part[phase]),
             "temporaries": float(scratch[phase] * alone),
-            "communication": stored.gathered(phase),
+            "communication": stored.gathered[phase],
         }
 
 

@@ -25,10 +25,20 @@ class AttentionPrices:
     kernel: Chosen
     machine: Machine
     known: dict[object, Kind] = dataclasses.field(default_factory=dict, repr=False)
+    of_maps: dict[object, tuple[Kind, object]] = dataclasses.field(default_factory=dict, repr=False)
     priced: dict[object, Mapping[int, AttendedSeconds]] = dataclasses.field(default_factory=dict, repr=False)
 
     def kind(self, candidate: Candidate) -> Kind:
         """Return which calls are fused under a candidate, and which of them by the chip's kernel."""
+        maps = candidate.mesh, candidate.dims
+        same = (*map(id, maps), candidate.context)
+        found = self.of_maps.get(same)
+        if found is None:
+            # The maps are kept, so that no other ones get their identity.
+            found = self.of_maps[same] = self._kind(candidate), maps
+        return found[0]
+
+    def _kind(self, candidate: Candidate) -> Kind:
         key = _layout(candidate)
         if key not in self.known:
             by = {n: self.kernel.taken(site, candidate.context).by for n, site in self._sites(candidate)}

@@ -17,6 +17,7 @@ from ..cost.compute import FusedAttention
 from ..cost.context import SpreadCall, calls_of
 from ..cost.estimate import Pricer
 from ..cost.execution import Execution, execution_for
+from ..cost.findings import Findings
 from ..cost.measured import Measurement
 from ..cost.measured import load as load_measurement
 from ..cost.pieces import Machine
@@ -224,6 +225,16 @@ class Problem:
         )
 
     @functools.cached_property
+    def findings(self) -> dict[object, Findings]:
+        """What was found of placements so far, by all that a price depends on but free memory."""
+        return {}
+
+    @functools.cached_property
+    def attending(self) -> dict[object, AttentionPrices]:
+        """Prices of attention found so far, by topology and what is declared of it."""
+        return {}
+
+    @functools.cached_property
     def optimizer_arrays(self) -> OptimizerArrays | None:
         """The arrays of the optimizer, None where none is given."""
         if self.optimizer is None:
@@ -248,7 +259,11 @@ class Problem:
         dtype = supposed.dtype or _product_dtype(self.program)
 
         def priced_by(
-            table: ProgramTables, record: Calibration, execution: Execution, other: _Other | None
+            table: ProgramTables,
+            record: Calibration,
+            execution: Execution,
+            other: _Other | None,
+            known: Findings,
         ) -> Pricer:
             return Pricer(
                 supposed.tables(table),
@@ -263,6 +278,7 @@ class Problem:
                 other=other,
                 calls=self.attention,
                 attended=attending.seconds,
+                known=known,
             )
 
         asked = declared or Declared()
@@ -280,15 +296,19 @@ class Problem:
                 pads_products=on_gpu and "multiple" not in by_jax,
             )
 
-        kernel = self.kernel(topology, declared or Declared())
+        kernel = self.kernel(topology, asked)
         efficiencies = calibration_for if self.calibration is None else self.calibration.record
         record = functools.partial(efficiencies, topology.chip.name)
-        attending = AttentionPrices(
-            calls=self.attention,
-            kernel=kernel,
-            machine=Machine(
-                chip=topology.chip, calibration=record(), of_kernel=record(kernels.priced_as(kernel))
-            ),
+        attended = str(asked.attention), asked.segments
+        # What this Pricer finds is found for another share of the room too, and for other meshes.
+        way = asked.accumulation, asked.max_passes, in_parts.ahead
+        priced = (topology, *attended, asked.experts, asked.arithmetic, *way)
+        shared = self.findings if supposed == Supposing() else {}
+        machine = Machine(
+            chip=topology.chip, calibration=record(), of_kernel=record(kernels.priced_as(kernel))
+        )
+        attending = self.attending.setdefault(
+            (topology, *attended), AttentionPrices(calls=self.attention, kernel=kernel, machine=machine)
         )
 
         def pricer_of(fused: frozenset[int], by_kernel: frozenset[int], other: _Other | None) -> Pricer:
@@ -300,6 +320,7 @@ class Problem:
                 record(kernels.priced_as(kernel)) if by_kernel else record(),
                 execution(attention),
                 other,
+                shared.setdefault((*priced, fused, by_kernel), Findings()),
             )
 
         usual = (kernel.calls, kernel.calls)
@@ -353,6 +374,7 @@ class Problem:
             answer.capacity_bytes,
             size=pricer.needed_bytes,
             least=pricer.least,
+            floor=pricer.least_bytes,
             runners_up=0,
             each_size=False,
             below=best.estimate.step_seconds / _WORTH_A_TRY,
@@ -367,9 +389,8 @@ class Problem:
     def fits(self, topology: Topology, declared: Declared) -> bool:
         """Whether anything fits `topology`, by all of what an allocator leaves free."""
         pricer = self.pricer(topology, declared, ROOMS[0])
-        return anything_fits(
-            self.space(topology, declared), capacity_of(topology, pricer), pricer.needed_bytes
-        )
+        offered, capacity = self.space(topology, declared), capacity_of(topology, pricer)
+        return anything_fits(offered, capacity, pricer.needed_bytes, pricer.least_bytes)
 
     def _answer(
         self, topology: Topology, declared: Declared, offered: Space, capacity: float | None, room: float
@@ -392,6 +413,7 @@ class Problem:
                 capacity,
                 size=pricer.needed_bytes,
                 least=pricer.least,
+                floor=pricer.least_bytes,
                 stored=stored,
             ),
             capacity_bytes=capacity,

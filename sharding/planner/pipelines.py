@@ -195,7 +195,7 @@ def _solved(
         offered = problem.space(topology, declared, worth)
     except UserError:
         return None
-    if below == math.inf and not anything_fits(offered, capacity, pricer.needed_bytes):
+    if below == math.inf and not anything_fits(offered, capacity, pricer.needed_bytes, pricer.least_bytes):
         return None
     answer = None
     for share in (one for one in ROOMS if one >= known.room):
@@ -206,6 +206,7 @@ def _solved(
             capacity,
             size=pricer.needed_bytes,
             least=pricer.least,
+            floor=pricer.least_bytes,
             each_size=False,
             below=below,
         )

@@ -37,6 +37,9 @@ Price = Callable[[Candidate], "Estimate"]
 Size = Callable[[Candidate], float]
 # Seconds that a candidate without stages takes at least, which are found sooner than what it costs.
 Least = Callable[[Candidate], float]
+# Bytes that a layout takes of a device at least, whatever it keeps and in however many microbatches: they are
+# found much sooner than a size.
+Floor = Callable[[Candidate], float]
 # What a layout stores on a device in bytes, as far as it decides.
 StoredBytes = Callable[[Candidate], float]
 
@@ -87,6 +90,7 @@ def search(
     *,
     size: Size | None = None,
     least: Least | None = None,
+    floor: Floor | None = None,
     stored: StoredBytes | None = None,
     runners_up: int = _RUNNERS_UP,
     each_size: bool = True,
@@ -100,6 +104,8 @@ def search(
         capacity_bytes: memory of a device.
         size: gives a candidate's peak memory alone, where that takes less than its price.
         least: gives the seconds that a candidate takes at least, whatever it stores, sooner than its price.
+        floor: gives the bytes that a layout takes at least, sooner than its size: what needs more than there
+            is is measured only to be told of.
         stored: gives the bytes that a layout stores on a device; where given, fewer bytes come before less
             time.
         runners_up: how many other layouts to return in order.
@@ -108,7 +114,7 @@ def search(
         below: only what takes fewer seconds than that.
     """
     sized = size or (lambda candidate: price(candidate).needed_bytes)
-    searching = _Search(space, price, sized, capacity_bytes, stored or (lambda _: 0.0), least)
+    searching = _Search(space, price, sized, capacity_bytes, stored or (lambda _: 0.0), least, floor)
     ranked = list(itertools.islice(searching.ranked(range(len(space.layouts)), below), 1 + runners_up))
     if ranked and each_size:
         ranked += searching.best_of_sizes(ranked)
@@ -120,13 +126,13 @@ def search(
     )
 
 
-def anything_fits(space: Space, capacity_bytes: float, size: Size) -> bool:
+def anything_fits(space: Space, capacity_bytes: float, size: Size, floor: Floor | None = None) -> bool:
     """Whether any candidate of `space` fits into `capacity_bytes` a device, by sizes alone."""
 
     def price(candidate: Candidate) -> Estimate:
         raise AssertionError(candidate)
 
-    return _Search(space, price, size, capacity_bytes, lambda _: 0.0).anything_fits()
+    return _Search(space, price, size, capacity_bytes, lambda _: 0.0, floor=floor).anything_fits()
 
 
 class _Search:
@@ -138,21 +144,24 @@ class _Search:
         capacity_bytes: float,
         stored: StoredBytes,
         least: Least | None = None,
+        floor: Floor | None = None,
     ) -> None:
         self._space, self._price, self._capacity = space, price, capacity_bytes
-        self._size, self._least = size, least
+        self._size, self._least, self._floor = size, least, floor
         sizes = [stored(layout) for layout in space.layouts]
         enough = _ABOUT_EQUAL * min(sizes, default=0.0)
         self._stored = [0.0 if size <= enough else size for size in sizes]
         self._seen: dict[tuple[int, int, int], Priced] = {}
         self._sizes: dict[tuple[int, int, int], float] = {}
-        self._hopeless: dict[int, tuple[int, int, int]] = {}
+        self._can: dict[int, bool] = {}
+        self._floors: dict[int, float] = {}
         # Of what fits nowhere, up to which stored bytes and seconds layouts were asked for.
         self._asked: dict[int, tuple[float, float]] = {}
         # Of a layout alone, and asked for again with those that share the size of an axis. (A cache on a
         # method would be a circle, and all that was found garbage for the collector.)
         self._roughs: dict[int, float] = {}
         self._bounds: dict[int, float] = {}
+        self._bounds_in_memory: dict[int, float] = {}
         self._bests: dict[int, Priced | None] = {}
 
     @property
@@ -163,8 +172,7 @@ class _Search:
     def anything_fits(self) -> bool:
         """Whether any layout fits, all kept or as little as can be."""
         return any(
-            all(self._fits(*place) for place in self._firsts(layout))
-            or self._can_fit(layout, [ladder[-1] for ladder in self._ladders(layout)])
+            self._can_fit(layout) or all(self._fits(*place) for place in self._firsts(layout))
             for layout in range(len(self._space.layouts))
         )
 
@@ -173,14 +181,25 @@ class _Search:
 
         The smallest come first.
         """
-        nearest = sorted(self._asked, key=lambda layout: self._sizes[self._hopeless[layout]])
         missed = (
             layout
-            for layout in nearest
+            for layout in self._nearest()
             if self._asked[layout] == _ALL
             or (self._stored[layout], self._bound(layout)) < self._asked[layout]
         )
-        return tuple(self._at(*self._hopeless[layout]) for layout in itertools.islice(missed, _MISFITS))
+        return tuple(self._at(*self._smallest(layout)) for layout in itertools.islice(missed, _MISFITS))
+
+    def _nearest(self) -> Iterator[int]:
+        """Yield what fits nowhere and was asked for, the smallest first, measured where its turn may be."""
+        # By what they take at least until that is least of all; of equals the first asked for.
+        open_ = [(self._floor_of(layout), False, n, layout) for n, layout in enumerate(self._asked)]
+        heapq.heapify(open_)
+        while open_:
+            _, is_measured, n, layout = heapq.heappop(open_)
+            if is_measured:
+                yield layout
+            else:
+                heapq.heappush(open_, (self._sized(*self._smallest(layout)), True, n, layout))
 
     def ranked(self, layouts: range | list[int], below: float = math.inf) -> Iterator[Priced]:
         """Yield the best candidate of each layout that fits and takes less than `below`, best first."""
@@ -200,7 +219,7 @@ class _Search:
             _, rough, layout, known = heapq.heappop(open_)
             if known < len(closer):
                 bound = max(rough, closer[known](layout))
-                if layout in self._hopeless:
+                if not self._can.get(layout, True):
                     hopeless.append(layout)
                 elif bound < below:
                     heapq.heappush(open_, (self._stored[layout], bound, layout, known + 1))
@@ -280,10 +299,15 @@ class _Search:
         that fits, whole or in the most microbatches, bounds all that do: they keep no more, and take it in
         no fewer parts than the whole.
         """
+        if layout not in self._bounds_in_memory:
+            self._bounds_in_memory[layout] = self._bounded_in_memory(layout)
+        return self._bounds_in_memory[layout]
+
+    def _bounded_in_memory(self, layout: int) -> float:
         firsts = list(self._firsts(layout))
-        if all(self._fits(*place) for place in firsts):
+        if not self._is_too_much(layout) and all(self._fits(*place) for place in firsts):
             return 0.0
-        if not self._can_fit(layout, [ladder[-1] for ladder in self._ladders(layout)]):
+        if not self._can_fit(layout):
             return math.inf
         last, part = len(self._space.parts(self._space.layouts[layout])) - 1, firsts[-1][-1]
         found = math.inf
@@ -326,7 +350,7 @@ class _Search:
             # Ladders after the first keep values on the host: only where the device cannot hold them all.
             first = self._ladders(layout)[0]
             ladders = [ladder for ladder in ladders if ladder.start in first]
-        elif not self._can_fit(layout, [ladder[-1] for ladder in self._ladders(layout)]):
+        elif not self._can_fit(layout):
             return None
         fitting = [one for ladder in ladders for one in self._descend(layout, ladder)]
         return min(
@@ -380,17 +404,33 @@ class _Search:
             if one.fits:
                 yield one
 
-    def _can_fit(self, layout: int, ends: list[int]) -> bool:
-        """Whether the layout fits on a last rung (`ends`) with the most microbatches or with one."""
-        if layout in self._hopeless:
-            return False
-        last = len(self._space.parts(self._space.layouts[layout])) - 1
-        places = [(layout, end, part) for end in ends for part in {0, last}]
-        smallest = min(places, key=lambda place: self._sized(*place))
-        fits = self._fits(*smallest)
-        if not fits:
-            self._hopeless[layout] = smallest
-        return fits
+    def _can_fit(self, layout: int) -> bool:
+        """Whether the layout fits on a last rung with the most microbatches or with one."""
+        if layout not in self._can:
+            # What takes least is mostly that of most microbatches.
+            ends = reversed(self._ends(layout))
+            self._can[layout] = not self._is_too_much(layout) and any(self._fits(*end) for end in ends)
+        return self._can[layout]
+
+    def _is_too_much(self, layout: int) -> bool:
+        """Whether the layout takes more than there is whatever it keeps."""
+        return self._floor_of(layout) > self._capacity
+
+    def _floor_of(self, layout: int) -> float:
+        if self._floor is None:
+            return 0.0
+        if layout not in self._floors:
+            self._floors[layout] = self._floor(self._space.layouts[layout])
+        return self._floors[layout]
+
+    def _ends(self, layout: int) -> list[tuple[int, int, int]]:
+        """Return the last rungs of a layout, with one microbatch and with the most."""
+        parts = dict.fromkeys((0, len(self._space.parts(self._space.layouts[layout])) - 1))
+        return [(layout, ladder[-1], part) for part in parts for ladder in reversed(self._ladders(layout))]
+
+    def _smallest(self, layout: int) -> tuple[int, int, int]:
+        """Return the smallest of the ends, of equals that of the first ladder."""
+        return min(self._ends(layout), key=lambda end: (self._sized(*end), end))
 
     def _candidate(self, layout: int, remat: int, parts: int) -> Candidate:
         base = self._space.layouts[layout]

@@ -161,13 +161,12 @@ def in_parts(own: ProgramTables, mask: np.ndarray, parts: int, made_by: Sequence
         as_much = dataclasses.replace(groups, edge_forward=forward, edge_backward=backward)
         return dataclasses.replace(smaller(table), groups=as_much)
 
-    def execution(own: Execution) -> Execution:
-        def kept(table: ProgramTables, candidate: Candidate, fused: bool) -> Residuals:
-            found = own.kept(table, candidate, fused)
-            again = found.again | (np.isin(np.arange(len(found.again)), made_by) & ~table.steps.rematted)
-            return dataclasses.replace(found, again=again)
+    def again(table: ProgramTables, found: Residuals) -> Residuals:
+        made = np.isin(np.arange(len(found.again)), made_by) & ~table.steps.rematted
+        return dataclasses.replace(found, again=found.again | made)
 
-        return dataclasses.replace(own, kept=kept)
+    def execution(own: Execution) -> Execution:
+        return _keeping(own, again)
 
     return Supposing(tables=tables, execution=execution)
 
@@ -199,14 +198,26 @@ def more_rows(times: float) -> Callable[[ProgramTables], ProgramTables]:
 def checkpointed(share: float) -> Supposing:
     """Suppose that of what is kept outside of layers so much stays, and all of it is run again."""
 
-    def execution(own: Execution) -> Execution:
-        def kept(table: ProgramTables, candidate: Candidate, fused: bool) -> Residuals:
-            found = own.kept(table, candidate, fused)
-            mask, outside = table.values.section != LAYERS, table.steps.section != LAYERS
-            again = found.again | (outside & ~table.steps.rematted)
-            device = np.where(mask, share * found.device, 1.0 * found.device)
-            return dataclasses.replace(found, device=device, again=again)
+    def less(table: ProgramTables, found: Residuals) -> Residuals:
+        mask, outside = table.values.section != LAYERS, table.steps.section != LAYERS
+        again = found.again | (outside & ~table.steps.rematted)
+        device = np.where(mask, share * found.device, 1.0 * found.device)
+        return dataclasses.replace(found, device=device, again=again)
 
-        return dataclasses.replace(own, kept=kept)
+    def execution(own: Execution) -> Execution:
+        return _keeping(own, less)
 
     return Supposing(execution=execution)
+
+
+def _keeping(own: Execution, change: Callable[[ProgramTables, Residuals], Residuals]) -> Execution:
+    """Suppose that something else is kept, made once of what is: what follows from it is known by it."""
+    known: dict[object, Residuals] = {}
+
+    def kept(table: ProgramTables, candidate: Candidate, fused: bool) -> Residuals:
+        found = own.kept(table, candidate, fused)
+        if (table, found) not in known:
+            known[table, found] = change(table, found)
+        return known[table, found]
+
+    return dataclasses.replace(own, kept=kept)

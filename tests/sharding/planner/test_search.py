@@ -64,6 +64,7 @@ def test_it_finds_what_brute_force_finds(name: str, topology: str, mesh: dict[st
             capacity,
             size=pricer.needed_bytes,
             least=pricer.least,
+            floor=pricer.least_bytes,
             runners_up=3,
             each_size=False,
         )
@@ -81,6 +82,31 @@ def test_it_finds_what_brute_force_finds(name: str, topology: str, mesh: dict[st
         # What takes as long as that is not looked for.
         best = found.best.estimate.step_seconds
         assert search(offered, pricer.price, capacity, size=pricer.needed_bytes, below=best).best is None
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "mesh"),
+    [("state_space", "v5e:2x4", {}), ("state_space", "h100:8", {"stage": 2})],
+)
+def test_what_a_layout_takes_at_least_changes_nothing_but_what_is_measured(
+    name: str, topology: str, mesh: dict[str, int]
+) -> None:
+    offered, pricer = problem(name, topology, mesh=mesh)
+    for candidate in offered.candidates():
+        assert 0 < pricer.least_bytes(candidate) <= pricer.needed_bytes(candidate)
+    sizes = sorted(pricer.needed_bytes(candidate) for candidate in offered.candidates())
+    measured = []
+    for capacity in (sizes[0] / 2, sizes[len(sizes) // 20], sizes[len(sizes) // 4]):
+        asked = {"size": pricer.needed_bytes, "least": pricer.least}
+        without = search(offered, pricer.price, capacity, **asked)
+        found = search(offered, pricer.price, capacity, **asked, floor=pricer.least_bytes)
+        assert [layout_of(one.candidate) for one in found.misfits] == [
+            layout_of(one.candidate) for one in without.misfits
+        ]
+        assert dataclasses.replace(found, priced=0) == dataclasses.replace(without, priced=0)
+        measured.append((found.priced, without.priced))
+    assert all(fewer <= all_ for fewer, all_ in measured)
+    assert any(fewer < all_ for fewer, all_ in measured)
 
 
 def test_it_says_what_does_not_fit_and_by_how_much() -> None:
