@@ -109,7 +109,7 @@ def _links(
     if topology.is_torus and sizes:
         return _torus_links(sizes, topology, calibration)
     return {
-        axis: switched_link(size, inside, topology.chip, calibration)
+        axis: _joint(size, inside, topology.chip, calibration)
         for axis, (size, inside) in switched_groups(sizes, topology).items()
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -70,6 +71,21 @@ class Busy:
     seconds: np.ndarray
     kernels: np.ndarray
     waiting: np.ndarray
+
+    @functools.cached_property
+    def by_kind(self) -> np.ndarray:
+        """Seconds [kind, section] of all passes."""
+        return self.seconds.sum(axis=0)
+
+    @functools.cached_property
+    def by_section(self) -> np.ndarray:
+        """Seconds [section] of all passes and kinds."""
+        return self.seconds.sum(axis=(0, 1))
+
+    @functools.cached_property
+    def started(self) -> np.ndarray:
+        """Kernels [section] of all passes."""
+        return self.kernels.sum(axis=0)
 
 
 def peak_flops(chip: Chip, dtype: str) -> float:

@@ -268,7 +268,7 @@ class Pricer:
         wires = execution.links(candidate.mesh, self.topology, calibration)
         kept = execution.kept(table, candidate, execution.attention is not None)
         once = self._once(placement, calibration, execution, known=own)
-        done = execution.busy(table, once, kept)
+        done = self._busy(once, kept) if own else execution.busy(table, once, kept)
         joint = functools.partial(joint_link, candidate.mesh, self.topology, calibration)
         # Parts that follow one another scatter what they learn by hand, see `transform.accumulation.region`.
         joint = joint if execution.reduces_whole and candidate.microbatches == 1 else None
@@ -410,8 +410,16 @@ class Pricer:
     def _unstored(self, candidate: Candidate, placement: Placement) -> StepParts:
         """Return what a step is made of but for what is stored, and travels for it."""
         once = self._once(placement, self.calibration, self.execution, known=True)
-        busy = self.execution.busy(self.profile, once, self.kept(candidate))
-        return self._parts(candidate, placement, busy)
+        return self._parts(candidate, placement, self._busy(once, self.kept(candidate)))
+
+    def _busy(self, once: Passes, kept: Residuals) -> Busy:
+        """Return what a device computes, in a placement's passes under a policy."""
+        key = id(once), id(kept)
+        known = self._known.busy.get(key)
+        if known is None:
+            made = self.execution.busy(self.profile, once, kept)
+            known = remembered(self._known.busy, key, (made, (once, kept)))
+        return known[0]
 
     def _parts(self, candidate: Candidate, placement: Placement, busy: Busy) -> StepParts:
         return StepParts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TypeVar
 
-from .compute import Passes
+from .compute import Busy, Passes
 from .exchange import Exchange, StoredOver
 from .living import Worked
 from .memory import Standing
@@ -35,6 +35,7 @@ class Findings:
     exchanges: dict[object, tuple[Exchange, object]] = dataclasses.field(default_factory=dict)
     standing: dict[object, tuple[Standing, object]] = dataclasses.field(default_factory=dict)
     passes: dict[int, tuple[Passes, Placement]] = dataclasses.field(default_factory=dict)
+    busy: dict[object, tuple[Busy, object]] = dataclasses.field(default_factory=dict)
     least: dict[object, tuple[float, Placement]] = dataclasses.field(default_factory=dict)
     exchanged: dict[object, tuple[Least, Placement]] = dataclasses.field(default_factory=dict)
     whole: dict[object, tuple[Least, Placement]] = dataclasses.field(default_factory=dict)

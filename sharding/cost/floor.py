@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -32,11 +32,14 @@ def stored_at_least(
     ticks, table = lockstep(candidate), profile.parameters
     arguments = table.argument.tolist()
     params = [candidate.stored.get(n) for n in arguments]
-    moments, gradients = (
-        [of.get(n, spec) for n, spec in zip(arguments, params, strict=True)]
-        for of in (candidate.optimizer, candidate.gradients)
-    )
-    parts, of_moments, of_gradients = (_parts(candidate, specs) for specs in (params, moments, gradients))
+    parts = _parts(candidate, params)
+
+    def parts_of(storage: Mapping[int, Storage]) -> np.ndarray:
+        return _parts(candidate, [storage.get(n, spec) for n, spec in zip(arguments, params, strict=True)])
+
+    of_moments = parts_of(candidate.optimizer)
+    same = candidate.gradients is candidate.optimizer
+    of_gradients = of_moments if same else parts_of(candidate.gradients)
     stored = _by_section(profile, table.item_bytes / parts)
     found = stored + _by_section(profile, slot_bytes * table.trained / of_moments)
     here = np.ones(3)
@@ -57,9 +60,16 @@ def _by_section(profile: ProgramTables, each: np.ndarray) -> np.ndarray:
 def _parts(candidate: Candidate, specs: list[Storage | None]) -> np.ndarray:
     """Return over how many devices of a stage each parameter [P] lies, at most where no spec is given."""
     mesh = {**candidate.mesh, "stage": 1}
-    known: dict[int, int] = {}
+    known: dict[int, float] = {}
+    found = []
     for spec in specs:
-        if id(spec) not in known:
-            entries = candidate.dims.values() if spec is None else spec
-            known[id(spec)] = math.prod(mesh.get(axis, 1) for axis in {a for axes in entries for a in axes})
-    return np.array([known[id(spec)] for spec in specs], float)
+        parts = known.get(id(spec))
+        if parts is None:
+            parts = 1.0
+            for axis in {
+                axis for axes in (candidate.dims.values() if spec is None else spec) for axis in axes
+            }:
+                parts *= mesh.get(axis, 1)
+            known[id(spec)] = parts
+        found.append(parts)
+    return np.array(found)

@@ -14,6 +14,7 @@ step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -364,11 +365,17 @@ def held_at_least(profile: ProgramTables, candidate: Candidate, slot_bytes: floa
 
     They are parameters, moments and gradients over all devices, and inputs of chunks over those of a stage.
     """
-    ticks, table = lockstep(candidate), profile.parameters
+    ticks, (stored, streams) = lockstep(candidate), _whole(profile, slot_bytes)
+    inputs = (ticks.inputs + _IN_HAND) * (streams / candidate.microbatches) * ticks.stages
+    return (stored + inputs) / candidate.num_devices
+
+
+@functools.lru_cache(maxsize=16)
+def _whole(profile: ProgramTables, slot_bytes: float) -> tuple[float, float]:
+    """Return the bytes of all parameters, moments and gradients, and of all that layers hand on at once."""
+    table = profile.parameters
     each = table.item_bytes + (slot_bytes + np.maximum(table.item_bytes, _SUMMED)) * table.trained
-    stream = float(profile.values.bytes[list(profile.carries)].sum()) / candidate.microbatches
-    inputs = (ticks.inputs + _IN_HAND) * stream * ticks.stages
-    return (float(table.elements @ each) + inputs) / candidate.num_devices
+    return float(table.elements @ each), float(profile.values.bytes[list(profile.carries)].sum())
 
 
 def moments(

@@ -35,6 +35,8 @@ import numpy as np
 
 from ..ops.experts import SLACK
 from .candidate import Candidate
+from .collectives import Link
+from .kept import Residuals
 from .profile import ProgramTables
 
 _Found = TypeVar("_Found")
@@ -70,11 +72,38 @@ class Traffic:
     bytes: np.ndarray
     runs: np.ndarray
     section: np.ndarray
+    # By what is kept, and by the link that it goes over.
+    _found: dict[object, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def once(self) -> tuple[np.ndarray, np.ndarray]:
         """Bytes [3] and numbers of collectives [3] of a microbatch, by section."""
         return self.of(self.runs)
+
+    def under(self, kept: Residuals) -> tuple[np.ndarray, np.ndarray]:
+        """Return bytes [3] and numbers of collectives [3] of a microbatch, with what is moved again.
+
+        What is made again in the backward pass is moved again for it.
+        """
+        if self.phase != FORWARD:
+            return self.once
+        found = self._found.get(kept)
+        if found is None:
+            (size, count), again = self.once, kept.gathered if self.kind == "all_gather" else kept.made
+            added = self.of(self.runs * again[self.values])
+            found = self._found[kept] = size + added[0], count + added[1]
+        return found
+
+    def over(self, link: Link, kept: Residuals) -> tuple[np.ndarray, np.ndarray]:
+        """Return the seconds [3] that links are busy with a microbatch's, and those of starting them [3]."""
+        key = id(link), kept if self.phase == FORWARD else None
+        found = self._found.get(key)
+        if found is None:
+            size, count = self.under(kept)
+            seconds = link.transfer(self.kind, size, count), link.starts(self.kind, 1.0) * count
+            # The link is kept, so that no other one gets its identity.
+            found = self._found[key] = (*seconds, link)
+        return found[0], found[1]
 
     def of(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return bytes [3] and numbers of collectives [3] by section, each value moving `runs` times."""

@@ -16,7 +16,7 @@ from .collectives import Link
 from .compute import KINDS, Busy
 from .exchange import Exchange, StoredOver
 from .kept import Residuals
-from .placement import BACKWARD, FORWARD, Placement
+from .placement import BACKWARD, Placement
 from .profile import LAYERS, ProgramTables
 
 
@@ -174,24 +174,23 @@ def microbatch(parts: StepParts, turns: Turns = ONCE) -> dict[str, np.ndarray]:
     """Return item → seconds by section of one microbatch, or of the `turns` that a device takes at it."""
     calibration, wires, work, moved = parts.calibration, parts.wires, parts.work, parts.moved
     items: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
-    for kind, row in zip(KINDS, work.seconds.sum(axis=0), strict=True):
+    for kind, row in zip(KINDS, work.by_kind, strict=True):
         items[f"compute/{kind}"] += row * turns.rows
-    computing = work.seconds.sum(axis=(0, 1)) * turns.rows
+    computing = work.by_section * turns.rows
     talking, starting = np.zeros(3), np.zeros(3)
     for traffic in parts.placement.traffic:
-        size, count = traffic.once
-        if traffic.phase == FORWARD:
-            # What is made again in the backward pass is moved again for it.
-            again = parts.kept.gathered if traffic.kind == "all_gather" else parts.kept.made
-            added = traffic.of(traffic.runs * again[traffic.values])
-            size, count = size + added[0], count + added[1]
         link = wires[traffic.axis]
-        # Only the bytes are cut where a device takes part of the rows at a turn.
-        busy = link.transfer(traffic.kind, size * turns.rows, count * turns.whole)
+        if turns is ONCE:
+            busy, starts = traffic.over(link, parts.kept)
+        else:
+            size, count = traffic.under(parts.kept)
+            # Only the bytes are cut where a device takes part of the rows at a turn.
+            busy = link.transfer(traffic.kind, size * turns.rows, count * turns.whole)
+            starts = link.starts(traffic.kind, 1.0) * count * turns.whole
         row = busy * (1.0 - calibration.overlap_activations)
         items[f"{traffic.kind}/{traffic.axis}"] += row
         talking += row
-        starting += link.starts(traffic.kind, 1.0) * count * turns.whole
+        starting += starts
     fetching: dict[tuple[str, str], np.ndarray] = defaultdict(lambda: np.zeros(3))
     for (kind, axis), row in (*moved.gathers.items(), *moved.scatters.items()):
         spent = np.array(row) * turns.whole * (turns.gathers if kind == "all_gather" else 1.0)
@@ -210,7 +209,7 @@ def microbatch(parts: StepParts, turns: Turns = ONCE) -> dict[str, np.ndarray]:
         seen = max(host.link - hidden, 0.0) + host.memory
         items["offload/host"] += np.array([0.0, seen, 0.0]) * turns.rows
     # Kernels and collectives are issued ahead of the device: only where that takes longer does it show.
-    issued = work.kernels.sum(axis=0) * calibration.kernel_seconds * turns.whole + starting
+    issued = work.started * calibration.kernel_seconds * turns.whole + starting
     items["host"] += np.maximum(issued - computing - talking, 0.0) + work.waiting * turns.whole
     if parts.stacking:
         items["kept"] = np.array([0.0, parts.stacking, 0.0]) * turns.rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 from ..cost.candidate import Candidate
@@ -38,8 +39,16 @@ class AttentionPrices:
             found = self.of_maps[same] = self._kind(candidate), maps
         return found[0]
 
+    @functools.cached_property
+    def _dims(self) -> tuple[int, ...]:
+        """The major dims of queries and keys, which alone can be cut."""
+        both = (composition for one in self.calls for dims in one.dims[:2] for composition in dims)
+        return tuple(dict.fromkeys(composition[0] for composition in both if composition))
+
     def _kind(self, candidate: Candidate) -> Kind:
-        key = _layout(candidate)
+        dims, mesh = candidate.dims, candidate.mesh
+        cut = tuple(tuple(axis for axis in dims.get(dim, ()) if mesh.get(axis, 1) > 1) for dim in self._dims)
+        key = (cut, tuple(mesh[axis] for axes in cut for axis in axes), candidate.context)
         if key not in self.known:
             by = {n: self.kernel.taken(site, candidate.context).by for n, site in self._sites(candidate)}
             fused = frozenset(n for n, one in by.items() if one is not None)

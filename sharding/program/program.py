@@ -309,6 +309,13 @@ class Program:
         return tuple(argument for argument in self.arguments if argument.is_parameter)
 
     @functools.cached_property
+    def majors(self) -> tuple[tuple[Argument, tuple[int, ...]], ...]:
+        """The parameters, each with the major dims of its dimensions, which can be cut."""
+        return tuple(
+            (one, tuple(composition[0] for composition in one.dims if composition)) for one in self.parameters
+        )
+
+    @functools.cached_property
     def stored(self) -> tuple[Argument, ...]:
         """The arguments that lie on the devices from step to step: the parameters, then the state."""
         return tuple(argument for argument in self.arguments if not argument.is_data)

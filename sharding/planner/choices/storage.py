@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,12 +13,12 @@ from ...plans.specs import cut_into
 from ...program.program import Argument, Program
 from ...xla.compiler import compiler_of
 from .draft import Draft, Given, Refused
-from .layers import moved_layers, over_stages
+from .layers import STAGE, Layers, moved_layers, over_stages
 
 # A vector is stored whole unless it is more than this part of all parameters: a gather of so few bytes
 # costs its latency in every layer and saves nothing.
 _LEAST_VECTOR = 0.01
-# How a parameter and its moments lie, by what that depends on: of the mesh, then of the parameter.
+# How a parameter and its moments lie, by what that depends on: of all parameters, then of one.
 Known = dict[object, dict[object, tuple[Storage, Storage]]]
 # The axis that stores parameters which it does not compute with.
 _STORING = "fsdp"
@@ -89,36 +90,61 @@ def store(
     moved = moved_layers(program, mesh, chunks)
     if moved:
         dims = {dim: axes for dim, axes in dims.items() if all(dim != one.dim for one in moved)}
-    total = program.elements
     params, optimizer = {}, {}
     known = {} if known is None else known
-    # Found once for a mesh, so that the long part of the key is hashed once.
-    found = known.setdefault((*mesh.items(), *over, *moments_over, tile_rows, moved), {})
-    for argument in program.parameters:
-        first = program.alike[argument.index]
-        if first in params and (not declared or declared.get(argument.index) == declared.get(first)):
-            params[argument.index], optimizer[argument.index] = params[first], optimizer[first]
+    way = _Way(program=program, over=over, moments_over=moments_over, tile_rows=tile_rows, moved=moved)
+    # Of a mesh by the axes of a parameter's dims alone, of others by the sizes of all axes that tell.
+    ways = (*over, None, *moments_over, tile_rows, moved)
+    of_mesh, of_sizes = known.setdefault((*mesh.items(), *ways), {}), known.setdefault(ways, {})
+    for argument, majors in program.majors:
+        index, first = argument.index, program.alike[argument.index]
+        if first in params and (not declared or declared.get(index) == declared.get(first)):
+            params[index], optimizer[index] = params[first], optimizer[first]
             continue
-        kept = declared.get(argument.index, {})
-        laid = (dims.get(composition[0], ()) if composition else () for composition in argument.dims)
-        key = (argument.index, *laid, *kept.items())
-        if key in found:
-            params[argument.index], optimizer[argument.index] = found[key]
-            continue
-        storage = [kept.get(n, axes) for n, axes in enumerate(computed(argument, dims, mesh))]
-        open_dimensions = [n for n in range(len(argument.shape)) if n not in kept]
-        choices = _worth_cutting(argument, program, total, open_dimensions)
-        for axis in over:
-            storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
-        if moved:
-            storage = over_stages(argument, moved, storage, mesh)
-        params[argument.index] = tuple(storage)
-        for axis in moments_over if argument.is_trained else ():
-            storage = _cut(storage, argument.shape, choices, axis, mesh, tile_rows)
-        optimizer[argument.index] = tuple(storage)
-        found[key] = params[argument.index], optimizer[argument.index]
+        kept = declared.get(index, {})
+        key = (index, *map(dims.get, majors), *kept.items())
+        found = of_mesh.get(key)
+        if found is None:
+            laid = itertools.chain(*(dims.get(dim) or () for dim in majors), *kept.values())
+            axes = sorted({*laid, *over, *moments_over, *(STAGE,) * bool(moved)})
+            same = (*key, *((axis, mesh.get(axis, 1)) for axis in axes))
+            if same not in of_sizes:
+                of_sizes[same] = way.of(argument, dims, mesh, kept)
+            found = of_mesh[key] = of_sizes[same]
+        params[index], optimizer[index] = found
     state = state_storage(program, mesh, dims, params, over=over, tile_rows=tile_rows)
     return ParameterStorage(params={**params, **state}, optimizer={**optimizer, **state})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Way:
+    """How parameters of `program` are stored; fields are as the arguments of `store`."""
+
+    program: Program
+    over: Sequence[str]
+    moments_over: Sequence[str]
+    tile_rows: int
+    moved: Sequence[Layers]
+
+    def of(
+        self,
+        argument: Argument,
+        dims: Mapping[int, tuple[str, ...]],
+        mesh: Mapping[str, int],
+        kept: Mapping[int, tuple[str, ...]],
+    ) -> tuple[Storage, Storage]:
+        """Return how a parameter and its moments lie, with the dimensions `kept` as they are."""
+        storage = [kept.get(n, axes) for n, axes in enumerate(computed(argument, dims, mesh))]
+        open_dimensions = [n for n in range(len(argument.shape)) if n not in kept]
+        choices = _worth_cutting(argument, self.program, self.program.elements, open_dimensions)
+        for axis in self.over:
+            storage = _cut(storage, argument.shape, choices, axis, mesh, self.tile_rows)
+        if self.moved:
+            storage = over_stages(argument, self.moved, storage, mesh)
+        moments = storage
+        for axis in self.moments_over if argument.is_trained else ():
+            moments = _cut(moments, argument.shape, choices, axis, mesh, self.tile_rows)
+        return tuple(storage), tuple(moments)
 
 
 def state_storage(
