@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,6 +107,13 @@ class Calibration:
                 raise UserError(f"{name}={value} must be above 0")
             if value < 0:
                 raise UserError(f"{name}={value} must not be below 0")
+
+    def lateness(self, devices: int) -> float:
+        """Return how many times as long a step of so many devices takes, since it waits for the slowest.
+
+        Of n devices that is later than the mean by about as much again each time n doubles.
+        """
+        return 1.0 + self.imbalance_per_doubling * math.log2(max(devices, 1))
 
 
 def compiled_part(record: Calibration) -> dict[str, float]:

@@ -323,7 +323,7 @@ class Pricer:
         moved_bytes = 4.0 * memory.get("stacks", 0.0) * candidate.microbatches
         time["stacks"] = moved_bytes / ((chip.hbm_bytes_per_second or 1.0) * calibration.memory_efficiency)
         time["host"] += calibration.step_seconds
-        time["stragglers"] = sum(time.values()) * (_lateness(candidate, calibration) - 1.0)
+        time["stragglers"] = sum(time.values()) * (calibration.lateness(candidate.num_devices) - 1.0)
         return {name: float(seconds) for name, seconds in time.items() if seconds}
 
     def _over_context(
@@ -353,7 +353,7 @@ class Pricer:
         """
         if (other := self.of(candidate)) is not self:
             return other.least(candidate)
-        late = _lateness(candidate, self.calibration)
+        late = self.calibration.lateness(candidate.num_devices)
         if candidate.mesh.get("stage", 1) > 1:
             return self.whole(candidate).over(self.profile, lockstep(candidate)) * late
         placement = self.place(candidate)
@@ -383,7 +383,8 @@ class Pricer:
             rows = sum((row for name, row in items.items() if name != "host"), np.zeros(3))
             found = Least(sections=tuple(rows.tolist()), late=0.0, keeping=0.0, made_of=0.0)
             known = remembered(self._known.exchanged, id(placement), (found, placement))
-        return known[0].over(self.profile, lockstep(candidate)) * _lateness(candidate, self.calibration)
+        late = self.calibration.lateness(candidate.num_devices)
+        return known[0].over(self.profile, lockstep(candidate)) * late
 
     def whole(self, candidate: Candidate) -> Least:
         """Return what of the whole batch at once a candidate over stages takes at least."""
@@ -499,11 +500,3 @@ class Pricer:
         if known:
             remembered(self._known.exchanges, key, (made, (candidate.dims, over)))
         return made
-
-
-def _lateness(candidate: Candidate, calibration: Calibration) -> float:
-    """Return how many times as long a step takes, since it waits for the slowest of its devices.
-
-    Of n devices that is later than the mean by about as much again each time n doubles.
-    """
-    return 1.0 + calibration.imbalance_per_doubling * math.log2(max(candidate.num_devices, 1))
