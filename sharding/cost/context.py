@@ -30,6 +30,9 @@ from ..program.program import Dims, Equation, Program
 from .calibration import Calibration
 from .candidate import Candidate
 from .collectives import Link
+from .compute import Passes
+from .kept import Residuals
+from .profile import ProgramTables
 from .step import exposed
 
 
@@ -208,6 +211,14 @@ class Attending:
     forward: float
     backward: float
     again: int
+
+    @classmethod
+    def of(cls, profile: ProgramTables, once: Passes, kept: Residuals, more: int) -> Attending:
+        """Return that of passes under what is kept, run `more` times forward besides."""
+        products = profile.products.equation
+        again = bool(kept.again[products[profile.steps.core[products]]].any())
+        forward, backward = (float(once.seconds[n, 1].sum()) for n in range(2))
+        return cls(forward=forward, backward=backward, again=again + more)
 
 
 def context_seconds(

@@ -340,10 +340,7 @@ class Pricer:
         calls = laid_calls(self._calls, candidate)
         if not calls:
             return {}
-        products = self.profile.products.equation
-        again = bool(kept.again[products[self.profile.steps.core[products]]].any())
-        forward, backward = (float(once.seconds[n, 1].sum()) for n in range(2))
-        work = Attending(forward=forward, backward=backward, again=again + turns.again)
+        work = Attending.of(self.profile, once, kept, turns.again)
         return context_seconds(calls, candidate.context, wires["context"], calibration, work)
 
     def least(self, candidate: Candidate) -> float:
