@@ -152,9 +152,10 @@ def _within(g: PartGraph, at: Held, size: int, pre: int) -> Held:
 
 
 def sort(g: PartGraph, eqn: core.JaxprEqn, ins: list[Held]) -> list[Held] | None:
-    """Read a sort of the examples; None for any other, or of what is made of the data alone."""
+    """Read a sort of the examples; None for any other, or of what is made ahead of the data alone."""
     form = one_of(ins).form
-    if form.axis != eqn.params["dimension"] or (g.cut and not any(one.heavy for one in ins)):
+    ahead = g.of_data is not None and not any(one.heavy for one in ins)
+    if form.axis != eqn.params["dimension"] or ahead:
         return None
     if len(ins[0].shape) != 1 or any(one.kind is Kind.EXAMPLES and one.form != form for one in ins):
         return None

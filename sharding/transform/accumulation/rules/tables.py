@@ -1,6 +1,7 @@
 """The sizes of groups, told by trying every number that a router can choose.
 
-A router chooses one of a few numbers (an ``argmax``, a ``top_k``). What each of them is sorted by, and what
+A router chooses one of a few numbers (an ``argmax``, a ``top_k``; of tokens by themselves the rest of a
+division, or what a table that is known says). What each of them is sorted by, and what
 it adds to each size, are worked out number by number, however they are written: counted downwards, from 1,
 with the place among all packed below, sizes cut out of cumulated ones.
 """
@@ -100,9 +101,14 @@ def _places(value: Held) -> np.ndarray | None:
 
 def _made(value: Held) -> tuple[_RouterChoice, np.ndarray] | None:
     """Return where the numbers of an array were chosen, and what is made of each that can be."""
+    # Where what is farthest back is any number, a choice among few may be made of it on the way.
+    return _made_of(value, _root) or _made_of(value, _nearest)
+
+
+def _made_of(value: Held, source: Callable[[Held], Held]) -> tuple[_RouterChoice, np.ndarray] | None:
     steps: list[tuple[Held, Held]] = []
     while True:
-        root = _root(_unmoved(value))
+        root = source(_unmoved(value))
         steps.append((_unmoved(value), root))
         if _unmoved(root) is root:
             break
@@ -128,9 +134,33 @@ def _choices(value: Held) -> np.ndarray | None:
         count = op.ins[0].shape[op.eqn.params["axes"][0]]
     elif name == "top_k" and op.outs.index(value) == 1:
         count = op.ins[0].shape[op.eqn.params.get("axis", -1)]
+    elif name == "rem":
+        return _rests(op.ins[1], value.dtype)
+    elif name == "gather":
+        return _entries(op.eqn, op.ins[0])
     else:
         return None
     return np.arange(count, dtype=value.dtype) if count <= _MOST else None
+
+
+def _rests(by: Held, dtype: Any) -> np.ndarray | None:
+    """Return what a division of whole numbers by a known one may leave, which has the sign of what it was."""
+    number = _number(by)
+    if number is None or not 0 < number <= _MOST:
+        return None
+    least = 1 - int(number) if jnp.issubdtype(dtype, jnp.signedinteger) else 0
+    return np.arange(least, int(number)).astype(dtype)
+
+
+def _entries(eqn: Any, table: Held) -> np.ndarray | None:
+    """Return what a look-up of single numbers in a known table may give."""
+    inside = (jax.lax.GatherScatterMode.CLIP, jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    single = math.prod(eqn.params["slice_sizes"]) == 1
+    if table.kind is not Kind.SHARED or not single or eqn.params["mode"] not in inside:
+        return None
+    found = known_now(table)
+    each = None if found is None else np.unique(found)
+    return each if each is not None and len(each) <= _MOST else None
 
 
 def _unmoved(value: Held) -> Held:
@@ -166,6 +196,15 @@ def _root(value: Held) -> Held:
     if inner is None:
         return value
     roots = {id(root): root for root in map(_root, inner)}
+    return next(iter(roots.values())) if len(roots) == 1 else value
+
+
+def _nearest(value: Held) -> Held:
+    """Return the one choice of which each number of `value` is made by itself, `value` if there is none."""
+    if _choices(value) is not None:
+        return value
+    inner = _operands(value)
+    roots = {} if inner is None else {id(root): root for root in map(_nearest, inner)}
     return next(iter(roots.values())) if len(roots) == 1 else value
 
 
@@ -321,12 +360,13 @@ class _GroupSizes:
             return None
         while _name(hot) in SAME and hot.op is not None and (_is_whole(hot.dtype)):
             hot = hot.op.ins[0]
-        if _name(hot) not in _COMPARED or hot.op is None or hot.dtype != jnp.bool_:
+        name = _name(hot).removesuffix("_to")
+        if name not in _COMPARED or hot.op is None or hot.dtype != jnp.bool_:
             return None
         left, right = (self._side(one, hot.form) for one in hot.op.ins)
         if left is None or right is None or left.size * right.size > _MOST_PAIRS:
             return None
-        return POINTWISE[_name(hot)](left, right)
+        return POINTWISE[name](left, right)
 
     def _side(self, value: Held, form: Form) -> np.ndarray | None:
         """Return a side of a comparison: ``[numbers, 1]`` of the examples, or ``[1, columns]``."""

@@ -132,6 +132,14 @@ def from_one(p, x):
     return put_back(one + wide, order, gates)
 
 
+def searched(p, x):
+    """Sizes cut out of how many of the sorted experts are at most each."""
+    gates, experts, order = routed(p, x)
+    own = experts.reshape(-1)[order]
+    ends = jnp.searchsorted(own, jnp.arange(EXPERTS), side="right", method="compare_all")
+    return put_back(worked(p, x[order // CHOSEN], jnp.diff(ends, prepend=0)), order, gates)
+
+
 def loss_of(mixture, layers=0):
     def loss(p, b):
         def layer(x, _=None):
@@ -157,6 +165,7 @@ def loss_of(mixture, layers=0):
         (packed, 0, {"data": 1}),
         (downwards, 0, {"data": 1}),
         (from_one, 0, {"data": 1}),
+        (searched, 0, {"data": 1}),
     ],
     ids=lambda one: getattr(one, "__name__", str(one)),
 )
@@ -169,6 +178,59 @@ def test_tokens_sorted_by_their_expert_keep_values_and_gradients(mixture, layers
     wanted = jax.jit(jax.value_and_grad(loss))(params, batch)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b)
+
+
+def told_by(route, counts=None):
+    """Experts of tokens that are told by the tokens themselves, without a router."""
+
+    def loss(p, b):
+        tokens = b["tokens"].reshape(-1)
+        x, own = p["table"][tokens], route(tokens)
+        order = jnp.argsort(own)
+        sizes = jnp.bincount(own if counts is None else counts(tokens), length=EXPERTS)
+        return (jnp.tanh(x + worked(p, x[order], sizes)[jnp.argsort(order)]) ** 2).mean()
+
+    return loss
+
+
+def by_rest(tokens):
+    return tokens % EXPERTS
+
+
+def by_hash(tokens):
+    return (((tokens.astype(jnp.uint32) * jnp.uint32(2654435761)) >> 16) % EXPERTS).astype(jnp.int32)
+
+
+def by_table(tokens):
+    return jnp.asarray(np.random.default_rng(1).permutation(32) % EXPERTS)[tokens]
+
+
+@pytest.mark.parametrize("route", [by_rest, by_hash, by_table])
+def test_tokens_that_tell_their_expert_themselves_are_sorted_by_it(route):
+    params, batch = arguments()
+    loss = told_by(route)
+    plan = declare(loss, params, batch, topology="cpu:2", mesh={"data": 2}, microbatches=4)
+    devices = plan.make_mesh(devices=jax.devices()[:2])
+    found = jax.jit(jax.value_and_grad(plan.apply(loss, mesh=devices)))(params, batch)
+    wanted = jax.jit(jax.value_and_grad(loss))(params, batch)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(
+    ("route", "counts"),
+    [(lambda tokens: tokens, by_rest), (by_rest, by_hash), (lambda tokens: tokens % EXPERTS - 1, None)],
+    ids=["unbounded", "of another", "below zero"],
+)
+def test_groups_of_other_numbers_than_tokens_are_sorted_by_are_refused(route, counts):
+    params, batch = arguments()
+
+    def other(tokens):
+        return route(tokens) if counts is None else counts(tokens)
+
+    loss = told_by(route, lambda tokens: jnp.where(other(tokens) < 0, EXPERTS, other(tokens)))
+    with pytest.raises(UserError, match="would change the result"):
+        declare(loss, params, batch, topology="cpu:1", mesh={"data": 1}, microbatches=4)
 
 
 def in_places(p, x):
