@@ -66,8 +66,8 @@ class Balanced:
 class LaidCall:
     """A call on one device: sizes of whole sequences, bytes of its queries and result, of keys and values.
 
-    `wide` and `value_wide` are the widths of heads of queries and of values, `learnt` the bytes of gradients
-    of arrays of pairs.
+    `wide` and `value_wide` are the widths of heads of queries and of values. `pairs` are the bytes of arrays
+    of all queries and keys, `learnt` those of their gradients in float32.
     """
 
     call: AttentionCall
@@ -80,6 +80,7 @@ class LaidCall:
     index: int
     wide: int
     value_wide: int
+    pairs: float = 0.0
     learnt: float = 0.0
 
     def way(self, word: str) -> str | None:
@@ -95,11 +96,22 @@ class LaidCall:
 
     def sent(self, way: str) -> Sent:
         """Return what the device sends each time that the call runs."""
-        return sent(self.call, way, self.sizes, self.parts, **self._asked())
+        found = sent(self.call, way, self.sizes, self.parts, **self._asked())
+        moved = self._moved_pairs(way)
+        return Sent(forward=found.forward + moved, backward=found.backward + moved)
+
+    def _moved_pairs(self, way: str) -> float:
+        """Return the bytes of arrays of pairs that go into balanced order, or are traded for heads."""
+        if way == HEADS:
+            return self.pairs * (self.parts - 1) / self.parts
+        balanced = is_balanced(self.call, way, self.sizes.queries, self.parts)
+        return moved_share(self.parts) * self.pairs if balanced else 0.0
 
     def held(self, way: str) -> float:
         """Return the bytes beside its operands while its gradient is worked out."""
-        return held(self.call, way, self.sizes, self.parts, **self._asked()) + self.learnt
+        found = held(self.call, way, self.sizes, self.parts, **self._asked())
+        # Arrays of pairs as they are read, and gradients as they are summed and as they are handed on.
+        return found + self.pairs + self.learnt + (self.pairs if self.learnt else 0.0)
 
     def balanced(self, way: str) -> Balanced:
         """Return the bytes that go into balanced order and out of it in a forward pass."""
@@ -107,7 +119,8 @@ class LaidCall:
             return Balanced(into=0.0, out=0.0)
         each = moved_share(self.parts) * self.query / (self.wide + self.value_wide)
         keys = moved_share(self.parts) * self.key if way == RING else 0.0
-        return Balanced(into=each * self.wide + keys, out=each * self.value_wide)
+        into = each * self.wide + keys + self._moved_pairs(way)
+        return Balanced(into=into, out=each * self.value_wide)
 
 
 def calls_of(program: Program) -> tuple[SpreadCall, ...]:
@@ -188,7 +201,8 @@ def _laid(one: SpreadCall, candidate: Candidate) -> LaidCall | None:
     rows = batch / site.parts(0) / candidate.microbatches
     parts, sizes = mesh[CONTEXT], site.sizes
     each = rows * (wide + value_wide) * one.item
-    learns = (x for x in site.of_pairs if np.issubdtype(x.dtype, np.inexact))
+    pairs = [x for x in site.of_pairs if x.shape[2] > 1]
+    learns = (x for x in pairs if np.issubdtype(x.dtype, np.inexact))
     return LaidCall(
         call=one.call,
         sizes=sizes,
@@ -200,6 +214,7 @@ def _laid(one: SpreadCall, candidate: Candidate) -> LaidCall | None:
         index=one.equation.index,
         wide=wide,
         value_wide=value_wide,
+        pairs=sum(x.dtype.itemsize * site.numbers(x) for x in pairs),
         learnt=4.0 * sum(site.numbers(x) for x in learns),
     )
 

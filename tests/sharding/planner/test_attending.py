@@ -233,3 +233,22 @@ def test_what_pairs_of_queries_and_keys_have_is_told_with_its_size() -> None:
     assert said(bias) == f"attention {pairs} queries' part"
     assert said(bias | {"sink": jnp.zeros(8)}) == f"attention {pairs} queries' part"
     assert said(GLOBAL, bias) == f"1 of 2 calls of attention {pairs} queries' part"
+
+
+def test_arrays_of_pairs_are_priced_where_they_are_read_moved_and_learnt() -> None:
+    shape = jax.ShapeDtypeStruct
+
+    def estimate(asked: dict[str, Any]) -> Any:
+        params = dict.fromkeys(("query", "key", "value"), shape((64, 8, 64), "float32"))
+        params |= {"output": shape((8, 64, 64), "float32")}
+        batch = {"x": shape((4, 512, 64), "float32")}
+        mesh = {"context": 4, "data": 2}
+        told = {"topology": "v5e:2x4", "names": NAMES, "mesh": mesh, "context": "ring"}
+        return declare(loss_of(asked), params, batch, **told).estimate
+
+    plain, biased = estimate({}), estimate({"bias": jnp.zeros((1, 8, 512, 512))})
+    # A device has a quarter of it: as it is read, its gradient as it is summed and as it is handed on.
+    part = 4 * 8 * 512 * 512 / 4
+    assert biased.memory["communication"] >= plain.memory["communication"] + 2.9 * part
+    assert biased.time["all_to_all/context"] > plain.time["all_to_all/context"]
+    assert biased.step_seconds > plain.step_seconds
