@@ -15,6 +15,7 @@ from ...program.jaxpr import Pass
 from .cut import LayerCut
 from .delayed import InTwo
 from .kept import OverTicks
+from .once import Once
 from .schedule import Unit, nearest_one
 from .slots import Slots
 from .stream import CARRIED, CONSTANT, PASSED, Stages, Stream, Travelling
@@ -49,9 +50,21 @@ class ChunkWork:
     def layers_and_kept(self, taken: Stream, unit: Unit) -> tuple[Stream, Array | None, list[Array]]:
         """Run the layers of a chunk, as `layers` does; return also what `back` takes of it."""
         if self.reruns:
-            return *self.layers(self.leaves_of(unit), taken, unit), self._inputs(taken)
+            return *self.walked(taken, unit), self._inputs(taken)
         found, kept = self._over_ticks.forward(self.trained_of(unit), unit, taken)
         return found[: len(taken)], next(iter(found[len(taken) :]), None), kept
+
+    def walked(self, taken: Stream, unit: Unit) -> tuple[Stream, Array | None]:
+        """Run the layers of a unit's chunk, as `layers` does."""
+        return self._walked(taken, unit.numbers)
+
+    @functools.cached_property
+    def _walked(self) -> Once:
+        def layers(taken: Stream, numbers: Sequence[Array]) -> tuple[Stream, Array | None]:
+            unit = self._any_unit.like(numbers)
+            return self.layers(self.leaves_of(unit), taken, unit)
+
+        return Once(layers)
 
     def layers(self, leaves: Sequence[Array], taken: Stream, unit: Unit) -> tuple[Stream, Array | None]:
         """Run a chunk's layers, of which `leaves` has the parameters.
@@ -109,9 +122,18 @@ class ChunkWork:
         """Return the gradients of a chunk's parameters and of what travelled, of what is kept of it."""
         if not self.reruns:
             return self._over_ticks.back(trained, unit, returned, kept)
-        held = iter(kept)
-        taken = [next(held) if one.is_read else one.blank() for one in self.stages.items]
-        return self._vjp(trained, unit, taken)[1](returned)
+        return self._gone_back(trained, unit.numbers, kept, returned)
+
+    @functools.cached_property
+    def _gone_back(self) -> Once:
+        def back(
+            trained: Sequence[Array], numbers: Sequence[Array], kept: Sequence[Array], returned: Stream
+        ) -> tuple[list[Array], Stream]:
+            held = iter(kept)
+            taken = [next(held) if one.is_read else one.blank() for one in self.stages.items]
+            return self._vjp(trained, self._any_unit.like(numbers), taken)[1](returned)
+
+        return Once(back)
 
     @functools.cached_property
     def in_two(self) -> InTwo:

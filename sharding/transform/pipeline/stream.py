@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -72,8 +73,9 @@ class Stages:
     share of its number modulo `sharers`, and of stages with the same share the first counts.
 
     `on_cpu` sends nothing smaller than float32, and one array after another: there devices begin exchanges
-    that do not wait for one another in different orders, and then wait for each other for ever. `received` is
-    what was received last in a tick; stages of several stacks of layers have it in common.
+    that do not wait for one another in different orders, and then wait for each other for ever. What was
+    `received` last in a tick are numbers, all 0, that are there when it is; stages of several stacks have
+    them in common.
     """
 
     count: int
@@ -93,12 +95,15 @@ class Stages:
 
         Attention over `context`, and what else exchanges in a stage's work, would begin beside them else.
         """
-        return _after(value, self.received) if self.on_cpu else value
+        if not self.received:
+            return value
+        nothing = functools.reduce(lax.bitwise_or, self.received)
+        return lax.select(jnp.broadcast_to(nothing == 0, value.shape), value, jnp.zeros_like(value))
 
     def done(self, values: Iterable[Array]) -> None:
         """Have what a stage exchanges next wait on CPUs for what its work has given."""
         if self.on_cpu:
-            self.received.extend(bare(value) for value in values if value.size)
+            self.received.extend(_nothing(bare(value)) for value in values if value.size)
 
     @property
     def index(self) -> Array:
@@ -236,9 +241,10 @@ class Stages:
         ]
         found = []
         for value, (one, spec) in zip(stream, pairs, strict=True):
-            sent = _after(value, self.received) if self.on_cpu else value
+            sent = self.after(value)
             found.append(by_device(lambda v, one=one: function(v, one), self.mesh, (spec,), spec)(sent))
-            self.received[:] = found[-1:]
+            self.received.clear()
+            self.done(found[-1:])
         return found
 
 
@@ -256,10 +262,8 @@ def dressed(value: Array, dtype: Any) -> Array:
     return jax.random.wrap_key_data(value, impl=kinds[0])
 
 
-def _after(value: Array, received: Sequence[Array]) -> Array:
-    """Return `value`, which is there when what was `received` is."""
-    for one in received:
-        first = one.reshape(-1)[:1].astype(jnp.float32)
-        nothing = (lax.bitcast_convert_type(first, jnp.uint32) >> 31) >> 1
-        value = jnp.where(nothing.reshape(()) == 0, value, jnp.zeros_like(value))
-    return value
+def _nothing(value: Array) -> Array:
+    """Return a number that is always 0, and there when `value` is."""
+    first = lax.slice(value, (0,) * value.ndim, (1,) * value.ndim).reshape(()).astype(jnp.float32)
+    sign = lax.shift_right_logical(lax.bitcast_convert_type(first, jnp.uint32), jnp.uint32(31))
+    return lax.shift_right_logical(sign, jnp.uint32(1))

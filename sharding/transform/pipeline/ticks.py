@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax import lax
 from ...program.jaxpr import Pass
 from .chunk import ChunkWork, filled, if_real
 from .loops import run_rounds
+from .once import Once
 from .schedule import (
     BACKWARD,
     EMBED,
@@ -127,7 +129,7 @@ class Worker(ChunkWork):
         """Make what enters the first stage in the next tick."""
         t = self.stages.after(t)
         entering = forward_at(t + 1, 0, *self._shape).microbatch
-        embedded = self._embed(self.leaves, self.micro(entering))
+        embedded = self._embedded(self.micro(entering))
         state = self.watched(state, t, EMBED, is_one(entering, self.microbatches), embedded)
         return {**state, "next": self.stages.put_together(embedded)}
 
@@ -138,7 +140,7 @@ class Worker(ChunkWork):
         sent = [self.stages.after(value) for value in state["sent"]]
         taken = [jnp.where(enters, a, b) for a, b in zip(state["next"], sent, strict=True)]
         if "ring" not in state:
-            given, sound = self.layers(self.leaves_of(unit), taken, unit)
+            given, sound = self.walked(taken, unit)
         else:
             given, sound, kept = self.layers_and_kept(taken, unit)
             pairs = zip(state["ring"], kept, strict=True)
@@ -159,22 +161,33 @@ class Worker(ChunkWork):
             found = self.leave(self.leaves, share, microbatch)
             sums, parts = self.add(state["sums"], found)
             return {**state, "sums": if_real(real, sums, state["sums"])}, parts, None
-        count, own = len(self.cotangents), self.places_in(self.cut.leave.reads)
-
-        def leave(trained: Sequence[Array], learning: Stream) -> tuple[list[Array], list[Array]]:
-            leaves = filled(self.leaves, own, trained)
-            found = self.leave(leaves, self.stages.joined(learning, share), microbatch)
-            return found[:count], found[count:]
-
-        trained = [self.leaves[n] for n in own]
-        learnt, pull, found = jax.vjp(leave, trained, self.stages.learning(share), has_aux=True)
-        grown, back = pull(list(self.cotangents))
+        own = self.places_in(self.cut.leave.reads)
+        learnt, found, grown, back = self._left(share, microbatch)
         counted = real & self.stages.counts if self._pads else self.stages.counts
         state["gradients"] = self.grown(state["gradients"], own, grown, counted)
         state = self.watched(state, t, HEAD, real, [*learnt, *grown, *back])
         sums, parts = self.add(state["sums"], found)
         state["sums"] = if_real(real, sums, state["sums"])
         return state, parts, self.stages.gradient_of_shares(back, owner)
+
+    @functools.cached_property
+    def _left(self) -> Once:
+        """Of a share and its microbatch: what is behind the layers, with a gradient and without, and both
+        gradients, of the parameters that it reads and of the share.
+        """
+        count, own = len(self.cotangents), self.places_in(self.cut.leave.reads)
+
+        def left(share: Stream, microbatch: Array) -> tuple[list[Array], list[Array], list[Array], Stream]:
+            def leave(trained: Sequence[Array], learning: Stream) -> tuple[list[Array], list[Array]]:
+                leaves = filled(self.leaves, own, trained)
+                found = self.leave(leaves, self.stages.joined(learning, share), microbatch)
+                return found[:count], found[count:]
+
+            trained = [self.leaves[n] for n in own]
+            learnt, pull, found = jax.vjp(leave, trained, self.stages.learning(share), has_aux=True)
+            return learnt, found, *pull(list(self.cotangents))
+
+        return Once(left)
 
     def backward(self, state: Any, t: Array, returned: Stream, gradient: Stream | None) -> Any:
         """Take gradients back through a chunk's layers."""
@@ -224,19 +237,30 @@ class Worker(ChunkWork):
         number = backward_at(t - 1, 0, *self._shape).microbatch
         real, microbatch = is_one(number, self.microbatches), self.micro(number)
         own = self.places_in(self.cut.enter.reads)
-        share = self.stages.shares_of_gradient(state["left"], self._stage == 0)
-
-        def embed(trained: Sequence[Array]) -> Stream:
-            found = self._embed(filled(self.leaves, own, trained), microbatch)
-            return [one for one in found if jnp.issubdtype(one.dtype, jnp.inexact)]
-
-        _, pull = jax.vjp(embed, [self.leaves[n] for n in own])
-        grown = pull(share)[0]
+        grown = self._learnt(self.stages.shares_of_gradient(state["left"], self._stage == 0), microbatch)
         state["gradients"] = self.grown(state["gradients"], own, grown, real & self.stages.counts)
         self.stages.done(grown)
         return self.watched(state, t, LEARN, real, grown)
 
+    @functools.cached_property
+    def _learnt(self) -> Once:
+        """Of a share of a gradient and its microbatch: the gradients of what embedded it."""
+        own = self.places_in(self.cut.enter.reads)
+
+        def learnt(share: Stream, microbatch: Array) -> list[Array]:
+            def embed(trained: Sequence[Array]) -> Stream:
+                found = self._embed(filled(self.leaves, own, trained), microbatch)
+                return [one for one in found if jnp.issubdtype(one.dtype, jnp.inexact)]
+
+            return jax.vjp(embed, [self.leaves[n] for n in own])[1](share)[0]
+
+        return Once(learnt)
+
     # The pieces
+
+    @functools.cached_property
+    def _embedded(self) -> Once:
+        return Once(lambda microbatch: self._embed(self.leaves, microbatch))
 
     def _embed(self, leaves: Sequence[Array], microbatch: Array) -> Stream:
         inputs = [*leaves, *self.inputs(microbatch, True)]

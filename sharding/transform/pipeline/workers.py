@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax import lax
 from .beside import StackWork, backward_later, forward_later, stack_rounds, waits
 from .chunk import filled
 from .loops import run_rounds
+from .once import Once
 from .schedule import (
     BACKWARD,
     EMBED,
@@ -119,7 +121,7 @@ class Workers:
             room, place = state["shares"][k - 1], number % self._held(k - 1)
             kept = self._known(k - 1, share)
             state["shares"][k - 1] = [all_.at[place].set(one) for all_, one in zip(room, kept, strict=True)]
-        entered = after.entered(before.leave(before.leaves, share, before.micro(number)))
+        entered = self._crossings[k - 1](share, before.micro(number))
         own, real = self._all(state, k), is_one(number, before.microbatches)
         own = after.watched(own, t - self._ahead(k), EMBED, real, entered)
         self._keep(state, k, {**own, "next": after.stages.put_together(entered)})
@@ -137,20 +139,45 @@ class Workers:
             for one, item in zip(self._shares(k - 1), items, strict=True)
         ]
         places = before.places_in(before.cut.leave.reads)
-
-        def across(trained: Sequence[Array], learning: Stream) -> Stream:
-            leaves = filled(before.leaves, places, trained)
-            found = after.entered(before.leave(leaves, before.stages.joined(learning, share), microbatch))
-            return [one for one in found if jnp.issubdtype(one.dtype, jnp.inexact)]
-
-        _, pull = jax.vjp(across, [before.leaves[n] for n in places], before.stages.learning(share))
-        left = state["stacks"][k]["left"]
-        grown, back = pull(after.stages.shares_of_gradient(left, after.stages.index == 0))
+        gradient = after.stages.shares_of_gradient(state["stacks"][k]["left"], after.stages.index == 0)
+        grown, back = self._crossings_back[k - 1](share, microbatch, gradient)
         counted = real & before.stages.counts
         state["gradients"] = before.grown(state["gradients"], places, grown, counted)
         own = after.watched(self._all(state, k), t - self._back(k), LEARN, real, [*grown, *back])
         self._keep(state, k, own)
         return before.stages.gradient_of_shares(back, before.stages.index == self._stages - 1)
+
+    @functools.cached_property
+    def _crossings(self) -> list[Once]:
+        """Of a share of what each stack gives, and its microbatch: what enters the next."""
+
+        def crossing(before: Worker, after: Worker) -> Once:
+            return Once(lambda share, number: after.entered(before.leave(before.leaves, share, number)))
+
+        return list(map(crossing, self.stacks[:-1], self.stacks[1:]))
+
+    @functools.cached_property
+    def _crossings_back(self) -> list[Once]:
+        """Of these and the gradient of what enters: those of the parameters read between, and the share's."""
+
+        def crossing(before: Worker, after: Worker) -> Once:
+            places = before.places_in(before.cut.leave.reads)
+
+            def back(share: Stream, microbatch: Array, gradient: Stream) -> tuple[list[Array], Stream]:
+                def across(trained: Sequence[Array], learning: Stream) -> Stream:
+                    leaves, whole = (
+                        filled(before.leaves, places, trained),
+                        before.stages.joined(learning, share),
+                    )
+                    found = after.entered(before.leave(leaves, whole, microbatch))
+                    return [one for one in found if jnp.issubdtype(one.dtype, jnp.inexact)]
+
+                trained = [before.leaves[n] for n in places]
+                return jax.vjp(across, trained, before.stages.learning(share))[1](gradient)
+
+            return Once(back)
+
+        return list(map(crossing, self.stacks[:-1], self.stacks[1:]))
 
     def _room(self, stack: int) -> list[Array]:
         """Return room for the shares of what a stack has given, until their gradients come back."""
