@@ -16,7 +16,7 @@ from ..plans.proof import nearby_lines
 from ..plans.record import ArrayPlan, DimPlan, Record
 from ..plans.specs import Spec, spec_of
 from ..plans.trainable import is_float
-from ..program.dims import batch_rows, rows_further_on, rows_of_a_parameter
+from ..program.dims import batch_rows, rows_further_on, rows_in_turns, rows_of_a_parameter
 from ..program.program import Argument, Program
 from ..words import gib, remat_in_words, seconds
 from .choices.layers import STAGE, names_of_stacks, stacked, stacks_beside_stages, stacks_over_stages
@@ -214,12 +214,18 @@ def notes_of_rows(program: Program, layout: Candidate) -> tuple[str, ...]:
         return ()
     if program.batch_dims:
         found = rows_further_on(program, swapped=True)
-        return (found,) if found else ()
+        return (found,) if found else notes_of_turns(program, layout)
     met = rows_of_a_parameter(program)
     return (
         "no array of the batch leads with rows of its own, so that no axis shares them out"
         + (f": {met}; look those up by numbers that come with the rows" if met else ""),
     )
+
+
+def notes_of_turns(program: Program, layout: Candidate) -> tuple[str, ...]:
+    """Say which loop takes one after another what is read as the rows that devices share out."""
+    found = rows_in_turns(program) if layout.num_devices > 1 else None
+    return (found,) if found else ()
 
 
 def notes_of_captured(program: Program, topology: Topology) -> tuple[str, ...]:

@@ -264,6 +264,7 @@ def declared_plan(problem: Problem, topology: Topology, declared: Declared) -> R
     kernels, of_experts = _kernels(problem, topology, declared, kernel, candidate)
     notes = (
         *laid.notes,
+        *build.notes_of_turns(problem.program, candidate),
         *build.notes_on_sharing(candidate),
         *_notes_on(problem, kernel, candidate),
         *of_experts,

@@ -7,6 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
+from .jaxpr import scan_parts
 from .labels import label_votes, unique
 from .program import Argument, Dim, Place, Program
 from .resolve import Resolver, Use
@@ -86,6 +87,28 @@ def rows_further_on(program: Program, *, swapped: bool = False) -> str | None:
                 return (
                     f"{one.path} {one.shape} is read as {one.shape[0]} rows, and {other.path} {other.shape} "
                     f"leads with dimension {at} of it: rows come first in each array"
+                )
+    return None
+
+
+def rows_in_turns(program: Program) -> str | None:
+    """Say which array of the data leads with what a loop takes one after another, carrying its rows along."""
+    data = [a for a in program.arguments if a.is_data and a.shape and a.dims[0] == program.batch_dims]
+    for equation in program.equations():
+        if equation.primitive != "scan" or not program.batch_dims:
+            continue
+        parts = scan_parts(equation.eqn)
+        start = parts.num_consts + parts.num_carry
+        taken = {dims[0] for dims in equation.ins[start:] if dims}
+        carried = {dims[0] for dims in equation.ins[parts.num_consts : start] if dims and dims[0]}
+        if program.batch_dims not in taken:
+            continue
+        for one in data:
+            if further := [n for n, dims in enumerate(one.dims) if n and dims in carried]:
+                return (
+                    f"{one.path or 'the batch'} {one.shape} is read as {one.shape[0]} rows, which the loop "
+                    f"at {equation.where} takes one after another, carrying an array that leads with "
+                    f"dimension {further[0]} of it: rows come first in each array"
                 )
     return None
 

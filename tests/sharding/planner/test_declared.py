@@ -370,9 +370,36 @@ def time_beside_rows(params: Any, batch: Any) -> Any:
     return jnp.square(jnp.swapaxes(batch["x"], 0, 1) @ params["w"] - batch["y"]).mean()
 
 
+def in_turns(params: Any, batch: Any) -> Any:
+    def turn(h: Any, x: Any) -> Any:
+        h = jnp.tanh(h @ params["w"] + x)
+        return h, h
+
+    _, found = jax.lax.scan(turn, batch["h"], batch["x"])
+    return jnp.square(found).mean()
+
+
+TURNS = {"x": (32, ROWS, 8), "h": (ROWS, 8)}
+TAKEN = "x (32, 16, 8) is read as 32 rows, which the loop at "
+
+
+def test_a_declared_plan_notes_a_loop_that_takes_its_rows_in_turns() -> None:
+    params, batch = shapes(w=(8, 8)), shapes(**TURNS)
+    made = declare(in_turns, params, batch, topology="cpu:8", mesh={"data": 8})
+    assert [note for note in made.notes if note.startswith(TAKEN) and "leads with dimension 1 of it" in note]
+
+    def rows_first(params: Any, batch: Any) -> Any:
+        return in_turns(params, {"h": batch["h"], "x": jnp.swapaxes(batch["x"], 0, 1)})
+
+    batch = shapes(x=(ROWS, 32, 8), h=(ROWS, 8))
+    made = declare(rows_first, params, batch, topology="cpu:8", mesh={"data": 8})
+    assert not [note for note in made.notes if "one after another" in note]
+
+
 @pytest.mark.parametrize(
     ("loss", "own", "batch", "sentence"),
     [
+        (in_turns, {}, TURNS, TAKEN),
         (
             time_beside_rows,
             {},
@@ -386,7 +413,7 @@ def time_beside_rows(params: Any, batch: Any) -> Any:
             "so that no axis shares them out: x (16, 8) has a row for each entry of parameter own (16,)",
         ),
     ],
-    ids=["time first", "a parameter of each row"],
+    ids=["rows in turns", "time first", "a parameter of each row"],
 )
 def test_a_plan_notes_rows_that_are_not_the_batchs_own(
     loss: Any, own: Any, batch: Any, sentence: str
