@@ -69,6 +69,30 @@ def divided_by_some(x: dict[str, jax.Array]) -> jax.Array:
     return jnp.einsum("bhqk,bkhd->bqhd", power / total, value)
 
 
+def sink_beside_the_sum(
+    visible: Callable[[dict[str, jax.Array]], jax.Array] = causal, less: float = 0.0
+) -> Way:
+    """Return attention by hand whose sum has the exp of a learned score a head, `less` too much taken off."""
+
+    def way(x: dict[str, jax.Array]) -> jax.Array:
+        scores, value = scored(x)
+        scores, sink = jnp.where(visible(x), scores, -1e30), x["bias"][:, 0, 0][:, None, None]
+        most = jnp.maximum(scores.max(-1, keepdims=True), sink)
+        power = jnp.exp(scores - most)
+        total = power.sum(-1, keepdims=True) + jnp.exp(sink - (most + less if less else most))
+        return jnp.einsum("bhqk,bkhd->bqhd", power / total, value)
+
+    return way
+
+
+def sink_of_plain_exps(x: dict[str, jax.Array]) -> jax.Array:
+    """Nothing is taken off before, and the sink comes first."""
+    scores, value = scored(x)
+    power = jnp.exp(jnp.where(causal(x), scores, -1e30))
+    total = jnp.exp(x["bias"][:, :1, :1])[None] + power.sum(-1, keepdims=True)
+    return jnp.einsum("bhqk,bkhd->bqhd", power / total, value)
+
+
 def of_a_cache(x: dict[str, jax.Array]) -> jax.Array:
     """A mask of keys in a cache that was empty, of rows without padding: where each begins is counted."""
     ids = jnp.ones_like(x["segment"])
@@ -100,6 +124,9 @@ WAYS: dict[str, Way] = {
     "weights hidden again, padding": hidden_again,
     "weights that are no numbers, padding": without_nan,
     "exps hidden": exps_hidden,
+    "a sink beside the sum": sink_beside_the_sum(),
+    "a sink beside the sum, padding": sink_beside_the_sum(lambda x: causal(x) & kept(x)),
+    "a sink of plain exps": sink_of_plain_exps,
     "places of pieces": masked(lambda s, x: jnp.where(of_pieces(x), s, -1e30)),
     "places of a cache": masked(lambda s, x: jnp.where(of_a_cache(x), s, -1e30)),
     "exp of log_softmax": masked(
@@ -118,5 +145,6 @@ LEFT: dict[str, tuple[Way, str]] = {
         masked(lambda s, x: jnp.where(causal(x), s, 0.0), lambda s: jax.nn.relu(s) ** 2, projected),
         "cut at 0",
     ),
+    "a sink by another measure": (sink_beside_the_sum(less=0.5), "divided by an array"),
     "divided by some": (divided_by_some, "divided by the sum of some"),
 }

@@ -176,6 +176,8 @@ class AttentionFinder:
         keys = labels[softmax.axis][0]
         placed.tell(keys)
         self._hide(softmax, labels, placed.sizes, scoring)
+        if softmax.sink is not None:
+            self._sink_of_sum(softmax.axis, *softmax.sink, labels, scoring)
         of_weights = labels
         factors, times = [], 1.0
         for eqn, main in steps_after:
@@ -395,6 +397,16 @@ class AttentionFinder:
         else:
             atom, scoring.end = eqn.invars[1 - main], main == 0
             here = tuple(() if d == wider[0] else one for d, one in enumerate(labels))
+        scoring.sink = Part(atom=atom, labels=here, how="added", fill=1.0)
+
+    def _sink_of_sum(
+        self, axis: int, atom: Any, places: Sequence[int], labels: Labels, scoring: _Scoring
+    ) -> None:
+        """Take note of a score that is in the sum of weights alone."""
+        sizes = dict(zip(places, shape(atom), strict=True))
+        if scoring.sink is not None or sizes.get(axis, 1) != 1:
+            raise NotThis("its sum has more added than one score for each query")
+        here = tuple(() if size == 1 else labels[d] for d, size in sizes.items())
         scoring.sink = Part(atom=atom, labels=here, how="added", fill=1.0)
 
     def _change(

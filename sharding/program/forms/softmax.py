@@ -19,7 +19,8 @@ class Softmax(NamedTuple):
     """A softmax over the dimension `axis` of `logits`.
 
     `late` says that `weights` are not divided yet. `hidden` are the equations that put 0 in the place of exps
-    of what is not seen: of those that are `numerator`, or of those that are summed.
+    of what is not seen: of those that are `numerator`, or of those that are summed. `sink` is a score whose
+    exp is added to that sum, and which dimensions of logits those that it has are.
     """
 
     axis: int
@@ -28,6 +29,7 @@ class Softmax(NamedTuple):
     numerator: Any
     late: bool = False
     hidden: tuple[core.JaxprEqn, ...] = ()
+    sink: tuple[Any, tuple[int, ...]] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class Softmaxes:
             return Softmax(axis, logits, power, power)
         hidden = [eqn for eqn in self.uses(power) if self._hides(eqn)]
         for numerator, before in ((power, ()), *((eqn.outvars[0], (eqn,)) for eqn in hidden)):
-            found = self._divided(numerator) or self._late(numerator)
+            found = self._divided(numerator, less) or self._late(numerator)
             # What is subtracted of all scores of a query alike changes nothing but the range of numbers.
             if found is not None and (less is None or self._alike_along(less.invars[1], found.axis)):
                 return found._replace(logits=logits, hidden=(*before, *found.hidden))
@@ -96,19 +98,51 @@ class Softmaxes:
         dims = _moved(eqn, before.dims)
         return None if dims is None else dataclasses.replace(before, dims=dims)
 
-    def _divided(self, numerator: Any) -> Softmax | None:
-        """Return a softmax whose weights are `numerator` by its sum."""
+    def _divided(self, numerator: Any, less: core.JaxprEqn | None) -> Softmax | None:
+        """Return a softmax whose weights are `numerator` by its sum, or by that and the exp of a sink."""
         for eqn in self.uses(numerator):
             if eqn.primitive.name != "div" or self.values.plain(eqn.invars[0]) is not numerator:
                 continue
-            found = self.sums(eqn.invars[1], numerator)
+            total, sink = self._with_sink(eqn.invars[1], numerator, less)
+            found = self.sums(total, numerator)
             dimensions = range(len(shape(numerator)))
             if found is None or any(found.dims[d] not in (d, None) for d in dimensions):
                 continue
             axes = [d for d in dimensions if found.dims[d] is None and shape(numerator)[d] > 1]
             if len(axes) == 1 and found.over == (axes[0],):
-                return Softmax(axes[0], None, eqn.outvars[0], numerator, hidden=found.hidden)
+                return Softmax(axes[0], None, eqn.outvars[0], numerator, hidden=found.hidden, sink=sink)
         return None
+
+    def _with_sink(
+        self, atom: Any, numerator: Any, less: core.JaxprEqn | None
+    ) -> tuple[Any, tuple[Any, tuple[int, ...]] | None]:
+        """Return what is summed of `numerator`, and the score whose exp is added to it, see `Softmax`.
+
+        The same is subtracted of it as of the others, by `less`.
+        """
+        added = self.values.made(self._unspread(atom)[0], "add")
+        if added is None or len(shape(added.outvars[0])) != len(shape(numerator)):
+            return atom, None
+        for one, other in (added.invars, added.invars[::-1]):
+            power, places = self._unspread(other)
+            exp = self.values.made(power, "exp")
+            if exp is None or power is numerator or self.sums(one, numerator) is None:
+                continue
+            if less is None:
+                return one, (exp.invars[0], places)
+            own = self.values.made(exp.invars[0], "sub")
+            if own is not None and self._alike(own.invars[1], less.invars[1]):
+                return one, (own.invars[0], places)
+        return atom, None
+
+    def _unspread(self, atom: Any) -> tuple[Any, tuple[int, ...]]:
+        """Return what an array is before it was repeated, and where that one's dimensions are in it."""
+        atom = self.values.plain(atom)
+        places = tuple(range(len(shape(atom))))
+        while (eqn := self.values.made(atom, "broadcast_in_dim")) is not None:
+            places = tuple(places[d] for d in eqn.params["broadcast_dimensions"])
+            atom = self.values.plain(eqn.invars[0])
+        return atom, places
 
     def _late(self, numerator: Any) -> Softmax | None:
         """Return a softmax, if `numerator` is summed over one dimension."""

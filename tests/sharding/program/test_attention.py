@@ -79,6 +79,8 @@ SAMPLE = [
     "causal among the first keys",
     "scaled after its bias",
     "sinks of heads",
+    "a sink beside the sum",
+    "a sink of plain exps",
     "by a learned number",
     "batch and heads taken apart",
     "absorbed latents",
