@@ -206,7 +206,21 @@ class Problem:
 
     def kernel(self, topology: Topology, declared: Declared) -> kernels.Chosen:
         """Return the kernel of the program's attention."""
-        return kernels.choose(self.program, topology, declared.attention, declared.segments)
+        key = topology, str(declared.attention), declared.segments
+        if key not in self._kernels:
+            chosen = kernels.choose(self.program, topology, declared.attention, declared.segments)
+            self._kernels[key] = chosen
+        return self._kernels[key]
+
+    @functools.cached_property
+    def _product_dtype(self) -> str:
+        """The type of the operands of most matrix work."""
+        return _product_dtype(self.program)
+
+    @functools.cached_property
+    def _kernels(self) -> dict[object, kernels.Chosen]:
+        """The kernels chosen so far."""
+        return {}
 
     def space(self, topology: Topology, declared: Declared, worth: Worth | None = None) -> Space:
         """Return what is worth considering, of layouts only what is `worth` it where that is given."""
@@ -228,6 +242,10 @@ class Problem:
     def findings(self) -> dict[object, Findings]:
         """What was found of placements so far, by all that a price depends on but free memory."""
         return {}
+
+    def forget(self) -> None:
+        """Forget what was found of placements, which is much, and for nothing once a search is done."""
+        self.findings.clear()
 
     @functools.cached_property
     def attending(self) -> dict[object, AttentionPrices]:
@@ -256,7 +274,7 @@ class Problem:
         supposed, in_parts = supposing or Supposing(), self.accumulation(declared or Declared())
         if supposed.attention is not None:
             declared = dataclasses.replace(declared or Declared(), attention=supposed.attention)
-        dtype = supposed.dtype or _product_dtype(self.program)
+        dtype = supposed.dtype or self._product_dtype
 
         def priced_by(
             table: ProgramTables,

@@ -139,6 +139,13 @@ def best_of(problem: Problem, topology: Topology, declared: Declared) -> tuple[R
 
     Raises UserError, saying by how much and what would help, if nothing fits.
     """
+    try:
+        return _best_of(problem, topology, declared)
+    finally:
+        problem.forget()
+
+
+def _best_of(problem: Problem, topology: Topology, declared: Declared) -> tuple[Record, Search]:
     answer = problem.solve(topology, declared, rooms=ROOMS)
     found = Search(problem=problem, topology=topology, declared=declared, answer=answer)
     other = _as_written(found)

@@ -16,6 +16,8 @@ from meshwright.sharding.cost.profile import profile
 from meshwright.sharding.planner.choices.microbatches import PartsProof
 from meshwright.sharding.planner.choices.remat import ladders
 from meshwright.sharding.planner.declared import Declared
+from meshwright.sharding.planner.inputs import Problem
+from meshwright.sharding.planner.outcome import best_of
 from meshwright.sharding.planner.search import search
 from meshwright.sharding.planner.space import Space, space
 from meshwright.sharding.program import trace
@@ -188,3 +190,12 @@ def test_what_fits_nowhere_is_priced_only_to_be_told_of() -> None:
     assert 0 < len(told) < len(hopeless)
     assert all(one in hopeless for one in told)
     assert all(layout_of(one) in told for one in priced if layout_of(one) in hopeless)
+
+
+def test_what_a_search_found_of_placements_goes_when_it_is_done() -> None:
+    case = zoo.MODELS["mlp"]()
+    params, batch = case.shapes()
+    given = Problem(loss=case.loss, params=params, batch=batch, optimizer=None, names=None)
+    made, again = (best_of(given, Topology.parse("v5e:2x2"), Declared()) for _ in range(2))
+    assert not given.findings
+    assert made[0].estimate == again[0].estimate
