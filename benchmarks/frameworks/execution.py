@@ -42,7 +42,8 @@ def execution_of(record: Framework, topology: Topology) -> Execution:
         scatters_wait=0.0,
         sums_wait=0.0,
         # What their losses hold besides is `loss_copies`.
-        loss_arrays=1,
+        gradient_beside=False,
+        makes_ahead=False,
         kept=functools.partial(_kept, record),
         links=functools.partial(_links, record),
         through_stages=functools.partial(step_through_stages, dealt_by(record)),

@@ -52,7 +52,9 @@ class Execution:
       gathers_wait, scatters_wait, sums_wait: shares of the seconds in which parameters are gathered, a
         layer's gradients scattered or reduced whole, that nothing is scheduled beside.
       last_layer_apart: whether the last layer whose values come back from the host runs outside of the loop.
-      loss_arrays: arrays as large as the logits that lie in memory while the loss's gradient is taken.
+      gradient_beside: whether the gradient of logits lies beside them, in the type that products take.
+      makes_ahead: whether what a loop makes of nothing that changes is made ahead of it and kept.
+      zeros_together: whether zeros that gradients of one array are added to are made at the first of them.
       aligned_elements: of a product's role that matrix units read at once.
       product_bytes: of an element as products take it, None for its own.
       takes_out: whether what a loop works with of an array that it carries is taken out of it.
@@ -79,7 +81,9 @@ class Execution:
     scatters_wait: float = 0.0
     sums_wait: float = 0.0
     last_layer_apart: bool = False
-    loss_arrays: int = 1
+    gradient_beside: bool = False
+    makes_ahead: bool = False
+    zeros_together: bool = False
     aligned_elements: int = 1
     product_bytes: int | None = None
     takes_out: bool = False
@@ -112,7 +116,9 @@ class Execution:
             scratch=0.0 if attention is None else attention.scratch,
             slices=0.0 if attention is None else attention.slices,
             lanes=lanes,
-            loss_arrays=self.loss_arrays,
+            gradient_beside=self.gradient_beside,
+            makes_ahead=self.makes_ahead,
+            zeros_together=self.zeros_together,
             product_bytes=self.product_bytes,
             wide_sums=self.wide_sums,
             takes_out=self.takes_out,
@@ -139,7 +145,9 @@ def execution_for(
         scatters_wait=compiler.scatters_wait,
         sums_wait=compiler.sums_wait,
         last_layer_apart=compiler.last_layer_apart,
-        loss_arrays=compiler.loss_arrays,
+        gradient_beside=compiler.gradient_beside,
+        makes_ahead=compiler.makes_ahead,
+        zeros_together=compiler.zeros_together,
         aligned_elements=compiler.aligned_elements,
         product_bytes=compiler.product_bytes,
         takes_out=compiler.takes_out,

@@ -12,8 +12,8 @@ from ..program.flops import matmul_roles
 from ..program.layers import INPUT
 from .candidate import Candidate
 from .fusion import is_fusible, is_linear, kernel_roots
-from .reads import factors, reads_of
-from .tables import LAYERS, Flat, FlatOp
+from .reads import ELEMENTWISE, factors, reads_of
+from .tables import AFTER, LAYERS, Flat, FlatOp, Value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +45,7 @@ class Saved:
     named: the values of a layer by name, see `meshwright.sharding.program.layers`.
     on_chip: what never reaches memory when attention is one kernel; core: the scores themselves.
     factors: of values of layers, as `Residuals.beside`, were everything kept.
+    layers: of layers; results: what scans over them give, which is kept as what stands after them.
     """
 
     by_policy: dict[str, np.ndarray]
@@ -54,6 +55,7 @@ class Saved:
     factors: np.ndarray
     flow: Flow
     layers: np.ndarray
+    results: np.ndarray
     grad: np.ndarray
     cache: dict[object, Residuals] = dataclasses.field(default_factory=dict)
 
@@ -98,7 +100,7 @@ class Saved:
             beside=beside,
             made=self.flow.given_by(again),
             # XLA keeps an operand as it lies between layers: its gradient gathers it once more.
-            gathered=self.grad & self.layers,
+            gathered=self.grad & (self.layers | self.results),
             again=again,
         )
 
@@ -106,9 +108,10 @@ class Saved:
 def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
     """Return what each policy keeps; `names` are the values of layers that may be named.
 
-    ``none`` keeps what JAX's gradients of single operations read; ``none/fused`` what fused kernels with
-    their own gradients read, ``none/given`` what of that elementwise work gives of the rest of it; ``dots``
-    the results of products without batch dims, and the carry; ``full`` the carry.
+    ``none`` keeps what JAX's gradients of single operations read, after the layers what that is made of;
+    ``none/fused`` what fused kernels with their own gradients read, ``none/given`` what of that elementwise
+    work gives of the rest of it; ``dots`` the results of products without batch dims, and the carry; ``full``
+    the carry.
     """
     count = len(flat.values)
     carry = np.zeros(count, bool)
@@ -135,14 +138,17 @@ def residuals(flat: Flat, names: Mapping[str, tuple[int, int | None]]) -> Saved:
         for index in (*(i for i in ins if flat.values[i].grad), *outs):
             masks["none"][index] = masks["none/fused"][index] = True
     masks["none/given"] = _given(flat, masks["none/fused"])
+    masks["none"] = _before_elementwise(flat, masks["none"])
     kept = np.array([_is_kept(flat, n) for n in range(count)], bool)
+    results = np.array([_is_result(flat, value) for value in flat.values], bool)
     return Saved(
         factors=factors(flat, reads),
         by_policy={policy: mask & kept for policy, mask in masks.items()},
         named=named_values(flat, names),
         core=np.array([value.core or value.call >= 0 for value in flat.values], bool),
         flow=Flow.of(flat),
-        layers=np.array([value.section == LAYERS for value in flat.values], bool),
+        layers=np.array([value.section == LAYERS for value in flat.values], bool) & ~results,
+        results=results,
         grad=np.array([value.grad for value in flat.values], bool),
         on_chip=np.array([_is_on_chip(flat, n) for n in range(count)], bool),
     )
@@ -158,6 +164,24 @@ def _given(flat: Flat, fused: np.ndarray) -> np.ndarray:
     return found & fused
 
 
+def _before_elementwise(flat: Flat, kept: np.ndarray) -> np.ndarray:
+    """Return what is kept [V] where compilers make again what is elementwise after the layers.
+
+    They keep what it is made of instead, where that is no more: of a float32 norm what it took in bfloat16.
+    """
+    made: dict[int, frozenset[int]] = {}
+    for op in flat.ops:
+        if op.section == AFTER and op.runs == 1 and op.equation.primitive in ELEMENTWISE and op.ins:
+            of = frozenset(root for index in op.ins for root in made.get(index, (index,)))
+            made.update(dict.fromkeys(op.outs, of))
+    found = kept.copy()
+    for index in (index for index in np.flatnonzero(kept).tolist() if index in made):
+        more = [root for root in made[index] if not found[root] and _is_kept(flat, root)]
+        if sum(flat.values[root].bytes for root in more) <= flat.values[index].bytes:
+            found[index], found[more] = False, True
+    return found
+
+
 def _is_on_chip(flat: Flat, index: int) -> bool:
     value = flat.values[index]
     if flat.calls:
@@ -166,6 +190,11 @@ def _is_on_chip(flat: Flat, index: int) -> bool:
         return value.core
     op = flat.ops[value.producer]
     return any(flat.values[i].core for i in op.ins)
+
+
+def _is_result(flat: Flat, value: Value) -> bool:
+    inside = value.section == LAYERS and value.source >= 0
+    return inside and value.trips < flat.values[value.source].trips
 
 
 def _is_kept(flat: Flat, index: int) -> bool:

@@ -26,7 +26,9 @@ class Worked:
     [section]: likewise; batch: of the microbatch itself; stream: of what layers hand on; product: of an
     element as products take it, at most. sent [V]: of each where nothing but layers hands it on. takes_out:
     whether what a loop works with of an array that it carries is taken out of it. products: what
-    those of layers and the loss hold, None where it is no more than the others say.
+    those of layers and the loss hold, None where it is no more than the others say. ahead: what the loss
+    works in before its gradient is taken, with what is made ahead of a loop over its parts; 0 where none is.
+    zeros_together: whether two gradients of one array are zeros in memory as soon as one of them is summed.
     """
 
     saved: np.ndarray
@@ -40,6 +42,8 @@ class Worked:
     product: float = math.inf
     takes_out: bool = False
     products: WorkingSet | None = None
+    ahead: float = 0.0
+    zeros_together: bool = False
     _living: dict[object, _Living] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def living(self, profile: ProgramTables, candidate: Candidate, kept: Residuals) -> _Living:
@@ -74,7 +78,9 @@ def worked(
     fused_attention: bool,
     scratch: float = 0.0,
     lanes: int = 1,
-    loss_arrays: int = 1,
+    gradient_beside: bool = False,
+    makes_ahead: bool = False,
+    zeros_together: bool = False,
     product_bytes: int | None = None,
     wide_sums: bool = False,
     takes_out: bool = False,
@@ -85,8 +91,9 @@ def worked(
     """Return what `placement`'s values weigh, whatever is kept of them.
 
     A kernel of attention works in `scratch` bytes for each element of its result. While the loss's gradient
-    is taken, so many arrays as large as its largest lie in memory (`loss_arrays`). Rows of heads that are
-    kept are padded to whole `lanes`: a TPU's tile has 128 elements in its last dimension, a head often 64.
+    is taken, that of a product's result lies beside it, as products take it (`gradient_beside`); before that
+    what a loop over its parts makes of nothing that changes does (`makes_ahead`). Rows of heads that are kept
+    are padded to whole `lanes`: a TPU's tile has 128 elements in its last dimension, a head often 64.
     Products take elements of `product_bytes` at most, where that is given. Gradients of look-ups in tables of
     two bytes lie in memory in four where they have `wide_sums`, but for tables that are read where they lie.
     """
@@ -100,12 +107,14 @@ def worked(
     used = size.copy()
     if (cut := gathers(placement, mesh, FORWARD, len(size))) is not None:
         used *= cut
-    # Of a loss's weights, whose gradient comes of a part of the batch at a time, one is as large.
-    arrays = 1.0 + (loss_arrays - 1.0) * ((values.section == AFTER) & (values.parameter < 0))
     largest = np.zeros(3)
     # What the loss makes of its parameters before it takes them is with what is gathered.
-    made = ~((values.section == AFTER) & (values.parameter >= 0))
-    np.maximum.at(largest, values.section, used * arrays * made)
+    made = used * ~((values.section == AFTER) & (values.parameter >= 0))
+    arrays = _with_gradient(profile) if gradient_beside else 1.0
+    np.maximum.at(largest, values.section, made * arrays)
+    ahead = float(used[list(profile.ahead)].sum()) * makes_ahead
+    if ahead:
+        ahead += float(made[values.section == AFTER].max())
     for one in profile.short_sums if wide_sums else ():
         if used[one.table] < MANY_ROWS * used[one.value]:
             largest[one.section] = max(largest[one.section], 2.0 * used[one.table])
@@ -137,6 +146,8 @@ def worked(
         stream=stream,
         product=product,
         takes_out=takes_out,
+        ahead=ahead,
+        zeros_together=zeros_together,
         products=working_set(
             profile,
             placement,
@@ -150,6 +161,19 @@ def worked(
             slices=slices,
         ),
     )
+
+
+def _with_gradient(profile: ProgramTables) -> np.ndarray:
+    """Return how many arrays as large as each value [V] a loss has with the gradient of a product's result.
+
+    That is cast to what the product takes, and products read it whole.
+    """
+    values, products = profile.values, profile.products
+    rows = (values.section[products.values[:, 2]] == AFTER) & (products.gradients > 0)
+    taken, results = products.values[rows, :2], products.values[rows, 2]
+    arrays = np.ones(len(values.bytes))
+    arrays[results] += values.item_bytes[taken].min(axis=1) / values.item_bytes[results]
+    return arrays
 
 
 class _Living(NamedTuple):
@@ -177,7 +201,9 @@ def activations(
 def _live(profile: ProgramTables, work: Worked, kept: Residuals, *, again: bool) -> _Living:
     """Return what lives of a microbatch whose layers are run `again`, or not."""
     weights = work.saved * (1.0 * kept.device + kept.beside)
-    saved = np.bincount(profile.values.section, weights=weights, minlength=3)
+    section = np.where(profile.saved.results, AFTER, profile.values.section)
+    saved = np.bincount(section, weights=weights, minlength=3)
+    weights *= ~profile.saved.results
     # While its gradient is taken, a section holds its largest value, or the gradient as large as that.
     scratch = work.largest.copy()
     layers = work.of_layers(profile, kept, again=again)
@@ -185,6 +211,8 @@ def _live(profile: ProgramTables, work: Worked, kept: Residuals, *, again: bool)
         scratch[LAYERS] = max(scratch[LAYERS] * (not again), layers.max())
     if work.products is not None:
         scratch[AFTER] += work.products.loss
+    # What a loop over a loss's parts takes has a gradient that these are put into.
+    scratch[AFTER] += weights[list(profile.taken_apart)].sum()
     of_stack = _by_stack(profile, weights)
     return _Living(
         saved=tuple(saved.tolist()),

@@ -18,6 +18,9 @@ from .living import Worked
 from .placement import Placement
 from .profile import AFTER, BEFORE, LAYERS, ProgramTables
 
+# Dimensions of a stack of matrices, one a layer.
+_MATRICES = 3
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Standing:
@@ -29,10 +32,15 @@ class Standing:
       sums: [section] of that sum: devices add up their own rows' until the last, as parameters lie.
       layer: of one layer's parameters, gathered at use, for each scan over layers [stack].
       casts: of what all layers make of parameters that lie whole, where it is kept [stack].
+      cast_parts: of casts of gathered ones as they lie in parts, where made ahead of loops [stack].
       after: of those that the loss uses, gathered or cast, and of their gradient before it is reduced.
+      after_used: of that, without their gradient.
       before: of the gradient of those used before the layers (a table of embeddings), and of its copy.
       sent: of what goes to other slices.
+      after_sums: of gradients of parameters that the loss uses, where they are not reduced from what `after`
+        holds, but there as they are stored.
       again_after: of the gradients of parameters that the loss uses and something before it does, too.
+      again_whole: of these, of those in `after_sums`.
     """
 
     items: Mapping[str, np.ndarray]
@@ -40,17 +48,21 @@ class Standing:
     sums: np.ndarray
     layer: np.ndarray
     casts: np.ndarray
+    cast_parts: np.ndarray
     after: float
     before: float
     sent: float
-    again_after: float = 0.0
+    after_used: float
+    after_sums: float
+    again_after: float
+    again_whole: float
     _shares: dict[Holding, _Share] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def gathered(self) -> tuple[float, float, float]:
-        """The bytes of whole parameters and gradients in the backward pass of each section."""
+        """The bytes of whole parameters and gradients in the backward pass of each section, but `sent`."""
         by_section = {BEFORE: self.before, LAYERS: float(self.layer.max()), AFTER: self.after}
-        return self.sent + by_section[0], self.sent + by_section[1], self.sent + by_section[2]
+        return by_section[0], by_section[1], by_section[2]
 
     def share(self, held: Holding) -> _Share:
         """Return what of it a device holds, found once for all policies and numbers of microbatches."""
@@ -64,7 +76,8 @@ class _Share(NamedTuple):
     """What a device holds of a `Standing`: bytes by item; of gradients those to come from a section on.
 
     made: of one microbatch, as they are stored; beside: as they lie beside their sum, `sums`. casts: of each
-    scan over layers and those before it [stack].
+    scan over layers and those before it [stack], where what they are cast for is kept; ahead: where they are
+    made ahead of loops. after, zeros: `Standing.after_sums` and `again_whole`.
     """
 
     items: Mapping[str, float]
@@ -72,7 +85,10 @@ class _Share(NamedTuple):
     beside: tuple[float, ...]
     sums: float
     again_after: float
+    after: float
+    zeros: float
     casts: tuple[float, ...]
+    ahead: tuple[float, ...]
 
 
 def _share(stored: Standing, here: np.ndarray) -> _Share:
@@ -85,7 +101,10 @@ def _share(stored: Standing, here: np.ndarray) -> _Share:
         beside=from_on(stored.beside),
         sums=float(stored.sums @ here),
         again_after=float(stored.again_after * here[AFTER]),
+        after=float(stored.after_sums * here[AFTER]),
+        zeros=float(stored.again_whole * here[AFTER]),
         casts=tuple((stored.casts * here[LAYERS]).cumsum().tolist()),
+        ahead=tuple(((stored.casts + stored.cast_parts) * here[LAYERS]).cumsum().tolist()),
     )
 
 
@@ -116,32 +135,39 @@ def standing(
 ) -> Standing:
     """Return what `candidate` stores all through a step on so many `slices`."""
     # Ticks make what they use of whole parameters before them, and sum gradients as parameters lie.
-    layer, after, before = _gathered(profile, placement, over, candidate.mesh.get("stage", 1) == 1)
+    in_stages = candidate.mesh.get("stage", 1) > 1
+    layer, after_used, owned, before = _gathered(profile, placement, over, not in_stages)
     items = _state(profile, candidate, over, slot_bytes, gradient_bytes)
     # What a slice sends to the others lies in buffers that nothing else uses: its part of each gradient.
     sent = float(items["gradients"].sum()) / slices if slices > 1 else 0.0
     sums = _gradients(profile, candidate, over.parameters, gradient_bytes)
+    again = _again_after(profile, candidate, over, gradient_bytes)
+    each = _gradient_sizes(profile, candidate, over.gradients, gradient_bytes)
+    there = each * (profile.parameters.section == AFTER) + again
     return Standing(
         items=items,
         beside=sums,
         sums=sums,
         layer=layer,
         casts=_casts(profile, placement, over),
-        after=after,
+        cast_parts=_cast_parts(profile, candidate, over) * (not in_stages),
+        after=after_used + float(owned.sum()),
+        after_used=after_used,
         before=before,
         sent=sent,
-        again_after=_again_after(profile, candidate, over, gradient_bytes),
+        again_after=float(again.sum()),
+        after_sums=float(there[owned == 0].sum()),
+        again_whole=float(again[owned == 0].sum()),
     )
 
 
 def _again_after(
     profile: ProgramTables, candidate: Candidate, over: StoredOver, gradient_bytes: float | None
-) -> float:
+) -> np.ndarray:
+    """Return the bytes of gradients [P] of what the loss uses and something before it does, too."""
     table = profile.parameters
     twice = (table.section != AFTER) & (table.after_bytes > 0)
-    each = table.item_bytes if gradient_bytes is None else gradient_bytes
-    sizes = table.elements * table.trained * each / parts(over.gradients, candidate.mesh)
-    return float(sizes[twice].sum())
+    return _gradient_sizes(profile, candidate, over.gradients, gradient_bytes) * twice
 
 
 def moments(
@@ -195,25 +221,40 @@ def moments_of(
     # All of it, whatever is worked through at a time.
     batch = work.batch * candidate.microbatches
     # Compilers that cast what products take before a loop have them whatever is kept.
-    has_casts = candidate.remat == "none" or math.isfinite(work.product)
-    casts = lies.casts if has_casts and lies.casts[-1] else ()
+    casts = lies.ahead if math.isfinite(work.product) else lies.casts if candidate.remat == "none" else ()
+    casts = casts if casts and casts[-1] else ()
+    # What microbatches sum is sent to other slices when they are done.
+    sent = 0.0 if many else stored.sent
     before, layers, after = (size * share for size, share in zip(living.saved, here, strict=True))
     layers *= held.microbatches
     holding = before, before + layers, before + layers + after
     always = {**lies.items, "gradients": lies.sums} if many else lies.items
+    if work.ahead and here[AFTER]:
+        yield {
+            **always,
+            "gradients": lies.sums if many else 0.0,
+            "saved_activations": holding[AFTER],
+            "temporaries": work.ahead,
+            "communication": sent + stored.after_used,
+            "batch": batch,
+            **({"captured": profile.captured_bytes} if profile.captured_bytes else {}),
+            **({"casts": casts[-1]} if casts else {}),
+        }
     for phase in [AFTER] * bool(here[AFTER]) + [LAYERS] + [BEFORE] * bool(here[BEFORE]):
         items = dict(always)
         # Gradients of what comes before are still to come, but for a part that the loss gives.
         if many and phase != AFTER:
             items["gradients"] += lies.beside[phase]
         elif not many and phase != BEFORE:
-            items["gradients"] = lies.made[phase] + lies.again_after
+            # The loss's are reduced when it is done with.
+            made = lies.after if phase == AFTER else lies.made[phase] + lies.again_after
+            items["gradients"] = made + lies.zeros * work.zeros_together
         # A layer that runs outside of the loop does so beside what follows, and in a loop over
         # microbatches keeps the others' values there.
         items["saved_activations"] = holding[LAYERS if phase == BEFORE and returning and many else phase]
         beside = living.scratch[LAYERS] if returning else 0.0
         items["temporaries"] = beside if phase == BEFORE else living.scratch[phase]
-        items["communication"] = stored.gathered[phase]
+        items["communication"] = sent + stored.gathered[phase]
         items["batch"] = batch
         if profile.captured_bytes:
             items["captured"] = profile.captured_bytes
@@ -231,7 +272,7 @@ def moments_of(
                 **items,
                 "saved_activations": before + left,
                 "temporaries": living.alone[stack],
-                "communication": stored.sent + float(stored.layer[stack]),
+                "communication": sent + float(stored.layer[stack]),
             }
 
 
@@ -269,10 +310,17 @@ def _gradients(
     profile: ProgramTables, candidate: Candidate, axes: list[frozenset[str]], gradient_bytes: float | None
 ) -> np.ndarray:
     """Return the bytes by section of gradients that lie over `axes` [P]."""
+    weights = _gradient_sizes(profile, candidate, axes, gradient_bytes)
+    return np.bincount(profile.parameters.section, weights=weights, minlength=3)
+
+
+def _gradient_sizes(
+    profile: ProgramTables, candidate: Candidate, axes: list[frozenset[str]], gradient_bytes: float | None
+) -> np.ndarray:
+    """Return the bytes of each gradient [P], over `axes`."""
     table = profile.parameters
     each = table.item_bytes if gradient_bytes is None else gradient_bytes
-    weights = table.elements * each * table.trained / parts(axes, candidate.mesh)
-    return np.bincount(table.section, weights=weights, minlength=3)
+    return table.elements * each * table.trained / parts(axes, candidate.mesh)
 
 
 def _casts(profile: ProgramTables, placement: Placement, over: StoredOver) -> np.ndarray:
@@ -287,6 +335,21 @@ def _casts(profile: ProgramTables, placement: Placement, over: StoredOver) -> np
     return np.bincount(table.stack + 1, weights=weights, minlength=1 + profile.stacks)[1:]
 
 
+def _cast_parts(profile: ProgramTables, candidate: Candidate, over: StoredOver) -> np.ndarray:
+    """Return the bytes of `Standing.cast_parts`: of what each layer has of its own, and gathers and casts.
+
+    A loop over microbatches has all casts made ahead of it, one over layers those of matrices: libtpu lays
+    out what has more dimensions anew in each turn.
+    """
+    table = profile.parameters
+    cast = (table.runs > 1) & (table.used_bytes < table.item_bytes) & (table.stacked_bytes == 0)
+    cast &= _further(over.parameters, over.computed)
+    if candidate.microbatches == 1:
+        cast &= np.array([len(dims) <= _MATRICES for dims in profile.parameter_dims], bool)
+    weights = table.elements * table.used_bytes * cast / parts(over.parameters, candidate.mesh)
+    return np.bincount(table.stack + 1, weights=weights, minlength=1 + profile.stacks)[1:]
+
+
 def _further(axes: list[frozenset[str]], than: list[frozenset[str]]) -> np.ndarray:
     """Return which parameters [P] lie over axes that they do not in another way of storing them."""
     return np.array([bool(one - other) for one, other in zip(axes, than, strict=True)], bool)
@@ -294,8 +357,11 @@ def _further(axes: list[frozenset[str]], than: list[frozenset[str]]) -> np.ndarr
 
 def _gathered(
     profile: ProgramTables, placement: Placement, over: StoredOver, counts_whole: bool
-) -> tuple[np.ndarray, float, float]:
-    """Return the bytes of `Standing`'s layer, after and before; of whole parameters where these count."""
+) -> tuple[np.ndarray, float, np.ndarray, float]:
+    """Return the bytes of `Standing`'s layer and after_used, of `after` those of gradients [P], and before.
+
+    Of parameters that lie whole where these count.
+    """
     table = profile.parameters
     gathered = _further(over.parameters, over.computed)
     # Of parameters that lie whole gradients may not: these are whole before they are reduced.
@@ -312,10 +378,10 @@ def _gathered(
     # The loss's parameter in the type that it is used in, a copy of a whole one that is of another, and its
     # gradient in its own.
     cast = table.used_bytes * gathered + table.after_bytes * (whole & (table.after_bytes != table.item_bytes))
-    own = table.item_bytes * table.trained * (gathered | summed)
-    after = float(elements @ ((cast + own) * (table.after_bytes > 0)))
+    own = elements * table.item_bytes * table.trained * (gathered | summed) * (table.after_bytes > 0)
+    after_used = float(elements @ (cast * (table.after_bytes > 0)))
     # A table of embeddings: the gradient that rows are added into, and what it is reduced from, which is the
     # same array where it is reduced whole and then cut.
     sums = table.used_bytes * table.trained * (2.0 * gathered + summed)
     before = float(elements @ (sums * (table.section == BEFORE)))
-    return layer, after, before
+    return layer, after_used, own, before

@@ -444,7 +444,7 @@ def moments(
             "gradients": float(gradients @ here + beside[phase]),
             "saved_activations": inputs + float(saved[phase] * part[phase]),
             "temporaries": float(scratch[phase] * alone),
-            "communication": stored.gathered[phase],
+            "communication": stored.sent + stored.gathered[phase],
         }
 
 

@@ -17,7 +17,7 @@ from ..program.lookups import looks_up_rows
 from ..program.program import Program
 from .fusion import Groups, fuse
 from .kept import Saved, made_of_parameters, residuals
-from .tables import AFTER, BEFORE, LAYERS, Flat, FlatOp, flatten
+from .tables import AFTER, BEFORE, LAYERS, Flat, FlatOp, Value, flatten
 
 # Captured arrays of fewer bytes, such as a table of angles, are counted with nothing.
 _LEAST_CAPTURED = 2**16
@@ -145,7 +145,9 @@ class ProgramTables:
 
     priority [D] orders dims that want the same mesh axis: those of parameters come first; attended are the
     values that kernels of attention give, `attending` the keys and values that each reads, by its call, and
-    `kernels` the calls that are fused. `main`, `counts` and `through`
+    `kernels` the calls that are fused. `ahead` are values that loops after the layers make of nothing that
+    changes, so that JAX makes them ahead of the loop, `taken_apart` those that they take a part of in each
+    turn, where it has a gradient. `main`, `counts` and `through`
     are as of `Flat`; `along` holds what `placement` has found out of mesh axes by themselves.
     """
 
@@ -172,6 +174,8 @@ class ProgramTables:
     main: int = 0
     counts: tuple[int, ...] = (1,)
     through: tuple[tuple[int, ...], ...] = ((),)
+    ahead: tuple[int, ...] = ()
+    taken_apart: tuple[int, ...] = ()
     attending: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     along: dict[object, Any] = dataclasses.field(default_factory=dict, init=False)
 
@@ -212,7 +216,31 @@ def profile(program: Program, *, kernels: frozenset[int] = frozenset()) -> Progr
         main=flat.main,
         counts=flat.counts,
         through=flat.through,
+        ahead=_ahead(flat),
+        taken_apart=tuple(n for n, value in enumerate(flat.values) if _is_part(flat, value)),
     )
+
+
+def _is_part(flat: Flat, value: Value) -> bool:
+    """Whether a value is what a loop after the layers takes of an array in each turn, and has a gradient."""
+    if value.section != AFTER or value.source < 0 or value.parameter >= 0 or not value.grad:
+        return False
+    whole = flat.values[value.source]
+    return value.trips > whole.trips and value.elements * value.trips == whole.elements * whole.trips
+
+
+def _ahead(flat: Flat) -> tuple[int, ...]:
+    """Return the values of `ProgramTables.ahead`: of those made of one another what something else reads."""
+    made: set[int] = set()
+    read: set[int] = set()
+    for op in flat.ops:
+        if op.section != AFTER or op.runs < 2:
+            continue
+        if op.equation.primitive == "iota" or (op.ins and made.issuperset(op.ins)):
+            made.update(op.outs)
+        else:
+            read.update(op.ins)
+    return tuple(sorted(made & read))
 
 
 def _owners(op: FlatOp) -> dict[int, int]:

@@ -22,7 +22,7 @@ from .tables import LAYERS, Flat, FlatOp
 _BY_RESULT = primitives(Trait.BY_RESULT)
 _BY_FACTOR = primitives(Trait.BY_FACTOR)
 _BY_MASK = primitives(Trait.BY_MASK)
-_ELEMENTWISE = primitives(Trait.ELEMENTWISE) | primitives(Trait.MOVE)
+ELEMENTWISE = primitives(Trait.ELEMENTWISE) | primitives(Trait.MOVE)
 
 
 def reads_of(flat: Flat) -> list[list[int]]:
@@ -100,7 +100,7 @@ def _own(flat: Flat) -> list[tuple[tuple[int, ...], range]]:
     # Those inside of another end before it does.
     for ins, ops in reversed(flat.own):
         inside = any(ops.start >= other.start and ops.stop <= other.stop for _, other in found)
-        if ops and not inside and all(flat.ops[n].equation.primitive in _ELEMENTWISE for n in ops):
+        if ops and not inside and all(flat.ops[n].equation.primitive in ELEMENTWISE for n in ops):
             found.append((ins, ops))
     return found
 

@@ -17,7 +17,7 @@ from .compute import KINDS, Busy
 from .exchange import Exchange, StoredOver
 from .kept import Residuals
 from .placement import BACKWARD, Placement
-from .profile import LAYERS, ProgramTables
+from .profile import ProgramTables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -163,7 +163,7 @@ def stacking_seconds(
     if not calibration.kept_passes or table.layers == 1:
         return 0.0
     values = table.values
-    size = values.bytes * placement.value_fraction * values.runs * (values.section == LAYERS)
+    size = values.bytes * placement.value_fraction * values.runs * table.saved.layers
     if fused_attention:
         size = size * ~table.saved.on_chip
     moved = calibration.kept_passes * float((size * (1.0 * kept.device + kept.beside)).sum())

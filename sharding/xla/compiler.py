@@ -40,8 +40,11 @@ class Compiler:
       tile_rows: rows of a tile of two-byte elements; gathers and scatters move arrays that are cut into
         whole tiles as they lie, others they pad or transpose.
       reduces_cast: a sum that is cast to a smaller type is reduced over devices in that type.
-      loss_arrays: arrays as large as the logits that lie in memory while the loss's gradient is taken: they
-        and their gradient, where one is not made in the other's place.
+      gradient_beside: the gradient of logits lies beside them, in the type that products take.
+      makes_ahead: what a loop makes of nothing that changes (numbers of a vocabulary), which JAX puts ahead
+        of it, lies in memory through the loop; others make it again in each turn.
+      zeros_together: zeros of one shape that gradients are added to are made by one kernel, at the first of
+        them: of a table that both a look-up and the loss use two lie in memory from the loss on.
       untuned_peak: the peak that it states without a device is of products that nobody tuned. Tuned ones are
         other kernels, and what is elementwise after them may not be written in their place: the larger of it
         and of a replay in which nothing is holds.
@@ -80,7 +83,9 @@ class Compiler:
     scatters_planes: bool = False
     tile_rows: int = 1
     reduces_cast: bool = False
-    loss_arrays: int = 1
+    gradient_beside: bool = False
+    makes_ahead: bool = False
+    zeros_together: bool = False
     untuned_peak: bool = False
     aligned_elements: int = 1
     product_bytes: int | None = None

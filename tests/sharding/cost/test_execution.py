@@ -40,7 +40,9 @@ def test_a_pricer_runs_as_the_topologys_compiler_does(program):
         reduces_whole=True,
         scatters_wait=1.0,
         sums_wait=0.4,
-        loss_arrays=2,
+        gradient_beside=True,
+        makes_ahead=True,
+        zeros_together=True,
         aligned_elements=8,
         takes_out=True,
     )
