@@ -33,9 +33,11 @@ def with_one_kind_of_steps(trace: Trace, module: str) -> Trace:
 def _counted(trace: Trace) -> Trace:
     """Return a trace whose steps have numbers of their own, and one span each.
 
-    Several threads may number one step at once, one for each device; and a loop may count anew.
+    Several threads may number one step at once, one for each device; and a loop may count anew. Of spans
+    inside of others of their name the outer ones are the steps, as of a step and its microbatches.
     """
     steps: list[HostSpan] = []
+    inner = 0
     for span in trace.steps:
         last = steps[-1] if steps else None
         if (
@@ -45,8 +47,13 @@ def _counted(trace: Trace) -> Trace:
             and span.start_ns < last.end_ns
         ):
             steps[-1] = replace(last, end_ns=max(last.end_ns, span.end_ns))
+        elif last is not None and last.start_ns < span.start_ns and span.end_ns < last.end_ns:
+            inner += 1
         else:
             steps.append(span)
+    if inner:
+        note = f"{inner} spans that the host numbered inside of others of their name are parts of these steps"
+        trace = replace(trace, notes=(*trace.notes, note))
     numbers = [span.step for span in steps if span.step is not None]
     if len(set(numbers)) == len(numbers):
         return replace(trace, steps=tuple(steps))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from .events import HostSpan, OpEvent, Trace
 from .groups import in_groups
@@ -111,9 +112,13 @@ def _numbered(events: Sequence[OpEvent], module: str, trace: Trace) -> tuple[Ste
     launched = [e for e in executions if e.run in trace.launched_ns]
     if not launched:
         try:
-            return step_windows(events, module, trace.steps)
+            windows = step_windows(events, module, trace.steps)
         except ValueError:
             return ()
+        if not _late(events, trace):
+            return windows
+        first_ns = next(execution.start_ns for execution in executions if execution.module == module)
+        return (replace(windows[0], start_ns=first_ns), *windows[1:])
     ends: dict[int, float] = {}
     own = _of_steps(launched, module, trace)
     for execution, place in own:
@@ -157,9 +162,15 @@ def _late(events: Sequence[OpEvent], trace: Trace) -> float:
     0 up to `_LATEST_NS`. The device's clock is then ahead of the host's, or the trace lacks what came before.
     """
     first = next((event for event in events if event.run in trace.launched_ns), None)
-    if first is None or first.run is None:
-        return 0.0
-    idle_ns = max(trace.launched_ns[first.run], _before(events, first.start_ns))
+    if first is not None and first.run is not None:
+        launch_ns = trace.launched_ns[first.run]
+    else:
+        # At the latest within the first step; a simulated device has the host's clock.
+        first = next((event for event in events if event.role == "run" and not event.copy), None)
+        if first is None or first.device.startswith("cpu"):
+            return 0.0
+        launch_ns = trace.steps[0].end_ns
+    idle_ns = max(launch_ns, _before(events, first.start_ns))
     return first.start_ns - idle_ns if first.start_ns - idle_ns > _LATEST_NS else 0.0
 
 
@@ -232,9 +243,10 @@ def _adjoining(
 
 
 def _of_device(spans: Sequence[HostSpan]) -> tuple[StepWindow, ...]:
-    return with_gaps(
-        [(s.start_ns, s.end_ns, s.step if s.step is not None else k) for k, s in enumerate(spans)]
-    )
+    numbers = [span.step if span.step is not None else place for place, span in enumerate(spans)]
+    if len(set(numbers)) < len(numbers):
+        numbers = list(range(len(spans)))
+    return with_gaps([(s.start_ns, s.end_ns, number) for s, number in zip(spans, numbers, strict=True)])
 
 
 def _whole(executions: Sequence[DeviceExecution]) -> list[DeviceExecution]:

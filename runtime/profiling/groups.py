@@ -90,6 +90,7 @@ def _how(groups: Mapping[str, Sequence[Sequence[DeviceExecution]]]) -> tuple[str
     first = [own[0] for own in groups.values()]
     lengths = sorted({len(group) for group in first})
     what = f"{' or '.join(map(str, lengths))} executions in their order are one"
+    what = "each execution is one" if lengths == [1] else what
     programs = Counter(execution.module for execution in first[0])
     if len(programs) > 1:
         what += f" ({', '.join(f'{number} of {module}' for module, number in programs.items())})"

@@ -88,7 +88,11 @@ def read_profile(directory: str | Path) -> Profile:
     newest = max(sessions.values(), key=lambda files: max(file.stat().st_mtime_ns for file in files))
     traces = {number: read_xplane(file) for number, file in _processes(newest).items()}
     _check_one_program(dict(zip((file.name for file in newest), traces.values(), strict=False)))
-    return analyse(traces, load_program(directory), [str(file) for file in newest])
+    profile = analyse(traces, load_program(directory), [str(file) for file in newest])
+    if len(sessions) == 1:
+        return profile
+    note = f"of {len(sessions)} folders with traces in {directory} the newest is read, {newest[0].parent}"
+    return dataclasses.replace(profile, notes=(*profile.notes, note))
 
 
 def _sessions(directory: Path) -> dict[Path, list[Path]]:

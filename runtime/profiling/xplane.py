@@ -44,7 +44,7 @@ def read_xplane(path: Path) -> Trace:
     """Read one process's ``.xplane.pb``, or such a file packed by gzip.
 
     Raises:
-        UserError: The file is truncated, damaged or empty.
+        UserError: The file is truncated, damaged or empty, or several processes' in one.
     """
     with warnings.catch_warnings():
         # jaxlib's stat types name no module, which Python 3.12 deprecates.
@@ -65,18 +65,18 @@ def trace_of_planes(
         planes: The planes of one process.
         complaints: What the profiler itself said of the trace, such as that it dropped events.
         programs: Serialised modules that the trace holds, by name and number.
+
+    Raises:
+        UserError: The planes are of several processes.
     """
     planes = list(planes)
+    _check_one_process(planes)
     events: list[OpEvent] = []
     kernels: dict[str, list[Kernel]] = {}
     broken: dict[str, int] = {}
     device_steps: dict[str, tuple[HostSpan, ...]] = {}
     devices: list[str] = []
-    sparse = [
-        one
-        for one in planes
-        if _SPARSE.match(one.name) and any(True for line in one.lines for _ in line.events)
-    ]
+    sparse = [one for one in planes if _SPARSE.match(one.name) and any(True for _ in _events(one))]
     for plane in planes:
         match = _DEVICE.match(plane.name)
         if match is None:
@@ -84,11 +84,12 @@ def trace_of_planes(
         device = f"{match[1].lower()}:{match[2]}"
         devices.append(device)
         if match[1] == "TPU":
-            events += _tpu_events(plane, device)
+            found, broken[device] = _tpu_events(plane, device)
+            events += found
         else:
             kernels[device], broken[device] = read_kernels(plane, device)
-        if found := _steps_line(plane):
-            device_steps[device] = found
+        if spans := _steps_line(plane):
+            device_steps[device] = spans
     # A viewer puts the planes of calls (``/host:CUPTI``, ``/host:ROCTRACER``) into the CPU's.
     host = read_host(plane for plane in planes if plane.name.startswith("/host:"))
     placed = place(kernels, host)
@@ -122,12 +123,28 @@ def trace_of_planes(
                 else []
             ),
             *(
-                f"{number} kernels on {device} have times that cannot be, and are left out"
+                f"{number} {'operations' if device.startswith('tpu') else 'kernels'} on {device} have times "
+                "that cannot be, and are left out"
                 for device, number in broken.items()
                 if number
             ),
         ),
     )
+
+
+def _check_one_process(planes: Iterable[Any]) -> None:
+    """Refuse planes of several processes put into one file: their devices bear the same names."""
+    ran = [plane.name for plane in planes if _DEVICE.match(plane.name) and any(True for _ in _events(plane))]
+    twice = sorted({name for name in ran if ran.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"the trace holds {ran.count(twice[0])} planes of {twice[0]}: it was put together from several "
+            "processes' traces, whose devices cannot be told apart; name the folder with a file of each"
+        )
+
+
+def _events(plane: Any) -> Iterable[Any]:
+    return (event for line in plane.lines for event in line.events)
 
 
 def _planes(path: Path) -> tuple[list[Any], bytes]:
@@ -176,7 +193,13 @@ def _line(plane: Any, name: str) -> list[Any]:
     return [event for line in plane.lines if line.name == name for event in line.events]
 
 
-def _tpu_events(plane: Any, device: str) -> Iterable[OpEvent]:
+def _tpu_events(plane: Any, device: str) -> tuple[list[OpEvent], int]:
+    """Return what a TPU ran, and of how many operations the times cannot be.
+
+    These end before they begin, or long after the execution that they began in.
+    """
+    found: list[OpEvent] = []
+    broken = 0
     runs: list[tuple[float, float, str, str, int]] = []
     for number, event in enumerate(_line(plane, "XLA Modules")):
         end_ns = event.start_ns + event.duration_ns
@@ -189,15 +212,22 @@ def _tpu_events(plane: Any, device: str) -> Iterable[OpEvent]:
         for event in _line(plane, line_name):
             place_ = bisect_right(starts, event.start_ns) - 1
             inside = place_ >= 0 and event.start_ns <= runs[place_][1]
-            yield OpEvent(
-                device=device,
-                line=line_name,
-                op=event.name.removeprefix("%").partition(" = ")[0],
-                module=runs[place_][2] if inside else "",
-                program=runs[place_][3] if inside else "",
-                run=runs[place_][4] if inside else None,
-                start_ns=event.start_ns,
-                end_ns=event.start_ns + event.duration_ns,
-                transfer=transfer_of(event.name),
-                role="flight" if line_name == "Async XLA Ops" else "run",
+            longest = 2 * (runs[place_][1] - runs[place_][0]) if inside else event.duration_ns
+            if event.duration_ns < 0 or (line_name == "XLA Ops" and event.duration_ns > longest):
+                broken += 1
+                continue
+            found.append(
+                OpEvent(
+                    device=device,
+                    line=line_name,
+                    op=event.name.removeprefix("%").partition(" = ")[0],
+                    module=runs[place_][2] if inside else "",
+                    program=runs[place_][3] if inside else "",
+                    run=runs[place_][4] if inside else None,
+                    start_ns=event.start_ns,
+                    end_ns=event.start_ns + event.duration_ns,
+                    transfer=transfer_of(event.name),
+                    role="flight" if line_name == "Async XLA Ops" else "run",
+                )
             )
+    return found, broken

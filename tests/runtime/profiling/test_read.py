@@ -197,6 +197,15 @@ def test_a_trace_of_unnumbered_steps_is_divided_by_executions(tmp_path):
     both = read_profile(tmp_path)
     assert len(both.files) == 2
     assert len(both.steps) == 2 * len(alone.steps)
+    # Sessions lie in folders of their own, one of each host where their clocks differ: which is read is said.
+    (trace.parent / "node-b_01.xplane.pb.gz").unlink()
+    later = trace.parent.with_name("later")
+    later.mkdir()
+    shutil.move(trace.with_name("node-b_01.xplane.pb"), later)
+    (note,) = (note for note in read_profile(tmp_path).notes if "folders with traces" in note)
+    assert note.startswith(
+        f"of 2 folders with traces in {tmp_path} the newest is read, {trace.parent.parent}"
+    )
 
 
 @pytest.mark.devices(8)

@@ -3,6 +3,7 @@
 import pytest
 from meshwright.runtime.profiling.analyse import analyse
 from meshwright.runtime.profiling.xplane import trace_of_planes
+from meshwright.sharding import UserError
 
 from .planes import Gpu, event, plane
 
@@ -184,3 +185,55 @@ def test_a_step_after_one_that_a_device_lacks_is_no_longer_for_it():
     wall = {(step.step, step.device): round(step.wall_seconds * 1e9) for step in found.steps}
     assert (wall[3, "gpu:0"], wall[3, "gpu:1"]) == (1000, 191)
     assert "not every device has all 4 steps: gpu:1 3" in found.notes
+
+
+def tpu(*, ops=(("%fusion.1 = f32[] fusion()", 0, 900),), at=0, steps=()):
+    """Return a TPU's plane of three executions, a microsecond apart from `at` on."""
+    begins = [at + 1000 * k for k in range(3)]
+    mods = [event("jit_step(5)", begin, begin + 900, run_id=k) for k, begin in enumerate(begins)]
+    ran = [event(op, begin + start, begin + end) for begin in begins for op, start, end in ops]
+    return plane("/device:TPU:0", [("XLA Modules", mods), ("XLA Ops", ran), ("Steps", steps)])
+
+
+def test_several_processes_in_one_file_are_refused():
+    planes = [tpu(), tpu(at=50), plane("/host:CPU")]
+    with pytest.raises(UserError, match=r"holds 2 planes of /device:TPU:0.*several processes"):
+        trace_of_planes(planes)
+    # A second plane of a device that ran nothing there says nothing.
+    assert trace_of_planes([tpu(), plane("/device:TPU:0")]).devices == ("tpu:0", "tpu:0")
+
+
+def test_steps_that_hold_numbered_microbatches_are_the_outer_ones():
+    gpu = Gpu()
+    for k in range(3):
+        gpu.step(k, 1000 * k - 1, 1000 * k + 900)
+        for part in range(2):
+            at = 1000 * k + 300 * part
+            gpu.step(part, at, at + 200)
+            gpu.execution(at + 5, moved(at + 100))
+    found = profile(gpu)
+    assert walls(found) == [(0, 491), (1, 1000), (2, 1000)]
+    assert {o.name: o.count for o in found.operations}["dot"] == 2
+    assert "4 spans that the host numbered inside of others" in said(found)
+
+
+@pytest.mark.parametrize("wrong", [(600, 550), (600, 10**9)], ids=["ends before it begins", "lasts a second"])
+def test_operations_of_a_tpu_with_times_that_cannot_be_are_left_out_and_counted(wrong):
+    ops = [("%fusion.1 = f32[] fusion()", 0, 500), ("%fusion.2 = f32[] fusion()", *wrong)]
+    found = analyse({0: trace_of_planes([tpu(ops=[*ops, ("%fusion.3 = f32[] fusion()", 600, 900)])])}, None)
+    assert walls(found) == [(0, 900), (1, 900), (2, 900)]
+    assert "3 operations on tpu:0 have times that cannot be, and are left out" in found.notes
+
+
+def test_a_tpus_clock_that_is_ahead_lengthens_no_step():
+    spans = [event("train", 1000 * k - 50, 1000 * k + 100, step_num=k) for k in range(3)]
+    host = plane("/host:CPU", [("loop", spans)])
+    found = analyse({0: trace_of_planes([tpu(at=5_000_000_000), host])}, None)
+    assert walls(found) == [(0, 900), (1, 1000), (2, 1000)]
+    assert "long after its launch (tpu:0 5000 ms): clocks of host and device differ" in said(found)
+
+
+def test_a_devices_numbers_of_steps_that_come_again_are_counted():
+    steps = [event("1", 1000 * k, 1000 * k + 900) for k in range(3)]
+    found = analyse({0: trace_of_planes([tpu(steps=steps)])}, None)
+    assert walls(found) == [(0, 900), (1, 900), (2, 900)]
