@@ -40,7 +40,7 @@ part() {
 if [ -n "$small" ]; then
     export JAX_PLATFORMS=cpu
     shape=(topology=cpu:1 "mesh={fsdp: 1}" model.preset=tiny "model.overrides={layers: 2, embed: 32, heads: 2, kv_heads: 2, head_dim: 16, mlp: 64}" data.sequence=32)
-    deep=("${shape[@]}" train.global_batch=4); whole=("${deep[@]}"); bare=(4 32); steps=3; timed=2; flag=(--small)
+    deep=("${shape[@]}" train.global_batch=4); whole=("${deep[@]}"); bare=(4 32); steps=3; timed=6; flag=(--small)
 else
     deep=(model.preset=llama3-1b "model.overrides={compute_dtype: bfloat16, layers: 4}" data.sequence=4096 train.global_batch=4)
     whole=(model.preset=llama3-1b "model.overrides={compute_dtype: bfloat16}" data.sequence=4096 train.global_batch=8)

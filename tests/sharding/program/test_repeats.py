@@ -217,7 +217,8 @@ def test_one_layer_called_again_keeps_what_it_hands_on_and_is_gathered_once() ->
         for remat in ("none", "full")
     )
     border = rows // 8 * width * 4
-    assert again["saved_activations"] == pytest.approx((turns + 1) * border, rel=0.01)
+    # What the loss squares is free again when the last turn is computed again.
+    assert again["saved_activations"] == pytest.approx(turns * border, rel=0.01)
     assert kept["saved_activations"] > 4 * again["saved_activations"]
     assert again["communication"] == pytest.approx(2 * 2 * width * hidden * 4, rel=0.01)
 
