@@ -43,10 +43,11 @@ def _copy(value: Any) -> Any:
     JAX writes one that it meets again as a function, which libtpu's partitioner refuses where kernels are
     called in it: it loses what axes the caller works by hand.
     """
-    if isinstance(value, core.ClosedJaxpr):
-        return core.ClosedJaxpr(_copy(value.jaxpr), value.consts)
+    # Since 0.12 both are one class, which holds its constants.
     if isinstance(value, core.Jaxpr):
         return value.replace(eqns=[eqn.replace(params=_copy(eqn.params)) for eqn in value.eqns])
+    if isinstance(value, core.ClosedJaxpr):
+        return core.ClosedJaxpr(_copy(value.jaxpr), value.consts)
     if type(value) is dict:
         return {name: _copy(one) for name, one in value.items()}
     return type(value)(map(_copy, value)) if type(value) in (tuple, list) else value
