@@ -25,16 +25,13 @@ class Once:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self._traced: dict[Any, tuple[core.ClosedJaxpr, Any]] = {}
 
     def __call__(self, *args: Any) -> Any:
         """Return what the function gives."""
-        leaves, structure = jax.tree.flatten(args)
-        key = structure, tuple(map(jax.typeof, leaves))
-        if key not in self._traced:
-            self._traced[key] = jax.make_jaxpr(self._function, return_shape=True)(*args)
-        traced, result = self._traced[key]
-        return jax.tree.unflatten(jax.tree.structure(result), core.jaxpr_as_fun(_copy(traced))(*leaves))
+        # JAX keeps what it has traced of a function on arrays of such types.
+        traced, result = jax.make_jaxpr(self._function, return_shape=True)(*args)
+        found = core.jaxpr_as_fun(_copy(traced))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(result), found)
 
 
 def _copy(value: Any) -> Any:

@@ -106,6 +106,11 @@ def causal(scores: Any, batch: Any) -> Any:
     return jnp.where(CAUSAL, scores, -1e30)
 
 
+def near(scores: Any, batch: Any) -> Any:
+    """A window of four keys."""
+    return jnp.where(CAUSAL & (PLACE[:, None] - PLACE < 4), scores, -1e30)
+
+
 def shown(scores: Any, batch: Any) -> Any:
     return scores
 
@@ -133,9 +138,9 @@ def loss_of(bias: Any, hide: Any = shown, *, drops: bool = False, sinks: bool = 
     return loss
 
 
-def check(loss: Any, mesh: dict[str, int], way: str) -> list[str]:
+def check(loss: Any, mesh: dict[str, int], way: str, given: Any = None) -> list[str]:
     """Compare a way with the plain loss; return the plan's notes on attention."""
-    params, batch = problem()
+    params, batch = given or problem()
     plan = declare(loss, params, batch, topology="cpu:8", mesh=mesh, context=way)
     value, gradients = jax.jit(jax.value_and_grad(loss))(params, batch)
     on = plan.make_mesh()
@@ -158,6 +163,7 @@ OVER = {"data": 2, "context": 4}
         (of_layers, shown, {"context": 2, "tensor": 2, "data": 2}, "heads"),
         (of_data, right, OVER, "ring"),
         (of_numpy, causal, OVER, "gathered"),
+        (of_layers, near, OVER, "neighbours"),
         (by_einsum, shown, OVER, "ring"),
         (none, of_pairs, OVER, "heads"),
     ],
@@ -200,3 +206,18 @@ def test_a_bias_that_a_call_is_given_is_followed_to_what_it_is_made_of() -> None
         return jnp.square(out - 1).mean((1, 3)).mean(-1).mean()
 
     assert not check(loss, OVER, "gathered")
+
+
+def test_blocks_of_queries_add_to_the_one_row_of_a_bias_that_they_share() -> None:
+    """Of 514 queries a device, which are two blocks."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 1028, 2, 4)).astype(np.float32)
+    given = {"bias": rng.normal(size=(1, 2, 1, 1028)).astype(np.float32)}, {"x": x}
+
+    def loss(params: Any, batch: Any) -> Any:
+        x = batch["x"]
+        mask = (jnp.sin(x[..., 0].sum(-1) * 9)[:, None, None] < 0.5) | np.eye(1028, dtype=bool)
+        out = attention(x, x, x, bias=params["bias"], mask=mask, causal=False)
+        return jnp.square(out).mean((2, 3)).mean(-1).mean()
+
+    check(loss, {"data": 4, "context": 2}, "ring", given)

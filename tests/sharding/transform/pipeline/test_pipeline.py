@@ -368,6 +368,19 @@ def test_a_step_an_evaluation_and_checkpoints_of_a_jitted_loss(tmp_path: pathlib
         assert all(jax.tree.leaves(same))
 
 
+def test_gradients_of_a_tick_are_taken_once_for_all_loops_of_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks a stage have more loops than one, of the same layers, head and embedding."""
+    vjp, taken = jax.vjp, []
+    monkeypatch.setattr(jax, "vjp", lambda *args, **more: taken.append(args[0]) or vjp(*args, **more))
+    params, data, counts = init(), batch(), []
+    for chunks in (1, 2):
+        plan = declared(tied, {"stage": 2, "data": 2}, 8, interleave=chunks, remat="full")
+        taken.clear()
+        jax.jit(jax.value_and_grad(plan.apply(tied), has_aux=True)).trace(params, data)
+        counts.append(len(taken))
+    assert counts == [3, 3]
+
+
 @pytest.mark.slow
 @pytest.mark.numerics(False)
 def test_memory_does_not_grow_with_microbatches() -> None:
